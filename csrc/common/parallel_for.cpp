@@ -1,0 +1,24 @@
+#include "common/parallel_for.h"
+
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+#include <atomic>
+
+namespace peft_kernels {
+
+int num_threads() { return static_cast<int>(torch::stable::get_num_threads()); }
+
+void parallel_for_each(int64_t tasks, ParallelBody body, void* context) {
+    const int64_t threads = std::min<int64_t>(num_threads(), tasks);
+    if (threads <= 1) {
+        for (int64_t task = 0; task < tasks; ++task) body(task, context);
+        return;
+    }
+    std::atomic<int64_t> next{0};
+    torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
+        for (int64_t task = next++; task < tasks; task = next++) body(task, context);
+    });
+}
+
+}  // namespace peft_kernels

@@ -1,0 +1,5 @@
+"""Fused kernels for parameter-efficient fine-tuning."""
+
+from . import _extension  # noqa: F401  (registers the ops, or says why it cannot)
+
+__version__ = "0.1.0"

@@ -1,0 +1,1 @@
+"""Plain PyTorch implementations, exact enough (fp64) to judge the kernels by."""

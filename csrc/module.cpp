@@ -1,5 +1,4 @@
 // The Python module `peft_kernels._C`. Importing it registers the ops; it has one function, build_info().
-#define Py_LIMITED_API 0x030A0000
 #include <Python.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>

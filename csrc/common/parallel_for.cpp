@@ -12,12 +12,13 @@ int num_threads() { return static_cast<int>(torch::stable::get_num_threads()); }
 void parallel_for_each(int64_t tasks, ParallelBody body, void* context) {
     const int64_t threads = std::min<int64_t>(num_threads(), tasks);
     if (threads <= 1) {
-        for (int64_t task = 0; task < tasks; ++task) body(task, context);
+        for (int64_t task = 0; task < tasks; ++task) body(task, 0, context);
         return;
     }
     std::atomic<int64_t> next{0};
-    torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
-        for (int64_t task = next++; task < tasks; task = next++) body(task, context);
+    // One index of the outer range per thread: its begin is the worker's number.
+    torch::stable::parallel_for(0, threads, 1, [&](int64_t worker, int64_t) {
+        for (int64_t task = next++; task < tasks; task = next++) body(task, static_cast<int>(worker), context);
     });
 }
 

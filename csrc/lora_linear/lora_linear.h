@@ -1,0 +1,56 @@
+// y = x Wᵀ + b + Σᵢ scalingᵢ · dropoutᵢ(x) Aᵢᵀ Bᵢᵀ and its gradients: parameters and launchers.
+// Plain data only: no torch, no CUDA headers.
+#pragma once
+
+#include <cstdint>
+
+#include "common/dtype.h"
+#include "common/isa.h"
+#include "nf4/nf4.h"
+
+namespace peft_kernels {
+
+struct LoraAdapter {
+    ConstMatrix lora_A;  // [rank, k]
+    ConstMatrix lora_B;  // [n, rank]
+    int64_t rank;
+    float scaling;
+    float dropout;       // the probability p
+    uint64_t seed;       // of the dropout mask
+    float* grad_A;       // backward: [rank, k], or null
+    float* grad_B;       // backward: [n, rank], or null
+};
+
+struct LoraLinearParams {
+    int64_t m, n, k;
+    const Nf4Weight* weight;  // [n, k], or null: the caller made the base product and passes it as `add`
+    DType compute_dtype;      // of the base product
+    const LoraAdapter* adapters;
+    int32_t num_adapters;
+    int64_t total_rank;       // Σ rankᵢ
+    int32_t threads;
+
+    void* workspace;          // null: only workspace_bytes is set
+    int64_t* workspace_bytes;
+};
+
+struct LoraLinearForwardParams : LoraLinearParams {
+    ConstMatrix x;     // [m, k]
+    ConstMatrix bias;  // [1, n]; data may be null
+    ConstMatrix add;   // [m, n] of y's dtype; data may be null
+    float* s;          // [m, total_rank]: dropoutᵢ(x) Aᵢᵀ side by side; null when no adapter is given
+    Matrix y;          // [m, n]
+};
+
+struct LoraLinearBackwardParams : LoraLinearParams {
+    ConstMatrix grad_y;  // [m, n]
+    ConstMatrix x;       // [m, k]; data may be null when no adapter wants grad_A
+    const float* s;      // [m, total_rank]; may be null when no adapter wants grad_B
+    ConstMatrix add;     // [m, k] of grad_x's dtype; data may be null
+    Matrix grad_x;       // [m, k]; data may be null
+};
+
+PEFT_KERNELS_CPU_KERNEL(lora_linear_forward, LoraLinearForwardParams)
+PEFT_KERNELS_CPU_KERNEL(lora_linear_backward, LoraLinearBackwardParams)
+
+}  // namespace peft_kernels

@@ -6,8 +6,10 @@ LoRA: Hu et al. 2021 (arXiv:2106.09685). QLoRA: Dettmers et al. 2023 (arXiv:2305
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -54,9 +56,123 @@ def lora_linear(
     """
     device_type = x.device.type
     if torch.is_autocast_enabled(device_type):
-        compute_dtype = compute_dtype or torch.get_autocast_dtype(device_type)
-        out_dtype = out_dtype or torch.get_autocast_dtype(device_type)
+        autocast_dtype = torch.get_autocast_dtype(device_type)
+        compute_dtype, out_dtype = compute_dtype or autocast_dtype, out_dtype or autocast_dtype
     if seeds is None and any(dropout):
         seeds = torch.randint(torch.iinfo(torch.int64).max, (len(dropout),), device=x.device)
-    ...
-    raise NotImplementedError
+    call = _Call(weight, compute_dtype or x.dtype, out_dtype or x.dtype, tuple(scaling), tuple(dropout))
+    flat = x.reshape(-1, x.shape[-1])
+    if flat.stride(-1) != 1 and flat.numel() > 0:
+        flat = flat.contiguous()
+    if torch.is_grad_enabled():
+        dense = None if isinstance(weight, NF4Weight) else weight
+        y = _LoRALinear.apply(flat, bias, seeds, dense, call, len(lora_A), *lora_A, *lora_B)
+    else:
+        y, _ = call.forward(flat, bias, seeds, lora_A, lora_B)
+    return y.view(*x.shape[:-1], y.shape[-1])
+
+
+@dataclass(frozen=True)
+class _Call:
+    """What one call of `lora_linear` shares between its forward and its backward, tensors that need gradients apart."""
+
+    weight: Tensor | NF4Weight
+    compute_dtype: torch.dtype
+    out_dtype: torch.dtype
+    scaling: tuple[float, ...]
+    dropout: tuple[float, ...]
+
+    def weight_arguments(self, features: int) -> tuple:
+        """The ops' arguments from `codes` to `weight_dtype`; the other side of the weight is known from x or grad_y."""
+        w = self.weight
+        if isinstance(w, NF4Weight):
+            return w.codes, w.absmax, w.nested, w.nested_blocksize, features, w.blocksize, w.quant_type, w.dtype
+        return None, None, (), 256, features, 64, "nf4", self.compute_dtype
+
+    def forward(self, x: Tensor, bias: Tensor | None, seeds: Tensor | None, lora_A, lora_B) -> tuple[Tensor, Tensor]:
+        """Returns y [M, N] and s [M, Σ rank]."""
+        add = None
+        if not isinstance(self.weight, NF4Weight):
+            dtype = self.compute_dtype
+            add = F.linear(x.to(dtype), self.weight.to(dtype), None if bias is None else bias.to(dtype))
+            add, bias = add.to(self.out_dtype), None
+            if not lora_A:
+                return add, x.new_empty((x.shape[0], 0), dtype=torch.float32)
+        return torch.ops.peft_kernels.lora_linear_forward(
+            x, *self.weight_arguments(self.weight.shape[0]), self.compute_dtype, self.out_dtype, bias, add,
+            lora_A, lora_B, self.scaling, self.dropout, seeds,
+        )  # fmt: skip
+
+    def backward(self, grad_y, x, x_dtype, s, seeds, lora_A, lora_B, wants_x, wants_A, wants_B):
+        """Returns grad_x [M, K] or None, and lists of the gradients of A and B in fp32, None where not wanted."""
+        add = None
+        if wants_x and not isinstance(self.weight, NF4Weight):
+            dtype = self.compute_dtype
+            add = (grad_y.to(dtype) @ self.weight.to(dtype)).to(x_dtype)
+        if not any(wants_A + wants_B) and (not wants_x or (add is not None and not lora_A)):
+            return add, [None] * len(lora_A), [None] * len(lora_A)
+        grad_x, grad_A, grad_B = torch.ops.peft_kernels.lora_linear_backward(
+            grad_y, x, s, *self.weight_arguments(self.weight.shape[1]), self.compute_dtype, x_dtype, add,
+            lora_A, lora_B, self.scaling, self.dropout, seeds, wants_x, wants_A, wants_B,
+        )  # fmt: skip
+        return grad_x if wants_x else None, _split(grad_A, lora_A, wants_A), _split(grad_B, lora_B, wants_B)
+
+
+def _split(flat: Tensor, parameters: Sequence[Tensor], wanted: Sequence[bool]) -> list[Tensor | None]:
+    """Cuts the gradients of the wanted parameters out of one flat fp32 tensor."""
+    sizes = [p.numel() if want else 0 for p, want in zip(parameters, wanted, strict=True)]
+    parts = flat.split(sizes) if sizes else ()
+    return [
+        part.view(p.shape).to(p.dtype) if want else None
+        for part, p, want in zip(parts, parameters, wanted, strict=True)
+    ]
+
+
+class _LoRALinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, bias, seeds, weight, call, num_adapters, *adapters):
+        # `weight` repeats call.weight where it is dense, so that autograd sees it.
+        lora_A, lora_B = adapters[:num_adapters], adapters[num_adapters:]
+        y, s = call.forward(x, bias, seeds, lora_A, lora_B)
+        needs_A, needs_B = ctx.needs_input_grad[6 : 6 + num_adapters], ctx.needs_input_grad[6 + num_adapters :]
+        keeps_x = any(needs_A) or ctx.needs_input_grad[3]
+        ctx.save_for_backward(x if keeps_x else None, s if any(needs_B) else None, seeds, weight, *adapters)
+        ctx.call, ctx.x_dtype, ctx.num_adapters = call, x.dtype, num_adapters
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_y):
+        x, s, seeds, weight, *adapters = ctx.saved_tensors
+        n = ctx.num_adapters
+        wants_x, wants_bias, _, wants_weight = ctx.needs_input_grad[:4]
+        wants_A, wants_B = list(ctx.needs_input_grad[6 : 6 + n]), list(ctx.needs_input_grad[6 + n :])
+        if grad_y.stride(-1) != 1:
+            grad_y = grad_y.contiguous()
+        grad_x, grad_A, grad_B = ctx.call.backward(
+            grad_y, x, ctx.x_dtype, s, seeds, adapters[:n], adapters[n:], wants_x, wants_A, wants_B
+        )
+        grad_bias = grad_y.sum(0, dtype=torch.float32).to(ctx.bias_dtype) if wants_bias else None
+        grad_weight = None
+        if wants_weight:
+            dtype = ctx.call.compute_dtype
+            grad_weight = (grad_y.to(dtype).T @ x.to(dtype)).to(weight.dtype)
+        return grad_x, grad_bias, None, grad_weight, None, None, *grad_A, *grad_B
+
+
+@torch.library.register_fake("peft_kernels::lora_linear_forward")
+def _(x, codes, absmax, nested, nested_blocksize, out_features, blocksize, quant_type, weight_dtype, compute_dtype,
+      out_dtype, bias, add, lora_A, lora_B, scaling, dropout, seeds):  # fmt: skip
+    m = x.shape[0]
+    s = x.new_empty((m, sum(a.shape[0] for a in lora_A)), dtype=torch.float32)
+    return x.new_empty((m, out_features), dtype=out_dtype), s
+
+
+@torch.library.register_fake("peft_kernels::lora_linear_backward")
+def _(grad_y, x, s, codes, absmax, nested, nested_blocksize, in_features, blocksize, quant_type, weight_dtype,
+      compute_dtype, x_dtype, add, lora_A, lora_B, scaling, dropout, seeds, wants_x, wants_A, wants_B):  # fmt: skip
+    size_A = sum(a.numel() for a, want in zip(lora_A, wants_A, strict=True) if want)
+    size_B = sum(b.numel() for b, want in zip(lora_B, wants_B, strict=True) if want)
+    grad_x = grad_y.new_empty((grad_y.shape[0] if wants_x else 0, in_features), dtype=x_dtype)
+    return grad_x, *(grad_y.new_empty((size,), dtype=torch.float32) for size in (size_A, size_B))

@@ -1,0 +1,97 @@
+// Philox4x32-10 (Salmon et al., SC 2011), kLanes counters at a time, and the dropout masks made of it.
+//
+// One call gives eight 16-bit numbers, which decide over eight neighbouring columns of one row: the counter is
+// (column / 8, row, row >> 32, 0), the key is the mask's seed. An element is kept when its number is at least
+// round(p * 65536). Any part of a mask can thus be made again, in any order.
+#pragma once
+
+#include "common/simd.h"
+
+namespace peft_kernels {
+
+struct Dropout {
+    uint64_t seed;
+    uint32_t threshold;  // round(p * 65536); 0 keeps everything
+    float keep_scale;    // 1 / (1 - p)
+};
+
+namespace PEFT_KERNELS_ISA {
+namespace {
+
+struct HighLow {
+    U32 high, low;
+};
+
+inline HighLow multiply_high_low(U32 a, uint32_t b) {
+#if defined(__AVX512F__)
+    const __m512i factor = _mm512_set1_epi32(b);
+    const __m512i even = _mm512_mul_epu32((__m512i)a, factor);
+    const __m512i odd = _mm512_mul_epu32(_mm512_srli_epi64((__m512i)a, 32), factor);
+    return {(U32)_mm512_mask_shuffle_epi32(odd, 0x5555, even, _MM_PERM_DDBB),
+            (U32)_mm512_mask_shuffle_epi32(even, 0xAAAA, odd, _MM_PERM_CCAA)};
+#elif defined(__AVX2__)
+    const __m256i factor = _mm256_set1_epi32(b);
+    const __m256i even = _mm256_mul_epu32((__m256i)a, factor);
+    const __m256i odd = _mm256_mul_epu32(_mm256_srli_epi64((__m256i)a, 32), factor);
+    return {(U32)_mm256_blend_epi32(_mm256_srli_epi64(even, 32), odd, 0xAA),
+            (U32)_mm256_blend_epi32(even, _mm256_slli_epi64(odd, 32), 0xAA)};
+#else
+    HighLow result;
+    for (int i = 0; i < kLanes; ++i) {
+        const uint64_t product = static_cast<uint64_t>(a[i]) * b;
+        result.high[i] = static_cast<uint32_t>(product >> 32);
+        result.low[i] = static_cast<uint32_t>(product);
+    }
+    return result;
+#endif
+}
+
+inline void philox4x32(U32 (&c)[4], uint64_t seed) {
+    uint32_t k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
+#pragma GCC unroll 10
+    for (int round = 0; round < 10; ++round) {
+        const HighLow p0 = multiply_high_low(c[0], 0xD2511F53u);
+        const HighLow p1 = multiply_high_low(c[2], 0xCD9E8D57u);
+        c[0] = p1.high ^ c[1] ^ k0;
+        c[1] = p1.low;
+        c[2] = p0.high ^ c[3] ^ k1;
+        c[3] = p0.low;
+        k0 += 0x9E3779B9u;
+        k1 += 0xBB67AE85u;
+    }
+}
+
+// Lane l is row first_row + l: keep[j] says whether column 8 * group + j of it is kept.
+inline void dropout_keep_rows(const Dropout& dropout, int64_t first_row, int64_t group, I32 (&keep)[8]) {
+    // Rows of one vector may cross a multiple of 2^32 only in matrices that no memory holds.
+    U32 c[4] = {broadcast(static_cast<uint32_t>(group)), static_cast<uint32_t>(first_row) + lane_index(),
+                broadcast(static_cast<uint32_t>(first_row >> 32)), U32{}};
+    philox4x32(c, dropout.seed);
+    for (int j = 0; j < 4; ++j) {
+        keep[2 * j] = (c[j] & 0xFFFF) >= dropout.threshold;
+        keep[2 * j + 1] = (c[j] >> 16) >= dropout.threshold;
+    }
+}
+
+// keep[row][g]: bit j says whether column 8 * (first_group + g) + j of row first_row + row is kept, for 8 groups
+// (64 columns). `rows` is even, so that the lanes divide rows * 8.
+inline void dropout_keep_bits(const Dropout& dropout, int64_t first_row, int64_t rows, int64_t first_group,
+                              uint8_t (*keep)[8]) {
+    for (int64_t index = 0; index < rows * 8; index += kLanes) {
+        const U32 lane = static_cast<uint32_t>(index) + lane_index();
+        U32 c[4] = {static_cast<uint32_t>(first_group) + (lane & 7), static_cast<uint32_t>(first_row) + (lane >> 3),
+                    broadcast(static_cast<uint32_t>(first_row >> 32)), U32{}};
+        philox4x32(c, dropout.seed);
+        U32 bits{};
+        for (int j = 0; j < 4; ++j) {
+            bits |= (U32)((c[j] & 0xFFFF) >= dropout.threshold) & (1u << (2 * j));
+            bits |= (U32)((c[j] >> 16) >= dropout.threshold) & (2u << (2 * j));
+        }
+        using U8 = uint8_t __attribute__((vector_size(kLanes)));
+        store_vector(&keep[0][0] + index, __builtin_convertvector(bits, U8));
+    }
+}
+
+}  // namespace
+}  // namespace PEFT_KERNELS_ISA
+}  // namespace peft_kernels

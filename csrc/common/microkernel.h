@@ -3,7 +3,7 @@
 // All operands are made of 32-bit steps: an fp32 number, or two neighbouring bf16 numbers of the reduction.
 //
 //   strips  [strip][step][lane]     kLanes neighbouring rows of the activation, one lane each
-//   panel   [group][step][row % 8]  rows of the other operand in groups of kGroup
+//   panel   rows of the other operand: [group][step][row % 8] in groups of kGroup, or [row][step]
 //   tile    [strip][row][lane]      fp32 accumulators; a strip's part of it has `rows` rows
 //
 //                        panel: 8 rows                    Each step: kStrips vectors and 8 broadcasts feed
@@ -22,28 +22,34 @@ namespace peft_kernels {
 namespace PEFT_KERNELS_ISA {
 namespace {
 
+// Layouts of a panel: where its rows begin, and how far rows and steps are apart.
 constexpr int kGroup = 8;
+struct GroupedPanel {
+    static constexpr int64_t kRowStride = 1, kStepStride = kGroup;
+    static int64_t row_offset(int64_t row, int64_t steps) { return row / kGroup * steps * kGroup + row % kGroup; }
+};
+// For what comes row by row and would have to be transposed. The 64 bytes more than a power of two keep the rows that
+// are read together out of each other's cache sets.
+template <int64_t kSteps>
+struct RowPanel {
+    static constexpr int64_t kRowStride = kSteps + 16, kStepStride = 1;
+    static int64_t row_offset(int64_t row, int64_t) { return row * kRowStride; }
+};
 // 8 x 3 accumulators of 32 registers with AVX-512; 4 x 3 (AVX2) and 4 x 2 (SSE, NEON) of 16.
 constexpr int kTileRows = kLanes == 16 ? 8 : 4;
 constexpr int kTileStrips = kLanes == 4 ? 2 : 3;
 
 struct MultiplyF32 {
-    static F32 add_product(F32 sum, U32 a, uint32_t b) {
-        float factor;
-        memcpy(&factor, &b, 4);
-        return fma((F32)a, broadcast(factor), sum);
-    }
+    static F32 add_product(F32 sum, U32 a, U32 b) { return fma((F32)a, (F32)b, sum); }
 };
 
 #if defined(__AVX512BF16__)
 struct MultiplyBf16Pairs {
-    static F32 add_product(F32 sum, U32 a, uint32_t b) {
-        return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)_mm512_set1_epi32(static_cast<int>(b)));
-    }
+    static F32 add_product(F32 sum, U32 a, U32 b) { return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b); }
 };
 #endif
 
-template <class Multiply, int kStrips>
+template <class Multiply, class Layout, int kStrips>
 inline void multiply_tile(const uint32_t* panel, const uint32_t* strips, int64_t strip_stride, int64_t steps,
                           float* tile, int64_t tile_stride, bool accumulate) {
     F32 sum[kTileRows][kStrips];
@@ -61,7 +67,9 @@ inline void multiply_tile(const uint32_t* panel, const uint32_t* strips, int64_t
         for (int row = 0; row < kTileRows; ++row)
 #pragma GCC unroll 3
             for (int strip = 0; strip < kStrips; ++strip)
-                sum[row][strip] = Multiply::add_product(sum[row][strip], a[strip], panel[step * kGroup + row]);
+                sum[row][strip] = Multiply::add_product(sum[row][strip], a[strip],
+                                                           broadcast(panel[step * Layout::kStepStride +
+                                                                           row * Layout::kRowStride]));
     }
 #pragma GCC unroll 8
     for (int row = 0; row < kTileRows; ++row)
@@ -72,21 +80,21 @@ inline void multiply_tile(const uint32_t* panel, const uint32_t* strips, int64_t
 
 // tile[strip][row][lane] (+)= sum over steps of panel[row][step] * strips[strip][step][lane].
 // `rows` is rounded up to whole groups, which the panel and the tile must hold.
-template <class Multiply>
+template <class Multiply, class Layout = GroupedPanel>
 inline void multiply_panel(const uint32_t* panel, int64_t rows, const uint32_t* strips, int64_t strip_stride,
                            int64_t num_strips, int64_t steps, float* tile, int64_t tile_stride, bool accumulate) {
     for (int64_t strip = 0; strip < num_strips; strip += kTileStrips) {
         const int64_t left = num_strips - strip;
         const uint32_t* a = strips + strip * strip_stride;
         for (int64_t row = 0; row < rows; row += kTileRows) {
-            const uint32_t* b = panel + row / kGroup * steps * kGroup + row % kGroup;
+            const uint32_t* b = panel + Layout::row_offset(row, steps);
             float* c = tile + strip * tile_stride + row * kLanes;
             if (left >= kTileStrips)
-                multiply_tile<Multiply, kTileStrips>(b, a, strip_stride, steps, c, tile_stride, accumulate);
+                multiply_tile<Multiply, Layout, kTileStrips>(b, a, strip_stride, steps, c, tile_stride, accumulate);
             else if (left == 2)
-                multiply_tile<Multiply, 2>(b, a, strip_stride, steps, c, tile_stride, accumulate);
+                multiply_tile<Multiply, Layout, 2>(b, a, strip_stride, steps, c, tile_stride, accumulate);
             else
-                multiply_tile<Multiply, 1>(b, a, strip_stride, steps, c, tile_stride, accumulate);
+                multiply_tile<Multiply, Layout, 1>(b, a, strip_stride, steps, c, tile_stride, accumulate);
         }
     }
 }

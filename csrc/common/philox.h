@@ -10,9 +10,21 @@
 namespace peft_kernels {
 
 struct Dropout {
-    uint64_t seed;
-    uint32_t threshold;  // round(p * 65536); 0 keeps everything
-    float keep_scale;    // 1 / (1 - p)
+    Dropout(uint64_t seed, double p)
+        : threshold(static_cast<uint32_t>(__builtin_nearbyint(p * 65536))),
+          keep_scale(threshold < 65536 ? static_cast<float>(1 / (1 - p)) : 0.0f) {
+        uint32_t low = static_cast<uint32_t>(seed), high = static_cast<uint32_t>(seed >> 32);
+        for (auto& key : keys) {
+            key[0] = low;
+            key[1] = high;
+            low += 0x9E3779B9u;
+            high += 0xBB67AE85u;
+        }
+    }
+
+    uint32_t threshold;  // 0 keeps everything, 65536 nothing
+    float keep_scale;
+    uint32_t keys[10][2];  // of each round, made of the seed
 };
 
 namespace PEFT_KERNELS_ISA {
@@ -46,18 +58,15 @@ inline HighLow multiply_high_low(U32 a, uint32_t b) {
 #endif
 }
 
-inline void philox4x32(U32 (&c)[4], uint64_t seed) {
-    uint32_t k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
+inline void philox4x32(U32 (&c)[4], const uint32_t (&keys)[10][2]) {
 #pragma GCC unroll 10
     for (int round = 0; round < 10; ++round) {
         const HighLow p0 = multiply_high_low(c[0], 0xD2511F53u);
         const HighLow p1 = multiply_high_low(c[2], 0xCD9E8D57u);
-        c[0] = p1.high ^ c[1] ^ k0;
+        c[0] = p1.high ^ c[1] ^ keys[round][0];
         c[1] = p1.low;
-        c[2] = p0.high ^ c[3] ^ k1;
+        c[2] = p0.high ^ c[3] ^ keys[round][1];
         c[3] = p0.low;
-        k0 += 0x9E3779B9u;
-        k1 += 0xBB67AE85u;
     }
 }
 
@@ -66,7 +75,7 @@ inline void dropout_keep_rows(const Dropout& dropout, int64_t first_row, int64_t
     // Rows of one vector may cross a multiple of 2^32 only in matrices that no memory holds.
     U32 c[4] = {broadcast(static_cast<uint32_t>(group)), static_cast<uint32_t>(first_row) + lane_index(),
                 broadcast(static_cast<uint32_t>(first_row >> 32)), U32{}};
-    philox4x32(c, dropout.seed);
+    philox4x32(c, dropout.keys);
     for (int j = 0; j < 4; ++j) {
         keep[2 * j] = (c[j] & 0xFFFF) >= dropout.threshold;
         keep[2 * j + 1] = (c[j] >> 16) >= dropout.threshold;
@@ -81,7 +90,7 @@ inline void dropout_keep_bits(const Dropout& dropout, int64_t first_row, int64_t
         const U32 lane = static_cast<uint32_t>(index) + lane_index();
         U32 c[4] = {static_cast<uint32_t>(first_group) + (lane & 7), static_cast<uint32_t>(first_row) + (lane >> 3),
                     broadcast(static_cast<uint32_t>(first_row >> 32)), U32{}};
-        philox4x32(c, dropout.seed);
+        philox4x32(c, dropout.keys);
         U32 bits{};
         for (int j = 0; j < 4; ++j) {
             bits |= (U32)((c[j] & 0xFFFF) >= dropout.threshold) & (1u << (2 * j));

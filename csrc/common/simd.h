@@ -30,14 +30,14 @@ using I32 = int32_t __attribute__((vector_size(4 * kLanes)));  // also the type 
 using U16 = uint16_t __attribute__((vector_size(2 * kLanes)));
 
 template <class T>
-inline T min_of(T a, T b) {
+constexpr T min_of(T a, T b) {
     return a < b ? a : b;
 }
 template <class T>
-inline T max_of(T a, T b) {
+constexpr T max_of(T a, T b) {
     return a > b ? a : b;
 }
-inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+constexpr int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 inline F32 broadcast(float value) { return value - F32{}; }
 inline U32 broadcast(uint32_t value) { return value - U32{}; }
@@ -72,6 +72,9 @@ inline F32 fma(F32 a, F32 b, F32 c) {
 
 inline float horizontal_sum(F32 v) {
     // Halves are folded in a fixed order, so that every run gives the same bits.
+#if defined(__AVX512F__)
+    return _mm512_reduce_add_ps(v);
+#endif
     float lanes[kLanes];
     memcpy(lanes, &v, sizeof v);
     for (int width = kLanes / 2; width > 0; width /= 2)
@@ -85,6 +88,9 @@ inline F32 widen_bf16(U16 bits) { return (F32)(__builtin_convertvector(bits, U32
 
 // Round to nearest even; any NaN becomes the quiet one, as in rounding.h.
 inline U16 narrow_bf16(F32 value) {
+#if defined(__AVX512BF16__)
+    return (U16)_mm512_cvtneps_pbh(value);  // flushes subnormals, as the multiplication of bf16 pairs does
+#endif
     const U32 bits = (U32)value;
     const U32 rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16;
     return __builtin_convertvector(value == value ? rounded : broadcast(0x7FC0u), U16);

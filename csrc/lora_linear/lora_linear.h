@@ -15,7 +15,7 @@ struct LoraAdapter {
     ConstMatrix lora_B;  // [n, rank]
     int64_t rank;
     float scaling;
-    float dropout;       // the probability p
+    double dropout;      // the probability p
     uint64_t seed;       // of the dropout mask
     float* grad_A;       // backward: [rank, k], or null
     float* grad_B;       // backward: [n, rank], or null

@@ -50,20 +50,29 @@ int64_t padded_rank(const LoraLinearParams& p) {
 }
 
 Dropout dropout_of(const LoraAdapter& adapter) {
-    return {adapter.seed, static_cast<uint32_t>(adapter.dropout * 65536 + 0.5f), 1 / (1 - adapter.dropout)};
+    return {adapter.seed, adapter.dropout};
 }
 
 const void* row_of(const ConstMatrix& matrix, int64_t row, int64_t column = 0) {
     return static_cast<const char*>(matrix.data) + (row * matrix.stride + column) * size_of(matrix.dtype);
 }
 
-// Calls body(type, step type) with the element type that weights are decoded to and with how they are multiplied.
+// The weight with the roundings to its own dtype and to compute_dtype made one where that changes nothing.
+Nf4Weight rounded_once(const Nf4Weight& weight, DType compute_dtype) {
+    Nf4Weight result = weight;
+    if (weight.dtype == DType::kFloat32) result.dtype = compute_dtype;
+    return result;
+}
+
+// Calls body(type, multiply) with the element type that weights are decoded to and with how they are multiplied.
 template <class Body>
-void dispatch_compute(DType compute_dtype, const Body& body) {
+void dispatch_compute(DType compute_dtype, DType weight_dtype, const Body& body) {
 #if defined(__AVX512BF16__)
     if (compute_dtype == DType::kBFloat16) return body(static_cast<BFloat16*>(nullptr), MultiplyBf16Pairs{});
 #endif
-    dispatch_dtype(compute_dtype, [&](auto* type) { body(type, MultiplyF32{}); });
+    const bool rounds_twice = weight_dtype != DType::kFloat32 && compute_dtype != DType::kFloat32 &&
+                              weight_dtype != compute_dtype;
+    dispatch_dtype(rounds_twice ? compute_dtype : DType::kFloat32, [&](auto* type) { body(type, MultiplyF32{}); });
 }
 
 template <class Multiply>
@@ -75,45 +84,29 @@ constexpr int kStepElements<MultiplyBf16Pairs> = 2;
 
 int64_t step_elements(DType compute_dtype) {
     int64_t elements = 1;
-    dispatch_compute(compute_dtype, [&](auto*, auto multiply) { elements = kStepElements<decltype(multiply)>; });
+    dispatch_compute(compute_dtype, DType::kFloat32,
+                     [&](auto*, auto multiply) { elements = kStepElements<decltype(multiply)>; });
     return elements;
 }
 
 // ---- Panels of the weight -----------------------------------------------------------------------------------------
 
+using WeightPanel = RowPanel<kPanelSteps>;
+
 // Rows [first_row, first_row + rows) of W, elements [first, first + count) of each, as a panel whose steps run along k.
 template <class T, int kElements>
 void decode_panel(const Nf4Weight& w, int64_t first_row, int64_t rows, int64_t first, int64_t count, uint32_t* panel) {
-    const int64_t steps = divide_up(count, kElements);
-    T buffer[kLanes][kPanelSteps * kElements + kLanes * kElements];
-    for (int64_t row0 = 0; row0 < divide_up(rows, kGroup) * kGroup; row0 += kLanes) {
-        for (int64_t i = 0; i < kLanes; ++i) {
-            const int64_t row = row0 + i;
-            if (row < rows) {
-                decode_range(w, (first_row + row) * w.k + first, count, buffer[i]);
-                memset(buffer[i] + count, 0, kLanes * kElements * sizeof(T));
-            } else {
-                memset(buffer[i], 0, sizeof buffer[i]);
-            }
-        }
-        for (int64_t step = 0; step < steps; step += kLanes) {
-            U32 block[kLanes];
-            for (int i = 0; i < kLanes; ++i) {
-                const T* p = buffer[i] + step * kElements;
-                if constexpr (kElements == 2)
-                    block[i] = load_pairs(p);
-                else
-                    block[i] = (U32)load(p);
-            }
-            transpose(block);
-            for (int64_t j = 0; j < min_of<int64_t>(kLanes, steps - step); ++j)
-                for (int part = 0; part < kLanes; part += kGroup) {
-                    const int64_t row = row0 + part;
-                    if (row < rows)
-                        memcpy(panel + (row / kGroup * steps + step + j) * kGroup + row % kGroup,
-                               reinterpret_cast<const uint32_t*>(&block[j]) + part,
-                               4 * min_of(kGroup, kLanes));
-                }
+    for (int64_t row = 0; row < rows; ++row, panel += WeightPanel::kRowStride) {
+        const int64_t begin = (first_row + row) * w.k + first;
+        if constexpr (kElements == 2 || sizeof(T) == 4) {
+            T* out = reinterpret_cast<T*>(panel);
+            decode_range(w, begin, count, out);
+            if (count % kElements) out[count] = {};
+        } else {
+            T values[kPanelSteps];
+            decode_range(w, begin, count, values);
+            for (int64_t step = 0; step < count; step += kLanes)
+                store(reinterpret_cast<float*>(panel) + step, load(values + step));
         }
     }
 }
@@ -166,7 +159,7 @@ template <class T>
 void shrink(const LoraLinearParams& p, const ConstMatrix& x, int64_t columns, bool drop, int64_t first_row,
             int64_t num_strips, const uint32_t* panels, uint32_t* scratch, float* tile) {
     const int64_t ranks = padded_rank(p);
-    for (int64_t column = 0; column < columns; column += kPanelSteps) {
+    for (int64_t column = 0; column == 0 || column < columns; column += kPanelSteps) {
         const int64_t steps = min_of(kPanelSteps, columns - column);
         const uint32_t* panel = panels;
         bool packed = false, dropped = false;
@@ -242,7 +235,7 @@ void forward_panels(const LoraLinearForwardParams& p, const LoraLinearPlan& plan
     uint32_t* panel_A = arena.take(ranks * p.k);
     uint32_t* strips = arena.take(p.weight ? chunk_strips * steps * kLanes : 0);
     float* strips_s = arena.take<float>(chunk_strips * ranks * kLanes);
-    const int64_t worker_panel = max_of(kPanelRows * kPanelSteps, kTileStrips * kPanelSteps * kLanes);
+    const int64_t worker_panel = max_of(kPanelRows * WeightPanel::kRowStride, kTileStrips * kPanelSteps * kLanes);
     const int64_t worker_words = worker_panel + kPanelRows * (ranks + 1) + plan.task_strips * kPanelRows * kLanes;
     uint32_t* workers = arena.take(p.threads * worker_words);
     if (!p.workspace) {
@@ -306,17 +299,19 @@ void forward_panels(const LoraLinearForwardParams& p, const LoraLinearPlan& plan
             const int64_t tile_stride = kPanelRows * kLanes;
 
             if (p.weight)
-                dispatch_compute(p.compute_dtype, [&](auto* type, auto multiply) {
+                dispatch_compute(p.compute_dtype, p.weight->dtype, [&](auto* type, auto multiply) {
                     using T = Pointee<decltype(type)>;
                     using Multiply = decltype(multiply);
                     constexpr int kElements = kStepElements<Multiply>;
-                    for (int64_t step = 0; step < steps; step += kPanelSteps) {
-                        const int64_t block = min_of(kPanelSteps, steps - step);
+                    const Nf4Weight weight = rounded_once(*p.weight, p.compute_dtype);
+                    for (int64_t step = 0; step == 0 || step < steps; step += panel_steps(steps)) {
+                        const int64_t block = min_of(panel_steps(steps), steps - step);
                         const int64_t k0 = step * kElements;
-                        decode_panel<T, kElements>(*p.weight, n0, outputs, k0,
-                                                   min_of(kPanelSteps * kElements, p.k - k0), panel);
-                        multiply_panel<Multiply>(panel, outputs, strips + (strip0 * steps + step) * kLanes,
-                                                 steps * kLanes, count, block, tile, tile_stride, step > 0);
+                        decode_panel<T, kElements>(weight, n0, outputs, k0,
+                                                   min_of(block * kElements, p.k - k0), panel);
+                        multiply_panel<Multiply, WeightPanel>(panel, outputs,
+                                                              strips + (strip0 * steps + step) * kLanes,
+                                                              steps * kLanes, count, block, tile, tile_stride, step > 0);
                     }
                 });
             int64_t offset = 0;
@@ -441,15 +436,16 @@ void backward_panels(const LoraLinearBackwardParams& p, const LoraLinearPlan& pl
             const int64_t tile_stride = kPanelRows * kLanes;
 
             if (p.weight)
-                dispatch_compute(p.compute_dtype, [&](auto* type, auto multiply) {
+                dispatch_compute(p.compute_dtype, p.weight->dtype, [&](auto* type, auto multiply) {
                     using T = Pointee<decltype(type)>;
                     using Multiply = decltype(multiply);
                     constexpr int kElements = kStepElements<Multiply>;
-                    for (int64_t step = 0; step < steps; step += kPanelSteps) {
-                        const int64_t block = min_of(kPanelSteps, steps - step);
+                    const Nf4Weight weight = rounded_once(*p.weight, p.compute_dtype);
+                    for (int64_t step = 0; step == 0 || step < steps; step += panel_steps(steps)) {
+                        const int64_t block = min_of(panel_steps(steps), steps - step);
                         const int64_t n0 = step * kElements;
-                        decode_panel_transposed<T, kElements>(*p.weight, k0, outputs, n0,
-                                                              min_of(kPanelSteps * kElements, p.n - n0), panel);
+                        decode_panel_transposed<T, kElements>(weight, k0, outputs, n0,
+                                                              min_of(block * kElements, p.n - n0), panel);
                         multiply_panel<Multiply>(panel, outputs, strips + (strip0 * steps + step) * kLanes,
                                                  steps * kLanes, count, block, tile, tile_stride, step > 0);
                     }
@@ -540,10 +536,240 @@ void backward_panels(const LoraLinearBackwardParams& p, const LoraLinearPlan& pl
     });
 }
 
+// ---- Decode shapes ------------------------------------------------------------------------------------------------
+
+// The most rows of x, and the rows of W that are multiplied at once: 16 sums at most, and 4 at least, since each
+// multiplication waits for the one before it in its sum.
+constexpr int kDotRows = 8;
+template <int kM>
+constexpr int kDotWeights = kM <= 2 ? 4 : 2;
+
+// The values of a block, rounded through kRounding. The multiplication of bf16 pairs takes subnormals for zero, so
+// they may be flushed here, which saves five instructions a block.
+template <class T, class Multiply, DType kRounding>
+Table<T> dot_table(const float* values, float absmax) {
+#if defined(__AVX512BF16__)
+    if constexpr (kStepElements<Multiply> == 2 && kRounding == DType::kFloat32) {
+        const __m256i rounded = (__m256i)_mm512_cvtneps_pbh(_mm512_mul_ps(_mm512_load_ps(values), _mm512_set1_ps(absmax)));
+        return {{_mm512_broadcast_i64x4(rounded)}};
+    }
+#endif
+    return make_table<T>(values, absmax, kRounding);
+}
+
+// sum[row][i] += W[first_row + row] . x[i], lane by lane, for rows whose blocks begin with them.
+template <class T, class Multiply, DType kRounding, int kWeights, int kM>
+void dot_rows(const Nf4Weight& w, int64_t first_row, const uint32_t* x, int64_t x_stride, F32 (&sum)[kWeights][kM]) {
+    constexpr int kElements = kStepElements<Multiply>;
+    constexpr int kUnit = max_of(Table<T>::kGroup, kLanes * kElements);  // elements decoded at a time
+    constexpr int64_t kBlocks = 64;                                      // blocks whose statistics are decoded at a time
+    const float* values = codebook(w.quant_type);
+    const int64_t blocksize = int64_t{1} << w.log2_blocksize;
+    const int64_t row_blocks = w.k >> w.log2_blocksize;
+    const uint8_t* codes = w.codes + first_row * w.k / 2;
+    for (int64_t block0 = 0; block0 < row_blocks; block0 += kBlocks) {
+        const int64_t blocks = min_of(kBlocks, row_blocks - block0);
+        float absmax[kWeights][kBlocks];
+        for (int row = 0; row < kWeights; ++row)
+            for (int64_t block = 0; block < blocks; ++block)
+                absmax[row][block] = block_absmax(w.absmax, (first_row + row) * row_blocks + block0 + block);
+        for (int64_t block = 0; block < blocks; ++block) {
+            Table<T> table[kWeights];
+#pragma GCC unroll 4
+            for (int row = 0; row < kWeights; ++row) {
+                // The next rows to come: each row is a stream of its own, too short for the hardware to get ahead.
+                __builtin_prefetch(codes + (kWeights + row) * w.k / 2);
+                table[row] = dot_table<T, Multiply, kRounding>(values, absmax[row][block]);
+            }
+            for (int64_t unit = 0; unit < blocksize; unit += kUnit, codes += kUnit / 2, x += kUnit / kElements)
+#pragma GCC unroll 4
+                for (int row = 0; row < kWeights; ++row) {
+                    T decoded[kUnit];
+#pragma GCC unroll 16
+                    for (int i = 0; i < kUnit; i += Table<T>::kGroup)
+                        decode_group(table[row], codes + (row * w.k + i) / 2, decoded + i);
+#pragma GCC unroll 4
+                    for (int part = 0; part < kUnit; part += kLanes * kElements) {
+                        U32 weights;
+                        if constexpr (kElements == 2)
+                            weights = load_pairs(decoded + part);
+                        else
+                            weights = (U32)load(decoded + part);
+#pragma GCC unroll 8
+                        for (int i = 0; i < kM; ++i)
+                            sum[row][i] = Multiply::add_product(
+                                sum[row][i], weights, load_vector<U32>(x + i * x_stride + part / kElements));
+                    }
+                }
+        }
+    }
+}
+
+template <DType kValue>
+struct Rounding {
+    static constexpr DType kDType = kValue;
+};
+
+template <int kM>
+void forward_dot(const LoraLinearForwardParams& p) {
+    const int64_t elements = step_elements(p.compute_dtype);
+    const int64_t steps = divide_up(p.k, kLanes * elements) * kLanes;
+    const int64_t padded_k = divide_up(p.k, kLanes) * kLanes;
+    int64_t ranks = 0;
+    for (int a = 0; a < p.num_adapters; ++a) ranks += divide_up(p.adapters[a].rank, kLanes) * kLanes;
+
+    Arena arena(p.workspace);
+    uint32_t* x_steps = arena.take(kM * steps);
+    float* x_wide = arena.take<float>(ranks > 0 ? kM * padded_k : 0);
+    float* s = arena.take<float>(kM * ranks);  // scaled, each adapter's part padded to whole vectors with zeros
+    if (!p.workspace) {
+        *p.workspace_bytes = arena.used();
+        return;
+    }
+
+    const auto widen_x = [&](float* out) {
+        dispatch_dtype(p.x.dtype, [&](auto* type) {
+            using T = Pointee<decltype(type)>;
+            for (int64_t i = 0; i < p.m; ++i)
+                for (int64_t column = 0; column < padded_k; column += kLanes)
+                    store(out + i * padded_k + column,
+                          load_partial(static_cast<const T*>(row_of(p.x, i, column)),
+                                       min_of<int64_t>(kLanes, p.k - column)));
+        });
+    };
+    // Rows that only fill up kM are zero.
+    memset(x_steps + p.m * steps, 0, (kM - p.m) * steps * 4);
+    if (ranks > 0) {
+        memset(x_wide + p.m * padded_k, 0, (kM - p.m) * padded_k * 4);
+        widen_x(x_wide);
+    }
+    dispatch_dtype(p.x.dtype, [&](auto* type) {
+        using T = Pointee<decltype(type)>;
+        for (int64_t i = 0; i < p.m; ++i)
+            for (int64_t step = 0; step < steps; step += kLanes) {
+                T row[2 * kLanes] = {};
+                memcpy(row, row_of(p.x, i, step * elements),
+                       max_of<int64_t>(0, min_of(kLanes * elements, p.k - step * elements)) * sizeof(T));
+                store_vector(x_steps + i * steps + step, elements == 2 ? load_pairs(row) : (U32)load(row));
+            }
+    });
+
+    int64_t offset = 0, rank = 0;
+    for (int a = 0; a < p.num_adapters; ++a) {
+        const LoraAdapter& adapter = p.adapters[a];
+        const Dropout dropout = dropout_of(adapter);
+        if (dropout.threshold > 0) {
+            widen_x(x_wide);
+            for (int64_t column = 0; column < p.k; column += kColumns) {
+                uint8_t keep[kDotRows][8];
+                dropout_keep_bits(dropout, 0, kDotRows, column / 8, keep);
+                for (int64_t i = 0; i < p.m; ++i)
+                    for (int64_t j = 0; j < min_of<int64_t>(kColumns, p.k - column); ++j)
+                        if (!(keep[i][j / 8] >> (j % 8) & 1)) x_wide[i * padded_k + column + j] = 0;
+            }
+        }
+        parallel_for_each(divide_up(adapter.rank, 4), [&](int64_t task, int) {
+            dispatch_dtype(adapter.lora_A.dtype, [&](auto* type) {
+                using T = Pointee<decltype(type)>;
+                for (int64_t r = task * 4; r < min_of(task * 4 + 4, adapter.rank); ++r) {
+                    const T* row = static_cast<const T*>(row_of(adapter.lora_A, r));
+                    F32 sum[kM] = {};
+                    for (int64_t column = 0; column < p.k; column += kLanes) {
+                        const int64_t count = p.k - column;
+                        const F32 v = count >= kLanes ? load(row + column) : load_partial(row + column, count);
+                        for (int i = 0; i < kM; ++i) sum[i] = fma(v, load(x_wide + i * padded_k + column), sum[i]);
+                    }
+                    for (int64_t i = 0; i < p.m; ++i) {
+                        const float value = horizontal_sum(sum[i]) * dropout.keep_scale;
+                        p.s[i * p.total_rank + rank + r] = value;
+                        s[i * ranks + offset + r] = value * adapter.scaling;
+                    }
+                }
+            });
+        });
+        const int64_t padded = divide_up(adapter.rank, kLanes) * kLanes;
+        for (int64_t i = 0; i < p.m; ++i)
+            for (int64_t r = adapter.rank; r < padded; ++r) s[i * ranks + offset + r] = 0;
+        offset += padded;
+        rank += adapter.rank;
+    }
+
+    // Tasks of about 64k weights: some ten microseconds, well above what handing one out costs.
+    constexpr int kWeights = kDotWeights<kM>;
+    const int64_t task_rows = max_of<int64_t>(1, (int64_t{1} << 16) / max_of<int64_t>(1, p.k) / kWeights) * kWeights;
+    parallel_for_each(divide_up(p.n, task_rows), [&](int64_t task, int) {
+        const int64_t end = min_of(p.n, (task + 1) * task_rows);
+        const auto finish = [&](int64_t n, const F32* sums) {
+            for (int64_t i = 0; i < p.m; ++i) {
+                F32 sum = sums[i];
+                int64_t at = 0;
+                for (int a = 0; a < p.num_adapters; ++a) {
+                    const LoraAdapter& adapter = p.adapters[a];
+                    dispatch_dtype(adapter.lora_B.dtype, [&](auto* type) {
+                        const auto* row = static_cast<const Pointee<decltype(type)>*>(row_of(adapter.lora_B, n));
+                        for (int64_t r = 0; r < adapter.rank; r += kLanes, at += kLanes) {
+                            const int64_t count = adapter.rank - r;
+                            const F32 b = count >= kLanes ? load(row + r) : load_partial(row + r, count);
+                            sum = fma(b, load(s + i * ranks + at), sum);
+                        }
+                    });
+                }
+                float value = horizontal_sum(sum);
+                if (p.bias.data)
+                    dispatch_dtype(p.bias.dtype, [&](auto* type) {
+                        value += to_float(static_cast<const Pointee<decltype(type)>*>(p.bias.data)[n]);
+                    });
+                dispatch_dtype(p.y.dtype, [&](auto* type) {
+                    using T = Pointee<decltype(type)>;
+                    if (p.add.data) value += to_float(static_cast<const T*>(row_of(p.add, i))[n]);
+                    store_rounded(value, static_cast<T*>(p.y.data) + i * p.y.stride + n);
+                });
+            }
+        };
+        if (!p.weight) {
+            const F32 zeros[kM] = {};
+            for (int64_t n = task * task_rows; n < end; ++n) finish(n, zeros);
+            return;
+        }
+        dispatch_compute(p.compute_dtype, p.weight->dtype, [&](auto* type, auto multiply) {
+            using T = Pointee<decltype(type)>;
+            using Multiply = decltype(multiply);
+            const Nf4Weight weight = rounded_once(*p.weight, p.compute_dtype);
+            const auto rows = [&](auto rounding) {
+                int64_t n = task * task_rows;
+                for (; n + kWeights <= end; n += kWeights) {
+                    F32 sums[kWeights][kM] = {};
+                    dot_rows<T, Multiply, decltype(rounding)::kDType>(weight, n, x_steps, steps, sums);
+                    for (int row = 0; row < kWeights; ++row) finish(n + row, sums[row]);
+                }
+                for (; n < end; ++n) {
+                    F32 sums[1][kM] = {};
+                    dot_rows<T, Multiply, decltype(rounding)::kDType>(weight, n, x_steps, steps, sums);
+                    finish(n, sums[0]);
+                }
+            };
+            // Rounding twice to the type that is decoded to is rounding once.
+            const bool same = (kStepElements<Multiply> == 2 && weight.dtype == DType::kBFloat16);
+            if (weight.dtype == DType::kFloat32 || same) return rows(Rounding<DType::kFloat32>{});
+            if (weight.dtype == DType::kBFloat16) return rows(Rounding<DType::kBFloat16>{});
+            rows(Rounding<DType::kFloat16>{});
+        });
+    });
+}
+
+bool blocks_begin_with_rows(const Nf4Weight* weight) {
+    return !weight || weight->k % (int64_t{1} << weight->log2_blocksize) == 0;
+}
+
 }  // namespace
 
 void lora_linear_forward(const LoraLinearForwardParams& params) {
-    forward_panels(params, lora_linear_plan(params.m, params.n, params.k, params.threads, kLanes));
+    const LoraLinearPlan plan = lora_linear_plan(params.m, params.n, params.k, params.threads, kLanes);
+    if (!plan.dot || !blocks_begin_with_rows(params.weight)) return forward_panels(params, plan);
+    if (params.m == 1) return forward_dot<1>(params);
+    if (params.m == 2) return forward_dot<2>(params);
+    if (params.m <= 4) return forward_dot<4>(params);
+    forward_dot<8>(params);
 }
 
 void lora_linear_backward(const LoraLinearBackwardParams& params) {

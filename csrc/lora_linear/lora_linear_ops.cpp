@@ -61,7 +61,7 @@ Adapters adapters_of(const Tensors& lora_A, const Tensors& lora_B, const Numbers
         const int64_t rank = lora_A[i].size(0);
         PEFT_KERNELS_CHECK(std::isfinite(scaling[i]), "scaling", std::to_string(scaling[i]), "a finite number");
         adapters.list.push_back({matrix_of("lora_A", lora_A[i], rank, k), matrix_of("lora_B", lora_B[i], n, rank), rank, static_cast<float>(scaling[i]),
-                                 drops ? static_cast<float>(dropout[i]) : 0.0f,
+                                 drops ? dropout[i] : 0.0,
                                  drops ? static_cast<uint64_t>(seed_values[i]) : 0, nullptr, nullptr});
         adapters.total_rank += rank;
     }
@@ -187,11 +187,11 @@ std::tuple<Tensor, Tensor, Tensor> backward(Tensor grad_y, std::optional<Tensor>
     float* next_B = static_cast<float*>(grad_B.mutable_data_ptr());
     for (size_t i = 0; i < count; ++i) {
         LoraAdapter& adapter = adapters.list[i];
-        if (wants_A[i]) {
+        if (wants_A[i] && params.k > 0) {
             adapter.grad_A = next_A;
             next_A += adapter.rank * params.k;
         }
-        if (wants_B[i]) {
+        if (wants_B[i] && params.n > 0) {
             adapter.grad_B = next_B;
             next_B += adapter.rank * params.n;
         }

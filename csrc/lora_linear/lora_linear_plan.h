@@ -6,10 +6,16 @@
 
 namespace peft_kernels {
 
-// Rows of the weight (or, for grad_x, columns) that one task decodes: 64 rows x 256 steps x 4 bytes = 64 KB, which
-// stays in a 1 MB L2 cache beside the strips of the activation (48 rows x 256 steps x 4 bytes = 48 KB).
+// Rows of the weight (or, for grad_x, columns) that one task decodes, and the most steps: 64 x 320 x 4 bytes = 80 KB,
+// which stays in a 1 MB L2 cache beside the strips of the activation (48 rows x 320 steps x 4 bytes = 60 KB).
 constexpr int64_t kPanelRows = 64;
-constexpr int64_t kPanelSteps = 256;
+constexpr int64_t kPanelSteps = 320;
+
+// Blocks of equal length: a short last one would load and store its sums for little work.
+inline int64_t panel_steps(int64_t steps) {
+    const int64_t blocks = (steps + kPanelSteps - 1) / kPanelSteps;
+    return blocks == 0 ? kPanelSteps : (steps + blocks - 1) / blocks;
+}
 
 struct LoraLinearPlan {
     bool dot;             // few rows: vectors run along the reduction, and nothing is packed

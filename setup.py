@@ -5,6 +5,8 @@ found); TORCH_CUDA_ARCH_LIST names the architectures; PEFT_KERNELS_SANITIZE name
 """
 
 import os
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +15,54 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent.resolve()
+
+
+def find_nvcc() -> str | None:
+    """nvcc of CUDA_HOME, of the PATH, or of pip's nvidia-cuda-nvcc; None if the CUDA kernels are not to be built."""
+    wanted = os.environ.get("PEFT_KERNELS_CUDA", "")
+    if wanted not in ("", "0", "1"):
+        raise SystemExit(f"PEFT_KERNELS_CUDA: got '{wanted}', wanted 0, 1 or nothing")
+    if wanted == "0":
+        return None
+    homes = [Path(os.environ[name]) for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
+    wheels = [home for entry in sys.path for home in sorted(Path(entry or ".").glob("nvidia/cu*"), reverse=True)]
+    candidates = [home / "bin/nvcc" for home in homes]
+    candidates += [Path(path) for path in [shutil.which("nvcc")] if path]
+    candidates += [home / "bin/nvcc" for home in wheels]
+    for nvcc in candidates:
+        if nvcc.is_file():
+            return str(nvcc)
+    if wanted == "1":
+        raise SystemExit(
+            "PEFT_KERNELS_CUDA=1, but there is no nvcc in CUDA_HOME, on the PATH or in pip's nvidia-cuda-nvcc. "
+            "Install a CUDA toolkit (12.x or 13.x), or build for the CPU only with PEFT_KERNELS_CUDA=0"
+        )
+    return None
+
+
+def cuda_architectures() -> str:
+    """CMAKE_CUDA_ARCHITECTURES from TORCH_CUDA_ARCH_LIST, else of the visible cards, else sm_80 and its PTX."""
+    names = re.split("[; ,]+", os.environ.get("TORCH_CUDA_ARCH_LIST", "").strip())
+    architectures = []
+    for name in filter(None, names):
+        match = re.fullmatch(r"(\d+)\.(\d+)([af]?)(\+PTX)?", name)
+        if not match:
+            raise SystemExit(f"TORCH_CUDA_ARCH_LIST: got '{name}', wanted numbers like 8.0 or 9.0+PTX")
+        major, minor, variant, ptx = match.groups()
+        architectures.append(f"{major}{minor}{variant}" + ("" if ptx else "-real"))
+    if not architectures:
+        architectures = [f"{capability.replace('.', '')}-real" for capability in visible_cards()]
+    return ";".join(architectures or ["80"])
+
+
+def visible_cards() -> list[str]:
+    """The compute capabilities of the machine's cards, such as '8.0'. nvidia-smi knows them whatever torch is for."""
+    try:
+        command = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
+        output = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
+    except (OSError, subprocess.SubprocessError):
+        return []
+    return sorted({line.strip() for line in output.splitlines() if re.fullmatch(r"\d+\.\d+", line.strip())})
 
 
 class CMakeBuild(build_ext):
@@ -28,7 +78,18 @@ class CMakeBuild(build_ext):
             "TORCH_LIBRARY_DIR": TORCH_LIB_PATH,
             "CMAKE_LIBRARY_OUTPUT_DIRECTORY": str(target.parent),
             "PEFT_KERNELS_SANITIZE": os.environ.get("PEFT_KERNELS_SANITIZE", ""),
+            "PEFT_KERNELS_WITH_CUDA": "OFF",
         }
+        if nvcc := find_nvcc():
+            print(f"peft_kernels: CUDA kernels are built with {nvcc} (PEFT_KERNELS_CUDA=0 leaves them out)")
+            options |= {
+                "PEFT_KERNELS_WITH_CUDA": "ON",
+                "CMAKE_CUDA_COMPILER": nvcc,
+                "CMAKE_CUDA_ARCHITECTURES": cuda_architectures(),
+            }
+            library = Path(nvcc).parent.parent / "lib"
+            if (library / "libcudart_static.a").is_file():  # pip's wheels: nvcc itself looks in lib64
+                options["CMAKE_CUDA_FLAGS"] = f"-L{library}"
         subprocess.check_call(
             ["cmake", "-G", "Ninja", "-S", str(ROOT), "-B", str(build_directory)]
             + [f"-D{name}={value}" for name, value in options.items()]

@@ -1,8 +1,10 @@
-// Checks of what comes from Python. Each failure names the argument, what it got and what it wanted, and becomes a
-// ValueError. Only bindings include this.
+// Checks of what arrives from Python, for the bindings. Each failure throws std::invalid_argument, which Python sees
+// as a ValueError, with a message "<argument>: got <what>, wanted <what>". The texts are built only then: the ops are
+// called thousands of times a second.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
 
 #include <initializer_list>
 #include <stdexcept>
@@ -12,19 +14,15 @@
 
 namespace peft_kernels {
 
-[[noreturn]] inline void fail(const std::string& name, const std::string& got, const std::string& wanted) {
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+[[noreturn]] inline void bad_argument(const std::string& name, const std::string& got, const std::string& wanted) {
     throw std::invalid_argument(name + ": got " + got + ", wanted " + wanted);
 }
 
-// A macro so that the texts are built only when the check fails: the ops are called thousands of times a second.
-#define PEFT_KERNELS_CHECK(condition, name, got, wanted) \
-    do {                                                 \
-        if (!(condition)) fail(name, got, wanted);       \
-    } while (false)
-
-inline std::string dtype_name(torch::headeronly::ScalarType dtype) {
-    using torch::headeronly::ScalarType;
-    switch (dtype) {
+inline std::string describe(ScalarType type) {
+    switch (type) {
         case ScalarType::Float: return "float32";
         case ScalarType::BFloat16: return "bfloat16";
         case ScalarType::Half: return "float16";
@@ -34,55 +32,93 @@ inline std::string dtype_name(torch::headeronly::ScalarType dtype) {
         case ScalarType::Int: return "int32";
         case ScalarType::Long: return "int64";
         case ScalarType::Bool: return "bool";
-        default: return "dtype number " + std::to_string(static_cast<int>(dtype));
+        default: return torch::headeronly::toString(type);
     }
 }
 
 template <class Sizes>
-std::string shape_text(const Sizes& sizes) {
+std::string describe_shape(const Sizes& sizes) {
     std::string text = "[";
     for (auto size : sizes) text += (text.size() > 1 ? ", " : "") + std::to_string(size);
     return text + "]";
 }
 
-inline std::string describe(const torch::stable::Tensor& tensor) {
-    return dtype_name(tensor.scalar_type()) + " " + shape_text(tensor.sizes());
+inline std::string describe_device(const Tensor& tensor) {
+    const std::string index = std::to_string(tensor.get_device_index());
+    return tensor.is_cpu() ? "cpu" : tensor.is_cuda() ? "cuda:" + index : "device " + index;
 }
 
-inline std::string counted(size_t count) { return std::to_string(count) + (count == 1 ? " item" : " items"); }
+// For example "float32 [4, 8]".
+inline std::string describe(const Tensor& tensor) {
+    return describe(tensor.scalar_type()) + " " + describe_shape(tensor.sizes());
+}
 
-inline void check_shape(const char* name, const torch::stable::Tensor& tensor, std::initializer_list<int64_t> shape) {
+inline void check_device(const Tensor& tensor, const char* name, const Tensor& reference) {
+    if (tensor.device().type() != reference.device().type() ||
+        tensor.get_device_index() != reference.get_device_index())
+        bad_argument(name, "a tensor on " + describe_device(tensor), "one on " + describe_device(reference));
+}
+
+inline void check_dtype(const Tensor& tensor, const char* name, ScalarType wanted) {
+    if (tensor.scalar_type() != wanted) bad_argument(name, describe(tensor), describe(wanted));
+}
+
+inline void check_shape(const Tensor& tensor, const char* name, std::initializer_list<int64_t> shape) {
     bool same = tensor.dim() == static_cast<int64_t>(shape.size());
     int64_t dimension = 0;
     for (int64_t size : shape) same = same && tensor.size(dimension++) == size;
-    PEFT_KERNELS_CHECK(same, name, "shape " + shape_text(tensor.sizes()), shape_text(shape));
+    if (!same) bad_argument(name, "shape " + describe_shape(tensor.sizes()), describe_shape(shape));
 }
 
-inline void check_cpu(const char* name, const torch::stable::Tensor& tensor) {
-    PEFT_KERNELS_CHECK(tensor.is_cpu(), name, "a tensor on another device", "one on the CPU, like the others");
+inline void check_contiguous(const Tensor& tensor, const char* name) {
+    if (!tensor.is_contiguous()) bad_argument(name, "strides " + describe_shape(tensor.strides()), "a dense tensor");
 }
 
-inline void check_dtype(const char* name, const torch::stable::Tensor& tensor, torch::headeronly::ScalarType dtype) {
-    PEFT_KERNELS_CHECK(tensor.scalar_type() == dtype, name, describe(tensor), dtype_name(dtype));
+// The tensor is dense, has `count` elements in any shape, and is on the device of `reference`.
+inline void check_array(const Tensor& tensor, const char* name, ScalarType dtype, int64_t count,
+                        const Tensor& reference) {
+    if (tensor.scalar_type() != dtype || tensor.numel() != count)
+        bad_argument(name, describe(tensor), describe(dtype) + " with " + std::to_string(count) + " elements");
+    check_device(tensor, name, reference);
+    check_contiguous(tensor, name);
 }
 
-inline void check_contiguous(const char* name, const torch::stable::Tensor& tensor) {
-    PEFT_KERNELS_CHECK(tensor.is_contiguous(), name, "a strided tensor", "a contiguous one");
-}
-
-// float32, bfloat16 or float16.
-inline DType dtype_of(const char* name, torch::headeronly::ScalarType dtype) {
-    using torch::headeronly::ScalarType;
-    switch (dtype) {
+// A floating-point type that the kernels read and write.
+inline DType check_float_dtype(ScalarType type, const char* name) {
+    switch (type) {
         case ScalarType::Float: return DType::kFloat32;
         case ScalarType::BFloat16: return DType::kBFloat16;
         case ScalarType::Half: return DType::kFloat16;
-        default: fail(name, dtype_name(dtype), "float32, bfloat16 or float16");
+        default: bad_argument(name, describe(type), "float32, bfloat16 or float16");
     }
 }
 
-inline DType dtype_of(const char* name, const torch::stable::Tensor& tensor) {
-    return dtype_of(name, tensor.scalar_type());
+inline DType check_float_dtype(const Tensor& tensor, const char* name) {
+    return check_float_dtype(tensor.scalar_type(), name);
+}
+
+// A floating-point matrix [rows, columns] with dense rows, on the device of `reference`.
+inline ConstMatrix check_matrix(const Tensor& tensor, const char* name, int64_t rows, int64_t columns,
+                                const Tensor& reference) {
+    check_shape(tensor, name, {rows, columns});
+    check_device(tensor, name, reference);
+    if (columns > 1 && tensor.stride(1) != 1)
+        bad_argument(name, "strides " + describe_shape(tensor.strides()), "dense rows: an inner stride of 1");
+    return {tensor.const_data_ptr(), check_float_dtype(tensor, name), tensor.stride(0)};
+}
+
+// The product of the sizes, none negative, which an int64 must hold.
+template <class Sizes>
+int64_t check_count(const Sizes& sizes, const char* name) {
+    int64_t count = 1;
+    bool good = true, empty = false;
+    for (auto size : sizes) {
+        good = good && size >= 0;
+        empty = empty || size == 0;
+    }
+    for (auto size : sizes) good = good && (empty || !__builtin_mul_overflow(count, int64_t{size}, &count));
+    if (!good) bad_argument(name, describe_shape(sizes), "sizes of at least 0 whose product is below 2**63");
+    return empty ? 0 : count;
 }
 
 }  // namespace peft_kernels

@@ -27,13 +27,13 @@ static inline float to_float(float value) { return value; }
 static inline float to_float(BFloat16 value) { return float_from_bits(static_cast<uint32_t>(value.bits) << 16); }
 
 static inline float to_float(Float16 value) {
-    constexpr uint32_t kExponent = 0x0F800000;     // the exponent field of fp16, moved to where fp32 has its own
+    constexpr uint32_t kExponent = 0x0F800000;  // the exponent field of fp16, moved to where fp32 has its own
     constexpr uint32_t kRebias = (127 - 15) << 23;
     const uint32_t sign = static_cast<uint32_t>(value.bits & 0x8000) << 16;
     const uint32_t magnitude = static_cast<uint32_t>(value.bits & 0x7FFF) << 13;
     uint32_t bits = magnitude + kRebias;
     if ((magnitude & kExponent) == kExponent)
-        bits += kRebias;  // infinity and NaN: the exponent becomes 255
+        bits += kRebias;                    // infinity and NaN: the exponent becomes 255
     else if ((magnitude & kExponent) == 0)  // subnormal: let the subtraction normalise it
         bits = bits_from_float(float_from_bits(bits + (1u << 23)) - float_from_bits(kRebias + (1u << 23)));
     return float_from_bits(sign | bits);

@@ -10,62 +10,73 @@
 #include "common/checks.h"
 #include "common/parallel_for.h"
 #include "lora_linear/lora_linear.h"
-#include "nf4/nf4_args.h"
+#include "nf4/nf4_binding.h"
 
 namespace peft_kernels {
 namespace {
 
-using torch::stable::Tensor;
-using torch::headeronly::ScalarType;
 using Tensors = std::vector<Tensor>;
 using Numbers = std::vector<double>;
 
-// A floating point matrix with dense rows on the CPU.
-ConstMatrix matrix_of(const char* name, const Tensor& tensor, int64_t rows, int64_t columns) {
-    check_cpu(name, tensor);
-    check_shape(name, tensor, {rows, columns});
-    PEFT_KERNELS_CHECK(columns <= 1 || tensor.stride(1) == 1, name, "an inner stride of " + std::to_string(tensor.stride(1)),
-          "dense rows (an inner stride of 1)");
-    return {tensor.const_data_ptr(), dtype_of(name, tensor), tensor.stride(0)};
-}
+std::string counted(size_t count) { return std::to_string(count) + (count == 1 ? " item" : " items"); }
 
 struct Adapters {
     std::vector<LoraAdapter> list;
     int64_t total_rank = 0;
 };
 
-Adapters adapters_of(const Tensors& lora_A, const Tensors& lora_B, const Numbers& scaling, const Numbers& dropout,
-                     const std::optional<Tensor>& seeds, int64_t n, int64_t k) {
+// A list with an item for each adapter.
+template <class List>
+void check_list(const List& list, const char* name, size_t count) {
+    if (list.size() != count) bad_argument(name, counted(list.size()), counted(count) + ", one for each lora_A");
+}
+
+Adapters check_adapters(const Tensors& lora_A, const Tensors& lora_B, const Numbers& scaling, const Numbers& dropout,
+                        const std::optional<Tensor>& seeds, int64_t n, int64_t k, const Tensor& reference) {
     const size_t count = lora_A.size();
-    PEFT_KERNELS_CHECK(lora_B.size() == count, "lora_B", counted(lora_B.size()), counted(count) + ", one for each lora_A");
-    PEFT_KERNELS_CHECK(scaling.size() == count, "scaling", counted(scaling.size()), counted(count) + ", one for each lora_A");
-    PEFT_KERNELS_CHECK(dropout.empty() || dropout.size() == count, "dropout", counted(dropout.size()),
-          "none, or " + counted(count) + ", one for each lora_A");
+    check_list(lora_B, "lora_B", count);
+    check_list(scaling, "scaling", count);
+    if (!dropout.empty()) check_list(dropout, "dropout", count);
     bool drops = false;
     for (double p : dropout) {
-        PEFT_KERNELS_CHECK(p >= 0 && p < 1, "dropout", std::to_string(p), "a probability in [0, 1)");
+        if (!(p >= 0 && p < 1)) bad_argument("dropout", std::to_string(p), "a probability in [0, 1)");
         drops |= p > 0;
     }
     const int64_t* seed_values = nullptr;
     if (drops) {
-        PEFT_KERNELS_CHECK(seeds.has_value(), "seeds", "none", "an int64 tensor, since there is dropout");
-        check_cpu("seeds", *seeds);
-        check_dtype("seeds", *seeds, ScalarType::Long);
-        check_shape("seeds", *seeds, {static_cast<int64_t>(count)});
-        check_contiguous("seeds", *seeds);
+        if (!seeds) bad_argument("seeds", "none", "an int64 tensor, since there is dropout");
+        check_array(*seeds, "seeds", ScalarType::Long, static_cast<int64_t>(count), reference);
         seed_values = static_cast<const int64_t*>(seeds->const_data_ptr());
     }
     Adapters adapters;
     for (size_t i = 0; i < count; ++i) {
-        PEFT_KERNELS_CHECK(lora_A[i].dim() == 2, "lora_A", describe(lora_A[i]), "a matrix [rank, " + std::to_string(k) + "]");
-        const int64_t rank = lora_A[i].size(0);
-        PEFT_KERNELS_CHECK(std::isfinite(scaling[i]), "scaling", std::to_string(scaling[i]), "a finite number");
-        adapters.list.push_back({matrix_of("lora_A", lora_A[i], rank, k), matrix_of("lora_B", lora_B[i], n, rank), rank, static_cast<float>(scaling[i]),
-                                 drops ? dropout[i] : 0.0,
-                                 drops ? static_cast<uint64_t>(seed_values[i]) : 0, nullptr, nullptr});
-        adapters.total_rank += rank;
+        if (lora_A[i].dim() != 2)
+            bad_argument("lora_A", describe(lora_A[i]), "a matrix [rank, " + std::to_string(k) + "]");
+        if (!std::isfinite(scaling[i])) bad_argument("scaling", std::to_string(scaling[i]), "a finite number");
+        LoraAdapter adapter{};
+        adapter.rank = lora_A[i].size(0);
+        adapter.lora_A = check_matrix(lora_A[i], "lora_A", adapter.rank, k, reference);
+        adapter.lora_B = check_matrix(lora_B[i], "lora_B", n, adapter.rank, reference);
+        adapter.scaling = static_cast<float>(scaling[i]);
+        if (drops) {
+            adapter.dropout = dropout[i];
+            adapter.seed = static_cast<uint64_t>(seed_values[i]);
+        }
+        adapters.list.push_back(adapter);
+        adapters.total_rank += adapter.rank;
     }
     return adapters;
+}
+
+// The 4-bit weight [n, k] of an op, or nothing where the caller makes the base product.
+std::optional<Nf4Weight> check_weight(const std::optional<Tensor>& codes, const std::optional<Tensor>& absmax,
+                                      const Tensors& nested, int64_t nested_blocksize, int64_t n, int64_t k,
+                                      int64_t blocksize, const std::string& quant_type, ScalarType dtype,
+                                      const Tensor& reference) {
+    if (!codes) return std::nullopt;
+    if (!absmax) bad_argument("absmax", "none", "the statistics of the 4-bit weight");
+    check_device(*codes, "codes", reference);
+    return check_nf4_weight(*codes, *absmax, {n, k}, dtype, blocksize, quant_type, nested, nested_blocksize);
 }
 
 // Runs a launcher with a workspace of the size that it asks for.
@@ -92,31 +103,28 @@ std::tuple<Tensor, Tensor> forward(Tensor x, std::optional<Tensor> codes, std::o
                                    ScalarType out_dtype, std::optional<Tensor> bias, std::optional<Tensor> add,
                                    Tensors lora_A, Tensors lora_B, Numbers scaling, Numbers dropout,
                                    std::optional<Tensor> seeds) {
-    PEFT_KERNELS_CHECK(x.dim() == 2, "x", describe(x), "a matrix [M, K]");
+    if (x.dim() != 2) bad_argument("x", describe(x), "a matrix [M, K]");
     LoraLinearForwardParams params{};
     params.m = x.size(0);
     params.n = out_features;
     params.k = x.size(1);
-    params.x = matrix_of("x", x, params.m, params.k);
-    params.compute_dtype = dtype_of("compute_dtype", compute_dtype);
+    params.x = check_matrix(x, "x", params.m, params.k, x);
+    params.compute_dtype = check_float_dtype(compute_dtype, "compute_dtype");
 
-    Nf4Weight weight;
-    if (codes) {
-        weight = nf4_weight_of(*codes, absmax, nested, nested_blocksize, params.n, params.k, blocksize, quant_type,
-                               weight_dtype);
-        params.weight = &weight;
-    }
+    const std::optional<Nf4Weight> weight = check_weight(codes, absmax, nested, nested_blocksize, params.n, params.k,
+                                                         blocksize, quant_type, weight_dtype, x);
+    params.weight = weight ? &*weight : nullptr;
     if (bias) {
-        check_cpu("bias", *bias);
-        check_shape("bias", *bias, {params.n});
-        check_contiguous("bias", *bias);
-        params.bias = {bias->const_data_ptr(), dtype_of("bias", *bias), params.n};
+        const ScalarType dtype = bias->scalar_type();
+        check_shape(*bias, "bias", {params.n});
+        check_array(*bias, "bias", dtype, params.n, x);
+        params.bias = {bias->const_data_ptr(), check_float_dtype(dtype, "bias"), params.n};
     }
     if (add) {
-        PEFT_KERNELS_CHECK(add->scalar_type() == out_dtype, "add", describe(*add), "the dtype of the result");
-        params.add = matrix_of("add", *add, params.m, params.n);
+        check_dtype(*add, "add", out_dtype);
+        params.add = check_matrix(*add, "add", params.m, params.n, x);
     }
-    const Adapters adapters = adapters_of(lora_A, lora_B, scaling, dropout, seeds, params.n, params.k);
+    const Adapters adapters = check_adapters(lora_A, lora_B, scaling, dropout, seeds, params.n, params.k, x);
     params.adapters = adapters.list.data();
     params.num_adapters = static_cast<int32_t>(adapters.list.size());
     params.total_rank = adapters.total_rank;
@@ -124,8 +132,8 @@ std::tuple<Tensor, Tensor> forward(Tensor x, std::optional<Tensor> codes, std::o
     Tensor y = empty(x, {params.m, params.n}, out_dtype);
     Tensor s = empty(x, {params.m, params.total_rank}, ScalarType::Float);
     if (params.m == 0 || params.n == 0) return {y, s};
-    PEFT_KERNELS_CHECK(params.weight || params.num_adapters > 0, "codes", "none", "a weight, or at least one adapter");
-    params.y = {y.mutable_data_ptr(), dtype_of("out_dtype", y), params.n};
+    if (!params.weight && params.num_adapters == 0) bad_argument("codes", "none", "a weight, or at least one adapter");
+    params.y = {y.mutable_data_ptr(), check_float_dtype(y, "out_dtype"), params.n};
     params.s = static_cast<float*>(s.mutable_data_ptr());
     run(&dispatch::lora_linear_forward, params, x);
     return {y, s};
@@ -141,43 +149,38 @@ std::tuple<Tensor, Tensor, Tensor> backward(Tensor grad_y, std::optional<Tensor>
                                             Tensors lora_B, Numbers scaling, Numbers dropout,
                                             std::optional<Tensor> seeds, bool wants_x, std::vector<bool> wants_A,
                                             std::vector<bool> wants_B) {
-    PEFT_KERNELS_CHECK(grad_y.dim() == 2, "grad_y", describe(grad_y), "a matrix [M, N]");
+    if (grad_y.dim() != 2) bad_argument("grad_y", describe(grad_y), "a matrix [M, N]");
     LoraLinearBackwardParams params{};
     params.m = grad_y.size(0);
     params.n = grad_y.size(1);
     params.k = in_features;
-    params.grad_y = matrix_of("grad_y", grad_y, params.m, params.n);
-    params.compute_dtype = dtype_of("compute_dtype", compute_dtype);
+    params.grad_y = check_matrix(grad_y, "grad_y", params.m, params.n, grad_y);
+    params.compute_dtype = check_float_dtype(compute_dtype, "compute_dtype");
 
-    Nf4Weight weight;
-    if (codes) {
-        weight = nf4_weight_of(*codes, absmax, nested, nested_blocksize, params.n, params.k, blocksize, quant_type,
-                               weight_dtype);
-        params.weight = &weight;
-    }
+    const std::optional<Nf4Weight> weight = check_weight(codes, absmax, nested, nested_blocksize, params.n, params.k,
+                                                         blocksize, quant_type, weight_dtype, grad_y);
+    params.weight = weight ? &*weight : nullptr;
     if (add) {
-        PEFT_KERNELS_CHECK(add->scalar_type() == x_dtype, "add", describe(*add), "the dtype of the result");
-        params.add = matrix_of("add", *add, params.m, params.k);
+        check_dtype(*add, "add", x_dtype);
+        params.add = check_matrix(*add, "add", params.m, params.k, grad_y);
     }
-    Adapters adapters = adapters_of(lora_A, lora_B, scaling, dropout, seeds, params.n, params.k);
+    Adapters adapters = check_adapters(lora_A, lora_B, scaling, dropout, seeds, params.n, params.k, grad_y);
     const size_t count = adapters.list.size();
-    PEFT_KERNELS_CHECK(wants_A.size() == count, "wants_A", counted(wants_A.size()), counted(count) + ", one for each lora_A");
-    PEFT_KERNELS_CHECK(wants_B.size() == count, "wants_B", counted(wants_B.size()), counted(count) + ", one for each lora_A");
+    check_list(wants_A, "wants_A", count);
+    check_list(wants_B, "wants_B", count);
     int64_t size_A = 0, size_B = 0;
     for (size_t i = 0; i < count; ++i) {
         size_A += wants_A[i] ? adapters.list[i].rank * params.k : 0;
         size_B += wants_B[i] ? adapters.list[i].rank * params.n : 0;
     }
     if (size_A > 0) {
-        PEFT_KERNELS_CHECK(x.has_value(), "x", "none", "the forward's x, since lora_A's gradient is wanted");
-        params.x = matrix_of("x", *x, params.m, params.k);
+        if (!x) bad_argument("x", "none", "the forward's x, since lora_A's gradient is wanted");
+        params.x = check_matrix(*x, "x", params.m, params.k, grad_y);
     }
     if (size_B > 0) {
-        PEFT_KERNELS_CHECK(s.has_value(), "s", "none", "the forward's s, since lora_B's gradient is wanted");
-        check_cpu("s", *s);
-        check_dtype("s", *s, ScalarType::Float);
-        check_shape("s", *s, {params.m, adapters.total_rank});
-        check_contiguous("s", *s);
+        if (!s) bad_argument("s", "none", "the forward's s, since lora_B's gradient is wanted");
+        check_shape(*s, "s", {params.m, adapters.total_rank});
+        check_array(*s, "s", ScalarType::Float, params.m * adapters.total_rank, grad_y);
         params.s = static_cast<const float*>(s->const_data_ptr());
     }
     Tensor grad_x = empty(grad_y, {wants_x ? params.m : 0, params.k}, x_dtype);
@@ -204,7 +207,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(Tensor grad_y, std::optional<Tensor>
         torch::stable::zero_(grad_B);
         return {grad_x, grad_A, grad_B};
     }
-    if (wants_x) params.grad_x = {grad_x.mutable_data_ptr(), dtype_of("x_dtype", grad_x), params.k};
+    if (wants_x) params.grad_x = {grad_x.mutable_data_ptr(), check_float_dtype(grad_x, "x_dtype"), params.k};
     if ((wants_x && params.k > 0) || size_A > 0 || size_B > 0) run(&dispatch::lora_linear_backward, params, grad_y);
     return {grad_x, grad_A, grad_B};
 }

@@ -14,11 +14,11 @@ enum class QuantType : int32_t { kNf4, kFp4 };
 // The statistics of a 4-bit tensor. Plain: absmax is given. Nested (double quantisation): absmax is null and
 //   absmax[i] = fl(fl(nested_code[nested_absmax_codes[i]] * nested_absmax[i / nested_blocksize]) + nested_offset).
 struct Absmax {
-    const float* absmax;                 // [blocks], or null when nested
-    const uint8_t* nested_codes;         // [blocks]
-    const float* nested_code;            // [256]
-    const float* nested_absmax;          // [ceil(blocks / nested_blocksize)]
-    const float* nested_offset;          // [1]
+    const float* absmax;          // [blocks], or null when nested
+    const uint8_t* nested_codes;  // [blocks]
+    const float* nested_code;     // [256]
+    const float* nested_absmax;   // [ceil(blocks / nested_blocksize)]
+    const float* nested_offset;   // [1]
     int32_t log2_nested_blocksize;
 };
 
@@ -33,4 +33,29 @@ struct Nf4Weight {
     DType dtype;
 };
 
+struct Nf4DequantizeParams {
+    Nf4Weight weight;
+    void* out;  // [n * k], in out_dtype
+    DType out_dtype;
+};
+
+struct Nf4QuantizeParams {
+    const void* input;  // [count], in dtype
+    DType dtype;
+    int64_t count;
+    uint8_t* codes;  // [ceil(count / 2)]
+    float* absmax;   // [blocks]
+    int32_t log2_blocksize;
+    QuantType quant_type;
+};
+
+PEFT_KERNELS_CPU_KERNEL(nf4_dequantize, Nf4DequantizeParams)
+PEFT_KERNELS_CPU_KERNEL(nf4_quantize, Nf4QuantizeParams)
+
+namespace cuda {
+
+// Enqueues the kernel on `stream` (a cudaStream_t) of the current device. Returns a cudaError_t.
+int nf4_dequantize(const Nf4DequantizeParams& params, void* stream);
+
+}  // namespace cuda
 }  // namespace peft_kernels

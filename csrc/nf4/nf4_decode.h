@@ -108,8 +108,8 @@ inline __m512 lookup(const Table<float>& table, __m128i codes) {
 inline __m512i lookup(const Table16& table, __m128i codes) {
 #if defined(__AVX512VBMI__)
     // Four elements from each pair of bytes: eight bits from bit 4, 0, 12 and 8 on.
-    const __m512i indices = _mm512_multishift_epi64_epi8(_mm512_set1_epi64(0x0008'000C'0000'0004),
-                                                         _mm512_cvtepu16_epi64(codes));
+    const __m512i indices =
+        _mm512_multishift_epi64_epi8(_mm512_set1_epi64(0x0008'000C'0000'0004), _mm512_cvtepu16_epi64(codes));
 #else
     const __m512i bytes = _mm512_cvtepu8_epi32(codes);
     const __m512i indices = _mm512_or_si512(_mm512_srli_epi32(bytes, 4), _mm512_slli_epi32(bytes, 16));

@@ -1,0 +1,42 @@
+// How the CUDA dequantisation is launched, as a pure function of the problem and the device.
+#pragma once
+
+#include <cstdint>
+
+namespace peft_kernels {
+
+struct Nf4DequantizePlan {
+    // 8 warps: enough to hide the latency of global memory, few enough for any register budget.
+    static constexpr int kThreads = 256;
+    // Vectors that a thread loads before it stores the first, to have that many requests in flight.
+    static constexpr int kUnroll = 4;
+
+    int vector;     // elements a thread decodes at a time: they fill one 16-byte store
+    bool aligned;   // whether the codes of a vector can be loaded at once
+    int64_t tiles;  // tiles of kThreads * kUnroll * vector elements
+    uint32_t grid;  // CTAs; each takes every grid-th tile
+};
+
+// `codes_address` decides the alignment: the codes may be a part of a larger buffer. The output is torch's own
+// allocation and always aligned.
+constexpr Nf4DequantizePlan plan_nf4_dequantize(int64_t count, int64_t out_size, uint64_t codes_address,
+                                                int multiprocessors) {
+    // 2048 threads fit a multiprocessor of every card but a few small ones; more CTAs only add launches.
+    constexpr int kCtasPerMultiprocessor = 2048 / Nf4DequantizePlan::kThreads;
+    Nf4DequantizePlan plan{};
+    plan.vector = static_cast<int>(16 / out_size);
+    plan.aligned = codes_address % static_cast<uint64_t>(plan.vector / 2) == 0;
+    const int64_t tile = int64_t{plan.vector} * Nf4DequantizePlan::kThreads * Nf4DequantizePlan::kUnroll;
+    plan.tiles = count / tile + (count % tile != 0);
+    const int64_t resident = int64_t{multiprocessors} * kCtasPerMultiprocessor;
+    plan.grid = static_cast<uint32_t>(plan.tiles < resident ? plan.tiles : resident);
+    return plan;
+}
+
+// A 4096 x 4096 weight to bf16 on an A100 (108 multiprocessors): 2048 tiles for 864 CTAs.
+static_assert(plan_nf4_dequantize(4096 * 4096, 2, 0, 108).tiles == 2048);
+static_assert(plan_nf4_dequantize(4096 * 4096, 2, 0, 108).grid == 864);
+static_assert(plan_nf4_dequantize(1, 4, 1, 108).grid == 1 && !plan_nf4_dequantize(1, 4, 1, 108).aligned);
+static_assert(plan_nf4_dequantize(int64_t{1} << 40, 2, 6, 108).aligned == false);
+
+}  // namespace peft_kernels

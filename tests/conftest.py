@@ -1,0 +1,36 @@
+import os
+
+# No test needs the network; without it, a hub that does not answer would cost its time-out.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import hypothesis
+import pytest
+import torch
+
+from peft_kernels import cpu
+
+# Fixtures that choose an instruction set last for a whole test on purpose.
+hypothesis.settings.register_profile(
+    "default",
+    deadline=None,
+    max_examples=30,
+    database=None,
+    suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture, hypothesis.HealthCheck.too_slow],
+)
+hypothesis.settings.load_profile("default")
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    """Every test starts from the same random numbers, whatever ran before it."""
+    torch.manual_seed(0)
+    return 0
+
+
+@pytest.fixture(params=["portable", "avx2", "avx512", "avx512_bf16"])
+def cpu_isa(request):
+    """Runs the test once for each instruction set that this processor has."""
+    if request.param not in cpu.isas():
+        pytest.skip(f"this processor lacks {request.param}")
+    with cpu.use_isa(request.param):
+        yield request.param

@@ -1,0 +1,156 @@
+"""The compiled module: what it needs from outside, what happens when it is missing or old, and the wheel."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+import venv
+from pathlib import Path
+
+import pytest
+from torch.utils.cpp_extension import include_paths
+
+import peft_kernels
+from peft_kernels import _extension
+
+ROOT = Path(__file__).parent.parent
+EXTENSION = Path(_extension._C.__file__)
+TORCH_TARGET = "0x020a000000000000ULL"  # as in CMakeLists.txt: torch 2.10
+
+# Versioned symbols name their library's version node; the few without one are listed.
+SYSTEM_VERSIONS = re.compile(r"@@?(GLIBC|GLIBCXX|CXXABI|GCC)_[0-9.]+$")
+WEAK_TOOLCHAIN_SYMBOLS = {"__gmon_start__", "_ITM_deregisterTMCloneTable", "_ITM_registerTMCloneTable"}
+PYTHON_SYMBOLS = re.compile(r"_?Py_?[A-Z]\w+$")
+
+
+def undefined_symbols():
+    """(name with version, whether weak) of every symbol that the module takes from elsewhere."""
+    output = subprocess.run(["readelf", "--dyn-syms", "--wide", EXTENSION], capture_output=True, text=True, check=True)
+    for line in output.stdout.splitlines():
+        columns = line.split()
+        if len(columns) >= 8 and columns[6] == "UND":
+            yield columns[7], columns[4] == "WEAK"
+
+
+def stable_shim():
+    """Every function that torch's stable C headers declare for the version that we target."""
+    headers = ["torch/csrc/inductor/aoti_torch/c/shim.h", "torch/csrc/stable/c/shim.h"]
+    source = "".join(f"#include <{header}>\n" for header in headers)
+    flags = [f"-I{path}" for path in include_paths()] + [f"-DTORCH_TARGET_VERSION={TORCH_TARGET}"]
+    compiler = shutil.which(os.environ.get("CXX", "c++"))
+    command = [compiler, "-std=c++20", "-E", "-P", "-x", "c++", *flags, "-"]
+    output = subprocess.run(command, input=source, capture_output=True, text=True, check=True).stdout
+    return set(re.findall(r"\b((?:aoti_)?torch_\w+)\s*\(", output))
+
+
+needs_binutils = pytest.mark.skipif(
+    not (shutil.which("readelf") and shutil.which(os.environ.get("CXX", "c++"))), reason="needs binutils and a compiler"
+)
+
+
+@needs_binutils
+def test_only_stable_symbols_are_needed():
+    shim = stable_shim()
+    assert len(shim) > 100
+    foreign = [
+        symbol
+        for symbol, weak in undefined_symbols()
+        if not SYSTEM_VERSIONS.search(symbol)
+        and symbol not in shim
+        and not (weak and symbol in {*WEAK_TOOLCHAIN_SYMBOLS, "aoti_torch_get_current_cuda_stream"})
+        and not PYTHON_SYMBOLS.match(symbol)
+    ]
+    assert foreign == []
+
+
+@needs_binutils
+def test_cuda_stream_symbol_is_weak():
+    """A strong reference would keep the module from loading on a torch without CUDA."""
+    stream = [weak for symbol, weak in undefined_symbols() if symbol == "aoti_torch_get_current_cuda_stream"]
+    assert stream == ([True] if _extension.build_info["cuda"] else [])
+
+
+@needs_binutils
+def test_needed_libraries():
+    output = subprocess.run(["readelf", "--dynamic", "--wide", EXTENSION], capture_output=True, text=True, check=True)
+    needed = set(re.findall(r"\(NEEDED\).*\[(.*)\]", output.stdout))
+    system = {"libc", "libm", "libstdc++", "libgcc_s", "libpthread", "libdl", "librt", "ld-linux-x86-64"}
+    assert {library.split(".so")[0] for library in needed} - system == {"libtorch"}
+
+
+def test_limited_api_name():
+    assert EXTENSION.name == "_C.abi3.so"
+
+
+def import_with(tmp_path, stub):
+    """Imports a copy of the package that has `stub` for its compiled module; returns the error text."""
+    package = Path(peft_kernels.__file__).parent
+    copy = tmp_path / "peft_kernels"
+    shutil.copytree(package, copy, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    if stub is not None:
+        (copy / "_C.py").write_text(stub)
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    # An editable install would supply its own compiled module.
+    program = (
+        "import sys; sys.meta_path[:] = [f for f in sys.meta_path if 'editable' not in repr(f).lower()]\n"
+        "import peft_kernels"
+    )
+    command = [sys.executable, "-c", program]
+    result = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path)
+    assert result.returncode == 1
+    return result.stderr.strip().splitlines()[-1]
+
+
+def test_missing_module_says_what_to_do(tmp_path):
+    error = import_with(tmp_path, None)
+    assert error.startswith("ImportError: peft_kernels: the compiled module peft_kernels._C could not be loaded")
+    assert "pip install" in error
+
+
+def test_stale_module_says_what_to_do(tmp_path):
+    error = import_with(tmp_path, "def build_info(): return {'ops_version': -1}")
+    assert error.startswith("ImportError: peft_kernels: the compiled module") and "is stale" in error
+    assert f"wants {_extension.EXPECTED_OPS_VERSION}" in error
+    assert "pip install" in error
+
+
+@pytest.mark.slow
+def test_wheel_installs_and_works(tmp_path):
+    """Builds the wheel from a clean copy of the sources, installs it beside this environment's torch, and runs it."""
+    sources = tmp_path / "sources"
+    ignored = shutil.ignore_patterns(".*", "build*", "dist", "*.so", "*.egg-info", "__pycache__", "demo-output")
+    shutil.copytree(ROOT, sources, ignore=ignored)
+    scripts = sysconfig.get_path("scripts")
+    environment = os.environ | {
+        "PEFT_KERNELS_CUDA": "0",
+        "CMAKE_BUILD_PARALLEL_LEVEL": "2",
+        "PATH": scripts + os.pathsep + os.environ["PATH"],
+    }
+    environment.pop("PYTHONPATH", None)
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet"]
+    wheel_command = ["wheel", ".", "--no-build-isolation", "--no-deps", "--wheel-dir", str(tmp_path)]
+    subprocess.run([*pip, *wheel_command], cwd=sources, env=environment, check=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    assert re.fullmatch(r"peft_kernels-[\d.]+-cp310-abi3-\w+\.whl", wheel.name)
+
+    venv.create(tmp_path / "venv", with_pip=False)
+    python = tmp_path / "venv/bin/python"
+    (target,) = (tmp_path / "venv/lib").glob("python*/site-packages")
+    install = ["install", "--no-deps", "--no-index", "--no-compile", "--target", str(target), str(wheel)]
+    subprocess.run([*pip, *install], env=environment, check=True)
+    # torch and the rest come from this environment, but only after what was installed. A plain line in a .pth file
+    # adds a folder and leaves out that folder's own .pth files, so an editable install of ours stays out.
+    (target / "environment.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    program = (
+        "import torch, peft_kernels; from peft_kernels.ops import quantize_4bit\n"
+        "weight = quantize_4bit(torch.tensor([1.0, -1.0, 0.0]), double_quant=True)\n"
+        "print(peft_kernels.__file__); print(weight.dequantize().tolist())"
+    )
+    result = subprocess.run(
+        [python, "-c", program], capture_output=True, text=True, check=True, cwd=tmp_path, env=environment
+    )
+    location, values = result.stdout.splitlines()
+    assert Path(location).is_relative_to(target)
+    assert values == "[1.0, -1.0, 0.0]"

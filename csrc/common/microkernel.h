@@ -2,17 +2,18 @@
 //
 // All operands are made of 32-bit steps: an fp32 number, or two neighbouring bf16 numbers of the reduction.
 //
-//   strips  [strip][step][lane]     kLanes neighbouring rows of the activation, one lane each
-//   panel   rows of the other operand: [group][step][row % 8] in groups of kGroup, or [row][step]
-//   tile    [strip][row][lane]      fp32 accumulators; a strip's part of it has `rows` rows
+//   rows    the activation as it lies in memory: any distance between rows, and between steps
+//   strips  [group][step][strip][lane]   the other operand: kLanes neighbouring outputs in a vector, kTileStrips
+//                                        vectors side by side in a group (fewer in the last one)
+//   tile    [row][output]                sums in fp32
 //
-//                        panel: 8 rows                    Each step: kStrips vectors and 8 broadcasts feed
-//                      ┌─┬─┬─┬─┬─┬─┬─┬─┐                  8 * kStrips accumulators, which stay in registers
-//                step  │b│b│b│b│b│b│b│b│  broadcast       until the last step. The activation is packed once
-//                      └─┴─┴─┴─┴─┴─┴─┴─┘                  a call, the weight is decoded into panels that fit
-//   strips:      ┌────┐┌─┬─┬─┬─┬─┬─┬─┬─┐                  the L2 cache; both products of a linear layer
-//   vectors of   │ v  ││ accumulators  │ × kStrips        (forward and dx) and all four of its LoRA branch
-//   kLanes rows  └────┘└─┴─┴─┴─┴─┴─┴─┴─┘                  are this one loop.
+//               strips: kTileStrips vectors     Each step: kTileStrips vectors and kTileRows broadcasts feed
+//               ┌───────┬───────┬───────┐       kTileRows * kTileStrips accumulators, which stay in registers
+//         step  │   v   │   v   │   v   │       until the last step. Activations and results keep their layout:
+//               └───────┴───────┴───────┘       nothing of size M is ever transposed. The weight is decoded into
+//   rows: ┌─┐   ┌───────┬───────┬───────┐       strips that fit the L2 cache, once for all rows of a task; both
+//         │b│   │ accumulators          │       products of a linear layer (forward and dx) and all six of its
+//         └─┘   └───────┴───────┴───────┘       LoRA branch are this one loop.
 #pragma once
 
 #include "common/philox.h"
@@ -22,22 +23,10 @@ namespace peft_kernels {
 namespace PEFT_KERNELS_ISA {
 namespace {
 
-// Layouts of a panel: where its rows begin, and how far rows and steps are apart.
-constexpr int kGroup = 8;
-struct GroupedPanel {
-    static constexpr int64_t kRowStride = 1, kStepStride = kGroup;
-    static int64_t row_offset(int64_t row, int64_t steps) { return row / kGroup * steps * kGroup + row % kGroup; }
-};
-// For what comes row by row and would have to be transposed. The 64 bytes more than a power of two keep the rows that
-// are read together out of each other's cache sets.
-template <int64_t kSteps>
-struct RowPanel {
-    static constexpr int64_t kRowStride = kSteps + 16, kStepStride = 1;
-    static int64_t row_offset(int64_t row, int64_t) { return row * kRowStride; }
-};
-// 8 x 3 accumulators of 32 registers with AVX-512; 4 x 3 (AVX2) and 4 x 2 (SSE, NEON) of 16.
-constexpr int kTileRows = kLanes == 16 ? 8 : 4;
-constexpr int kTileStrips = kLanes == 4 ? 2 : 3;
+// 6 x 4 accumulators of 32 registers with AVX-512, 6 x 2 of 16 elsewhere. A group of 4 x 16 outputs is as wide as a
+// block of NF4, which is then decoded with one table.
+constexpr int kTileRows = 6;
+constexpr int kTileStrips = kLanes == 16 ? 4 : 2;
 
 struct MultiplyF32 {
     static F32 add_product(F32 sum, U32 a, U32 b) { return fma((F32)a, (F32)b, sum); }
@@ -49,57 +38,158 @@ struct MultiplyBf16Pairs {
 };
 #endif
 
-template <class Multiply, class Layout, int kStrips>
-inline void multiply_tile(const uint32_t* panel, const uint32_t* strips, int64_t strip_stride, int64_t steps,
-                          float* tile, int64_t tile_stride, bool accumulate) {
-    F32 sum[kTileRows][kStrips];
-#pragma GCC unroll 8
-    for (int row = 0; row < kTileRows; ++row)
-#pragma GCC unroll 3
-        for (int strip = 0; strip < kStrips; ++strip)
-            sum[row][strip] = accumulate ? load(tile + strip * tile_stride + row * kLanes) : F32{};
-    for (int64_t step = 0; step < steps; ++step) {
-        U32 a[kStrips];
-#pragma GCC unroll 3
-        for (int strip = 0; strip < kStrips; ++strip)
-            a[strip] = load_vector<U32>(strips + strip * strip_stride + step * kLanes);
-#pragma GCC unroll 8
-        for (int row = 0; row < kTileRows; ++row)
-#pragma GCC unroll 3
-            for (int strip = 0; strip < kStrips; ++strip)
-                sum[row][strip] = Multiply::add_product(sum[row][strip], a[strip],
-                                                           broadcast(panel[step * Layout::kStepStride +
-                                                                           row * Layout::kRowStride]));
-    }
-#pragma GCC unroll 8
-    for (int row = 0; row < kTileRows; ++row)
-#pragma GCC unroll 3
-        for (int strip = 0; strip < kStrips; ++strip)
-            store(tile + strip * tile_stride + row * kLanes, sum[row][strip]);
+struct Rows {
+    const void* data;
+    int64_t row_stride, step_stride;  // in bytes
+
+    const char* row(int64_t index) const { return static_cast<const char*>(data) + index * row_stride; }
+};
+
+// Where the vector of one step and one strip stands among num_strips strips.
+inline uint32_t* strip_at(uint32_t* strips, int64_t num_strips, int64_t steps, int64_t step, int64_t strip) {
+    const int64_t group = strip / kTileStrips * kTileStrips;
+    return strips + (group * steps + step * min_of<int64_t>(kTileStrips, num_strips - group) + strip - group) * kLanes;
 }
 
-// tile[strip][row][lane] (+)= sum over steps of panel[row][step] * strips[strip][step][lane].
-// `rows` is rounded up to whole groups, which the panel and the tile must hold.
-template <class Multiply, class Layout = GroupedPanel>
-inline void multiply_panel(const uint32_t* panel, int64_t rows, const uint32_t* strips, int64_t strip_stride,
-                           int64_t num_strips, int64_t steps, float* tile, int64_t tile_stride, bool accumulate) {
+template <class Multiply, int kRows, int kStrips>
+inline void multiply_tile(const Rows& rows, int64_t first_row, const uint32_t* strips, int64_t steps, float* tile,
+                          int64_t tile_stride, bool accumulate) {
+    F32 sum[kRows][kStrips];
+    const char* at[kRows];
+#pragma GCC unroll 6
+    for (int row = 0; row < kRows; ++row) {
+        at[row] = rows.row(first_row + row);
+#pragma GCC unroll 4
+        for (int strip = 0; strip < kStrips; ++strip)
+            sum[row][strip] = accumulate ? load(tile + row * tile_stride + strip * kLanes) : F32{};
+    }
+    int64_t offset = 0;
+    for (int64_t step = 0; step < steps; ++step, offset += rows.step_stride, strips += kStrips * kLanes) {
+        U32 vectors[kStrips];
+#pragma GCC unroll 4
+        for (int strip = 0; strip < kStrips; ++strip) vectors[strip] = load_vector<U32>(strips + strip * kLanes);
+#pragma GCC unroll 6
+        for (int row = 0; row < kRows; ++row) {
+            uint32_t value;
+            memcpy(&value, at[row] + offset, sizeof value);
+#pragma GCC unroll 4
+            for (int strip = 0; strip < kStrips; ++strip)
+                sum[row][strip] = Multiply::add_product(sum[row][strip], vectors[strip], broadcast(value));
+        }
+    }
+#pragma GCC unroll 6
+    for (int row = 0; row < kRows; ++row)
+#pragma GCC unroll 4
+        for (int strip = 0; strip < kStrips; ++strip) store(tile + row * tile_stride + strip * kLanes, sum[row][strip]);
+}
+
+template <class Multiply, int kStrips>
+inline void multiply_group(const Rows& rows, int64_t num_rows, const uint32_t* strips, int64_t steps, float* tile,
+                           int64_t tile_stride, bool accumulate) {
+    int64_t row = 0;
+    const auto advance = [&](auto count) {
+        constexpr int kRows = decltype(count)::kValue;
+        multiply_tile<Multiply, kRows, kStrips>(rows, row, strips, steps, tile + row * tile_stride, tile_stride,
+                                                accumulate);
+        row += kRows;
+    };
+    while (num_rows - row >= kTileRows) advance(Constant<kTileRows>{});
+    if (num_rows - row >= 4) advance(Constant<4>{});
+    if (num_rows - row >= 2) advance(Constant<2>{});
+    if (num_rows - row >= 1) advance(Constant<1>{});
+}
+
+// tile[row][output] (+)= sum over steps of rows[row][step] * strips[output][step], outputs in whole strips.
+template <class Multiply>
+inline void multiply(const Rows& rows, int64_t num_rows, const uint32_t* strips, int64_t num_strips, int64_t steps,
+                     float* tile, int64_t tile_stride, bool accumulate) {
     for (int64_t strip = 0; strip < num_strips; strip += kTileStrips) {
+        const uint32_t* group = strips + strip * steps * kLanes;
+        float* out = tile + strip * kLanes;
         const int64_t left = num_strips - strip;
-        const uint32_t* a = strips + strip * strip_stride;
-        for (int64_t row = 0; row < rows; row += kTileRows) {
-            const uint32_t* b = panel + Layout::row_offset(row, steps);
-            float* c = tile + strip * tile_stride + row * kLanes;
-            if (left >= kTileStrips)
-                multiply_tile<Multiply, Layout, kTileStrips>(b, a, strip_stride, steps, c, tile_stride, accumulate);
-            else if (left == 2)
-                multiply_tile<Multiply, Layout, 2>(b, a, strip_stride, steps, c, tile_stride, accumulate);
+        if (left >= kTileStrips)
+            multiply_group<Multiply, kTileStrips>(rows, num_rows, group, steps, out, tile_stride, accumulate);
+        else if (left == 3)
+            multiply_group<Multiply, min_of(3, kTileStrips)>(rows, num_rows, group, steps, out, tile_stride, accumulate);
+        else if (left == 2)
+            multiply_group<Multiply, 2>(rows, num_rows, group, steps, out, tile_stride, accumulate);
+        else
+            multiply_group<Multiply, 1>(rows, num_rows, group, steps, out, tile_stride, accumulate);
+    }
+}
+
+// ---- Making operands ----------------------------------------------------------------------------------------------
+
+// The lanes of v whose bit is set; `bits` holds one for each column, and v is the columns from `column` on.
+inline F32 keep_where(F32 v, const uint8_t* bits, int64_t column) {
+#if defined(__AVX512F__)
+    uint16_t mask;
+    memcpy(&mask, bits + column / 8, sizeof mask);
+    return _mm512_maskz_mov_ps(mask, v);
+#else
+    const U32 lane_bit = 1u << lane_index();
+    return (F32)((U32)v & (U32)(((broadcast(uint32_t{bits[column / 8]}) >> (column % 8)) & lane_bit) != 0));
+#endif
+}
+
+// fp32 rows out of rows of any type; where `bits` is given ([row][bits_stride]), only the columns whose bit is set.
+template <class T>
+inline void widen_rows(const T* x, int64_t stride, int64_t rows, int64_t columns, const uint8_t* bits,
+                       int64_t bits_stride, float* out, int64_t out_stride) {
+    for (int64_t row = 0; row < rows; ++row, x += stride, out += out_stride)
+        for (int64_t column = 0; column < columns; column += kLanes) {
+            const int64_t count = columns - column;
+            const F32 v = count >= kLanes ? load(x + column) : load_partial(x + column, count);
+            const F32 kept = bits ? keep_where(v, bits + row * bits_stride, column) : v;
+            if (count >= kLanes)
+                store(out + column, kept);
             else
-                multiply_tile<Multiply, Layout, 1>(b, a, strip_stride, steps, c, tile_stride, accumulate);
+                store_partial(out + column, kept, count);
+        }
+}
+
+// Parts of rows that are far apart, which the hardware does not fetch ahead of their use. Worth two thirds of the
+// time of strips_of_rows and half of store_rows' (1024 x 1536, bf16).
+template <bool kForWriting, class T>
+inline void prefetch_row(const T* row, int64_t columns) {
+    for (int64_t column = 0; column < columns; column += 64 / sizeof(T))
+        __builtin_prefetch(row + column, kForWriting);
+}
+
+// fp32 strips whose steps are the rows of a matrix; dropped as above.
+template <class T>
+inline void strips_of_rows(const T* matrix, int64_t stride, int64_t rows, int64_t columns, const uint8_t* bits,
+                           int64_t bits_stride, float scale, uint32_t* strips) {
+    constexpr int64_t kAhead = 16;
+    const int64_t num_strips = divide_up(columns, kLanes);
+    for (int64_t strip = 0; strip < num_strips; strip += kTileStrips) {
+        const int64_t end = min_of(strip + kTileStrips, num_strips);
+        const T* row = matrix;
+        for (int64_t step = 0; step < rows; ++step, row += stride) {
+            prefetch_row<false>(row + kAhead * stride + strip * kLanes, (end - strip) * kLanes);
+            for (int64_t column = strip * kLanes; column < end * kLanes; column += kLanes, strips += kLanes) {
+                const int64_t count = columns - column;
+                F32 v = count >= kLanes ? load(row + column) : load_partial(row + column, count);
+                if (bits) v = keep_where(v, bits + step * bits_stride, column);
+                store_vector(strips, v * scale);
+            }
         }
     }
 }
 
-// ---- Strips -------------------------------------------------------------------------------------------------------
+// fp32 strips whose outputs are the rows of a (small) matrix.
+template <class T>
+inline void strips_of_columns(const T* matrix, int64_t stride, int64_t rows, int64_t columns, float scale,
+                              uint32_t* strips) {
+    const int64_t num_strips = divide_up(rows, kLanes);
+    for (int64_t strip = 0; strip < num_strips; ++strip)
+        for (int64_t step = 0; step < columns; ++step) {
+            F32 v{};
+            for (int64_t lane = 0; lane < min_of<int64_t>(kLanes, rows - strip * kLanes); ++lane)
+                v[lane] = to_float(matrix[(strip * kLanes + lane) * stride + step]) * scale;
+            store_vector(strip_at(strips, num_strips, columns, step, strip), v);
+        }
+}
 
 // Neighbouring pairs of bf16, as the steps of MultiplyBf16Pairs, from 2 * kLanes elements of a row.
 inline U32 load_pairs(const BFloat16* p) { return load_vector<U32>(p); }
@@ -109,126 +199,33 @@ inline U32 load_pairs(const T* p) {
     return load_vector<U32>(halves);
 }
 
-// Packs rows [0, rows) of x, columns [first, last), with kStepColumns columns a step (1: fp32, 2: bf16 pairs).
-// Lanes from `rows` on and columns past `last` are zero.
-template <int kStepColumns, class T>
-inline void pack_strip(const T* x, int64_t stride, int64_t rows, int64_t first, int64_t last, uint32_t* strip) {
-    constexpr int kBlock = kLanes * kStepColumns;
-    for (int64_t column = first; column < last; column += kBlock) {
-        const int64_t count = min_of<int64_t>(kBlock, last - column);
-        U32 block[kLanes];
-        for (int row = 0; row < kLanes; ++row) {
-            T padded[kBlock];
-            const T* p = x + row * stride + column;
-            if (row >= rows || count < kBlock) {
-                memset(padded, 0, sizeof padded);
-                if (row < rows) memcpy(padded, p, count * sizeof(T));
-                p = padded;
-            }
-            if constexpr (kStepColumns == 2)
-                block[row] = load_pairs(p);
-            else
-                block[row] = (U32)load(p);
-        }
-        transpose(block);
-        const int64_t steps = divide_up(count, kStepColumns);
-        for (int64_t step = 0; step < steps; ++step, strip += kLanes) store_vector(strip, block[step]);
-    }
-}
-
-// Zeroes what dropout drops in an fp32 strip whose first step is column `first_column`, a multiple of 8.
-inline void drop_strip(const Dropout& dropout, int64_t first_row, int64_t first_column, int64_t columns,
-                       uint32_t* strip) {
-    for (int64_t column = 0; column < columns; column += 8) {
-        I32 keep[8];
-        dropout_keep_rows(dropout, first_row, (first_column + column) / 8, keep);
-        for (int64_t j = 0; j < min_of<int64_t>(8, columns - column); ++j) {
-            uint32_t* step = strip + (column + j) * kLanes;
-            store_vector(step, load_vector<U32>(step) & (U32)keep[j]);
-        }
-    }
-}
-
-// How many columns pack_columns takes at most: a cache line of bf16 rows twice over.
-constexpr int kColumns = 64;
-
-// Packs the other way round, for reductions over rows: lanes are neighbouring columns, steps are rows.
-// Columns [first_column, first_column + columns) of `rows` rows of x become strips [strip][row][lane] in fp32.
-// first_row and first_column (a multiple of 64) are x's place in the dropped matrix; dropout may be null.
-template <class T>
-inline void pack_columns(const T* x, int64_t stride, int64_t first_row, int64_t rows, int64_t first_column,
-                         int64_t columns, const Dropout* dropout, uint32_t* strips) {
-    const U32 lane_bit = 1u << (lane_index() & 7);
-    constexpr int kRows = 4;  // a few rows a call of the generator; even, as it wants
-    uint8_t keep[kRows][8];
-    for (int64_t row = 0; row < rows; ++row) {
-        if (dropout && row % kRows == 0)
-            dropout_keep_bits(*dropout, first_row + row, kRows, first_column / 8, keep);
-        for (int64_t strip = 0; strip * kLanes < columns; ++strip) {
-            const int64_t left = columns - strip * kLanes;
-            const T* p = x + row * stride + strip * kLanes;
-            U32 v = (U32)(left >= kLanes ? load(p) : load_partial(p, left));
-            if (dropout) {
-                U32 bits;
-                if constexpr (kLanes == 16)
-                    bits = (lane_index() < 8) ? broadcast(uint32_t{keep[row % kRows][2 * strip]})
-                                              : broadcast(uint32_t{keep[row % kRows][2 * strip + 1]});
-                else
-                    bits = broadcast(uint32_t{keep[row % kRows][strip * kLanes / 8]}) >> (strip * kLanes % 8);
-                v &= (U32)((bits & lane_bit) != 0);
-            }
-            store_vector(strips + (strip * rows + row) * kLanes, v);
-        }
-    }
-}
-
-// ---- Panels in fp32 -----------------------------------------------------------------------------------------------
-
-// panel[group][step][i] = element(8 * group + i, step), zero from `rows` on.
-template <class Element>
-inline void fill_panel(int64_t rows, int64_t steps, uint32_t* panel, const Element& element) {
-    for (int64_t group = 0; group * kGroup < rows; ++group)
-        for (int64_t step = 0; step < steps; ++step)
-            for (int64_t i = 0; i < kGroup; ++i, ++panel) {
-                const int64_t row = group * kGroup + i;
-                const float value = row < rows ? element(row, step) : 0.0f;
-                memcpy(panel, &value, 4);
-            }
-}
-
-// The panel of a matrix [rows, steps], or of its transpose.
-inline void panel_of(const ConstMatrix& matrix, int64_t rows, int64_t steps, uint32_t* panel) {
-    dispatch_dtype(matrix.dtype, [&](auto* type) {
-        const auto* p = static_cast<const Pointee<decltype(type)>*>(matrix.data);
-        fill_panel(rows, steps, panel, [&](int64_t row, int64_t step) { return to_float(p[row * matrix.stride + step]); });
-    });
-}
-inline void panel_of_transposed(const ConstMatrix& matrix, int64_t rows, int64_t steps, uint32_t* panel) {
-    dispatch_dtype(matrix.dtype, [&](auto* type) {
-        const auto* p = static_cast<const Pointee<decltype(type)>*>(matrix.data);
-        fill_panel(rows, steps, panel, [&](int64_t row, int64_t step) { return to_float(p[step * matrix.stride + row]); });
-    });
-}
-
 // ---- Results ------------------------------------------------------------------------------------------------------
 
-// out[lane][row] = (add[lane][row] +) tile[row][lane] * scale (+ bias[row]), rounded once; `lanes` and `rows` of it.
+inline void scale_rows(const float* tile, int64_t tile_stride, int64_t rows, int64_t columns, float scale, float* out,
+                       int64_t stride) {
+    for (int64_t row = 0; row < rows; ++row, tile += tile_stride, out += stride)
+        for (int64_t column = 0; column < columns; column += kLanes)
+            store_partial(out + column, load(tile + column) * scale, min_of<int64_t>(kLanes, columns - column));
+}
+
+// out = tile (+ bias) (+ add), rounded once. The next as many rows of out are expected to be written soon.
 template <class T>
-inline void store_tile(const float* tile, int64_t rows, int64_t lanes, float scale, const float* bias, const T* add,
-                       int64_t add_stride, T* out, int64_t stride) {
-    for (int64_t row = 0; row < rows; row += kLanes) {
-        const int64_t count = min_of<int64_t>(kLanes, rows - row);
-        U32 block[kLanes] = {};
-        for (int64_t i = 0; i < count; ++i) block[i] = load_vector<U32>(tile + (row + i) * kLanes);
-        transpose(block);
-        const F32 b = bias ? load_partial(bias + row, count) : F32{};
-        for (int64_t lane = 0; lane < lanes; ++lane) {
-            F32 value = fma((F32)block[lane], broadcast(scale), b);
-            if (add) value += load_partial(add + lane * add_stride + row, count);
-            if (count == kLanes)
-                store(out + lane * stride + row, value);
+inline void store_rows(const float* tile, int64_t tile_stride, int64_t rows, int64_t columns, const float* bias,
+                       const T* add, int64_t add_stride, T* out, int64_t stride) {
+    for (int64_t row = 0; row < rows; ++row, tile += tile_stride, out += stride) {
+        prefetch_row<true>(out + rows * stride, columns);
+        for (int64_t column = 0; column < columns; column += kLanes) {
+            const int64_t count = columns - column;
+            F32 value = load(tile + column);
+            if (bias) value += load(bias + column);
+            if (add) {
+                const T* from = add + row * add_stride + column;
+                value += count >= kLanes ? load(from) : load_partial(from, count);
+            }
+            if (count >= kLanes)
+                store(out + column, value);
             else
-                store_partial(out + lane * stride + row, value, count);
+                store_partial(out + column, value, count);
         }
     }
 }

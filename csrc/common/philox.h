@@ -70,34 +70,24 @@ inline void philox4x32(U32 (&c)[4], const uint32_t (&keys)[10][2]) {
     }
 }
 
-// Lane l is row first_row + l: keep[j] says whether column 8 * group + j of it is kept.
-inline void dropout_keep_rows(const Dropout& dropout, int64_t first_row, int64_t group, I32 (&keep)[8]) {
-    // Rows of one vector may cross a multiple of 2^32 only in matrices that no memory holds.
-    U32 c[4] = {broadcast(static_cast<uint32_t>(group)), static_cast<uint32_t>(first_row) + lane_index(),
-                broadcast(static_cast<uint32_t>(first_row >> 32)), U32{}};
-    philox4x32(c, dropout.keys);
-    for (int j = 0; j < 4; ++j) {
-        keep[2 * j] = (c[j] & 0xFFFF) >= dropout.threshold;
-        keep[2 * j + 1] = (c[j] >> 16) >= dropout.threshold;
-    }
-}
+// Bytes that dropout_keep_bits writes: whole vectors of the generator, which decides over 8 columns a lane.
+constexpr int64_t keep_bytes(int64_t columns) { return divide_up(columns, 8 * kLanes) * kLanes; }
 
-// keep[row][g]: bit j says whether column 8 * (first_group + g) + j of row first_row + row is kept, for 8 groups
-// (64 columns). `rows` is even, so that the lanes divide rows * 8.
-inline void dropout_keep_bits(const Dropout& dropout, int64_t first_row, int64_t rows, int64_t first_group,
-                              uint8_t (*keep)[8]) {
-    for (int64_t index = 0; index < rows * 8; index += kLanes) {
-        const U32 lane = static_cast<uint32_t>(index) + lane_index();
-        U32 c[4] = {static_cast<uint32_t>(first_group) + (lane & 7), static_cast<uint32_t>(first_row) + (lane >> 3),
-                    broadcast(static_cast<uint32_t>(first_row >> 32)), U32{}};
+// bits[c / 8] >> (c % 8) & 1 says whether column first_column + c of a row is kept; first_column is a multiple of 8.
+inline void dropout_keep_bits(const Dropout& dropout, int64_t row, int64_t first_column, int64_t columns,
+                              uint8_t* bits) {
+    const U32 first_group = static_cast<uint32_t>(first_column / 8) + lane_index();
+    for (int64_t group = 0; group * 8 < columns; group += kLanes) {
+        U32 c[4] = {static_cast<uint32_t>(group) + first_group, broadcast(static_cast<uint32_t>(row)),
+                    broadcast(static_cast<uint32_t>(row >> 32)), U32{}};
         philox4x32(c, dropout.keys);
-        U32 bits{};
+        U32 kept{};
         for (int j = 0; j < 4; ++j) {
-            bits |= (U32)((c[j] & 0xFFFF) >= dropout.threshold) & (1u << (2 * j));
-            bits |= (U32)((c[j] >> 16) >= dropout.threshold) & (2u << (2 * j));
+            kept |= (U32)((c[j] & 0xFFFF) >= dropout.threshold) & (1u << (2 * j));
+            kept |= (U32)((c[j] >> 16) >= dropout.threshold) & (2u << (2 * j));
         }
         using U8 = uint8_t __attribute__((vector_size(kLanes)));
-        store_vector(&keep[0][0] + index, __builtin_convertvector(bits, U8));
+        store_vector(bits + group, __builtin_convertvector(kept, U8));
     }
 }
 

@@ -39,6 +39,12 @@ constexpr T max_of(T a, T b) {
 }
 constexpr int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
+// A number as a type, for lambdas that want it at compile time.
+template <auto kConstant>
+struct Constant {
+    static constexpr auto kValue = kConstant;
+};
+
 inline F32 broadcast(float value) { return value - F32{}; }
 inline U32 broadcast(uint32_t value) { return value - U32{}; }
 

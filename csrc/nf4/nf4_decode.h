@@ -296,8 +296,23 @@ T decode_one(const Nf4Weight& w, int64_t index) {
     return value;
 }
 
-// Elements [begin, begin + count) of the flattened weight; any begin, any count. T is float, BFloat16 or Float16.
+// The table of a block for products of bf16 pairs: they take subnormals for zero, so these may be flushed here
+// already, which saves five instructions a block.
 template <class T>
+Table<T> make_product_table(const float* codebook, float absmax, DType dtype) {
+    return make_table<T>(codebook, absmax, dtype);
+}
+#if defined(__AVX512BF16__)
+template <>
+inline Table<BFloat16> make_product_table(const float* codebook, float absmax, DType dtype) {
+    if (dtype == DType::kFloat16) return make_table<BFloat16>(codebook, absmax, dtype);
+    const __m512 values = _mm512_mul_ps(_mm512_load_ps(codebook), _mm512_set1_ps(absmax));
+    return {{_mm512_broadcast_i64x4((__m256i)_mm512_cvtneps_pbh(values))}};
+}
+#endif
+
+// Elements [begin, begin + count) of the flattened weight; any begin, any count. T is float, BFloat16 or Float16.
+template <class T, Table<T> (*kMakeTable)(const float*, float, DType) = make_table<T>>
 void decode_range(const Nf4Weight& w, int64_t begin, int64_t count, T* out) {
     const int64_t end = begin + count;
     if (begin < end && begin % 2) *out++ = decode_one<T>(w, begin++);
@@ -306,7 +321,7 @@ void decode_range(const Nf4Weight& w, int64_t begin, int64_t count, T* out) {
         const int64_t block = begin >> w.log2_blocksize;
         const int64_t block_end = (block + 1) << w.log2_blocksize;
         const int64_t stop = block_end < end ? block_end : end;
-        const Table<T> table = make_table<T>(values, block_absmax(w.absmax, block), w.dtype);
+        const Table<T> table = kMakeTable(values, block_absmax(w.absmax, block), w.dtype);
         decode_codes(table, w.codes + begin / 2, stop - begin, out);
         out += stop - begin;
         begin = stop;

@@ -1,0 +1,215 @@
+// Decode shapes of lora_linear: up to 8 rows of x. Vectors run along k; rows of W are decoded into registers and
+// multiplied with all rows of x at once, so the speed is that of reading the codes.
+// For sources that are compiled once per instruction set, and only for those.
+#pragma once
+
+#include "common/parallel_for.h"
+#include "lora_linear/lora_linear_operands.h"
+
+namespace peft_kernels {
+namespace PEFT_KERNELS_ISA {
+namespace {
+
+// Rows of W that are multiplied at once: 16 sums at most, and 4 at least, since each multiplication waits for the one
+// before it in its sum.
+template <int kM>
+constexpr int kDotWeights = kM <= 2 ? 4 : 2;
+
+// sum[row][i] += W[first_row + row] . x[i], lane by lane, for rows whose blocks begin with them.
+template <class T, class Multiply, int kWeights, int kM>
+void dot_rows(const Nf4Weight& w, int64_t first_row, const uint32_t* x, int64_t x_stride, F32 (&sum)[kWeights][kM]) {
+    constexpr int kElements = kStepElements<Multiply>;
+    constexpr int kUnit = max_of(Table<T>::kGroup, kLanes * kElements);  // elements decoded at a time
+    constexpr int64_t kBlocks = 64;                                      // blocks whose statistics are decoded at a time
+    const float* values = codebook(w.quant_type);
+    const int64_t blocksize = int64_t{1} << w.log2_blocksize;
+    const int64_t row_blocks = w.k >> w.log2_blocksize;
+    const uint8_t* codes = w.codes + first_row * w.k / 2;
+    for (int64_t block0 = 0; block0 < row_blocks; block0 += kBlocks) {
+        const int64_t blocks = min_of(kBlocks, row_blocks - block0);
+        float absmax[kWeights][kBlocks];
+        for (int row = 0; row < kWeights; ++row)
+            for (int64_t block = 0; block < blocks; ++block)
+                absmax[row][block] = block_absmax(w.absmax, (first_row + row) * row_blocks + block0 + block);
+        for (int64_t block = 0; block < blocks; ++block) {
+            Table<T> table[kWeights];
+#pragma GCC unroll 4
+            for (int row = 0; row < kWeights; ++row) {
+                // The next rows to come: each row is a stream of its own, too short for the hardware to get ahead.
+                __builtin_prefetch(codes + (kWeights + row) * w.k / 2);
+                table[row] = make_product_table<T>(values, absmax[row][block], w.dtype);
+            }
+            for (int64_t unit = 0; unit < blocksize; unit += kUnit, codes += kUnit / 2, x += kUnit / kElements)
+#pragma GCC unroll 4
+                for (int row = 0; row < kWeights; ++row) {
+                    T decoded[kUnit];
+#pragma GCC unroll 16
+                    for (int i = 0; i < kUnit; i += Table<T>::kGroup)
+                        decode_group(table[row], codes + (row * w.k + i) / 2, decoded + i);
+#pragma GCC unroll 4
+                    for (int part = 0; part < kUnit; part += kLanes * kElements) {
+                        U32 weights;
+                        if constexpr (kElements == 2)
+                            weights = load_pairs(decoded + part);
+                        else
+                            weights = (U32)load(decoded + part);
+#pragma GCC unroll 8
+                        for (int i = 0; i < kM; ++i)
+                            sum[row][i] = Multiply::add_product(
+                                sum[row][i], weights, load_vector<U32>(x + i * x_stride + part / kElements));
+                    }
+                }
+        }
+    }
+}
+
+template <int kM>
+void forward_dot(const LoraLinearForwardParams& p) {
+    const int64_t elements = step_elements(p.compute_dtype);
+    const int64_t steps = divide_up(p.k, kLanes * elements) * kLanes;
+    const int64_t padded_k = divide_up(p.k, kLanes) * kLanes;
+    int64_t ranks = 0;
+    for (int a = 0; a < p.num_adapters; ++a) ranks += divide_up(p.adapters[a].rank, kLanes) * kLanes;
+
+    Arena arena(p.workspace);
+    uint32_t* x_steps = arena.take<uint32_t>(kM * steps);
+    float* x_wide = arena.take<float>(ranks > 0 ? kM * padded_k : 0);
+    uint8_t* keep = arena.take<uint8_t>(keep_bytes(p.k));
+    float* s = arena.take<float>(kM * ranks);  // scaled, each adapter's part padded to whole vectors with zeros
+    if (!p.workspace) {
+        *p.workspace_bytes = arena.used();
+        return;
+    }
+
+    const auto widen_x = [&](float* out) {
+        dispatch_dtype(p.x.dtype, [&](auto* type) {
+            using T = Pointee<decltype(type)>;
+            for (int64_t i = 0; i < p.m; ++i)
+                for (int64_t column = 0; column < padded_k; column += kLanes)
+                    store(out + i * padded_k + column,
+                          load_partial(static_cast<const T*>(row_of(p.x, i, column)),
+                                       min_of<int64_t>(kLanes, p.k - column)));
+        });
+    };
+    // Rows that only fill up kM are zero.
+    memset(x_steps + p.m * steps, 0, (kM - p.m) * steps * 4);
+    if (ranks > 0) {
+        memset(x_wide + p.m * padded_k, 0, (kM - p.m) * padded_k * 4);
+        widen_x(x_wide);
+    }
+    dispatch_dtype(p.x.dtype, [&](auto* type) {
+        using T = Pointee<decltype(type)>;
+        for (int64_t i = 0; i < p.m; ++i)
+            for (int64_t step = 0; step < steps; step += kLanes) {
+                T row[2 * kLanes] = {};
+                memcpy(row, row_of(p.x, i, step * elements),
+                       max_of<int64_t>(0, min_of(kLanes * elements, p.k - step * elements)) * sizeof(T));
+                store_vector(x_steps + i * steps + step, elements == 2 ? load_pairs(row) : (U32)load(row));
+            }
+    });
+
+    int64_t offset = 0, rank = 0;
+    bool dropped = false;
+    for (int a = 0; a < p.num_adapters; ++a) {
+        const LoraAdapter& adapter = p.adapters[a];
+        const Dropout dropout = dropout_of(adapter);
+        if (dropped) widen_x(x_wide);
+        dropped = dropout.threshold > 0;
+        if (dropped) {
+            for (int64_t i = 0; i < p.m; ++i) {
+                dropout_keep_bits(dropout, i, 0, p.k, keep);
+                for (int64_t column = 0; column < padded_k; column += kLanes) {
+                    float* at = x_wide + i * padded_k + column;
+                    store(at, keep_where(load(at), keep, column));
+                }
+            }
+        }
+        parallel_for_each(divide_up(adapter.rank, 4), [&](int64_t task, int) {
+            dispatch_dtype(adapter.lora_A.dtype, [&](auto* type) {
+                using T = Pointee<decltype(type)>;
+                for (int64_t r = task * 4; r < min_of(task * 4 + 4, adapter.rank); ++r) {
+                    const T* row = static_cast<const T*>(row_of(adapter.lora_A, r));
+                    F32 sum[kM] = {};
+                    for (int64_t column = 0; column < p.k; column += kLanes) {
+                        const int64_t count = p.k - column;
+                        const F32 v = count >= kLanes ? load(row + column) : load_partial(row + column, count);
+                        for (int i = 0; i < kM; ++i) sum[i] = fma(v, load(x_wide + i * padded_k + column), sum[i]);
+                    }
+                    for (int64_t i = 0; i < p.m; ++i) {
+                        const float value = horizontal_sum(sum[i]) * dropout.keep_scale;
+                        p.s[i * p.total_rank + rank + r] = value;
+                        s[i * ranks + offset + r] = value * adapter.scaling;
+                    }
+                }
+            });
+        });
+        const int64_t padded = divide_up(adapter.rank, kLanes) * kLanes;
+        for (int64_t i = 0; i < p.m; ++i)
+            for (int64_t r = adapter.rank; r < padded; ++r) s[i * ranks + offset + r] = 0;
+        offset += padded;
+        rank += adapter.rank;
+    }
+
+    // Tasks of about 64k weights: some ten microseconds, well above what handing one out costs.
+    constexpr int kWeights = kDotWeights<kM>;
+    const int64_t task_rows = max_of<int64_t>(1, (int64_t{1} << 16) / max_of<int64_t>(1, p.k) / kWeights) * kWeights;
+    parallel_for_each(divide_up(p.n, task_rows), [&](int64_t task, int) {
+        const int64_t end = min_of(p.n, (task + 1) * task_rows);
+        const auto finish = [&](int64_t n, const F32* sums) {
+            for (int64_t i = 0; i < p.m; ++i) {
+                F32 sum = sums[i];
+                int64_t at = 0;
+                for (int a = 0; a < p.num_adapters; ++a) {
+                    const LoraAdapter& adapter = p.adapters[a];
+                    dispatch_dtype(adapter.lora_B.dtype, [&](auto* type) {
+                        const auto* row = static_cast<const Pointee<decltype(type)>*>(row_of(adapter.lora_B, n));
+                        for (int64_t r = 0; r < adapter.rank; r += kLanes, at += kLanes) {
+                            const int64_t count = adapter.rank - r;
+                            const F32 b = count >= kLanes ? load(row + r) : load_partial(row + r, count);
+                            sum = fma(b, load(s + i * ranks + at), sum);
+                        }
+                    });
+                }
+                float value = horizontal_sum(sum);
+                if (p.bias.data)
+                    dispatch_dtype(p.bias.dtype, [&](auto* type) {
+                        value += to_float(static_cast<const Pointee<decltype(type)>*>(p.bias.data)[n]);
+                    });
+                dispatch_dtype(p.y.dtype, [&](auto* type) {
+                    using T = Pointee<decltype(type)>;
+                    if (p.add.data) value += to_float(static_cast<const T*>(row_of(p.add, i))[n]);
+                    store_rounded(value, static_cast<T*>(p.y.data) + i * p.y.stride + n);
+                });
+            }
+        };
+        if (!p.weight) {
+            const F32 zeros[kM] = {};
+            for (int64_t n = task * task_rows; n < end; ++n) finish(n, zeros);
+            return;
+        }
+        dispatch_compute(p.compute_dtype, p.weight->dtype, [&](auto* type, auto multiply) {
+            using T = Pointee<decltype(type)>;
+            using Multiply = decltype(multiply);
+            const Nf4Weight weight = rounded_once(*p.weight, p.compute_dtype);
+            int64_t n = task * task_rows;
+            for (; n + kWeights <= end; n += kWeights) {
+                F32 sums[kWeights][kM] = {};
+                dot_rows<T, Multiply>(weight, n, x_steps, steps, sums);
+                for (int row = 0; row < kWeights; ++row) finish(n + row, sums[row]);
+            }
+            for (; n < end; ++n) {
+                F32 sums[1][kM] = {};
+                dot_rows<T, Multiply>(weight, n, x_steps, steps, sums);
+                finish(n, sums[0]);
+            }
+        });
+    });
+}
+
+inline bool blocks_begin_with_rows(const Nf4Weight* weight) {
+    return !weight || weight->k % (int64_t{1} << weight->log2_blocksize) == 0;
+}
+
+}  // namespace
+}  // namespace PEFT_KERNELS_ISA
+}  // namespace peft_kernels

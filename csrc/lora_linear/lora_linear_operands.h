@@ -1,0 +1,191 @@
+// What the CPU kernels of lora_linear multiply: strips of the 4-bit weight, of A and of B, and rows of x and dy.
+// For sources that are compiled once per instruction set, and only for those.
+#pragma once
+
+#include "common/microkernel.h"
+#include "lora_linear/lora_linear.h"
+#include "lora_linear/lora_linear_plan.h"
+#include "nf4/nf4_decode.h"
+
+namespace peft_kernels {
+namespace PEFT_KERNELS_ISA {
+namespace {
+
+// Hands out aligned parts of a workspace; with a null base it only counts.
+class Arena {
+public:
+    explicit Arena(void* base) : base_(static_cast<char*>(base)) {}
+
+    template <class T>
+    T* take(int64_t count) {
+        char* p = base_ ? base_ + used_ : nullptr;
+        used_ += divide_up(count * static_cast<int64_t>(sizeof(T)), 64) * 64;
+        return reinterpret_cast<T*>(p);
+    }
+    int64_t used() const { return used_; }
+
+private:
+    char* base_;
+    int64_t used_ = 0;
+};
+
+inline const void* row_of(const ConstMatrix& matrix, int64_t row, int64_t column = 0) {
+    return static_cast<const char*>(matrix.data) + (row * matrix.stride + column) * size_of(matrix.dtype);
+}
+
+inline Dropout dropout_of(const LoraAdapter& adapter) { return {adapter.seed, adapter.dropout}; }
+
+inline int64_t strips_for(int64_t outputs) { return divide_up(outputs, kLanes); }
+
+// ---- The base product's arithmetic --------------------------------------------------------------------------------
+
+template <class Multiply>
+constexpr int kStepElements = 1;
+#if defined(__AVX512BF16__)
+template <>
+constexpr int kStepElements<MultiplyBf16Pairs> = 2;
+#endif
+
+// Calls body(type, multiply) with the element type that weights are decoded to and with how they are multiplied.
+template <class Body>
+void dispatch_compute(DType compute_dtype, DType weight_dtype, const Body& body) {
+#if defined(__AVX512BF16__)
+    if (compute_dtype == DType::kBFloat16) return body(static_cast<BFloat16*>(nullptr), MultiplyBf16Pairs{});
+#endif
+    const bool rounds_twice = weight_dtype != DType::kFloat32 && compute_dtype != DType::kFloat32 &&
+                              weight_dtype != compute_dtype;
+    dispatch_dtype(rounds_twice ? compute_dtype : DType::kFloat32, [&](auto* type) { body(type, MultiplyF32{}); });
+}
+
+// How many elements of the reduction are in a step.
+inline int64_t step_elements(DType compute_dtype) {
+    int64_t elements = 1;
+    dispatch_compute(compute_dtype, DType::kFloat32,
+                     [&](auto*, auto multiply) { elements = kStepElements<decltype(multiply)>; });
+    return elements;
+}
+
+// The weight with the roundings to its own dtype and to compute_dtype made one where that changes nothing.
+inline Nf4Weight rounded_once(const Nf4Weight& weight, DType compute_dtype) {
+    Nf4Weight result = weight;
+    if (weight.dtype == DType::kFloat32) result.dtype = compute_dtype;
+    return result;
+}
+
+// ---- Strips of the weight -----------------------------------------------------------------------------------------
+
+template <class T>
+void decode(const Nf4Weight& w, int64_t begin, int64_t count, T* out) {
+    decode_range<T, make_product_table<T>>(w, begin, count, out);
+}
+
+// The strips are decoded a cache line of codes a row, and the rows are far apart: the hardware does not get ahead of
+// that by itself (M = 32, 4096 x 4096: a third of the decoding was waiting).
+inline void prefetch_codes(const Nf4Weight& w, int64_t element) { __builtin_prefetch(w.codes + element / 2); }
+
+// Outputs are rows [n0, n0 + outputs) of W, the reduction runs over elements [k0, k0 + count) of each: the vectors
+// that are decoded run along k, so they are transposed, kLanes rows at a time.
+template <class T, int kElements>
+void decode_strips(const Nf4Weight& w, int64_t n0, int64_t outputs, int64_t k0, int64_t count, uint32_t* strips) {
+    constexpr int64_t kBlock = 2 * 64;  // elements decoded before they are transposed: the rows stay in L1
+    const int64_t num_strips = strips_for(outputs), steps = divide_up(count, kElements);
+    T rows[kLanes][kBlock + 32];  // + 32: rows a power of two apart would share their cache sets
+    for (int64_t strip = 0; strip < num_strips; ++strip) {
+        const int64_t first = n0 + strip * kLanes, valid = min_of<int64_t>(kLanes, outputs - strip * kLanes);
+        if (valid < kLanes) memset(rows, 0, sizeof rows);
+        for (int64_t k = 0; k < count; k += kBlock) {
+            const int64_t some = min_of(kBlock, count - k);
+            for (int64_t row = 0; row < valid; ++row) {
+                prefetch_codes(w, (first + row) * w.k + k0 + k + kBlock);
+                decode(w, (first + row) * w.k + k0 + k, some, rows[row]);
+                if (some % kElements) rows[row][some] = {};
+            }
+            for (int64_t element = 0; element < some; element += kLanes * kElements) {
+                U32 square[kLanes];
+                for (int row = 0; row < kLanes; ++row)
+                    square[row] = kElements == 2 ? load_vector<U32>(rows[row] + element)
+                                                 : (U32)load(rows[row] + element);
+                transpose(square);
+                const int64_t step = (k + element) / kElements;
+                for (int i = 0; i < min_of<int64_t>(kLanes, steps - step); ++i)
+                    store_vector(strip_at(strips, num_strips, steps, step + i, strip), square[i]);
+            }
+        }
+    }
+}
+
+// Outputs are columns [k0, k0 + outputs) of W, the reduction runs over its rows [n0, n0 + count).
+template <class T, int kElements>
+void decode_strips_transposed(const Nf4Weight& w, int64_t k0, int64_t outputs, int64_t n0, int64_t count,
+                              uint32_t* strips) {
+    const int64_t num_strips = strips_for(outputs), steps = divide_up(count, kElements);
+    constexpr int64_t kAhead = 16;
+    T rows[kElements][kTaskOutputs] = {};
+    for (int64_t step = 0; step < steps; ++step) {
+        for (int e = 0; e < kElements; ++e) {
+            const int64_t row = step * kElements + e;
+            prefetch_codes(w, (n0 + row + kAhead) * w.k + k0);
+            if (row < count)
+                decode(w, (n0 + row) * w.k + k0, outputs, rows[e]);
+            else
+                memset(rows[e], 0, sizeof rows[e]);
+        }
+        for (int64_t strip = 0; strip < num_strips; ++strip) {
+            U32 v;
+            if constexpr (kElements == 2)
+                v = __builtin_convertvector(load_vector<U16>(rows[0] + strip * kLanes), U32) |
+                    __builtin_convertvector(load_vector<U16>(rows[1] + strip * kLanes), U32) << 16;
+            else
+                v = (U32)load(rows[0] + strip * kLanes);
+            store_vector(strip_at(strips, num_strips, steps, step, strip), v);
+        }
+    }
+}
+
+// ---- Rows of the activation ---------------------------------------------------------------------------------------
+
+// Whether the base product can read a matrix where it lies. An odd number of columns would leave half a pair.
+inline bool reads_in_place(const ConstMatrix& matrix, int64_t columns, int64_t elements) {
+    return elements == 2 ? matrix.dtype == DType::kBFloat16 && columns % 2 == 0 : matrix.dtype == DType::kFloat32;
+}
+
+inline Rows rows_of(const ConstMatrix& matrix, int64_t first_row) {
+    return {row_of(matrix, first_row), matrix.stride * size_of(matrix.dtype), 4};
+}
+
+// One row in 32-bit steps, padded with zeros to whole steps.
+template <class T>
+void convert_row(const T* x, int64_t columns, int64_t elements, uint32_t* out) {
+    if (elements == 1) return widen_rows(x, 0, 1, columns, nullptr, 0, reinterpret_cast<float*>(out), 0);
+    BFloat16* pairs = reinterpret_cast<BFloat16*>(out);
+    for (int64_t column = 0; column < columns; column += kLanes) {
+        const int64_t count = columns - column;
+        if (count >= kLanes)
+            store(pairs + column, load(x + column));
+        else
+            store_partial(pairs + column, load_partial(x + column, count), count);
+    }
+    if (columns % 2) pairs[columns] = {};
+}
+
+// ---- Strips of A and B --------------------------------------------------------------------------------------------
+
+// Strips of a part of A or B, times `scale`. Outputs are the matrix's rows, or its columns.
+inline void adapter_strips(const ConstMatrix& matrix, int64_t rows, int64_t columns, bool outputs_are_rows, float scale,
+                           uint32_t* strips) {
+    dispatch_dtype(matrix.dtype, [&](auto* type) {
+        const auto* data = static_cast<const Pointee<decltype(type)>*>(matrix.data);
+        if (outputs_are_rows)
+            strips_of_columns(data, matrix.stride, rows, columns, scale, strips);
+        else
+            strips_of_rows(data, matrix.stride, rows, columns, nullptr, 0, scale, strips);
+    });
+}
+
+inline ConstMatrix part_of(const ConstMatrix& matrix, int64_t row, int64_t column) {
+    return {row_of(matrix, row, column), matrix.dtype, matrix.stride};
+}
+
+}  // namespace
+}  // namespace PEFT_KERNELS_ISA
+}  // namespace peft_kernels

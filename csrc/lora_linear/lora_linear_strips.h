@@ -1,0 +1,480 @@
+// Training shapes of lora_linear: many rows. See lora_linear_cpu.cpp for the products, microkernel.h for the layouts.
+// For sources that are compiled once per instruction set, and only for those.
+#pragma once
+
+#include "common/parallel_for.h"
+#include "lora_linear/lora_linear_operands.h"
+
+namespace peft_kernels {
+namespace PEFT_KERNELS_ISA {
+namespace {
+
+// Columns of x or dy that a shrink widens at a time: its strips of A or B (16 KB at rank 16) stay in L1.
+constexpr int64_t kShrinkColumns = 256;
+// Rows of x or dy that the gradients of A and B take at a time: 256 x 64 x 4 bytes = 64 KB.
+constexpr int64_t kReduceRows = 256;
+
+// What the two directions share: the operand ("input": x, or dy), its rows in 32-bit steps, and the shrunk rows.
+class StripProduct {
+protected:
+    StripProduct(const LoraLinearParams& params, const ConstMatrix& input, int64_t reduction, int64_t outputs,
+                 bool has_base)
+        : params_(params),
+          input_(input),
+          reduction_(reduction),
+          outputs_(outputs),
+          has_base_(has_base),
+          plan_(lora_linear_plan(params.m, outputs, params.threads)),
+          elements_(step_elements(params.compute_dtype)),
+          steps_(divide_up(reduction, elements_)),
+          in_place_(!has_base || reads_in_place(input, reduction, elements_)) {
+        for (int a = 0; a < params.num_adapters; ++a) shrunk_ += strips_for(params.adapters[a].rank) * kLanes;
+    }
+
+    int64_t chunk_rows() const { return in_place_ ? params_.m : min_of(plan_.chunk_rows, params_.m); }
+
+    uint32_t* take_converted(Arena& arena) const {
+        return arena.take<uint32_t>(in_place_ ? 0 : chunk_rows() * steps_);
+    }
+    // Strips of all adapters in blocks of kShrinkColumns steps: [block][adapter][group][step][strip][lane].
+    uint32_t* take_shrink_strips(Arena& arena) const { return arena.take<uint32_t>(reduction_ * shrunk_); }
+
+    // What is done to the input's rows before the tasks: conversion and, if wanted, the shrink.
+    template <class Body>
+    void for_each_row_block(int64_t first, int64_t rows, bool shrinks, const Body& body) const {
+        if (in_place_ && !shrinks) return;
+        parallel_for_each(divide_up(rows, kRowBlock), [&](int64_t task, int worker) {
+            const int64_t row = task * kRowBlock;
+            body(first + row, min_of(kRowBlock, rows - row), worker);
+        });
+    }
+
+    // Calls body(first output, outputs, first row, rows, worker) for every task of a chunk.
+    template <class Body>
+    void for_each_task(int64_t first, int64_t rows, const Body& body) const {
+        const int64_t blocks = divide_up(rows, plan_.task_rows);
+        parallel_for_each(divide_up(outputs_, kTaskOutputs) * blocks, [&](int64_t task, int worker) {
+            const int64_t output = task / blocks * kTaskOutputs, row = task % blocks * plan_.task_rows;
+            body(output, min_of(kTaskOutputs, outputs_ - output), first + row, min_of(plan_.task_rows, rows - row),
+                 worker);
+        });
+    }
+
+    void convert_rows(int64_t first_row, int64_t rows, uint32_t* out) const {
+        dispatch_dtype(input_.dtype, [&](auto* type) {
+            using T = Pointee<decltype(type)>;
+            for (int64_t row = 0; row < rows; ++row)
+                convert_row(static_cast<const T*>(row_of(input_, first_row + row)), reduction_, elements_,
+                            out + row * steps_);
+        });
+    }
+
+    // tile[row][shrunk] = rows of the input, dropped but not yet scaled, times the strips of every adapter.
+    void shrink(int64_t first_row, int64_t rows, bool drops, const uint32_t* strips, float* wide, uint8_t* bits,
+                float* tile) const {
+        dispatch_dtype(input_.dtype, [&](auto* type) {
+            using T = Pointee<decltype(type)>;
+            for (int64_t column = 0; column == 0 || column < reduction_; column += kShrinkColumns) {
+                const int64_t columns = min_of(kShrinkColumns, reduction_ - column);
+                for (int64_t row = 0; row < rows; row += kTileRows) {
+                    const int64_t some = min_of<int64_t>(kTileRows, rows - row);
+                    const T* x = static_cast<const T*>(row_of(input_, first_row + row, column));
+                    const uint32_t* strip = strips + column * shrunk_;
+                    float* sums = tile + row * shrunk_;
+                    bool reusable = false;  // what `wide` holds suits an adapter without dropout
+                    for (int a = 0; a < params_.num_adapters; ++a) {
+                        const LoraAdapter& adapter = params_.adapters[a];
+                        const Dropout dropout = dropout_of(adapter);
+                        const bool drop = drops && dropout.threshold > 0;
+                        for (int64_t i = 0; drop && i < some; ++i)
+                            dropout_keep_bits(dropout, first_row + row + i, column, columns,
+                                              bits + i * keep_bytes(kShrinkColumns));
+                        if (drop || !reusable)
+                            widen_rows(x, input_.stride, some, columns, drop ? bits : nullptr,
+                                       keep_bytes(kShrinkColumns), wide, kShrinkColumns);
+                        reusable = !drop;
+                        const int64_t num_strips = strips_for(adapter.rank);
+                        multiply<MultiplyF32>({wide, kShrinkColumns * 4, 4}, some, strip, num_strips, columns, sums,
+                                              shrunk_, column > 0);
+                        strip += num_strips * kLanes * columns;
+                        sums += num_strips * kLanes;
+                    }
+                }
+            }
+        });
+    }
+
+    Rows base_rows(const uint32_t* converted, int64_t first, int64_t row, int64_t step) const {
+        Rows rows = in_place_ ? rows_of(input_, row) : Rows{converted + (row - first) * steps_, steps_ * 4, 4};
+        rows.data = rows.row(0) + step * 4;
+        return rows;
+    }
+
+    // The base product of one task; calls finish(first row, rows, tile) for each block of rows when its sums are
+    // complete. decode(type, multiply, first step, steps, strips) makes the strips of the weight.
+    template <class Decode, class Finish>
+    void multiply_base(const uint32_t* converted, int64_t first, int64_t outputs, int64_t row0, int64_t rows,
+                       uint32_t* strips, float* tile, const Decode& decode, const Finish& finish) const {
+        const auto blocks = [&](const auto& body) {
+            for (int64_t row = 0; row < rows; row += kRowBlock)
+                body(row0 + row, min_of(kRowBlock, rows - row), tile + row * kTaskOutputs);
+        };
+        if (!has_base_) return blocks(finish);
+        dispatch_compute(params_.compute_dtype, params_.weight->dtype, [&](auto* type, auto arithmetic) {
+            const int64_t block = strip_steps(steps_);
+            for (int64_t step = 0; step == 0 || step < steps_; step += block) {
+                const int64_t some = min_of(block, steps_ - step);
+                decode(type, arithmetic, step, some, strips);
+                blocks([&](int64_t row, int64_t count, float* sums) {
+                    multiply<decltype(arithmetic)>(base_rows(converted, first, row, step), count, strips,
+                                                   strips_for(outputs), some, sums, kTaskOutputs, step > 0);
+                    if (step + some >= steps_) finish(row, count, sums);
+                });
+            }
+        });
+    }
+
+    const LoraLinearParams& params_;
+    const ConstMatrix& input_;
+    const int64_t reduction_, outputs_;
+    const bool has_base_;
+    const LoraLinearPlan plan_;
+    const int64_t elements_, steps_;
+    const bool in_place_;
+    int64_t shrunk_ = 0;  // ranks, each padded to whole strips
+};
+
+class StripForward : StripProduct {
+public:
+    explicit StripForward(const LoraLinearForwardParams& params)
+        : StripProduct(params, params.x, params.k, params.n, params.weight != nullptr), p_(params) {}
+
+    void run() {
+        Arena arena(p_.workspace);
+        strips_A_ = take_shrink_strips(arena);
+        converted_ = take_converted(arena);
+        const int64_t worker_bytes = Scratch(nullptr, *this).bytes;
+        char* workers = arena.take<char>(p_.threads * worker_bytes);
+        if (!p_.workspace) {
+            *p_.workspace_bytes = arena.used();
+            return;
+        }
+        make_strips_A();
+        for (int64_t first = 0; first < p_.m; first += chunk_rows()) {
+            const int64_t rows = min_of(chunk_rows(), p_.m - first);
+            for_each_row_block(first, rows, shrunk_ > 0, [&](int64_t row, int64_t count, int worker) {
+                if (!in_place_) convert_rows(row, count, converted_ + (row - first) * steps_);
+                if (shrunk_ > 0) make_s(row, count, Scratch(workers + worker * worker_bytes, *this));
+            });
+            for_each_task(first, rows, [&](int64_t n0, int64_t outputs, int64_t row, int64_t count, int worker) {
+                make_y(first, n0, outputs, row, count, Scratch(workers + worker * worker_bytes, *this));
+            });
+        }
+    }
+
+private:
+    struct Scratch {  // of one worker
+        Scratch(char* base, const StripForward& f) {
+            Arena arena(base);
+            strips = arena.take<uint32_t>(f.has_base_ ? kTaskOutputs * min_of(kStripSteps, f.steps_) : 0);
+            strips_B = arena.take<uint32_t>(kTaskOutputs * f.p_.total_rank);
+            tile = arena.take<float>(max_of(f.plan_.task_rows * kTaskOutputs, kRowBlock * f.shrunk_));
+            bias = arena.take<float>(kTaskOutputs);
+            wide = arena.take<float>(kTileRows * kShrinkColumns);
+            bits = arena.take<uint8_t>(kTileRows * keep_bytes(kShrinkColumns));
+            bytes = arena.used();
+        }
+        uint32_t* strips;
+        uint32_t* strips_B;
+        float* tile;
+        float* bias;
+        float* wide;
+        uint8_t* bits;
+        int64_t bytes;
+    };
+
+    void make_strips_A() const {
+        uint32_t* out = strips_A_;
+        for (int64_t column = 0; column < p_.k; column += kShrinkColumns)
+            for (int a = 0; a < p_.num_adapters; ++a) {
+                const LoraAdapter& adapter = p_.adapters[a];
+                const int64_t columns = min_of(kShrinkColumns, p_.k - column);
+                adapter_strips(part_of(adapter.lora_A, 0, column), adapter.rank, columns, true, 1.0f, out);
+                out += strips_for(adapter.rank) * kLanes * columns;
+            }
+    }
+
+    // s = drop(x) Aᵀ / (1 - p)
+    void make_s(int64_t row, int64_t rows, const Scratch& scratch) const {
+        shrink(row, rows, true, strips_A_, scratch.wide, scratch.bits, scratch.tile);
+        const float* tile = scratch.tile;
+        float* s = p_.s + row * p_.total_rank;
+        for (int a = 0; a < p_.num_adapters; ++a) {
+            const LoraAdapter& adapter = p_.adapters[a];
+            scale_rows(tile, shrunk_, rows, adapter.rank, dropout_of(adapter).keep_scale, s,
+                       p_.total_rank);
+            tile += strips_for(adapter.rank) * kLanes;
+            s += adapter.rank;
+        }
+    }
+
+    // y = x Wᵀ + b + scaling s Bᵀ for some outputs of some rows
+    void make_y(int64_t first, int64_t n0, int64_t outputs, int64_t row0, int64_t rows, const Scratch& scratch) const {
+        uint32_t* strips_B = scratch.strips_B;
+        for (int a = 0; a < p_.num_adapters; ++a) {
+            const LoraAdapter& adapter = p_.adapters[a];
+            adapter_strips(part_of(adapter.lora_B, n0, 0), outputs, adapter.rank, true, adapter.scaling, strips_B);
+            strips_B += strips_for(outputs) * kLanes * adapter.rank;
+        }
+        if (p_.bias.data)
+            dispatch_dtype(p_.bias.dtype, [&](auto* type) {
+                const auto* bias = static_cast<const Pointee<decltype(type)>*>(p_.bias.data);
+                widen_rows(bias + n0, 0, 1, outputs, nullptr, 0, scratch.bias, 0);
+            });
+        const auto decode = [&](auto* type, auto arithmetic, int64_t step, int64_t steps, uint32_t* strips) {
+            using T = Pointee<decltype(type)>;
+            constexpr int kElements = kStepElements<decltype(arithmetic)>;
+            const int64_t k0 = step * kElements;
+            decode_strips<T, kElements>(rounded_once(*p_.weight, p_.compute_dtype), n0, outputs, k0,
+                                        min_of(steps * kElements, p_.k - k0), strips);
+        };
+        const auto finish = [&](int64_t row, int64_t count, float* tile) {
+            const uint32_t* strips = scratch.strips_B;
+            const float* s = p_.s + row * p_.total_rank;
+            for (int a = 0; a < p_.num_adapters; ++a) {
+                const int64_t rank = p_.adapters[a].rank;
+                multiply<MultiplyF32>({s, p_.total_rank * 4, 4}, count, strips, strips_for(outputs), rank, tile,
+                                      kTaskOutputs, has_base_ || a > 0);
+                strips += strips_for(outputs) * kLanes * rank;
+                s += rank;
+            }
+            dispatch_dtype(p_.y.dtype, [&](auto* type) {
+                using T = Pointee<decltype(type)>;
+                const T* add = p_.add.data ? static_cast<const T*>(row_of(p_.add, row, n0)) : nullptr;
+                store_rows(tile, kTaskOutputs, count, outputs, p_.bias.data ? scratch.bias : nullptr, add,
+                           p_.add.stride, static_cast<T*>(p_.y.data) + row * p_.y.stride + n0, p_.y.stride);
+            });
+        };
+        multiply_base(converted_, first, outputs, row0, rows, scratch.strips, scratch.tile, decode, finish);
+    }
+
+    const LoraLinearForwardParams& p_;
+    uint32_t* strips_A_ = nullptr;
+    uint32_t* converted_ = nullptr;
+};
+
+class StripBackward : StripProduct {
+public:
+    explicit StripBackward(const LoraLinearBackwardParams& params)
+        : StripProduct(params, params.grad_y, params.n, params.k, params.weight && params.grad_x.data), p_(params) {
+        for (int a = 0; a < p_.num_adapters; ++a) {
+            wants_A_ |= p_.adapters[a].grad_A != nullptr;
+            wants_B_ |= p_.adapters[a].grad_B != nullptr;
+        }
+        wants_x_ = p_.grad_x.data != nullptr;
+        wants_ds_ = shrunk_ > 0 && (wants_A_ || wants_x_);
+    }
+
+    void run() {
+        Arena arena(p_.workspace);
+        strips_B_ = wants_ds_ ? take_shrink_strips(arena) : nullptr;
+        converted_ = take_converted(arena);
+        ds_ = arena.take<float>(wants_ds_ ? p_.m * p_.total_rank : 0);
+        int dropping = 0;
+        for (int a = 0; a < p_.num_adapters; ++a) dropping += drops(p_.adapters[a]);
+        keep_ = arena.take<uint8_t>(wants_ds_ ? dropping * p_.m * keep_bytes(p_.k) : 0);
+        const int64_t worker_bytes = Scratch(nullptr, *this).bytes;
+        char* workers = arena.take<char>(p_.threads * worker_bytes);
+        if (!p_.workspace) {
+            *p_.workspace_bytes = arena.used();
+            return;
+        }
+        const auto scratch = [&](int worker) { return Scratch(workers + worker * worker_bytes, *this); };
+        if (wants_ds_) make_strips_B();
+        for (int64_t first = 0; first < p_.m; first += chunk_rows()) {
+            const int64_t rows = min_of(chunk_rows(), p_.m - first);
+            for_each_row_block(first, rows, wants_ds_, [&](int64_t row, int64_t count, int worker) {
+                if (!in_place_) convert_rows(row, count, converted_ + (row - first) * steps_);
+                if (wants_ds_) make_ds(row, count, scratch(worker));
+            });
+            if (!wants_x_) continue;
+            for_each_task(first, rows, [&](int64_t k0, int64_t outputs, int64_t row, int64_t count, int worker) {
+                make_grad_x(first, k0, outputs, row, count, scratch(worker));
+            });
+        }
+        const int64_t tasks_A = wants_A_ ? divide_up(p_.k, kTaskOutputs) : 0;
+        const int64_t tasks_B = wants_B_ ? divide_up(p_.n, kTaskOutputs) : 0;
+        parallel_for_each(tasks_A + tasks_B, [&](int64_t task, int worker) {
+            if (task < tasks_A)
+                make_grad_A(task * kTaskOutputs, scratch(worker));
+            else
+                make_grad_B((task - tasks_A) * kTaskOutputs, scratch(worker));
+        });
+    }
+
+private:
+    struct Scratch {  // of one worker
+        Scratch(char* base, const StripBackward& b) {
+            const int64_t base_strips = b.has_base_ ? kTaskOutputs * min_of(kStripSteps, b.steps_) : 0;
+            int64_t rank = 0;
+            for (int a = 0; a < b.p_.num_adapters; ++a) rank = max_of(rank, b.p_.adapters[a].rank);
+            Arena arena(base);
+            strips = arena.take<uint32_t>(max_of(base_strips, kTaskOutputs * min_of(kReduceRows, b.p_.m)));
+            strips_A = arena.take<uint32_t>(kTaskOutputs * b.p_.total_rank);
+            tile = arena.take<float>(
+                max_of(max_of(b.plan_.task_rows * kTaskOutputs, kRowBlock * b.shrunk_), rank * kTaskOutputs));
+            branch = arena.take<float>(kRowBlock * kTaskOutputs);
+            wide = arena.take<float>(kTileRows * kShrinkColumns);
+            bytes = arena.used();
+        }
+        uint32_t* strips;
+        uint32_t* strips_A;
+        float* tile;
+        float* branch;
+        float* wide;
+        int64_t bytes;
+    };
+
+    static bool drops(const LoraAdapter& adapter) { return dropout_of(adapter).threshold > 0; }
+
+    // The bits of an adapter's mask, from a row and a column (a multiple of 8) on; null where it drops nothing.
+    uint8_t* keep_of(int adapter, int64_t row, int64_t column) const {
+        if (!drops(p_.adapters[adapter])) return nullptr;
+        int index = 0;
+        for (int a = 0; a < adapter; ++a) index += drops(p_.adapters[a]);
+        return keep_ + (index * p_.m + row) * keep_bytes(p_.k) + column / 8;
+    }
+
+    void make_strips_B() const {
+        uint32_t* out = strips_B_;
+        for (int64_t row = 0; row < p_.n; row += kShrinkColumns)
+            for (int a = 0; a < p_.num_adapters; ++a) {
+                const LoraAdapter& adapter = p_.adapters[a];
+                const int64_t rows = min_of(kShrinkColumns, p_.n - row);
+                adapter_strips(part_of(adapter.lora_B, row, 0), rows, adapter.rank, false, 1.0f, out);
+                out += strips_for(adapter.rank) * kLanes * rows;
+            }
+    }
+
+    // ds = scaling / (1 - p) dy B; and the masks of these rows, which dx and dA read.
+    void make_ds(int64_t row, int64_t rows, const Scratch& scratch) const {
+        shrink(row, rows, false, strips_B_, scratch.wide, nullptr, scratch.tile);
+        const float* tile = scratch.tile;
+        float* ds = ds_ + row * p_.total_rank;
+        for (int a = 0; a < p_.num_adapters; ++a) {
+            const LoraAdapter& adapter = p_.adapters[a];
+            const Dropout dropout = dropout_of(adapter);
+            scale_rows(tile, shrunk_, rows, adapter.rank, adapter.scaling * dropout.keep_scale, ds, p_.total_rank);
+            for (int64_t i = 0; dropout.threshold > 0 && i < rows; ++i)
+                dropout_keep_bits(dropout, row + i, 0, p_.k, keep_of(a, row + i, 0));
+            tile += strips_for(adapter.rank) * kLanes;
+            ds += adapter.rank;
+        }
+    }
+
+    // dx = dy W + mask ⊙ (ds A) for some columns of some rows
+    void make_grad_x(int64_t first, int64_t k0, int64_t outputs, int64_t row0, int64_t rows,
+                     const Scratch& scratch) const {
+        uint32_t* strips_A = scratch.strips_A;
+        for (int a = 0; a < p_.num_adapters; ++a) {
+            const LoraAdapter& adapter = p_.adapters[a];
+            adapter_strips(part_of(adapter.lora_A, 0, k0), adapter.rank, outputs, false, 1.0f, strips_A);
+            strips_A += strips_for(outputs) * kLanes * adapter.rank;
+        }
+        const auto decode = [&](auto* type, auto arithmetic, int64_t step, int64_t steps, uint32_t* strips) {
+            using T = Pointee<decltype(type)>;
+            constexpr int kElements = kStepElements<decltype(arithmetic)>;
+            const int64_t n0 = step * kElements;
+            decode_strips_transposed<T, kElements>(rounded_once(*p_.weight, p_.compute_dtype), k0, outputs, n0,
+                                                   min_of(steps * kElements, p_.n - n0), strips);
+        };
+        const auto finish = [&](int64_t row, int64_t count, float* tile) {
+            const uint32_t* strips = scratch.strips_A;
+            const float* ds = ds_ + row * p_.total_rank;
+            for (int a = 0; a < p_.num_adapters; ++a) {
+                const int64_t rank = p_.adapters[a].rank;
+                const uint8_t* keep = keep_of(a, row, k0);
+                const bool started = has_base_ || a > 0;
+                multiply<MultiplyF32>({ds, p_.total_rank * 4, 4}, count, strips, strips_for(outputs), rank,
+                                      keep ? scratch.branch : tile, kTaskOutputs, started && !keep);
+                if (keep) add_kept(scratch.branch, keep, count, outputs, started, tile);
+                strips += strips_for(outputs) * kLanes * rank;
+                ds += rank;
+            }
+            dispatch_dtype(p_.grad_x.dtype, [&](auto* type) {
+                using T = Pointee<decltype(type)>;
+                const T* add = p_.add.data ? static_cast<const T*>(row_of(p_.add, row, k0)) : nullptr;
+                store_rows(tile, kTaskOutputs, count, outputs, nullptr, add, p_.add.stride,
+                           static_cast<T*>(p_.grad_x.data) + row * p_.grad_x.stride + k0, p_.grad_x.stride);
+            });
+        };
+        multiply_base(converted_, first, outputs, row0, rows, scratch.strips, scratch.tile, decode, finish);
+    }
+
+    // tile = (or +=) branch, where it is kept
+    void add_kept(const float* branch, const uint8_t* keep, int64_t rows, int64_t columns, bool accumulate,
+                  float* tile) const {
+        for (int64_t row = 0; row < rows; ++row, keep += keep_bytes(p_.k))
+            for (int64_t column = 0; column < columns; column += kLanes) {
+                const int64_t at = row * kTaskOutputs + column;
+                const F32 kept = keep_where(load(branch + at), keep, column);
+                store(tile + at, accumulate ? load(tile + at) + kept : kept);
+            }
+    }
+
+    // dA = dsᵀ drop(x), for some columns
+    void make_grad_A(int64_t k0, const Scratch& scratch) const {
+        const int64_t columns = min_of(kTaskOutputs, p_.k - k0);
+        int64_t offset = 0;
+        for (int a = 0; a < p_.num_adapters; offset += p_.adapters[a++].rank) {
+            const LoraAdapter& adapter = p_.adapters[a];
+            if (!adapter.grad_A) continue;
+            reduce_rows(p_.x, k0, columns, ds_ + offset, adapter.rank, a, scratch);
+            for (int64_t r = 0; r < adapter.rank; ++r)
+                memcpy(adapter.grad_A + r * p_.k + k0, scratch.tile + r * kTaskOutputs, columns * sizeof(float));
+        }
+    }
+
+    // dB = scaling dyᵀ s, for some of its rows
+    void make_grad_B(int64_t n0, const Scratch& scratch) const {
+        const int64_t columns = min_of(kTaskOutputs, p_.n - n0);
+        int64_t offset = 0;
+        for (int a = 0; a < p_.num_adapters; offset += p_.adapters[a++].rank) {
+            const LoraAdapter& adapter = p_.adapters[a];
+            if (!adapter.grad_B) continue;
+            reduce_rows(p_.grad_y, n0, columns, p_.s + offset, adapter.rank, -1, scratch);
+            for (int64_t column = 0; column < columns; ++column)
+                for (int64_t r = 0; r < adapter.rank; ++r)
+                    adapter.grad_B[(n0 + column) * adapter.rank + r] =
+                        scratch.tile[r * kTaskOutputs + column] * adapter.scaling;
+        }
+    }
+
+    // tile[r][column] = Σ over rows of coefficients[row][r] · matrix[row][first + column], dropped with the mask of an
+    // adapter if it is not negative. Coefficients have rows of total_rank numbers.
+    void reduce_rows(const ConstMatrix& matrix, int64_t first, int64_t columns, const float* coefficients, int64_t rank,
+                     int adapter, const Scratch& scratch) const {
+        dispatch_dtype(matrix.dtype, [&](auto* type) {
+            using T = Pointee<decltype(type)>;
+            for (int64_t row = 0; row < p_.m; row += kReduceRows) {
+                const int64_t rows = min_of(kReduceRows, p_.m - row);
+                strips_of_rows(static_cast<const T*>(row_of(matrix, row, first)), matrix.stride, rows, columns,
+                               adapter < 0 ? nullptr : keep_of(adapter, row, first), keep_bytes(p_.k), 1.0f,
+                               scratch.strips);
+                multiply<MultiplyF32>({coefficients + row * p_.total_rank, 4, p_.total_rank * 4}, rank, scratch.strips,
+                                      strips_for(columns), rows, scratch.tile, kTaskOutputs, row > 0);
+            }
+        });
+    }
+
+    const LoraLinearBackwardParams& p_;
+    bool wants_A_ = false, wants_B_ = false, wants_x_ = false, wants_ds_ = false;
+    uint32_t* strips_B_ = nullptr;
+    uint32_t* converted_ = nullptr;
+    float* ds_ = nullptr;      // [m, total_rank]
+    uint8_t* keep_ = nullptr;  // [dropping adapter][m][keep_bytes(k)]
+};
+
+}  // namespace
+}  // namespace PEFT_KERNELS_ISA
+}  // namespace peft_kernels

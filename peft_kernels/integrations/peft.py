@@ -17,8 +17,6 @@ from .registry import FLOAT_DTYPES, FusedLayer, mention, register
 
 mention(BaseTunerLayer)
 
-_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
-
 
 class FusedLoRA(FusedLayer):
     """`y = x Wᵀ + b + Σᵢ scalingᵢ · dropoutᵢ(x) Aᵢᵀ Bᵢᵀ` over the active adapters, in the dtype that PEFT returns.
@@ -31,10 +29,11 @@ class FusedLoRA(FusedLayer):
         weight = self.get_base_layer().weight
         if not weight.is_cpu:
             return f"no fused kernel for {weight.device.type}"
-        return next(filter(None, map(self._why_not_adapter, self.active_adapters)), None)
+        adapters = map(self._adapter, self.active_adapters)
+        return next((adapter for adapter in adapters if isinstance(adapter, str)), None)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if self.disable_adapters or self.merged:
+        if self._disable_adapters or self.merged_adapters:
             return super().forward(x, *args, **kwargs)
         call = self._call(x, args, kwargs)
         if isinstance(call, str):
@@ -43,9 +42,11 @@ class FusedLoRA(FusedLayer):
         (weight, bias, compute_dtype, out_dtype), adapters = call
         return lora_linear(x, weight, bias, *adapters, compute_dtype=compute_dtype, out_dtype=out_dtype)
 
-    def base_product(self, x: Tensor) -> tuple | str:
+    def base_product(self, base: nn.Module, x: Tensor) -> tuple | str:
         """What `lora_linear` is to be called with for the base layer; or why this input has to take the stock path."""
         raise NotImplementedError
+
+    # The rest runs at every forward, before the kernel starts: hence the dictionaries of nn.Module, read directly.
 
     def _call(self, x: Tensor, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, tuple] | str:
         """What `lora_linear` is to be called with; or why PEFT's forward has to be."""
@@ -54,57 +55,59 @@ class FusedLoRA(FusedLayer):
                 return f"{name} was given"
         if args:
             return "further positional arguments were given"
-        if reason := _why_not_module("base_layer", self.base_layer):
-            return reason
-        base = self.base_product(x)
-        if isinstance(base, str):
-            return base
+        base = self._modules["base_layer"]
+        if reason := _why_not_skip(base):
+            return f"its base layer has {reason}"
+        product = self.base_product(base, x)
+        if isinstance(product, str):
+            return product
         lora_A, lora_B, scaling, dropout = adapters = ([], [], [], [])
         for name in self.active_adapters:
-            if name not in self._modules["lora_A"]._modules:
+            adapter = self._adapter(name)
+            if adapter is None:
                 continue
-            if reason := self._why_not_adapter(name):
-                return reason
-            a, b, drop = (self._modules[part]._modules[name] for part in ("lora_A", "lora_B", "lora_dropout"))
-            if not self.cast_input_dtype_enabled and x.dtype != a.weight.dtype:
-                return f"x is {x.dtype}, adapter {name!r} is {a.weight.dtype}, and casting the input is disabled"
-            lora_A.append(a.weight)
-            lora_B.append(b.weight)
-            scaling.append(float(self.scaling[name]))
-            dropout.append(drop.p if drop.training and type(drop) is nn.Dropout else 0.0)
-        return base, adapters
+            if isinstance(adapter, str):
+                return adapter
+            a, b, scale, p = adapter
+            if a.dtype is not x.dtype and not self.cast_input_dtype_enabled:
+                return f"x is {x.dtype}, adapter {name!r} is {a.dtype}, and casting the input is disabled"
+            lora_A.append(a)
+            lora_B.append(b)
+            scaling.append(scale)
+            dropout.append(p)
+        return product, adapters
 
-    def _why_not_adapter(self, name: str) -> str | None:
-        """Why an adapter, if this layer has it, can't be fused."""
-        a = self._modules["lora_A"]._modules.get(name)
+    def _adapter(self, name: str) -> tuple[Tensor, Tensor, float, float] | str | None:
+        """A, B, scaling and dropout of an adapter; or why it can't be fused; or None if this layer lacks it."""
+        modules = self._modules
+        a = modules["lora_A"]._modules.get(name)
         if a is None:
             return None
-        if variant := self.lora_variant.get(name):
-            return f"adapter {name!r} is a {type(variant).__name__}"
-        b, dropout = (self._modules[part]._modules[name] for part in ("lora_B", "lora_dropout"))
-        if b.bias is not None:
-            return f"adapter {name!r} has lora_bias"
+        if name in self.lora_variant:
+            return f"adapter {name!r} is a {type(self.lora_variant[name]).__name__}"
+        b, dropout = modules["lora_B"]._modules[name], modules["lora_dropout"]._modules[name]
         if not (type(a) is type(b) is nn.Linear):
             return f"adapter {name!r} is made of {type(a).__name__} and {type(b).__name__}, not of torch.nn.Linear"
-        if not (type(dropout) is nn.Identity or (type(dropout) is nn.Dropout and dropout.p < 1)):
+        if b.bias is not None:
+            return f"adapter {name!r} has lora_bias"
+        p = 0.0
+        if type(dropout) is nn.Dropout and dropout.p < 1:
+            p = dropout.p if dropout.training else 0.0
+        elif type(dropout) is not nn.Identity:
             return f"adapter {name!r} has the dropout {dropout}"
-        for dtype in (a.weight.dtype, b.weight.dtype):
-            if dtype not in FLOAT_DTYPES:
-                return f"adapter {name!r} is {dtype}"
-        for part, module in (("lora_A", a), ("lora_B", b), ("lora_dropout", dropout)):
-            if reason := _why_not_module(f"{part}[{name!r}]", module):
-                return reason
-        return None
+        if reason := _why_not_skip(a) or _why_not_skip(b) or _why_not_skip(dropout):
+            return f"adapter {name!r} has {reason}"
+        weight_A, weight_B = a.weight, b.weight
+        if weight_A.dtype not in FLOAT_DTYPES or weight_B.dtype not in FLOAT_DTYPES:
+            return f"adapter {name!r} is {weight_A.dtype} and {weight_B.dtype}"
+        return weight_A, weight_B, float(self.scaling[name]), p
 
 
-def _why_not_module(name: str, module: nn.Module) -> str | None:
-    """Why a module's own call can't be left out: something is attached to it."""
-    attributes = vars(module)
-    if "forward" in attributes:
-        return f"{name}'s forward was replaced on the instance"
-    if any(attributes[hooks] for hooks in _HOOKS):
-        return f"{name} has hooks"
-    return None
+def _why_not_skip(module: nn.Module) -> str | None:
+    """What is attached to a module that the fused path would leave out by not calling it."""
+    if module._forward_pre_hooks or module._forward_hooks or module._backward_pre_hooks or module._backward_hooks:
+        return "hooks"
+    return "a forward that was replaced on the instance" if "forward" in module.__dict__ else None
 
 
 @register
@@ -120,10 +123,9 @@ class Linear(FusedLoRA, lora.Linear):
             return "its base weight is stored transposed (fan_in_fan_out)"
         return None
 
-    def base_product(self, x: Tensor) -> tuple | str:
+    def base_product(self, base: nn.Module, x: Tensor) -> tuple | str:
         if not x.is_cpu:
             return f"no fused kernel for {x.device.type}"
-        base = self.base_layer
         weight, bias = base.weight, base.bias
         if type(weight) not in (nn.Parameter, Tensor):
             return f"the base weight is a {type(weight).__name__}"
@@ -161,10 +163,8 @@ if hasattr(lora, "Linear4bit"):  # bitsandbytes is installed
                 return f"its base layer, a {type(self.base_layer).__name__}, is not fused"
             return self.base_layer.why_stock() or super().why_stock()
 
-        def base_product(self, x: Tensor) -> tuple | str:
-            if not isinstance(self.base_layer, Fused4bit):
-                return "its base layer is not fused"
-            return self.base_layer.base_product(x)
+        def base_product(self, base: nn.Module, x: Tensor) -> tuple | str:
+            return base.base_product(x) if isinstance(base, Fused4bit) else "its base layer is not fused"
 
         def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
             base = self.get_base_layer()

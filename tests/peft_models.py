@@ -81,4 +81,5 @@ def oracle(layer: nn.Module, x: Tensor, adapters: tuple[str, ...] | None = None)
 
 
 def relative_error(got: Tensor, want: Tensor) -> float:
-    return float((got.double() - want.double()).norm() / want.double().norm())
+    got, want = got.detach().double(), want.detach().double()
+    return float((got - want).norm() / want.norm())

@@ -2,10 +2,12 @@
 
 import copy
 import io
+import itertools
 import logging
 import pickle
 import warnings
 
+import bitsandbytes as bnb
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -36,6 +38,8 @@ from peft_kernels.testing.reference.lora_linear import lora_linear as reference
 
 # Ours may be this much less exact than the stock layer, in relative error against fp64.
 ERROR_RATIO = 1.05
+# A relative error of fp32 results that comes from the order of summation alone.
+FP32_NOISE = 2.0**-21
 # Relative to the largest element: two roundings to bf16, of results that were summed up in another order.
 BF16_TOLERANCE = 2 * 2.0**-8
 FP32 = {"rtol": 1e-5, "atol": 1e-5}
@@ -43,7 +47,9 @@ FP32 = {"rtol": 1e-5, "atol": 1e-5}
 KINDS = ("dense", "4bit")
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
-pytestmark = pytest.mark.filterwarnings("ignore:Merge lora module", "ignore:Unmerge lora module")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:Merge lora module", "ignore:Unmerge lora module", "ignore:Already following"
+)
 
 
 def names(value):
@@ -86,34 +92,33 @@ def test_exact_as_stock(kind, dtype, adapter_dtype):
     x, grad = torch.randn(3, 11, IN_FEATURES, dtype=dtype), torch.randn(3, 11, OUT_FEATURES, dtype=dtype)
     for ours, theirs, want in zip(*(gradients(model, x, grad) for model in (fused, stock, true)), strict=True):
         assert ours.dtype == theirs.dtype and ours.shape == theirs.shape
-        assert relative_error(ours, want) <= ERROR_RATIO * relative_error(theirs, want)
+        assert relative_error(ours, want) <= max(ERROR_RATIO * relative_error(theirs, want), FP32_NOISE)
 
 
-@pytest.mark.parametrize("autocast", [None, torch.bfloat16, torch.float16], ids=names)
 @pytest.mark.parametrize("adapter_dtype", [torch.float32, torch.bfloat16], ids=names)
-@pytest.mark.parametrize("x_dtype", FLOATS, ids=names)
 @pytest.mark.parametrize("dtype", FLOATS, ids=names)
 @pytest.mark.parametrize("kind", KINDS)
-def test_result_dtype_or_error_is_stocks(kind, dtype, x_dtype, adapter_dtype, autocast):
+def test_result_dtype_or_error_is_stocks(kind, dtype, adapter_dtype):
     stock = lora_model(kind, dtype)
     for part in (layer_of(stock).lora_A, layer_of(stock).lora_B):
         part.to(adapter_dtype)
     fused = copy.deepcopy(stock)
     peft_kernels.accelerate(fused)
-    x = torch.randn(3, IN_FEATURES, dtype=x_dtype)
-    results = []
-    for model in (stock, fused):
-        with torch.autocast("cpu", autocast or torch.bfloat16, enabled=autocast is not None), torch.no_grad():
-            try:
-                results.append(model(x))
-            except RuntimeError as error:
-                results.append(str(error))
-    want, got = results
-    if isinstance(want, str):
-        assert got == want
-    else:
-        assert got.dtype == want.dtype
-        torch.testing.assert_close(got, want, rtol=0, atol=BF16_TOLERANCE * float(want.abs().max()))
+    for x_dtype, autocast in itertools.product(FLOATS, (None, torch.bfloat16, torch.float16)):
+        x = torch.randn(3, IN_FEATURES, dtype=x_dtype)
+        results = []
+        for model in (stock, fused):
+            with torch.autocast("cpu", autocast or torch.bfloat16, enabled=autocast is not None), torch.no_grad():
+                try:
+                    results.append(model(x))
+                except RuntimeError as error:
+                    results.append(str(error))
+        want, got = results
+        if isinstance(want, str):
+            assert got == want
+        else:
+            assert got.dtype == want.dtype, (x_dtype, autocast)
+            torch.testing.assert_close(got, want, rtol=0, atol=BF16_TOLERANCE * float(want.abs().max()))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -216,13 +221,9 @@ def test_adapter_names_fall_through(kind, caplog):
     x, adapter_names = torch.randn(3, IN_FEATURES), ["default", "__base__", "b"]
     reasons = stock_path_reasons(fused, caplog, x, adapter_names=adapter_names)
     assert reasons == [f"a {registry.describe(type(layer_of(fused)))} takes its stock forward: adapter_names was given"]
-    want = torch.cat(
-        [
-            oracle(layer_of(fused), row[None], () if name == "__base__" else (name,))
-            for row, name in zip(x, adapter_names)
-        ]
-    )
-    torch.testing.assert_close(fused(x, adapter_names=adapter_names), want.float(), **FP32)
+    y = fused(x, adapter_names=adapter_names)
+    for i, active in enumerate((("default",), (), ("b",))):
+        torch.testing.assert_close(y[i], oracle(layer_of(fused), x[i], active).float(), **FP32)
     if kind == "4bit":
         assert not is_repacked(layer_of(fused).base_layer)
 
@@ -309,11 +310,12 @@ def test_unmerging_leaves_a_replaced_weight_to_peft():
 
 def test_adapter_merged_before_the_layer_was_fused():
     model = lora_model("4bit")
+    model.add_adapter("b", LoraConfig(r=2, target_modules=["lin"]))
     original = dense_weight(layer_of(model).base_layer)
     model.merge_adapter()
     peft_kernels.accelerate(model)
-    model.add_adapter("b", LoraConfig(r=2, target_modules=["lin"]))
     model.merge_adapter(["b"])
+    assert layer_of(model).merged_adapters == ["default", "b"]
     model.unmerge_adapter()
     assert layer_of(model).merged_adapters == []
     assert 0 < relative_error(dense_weight(layer_of(model).base_layer), original) < 0.4  # PEFT's arithmetic
@@ -554,13 +556,11 @@ def test_4bit_layer_whose_base_was_restored(caplog):
 def tiny_llama(quantized: bool = False) -> nn.Module:
     """A Llama with random weights, its linear layers in 4 bits or dense."""
     config = LlamaConfig(
-        hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
         vocab_size=128, attn_implementation="eager",
     )  # fmt: skip
     model = LlamaForCausalLM(config)
     if quantized:
-        import bitsandbytes as bnb
-
         for layer in model.model.layers:
             for block in (layer.self_attn, layer.mlp):
                 for name, child in list(block.named_children()):

@@ -26,9 +26,8 @@ class FusedLoRA(FusedLayer):
     """
 
     def why_stock(self) -> str | None:
-        weight = self.get_base_layer().weight
-        if not weight.is_cpu:
-            return f"no fused kernel for {weight.device.type}"
+        if reason := _why_not_skip(self.base_layer):
+            return f"its base layer has {reason}"
         adapters = map(self._adapter, self.active_adapters)
         return next((adapter for adapter in adapters if isinstance(adapter, str)), None)
 
@@ -123,20 +122,29 @@ class Linear(FusedLoRA, lora.Linear):
             return "its base weight is stored transposed (fan_in_fan_out)"
         return None
 
+    def why_stock(self) -> str | None:
+        return self._why_not_weight(self.base_layer.weight) or super().why_stock()
+
     def base_product(self, base: nn.Module, x: Tensor) -> tuple | str:
-        if not x.is_cpu:
-            return f"no fused kernel for {x.device.type}"
         weight, bias = base.weight, base.bias
-        if type(weight) not in (nn.Parameter, Tensor):
-            return f"the base weight is a {type(weight).__name__}"
-        if x.dtype not in FLOAT_DTYPES or weight.dtype not in FLOAT_DTYPES:
-            return f"x is {x.dtype}, the base weight {weight.dtype}"
+        if reason := self._why_not_weight(weight):
+            return reason
+        if not x.is_cpu or x.dtype not in FLOAT_DTYPES:
+            return f"x is {x.dtype} on {x.device.type}"
         if torch.is_autocast_enabled("cpu"):
             dtype = torch.get_autocast_dtype("cpu")
             return weight, bias, dtype, dtype
         if x.dtype != weight.dtype or (bias is not None and x.dtype != bias.dtype):
             return "x and the base layer differ in dtype"  # which PEFT's forward raises an error for
         return weight, bias, x.dtype, x.dtype
+
+    @staticmethod
+    def _why_not_weight(weight: Tensor) -> str | None:
+        if type(weight) not in (nn.Parameter, Tensor):
+            return f"its base weight is a {type(weight).__name__}"
+        if not weight.is_cpu:
+            return f"no fused kernel for {weight.device.type}"
+        return None if weight.dtype in FLOAT_DTYPES else f"its base weight is {weight.dtype}"
 
 
 if hasattr(lora, "Linear4bit"):  # bitsandbytes is installed

@@ -555,6 +555,24 @@ def test_fp64_is_left_to_stock(part):
     torch.testing.assert_close(model(x), oracle(layer_of(model), x), rtol=1e-5, atol=1e-5)
 
 
+def test_base_layer_that_was_wrapped_later(caplog):
+    class Doubled(nn.Module):
+        def __init__(self, inner):
+            super().__init__()
+            self.inner, self.weight, self.bias = inner, inner.weight, inner.bias
+
+        def forward(self, x):
+            return 2 * self.inner(x)
+
+    model = fused_model("dense")
+    layer, x = layer_of(model), torch.randn(3, IN_FEATURES)
+    want = oracle(layer, x) + oracle(layer, x, ())
+    layer.base_layer = Doubled(layer.base_layer)
+    (message,) = stock_path_reasons(model, caplog, x)
+    assert message.endswith("its base layer is a Doubled, not a torch.nn.Linear")
+    torch.testing.assert_close(model(x), want.float(), **FP32)
+
+
 def test_4bit_layer_whose_base_was_restored(caplog):
     model = fused_model("4bit")
     x = torch.randn(3, IN_FEATURES)

@@ -655,11 +655,14 @@ void forward_dot(const LoraLinearForwardParams& p) {
     });
 
     int64_t offset = 0, rank = 0;
+    bool dropped = false;  // x_wide lacks what the adapter before has dropped
     for (int a = 0; a < p.num_adapters; ++a) {
         const LoraAdapter& adapter = p.adapters[a];
         const Dropout dropout = dropout_of(adapter);
-        if (dropout.threshold > 0) {
-            widen_x(x_wide);
+        const bool drops = dropout.threshold > 0;
+        if (drops || dropped) widen_x(x_wide);
+        dropped = drops;
+        if (drops) {
             for (int64_t column = 0; column < p.k; column += kColumns) {
                 uint8_t keep[kDotRows][8];
                 dropout_keep_bits(dropout, 0, kDotRows, column / 8, keep);

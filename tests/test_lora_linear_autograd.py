@@ -269,9 +269,7 @@ def test_meta_shapes(base):
     case.lora_A, case.lora_B = [a.to("meta") for a in case.lora_A], [b.to("meta") for b in case.lora_B]
     if base == "nf4":
         weight = case.weight
-        case.weight = NF4Weight(
-            weight.codes.to("meta"), weight.absmax.to("meta"), weight.shape, weight.dtype, 64, "nf4"
-        )
+        case.weight = replace(weight, codes=weight.codes.to("meta"), absmax=weight.absmax.to("meta"))
     else:
         case.weight = case.weight.to("meta")
     for name, value in run(case).items():

@@ -68,8 +68,10 @@ def lora_linear(
     flat = x if x.dim() == 2 else x.reshape(x.shape[:-1].numel(), x.shape[-1])
     if flat.stride(-1) != 1 and flat.numel() > 0:
         flat = flat.contiguous()
-    if torch.is_grad_enabled():
-        dense = None if isinstance(weight, NF4Weight) else weight
+    dense = None if isinstance(weight, NF4Weight) else weight
+    # Without the second condition torch.compile would lose `ctx`: where nothing needs a gradient, it takes forward's
+    # signature, whose *adapters hold two tensors, for one without it.
+    if torch.is_grad_enabled() and _any_requires_grad(x, bias, dense, *lora_A, *lora_B):
         y = _LoRALinear.apply(flat, bias, seeds, dense, call, len(lora_A), *lora_A, *lora_B)
     else:
         y, _ = call.forward(flat, bias, seeds, lora_A, lora_B)
@@ -119,6 +121,10 @@ def _check(x, weight, bias, lora_A, lora_B, scaling, dropout, compute_dtype, out
         for name, items in (("lora_B", lora_B), ("scaling", scaling), ("dropout", dropout)):
             if items:
                 raise ValueError(f"{name}: got {len(items)} items, wanted none, since lora_A has none")
+
+
+def _any_requires_grad(*tensors: Tensor | None) -> bool:
+    return any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
 
 def _check_devices(x: Tensor, tensors: Iterable[tuple[str, Tensor | None]]) -> None:

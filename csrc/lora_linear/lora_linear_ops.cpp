@@ -88,7 +88,8 @@ void run(void (*launch)(const Params&), Params& params, const Tensor& like) {
     params.workspace = nullptr;
     params.workspace_bytes = &bytes;
     launch(params);
-    const Tensor workspace = torch::stable::new_empty(like, {bytes}, ScalarType::Byte);
+    // Never empty: without a workspace the launcher only counts.
+    const Tensor workspace = torch::stable::new_empty(like, {bytes + 1}, ScalarType::Byte);
     params.workspace = workspace.mutable_data_ptr();
     launch(params);
 }

@@ -279,13 +279,6 @@ def test_meta_shapes(base):
 # ---- threads and processes ---------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def threads():
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
-
-
 @pytest.mark.parametrize("count", [1, 2, 5])
 @pytest.mark.parametrize("base", ["nf4", "dense"])
 @pytest.mark.parametrize("shape", [(4, 300, 512), (150, 300, 512)], ids=["decode", "training"])
@@ -298,7 +291,7 @@ def test_same_bits_every_run(threads, shape, base, count):
 
 
 @pytest.mark.parametrize("shape", [(4, 300, 512), (150, 300, 512)], ids=["decode", "training"])
-def test_thread_count_changes_no_bit(threads, shape):
+def test_thread_count_changes_no_bit(cpu_isa, threads, shape):
     case = make_case(*shape, (8, 3), bias=False, dropout=(0.2, 0.0))
     threads(2)
     wanted = run(case)
@@ -307,25 +300,7 @@ def test_thread_count_changes_no_bit(threads, shape):
         same_results(run(case), wanted)
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="the system has no fork")
-@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
-@pytest.mark.parametrize("shape", [(4, 300, 512), (150, 300, 512)], ids=["decode", "training"])
-def test_forked_child(threads, shape):
-    # The parent's threads do not survive the fork; the child must neither wait for them nor compute otherwise. One
-    # thread there, as in a worker of a DataLoader: libgomp itself hangs in a forked child that asks for more.
-    case = make_case(*shape, (8, 3), bias=False)
-    threads(2)
-    wanted = run(case)
-    dataset = _Results(case)
-    loader = torch.utils.data.DataLoader(
-        dataset, batch_size=None, num_workers=1, multiprocessing_context="fork", timeout=60
-    )
-    (actual,) = loader
-    same_results(actual, wanted)
-    same_results(run(case), wanted)
-
-
-class _Results(torch.utils.data.Dataset):
+class Results(torch.utils.data.Dataset):
     def __init__(self, case):
         self.case = case
 
@@ -334,3 +309,20 @@ class _Results(torch.utils.data.Dataset):
 
     def __getitem__(self, index):
         return run(self.case)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="the system has no fork")
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+@pytest.mark.parametrize("shape", [(4, 300, 512), (150, 300, 512)], ids=["decode", "training"])
+def test_forked_child(threads, shape):
+    # The parent's threads do not survive the fork; the child must neither wait for them nor compute otherwise.
+    # DataLoader gives its workers one thread: with more, libgomp hangs in any parallel operation, torch's included.
+    case = make_case(*shape, (8, 3), bias=False)
+    threads(2)
+    wanted = run(case)
+    loader = torch.utils.data.DataLoader(
+        Results(case), batch_size=None, num_workers=1, multiprocessing_context="fork", timeout=60
+    )
+    (actual,) = loader
+    same_results(actual, wanted)
+    same_results(run(case), wanted)

@@ -27,6 +27,14 @@ def seed():
     return 0
 
 
+@pytest.fixture(autouse=True)
+def threads():
+    """One thread, unless a test asks for more by calling this with a number: waiting threads spin, and on a busy
+    machine small problems took ten times as long with two."""
+    torch.set_num_threads(1)
+    return torch.set_num_threads
+
+
 @pytest.fixture(params=["portable", "avx2", "avx512", "avx512_bf16"])
 def cpu_isa(request):
     """Runs the test once for each instruction set that this processor has."""

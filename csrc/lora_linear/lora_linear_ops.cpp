@@ -50,9 +50,10 @@ Adapters check_adapters(const Tensors& lora_A, const Tensors& lora_B, const Numb
     }
     Adapters adapters;
     for (size_t i = 0; i < count; ++i) {
-        if (lora_A[i].dim() != 2)
-            bad_argument("lora_A", describe(lora_A[i]), "a matrix [rank, " + std::to_string(k) + "]");
-        if (!std::isfinite(scaling[i])) bad_argument("scaling", std::to_string(scaling[i]), "a finite number");
+        if (lora_A[i].dim() != 2 || lora_A[i].size(0) == 0)
+            bad_argument("lora_A", describe(lora_A[i]), "a matrix [rank, " + std::to_string(k) + "] of rank 1 at least");
+        if (!std::isfinite(static_cast<float>(scaling[i])))
+            bad_argument("scaling", std::to_string(scaling[i]), "a finite float32 number");
         LoraAdapter adapter{};
         adapter.rank = lora_A[i].size(0);
         adapter.lora_A = check_matrix(lora_A[i], "lora_A", adapter.rank, k, reference);
@@ -87,7 +88,8 @@ void run(void (*launch)(const Params&), Params& params, const Tensor& like) {
     params.workspace = nullptr;
     params.workspace_bytes = &bytes;
     launch(params);
-    const Tensor workspace = torch::stable::new_empty(like, {bytes}, ScalarType::Byte);
+    // Never empty: without a workspace the launcher only counts.
+    const Tensor workspace = torch::stable::new_empty(like, {bytes + 1}, ScalarType::Byte);
     params.workspace = workspace.mutable_data_ptr();
     launch(params);
 }

@@ -5,8 +5,9 @@ LoRA: Hu et al. 2021 (arXiv:2106.09685). QLoRA: Dettmers et al. 2023 (arXiv:2305
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any, NoReturn
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +16,8 @@ from torch.autograd.function import once_differentiable
 
 from .. import _extension  # noqa: F401
 from .nf4 import NF4Weight
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def lora_linear(
@@ -54,22 +57,90 @@ def lora_linear(
         ValueError: a shape, dtype, device or number that does not fit; it names the argument, what it got and what it
             wanted.
     """
+    _check(x, weight, bias, lora_A, lora_B, scaling, dropout, compute_dtype, out_dtype, seeds)
     device_type = x.device.type
-    if torch.is_autocast_enabled(device_type):
+    if device_type != "meta" and torch.is_autocast_enabled(device_type):
         autocast_dtype = torch.get_autocast_dtype(device_type)
         compute_dtype, out_dtype = compute_dtype or autocast_dtype, out_dtype or autocast_dtype
     if seeds is None and any(dropout):
         seeds = torch.randint(torch.iinfo(torch.int64).max, (len(dropout),), device=x.device)
     call = _Call(weight, compute_dtype or x.dtype, out_dtype or x.dtype, tuple(scaling), tuple(dropout))
-    flat = x.reshape(-1, x.shape[-1])
+    flat = x if x.dim() == 2 else x.reshape(x.shape[:-1].numel(), x.shape[-1])
     if flat.stride(-1) != 1 and flat.numel() > 0:
         flat = flat.contiguous()
-    if torch.is_grad_enabled():
-        dense = None if isinstance(weight, NF4Weight) else weight
+    dense = None if isinstance(weight, NF4Weight) else weight
+    # Without the second condition torch.compile would lose `ctx`: where nothing needs a gradient, it takes forward's
+    # signature, whose *adapters hold two tensors, for one without it.
+    if torch.is_grad_enabled() and _any_requires_grad(x, bias, dense, *lora_A, *lora_B):
         y = _LoRALinear.apply(flat, bias, seeds, dense, call, len(lora_A), *lora_A, *lora_B)
     else:
         y, _ = call.forward(flat, bias, seeds, lora_A, lora_B)
-    return y.view(*x.shape[:-1], y.shape[-1])
+    return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[-1])
+
+
+def _check(x, weight, bias, lora_A, lora_B, scaling, dropout, compute_dtype, out_dtype, seeds) -> None:
+    """Refuses what the ops would not see, or would see too late to say what is wrong.
+
+    That is types, the dense product, and x against the weight; the rest is the ops' to check. It runs at every call,
+    so the texts are made only on failure.
+    """
+    if not isinstance(x, Tensor) or x.dim() == 0 or x.dtype not in _DTYPES:
+        _bad("x", x, "a float32, bfloat16 or float16 tensor [..., K]")
+    nf4 = isinstance(weight, NF4Weight)
+    if not (nf4 or (isinstance(weight, Tensor) and weight.dtype in _DTYPES)) or len(weight.shape) != 2:
+        _bad("weight", weight, "an NF4Weight or a float32, bfloat16 or float16 tensor, of shape [N, K]")
+    if x.shape[-1] != weight.shape[1]:
+        _bad("x", x, f"[..., {weight.shape[1]}], for a weight of shape {list(weight.shape)}")
+    if bias is not None and not isinstance(bias, Tensor):
+        _bad("bias", bias, f"a tensor [{weight.shape[0]}]")
+    for name, items, kind in (
+        ("lora_A", lora_A, Tensor),
+        ("lora_B", lora_B, Tensor),
+        ("scaling", scaling, (float, int)),
+        ("dropout", dropout, (float, int)),
+    ):
+        if not isinstance(items, (list, tuple)):
+            _bad(name, items, "a list or tuple with an item for each adapter")
+        for item in items:
+            if not isinstance(item, kind):
+                _bad(name, item, "tensors" if kind is Tensor else "numbers")
+    if compute_dtype is not None and compute_dtype not in _DTYPES:
+        _bad("compute_dtype", compute_dtype, "float32, bfloat16 or float16")
+    if out_dtype is not None and out_dtype not in _DTYPES:
+        _bad("out_dtype", out_dtype, "float32, bfloat16 or float16")
+    if seeds is not None and not (
+        isinstance(seeds, Tensor) and seeds.dtype is torch.int64 and seeds.shape == (len(lora_A),)
+    ):
+        _bad("seeds", seeds, f"an int64 tensor [{len(lora_A)}], a seed for each adapter")
+    if nf4:
+        return
+    if bias is not None and (bias.dtype not in _DTYPES or bias.shape != weight.shape[:1]):
+        _bad("bias", bias, f"a float32, bfloat16 or float16 tensor [{weight.shape[0]}]")
+    _check_devices(x, (("weight", weight), ("bias", bias)))
+    if not lora_A:
+        for name, items in (("lora_B", lora_B), ("scaling", scaling), ("dropout", dropout)):
+            if items:
+                raise ValueError(f"{name}: got {len(items)} items, wanted none, since lora_A has none")
+
+
+def _any_requires_grad(*tensors: Tensor | None) -> bool:
+    return any(tensor is not None and tensor.requires_grad for tensor in tensors)
+
+
+def _check_devices(x: Tensor, tensors: Iterable[tuple[str, Tensor | None]]) -> None:
+    for name, tensor in tensors:
+        if tensor is not None and tensor.device != x.device:
+            raise ValueError(f"{name}: got a tensor on {tensor.device}, wanted one on {x.device}, where x is")
+
+
+def _bad(name: str, got: Any, wanted: str) -> NoReturn:
+    if isinstance(got, Tensor):
+        text = f"{str(got.dtype).removeprefix('torch.')} {list(got.shape)}"
+    elif isinstance(got, NF4Weight):
+        text = f"an NF4Weight of shape {list(got.shape)}"
+    else:
+        text = f"{got!r}, a {type(got).__name__}"
+    raise ValueError(f"{name}: got {text}, wanted {wanted}")
 
 
 @dataclass(frozen=True)
@@ -164,6 +235,9 @@ class _LoRALinear(torch.autograd.Function):
 @torch.library.register_fake("peft_kernels::lora_linear_forward")
 def _(x, codes, absmax, nested, nested_blocksize, out_features, blocksize, quant_type, weight_dtype, compute_dtype,
       out_dtype, bias, add, lora_A, lora_B, scaling, dropout, seeds):  # fmt: skip
+    # A tensor on meta beside others on the CPU comes here, not to the kernel.
+    _check_devices(x, _named(codes=[codes], absmax=[absmax], nested=nested, bias=[bias], add=[add], lora_A=lora_A,
+                             lora_B=lora_B, seeds=[seeds]))  # fmt: skip
     m = x.shape[0]
     s = x.new_empty((m, sum(a.shape[0] for a in lora_A)), dtype=torch.float32)
     return x.new_empty((m, out_features), dtype=out_dtype), s
@@ -172,7 +246,13 @@ def _(x, codes, absmax, nested, nested_blocksize, out_features, blocksize, quant
 @torch.library.register_fake("peft_kernels::lora_linear_backward")
 def _(grad_y, x, s, codes, absmax, nested, nested_blocksize, in_features, blocksize, quant_type, weight_dtype,
       compute_dtype, x_dtype, add, lora_A, lora_B, scaling, dropout, seeds, wants_x, wants_A, wants_B):  # fmt: skip
+    _check_devices(grad_y, _named(x=[x], s=[s], codes=[codes], absmax=[absmax], nested=nested, add=[add],
+                                  lora_A=lora_A, lora_B=lora_B, seeds=[seeds]))  # fmt: skip
     size_A = sum(a.numel() for a, want in zip(lora_A, wants_A, strict=True) if want)
     size_B = sum(b.numel() for b, want in zip(lora_B, wants_B, strict=True) if want)
     grad_x = grad_y.new_empty((grad_y.shape[0] if wants_x else 0, in_features), dtype=x_dtype)
     return grad_x, *(grad_y.new_empty((size,), dtype=torch.float32) for size in (size_A, size_B))
+
+
+def _named(**lists: Sequence[Tensor | None]) -> list[tuple[str, Tensor | None]]:
+    return [(name, tensor) for name, tensors in lists.items() for tensor in tensors]

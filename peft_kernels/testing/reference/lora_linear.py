@@ -30,7 +30,7 @@ def lora_linear(
         seeds: int64 [adapters]; row i of the flattened x is row i of the mask.
         dtype: of the computation and of the result.
     """
-    flat = x.reshape(-1, x.shape[-1]).to(dtype)
+    flat = x.reshape(x.shape[:-1].numel(), x.shape[-1]).to(dtype)
     y = flat @ weight.to(dtype).T
     if bias is not None:
         y = y + bias.to(dtype)

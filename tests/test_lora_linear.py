@@ -1,0 +1,298 @@
+"""The lora_linear family against the fp64 oracle and stock PEFT: numerics, shapes, strides, every instruction set."""
+
+import pytest
+import tolerances
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+from lora_linear_cases import (
+    BASES,
+    DTYPES,
+    assert_close,
+    error,
+    expected,
+    magnitudes,
+    make_case,
+    rms,
+    run,
+    run_stock,
+    short,
+)
+
+from peft_kernels.ops import lora_linear, quantize_4bit
+from peft_kernels.testing.reference.philox import dropout_mask
+
+# Up to 8 rows are decode shapes, where blocks begin with rows of the weight; the others straddle rows, are odd, end
+# in the middle of vectors and panels, or are longer than one block of k.
+SHAPES = [
+    (1, 64, 128), (2, 33, 64), (3, 1, 96), (4, 40, 320), (7, 17, 576), (8, 130, 192),
+    (1, 9, 63), (5, 12, 257), (8, 30, 1), (9, 70, 257), (33, 65, 64), (70, 31, 100), (128, 129, 705), (17, 700, 40),
+]  # fmt: skip
+# (x, adapters)
+MODES = [
+    (torch.float32, torch.float32),
+    (torch.bfloat16, torch.float32),
+    (torch.bfloat16, torch.bfloat16),
+    (torch.float16, torch.float32),
+    (torch.float16, torch.float16),
+    (torch.float32, torch.bfloat16),
+]
+
+
+def mode_id(mode):
+    return "-".join(short(dtype) for dtype in mode)
+
+
+def shape_id(shape):
+    return "m{}-n{}-k{}".format(*shape)
+
+
+def check(case, compute_dtype=None, out_dtype=None):
+    """y and all gradients are as near to the oracle's as their dtypes allow."""
+    options = {"compute_dtype": compute_dtype, "out_dtype": out_dtype}
+    actual, wanted = run(case, **options), expected(case)
+    assert actual.keys() == wanted.keys()
+    compute_dtype, out_dtype = compute_dtype or case.x.dtype, out_dtype or case.x.dtype
+    assert actual["y"].dtype == out_dtype
+    for name, leaf in case.leaves().items():
+        assert actual[name].dtype == leaf.dtype, name
+    bounds = {
+        "y": tolerances.product(compute_dtype, out_dtype),
+        "x": tolerances.product(compute_dtype, case.x.dtype),
+        "bias": tolerances.product(torch.float32, torch.float32),
+    }
+    if "weight" in wanted:
+        bounds["weight"] = tolerances.product(compute_dtype, case.weight.dtype)
+    for name, value in wanted.items():
+        tolerance = bounds.get(name) or tolerances.adapter_gradient(case.leaves()[name].dtype)
+        assert_close(actual[name], value, tolerance, name)
+
+
+@pytest.mark.parametrize("mode", MODES, ids=mode_id)
+@pytest.mark.parametrize("shape", SHAPES, ids=shape_id)
+def test_shapes(cpu_isa, shape, mode):
+    check(make_case(*shape, (5,), *mode, blocksize=32 if shape[2] == 96 else 64))
+
+
+@pytest.mark.parametrize("compute_dtype", DTYPES, ids=short)
+@pytest.mark.parametrize("weight_dtype", DTYPES, ids=short)
+@pytest.mark.parametrize("base", BASES)
+def test_bases(cpu_isa, base, weight_dtype, compute_dtype):
+    for rows in (3, 21):
+        check(make_case(rows, 50, 128, base=base, weight_dtype=weight_dtype), compute_dtype)
+
+
+@pytest.mark.parametrize("out_dtype", DTYPES, ids=short)
+@pytest.mark.parametrize("base", ["nf4", "dense"])
+def test_output_dtype(base, out_dtype):
+    for rows in (3, 21):
+        check(make_case(rows, 50, 128, x_dtype=torch.bfloat16, base=base, out_dtype=out_dtype), out_dtype=out_dtype)
+
+
+@pytest.mark.parametrize("rows", [2, 40])
+@pytest.mark.parametrize("rank", [1, 2, 7, 8, 17, 64, 512])
+def test_ranks(cpu_isa, rank, rows):
+    check(make_case(rows, 66, 64, (rank,)))
+    check(make_case(rows, 66, 64, (rank,), torch.bfloat16, torch.bfloat16, base="dense"))
+
+
+@pytest.mark.parametrize("rows", [6, 75])
+@pytest.mark.parametrize("base", ["nf4", "dense"])
+def test_several_adapters(cpu_isa, base, rows):
+    case = make_case(rows, 66, 192, (3, 16, 1, 9), base=base, dropout=(0.5, 0.0, 0.1, 0.9))
+    case.lora_A[1], case.lora_B[2] = case.lora_A[1].bfloat16(), case.lora_B[2].half()
+    case.scaling[1], case.scaling[2] = -0.5, 0.0
+    actual, wanted = run(case), expected(case)
+    assert not actual["lora_A2"].any() and not actual["lora_B2"].any()
+    for name, value in wanted.items():
+        tolerance = tolerances.ROUNDING[case.leaves()[name].dtype] if name != "y" else 0
+        assert_close(actual[name], value, tolerances.FP32_SUM + 2 * tolerance, name)
+
+
+@pytest.mark.parametrize("base", ["nf4", "dense"])
+def test_no_adapter(base):
+    for rows in (1, 30):
+        case = make_case(rows, 40, 128, (), base=base)
+        check(case)
+        case.bias = None
+        check(case)
+
+
+@pytest.mark.parametrize("bias_dtype", DTYPES, ids=short)
+@pytest.mark.parametrize("base", ["nf4", "dense"])
+def test_bias_dtype(base, bias_dtype):
+    for rows in (1, 30):
+        case = make_case(rows, 40, 128, base=base)
+        case.bias = case.bias.to(bias_dtype)
+        actual, wanted = run(case), expected(case)
+        assert_close(actual["y"], wanted["y"], tolerances.FP32_SUM)
+        assert_close(actual["bias"], wanted["bias"], tolerances.adapter_gradient(bias_dtype))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shape", [(1, 4096, 4096), (600, 1100, 4096), (5000, 40, 4096)], ids=shape_id)
+@pytest.mark.parametrize("mode", MODES[:3], ids=mode_id)
+def test_large_shapes(shape, mode):
+    check(make_case(*shape, (16,), *mode, dropout=(0.1,)))
+
+
+@given(
+    shape=st.tuples(st.integers(1, 128), st.integers(1, 140), st.integers(1, 300)),
+    ranks=st.lists(st.integers(1, 40), max_size=3),
+    mode=st.sampled_from(MODES),
+    base=st.sampled_from(BASES),
+    weight_dtype=st.sampled_from(DTYPES),
+    blocksize=st.sampled_from([32, 64, 256]),
+    drops=st.booleans(),
+    data_seed=st.integers(0, 2**31),
+)
+def test_random_cases(cpu_isa, shape, ranks, mode, base, weight_dtype, blocksize, drops, data_seed):
+    torch.manual_seed(data_seed)
+    dropout = (0.3, 0.0, 0.7)[: len(ranks)] if drops else ()
+    case = make_case(*shape, ranks, *mode, base, weight_dtype, blocksize, bias=drops, dropout=dropout)
+    actual, wanted, scales = run(case), expected(case), magnitudes(case)
+    x_dtype, adapter_dtype = mode
+    for name, value in wanted.items():
+        if name in ("y", "x", "weight"):
+            tolerance = tolerances.product(x_dtype, weight_dtype if name == "weight" else x_dtype)
+        else:
+            tolerance = tolerances.adapter_gradient(torch.float32 if name == "bias" else adapter_dtype)
+        # Small tensors can cancel: what is summed is the measure, not the sum.
+        assert rms(actual[name].double() - value) <= tolerance * rms(scales[name]), name
+
+
+# ---- against stock -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rows", [1, 8, 96])
+@pytest.mark.parametrize("autocast", [False, True], ids=["plain", "autocast"])
+@pytest.mark.parametrize("mode", MODES[:5], ids=mode_id)
+@pytest.mark.parametrize("base", ["nf4", "dense"])
+def test_error_against_stock(base, mode, autocast, rows):
+    x_dtype, adapter_dtype = mode
+    # Enough elements, so that the ratio of two rms errors is no accident.
+    case = make_case(rows, 384, 512, (16,), *mode, base=base, weight_dtype=x_dtype, bias=False)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        actual, theirs = run(case), run_stock(case)
+    wanted = expected(case)
+    for name in theirs:
+        ours, stocks = error(actual[name], wanted[name]), error(theirs[name], wanted[name])
+        if autocast or adapter_dtype != torch.float32:
+            assert ours <= tolerances.VERSUS_STOCK * stocks, name
+        elif name in ("lora_A0", "lora_B0"):
+            assert ours <= tolerances.BRANCH_FP32, name
+        else:
+            assert ours <= tolerances.VERSUS_STOCK * stocks or ours <= tolerances.FP32_SUM, name
+
+
+@pytest.mark.parametrize("special", [float("nan"), float("inf"), float("-inf")], ids=str)
+@pytest.mark.parametrize("base", ["nf4", "dense"])
+@pytest.mark.parametrize("rows", [1, 8, 40])
+def test_nan_and_infinity_propagate(cpu_isa, rows, base, special):
+    case = make_case(rows, 30, 128, (4,), base=base)
+    row, column = rows // 2, 77
+    case.x[row, column] = special
+    actual = run(case)["y"]
+    stock = F.linear(case.x, case.dense_weight(), case.bias)
+    stock = stock + case.scaling[0] * (case.x @ case.lora_A[0].T) @ case.lora_B[0].T
+    assert torch.equal(actual.isnan(), stock.isnan())
+    assert torch.equal(actual.isinf(), stock.isinf())
+    assert torch.equal(actual[stock.isinf()], stock[stock.isinf()])
+    others = torch.arange(rows) != row
+    assert actual[others].isfinite().all() and not actual[row].isfinite().any()
+
+
+# ---- strides and empty tensors -----------------------------------------------------------------------------------
+
+
+def views_of_x(x):
+    m, k = x.shape
+    return {
+        "row-strided": F.pad(x, (3, 5))[:, 3 : 3 + k],
+        "every-second-row": x.repeat_interleave(2, 0)[::2],
+        "transposed": x.T.contiguous().T,
+        "inner-strided": x.repeat_interleave(2, 1)[:, ::2],
+        "3d": x.view(2, m // 2, k),
+        "3d-transposed": x.view(2, m // 2, k).transpose(0, 1).contiguous().transpose(0, 1),
+    }
+
+
+@pytest.mark.parametrize("view", list(views_of_x(torch.zeros(2, 1))))
+@pytest.mark.parametrize("base", ["nf4", "dense"])
+@pytest.mark.parametrize("rows", [4, 38])
+def test_strided_x(rows, base, view):
+    case = make_case(rows, 40, 65, base=base)
+    wanted = run(case)
+    x = views_of_x(case.x)[view].detach().requires_grad_()
+    y = lora_linear(x, case.weight, case.bias, case.lora_A, case.lora_B, case.scaling)
+    y.backward(case.grad_y.view_as(y))
+    assert y.shape == (*x.shape[:-1], 40)
+    assert torch.equal(y.view_as(wanted["y"]), wanted["y"])
+    assert torch.equal(x.grad.reshape(rows, 65), wanted["x"])
+
+
+def test_expanded_and_one_dimensional_x():
+    case = make_case(6, 40, 65)
+    arguments = case.weight, case.bias, case.lora_A, case.lora_B, case.scaling
+    row = case.x[0]
+    y = lora_linear(row, *arguments)
+    assert y.shape == (40,)
+    assert_close(lora_linear(row.expand(6, 65), *arguments), y.expand(6, 40), tolerances.FP32_SUM)
+    ones = torch.ones(1, 1)
+    assert_close(
+        lora_linear(ones.expand(9, 65), *arguments), lora_linear(torch.ones(9, 65), *arguments), tolerances.FP32_SUM
+    )
+
+
+@pytest.mark.parametrize("base", ["nf4", "dense"])
+def test_strided_grad_y(base):
+    case = make_case(20, 40, 65, base=base)
+    for grad_y in (case.grad_y.T.contiguous().T, torch.ones(()).expand(20, 40), torch.randn(40).expand(20, 40)):
+        case.grad_y = grad_y
+        actual = run(case)
+        case.grad_y = grad_y.contiguous()
+        for name, value in run(case).items():
+            assert torch.equal(actual[name], value), name
+
+
+@pytest.mark.parametrize("shape", [(0, 5, 8), (3, 0, 8), (3, 5, 0), (20, 5, 0), (0, 0, 0)], ids=shape_id)
+@pytest.mark.parametrize("base", ["nf4", "dense"])
+def test_empty(base, shape):
+    for ranks in ((), (4, 2)):
+        case = make_case(*shape, ranks, base=base)
+        actual, wanted = run(case), expected(case)
+        for name, value in wanted.items():
+            assert_close(actual[name], value, tolerances.FP32_SUM, name)
+
+
+# ---- dropout -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("probability", [1e-9, 1e-3, 0.25, 0.999999])
+@pytest.mark.parametrize("base", ["nf4", "dense"])
+def test_dropout(cpu_isa, base, probability):
+    for rows in (2, 35):
+        check(make_case(rows, 40, 320, dropout=(probability,), base=base))
+
+
+def test_seeds_come_from_torchs_generator():
+    case = make_case(20, 24, 64, dropout=(0.5,))
+    arguments = case.x, case.weight, None, case.lora_A, case.lora_B, case.scaling, case.dropout
+    torch.manual_seed(3)
+    first, second = lora_linear(*arguments), lora_linear(*arguments)
+    torch.manual_seed(3)
+    assert torch.equal(lora_linear(*arguments), first)
+    assert not torch.equal(first, second)
+
+
+def test_adapters_drop_independently():
+    x, weight = torch.ones(64, 512), quantize_4bit(torch.zeros(1, 512))
+    a, b = torch.eye(512), torch.zeros(1, 512)
+    forward = torch.ops.peft_kernels.lora_linear_forward
+    _, s = forward(
+        x, weight.codes, weight.absmax, (), 256, 1, 64, "nf4", x.dtype, x.dtype, x.dtype, None, None,
+        [a, a], [b, b], [1.0, 1.0], [0.5, 0.25], torch.tensor([5, 6]),
+    )  # fmt: skip
+    assert torch.equal(s[:, :512] != 0, dropout_mask(5, 64, 512, 0.5))
+    assert torch.equal(s[:, 512:] != 0, dropout_mask(6, 64, 512, 0.25))

@@ -178,6 +178,8 @@ def test_autocast(base, dtype):
     assert actual["y"].dtype == dtype and actual["x"].dtype == torch.float32
     with torch.autocast("cpu", dtype):
         assert run(case, out_dtype=torch.float32)["y"].dtype == torch.float32
+        chosen = run(case, compute_dtype=torch.float32, out_dtype=torch.float32)
+    same_results(chosen, run(case, compute_dtype=torch.float32, out_dtype=torch.float32))
 
 
 @pytest.mark.parametrize("reentrant", [False, True], ids=["non-reentrant", "reentrant"])

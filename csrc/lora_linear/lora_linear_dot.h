@@ -124,10 +124,12 @@ void forward_dot(const LoraLinearForwardParams& p) {
                 }
             }
         }
-        parallel_for_each(divide_up(adapter.rank, 4), [&](int64_t task, int) {
+        // Tasks of about 32k products: waking a thread costs microseconds.
+        const int64_t task_ranks = max_of<int64_t>(4, (int64_t{1} << 15) / max_of<int64_t>(1, p.k));
+        parallel_for_each(divide_up(adapter.rank, task_ranks), [&](int64_t task, int) {
             dispatch_dtype(adapter.lora_A.dtype, [&](auto* type) {
                 using T = Pointee<decltype(type)>;
-                for (int64_t r = task * 4; r < min_of(task * 4 + 4, adapter.rank); ++r) {
+                for (int64_t r = task * task_ranks; r < min_of((task + 1) * task_ranks, adapter.rank); ++r) {
                     const T* row = static_cast<const T*>(row_of(adapter.lora_A, r));
                     F32 sum[kM] = {};
                     for (int64_t column = 0; column < p.k; column += kLanes) {

@@ -88,8 +88,13 @@ void run(void (*launch)(const Params&), Params& params, const Tensor& like) {
     params.workspace = nullptr;
     params.workspace_bytes = &bytes;
     launch(params);
-    // Never empty: without a workspace the launcher only counts.
-    const Tensor workspace = torch::stable::new_empty(like, {bytes + 1}, ScalarType::Byte);
+    alignas(64) char small[16384];  // enough for decode shapes, where an allocation would cost as much as 10 rows of W
+    if (bytes <= static_cast<int64_t>(sizeof small)) {
+        params.workspace = small;
+        launch(params);
+        return;
+    }
+    const Tensor workspace = torch::stable::new_empty(like, {bytes}, ScalarType::Byte);
     params.workspace = workspace.mutable_data_ptr();
     launch(params);
 }

@@ -31,13 +31,19 @@ inline LoraLinearPlan lora_linear_plan(int64_t m, int64_t outputs, int threads) 
     LoraLinearPlan plan;
     plan.dot = m <= 8;
     plan.chunk_rows = 1024 / kRowBlock * kRowBlock;
-    // The more rows, the fewer times the weight is decoded, which costs as much as 15 rows. Fewer where there would
-    // be too few tasks to keep every thread busy to the end; at most 1056, whose sums (264 KB) stay in L2.
+    plan.task_rows = kRowBlock;
+    // All tasks take the same time, so the last round of them should be as full as the others; and each decodes the
+    // weight, which costs as much as 15 rows. At most 1056 rows, whose sums (264 KB) stay in L2.
     const int64_t tasks = (outputs + kTaskOutputs - 1) / kTaskOutputs;
-    const int64_t wanted = (4 * threads + tasks - 1) / (tasks > 0 ? tasks : 1);
     const int64_t blocks = (m + kRowBlock - 1) / kRowBlock;
-    const int64_t share = (blocks + wanted - 1) / (wanted > 0 ? wanted : 1);
-    plan.task_rows = kRowBlock * (share < 2 ? 2 : share > 22 ? 22 : share);
+    int64_t least = INT64_MAX;
+    for (int64_t share = blocks < 22 ? blocks : 22; share > 0; --share) {
+        const int64_t rounds = (tasks * ((blocks + share - 1) / share) + threads - 1) / threads;
+        const int64_t cost = rounds * (share * kRowBlock + 15);
+        if (cost >= least) continue;
+        least = cost;
+        plan.task_rows = share * kRowBlock;
+    }
     return plan;
 }
 

@@ -6,6 +6,7 @@ LoRA: Hu et al. 2021 (arXiv:2106.09685). QLoRA: Dettmers et al. 2023 (arXiv:2305
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -58,9 +59,8 @@ def lora_linear(
             wanted.
     """
     _check(x, weight, bias, lora_A, lora_B, scaling, dropout, compute_dtype, out_dtype, seeds)
-    device_type = x.device.type
-    if device_type != "meta" and torch.is_autocast_enabled(device_type):
-        autocast_dtype = torch.get_autocast_dtype(device_type)
+    if _autocasts(x.device.type):
+        autocast_dtype = torch.get_autocast_dtype(x.device.type)
         compute_dtype, out_dtype = compute_dtype or autocast_dtype, out_dtype or autocast_dtype
     if seeds is None and any(dropout):
         seeds = torch.randint(torch.iinfo(torch.int64).max, (len(dropout),), device=x.device)
@@ -123,6 +123,15 @@ def _check(x, weight, bias, lora_A, lora_B, scaling, dropout, compute_dtype, out
                 raise ValueError(f"{name}: got {len(items)} items, wanted none, since lora_A has none")
 
 
+def _autocasts(device_type: str) -> bool:
+    return device_type != "meta" and torch.is_autocast_enabled(device_type)
+
+
+def _without_autocast(device_type: str) -> AbstractContextManager:
+    """For products in compute_dtype, which may be the caller's choice."""
+    return torch.autocast(device_type, enabled=False) if _autocasts(device_type) else nullcontext()
+
+
 def _any_requires_grad(*tensors: Tensor | None) -> bool:
     return any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
@@ -165,7 +174,8 @@ class _Call:
         add = None
         if not isinstance(self.weight, NF4Weight):
             dtype = self.compute_dtype
-            add = F.linear(x.to(dtype), self.weight.to(dtype), None if bias is None else bias.to(dtype))
+            with _without_autocast(x.device.type):
+                add = F.linear(x.to(dtype), self.weight.to(dtype), None if bias is None else bias.to(dtype))
             add, bias = add.to(self.out_dtype), None
             if not lora_A:
                 return add, x.new_empty((x.shape[0], 0), dtype=torch.float32)
@@ -179,7 +189,8 @@ class _Call:
         add = None
         if wants_x and not isinstance(self.weight, NF4Weight):
             dtype = self.compute_dtype
-            add = (grad_y.to(dtype) @ self.weight.to(dtype)).to(x_dtype)
+            with _without_autocast(grad_y.device.type):
+                add = (grad_y.to(dtype) @ self.weight.to(dtype)).to(x_dtype)
         if not any(wants_A + wants_B) and (not wants_x or (add is not None and not lora_A)):
             return add, [None] * len(lora_A), [None] * len(lora_A)
         grad_x, grad_A, grad_B = torch.ops.peft_kernels.lora_linear_backward(
@@ -192,7 +203,7 @@ class _Call:
 def _split(flat: Tensor, parameters: Sequence[Tensor], wanted: Sequence[bool]) -> list[Tensor | None]:
     """Cuts the gradients of the wanted parameters out of one flat fp32 tensor."""
     sizes = [p.numel() if want else 0 for p, want in zip(parameters, wanted, strict=True)]
-    parts = flat.split(sizes) if sizes else ()
+    parts = flat.split_with_sizes(sizes) if sizes else ()
     return [
         part.view(p.shape).to(p.dtype) if want else None
         for part, p, want in zip(parts, parameters, wanted, strict=True)
@@ -228,7 +239,8 @@ class _LoRALinear(torch.autograd.Function):
         grad_weight = None
         if wants_weight:
             dtype = ctx.call.compute_dtype
-            grad_weight = (grad_y.to(dtype).T @ x.to(dtype)).to(weight.dtype)
+            with _without_autocast(grad_y.device.type):
+                grad_weight = (grad_y.to(dtype).T @ x.to(dtype)).to(weight.dtype)
         return grad_x, grad_bias, None, grad_weight, None, None, *grad_A, *grad_B
 
 

@@ -1,0 +1,142 @@
+"""bitsandbytes' `Linear4bit`, fused: the 4-bit weight is decoded inside the product.
+
+Dettmers et al. 2023, "QLoRA: Efficient Finetuning of Quantized LLMs" (arXiv:2305.14314).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import bitsandbytes as bnb
+import torch
+from bitsandbytes.functional import QuantState
+from torch import Tensor
+
+from ..ops.lora_linear import lora_linear
+from ..ops.nf4 import NF4Weight
+from .registry import FLOAT_DTYPES, FusedLayer, mention, register
+
+# The arguments of `lora_linear` for the frozen layer: weight, bias, compute_dtype and out_dtype.
+BaseProduct = tuple[Tensor | NF4Weight, Tensor | None, torch.dtype | None, torch.dtype | None]
+
+mention(bnb.nn.Linear4bit)
+mention(bnb.nn.Linear8bitLt)
+
+
+class Fused4bit(FusedLayer):
+    """`y = x dequant(W)ᵀ + b` in `compute_dtype`, returned in x's dtype, in training and evaluation alike."""
+
+    own_state = ("_view",)
+    _view: tuple[QuantState, NF4Weight] | None = None
+
+    # bitsandbytes' own forward, which inputs outside the CPU still take, repacks the weight in place only if this
+    # holds. A property of the class hides the instance's attribute, and leaves it as it was for `restore`.
+    support_avx512bf16_for_cpu = property(lambda self: False)
+
+    def prepare(self) -> str:
+        quant_state = getattr(self.weight, "quant_state", None)
+        if quant_state is None or not vars(quant_state).get("packing_format_for_cpu", False):
+            return ""
+        self._undo_repacking(quant_state)
+        return "its statistics were already bf16: bitsandbytes had repacked the weight, and it was converted back"
+
+    def why_stock(self) -> str | None:
+        if not self.weight.is_cpu:
+            return f"no fused kernel for {self.weight.device.type}"
+        if getattr(self.weight, "quant_state", None) is None and self.quant_state is None:
+            return "not quantised yet: bitsandbytes does so when the layer is moved to a device"
+        return None
+
+    def forward(self, x: Tensor) -> Tensor:
+        product = self.base_product(x)
+        if isinstance(product, str):
+            self.log_stock_path(product)
+            return super().forward(x)
+        weight, bias, compute_dtype, out_dtype = product
+        return lora_linear(x, weight, bias, compute_dtype=compute_dtype, out_dtype=out_dtype)
+
+    def base_product(self, x: Tensor) -> BaseProduct | str:
+        """What `lora_linear` is to be called with; or why this input has to take the stock path."""
+        if not x.is_cpu:
+            self._view = None  # the weight has moved: let go of the memory that it had
+            return f"no fused kernel for {x.device.type}"
+        if x.dtype not in FLOAT_DTYPES:
+            return f"x is {x.dtype}"
+        if not self.compute_type_is_set:
+            self.set_compute_type(x)
+            self.compute_type_is_set = True
+        autocast = torch.is_autocast_enabled("cpu")
+        compute_dtype = torch.get_autocast_dtype("cpu") if autocast else self.compute_dtype or x.dtype
+        if compute_dtype not in FLOAT_DTYPES:
+            return f"the compute dtype is {compute_dtype}"
+        weight = self.nf4_weight()
+        if x.shape[-1] != weight.shape[-1]:
+            return f"x has {x.shape[-1]} features, and the weight has shape {list(weight.shape)}"
+        return weight, self.bias, compute_dtype, x.dtype
+
+    def nf4_weight(self) -> NF4Weight:
+        """The view of the weight as it is now.
+
+        Deriving it takes 8 µs, so the last one is kept for as long as it shows the very tensors that the weight
+        consists of. It keeps their memory alive, so no other tensor can come to lie at the same address.
+
+        Raises:
+            ValueError: the weight is not quantised, or its quant_state does not fit it.
+        """
+        weight = self.weight
+        quant_state = getattr(weight, "quant_state", None)
+        if quant_state is None and self.quant_state is not None:
+            bnb.nn.modules.fix_4bit_weight_quant_state_from_module(self)
+            weight, quant_state = self.weight, self.quant_state
+        if quant_state is None or torch.compiler.is_compiling():
+            return NF4Weight.from_params4bit(weight)
+        if vars(quant_state).get("packing_format_for_cpu", False):
+            quant_state = self._undo_repacking(quant_state)  # done by a stock layer that shares the weight
+        if self._view is not None:
+            seen, view = self._view
+            with torch._C.DisableTorchFunctionSubclass():  # Params4bit's __torch_function__ would take 1 µs more
+                same_memory = view.codes.data_ptr() == weight.data_ptr()
+            if same_memory and seen is quant_state and _shows(view, quant_state):
+                return view
+        view = NF4Weight.from_params4bit(weight)
+        self._view = quant_state, view
+        return view
+
+    def _undo_repacking(self, quant_state: QuantState) -> QuantState:
+        """Converts a weight that bitsandbytes repacked for its CPU inference kernels back to the ordinary format."""
+        weight = self.weight
+        view = NF4Weight.from_params4bit(weight)
+        codes = view.codes.reshape(quant_state.original_qshape)
+        weight.data = codes.view(vars(quant_state).get("original_storage_type") or torch.uint8)
+        weight.quant_state = self.quant_state = QuantState.from_dict(view.as_dict(), device=codes.device)
+        return weight.quant_state
+
+    def __getstate__(self) -> dict[str, Any]:
+        # The view shares the weight's memory; a copy of it would not.
+        return {name: value for name, value in vars(self).items() if name not in self.own_state}
+
+
+def _shows(view: NF4Weight, quant_state: QuantState) -> bool:
+    """Whether the view's statistics are the quant_state's own tensors; not so if they had to be converted."""
+    if view.absmax is not quant_state.absmax:
+        return False
+    state2 = quant_state.state2
+    if state2 is None:
+        return True
+    code, absmax, offset = view.nested
+    return code is state2.code and absmax is state2.absmax and offset is quant_state.offset
+
+
+@register
+class Linear4bit(Fused4bit, bnb.nn.Linear4bit):
+    __doc__ = Fused4bit.__doc__
+
+
+@register
+class LinearFP4(Fused4bit, bnb.nn.LinearFP4):
+    __doc__ = Fused4bit.__doc__
+
+
+@register
+class LinearNF4(Fused4bit, bnb.nn.LinearNF4):
+    __doc__ = Fused4bit.__doc__

@@ -1,0 +1,196 @@
+"""PEFT's `lora.Linear` and `lora.bnb.Linear4bit`, fused: the base product and every active adapter in one operation.
+
+LoRA: Hu et al. 2021 (arXiv:2106.09685). QLoRA: Dettmers et al. 2023 (arXiv:2305.14314).
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from peft.tuners import lora
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+
+from ..ops.lora_linear import lora_linear
+from .registry import FLOAT_DTYPES, FusedLayer, mention, register
+
+mention(BaseTunerLayer)
+
+
+class FusedLoRA(FusedLayer):
+    """`y = x Wᵀ + b + Σᵢ scalingᵢ · dropoutᵢ(x) Aᵢᵀ Bᵢᵀ` over the active adapters, in the dtype that PEFT returns.
+
+    Merged or disabled adapters, `adapter_names`, and adapters that are more than A and B (DoRA, `lora_bias`, …) take
+    PEFT's own forward, which calls the base layer.
+    """
+
+    def why_stock(self) -> str | None:
+        weight = self.get_base_layer().weight
+        if not weight.is_cpu:
+            return f"no fused kernel for {weight.device.type}"
+        adapters = map(self._adapter, self.active_adapters)
+        return next((adapter for adapter in adapters if isinstance(adapter, str)), None)
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if self._disable_adapters or self.merged_adapters:
+            return super().forward(x, *args, **kwargs)
+        call = self._call(x, args, kwargs)
+        if isinstance(call, str):
+            self.log_stock_path(call)
+            return super().forward(x, *args, **kwargs)
+        (weight, bias, compute_dtype, out_dtype), adapters = call
+        return lora_linear(x, weight, bias, *adapters, compute_dtype=compute_dtype, out_dtype=out_dtype)
+
+    def base_product(self, base: nn.Module, x: Tensor) -> tuple | str:
+        """What `lora_linear` is to be called with for the base layer; or why this input has to take the stock path."""
+        raise NotImplementedError
+
+    # The rest runs at every forward, before the kernel starts: hence the dictionaries of nn.Module, read directly.
+
+    def _call(self, x: Tensor, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, tuple] | str:
+        """What `lora_linear` is to be called with; or why PEFT's forward has to be."""
+        for name, value in kwargs.items():
+            if value is not None:
+                return f"{name} was given"
+        if args:
+            return "further positional arguments were given"
+        base = self._modules["base_layer"]
+        if reason := _why_not_skip(base):
+            return f"its base layer has {reason}"
+        product = self.base_product(base, x)
+        if isinstance(product, str):
+            return product
+        lora_A, lora_B, scaling, dropout = adapters = ([], [], [], [])
+        for name in self.active_adapters:
+            adapter = self._adapter(name)
+            if adapter is None:
+                continue
+            if isinstance(adapter, str):
+                return adapter
+            a, b, scale, p = adapter
+            if a.dtype is not x.dtype and not self.cast_input_dtype_enabled:
+                return f"x is {x.dtype}, adapter {name!r} is {a.dtype}, and casting the input is disabled"
+            lora_A.append(a)
+            lora_B.append(b)
+            scaling.append(scale)
+            dropout.append(p)
+        return product, adapters
+
+    def _adapter(self, name: str) -> tuple[Tensor, Tensor, float, float] | str | None:
+        """A, B, scaling and dropout of an adapter; or why it can't be fused; or None if this layer lacks it."""
+        modules = self._modules
+        a = modules["lora_A"]._modules.get(name)
+        if a is None:
+            return None
+        if name in self.lora_variant:
+            return f"adapter {name!r} is a {type(self.lora_variant[name]).__name__}"
+        b, dropout = modules["lora_B"]._modules[name], modules["lora_dropout"]._modules[name]
+        if not (type(a) is type(b) is nn.Linear):
+            return f"adapter {name!r} is made of {type(a).__name__} and {type(b).__name__}, not of torch.nn.Linear"
+        if b.bias is not None:
+            return f"adapter {name!r} has lora_bias"
+        p = 0.0
+        if type(dropout) is nn.Dropout and dropout.p < 1:
+            p = dropout.p if dropout.training else 0.0
+        elif type(dropout) is not nn.Identity:
+            return f"adapter {name!r} has the dropout {dropout}"
+        if reason := _why_not_skip(a) or _why_not_skip(b) or _why_not_skip(dropout):
+            return f"adapter {name!r} has {reason}"
+        weight_A, weight_B = a.weight, b.weight
+        if weight_A.dtype not in FLOAT_DTYPES or weight_B.dtype not in FLOAT_DTYPES:
+            return f"adapter {name!r} is {weight_A.dtype} and {weight_B.dtype}"
+        return weight_A, weight_B, float(self.scaling[name]), p
+
+
+def _why_not_skip(module: nn.Module) -> str | None:
+    """What is attached to a module that the fused path would leave out by not calling it."""
+    if module._forward_pre_hooks or module._forward_hooks or module._backward_pre_hooks or module._backward_hooks:
+        return "hooks"
+    return "a forward that was replaced on the instance" if "forward" in module.__dict__ else None
+
+
+@register
+class Linear(FusedLoRA, lora.Linear):
+    __doc__ = FusedLoRA.__doc__
+
+    @classmethod
+    def why_not(cls, layer: nn.Module) -> str | None:
+        base = layer.base_layer
+        if type(base).forward is not nn.Linear.forward:
+            return f"its base layer is a {type(base).__name__}, not a torch.nn.Linear"
+        if layer.fan_in_fan_out:
+            return "its base weight is stored transposed (fan_in_fan_out)"
+        return None
+
+    def base_product(self, base: nn.Module, x: Tensor) -> tuple | str:
+        if not x.is_cpu:
+            return f"no fused kernel for {x.device.type}"
+        weight, bias = base.weight, base.bias
+        if type(weight) not in (nn.Parameter, Tensor):
+            return f"the base weight is a {type(weight).__name__}"
+        if x.dtype not in FLOAT_DTYPES or weight.dtype not in FLOAT_DTYPES:
+            return f"x is {x.dtype}, the base weight {weight.dtype}"
+        if torch.is_autocast_enabled("cpu"):
+            dtype = torch.get_autocast_dtype("cpu")
+            return weight, bias, dtype, dtype
+        if x.dtype != weight.dtype or (bias is not None and x.dtype != bias.dtype):
+            return "x and the base layer differ in dtype"  # which PEFT's forward raises an error for
+        return weight, bias, x.dtype, x.dtype
+
+
+if hasattr(lora, "Linear4bit"):  # bitsandbytes is installed
+    from .bitsandbytes import Fused4bit
+
+    class _Unmerged(NamedTuple):
+        """What an unmerge puts back, and the weight that it is put back for."""
+
+        original: nn.Parameter
+        merged: nn.Parameter
+
+    @register
+    class Linear4bit(FusedLoRA, lora.Linear4bit):
+        """The QLoRA layer. Merging keeps the 4-bit weight that it replaces, and unmerging puts it back.
+
+        PEFT's unmerge subtracts the adapters and quantises once more, so that each cycle moves the weight further.
+        """
+
+        own_state = ("_unmerged",)
+        _unmerged: _Unmerged | None = None
+
+        def why_stock(self) -> str | None:
+            if not isinstance(self.base_layer, Fused4bit):
+                return f"its base layer, a {type(self.base_layer).__name__}, is not fused"
+            return self.base_layer.why_stock() or super().why_stock()
+
+        def base_product(self, base: nn.Module, x: Tensor) -> tuple | str:
+            return base.base_product(x) if isinstance(base, Fused4bit) else "its base layer is not fused"
+
+        def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+            base = self.get_base_layer()
+            replaced, unmerged = base.weight, self._unmerged
+            # A weight merged before the layer was fused, or replaced since it was merged, is no original.
+            follows = unmerged is not None and unmerged.merged is replaced
+            keeps = follows or not self.merged
+            try:
+                super().merge(safe_merge=safe_merge, adapter_names=adapter_names)
+            finally:  # an adapter that fails leaves those before it merged
+                if base.weight is not replaced:
+                    replaced.bnb_quantized = True  # PEFT clears it, and then .to() would quantise the codes
+                    original = unmerged.original if follows else replaced
+                    self._unmerged = _Unmerged(original, base.weight) if keeps else None
+
+        def unmerge(self) -> None:
+            base, unmerged = self.get_base_layer(), self._unmerged
+            self._unmerged = None
+            if unmerged is None or unmerged.merged is not base.weight:
+                super().unmerge()
+                return
+            device = base.weight.device
+            if any(name in self.lora_variant or self.lora_bias.get(name) for name in self.merged_adapters):
+                super().unmerge()  # there is more to undo than the weight
+            else:
+                self.merged_adapters.clear()
+            original = unmerged.original
+            base.weight = original if original.device == device else original.to(device)
+            base.quant_state = base.weight.quant_state

@@ -1,0 +1,252 @@
+"""The one table of layers that have a fused form: class → fused class → the reason when a layer can't take it.
+
+A fused class is a subclass of the stock class, under the same name, that adds no state of its own worth saving.
+`accelerate` assigns it to the instance's `__class__`. So everything but the overridden methods is the stock layer's
+own (parameters, names, state_dict, hooks, isinstance, `type(layer).__name__`), a copied or pickled layer stays fused,
+and `restore` is the same assignment the other way round.
+"""
+
+from __future__ import annotations
+
+import importlib
+import io
+import logging
+import re
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from types import MethodType
+from typing import Any, ClassVar, TypeVar
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+
+from .. import cpu
+
+# Packages whose layers can be fused, each with a module of the same name here. None of them is imported before a
+# model that is made of its layers has imported it.
+_PACKAGES = ("bitsandbytes", "peft")
+
+FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+_logger = logging.getLogger("peft_kernels")
+_logged: set[tuple[type, str]] = set()
+
+
+class FusedLayer:
+    """What a fused class adds to the stock class that it extends; its bases are a mixin of this kind and the stock."""
+
+    stock: ClassVar[type[nn.Module]]
+    # Attributes that exist only on a fused instance, and that `restore` drops.
+    own_state: ClassVar[tuple[str, ...]] = ()
+
+    @classmethod
+    def why_not(cls, layer: nn.Module) -> str | None:
+        """Why this stock layer can't be fused, whatever its adapters and its input."""
+        return None
+
+    def prepare(self) -> str:
+        """Runs once when the layer has become a fused one; a remark for the report."""
+        return ""
+
+    def why_stock(self) -> str | None:
+        """Why the next forward would take the stock path, so far as it can be known without the input."""
+        return None
+
+    def log_stock_path(self, reason: str) -> None:
+        """Says once for each class and reason that a forward fell through; the report can't know of these."""
+        key = (type(self), reason)
+        if key not in _logged and not torch.compiler.is_compiling():
+            _logged.add(key)
+            _logger.warning("a %s takes its stock forward: %s", describe(type(self)), reason)
+
+
+Fused = TypeVar("Fused", bound=type[FusedLayer])
+
+_table: dict[type[nn.Module], type[FusedLayer]] = {}
+_mentioned: list[type[nn.Module]] = []
+
+
+def register(fused: Fused) -> Fused:
+    """Class decorator: enters a fused class into the table under the stock class that it extends."""
+    fused.stock = fused.__bases__[-1]
+    _table[fused.stock] = fused
+    return fused
+
+
+def mention(stock: type[nn.Module]) -> None:
+    """Has the report mention instances of a class, and of its subclasses, even if none of them can be fused."""
+    _mentioned.append(stock)
+
+
+def describe(cls: type) -> str:
+    """`peft.Linear4bit`: the package and the name of a stock class, also when given its fused one."""
+    stock = getattr(cls, "stock", cls)
+    return f"{stock.__module__.split('.')[0]}.{stock.__name__}"
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """What became of one layer.
+
+    Attributes:
+        name: in the model, as `named_modules` has it.
+        kind: package and class, such as `peft.Linear4bit`.
+        fused: whether its forward takes the fused path.
+        reason: why not; or a remark, if it does.
+    """
+
+    name: str
+    kind: str
+    fused: bool
+    reason: str = ""
+
+
+@dataclass(frozen=True, repr=False)
+class Report:
+    """What `accelerate` did, layer by layer. Printed, it is a table in which numbered layers share a row.
+
+    Attributes:
+        layers: in the model's order.
+        isa: the instruction set of the CPU kernels.
+    """
+
+    layers: tuple[LayerReport, ...]
+    isa: str
+
+    @property
+    def fused(self) -> tuple[LayerReport, ...]:
+        return tuple(layer for layer in self.layers if layer.fused)
+
+    @property
+    def left_alone(self) -> tuple[LayerReport, ...]:
+        return tuple(layer for layer in self.layers if not layer.fused)
+
+    def __iter__(self) -> Iterator[LayerReport]:
+        return iter(self.layers)
+
+    def __len__(self) -> int:
+        return len(self.layers)
+
+    def __rich__(self) -> Table:
+        rows = Counter(
+            (re.sub(r"(^|\.)\d+(?=\.|$)", r"\1*", layer.name), layer.kind, layer.fused, layer.reason)
+            for layer in self.layers
+        )
+        table = Table(title=self._summary(), caption=f"CPU kernels: {self.isa}", title_justify="left")
+        for heading in ("layer", "class", "forward"):
+            table.add_column(heading, overflow="fold")
+        table.add_column("layers", justify="right")
+        for (name, kind, fused, reason), count in rows.items():
+            verdict = "fused" if fused else "left alone"
+            table.add_row(name or "(the model)", kind, f"{verdict}: {reason}" if reason else verdict, str(count))
+        return table
+
+    def __str__(self) -> str:
+        console = Console(file=io.StringIO(), width=120)
+        console.print(self)
+        return console.file.getvalue()
+
+    def __repr__(self) -> str:
+        return f"Report({self._summary()}; CPU kernels: {self.isa})"
+
+    def _summary(self) -> str:
+        return f"{len(self.fused)} layers fused, {len(self.left_alone)} left alone"
+
+
+def accelerate(model: nn.Module) -> Report:
+    """Gives every layer of a model that has a fused form its fused forward, in place. `restore` undoes it.
+
+    Fused are, on the CPU: PEFT's `lora.Linear` on an `nn.Linear` and `lora.bnb.Linear4bit` (Hu et al. 2021,
+    arXiv:2106.09685; Dettmers et al. 2023, arXiv:2305.14314), and bitsandbytes' `Linear4bit`. Parameters, their
+    names, state_dict, saving, merging and switching adapters go on as before, and results have the dtype that the
+    stock layers return. Whatever can't be fused keeps its stock forward, and the report says why; what only an input
+    can tell (its device or dtype, `adapter_names`) is decided at each forward, and logged once.
+
+    Differences that are meant: dropout draws other masks; LoRA branches are computed in fp32; a 4-bit weight is never
+    repacked for bitsandbytes' own CPU kernels (one that already was is converted back, once); a 4-bit unmerge puts
+    the original weight back, which is kept while merged.
+
+    Args:
+        model: any module; calling again covers layers that were added since, and reports on all.
+
+    Returns:
+        A `Report`: iterate over it, or print it.
+
+    Raises:
+        TypeError: `model` is not a module.
+    """
+    _check_module(model)
+    _load_packages()
+    reasons: dict[nn.Module, str | None] = {}
+    remarks: dict[nn.Module, str] = {}
+    for module in model.modules():
+        fused = _table.get(type(module))
+        if fused is None:
+            continue
+        reasons[module] = reason = _why_not(fused, module)
+        if reason is None:
+            _change_class(module, fused)
+            remarks[module] = module.prepare()
+
+    # A second walk: whether a layer takes the fused path can depend on the layers inside it.
+    layers = []
+    for name, module in model.named_modules():
+        if isinstance(module, FusedLayer):
+            reason = module.why_stock()
+        elif module in reasons:
+            reason = reasons[module]
+        elif isinstance(module, tuple(_mentioned)):
+            reason = "this class has no fused form"
+        else:
+            continue
+        layers.append(LayerReport(name, describe(type(module)), reason is None, reason or remarks.get(module, "")))
+    return Report(tuple(layers), cpu.isa())
+
+
+def restore(model: nn.Module) -> None:
+    """Gives every layer that `accelerate` fused its stock forward back.
+
+    The result is as if the layers had never been fused, with two exceptions, neither of which loses precision: a
+    4-bit weight that was repacked when it was fused stays in its ordinary format, and adapters that are merged at the
+    time will be unmerged by PEFT's arithmetic.
+
+    Raises:
+        TypeError: `model` is not a module.
+    """
+    _check_module(model)
+    for module in model.modules():
+        if isinstance(module, FusedLayer):
+            for name in module.own_state:
+                vars(module).pop(name, None)
+            _change_class(module, module.stock)
+
+
+def _check_module(model: Any) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: got {type(model).__name__}, wanted a torch.nn.Module")
+
+
+def _load_packages() -> None:
+    for package in _PACKAGES:
+        if package in sys.modules:
+            importlib.import_module(f"{__package__}.{package}")
+
+
+def _why_not(fused: type[FusedLayer], module: nn.Module) -> str | None:
+    if "forward" in vars(module):
+        return "its forward was replaced on the instance"
+    return fused.why_not(module)
+
+
+def _change_class(module: nn.Module, cls: type[nn.Module]) -> None:
+    # Hooks of the accelerate library keep the forward that they wrap as a bound method in the instance, where it
+    # would outlive the change.
+    for name in ("forward", "_old_forward"):
+        method = vars(module).get(name)
+        if getattr(method, "__func__", None) is type(module).forward:
+            vars(module)[name] = MethodType(cls.forward, module)
+    module.__class__ = cls

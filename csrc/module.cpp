@@ -38,8 +38,8 @@ PyObject* build_info(PyObject*, PyObject*) {
 PyMethodDef methods[] = {{"build_info", build_info, METH_NOARGS, "How this binary was built."},
                          {nullptr, nullptr, 0, nullptr}};
 
-PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C", "The compiled half of peft_kernels.", -1, methods,
-                      nullptr, nullptr, nullptr, nullptr};
+PyModuleDef module = {
+    PyModuleDef_HEAD_INIT, "_C", "The compiled half of peft_kernels.", -1, methods, nullptr, nullptr, nullptr, nullptr};
 
 }  // namespace
 

@@ -18,8 +18,7 @@ std::vector<Isa> detect() {
         !__builtin_cpu_supports("avx512dq") || !__builtin_cpu_supports("avx512vl"))
         return isas;
     isas.push_back(Isa::kAvx512);
-    if (__builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vbmi"))
-        isas.push_back(Isa::kAvx512Bf16);
+    if (__builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vbmi")) isas.push_back(Isa::kAvx512Bf16);
 #endif
     return isas;
 }
@@ -30,8 +29,8 @@ Isa find(const std::string& name, const char* argument) {
         if (name == isa_name(isa)) return isa;
         supported += std::string(supported.empty() ? "" : ", ") + isa_name(isa);
     }
-    throw std::invalid_argument(std::string(argument) + ": got '" + name + "', wanted one that this processor supports: " +
-                                supported);
+    throw std::invalid_argument(std::string(argument) + ": got '" + name +
+                                "', wanted one that this processor supports: " + supported);
 }
 
 Isa initial() {

@@ -27,12 +27,12 @@ void set_isa(const char* name);
 
 // Declares `void name(const Params&)` in every instruction set's namespace, and defines
 // peft_kernels::dispatch::name, which calls the current one.
-#define PEFT_KERNELS_CPU_KERNEL(name, Params)                       \
-    PEFT_KERNELS_DECLARE_EACH_(name, Params)                        \
-    namespace dispatch {                                            \
-    inline void name(const Params& params) {                        \
-        switch (current_isa()) { PEFT_KERNELS_CALL_EACH_(name) }    \
-    }                                                               \
+#define PEFT_KERNELS_CPU_KERNEL(name, Params)                    \
+    PEFT_KERNELS_DECLARE_EACH_(name, Params)                     \
+    namespace dispatch {                                         \
+    inline void name(const Params& params) {                     \
+        switch (current_isa()) { PEFT_KERNELS_CALL_EACH_(name) } \
+    }                                                            \
     }
 
 #define PEFT_KERNELS_DECLARE_(isa, name, Params) \
@@ -41,15 +41,15 @@ void set_isa(const char* name);
     }
 
 #if defined(__x86_64__)
-#define PEFT_KERNELS_DECLARE_EACH_(name, Params)    \
-    PEFT_KERNELS_DECLARE_(portable, name, Params)   \
-    PEFT_KERNELS_DECLARE_(avx2, name, Params)       \
-    PEFT_KERNELS_DECLARE_(avx512, name, Params)     \
+#define PEFT_KERNELS_DECLARE_EACH_(name, Params)  \
+    PEFT_KERNELS_DECLARE_(portable, name, Params) \
+    PEFT_KERNELS_DECLARE_(avx2, name, Params)     \
+    PEFT_KERNELS_DECLARE_(avx512, name, Params)   \
     PEFT_KERNELS_DECLARE_(avx512_bf16, name, Params)
-#define PEFT_KERNELS_CALL_EACH_(name)                       \
-    case Isa::kPortable: return portable::name(params);     \
-    case Isa::kAvx2: return avx2::name(params);             \
-    case Isa::kAvx512: return avx512::name(params);         \
+#define PEFT_KERNELS_CALL_EACH_(name)                   \
+    case Isa::kPortable: return portable::name(params); \
+    case Isa::kAvx2: return avx2::name(params);         \
+    case Isa::kAvx512: return avx512::name(params);     \
     case Isa::kAvx512Bf16: return avx512_bf16::name(params);
 #else
 #define PEFT_KERNELS_DECLARE_EACH_(name, Params) PEFT_KERNELS_DECLARE_(portable, name, Params)

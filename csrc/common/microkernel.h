@@ -110,7 +110,8 @@ inline void multiply(const Rows& rows, int64_t num_rows, const uint32_t* strips,
         if (left >= kTileStrips)
             multiply_group<Multiply, kTileStrips>(rows, num_rows, group, steps, out, tile_stride, accumulate);
         else if (left == 3)
-            multiply_group<Multiply, min_of(3, kTileStrips)>(rows, num_rows, group, steps, out, tile_stride, accumulate);
+            multiply_group<Multiply, min_of(3, kTileStrips)>(rows, num_rows, group, steps, out, tile_stride,
+                                                             accumulate);
         else if (left == 2)
             multiply_group<Multiply, 2>(rows, num_rows, group, steps, out, tile_stride, accumulate);
         else
@@ -152,8 +153,7 @@ inline void widen_rows(const T* x, int64_t stride, int64_t rows, int64_t columns
 // time of strips_of_rows and half of store_rows' (1024 x 1536, bf16).
 template <bool kForWriting, class T>
 inline void prefetch_row(const T* row, int64_t columns) {
-    for (int64_t column = 0; column < columns; column += 64 / sizeof(T))
-        __builtin_prefetch(row + column, kForWriting);
+    for (int64_t column = 0; column < columns; column += 64 / sizeof(T)) __builtin_prefetch(row + column, kForWriting);
 }
 
 // fp32 strips whose steps are the rows of a matrix; dropped as above.

@@ -19,8 +19,7 @@ int num_threads();
 template <class Body>
 void parallel_for_each(int64_t tasks, const Body& body) {
     parallel_for_each(
-        tasks,
-        [](int64_t task, int worker, void* context) { (*static_cast<const Body*>(context))(task, worker); },
+        tasks, [](int64_t task, int worker, void* context) { (*static_cast<const Body*>(context))(task, worker); },
         const_cast<void*>(static_cast<const void*>(&body)));
 }
 

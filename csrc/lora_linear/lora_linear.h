@@ -15,10 +15,10 @@ struct LoraAdapter {
     ConstMatrix lora_B;  // [n, rank]
     int64_t rank;
     float scaling;
-    double dropout;      // the probability p
-    uint64_t seed;       // of the dropout mask
-    float* grad_A;       // backward: [rank, k], or null
-    float* grad_B;       // backward: [n, rank], or null
+    double dropout;  // the probability p
+    uint64_t seed;   // of the dropout mask
+    float* grad_A;   // backward: [rank, k], or null
+    float* grad_B;   // backward: [n, rank], or null
 };
 
 struct LoraLinearParams {
@@ -27,10 +27,10 @@ struct LoraLinearParams {
     DType compute_dtype;      // of the base product
     const LoraAdapter* adapters;
     int32_t num_adapters;
-    int64_t total_rank;       // Σ rankᵢ
+    int64_t total_rank;  // Σ rankᵢ
     int32_t threads;
 
-    void* workspace;          // null: only workspace_bytes is set
+    void* workspace;  // null: only workspace_bytes is set
     int64_t* workspace_bytes;
 };
 

@@ -20,7 +20,7 @@ template <class T, class Multiply, int kWeights, int kM>
 void dot_rows(const Nf4Weight& w, int64_t first_row, const uint32_t* x, int64_t x_stride, F32 (&sum)[kWeights][kM]) {
     constexpr int kElements = kStepElements<Multiply>;
     constexpr int kUnit = max_of(Table<T>::kGroup, kLanes * kElements);  // elements decoded at a time
-    constexpr int64_t kBlocks = 64;                                      // blocks whose statistics are decoded at a time
+    constexpr int64_t kBlocks = 64;  // blocks whose statistics are decoded at a time
     const float* values = codebook(w.quant_type);
     const int64_t blocksize = int64_t{1} << w.log2_blocksize;
     const int64_t row_blocks = w.k >> w.log2_blocksize;
@@ -55,8 +55,8 @@ void dot_rows(const Nf4Weight& w, int64_t first_row, const uint32_t* x, int64_t 
                             weights = (U32)load(decoded + part);
 #pragma GCC unroll 8
                         for (int i = 0; i < kM; ++i)
-                            sum[row][i] = Multiply::add_product(
-                                sum[row][i], weights, load_vector<U32>(x + i * x_stride + part / kElements));
+                            sum[row][i] = Multiply::add_product(sum[row][i], weights,
+                                                                load_vector<U32>(x + i * x_stride + part / kElements));
                     }
                 }
         }
@@ -86,9 +86,8 @@ void forward_dot(const LoraLinearForwardParams& p) {
             using T = Pointee<decltype(type)>;
             for (int64_t i = 0; i < p.m; ++i)
                 for (int64_t column = 0; column < padded_k; column += kLanes)
-                    store(out + i * padded_k + column,
-                          load_partial(static_cast<const T*>(row_of(p.x, i, column)),
-                                       min_of<int64_t>(kLanes, p.k - column)));
+                    store(out + i * padded_k + column, load_partial(static_cast<const T*>(row_of(p.x, i, column)),
+                                                                    min_of<int64_t>(kLanes, p.k - column)));
         });
     };
     // Rows that only fill up kM are zero.

@@ -52,8 +52,8 @@ void dispatch_compute(DType compute_dtype, DType weight_dtype, const Body& body)
 #if defined(__AVX512BF16__)
     if (compute_dtype == DType::kBFloat16) return body(static_cast<BFloat16*>(nullptr), MultiplyBf16Pairs{});
 #endif
-    const bool rounds_twice = weight_dtype != DType::kFloat32 && compute_dtype != DType::kFloat32 &&
-                              weight_dtype != compute_dtype;
+    const bool rounds_twice =
+        weight_dtype != DType::kFloat32 && compute_dtype != DType::kFloat32 && weight_dtype != compute_dtype;
     dispatch_dtype(rounds_twice ? compute_dtype : DType::kFloat32, [&](auto* type) { body(type, MultiplyF32{}); });
 }
 
@@ -103,8 +103,8 @@ void decode_strips(const Nf4Weight& w, int64_t n0, int64_t outputs, int64_t k0, 
             for (int64_t element = 0; element < some; element += kLanes * kElements) {
                 U32 square[kLanes];
                 for (int row = 0; row < kLanes; ++row)
-                    square[row] = kElements == 2 ? load_vector<U32>(rows[row] + element)
-                                                 : (U32)load(rows[row] + element);
+                    square[row] =
+                        kElements == 2 ? load_vector<U32>(rows[row] + element) : (U32)load(rows[row] + element);
                 transpose(square);
                 const int64_t step = (k + element) / kElements;
                 for (int i = 0; i < min_of<int64_t>(kLanes, steps - step); ++i)

@@ -51,7 +51,8 @@ Adapters check_adapters(const Tensors& lora_A, const Tensors& lora_B, const Numb
     Adapters adapters;
     for (size_t i = 0; i < count; ++i) {
         if (lora_A[i].dim() != 2 || lora_A[i].size(0) == 0)
-            bad_argument("lora_A", describe(lora_A[i]), "a matrix [rank, " + std::to_string(k) + "] of rank 1 at least");
+            bad_argument("lora_A", describe(lora_A[i]),
+                         "a matrix [rank, " + std::to_string(k) + "] of rank 1 at least");
         if (!std::isfinite(static_cast<float>(scaling[i])))
             bad_argument("scaling", std::to_string(scaling[i]), "a finite float32 number");
         LoraAdapter adapter{};

@@ -33,9 +33,7 @@ protected:
 
     int64_t chunk_rows() const { return in_place_ ? params_.m : min_of(plan_.chunk_rows, params_.m); }
 
-    uint32_t* take_converted(Arena& arena) const {
-        return arena.take<uint32_t>(in_place_ ? 0 : chunk_rows() * steps_);
-    }
+    uint32_t* take_converted(Arena& arena) const { return arena.take<uint32_t>(in_place_ ? 0 : chunk_rows() * steps_); }
     // Strips of all adapters in blocks of kShrinkColumns steps: [block][adapter][group][step][strip][lane].
     uint32_t* take_shrink_strips(Arena& arena) const { return arena.take<uint32_t>(reduction_ * shrunk_); }
 
@@ -211,8 +209,7 @@ private:
         float* s = p_.s + row * p_.total_rank;
         for (int a = 0; a < p_.num_adapters; ++a) {
             const LoraAdapter& adapter = p_.adapters[a];
-            scale_rows(tile, shrunk_, rows, adapter.rank, dropout_of(adapter).keep_scale, s,
-                       p_.total_rank);
+            scale_rows(tile, shrunk_, rows, adapter.rank, dropout_of(adapter).keep_scale, s, p_.total_rank);
             tile += strips_for(adapter.rank) * kLanes;
             s += adapter.rank;
         }

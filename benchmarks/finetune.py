@@ -27,7 +27,7 @@ from transformers.utils import logging
 
 import peft_kernels
 
-WARM_UP = 2  # steps that are not timed: bitsandbytes compiles its dequantisation in the first
+WARM_UP = 2  # steps that are not measured: bitsandbytes compiles its dequantisation in the first two
 
 
 @dataclass(frozen=True)
@@ -207,7 +207,8 @@ def peak_memory(settings: Settings, batches: Tensor, accelerated: bool) -> int:
     if accelerated:
         peft_kernels.accelerate(model)
     run = Run(model, settings.lr)
-    run.step(batches[0, :1, :8])
+    for step in range(WARM_UP):  # small ones, after which the allocator has little to give away
+        run.step(batches[0, :1, : 8 + step])
     gc.collect()
     if settings.device == "cuda":
         torch.cuda.reset_peak_memory_stats()

@@ -41,7 +41,7 @@ def test_not_a_module(function, model):
 def test_model_without_a_layer_to_fuse():
     report = peft_kernels.accelerate(nn.Sequential(nn.Linear(2, 2), nn.ReLU()))
     assert list(report) == [] and len(report) == 0
-    assert "0 layers fused, 0 left alone" in str(report)
+    assert "layers: 0 fused, 0 left alone" in str(report)
 
 
 def test_report_names_every_layer():
@@ -52,6 +52,7 @@ def test_report_names_every_layer():
     }
     assert report.fused == report.layers and report.left_alone == ()
     assert report.isa == cpu.isa()
+    assert "layers: 1 fused, 0 left alone" in str(report) and "base_layer" not in str(report)
 
 
 def test_report_prints_numbered_layers_as_one_row():
@@ -64,8 +65,8 @@ def test_report_prints_numbered_layers_as_one_row():
         ["*", "bitsandbytes.Linear8bitLt", "left alone: this class has no fused form", "1"],
     ]
     assert f"CPU kernels: {cpu.isa()}" in text
-    assert "11 layers fused, 1 left alone" in text
-    assert repr(report) == f"Report(11 layers fused, 1 left alone; CPU kernels: {cpu.isa()})"
+    assert "layers: 11 fused, 1 left alone" in text
+    assert repr(report) == f"Report(layers: 11 fused, 1 left alone; CPU kernels: {cpu.isa()})"
     console = Console(width=120)
     with console.capture() as capture:
         console.print(report)

@@ -107,7 +107,8 @@ class LayerReport:
 
 @dataclass(frozen=True, repr=False)
 class Report:
-    """What `accelerate` did, layer by layer. Printed, it is a table in which numbered layers share a row.
+    """What `accelerate` did, layer by layer. Printed, it is a table in which numbered layers share a row, without the
+    base layers that run inside a fused layer.
 
     Attributes:
         layers: in the model's order.
@@ -134,7 +135,7 @@ class Report:
     def __rich__(self) -> Table:
         rows = Counter(
             (re.sub(r"(^|\.)\d+(?=\.|$)", r"\1*", layer.name), layer.kind, layer.fused, layer.reason)
-            for layer in self.layers
+            for layer in self._outer_layers()
         )
         table = Table(title=self._summary(), caption=f"CPU kernels: {self.isa}", title_justify="left")
         for heading in ("layer", "class", "forward"):
@@ -153,8 +154,17 @@ class Report:
     def __repr__(self) -> str:
         return f"Report({self._summary()}; CPU kernels: {self.isa})"
 
+    def _outer_layers(self) -> list[LayerReport]:
+        fused = {layer.name for layer in self.fused}
+        return [
+            layer
+            for layer in self.layers
+            if not (layer.fused and not layer.reason and layer.name.removesuffix(".base_layer") in fused - {layer.name})
+        ]
+
     def _summary(self) -> str:
-        return f"{len(self.fused)} layers fused, {len(self.left_alone)} left alone"
+        counts = Counter(layer.fused for layer in self._outer_layers())
+        return f"layers: {counts[True]} fused, {counts[False]} left alone"
 
 
 def accelerate(model: nn.Module) -> Report:

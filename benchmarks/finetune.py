@@ -11,7 +11,8 @@ import shutil
 import statistics
 import threading
 import time
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,8 +21,9 @@ from typing import Any
 import psutil
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GgufConfig
+from transformers.utils import logging
 
 import peft_kernels
 
@@ -149,17 +151,20 @@ class Run:
         self.model.train()
         self.optimizer = torch.optim.AdamW([p for p in self.model.parameters() if p.requires_grad], lr=self.lr)
 
-    def step(self, batch: Tensor) -> float:
-        """One step of training on [batch, length] tokens; returns its loss."""
+    def loss(self, batch: Tensor) -> Tensor:
+        """The loss on [batch, length] tokens."""
         batch = batch.to(self.model.device)
+        return self.model(input_ids=batch, labels=batch).loss
+
+    def step(self, batch: Tensor) -> None:
+        """One step of training."""
         begin = time.perf_counter()
-        loss = self.model(input_ids=batch, labels=batch).loss
+        loss = self.loss(batch)
         loss.backward()
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.losses.append(loss.item())  # waits for the device
         self.seconds.append(time.perf_counter() - begin)
-        return self.losses[-1]
 
     @property
     def seconds_per_step(self) -> float:
@@ -175,7 +180,7 @@ def largest_difference(curve: list[float], other: list[float]) -> float:
 # ---- What a step costs ----------------------------------------------------------------------------------------------
 
 
-def saved_bytes(model: torch.nn.Module, batch: Tensor) -> int:
+def saved_bytes(model: nn.Module, forward: Callable[[], Tensor]) -> int:
     """Bytes that one forward keeps for its backward: each storage once, the model's own tensors left out."""
     own = {t.untyped_storage().data_ptr() for t in [*model.parameters(), *model.buffers()]}
     saved: dict[int, int] = {}
@@ -187,7 +192,8 @@ def saved_bytes(model: torch.nn.Module, batch: Tensor) -> int:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        loss = model(input_ids=batch, labels=batch).loss  # noqa: F841  (keeps what was saved alive, so addresses differ)
+        result = forward()
+    del result  # held until here, what was saved is alive, and no two storages had the same address
     return sum(saved.values())
 
 
@@ -252,13 +258,7 @@ def generate(model: PeftModel, tokenizer: Any, prompt: str, tokens: int) -> tupl
 
 
 def quiet() -> None:
-    """Keeps the libraries' notes out of the output."""
-    import logging
-    import warnings
-
-    import transformers
-
-    transformers.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    """Keeps transformers' notes and bars out of the output."""
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")

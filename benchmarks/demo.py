@@ -191,6 +191,11 @@ class Row:
         return f"× {self.accelerated / self.stock:.2f}" if self.compared and self.stock else ""
 
 
+def readable(value: float) -> str:
+    """Four digits, or all of those before the point."""
+    return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+
+
 def megabytes(count: int) -> float:
     return count / 1e6
 
@@ -221,7 +226,7 @@ def result_table(rows: Sequence[Row]) -> Table:
     for heading in (STOCK, ACCELERATED, "ratio"):
         table.add_column(heading, justify="right")
     for row in rows:
-        values = [f"{value:.4g} {row.unit}".rstrip() for value in (row.stock, row.accelerated)]
+        values = [f"{readable(value)} {row.unit}".rstrip() for value in (row.stock, row.accelerated)]
         table.add_row(row.name, *values, row.change)
     return table
 
@@ -245,7 +250,8 @@ def draw(runs: dict[str, Run], rows: Sequence[Row], machine: str, path: Path) ->
         curves.legend(frameon=False)
         for axes, row in zip(right.subplots(len(compared), 1), compared, strict=True):
             bars = axes.barh([1, 0], [row.stock, row.accelerated], color=[colors[STOCK], colors[ACCELERATED]])
-            axes.bar_label(bars, [f"{row.stock:.4g}", f"{row.accelerated:.4g} ({row.change})"], padding=3, fontsize=8)
+            labels = [readable(row.stock), f"{readable(row.accelerated)} ({row.change})"]
+            axes.bar_label(bars, labels, padding=3, fontsize=8)
             axes.set_title(f"{row.name} [{row.unit}]", loc="left", fontsize=9)
             axes.set(xlim=(0, 1.3 * max(row.stock, row.accelerated)), xticks=[], yticks=[])
             axes.spines["bottom"].set_visible(False)

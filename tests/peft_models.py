@@ -1,0 +1,85 @@
+"""Small models with PEFT's and bitsandbytes' layers, and the error of a layer against the fp64 oracle."""
+
+import bitsandbytes as bnb
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import Tensor, nn
+
+from peft_kernels.ops.nf4 import NF4Weight
+from peft_kernels.testing.reference.lora_linear import lora_linear as reference
+
+IN_FEATURES, OUT_FEATURES = 64, 96
+
+
+class OneLayer(nn.Module):
+    """A model of one linear layer, `lin`."""
+
+    def __init__(self, lin: nn.Module) -> None:
+        super().__init__()
+        self.lin = lin
+        self.is_loaded_in_4bit = isinstance(lin, bnb.nn.Linear4bit)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.lin(x)
+
+
+def linear4bit(dtype: torch.dtype | None = torch.float32, bias: bool = True, **kwargs) -> bnb.nn.Linear4bit:
+    """A quantised Linear4bit with `dtype` as its compute_dtype; double quantisation unless told otherwise."""
+    layer = bnb.nn.Linear4bit(
+        IN_FEATURES, OUT_FEATURES, bias=bias, compute_dtype=dtype, **({"quant_type": "nf4"} | kwargs)
+    )
+    return layer.to("cpu")
+
+
+def lora_model(
+    kind: str, dtype: torch.dtype = torch.float32, base: nn.Module | None = None, nonzero: bool = True, **config
+) -> PeftModel:
+    """A PEFT model on a `kind` of 'dense' or '4bit', in training mode, whose B is not zero."""
+    if base is None:
+        base = linear4bit(dtype) if kind == "4bit" else nn.Linear(IN_FEATURES, OUT_FEATURES, dtype=dtype)
+    config = {"r": 4, "lora_alpha": 8, "target_modules": ["lin"]} | config
+    model = get_peft_model(OneLayer(base), LoraConfig(**config))
+    if nonzero:
+        randomize(model)
+    return model.train()
+
+
+def randomize(model: nn.Module) -> None:
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter, std=0.2)
+
+
+def layer_of(model: PeftModel) -> nn.Module:
+    return model.base_model.model.lin
+
+
+def is_repacked(layer: bnb.nn.Linear4bit) -> bool:
+    return bool(vars(layer.weight.quant_state).get("packing_format_for_cpu", False))
+
+
+def dense_weight(layer: nn.Module) -> Tensor:
+    """The base weight in fp64."""
+    weight = layer.weight
+    if hasattr(weight, "quant_state"):
+        weight = NF4Weight.from_params4bit(weight).dequantize()
+    return weight.detach().double()
+
+
+def oracle(layer: nn.Module, x: Tensor, adapters: tuple[str, ...] | None = None) -> Tensor:
+    """What a PEFT layer computes without dropout, in fp64, differentiably."""
+    names = layer.active_adapters if adapters is None else adapters
+    base = layer.get_base_layer()
+    return reference(
+        x,
+        dense_weight(base),
+        base.bias,
+        [layer.lora_A[name].weight for name in names],
+        [layer.lora_B[name].weight for name in names],
+        [float(layer.scaling[name]) for name in names],
+    )
+
+
+def relative_error(got: Tensor, want: Tensor) -> float:
+    got, want = got.detach().double(), want.detach().double()
+    return float((got - want).norm() / want.norm())

@@ -1,0 +1,624 @@
+"""Fused PEFT layers against the stock ones and the fp64 oracle."""
+
+import copy
+import io
+import itertools
+import logging
+import pickle
+import warnings
+
+import bitsandbytes as bnb
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.helpers import disable_input_dtype_casting
+from peft.tuners import lora
+from peft.utils.hotswap import prepare_model_for_compiled_hotswap
+from peft_models import (
+    IN_FEATURES,
+    OUT_FEATURES,
+    OneLayer,
+    dense_weight,
+    is_repacked,
+    layer_of,
+    linear4bit,
+    lora_model,
+    oracle,
+    randomize,
+    relative_error,
+)
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
+from transformers.pytorch_utils import Conv1D
+
+import peft_kernels
+from peft_kernels.integrations import registry
+from peft_kernels.testing.reference.lora_linear import lora_linear as reference
+
+# Ours may be this much less exact than the stock layer, in relative error against fp64.
+ERROR_RATIO = 1.05
+# A relative error of fp32 results that comes from the order of summation alone.
+FP32_NOISE = 2.0**-21
+# Relative to the largest element: two roundings to bf16, of results that were summed up in another order.
+BF16_TOLERANCE = 2 * 2.0**-8
+FP32 = {"rtol": 1e-5, "atol": 1e-5}
+
+KINDS = ("dense", "4bit")
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:Merge lora module", "ignore:Unmerge lora module", "ignore:Already following"
+)
+
+
+def names(value):
+    return str(value).removeprefix("torch.")
+
+
+def fused_model(kind, *args, **kwargs):
+    model = lora_model(kind, *args, **kwargs)
+    assert all(row.fused for row in peft_kernels.accelerate(model))
+    return model
+
+
+def stock_path_reasons(model, caplog, *args, **kwargs):
+    """Why calls of a model fell through, as logged."""
+    registry._logged.clear()
+    caplog.clear()
+    with caplog.at_level(logging.WARNING, "peft_kernels"):
+        model(*args, **kwargs)
+    return caplog.messages
+
+
+def gradients(model, x, grad):
+    """y and the gradients of x, A and B."""
+    x = x.clone().requires_grad_()
+    y = model(x)
+    trained = [parameter for name, parameter in model.named_parameters() if "lora_" in name]
+    return [y.detach(), *torch.autograd.grad(y, [x, *trained], grad.to(y.dtype), allow_unused=True)]
+
+
+@pytest.mark.parametrize("adapter_dtype", [torch.float32, torch.bfloat16], ids=names)
+@pytest.mark.parametrize("dtype", FLOATS, ids=names)
+@pytest.mark.parametrize("kind", KINDS)
+def test_exact_as_stock(kind, dtype, adapter_dtype):
+    stock = lora_model(kind, dtype)
+    for part in (layer_of(stock).lora_A, layer_of(stock).lora_B):
+        part.to(adapter_dtype)
+    fused, true = copy.deepcopy(stock), copy.deepcopy(stock)
+    assert all(row.fused for row in peft_kernels.accelerate(fused))
+    layer_of(true).forward = lambda x: oracle(layer_of(true), x)
+    x, grad = torch.randn(3, 11, IN_FEATURES, dtype=dtype), torch.randn(3, 11, OUT_FEATURES, dtype=dtype)
+    for ours, theirs, want in zip(*(gradients(model, x, grad) for model in (fused, stock, true)), strict=True):
+        assert ours.dtype == theirs.dtype and ours.shape == theirs.shape
+        assert relative_error(ours, want) <= max(ERROR_RATIO * relative_error(theirs, want), FP32_NOISE)
+
+
+@pytest.mark.parametrize("adapter_dtype", [torch.float32, torch.bfloat16], ids=names)
+@pytest.mark.parametrize("dtype", FLOATS, ids=names)
+@pytest.mark.parametrize("kind", KINDS)
+def test_result_dtype_or_error_is_stocks(kind, dtype, adapter_dtype):
+    stock = lora_model(kind, dtype)
+    for part in (layer_of(stock).lora_A, layer_of(stock).lora_B):
+        part.to(adapter_dtype)
+    fused = copy.deepcopy(stock)
+    peft_kernels.accelerate(fused)
+    for x_dtype, autocast in itertools.product(FLOATS, (None, torch.bfloat16, torch.float16)):
+        x = torch.randn(3, IN_FEATURES, dtype=x_dtype)
+        results = []
+        for model in (stock, fused):
+            with torch.autocast("cpu", autocast or torch.bfloat16, enabled=autocast is not None), torch.no_grad():
+                try:
+                    results.append(model(x))
+                except RuntimeError as error:
+                    results.append(str(error))
+        want, got = results
+        if isinstance(want, str):
+            assert got == want
+        else:
+            assert got.dtype == want.dtype, (x_dtype, autocast)
+            torch.testing.assert_close(got, want, rtol=0, atol=BF16_TOLERANCE * float(want.abs().max()))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_training_and_evaluation(kind):
+    model = fused_model(kind, lora_dropout=0.5)
+    x = torch.randn(4, IN_FEATURES)
+    want = oracle(layer_of(model), x).float()
+    for _ in range(2):
+        model.eval()
+        torch.testing.assert_close(model(x), want, **FP32)
+        model.train()
+        assert relative_error(model(x), want) > 0.01
+        assert not torch.equal(model(x), model(x))
+    if kind == "4bit":
+        assert not is_repacked(layer_of(model).base_layer)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_accelerated_in_evaluation_then_trained(kind):
+    """On a stock 4-bit layer the input's gradient is None after an evaluation."""
+    model = lora_model(kind).eval()
+    peft_kernels.accelerate(model)
+    x = torch.randn(4, IN_FEATURES)
+    model(x)
+    want = oracle(layer_of(model), x).float()
+    model.train()
+    leaf = x.clone().requires_grad_()
+    y = model(leaf)
+    torch.testing.assert_close(y, want, **FP32)
+    y.sum().backward()
+    true = x.double().requires_grad_()
+    oracle(layer_of(model), true).sum().backward()
+    torch.testing.assert_close(leaf.grad, true.grad.float(), **FP32)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_dropout_is_that_of_the_op(kind):
+    model = fused_model(kind, lora_dropout=0.3)
+    layer, x = layer_of(model), torch.randn(6, IN_FEATURES)
+    torch.manual_seed(5)
+    y = model(x)
+    torch.manual_seed(5)
+    seeds = torch.randint(torch.iinfo(torch.int64).max, (1,))
+    parts = [layer.lora_A["default"].weight], [layer.lora_B["default"].weight], [layer.scaling["default"]]
+    want = reference(x, dense_weight(layer.base_layer), layer.base_layer.bias, *parts, [0.3], seeds)
+    torch.testing.assert_close(y, want.float(), **FP32)
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradient_checkpointing_repeats_the_dropout(kind, use_reentrant):
+    model = fused_model(kind, lora_dropout=0.3)
+    x, grad = torch.randn(6, IN_FEATURES), torch.randn(6, OUT_FEATURES)
+    results = []
+    for forward in (model, lambda x: checkpoint(model, x, use_reentrant=use_reentrant)):
+        torch.manual_seed(3)
+        leaf = x.clone().requires_grad_()
+        model.zero_grad()
+        forward(leaf).backward(grad)
+        results.append([leaf.grad, *(p.grad for p in model.parameters() if p.requires_grad)])
+    for direct, recomputed in zip(*results, strict=True):
+        assert torch.equal(direct, recomputed)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_switching_adapters(kind):
+    model = fused_model(kind)
+    model.add_adapter("b", LoraConfig(r=2, lora_alpha=3, target_modules=["lin"], use_rslora=True))
+    model.add_adapter("c", LoraConfig(r=7, target_modules=["lin"]))
+    randomize(model)
+    layer, x = layer_of(model), torch.randn(4, IN_FEATURES)
+    assert layer.scaling["b"] == 3 / 2**0.5
+    for active in ("b", "default", ["default", "b"], ["c", "b", "default"]):
+        model.base_model.set_adapter(active)
+        torch.testing.assert_close(model(x), oracle(layer, x).float(), **FP32)
+    with model.disable_adapter():
+        torch.testing.assert_close(model(x), oracle(layer, x, ()).float(), **FP32)
+    torch.testing.assert_close(model(x), oracle(layer, x).float(), **FP32)
+    model.delete_adapter("b")
+    torch.testing.assert_close(model(x), oracle(layer, x, ("c", "default")).float(), **FP32)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_active_adapter_that_the_layer_lacks(kind):
+    model = fused_model(kind)
+    layer, x = layer_of(model), torch.randn(4, IN_FEATURES)
+    layer._active_adapter = ["elsewhere"]
+    torch.testing.assert_close(model(x), oracle(layer, x, ()).float(), **FP32)
+    layer._active_adapter = ["elsewhere", "default"]
+    torch.testing.assert_close(model(x), oracle(layer, x, ("default",)).float(), **FP32)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_adapter_names_fall_through(kind, caplog):
+    stock = lora_model(kind).eval()
+    stock.add_adapter("b", LoraConfig(r=2, target_modules=["lin"]))
+    randomize(stock)
+    fused = copy.deepcopy(stock)
+    peft_kernels.accelerate(fused)
+    x, adapter_names = torch.randn(3, IN_FEATURES), ["default", "__base__", "b"]
+    reasons = stock_path_reasons(fused, caplog, x, adapter_names=adapter_names)
+    assert reasons == [f"a {registry.describe(type(layer_of(fused)))} takes its stock forward: adapter_names was given"]
+    y = fused(x, adapter_names=adapter_names)
+    for i, active in enumerate((("default",), (), ("b",))):
+        torch.testing.assert_close(y[i], oracle(layer_of(fused), x[i], active).float(), **FP32)
+    if kind == "4bit":
+        assert not is_repacked(layer_of(fused).base_layer)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_merging(kind):
+    """A stock 4-bit layer that was evaluated before it is merged computes garbage: bitsandbytes had repacked it."""
+    model = fused_model(kind).eval()
+    layer, x = layer_of(model), torch.randn(4, IN_FEATURES)
+    want = model(x)
+    model.merge_adapter()
+    merged = reference(x, dense_weight(layer.base_layer), layer.base_layer.bias).float()
+    torch.testing.assert_close(model(x), merged, **FP32)
+    assert relative_error(model(x), want) < (0.2 if kind == "4bit" else 1e-5)
+    model.unmerge_adapter()
+    torch.testing.assert_close(model(x), want, **FP32)
+    model.merge_adapter()
+    with model.disable_adapter():
+        torch.testing.assert_close(model(x), oracle(layer, x, ()).float(), **FP32)
+    assert not layer.merged
+    torch.testing.assert_close(model(x), want, **FP32)
+    if kind == "4bit":
+        assert not is_repacked(layer.base_layer)
+
+
+def test_merging_computes_what_pefts_does():
+    stock = lora_model("4bit")
+    fused = copy.deepcopy(stock)
+    peft_kernels.accelerate(fused)
+    for model in (stock, fused):
+        model.merge_adapter()
+    got, want = (layer_of(model).base_layer.state_dict() for model in (fused, stock))
+    assert list(got) == list(want) and all(torch.equal(got[name], want[name]) for name in want)
+
+
+@pytest.mark.parametrize("storage", [torch.uint8, torch.bfloat16, torch.float32], ids=names)
+@pytest.mark.parametrize("nested", [False, True], ids=["flat", "nested"])
+@pytest.mark.parametrize("cycles", [1, 5])
+def test_unmerging_4bit_is_exact(cycles, nested, storage):
+    """PEFT's drifts by 15 % in one cycle, and by 33 % in five."""
+    base = linear4bit(compress_statistics=nested, quant_storage=storage)
+    model = fused_model("4bit", base=base)
+    model.add_adapter("b", LoraConfig(r=2, target_modules=["lin"]))
+    randomize(model)
+    before = {name: value.clone() for name, value in base.state_dict().items()}
+    x = torch.randn(3, IN_FEATURES)
+    want = model(x)
+    for _ in range(cycles):
+        model.merge_adapter(["default"])
+        assert relative_error(model(x), want) < 0.25
+        model.merge_adapter(["b"])  # one after the other: what is put back must be what was there before the first
+        model.to("cpu")
+        model.unmerge_adapter()
+        assert layer_of(model).merged_adapters == []
+        assert torch.equal(model(x), want)
+    after = base.state_dict()
+    assert base.weight.bnb_quantized and base.quant_state is base.weight.quant_state
+    assert list(after) == list(before)
+    for name, value in before.items():
+        assert torch.equal(value.view(-1).view(torch.uint8), after[name].view(-1).view(torch.uint8)), name
+
+
+@pytest.mark.parametrize("copy_of", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_copy_of_a_merged_layer_unmerges(copy_of):
+    model = fused_model("4bit")
+    x = torch.randn(3, IN_FEATURES)
+    want = model(x)
+    model.merge_adapter()
+    other = copy_of(model)
+    for each in (model, other):
+        each.unmerge_adapter()
+        assert torch.equal(each(x), want)
+
+
+def test_unmerging_leaves_a_replaced_weight_to_peft():
+    model = fused_model("4bit")
+    layer = layer_of(model)
+    model.merge_adapter()
+    layer.base_layer.weight = linear4bit().weight
+    want = dense_weight(layer.base_layer) - layer.get_delta_weight("default").double()
+    model.unmerge_adapter()
+    assert relative_error(dense_weight(layer.base_layer), want) < 0.2
+
+
+def test_adapter_merged_before_the_layer_was_fused():
+    model = lora_model("4bit")
+    model.add_adapter("b", LoraConfig(r=2, target_modules=["lin"]))
+    original = dense_weight(layer_of(model).base_layer)
+    model.merge_adapter()
+    peft_kernels.accelerate(model)
+    model.merge_adapter(["b"])
+    assert layer_of(model).merged_adapters == ["default", "b"]
+    model.unmerge_adapter()
+    assert layer_of(model).merged_adapters == []
+    assert 0 < relative_error(dense_weight(layer_of(model).base_layer), original) < 0.4  # PEFT's arithmetic
+
+
+def test_merge_that_fails_halfway_is_undone_exactly():
+    model = fused_model("4bit")
+    model.add_adapter("bad", LoraConfig(r=2, target_modules=["lin"]))
+    layer, x = layer_of(model), torch.randn(3, IN_FEATURES)
+    want = model(x)
+    nn.init.constant_(layer.lora_B["bad"].weight, float("nan"))
+    with pytest.raises(ValueError, match="NaNs detected"):
+        layer.merge(safe_merge=True, adapter_names=["default", "bad"])
+    assert layer.merged_adapters == ["default"]
+    model.unmerge_adapter()
+    assert torch.equal(model(x), want)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_merge_and_unload(kind):
+    model = fused_model(kind)
+    x = torch.randn(3, IN_FEATURES)
+    want = model(x)
+    plain = model.merge_and_unload()
+    assert not any(isinstance(module, lora.LoraLayer) for module in plain.modules())
+    assert relative_error(plain(x), want) < (0.2 if kind == "4bit" else 1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_saving_and_loading(kind, tmp_path):
+    model = lora_model(kind)
+    base = copy.deepcopy(layer_of(model).base_layer)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    peft_kernels.accelerate(model)
+    x = torch.randn(3, IN_FEATURES)
+    want = model.eval()(x)
+    after = model.state_dict()
+    assert list(before) == list(after) and all(torch.equal(before[name], after[name]) for name in before)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(OneLayer(base), tmp_path)
+    assert all(row.fused for row in peft_kernels.accelerate(loaded))
+    assert torch.equal(loaded(x), want)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_copies_stay_fused_and_restorable(kind):
+    model = fused_model(kind).eval()
+    x = torch.randn(3, IN_FEATURES)
+    want = model(x)
+    buffer = io.BytesIO()
+    torch.save(model, buffer)
+    buffer.seek(0)
+    copies = (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), torch.load(buffer, weights_only=False))
+    for other in copies:
+        assert type(layer_of(other)) is type(layer_of(model))
+        assert torch.equal(other(x), want)
+        peft_kernels.restore(other)
+        assert type(layer_of(other)) in (lora.Linear, lora.Linear4bit)
+        torch.testing.assert_close(other(x), want, rtol=0, atol=BF16_TOLERANCE * float(want.abs().max()))
+
+
+@pytest.mark.parametrize("grad", [False, True], ids=["inference", "training"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_compiles_into_one_graph(kind, grad):
+    model = fused_model(kind)
+    compiled = torch.compile(layer_of(model), backend="aot_eager", fullgraph=True)
+    x = torch.randn(2, IN_FEATURES)
+    with torch.set_grad_enabled(grad):
+        got, want = compiled(x), model(x)
+    torch.testing.assert_close(got, want)
+    if grad:
+        parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        for ours, theirs in zip(*(torch.autograd.grad(y.sum(), parameters) for y in (got, want)), strict=True):
+            torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_scaling_that_is_a_tensor(kind):
+    model = fused_model(kind)
+    x = torch.randn(3, IN_FEATURES)
+    want = model(x)
+    prepare_model_for_compiled_hotswap(model, target_rank=8)
+    assert isinstance(layer_of(model).scaling["default"], torch.Tensor)
+    torch.testing.assert_close(model(x), want, **FP32)
+    layer_of(model).scale_layer(2.0)
+    torch.testing.assert_close(model(x), oracle(layer_of(model), x).float(), **FP32)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_input_casting_that_is_disabled(kind):
+    model = fused_model(kind, torch.bfloat16)
+    x = torch.randn(3, IN_FEATURES, dtype=torch.bfloat16)
+    model(x)
+    with disable_input_dtype_casting(model):
+        with pytest.raises(RuntimeError, match="same dtype"):
+            model(x)
+        layer_of(model).lora_A.to(torch.bfloat16)
+        layer_of(model).lora_B.to(torch.bfloat16)
+        assert model(x).dtype == torch.bfloat16
+
+
+def test_trained_base_weight_and_bias():
+    stock = lora_model("dense")
+    fused = copy.deepcopy(stock)
+    peft_kernels.accelerate(fused)
+    x = torch.randn(3, IN_FEATURES)
+    results = []
+    for model in (stock, fused):
+        base = layer_of(model).base_layer.requires_grad_(True)
+        model(x).square().sum().backward()
+        results.append((base.weight.grad, base.bias.grad))
+    for want, got in zip(*results, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+
+
+VARIANTS = {
+    "dora": ({"use_dora": True}, "adapter 'default' is a DoraLinearVariant"),
+    "lora_bias": ({"lora_bias": True}, "adapter 'default' has lora_bias"),
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_variants_fall_through(kind, variant, caplog):
+    config, reason = VARIANTS[variant]
+    stock = lora_model(kind, **config)
+    for name, parameter in stock.named_parameters():
+        if "lora_magnitude_vector" in name or "lora_B.default.bias" in name:
+            nn.init.uniform_(parameter, 0.5, 2)
+    fused = copy.deepcopy(stock)
+    row = peft_kernels.accelerate(fused).layers[0]
+    assert not row.fused and row.reason == reason
+    x = torch.randn(3, IN_FEATURES)
+    assert [message.split(": ")[1] for message in stock_path_reasons(fused, caplog, x)] == [reason]
+    want = stock(x)  # in training mode: in evaluation it would repack
+    for training in (True, False):
+        torch.testing.assert_close(fused.train(training)(x), want, rtol=1e-4, atol=1e-4)
+    if kind == "4bit":
+        assert not is_repacked(layer_of(fused).base_layer)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_variant_added_later_falls_through_while_it_is_active(kind, caplog):
+    model = fused_model(kind)
+    x = torch.randn(3, IN_FEATURES)
+    want = model(x)
+    model.add_adapter("d", LoraConfig(r=2, target_modules=["lin"], use_dora=True))
+    assert stock_path_reasons(model, caplog, x) == []
+    model.set_adapter("d")
+    (message,) = stock_path_reasons(model, caplog, x)
+    assert message.endswith("adapter 'd' is a DoraLinearVariant")
+    assert peft_kernels.accelerate(model).layers[0].reason == "adapter 'd' is a DoraLinearVariant"
+    model.set_adapter("default")
+    assert peft_kernels.accelerate(model).layers[0].fused
+    assert torch.equal(model(x), want)
+
+
+def test_unmerging_dora_on_4bit_puts_the_weight_back():
+    model = lora_model("4bit", use_dora=True)
+    peft_kernels.accelerate(model)
+    layer, x = layer_of(model), torch.randn(3, IN_FEATURES)
+    want = model(x)
+    model.merge_adapter()
+    model.unmerge_adapter()
+    assert torch.equal(model(x), want) and not layer.merged and not layer._caches
+
+
+def test_lora_bias_merge_is_pefts():
+    stock = lora_model("4bit", lora_bias=True)
+    nn.init.ones_(layer_of(stock).lora_B["default"].bias)
+    fused = copy.deepcopy(stock)
+    peft_kernels.accelerate(fused)
+    for model in (stock, fused):
+        model.merge_adapter()
+    assert torch.equal(layer_of(fused).base_layer.bias, layer_of(stock).base_layer.bias)
+    for model in (stock, fused):
+        model.unmerge_adapter()
+    assert torch.equal(layer_of(fused).base_layer.bias, layer_of(stock).base_layer.bias)
+
+
+def test_conv1d_is_left_alone():
+    stock = lora_model("dense", base=Conv1D(OUT_FEATURES, IN_FEATURES), fan_in_fan_out=True)
+    (row,) = peft_kernels.accelerate(stock)
+    assert (row.fused, row.reason) == (False, "its base layer is a Conv1D, not a torch.nn.Linear")
+    assert type(layer_of(stock)) is lora.Linear
+
+
+def test_transposed_weight_is_left_alone():
+    model = lora_model("dense")
+    layer_of(model).fan_in_fan_out = True
+    (row,) = peft_kernels.accelerate(model)
+    assert row.reason == "its base weight is stored transposed (fan_in_fan_out)"
+
+
+def test_peft_layers_without_a_fused_form_are_mentioned():
+    model = get_peft_model(
+        nn.Sequential(nn.Embedding(8, 16), nn.Linear(16, 16)), LoraConfig(r=2, target_modules=["0", "1"])
+    )
+    report = peft_kernels.accelerate(model)
+    assert [(row.kind, row.fused, row.reason) for row in report] == [
+        ("peft.Embedding", False, "this class has no fused form"),
+        ("peft.Linear", True, ""),
+    ]
+
+
+@pytest.mark.parametrize("part", ["base_layer", "lora_A", "lora_B", "lora_dropout"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_hooks_inside_a_layer_are_called(kind, part, caplog):
+    model = fused_model(kind)
+    module = getattr(layer_of(model), part)
+    module = module if part == "base_layer" else module["default"]
+    calls = []
+    handle = module.register_forward_hook(lambda *args: calls.append(args))
+    (message,) = stock_path_reasons(model, caplog, torch.randn(3, IN_FEATURES))
+    assert len(calls) == 1 and message.endswith("has hooks")
+    handle.remove()
+    assert stock_path_reasons(model, caplog, torch.randn(3, IN_FEATURES)) == []
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_other_devices_are_left_to_stock(kind):
+    layer = layer_of(fused_model(kind))
+    assert layer._call(torch.empty(2, IN_FEATURES, device="meta"), (), {}) == "no fused kernel for meta"
+
+
+def test_4bit_layer_whose_base_was_restored(caplog):
+    model = fused_model("4bit")
+    x = torch.randn(3, IN_FEATURES)
+    want = model(x)
+    peft_kernels.restore(layer_of(model).base_layer)
+    (message,) = stock_path_reasons(model, caplog, x)
+    assert message.endswith("its base layer is not fused")
+    torch.testing.assert_close(model(x), want, **FP32)
+
+
+def tiny_llama(quantized: bool = False) -> nn.Module:
+    """A Llama with random weights, its linear layers in 4 bits or dense."""
+    config = LlamaConfig(
+        hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        vocab_size=128, attn_implementation="eager",
+    )  # fmt: skip
+    model = LlamaForCausalLM(config)
+    if quantized:
+        for layer in model.model.layers:
+            for block in (layer.self_attn, layer.mlp):
+                for name, child in list(block.named_children()):
+                    if isinstance(child, nn.Linear):
+                        new = bnb.nn.Linear4bit(
+                            child.in_features, child.out_features, bias=False, compute_dtype=torch.float32,
+                            quant_type="nf4",
+                        )  # fmt: skip
+                        new.load_state_dict(child.state_dict())
+                        setattr(block, name, new.to("cpu"))
+        model.is_loaded_in_4bit = True
+    return model
+
+
+def tiny_lora_llama(quantized: bool, **config) -> PeftModel:
+    targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    config = {"r": 4, "target_modules": targets, "task_type": "CAUSAL_LM"} | config
+    model = get_peft_model(tiny_llama(quantized), LoraConfig(**config))
+    randomize(model)
+    return model.train()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_language_model(kind):
+    stock = tiny_lora_llama(kind == "4bit")
+    fused = copy.deepcopy(stock)
+    report = peft_kernels.accelerate(fused)
+    assert len(report.fused) == (28 if kind == "4bit" else 14) and not report.left_alone
+    tokens = torch.randint(128, (2, 9))
+    results = []
+    for model in (stock, fused):
+        loss = model(input_ids=tokens, labels=tokens).loss
+        loss.backward()
+        results.append([loss, *(p.grad for p in model.parameters() if p.requires_grad)])
+    for want, got in zip(*results, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-5)
+    fused.eval()
+    generated = fused.generate(tokens[:, :3], max_new_tokens=4, do_sample=False)
+    assert torch.equal(generated, stock.eval().generate(tokens[:, :3], max_new_tokens=4, do_sample=False))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_trainer_with_bf16_autocast_and_checkpointing(kind, tmp_path):
+    model = tiny_lora_llama(kind == "4bit", lora_dropout=0.1)
+    assert not peft_kernels.accelerate(model).left_alone
+    tokens = torch.randint(128, (8, 12))
+    data = [{"input_ids": row, "labels": row} for row in tokens]
+    trained = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+    arguments = TrainingArguments(
+        output_dir=tmp_path, max_steps=6, per_device_train_batch_size=8, learning_rate=1e-2, bf16=True, use_cpu=True,
+        gradient_checkpointing=True, report_to=[], save_strategy="steps", save_steps=6, logging_steps=1,
+        disable_tqdm=True, eval_strategy="steps", eval_steps=3, dataloader_pin_memory=False,
+    )  # fmt: skip
+    trainer = Trainer(model=model, args=arguments, train_dataset=data, eval_dataset=data)
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert len(losses) == 6 and losses[-1] < losses[0]
+    parameters = dict(model.named_parameters())
+    assert all(p.isfinite().all() and not torch.equal(p, parameters[name]) for name, p in trained.items())
+    assert (tmp_path / "checkpoint-6" / "adapter_model.safetensors").exists()

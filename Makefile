@@ -48,7 +48,7 @@ bench: $(INSTALLED)  ## run a benchmark: make bench ARGS="demo --steps 10"
 	$(BIN)/python -m benchmarks $(ARGS)
 
 format: $(INSTALLED)  ## format the C++ and Python sources and lint them
-	$(BIN)/pip install --quiet ".[dev]"
+	$(BIN)/pip install --quiet clang-format pre-commit ruff
 	$(BIN)/pre-commit run --all-files
 
 clean:  ## remove the environment and everything that was built

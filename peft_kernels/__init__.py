@@ -1,9 +1,6 @@
 """Fused kernels for parameter-efficient fine-tuning."""
 
-from . import (
-    _extension,  # noqa: F401  (registers the ops, or says why it cannot)
-    nn,
-)
+from . import _extension, nn  # noqa: F401  (_extension registers the ops, or says why it cannot)
 from .integrations import accelerate, restore
 
 __all__ = ["accelerate", "nn", "restore"]

@@ -100,8 +100,9 @@ def test_evaluation_then_training(format):
     before = {name: value.clone() for name, value in layer.state_dict().items()}
     x = torch.randn(3, IN_FEATURES, requires_grad=True)
     layer.eval()
-    with torch.no_grad():
-        layer(x)
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode():
+            layer(x)
     layer(x.detach())
     assert not is_repacked(layer)
     layer.train()
@@ -295,6 +296,7 @@ def test_named_formats(stock):
     layer = stock(IN_FEATURES, OUT_FEATURES).to("cpu")
     (row,) = peft_kernels.accelerate(layer)
     assert row.fused and row.kind == f"bitsandbytes.{stock.__name__}"
+    layer.load_state_dict(type(layer)(IN_FEATURES, OUT_FEATURES).to("cpu").state_dict(), strict=False)
     x = torch.randn(2, IN_FEATURES)
     torch.testing.assert_close(layer(x), reference(x, dense_weight(layer), layer.bias).float())
     peft_kernels.restore(layer)

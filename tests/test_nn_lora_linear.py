@@ -244,6 +244,11 @@ def test_bad_arguments(arguments, message):
         LoRALinear.from_linear(nn.Linear(K, N), **({"rank": RANK} | arguments))
 
 
+def test_dtype_without_a_kernel():
+    with pytest.raises(ValueError, match=r"dtype: got torch.float64, wanted torch.float32, torch.bfloat16 or"):
+        LoRALinear(K, N, RANK, dtype=torch.float64)
+
+
 def test_from_linear_of_another_module():
     with pytest.raises(ValueError, match=r"linear: got a Conv1d, wanted a torch.nn.Linear or a Linear4bit"):
         LoRALinear.from_linear(nn.Conv1d(2, 2, 1), RANK)

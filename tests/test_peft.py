@@ -29,7 +29,7 @@ from peft_models import (
 )
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
+from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 import peft_kernels
@@ -537,10 +537,40 @@ def test_hooks_inside_a_layer_are_called(kind, part, caplog):
     assert stock_path_reasons(model, caplog, torch.randn(3, IN_FEATURES)) == []
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_other_devices_are_left_to_stock(kind):
-    layer = layer_of(fused_model(kind))
-    assert layer._call(torch.empty(2, IN_FEATURES, device="meta"), (), {}) == "no fused kernel for meta"
+def test_other_devices_are_left_to_stock():
+    x = torch.empty(2, IN_FEATURES, device="meta")
+    for kind, reason in (("4bit", "no fused kernel for meta"), ("dense", "x is torch.float32 on meta")):
+        assert layer_of(fused_model(kind))._call(x, (), {}) == reason
+    (row,) = peft_kernels.accelerate(lora_model("dense").to("meta"))
+    assert (row.fused, row.reason) == (False, "no fused kernel for meta")
+
+
+@pytest.mark.parametrize("part", ["base", "adapter"])
+def test_fp64_is_left_to_stock(part):
+    model = lora_model("dense")
+    (layer_of(model).base_layer if part == "base" else layer_of(model)).double()
+    (row,) = peft_kernels.accelerate(model)
+    assert not row.fused and "torch.float64" in row.reason
+    x = torch.randn(3, IN_FEATURES, dtype=torch.float64)
+    torch.testing.assert_close(model(x), oracle(layer_of(model), x), rtol=1e-5, atol=1e-5)
+
+
+def test_base_layer_that_was_wrapped_later(caplog):
+    class Doubled(nn.Module):
+        def __init__(self, inner):
+            super().__init__()
+            self.inner, self.weight, self.bias = inner, inner.weight, inner.bias
+
+        def forward(self, x):
+            return 2 * self.inner(x)
+
+    model = fused_model("dense")
+    layer, x = layer_of(model), torch.randn(3, IN_FEATURES)
+    want = oracle(layer, x) + oracle(layer, x, ())
+    layer.base_layer = Doubled(layer.base_layer)
+    (message,) = stock_path_reasons(model, caplog, x)
+    assert message.endswith("its base layer is a Doubled, not a torch.nn.Linear")
+    torch.testing.assert_close(model(x), want.float(), **FP32)
 
 
 def test_4bit_layer_whose_base_was_restored(caplog):
@@ -597,14 +627,14 @@ def test_language_model(kind):
         results.append([loss, *(p.grad for p in model.parameters() if p.requires_grad)])
     for want, got in zip(*results, strict=True):
         torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-5)
-    fused.eval()
-    generated = fused.generate(tokens[:, :3], max_new_tokens=4, do_sample=False)
-    assert torch.equal(generated, stock.eval().generate(tokens[:, :3], max_new_tokens=4, do_sample=False))
+    assert torch.equal(fused.eval()(tokens).logits, fused.train()(tokens).logits)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_trainer_with_bf16_autocast_and_checkpointing(kind, tmp_path):
+    from transformers import Trainer, TrainingArguments  # slow to import
+
     model = tiny_lora_llama(kind == "4bit", lora_dropout=0.1)
     assert not peft_kernels.accelerate(model).left_alone
     tokens = torch.randint(128, (8, 12))

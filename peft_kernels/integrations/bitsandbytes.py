@@ -29,9 +29,11 @@ class Fused4bit(FusedLayer):
     own_state = ("_view",)
     _view: tuple[QuantState, NF4Weight] | None = None
 
-    # bitsandbytes' own forward, which inputs outside the CPU still take, repacks the weight in place only if this
-    # holds. A property of the class hides the instance's attribute, and leaves it as it was for `restore`.
-    support_avx512bf16_for_cpu = property(lambda self: False)
+    # bitsandbytes' own forward, which some inputs still take, repacks the weight in place only if this holds. A
+    # property of the class hides the instance's attribute, and leaves it as it was for `restore`.
+    support_avx512bf16_for_cpu = property(
+        lambda self: False, lambda self, value: vars(self).__setitem__("support_avx512bf16_for_cpu", value)
+    )
 
     def prepare(self) -> str:
         quant_state = getattr(self.weight, "quant_state", None)

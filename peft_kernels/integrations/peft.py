@@ -26,9 +26,8 @@ class FusedLoRA(FusedLayer):
     """
 
     def why_stock(self) -> str | None:
-        weight = self.get_base_layer().weight
-        if not weight.is_cpu:
-            return f"no fused kernel for {weight.device.type}"
+        if reason := _why_not_skip(self.base_layer):
+            return f"its base layer has {reason}"
         adapters = map(self._adapter, self.active_adapters)
         return next((adapter for adapter in adapters if isinstance(adapter, str)), None)
 
@@ -116,27 +115,42 @@ class Linear(FusedLoRA, lora.Linear):
 
     @classmethod
     def why_not(cls, layer: nn.Module) -> str | None:
-        base = layer.base_layer
-        if type(base).forward is not nn.Linear.forward:
-            return f"its base layer is a {type(base).__name__}, not a torch.nn.Linear"
-        if layer.fan_in_fan_out:
-            return "its base weight is stored transposed (fan_in_fan_out)"
-        return None
+        if reason := _why_not_linear(layer.base_layer):
+            return reason
+        return "its base weight is stored transposed (fan_in_fan_out)" if layer.fan_in_fan_out else None
+
+    def why_stock(self) -> str | None:
+        base = self.base_layer
+        return _why_not_linear(base) or _why_not_weight(base.weight) or super().why_stock()
 
     def base_product(self, base: nn.Module, x: Tensor) -> tuple | str:
-        if not x.is_cpu:
-            return f"no fused kernel for {x.device.type}"
+        if reason := _why_not_linear(base):
+            return reason
         weight, bias = base.weight, base.bias
-        if type(weight) not in (nn.Parameter, Tensor):
-            return f"the base weight is a {type(weight).__name__}"
-        if x.dtype not in FLOAT_DTYPES or weight.dtype not in FLOAT_DTYPES:
-            return f"x is {x.dtype}, the base weight {weight.dtype}"
+        if reason := _why_not_weight(weight):
+            return reason
+        if not x.is_cpu or x.dtype not in FLOAT_DTYPES:
+            return f"x is {x.dtype} on {x.device.type}"
         if torch.is_autocast_enabled("cpu"):
             dtype = torch.get_autocast_dtype("cpu")
             return weight, bias, dtype, dtype
         if x.dtype != weight.dtype or (bias is not None and x.dtype != bias.dtype):
             return "x and the base layer differ in dtype"  # which PEFT's forward raises an error for
         return weight, bias, x.dtype, x.dtype
+
+
+def _why_not_linear(base: nn.Module) -> str | None:
+    if type(base).forward is nn.Linear.forward:
+        return None
+    return f"its base layer is a {type(base).__name__}, not a torch.nn.Linear"
+
+
+def _why_not_weight(weight: Tensor) -> str | None:
+    if type(weight) not in (nn.Parameter, Tensor):
+        return f"its base weight is a {type(weight).__name__}"
+    if not weight.is_cpu:
+        return f"no fused kernel for {weight.device.type}"
+    return None if weight.dtype in FLOAT_DTYPES else f"its base weight is {weight.dtype}"
 
 
 if hasattr(lora, "Linear4bit"):  # bitsandbytes is installed

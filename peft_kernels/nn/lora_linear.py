@@ -116,6 +116,8 @@ class LoRALinear(nn.Module):
             raise ValueError(f"dropout: got {dropout!r}, wanted a probability in [0, 1)")
         if quantize not in (None, "nf4", "fp4"):
             raise ValueError(f"quantize: got {quantize!r}, wanted 'nf4', 'fp4' or None")
+        if weight.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+            raise ValueError(f"dtype: got {weight.dtype}, wanted torch.float32, torch.bfloat16 or torch.float16")
         self.out_features, self.in_features = weight.shape
         self.rank, self.alpha, self.dropout, self.rslora = rank, alpha, dropout, rslora
         self.scaling = alpha / (math.sqrt(rank) if rslora else rank)
@@ -130,8 +132,8 @@ class LoRALinear(nn.Module):
             self.register_buffer("merged_weight", None, persistent=False)
             device = weight.device
         self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
-        self.lora_A = nn.Parameter(torch.empty(rank, self.in_features, device=device))
-        self.lora_B = nn.Parameter(torch.empty(self.out_features, rank, device=device))
+        self.lora_A = nn.Parameter(torch.empty(rank, self.in_features, device=device, dtype=torch.float32))
+        self.lora_B = nn.Parameter(torch.empty(self.out_features, rank, device=device, dtype=torch.float32))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:

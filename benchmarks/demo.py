@@ -71,23 +71,22 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks demo",
         description="Fine-tunes a small language model with QLoRA, stock and accelerated, and compares the two.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     count = number(int, lambda n: n >= 1, "a whole number of at least 1")
     length = number(int, lambda n: n >= 2, "a whole number of at least 2")
     rate = number(float, lambda x: 0 < x < math.inf, "a number above 0")
     probability = number(float, lambda x: 0 <= x < 1, "a number from 0 to below 1")
     seed = number(int, lambda n: 0 <= n < 2**63, "a whole number from 0 to 2**63 - 1")
-    parser.add_argument("--steps", type=count, default=60, help="of training, for each of the two models")
-    parser.add_argument("--rank", type=count, default=16, help="of the LoRA adapters")
-    parser.add_argument("--batch", type=count, default=4, help="rows a step")
-    parser.add_argument("--length", type=length, default=256, help="tokens a row")
-    parser.add_argument("--lr", type=rate, default=2e-4, help="learning rate of AdamW")
-    parser.add_argument("--dropout", type=probability, default=0.05, help="of the LoRA adapters")
-    parser.add_argument("--model", type=model_path, help="a Hugging Face folder or GGUF file (default: SmolLM2-135M)")
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="where to train")
-    parser.add_argument("--output", type=Path, default=Path("demo-output"), help="where the results go")
-    parser.add_argument("--seed", type=seed, default=0, help="of the adapters' initial values, batches and dropout")
+    parser.add_argument("--steps", type=count, default=60, help="of training, for each of the two models (%(default)s)")
+    parser.add_argument("--rank", type=count, default=16, help="of the LoRA adapters (%(default)s)")
+    parser.add_argument("--batch", type=count, default=4, help="rows a step (%(default)s)")
+    parser.add_argument("--length", type=length, default=256, help="tokens a row (%(default)s)")
+    parser.add_argument("--lr", type=rate, default=5e-4, help="learning rate of AdamW (%(default)s)")
+    parser.add_argument("--dropout", type=probability, default=0.05, help="of the LoRA adapters (%(default)s)")
+    parser.add_argument("--model", type=model_path, help="a Hugging Face folder or a GGUF file (SmolLM2-135M-Instruct)")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="where to train (%(default)s)")
+    parser.add_argument("--output", type=Path, default=Path("demo-output"), help="folder for results (%(default)s)")
+    parser.add_argument("--seed", type=seed, default=0, help="of initial values, batches and dropout (%(default)s)")
     return parser
 
 
@@ -295,8 +294,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     model = options.model or finetune.bundled_gguf()
     if model.is_file():
         model = finetune.converted(model, options.output / "base")
-    fields = {field.name: getattr(options, field.name) for field in dataclasses.fields(Settings)}
-    settings = Settings(**fields | {"model": model})
+    shared = {name: value for name, value in vars(options).items() if name != "output"}
+    settings = Settings(**shared | {"model": model})
     tokenizer = AutoTokenizer.from_pretrained(model)
     tokens = tokenizer(finetune.language_reference(), return_tensors="pt").input_ids[0]
     longest = min(len(tokens), AutoConfig.from_pretrained(model).max_position_embeddings)

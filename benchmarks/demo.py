@@ -1,0 +1,352 @@
+"""`make demo`: QLoRA fine-tuning of SmolLM2-135M on Python's language reference, stock and accelerated, compared.
+
+Both models start from the same weights and see the same batches, one step each in turn, so that whatever else the
+machine does meets both alike.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import math
+import platform
+import statistics
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from importlib.metadata import version
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from torch import Tensor
+from transformers import AutoConfig, AutoTokenizer
+
+import peft_kernels
+from benchmarks import finetune
+from benchmarks.finetune import Run, Settings
+
+STOCK, ACCELERATED = "stock", "accelerated"
+AGREEMENT_STEPS = 8
+AVERAGED = 5  # steps whose mean stands for the loss at the start and at the end
+GENERATED = 48
+GENERATION_ROUNDS = 2
+PROMPT = "The with statement is used to"
+
+
+# ---- Options --------------------------------------------------------------------------------------------------------
+
+
+def number(kind: type, accepts: Callable[[Any], bool], wanted: str) -> Callable[[str], Any]:
+    """An argparse type whose errors say what was given and what was wanted."""
+
+    def parse(text: str) -> Any:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = None
+        if value is None or not accepts(value):
+            raise argparse.ArgumentTypeError(f"got '{text}', wanted {wanted}")
+        return value
+
+    return parse
+
+
+def model_path(text: str) -> Path:
+    path = Path(text).expanduser().resolve()
+    if not (path / "config.json").is_file() and not (path.suffix == ".gguf" and path.is_file()):
+        raise argparse.ArgumentTypeError(f"got '{text}', wanted a folder with a config.json, or a .gguf file")
+    return path
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks demo",
+        description="Fine-tunes a small language model with QLoRA, stock and accelerated, and compares the two.",
+    )
+    count = number(int, lambda n: n >= 1, "a whole number of at least 1")
+    length = number(int, lambda n: n >= 2, "a whole number of at least 2")
+    rate = number(float, lambda x: 0 < x < math.inf, "a number above 0")
+    probability = number(float, lambda x: 0 <= x < 1, "a number from 0 to below 1")
+    seed = number(int, lambda n: 0 <= n < 2**63, "a whole number from 0 to 2**63 - 1")
+    parser.add_argument("--steps", type=count, default=60, help="of training, for each of the two models (%(default)s)")
+    parser.add_argument("--rank", type=count, default=16, help="of the LoRA adapters (%(default)s)")
+    parser.add_argument("--batch", type=count, default=4, help="rows a step (%(default)s)")
+    parser.add_argument("--length", type=length, default=256, help="tokens a row (%(default)s)")
+    parser.add_argument("--lr", type=rate, default=5e-4, help="learning rate of AdamW (%(default)s)")
+    parser.add_argument("--dropout", type=probability, default=0.05, help="of the LoRA adapters (%(default)s)")
+    parser.add_argument("--model", type=model_path, help="a Hugging Face folder or a GGUF file (SmolLM2-135M-Instruct)")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="where to train (%(default)s)")
+    parser.add_argument("--output", type=Path, default=Path("demo-output"), help="folder for results (%(default)s)")
+    parser.add_argument("--seed", type=seed, default=0, help="of initial values, batches and dropout (%(default)s)")
+    return parser
+
+
+# ---- Stages ---------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def progress(console: Console, total: int, names: Sequence[str]) -> Iterator[Callable[[str, Run], None]]:
+    """A live bar for each name; yields the function that moves one on."""
+    columns = [
+        TextColumn("{task.description:12}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("loss {task.fields[loss]:.3f}  {task.fields[seconds]:.2f} s/step"),
+        TimeRemainingColumn(),
+    ]
+    with Progress(*columns, console=console) as bars:
+        tasks = {name: bars.add_task(name, total=total, loss=math.nan, seconds=math.nan) for name in names}
+
+        def advance(name: str, run: Run) -> None:
+            bars.update(tasks[name], advance=1, loss=run.losses[-1], seconds=run.seconds_per_step)
+
+        yield advance
+
+
+def compare_curves(settings: Settings, batches: Tensor, console: Console) -> dict[str, float]:
+    """Trains without dropout, where every variant computes the same thing, and returns how far the loss curves part.
+
+    The yardstick is how far stock in bf16 parts from stock in fp32.
+    """
+    exact = f"{STOCK}, fp32"
+    variants = {STOCK: torch.bfloat16, ACCELERATED: torch.bfloat16, exact: torch.float32}
+    losses = {}
+    with progress(console, len(batches), list(variants)) as advance:
+        for name, dtype in variants.items():
+            model = finetune.load_with_lora(settings, dropout=0.0, dtype=dtype)
+            if name == ACCELERATED:
+                peft_kernels.accelerate(model)
+            run = Run(model, settings.lr)
+            for batch in batches:
+                run.step(batch)
+                advance(name, run)
+            losses[name] = run.losses
+    pairs = [(ACCELERATED, STOCK), (STOCK, exact), (ACCELERATED, exact)]
+    return {f"{a} and {b}": finetune.largest_difference(losses[a], losses[b]) for a, b in pairs}
+
+
+def train(runs: dict[str, Run], batches: Tensor, console: Console) -> None:
+    """One step of each run in turn."""
+    with progress(console, len(batches), list(runs)) as advance:
+        for batch in batches:
+            for name, run in runs.items():
+                run.step(batch)
+                advance(name, run)
+
+
+def peak_memories(settings: Settings, batches: Tensor) -> dict[str, int]:
+    """Each model's `peak_memory` in a process of its own."""
+    peaks = {}
+    for name in (STOCK, ACCELERATED):
+        with ProcessPoolExecutor(max_workers=1, mp_context=get_context("spawn")) as pool:
+            peaks[name] = pool.submit(finetune.peak_memory, settings, batches, name == ACCELERATED).result()
+    return peaks
+
+
+def generation_speeds(runs: dict[str, Run], tokenizer: Any) -> dict[str, float]:
+    """Tokens a second of each trained model, in turn; the median of the rounds."""
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    for run in runs.values():
+        run.model.eval()
+        finetune.generate(run.model, tokenizer, PROMPT, 2)  # warms up: bitsandbytes repacks its weights
+    for _ in range(GENERATION_ROUNDS):
+        for name, run in runs.items():
+            seconds[name].append(finetune.generate(run.model, tokenizer, PROMPT, GENERATED)[1])
+    return {name: GENERATED / statistics.median(values) for name, values in seconds.items()}
+
+
+def reload_and_generate(settings: Settings, adapter: Path, tokenizer: Any) -> str:
+    """A sample of the saved adapter on a fresh base, accelerated."""
+    model = PeftModel.from_pretrained(finetune.load_4bit(settings), adapter).eval()
+    peft_kernels.accelerate(model)
+    return finetune.generate(model, tokenizer, PROMPT, GENERATED)[0]
+
+
+# ---- Results --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Row:
+    """A line of the results: what was measured, for each model."""
+
+    name: str
+    unit: str
+    stock: float
+    accelerated: float
+    compared: bool = True  # whether the ratio of the two says something
+
+    @property
+    def change(self) -> str:
+        """The accelerated value as a multiple of the stock one."""
+        return f"× {self.accelerated / self.stock:.2f}" if self.compared and self.stock else ""
+
+
+def readable(value: float) -> str:
+    """Four digits, or all of those before the point."""
+    return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+
+
+def megabytes(count: int) -> float:
+    return count / 1e6
+
+
+def result_rows(
+    runs: dict[str, Run], tokens_per_step: int, speeds: dict[str, float], saved: dict[str, int], peaks: dict[str, int]
+) -> list[Row]:
+    """Everything measured, in the order of the table."""
+
+    def row(name: str, unit: str, value: Callable[[str], float], compared: bool = True) -> Row:
+        return Row(name, unit, value(STOCK), value(ACCELERATED), compared)
+
+    few = min(AVERAGED, len(runs[STOCK].losses))
+    return [
+        row(f"loss, first {few} steps", "", lambda name: statistics.mean(runs[name].losses[:few]), False),
+        row(f"loss, last {few} steps", "", lambda name: statistics.mean(runs[name].losses[-few:]), False),
+        row("training step, median", "s", lambda name: runs[name].seconds_per_step),
+        row("training speed", "tokens/s", lambda name: tokens_per_step / runs[name].seconds_per_step),
+        row("saved for backward", "MB", lambda name: megabytes(saved[name])),
+        row("peak memory of a step, above the model's", "MB", lambda name: megabytes(peaks[name])),
+        row("greedy generation", "tokens/s", lambda name: speeds[name]),
+    ]
+
+
+def result_table(rows: Sequence[Row]) -> Table:
+    table = Table(title="Stock PEFT and bitsandbytes, and the same accelerated", title_justify="left")
+    table.add_column("")
+    for heading in (STOCK, ACCELERATED, "ratio"):
+        table.add_column(heading, justify="right")
+    for row in rows:
+        values = [f"{readable(value)} {row.unit}".rstrip() for value in (row.stock, row.accelerated)]
+        table.add_row(row.name, *values, row.change)
+    return table
+
+
+def draw(runs: dict[str, Run], rows: Sequence[Row], machine: str, path: Path) -> None:
+    """The loss curves, and a pair of bars for each compared row."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    colors = {STOCK: "#9aa5b1", ACCELERATED: "#1f6feb"}
+    compared = [row for row in rows if row.compared]
+    with pyplot.rc_context({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}):
+        figure = pyplot.figure(figsize=(11, 4.6), layout="constrained")
+        left, right = figure.subfigures(1, 2, width_ratios=[1.1, 1])
+        curves = left.subplots()
+        for (name, run), width in zip(runs.items(), (3.5, 1.5), strict=True):
+            curves.plot(range(1, len(run.losses) + 1), run.losses, color=colors[name], linewidth=width, label=name)
+        curves.set(title="Loss", xlabel="step")
+        curves.legend(frameon=False)
+        for axes, row in zip(right.subplots(len(compared), 1), compared, strict=True):
+            bars = axes.barh([1, 0], [row.stock, row.accelerated], color=[colors[STOCK], colors[ACCELERATED]])
+            labels = [readable(row.stock), f"{readable(row.accelerated)} ({row.change})"]
+            axes.bar_label(bars, labels, padding=3, fontsize=8)
+            axes.set_title(f"{row.name} [{row.unit}]", loc="left", fontsize=9)
+            axes.set(xlim=(0, 1.3 * max(row.stock, row.accelerated)), xticks=[], yticks=[])
+            axes.spines["bottom"].set_visible(False)
+        figure.suptitle(machine, x=0.01, ha="left", fontsize=8, color="#57606a")
+        figure.savefig(path, dpi=150)
+        pyplot.close(figure)
+
+
+def describe_machine(device: str) -> str:
+    if device == "cuda":
+        processor = torch.cuda.get_device_name()
+    else:
+        info = Path("/proc/cpuinfo")
+        lines = info.read_text().splitlines() if info.exists() else []
+        names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+        processor = f"{(names or [platform.machine()])[0]}, {torch.get_num_threads()} threads"
+    return f"{processor}, kernels for {peft_kernels.cpu.isa()}"
+
+
+def describe_versions() -> str:
+    return ", ".join(f"{name} {version(name)}" for name in ("torch", "peft", "bitsandbytes", "transformers"))
+
+
+# ---- The whole ------------------------------------------------------------------------------------------------------
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Runs the demo.
+
+    Args:
+        arguments: the command line after the benchmark's name; by default the process's.
+    """
+    parser = make_parser()
+    options = parser.parse_args(arguments)
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error("argument --device: got 'cuda', but torch finds no CUDA device; wanted 'cpu'")
+    finetune.quiet()
+    console = Console()
+    options.output.mkdir(parents=True, exist_ok=True)
+
+    model = options.model or finetune.bundled_gguf()
+    if model.is_file():
+        model = finetune.converted(model, options.output / "base")
+    shared = {name: value for name, value in vars(options).items() if name != "output"}
+    settings = Settings(**shared | {"model": model})
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokens = tokenizer(finetune.language_reference(), return_tensors="pt").input_ids[0]
+    longest = min(len(tokens), AutoConfig.from_pretrained(model).max_position_embeddings)
+    if settings.length > longest:
+        parser.error(f"argument --length: got '{settings.length}', wanted at most {longest}: the model's or the text's")
+    batches = finetune.make_batches(tokens, settings.steps, settings.batch, settings.length, settings.seed)
+    machine = describe_machine(settings.device)
+    console.print(f"{model.name} on {len(tokens):,} tokens of Python's language reference")
+    console.print(f"{machine}; {describe_versions()}", highlight=False)
+
+    runs = {}
+    for name in (STOCK, ACCELERATED):
+        with console.status(f"Loading the {name} model"):
+            runs[name] = Run(finetune.load_with_lora(settings, settings.dropout), settings.lr)
+    console.print(peft_kernels.accelerate(runs[ACCELERATED].model))
+
+    console.rule("Training", align="left")
+    train(runs, batches, console)
+
+    console.rule("The same without dropout, to compare the loss curves", align="left")
+    curves = compare_curves(settings, batches[:AGREEMENT_STEPS, :1], console)
+
+    with console.status("Measuring memory, each model in a process of its own"):
+        saved = {name: finetune.saved_bytes(run.model, partial(run.loss, batches[0])) for name, run in runs.items()}
+        peaks = peak_memories(settings, batches[:2])
+    adapter = options.output / "adapter"
+    with console.status("Generating"):
+        speeds = generation_speeds(runs, tokenizer)
+        runs[ACCELERATED].model.save_pretrained(adapter)
+        sample = reload_and_generate(settings, adapter, tokenizer)
+
+    rows = result_rows(runs, settings.batch * settings.length, speeds, saved, peaks)
+    console.print(result_table(rows))
+    console.print("Largest difference of the loss curves without dropout, between")
+    for pair, difference in curves.items():
+        console.print(f"  {pair}: {difference:.2g}")
+    draw(runs, rows, f"{machine}; {describe_versions()}", options.output / "demo.png")
+    results = {
+        "machine": machine,
+        "versions": describe_versions(),
+        "settings": {**dataclasses.asdict(settings), "model": model.name},
+        "results": [dataclasses.asdict(row) for row in rows],
+        "largest differences without dropout": curves,
+        "losses": {name: run.losses for name, run in runs.items()},
+        "seconds": {name: run.seconds for name, run in runs.items()},
+    }
+    (options.output / "demo.json").write_text(json.dumps(results, indent=2) + "\n")
+    console.rule("The saved adapter, loaded again on a fresh base and accelerated, writes", align="left")
+    console.print(sample, markup=False, highlight=False)
+    console.print(f"\nSaved: {adapter}, {options.output / 'demo.png'}, {options.output / 'demo.json'}")
+
+
+if __name__ == "__main__":
+    main()

@@ -73,7 +73,6 @@ def parse(
     description: str,
     arguments: Sequence[str] | None,
     cases: Iterable[Case],
-    name: Callable[[Case], str],
     baselines: Sequence[str],
     left_out: Sequence[str] = (),
     console: Console | None = None,
@@ -83,8 +82,7 @@ def parse(
     Args:
         baselines: what --vs may name.
         left_out: those of them that --quick leaves out, unless --vs names them.
-        cases: everything that there is; a `large` one is not for --quick.
-        name: of a case, for --filter.
+        cases: everything that there is, by the names that --filter sees; a `large` one is not for --quick.
         console: where to say what is skipped.
 
     Returns:
@@ -109,9 +107,9 @@ def parse(
     if not isas:
         parser.error(f"argument --isa: got '{','.join(given.isa)}', wanted one of {','.join(cpu.isas())}")
     everything = list(cases)
-    chosen = [case for case in everything if given.filter.search(name(case))]
+    chosen = [case for case in everything if given.filter.search(str(case))]
     if not chosen:
-        texts = ", ".join(f"'{name(case)}'" for case in everything[:3])
+        texts = ", ".join(f"'{case}'" for case in everything[:3])
         parser.error(f"argument --filter: got '{given.filter.pattern}', wanted one that some case matches: {texts}, …")
     torch.set_num_threads(given.threads)
     options = Options(given.quick, given.filter, vs, isas, given.threads, given.output)

@@ -174,6 +174,11 @@ def commit() -> str:
         return ""
 
 
+def heading(rooflines: dict[int, Roofline]) -> str:
+    """The machine and what it can do at best."""
+    return "\n".join([f"{describe_machine('cpu')}; {describe_versions()}", *map(str, rooflines.values())])
+
+
 # ---- Output ---------------------------------------------------------------------------------------------------------
 
 

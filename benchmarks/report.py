@@ -10,11 +10,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
 from benchmarks.demo import describe_machine, describe_versions
-from benchmarks.timing import Roofline
+from benchmarks.options import Options
+from benchmarks.timing import Roofline, measure_roofline
 
 FUSED = "fused"  # this package's contender, in every benchmark
 
@@ -119,30 +121,52 @@ class Report:
     threads: int
     records: list[Record] = field(default_factory=list)
 
+    @classmethod
+    def begin(cls, benchmark: str, options: Options, console: Console) -> Report:
+        """Measures the roofline, and prints it below the machine and the versions."""
+        with console.status("Measuring the roofline"):
+            rooflines = {threads: measure_roofline(threads) for threads in sorted({1, options.threads})}
+        lines = [f"{describe_machine('cpu')}; {describe_versions()}", *map(str, rooflines.values())]
+        console.print("\n".join(lines), highlight=False)
+        return cls(benchmark, rooflines, options.threads)
+
     @property
     def roofline(self) -> Roofline:
         return self.rooflines[self.threads]
 
+    def add(self, records: Sequence[Record], console: Console) -> None:
+        """Takes the records of one case, and prints them."""
+        self.records += records
+        console.print(case_table(records, self.roofline))
+
+    def beside(self, record: Record) -> dict[str, Record]:
+        """What was measured in the record's case and phase, by contender; of the fused ones it is the record's own."""
+        same = (r for r in self.records if (r.case, r.phase) == (record.case, record.phase))
+        own = record if record.contender == FUSED else None
+        found: dict[str, Record] = {}
+        for other in same:
+            found.setdefault(other.contender, other)
+        return found | ({FUSED: own} if own else {})
+
     def lines(self) -> Iterator[tuple[Record, dict[str, Record]]]:
-        """Each fused record, with all records of its case and phase by contender, itself among them."""
-        for record in self.records:
-            if record.contender == FUSED:
-                beside = {
-                    other.contender: other
-                    for other in self.records
-                    if (other.case, other.phase) == (record.case, record.phase) and other.contender != FUSED
-                }
-                yield record, {FUSED: record, **beside}
+        """Each fused record, and what stands beside it."""
+        return ((record, self.beside(record)) for record in self.records if record.contender == FUSED)
 
-    def verdicts(self) -> Iterator[tuple[Record, Target, bool | None]]:
-        """Each target, and whether it was met."""
-        for record, beside in self.lines():
-            medians = {name: other.median for name, other in beside.items()}
-            for target in record.wanted:
-                yield record, target, target.met(medians)
+    def publish(self, options: Options, console: Console) -> None:
+        """Sums up, and writes the files; a quick run's have other names, and never replace a thorough one's."""
+        verdicts = [met for record in self.records for _, met in judge(record, self.beside(record))]
+        if decided := [met for met in verdicts if met is not None]:
+            console.print(f"{sum(decided)} of {len(decided)} targets met")
+        stem = options.output / (self.benchmark + ("-quick" if options.quick else ""))
+        write_csv(self, stem.with_suffix(".csv"))
+        draw(self, stem.with_suffix(".png"))
+        console.print(f"Saved: {stem}.csv, {stem}.png", soft_wrap=True)
 
-    def baselines(self) -> list[str]:
-        return list(dict.fromkeys(record.contender for record in self.records if record.contender != FUSED))
+
+def judge(record: Record, beside: dict[str, Record]) -> list[tuple[Target, bool | None]]:
+    """Each target of a record, and whether it was met."""
+    medians = {name: other.median for name, other in beside.items()}
+    return [(target, target.met(medians)) for target in record.wanted]
 
 
 def duration(seconds: float) -> str:
@@ -174,66 +198,62 @@ def commit() -> str:
         return ""
 
 
-def heading(rooflines: dict[int, Roofline]) -> str:
-    """The machine and what it can do at best."""
-    return "\n".join([f"{describe_machine('cpu')}; {describe_versions()}", *map(str, rooflines.values())])
-
-
 # ---- Output ---------------------------------------------------------------------------------------------------------
 
 
-def speed_table(report: Report) -> Table:
-    """A line for each fused record: its speed, and the baselines' time with how many times as fast it is."""
-    baselines = report.baselines()
-    table = Table(title="Medians, and how many times as fast the fused kernels are", title_justify="left")
-    for heading in ("case", "phase", "isa"):
-        table.add_column(heading, no_wrap=heading != "case")
-    for heading in (FUSED, "GB/s", "TFLOP/s", "roofline", *baselines):
-        table.add_column(heading, justify="right")
-    table.add_column("wanted")
-    previous = None
-    for record, beside in report.lines():
-        if previous not in (None, record.case):
-            table.add_section()
-        speeds = ["", "", ""]
-        if record.flops or record.size:
-            gigabytes, teraflops, share = rate(record, report.roofline)
-            speeds = [f"{gigabytes:.1f}", f"{teraflops:.3f}" if teraflops else "", f"{share:.0%}"]
-        cells = [
-            f"{duration(beside[name].median)} [bold]{beside[name].median / record.median:.2f}×[/]"
-            if name in beside
-            else ""
-            for name in baselines
-        ]
-        medians = {name: other.median for name, other in beside.items()}
-        wanted = "\n".join(f"{_mark(target.met(medians))} {target}" for target in record.wanted)
-        name = record.case if previous != record.case else ""
-        table.add_row(name, record.phase, record.isa, duration(record.median), *speeds, *cells, wanted)
-        previous = record.case
+def make_console() -> Console:
+    """The terminal; or a file, in which lines may be longer."""
+    console = Console()
+    return console if console.is_terminal else Console(width=130)
+
+
+def case_table(records: Sequence[Record], roofline: Roofline) -> Table:
+    """A line for each contender: medians of the phases, what they make of the machine, memory; then what was wanted.
+
+    Beside a baseline's time stands how many times as fast the (first) fused contender is.
+    """
+    phases = list(dict.fromkeys(record.phase for record in records))
+    table = Table(title=records[0].case, title_justify="left", title_style="bold", box=SIMPLE_HEAD, pad_edge=False)
+    table.caption_justify, table.caption_style = "left", ""
+    table.add_column("median", min_width=22)
+    for heading in (*phases, "GB/s", "TFLOP/s", "roofline", "peak MB", "saved MB"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    fused = {record.phase: record.median for record in reversed(records) if record.contender == FUSED}
+    by_contender: dict[tuple[str, str], dict[str, Record]] = {}
+    for record in records:
+        by_contender.setdefault((record.contender, record.isa), {})[record.phase] = record
+    for (name, isa), by_phase in by_contender.items():
+        last = by_phase[phases[-1]]
+        cells = []
+        for phase, record in by_phase.items():
+            ratio = "" if name == FUSED else f" {record.median / fused[phase]:.2f}×"
+            cells.append(duration(record.median) + ratio)
+        table.add_row(
+            f"{name}, {isa}" if isa else name,
+            *cells,
+            *_rates(last, roofline),
+            "" if last.peak is None else f"{last.peak / 1e6:.2f}",
+            "" if last.saved is None else f"{last.saved / 1e6:.2f}",
+        )
+    table.caption = "\n".join(_verdicts(records))
     return table
 
 
-def _mark(met: bool | None) -> str:
-    return "?" if met is None else "[green]✓[/]" if met else "[red]✗[/]"
+def _rates(record: Record, roofline: Roofline) -> list[str]:
+    if not record.size:
+        return ["", "", ""]
+    gigabytes, teraflops, share = rate(record, roofline)
+    return [f"{gigabytes:.1f}", f"{teraflops:.3f}" if record.flops else "", f"{share:.0%}"]
 
 
-def memory_table(report: Report) -> Table | None:
-    """Peak memory and what is saved for backward, in MB, for the cases in which they were measured."""
-    names = [FUSED, *report.baselines()]
-    table = Table(title="Memory in MB: at most above what was there / saved for backward", title_justify="left")
-    table.add_column("case")
-    for name in names:
-        table.add_column(name, justify="right")
-    measured = {(r.case, r.contender): r for r in reversed(report.records) if r.peak is not None}
-    for case in dict.fromkeys(record.case for record in report.records):
-        cells = []
-        for name in names:
-            record = measured.get((case, name))
-            saved = "" if record is None or record.saved is None else f" / {record.saved / 1e6:.2f}"
-            cells.append("" if record is None else f"{record.peak / 1e6:.2f}{saved}")
-        if any(cells):
-            table.add_row(case, *cells)
-    return table if table.row_count else None
+def _verdicts(records: Sequence[Record]) -> Iterator[str]:
+    for record in records:
+        beside = {other.contender: other for other in records if other.phase == record.phase} | {
+            record.contender: record
+        }
+        for target, met in judge(record, beside):
+            mark = "?" if met is None else "[green]✓[/]" if met else "[red]✗[/]"
+            yield f"{mark} wanted: {record.phase} {target}, {record.isa}".rstrip(", ")
 
 
 def write_csv(report: Report, path: Path) -> None:
@@ -245,17 +265,11 @@ def write_csv(report: Report, path: Path) -> None:
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "roofline": "; ".join(map(str, report.rooflines.values())),
     }
-    fused = {(r.case, r.phase): r.median for r in reversed(report.records) if r.contender == FUSED}
-    medians: dict[tuple[str, str], dict[str, float]] = {}
-    for record in report.records:
-        if record.contender != FUSED:
-            medians.setdefault((record.case, record.phase), {})[record.contender] = record.median
     rows = []
     for record in report.records:
         gigabytes, teraflops, share = rate(record, report.roofline)
         first, third = record.quartiles
-        beside = medians.get((record.case, record.phase), {}) | {FUSED: record.median}
-        own = record.contender == FUSED
+        beside = report.beside(record)
         rows.append(
             {
                 "benchmark": report.benchmark,
@@ -268,7 +282,7 @@ def write_csv(report: Report, path: Path) -> None:
                 "quartile1_ms": f"{first * 1e3:.6g}",
                 "quartile3_ms": f"{third * 1e3:.6g}",
                 "rounds": len(record.samples),
-                "times_fused": f"{record.median / fused[record.case, record.phase]:.4g}",
+                "times_fused": f"{record.median / beside[FUSED].median:.4g}",
                 "gb_per_s": f"{gigabytes:.4g}" if record.size else "",
                 "tflop_per_s": f"{teraflops:.4g}" if record.flops else "",
                 "share_of_roofline": f"{share:.4g}" if record.size else "",
@@ -276,7 +290,7 @@ def write_csv(report: Report, path: Path) -> None:
                 "peak_bytes": record.peak,
                 "saved_bytes": record.saved,
                 "wanted": "; ".join(map(str, record.wanted)),
-                "met": "; ".join(str(target.met(beside)) for target in record.wanted) if own else "",
+                "met": "; ".join(str(met) for _, met in judge(record, beside)),
                 **machine,
             }
         )
@@ -295,13 +309,14 @@ def draw(report: Report, path: Path) -> None:
     from matplotlib import pyplot
 
     lines = list(report.lines())
+    baselines = dict.fromkeys(record.contender for record in report.records if record.contender != FUSED)
     several = len({record.isa for record, _ in lines}) > 1
     labels = [f"{r.case}, {r.phase}" + (f", {r.isa}" if several else "") for r, _ in lines]
     style = {"font.size": 8, "axes.spines.top": False, "axes.spines.right": False}
     with pyplot.rc_context(style):
         figure, axes = pyplot.subplots(figsize=(9, 1.4 + 0.2 * len(lines)), layout="constrained")
         axes.axvline(1, color="#57606a", linewidth=0.8)
-        for name, marker in zip(report.baselines(), "osD^vPX*<>", strict=False):
+        for name, marker in zip(baselines, "osD^vPX*<>", strict=False):
             points = [(b[name].median / r.median, y) for y, (r, b) in enumerate(lines) if name in b]
             axes.plot(*zip(*points, strict=True), marker, markersize=4.5, label=name)
         wanted = [
@@ -320,18 +335,3 @@ def draw(report: Report, path: Path) -> None:
         figure.suptitle(f"{report.benchmark}\n{versions}", x=0.01, ha="left", fontsize=7, color="#57606a")
         figure.savefig(path, dpi=150)
         pyplot.close(figure)
-
-
-def publish(report: Report, output: Path, quick: bool, console: Console) -> None:
-    """Prints and writes all of it; a quick run's files have their own names, and never replace a thorough one's."""
-    console.print(speed_table(report))
-    memory = memory_table(report)
-    if memory is not None:
-        console.print(memory)
-    verdicts = [met for _, _, met in report.verdicts() if met is not None]
-    if verdicts:
-        console.print(f"{sum(verdicts)} of {len(verdicts)} targets met")
-    stem = output / (report.benchmark + ("-quick" if quick else ""))
-    write_csv(report, stem.with_suffix(".csv"))
-    draw(report, stem.with_suffix(".png"))
-    console.print(f"Saved: {stem}.csv, {stem}.png", soft_wrap=True)

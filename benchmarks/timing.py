@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import gc
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,6 +55,21 @@ class Contender:
                 seconds[phase] = (time.perf_counter() - begin) / self.repeat
             self.reset()
         return seconds
+
+
+def runnable(contenders: Sequence[Contender], optional: Collection[str], say: Callable[[str], None]) -> list[Contender]:
+    """The contenders without those of the optional names that fail at their first call, of which it says why."""
+    able = []
+    for contender in contenders:
+        try:
+            contender.run()
+        except Exception as error:  # what a compiler fails with is not ours to foresee
+            if contender.name not in optional:
+                raise
+            say(f"{contender.name}: skipped, {type(error).__name__}: {(str(error).splitlines() or [''])[0]}")
+        else:
+            able.append(contender)
+    return able
 
 
 def interleaved(contenders: Sequence[Contender], seconds: float, least: int = 3, most: int = 200) -> list[Samples]:

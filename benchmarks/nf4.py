@@ -91,7 +91,7 @@ def check(case: Case, weight: NF4Weight, stock: tuple[Tensor, bnb.QuantState]) -
 
 
 def make_calls(case: Case, tensor: Tensor, stock: tuple[Tensor, bnb.QuantState]) -> dict[str, Callable[[], object]]:
-    """What each contender does, by name. Double quantisation is not in the oracle, so eager PyTorch quantises without."""
+    """What each contender does, by name. Eager PyTorch quantises without double quantisation."""
     if case.phase == "quantize":
         calls = {
             FUSED: partial(quantize_4bit, tensor, case.blocksize, case.quant_type, case.nested),

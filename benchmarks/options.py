@@ -30,7 +30,8 @@ class Options:
         quick: few rounds, and no large cases.
         filter: cases whose name it is found in.
         vs: names of groups of baselines.
-        isas: instruction sets of this package's kernels; the first of them is the one that others are set beside.
+        isas: instruction sets of this package's kernels, the first of which the baselines are set beside. Torch keeps
+            its own, unless ATEN_CPU_CAPABILITY and ONEDNN_MAX_CPU_ISA hold it to less.
         threads: of torch.
         output: a folder.
     """

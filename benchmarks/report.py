@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import csv
 import datetime
+import os
 import statistics
 import subprocess
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
@@ -85,6 +87,7 @@ class Record:
         size, flops: bytes and operations that the contender can't do without; zero if that says nothing.
         error: relative rms error against the oracle.
         peak, saved: bytes of memory, see `timing.peak_memory` and `finetune.saved_bytes`.
+        tokens: that a call handles; zero where there are none.
         wanted: targets of the fused contender.
     """
 
@@ -98,6 +101,7 @@ class Record:
     error: float | None = None
     peak: int | None = None
     saved: int | None = None
+    tokens: int = 0
     wanted: tuple[Target, ...] = ()
 
     @property
@@ -152,8 +156,12 @@ class Report:
         """Each fused record, and what stands beside it."""
         return ((record, self.beside(record)) for record in self.records if record.contender == FUSED)
 
-    def publish(self, options: Options, console: Console) -> None:
-        """Sums up, and writes the files; a quick run's have other names, and never replace a thorough one's."""
+    def publish(self, options: Options, console: Console) -> Path:
+        """Sums up, and writes the files; a quick run's have other names, and never replace a thorough one's.
+
+        Returns:
+            The files' path without its suffix.
+        """
         verdicts = [met for record in self.records for _, met in judge(record, self.beside(record))]
         if decided := [met for met in verdicts if met is not None]:
             console.print(f"{sum(decided)} of {len(decided)} targets met")
@@ -161,6 +169,7 @@ class Report:
         write_csv(self, stem.with_suffix(".csv"))
         draw(self, stem.with_suffix(".png"))
         console.print(f"Saved: {stem}.csv, {stem}.png", soft_wrap=True)
+        return stem
 
 
 def judge(record: Record, beside: dict[str, Record]) -> list[tuple[Target, bool | None]]:
@@ -185,6 +194,13 @@ def rate(record: Record, roofline: Roofline) -> tuple[float, float, float]:
     """GB/s, TFLOP/s, and the share of what the roofline allows."""
     floor = roofline.seconds(record.size, record.flops)
     return record.size / record.median / 1e9, record.flops / record.median / 1e12, floor / record.median
+
+
+def torch_isa() -> str:
+    """What torch's own kernels and those of oneDNN are held to; both are set from outside, at the start."""
+    capability = torch.backends.cpu.get_cpu_capability()
+    limit = os.environ.get("ONEDNN_MAX_CPU_ISA")
+    return f"{capability}, ONEDNN_MAX_CPU_ISA={limit}" if limit else capability
 
 
 def commit() -> str:
@@ -213,37 +229,38 @@ def case_table(records: Sequence[Record], roofline: Roofline) -> Table:
     Beside a baseline's time stands how many times as fast the (first) fused contender is.
     """
     phases = list(dict.fromkeys(record.phase for record in records))
-    table = Table(title=records[0].case, title_justify="left", title_style="bold", box=SIMPLE_HEAD, pad_edge=False)
-    table.caption_justify, table.caption_style = "left", ""
-    table.add_column("median", min_width=22)
-    for heading in (*phases, "GB/s", "TFLOP/s", "roofline", "peak MB", "saved MB"):
-        table.add_column(heading, justify="right", no_wrap=True)
     fused = {record.phase: record.median for record in reversed(records) if record.contender == FUSED}
     by_contender: dict[tuple[str, str], dict[str, Record]] = {}
     for record in records:
         by_contender.setdefault((record.contender, record.isa), {})[record.phase] = record
+    rows = []
     for (name, isa), by_phase in by_contender.items():
-        last = by_phase[phases[-1]]
-        cells = []
-        for phase, record in by_phase.items():
-            ratio = "" if name == FUSED else f" {record.median / fused[phase]:.2f}×"
-            cells.append(duration(record.median) + ratio)
-        table.add_row(
-            f"{name}, {isa}" if isa else name,
-            *cells,
-            *_rates(last, roofline),
-            "" if last.peak is None else f"{last.peak / 1e6:.2f}",
-            "" if last.saved is None else f"{last.saved / 1e6:.2f}",
-        )
-    table.caption = "\n".join(_verdicts(records))
+        cells = {"median": f"{name}, {isa}" if isa else name}
+        for phase in phases:
+            ratio = "" if name == FUSED else f" {by_phase[phase].median / fused[phase]:.2f}×"
+            cells[phase] = duration(by_phase[phase].median) + ratio
+        rows.append(cells | _extras(by_phase[phases[-1]], roofline))
+    table = Table(title=records[0].case, title_justify="left", title_style="bold", box=SIMPLE_HEAD, pad_edge=False)
+    headings = [heading for heading in rows[0] if any(row[heading] for row in rows)]
+    for heading in headings:
+        first = heading == "median"
+        table.add_column(heading, justify="left" if first else "right", min_width=22 if first else None, no_wrap=True)
+    for row in rows:
+        table.add_row(*(row[heading] for heading in headings))
+    table.caption, table.caption_justify, table.caption_style = "\n".join(_verdicts(records)), "left", ""
     return table
 
 
-def _rates(record: Record, roofline: Roofline) -> list[str]:
-    if not record.size:
-        return ["", "", ""]
+def _extras(record: Record, roofline: Roofline) -> dict[str, str]:
     gigabytes, teraflops, share = rate(record, roofline)
-    return [f"{gigabytes:.1f}", f"{teraflops:.3f}" if record.flops else "", f"{share:.0%}"]
+    return {
+        "tokens/s": f"{record.tokens / record.median:.1f}" if record.tokens else "",
+        "GB/s": f"{gigabytes:.1f}" if record.size else "",
+        "TFLOP/s": f"{teraflops:.3f}" if record.flops else "",
+        "roofline": f"{share:.0%}" if record.size else "",
+        "peak MB": "" if record.peak is None else f"{record.peak / 1e6:.2f}",
+        "saved MB": "" if record.saved is None else f"{record.saved / 1e6:.2f}",
+    }
 
 
 def _verdicts(records: Sequence[Record]) -> Iterator[str]:
@@ -260,6 +277,7 @@ def write_csv(report: Report, path: Path) -> None:
     """A row for each record; machine, versions, commit and date stand in each, so that files can be put together."""
     machine = {
         "machine": describe_machine("cpu"),
+        "torch_isa": torch_isa(),
         "versions": describe_versions(),
         "commit": commit(),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
@@ -283,6 +301,7 @@ def write_csv(report: Report, path: Path) -> None:
                 "quartile3_ms": f"{third * 1e3:.6g}",
                 "rounds": len(record.samples),
                 "times_fused": f"{record.median / beside[FUSED].median:.4g}",
+                "tokens_per_s": f"{record.tokens / record.median:.4g}" if record.tokens else "",
                 "gb_per_s": f"{gigabytes:.4g}" if record.size else "",
                 "tflop_per_s": f"{teraflops:.4g}" if record.flops else "",
                 "share_of_roofline": f"{share:.4g}" if record.size else "",

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import peft_kernels
 from benchmarks.finetune import saved_bytes
-from benchmarks.report import FUSED
+from benchmarks.records import FUSED
 from benchmarks.timing import Contender
 from peft_kernels import cpu
 from peft_kernels.ops import NF4Weight, lora_linear

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from benchmarks import options, report, timing
+from benchmarks import options, timing
 from benchmarks.lora_layers import (
     COMPILED_DENSE,
     COMPILED_STOCK,
@@ -28,7 +28,8 @@ from benchmarks.lora_layers import (
     saved_by,
     stored_bytes,
 )
-from benchmarks.report import FUSED, Below, Faster, Record, Report, Target, Within
+from benchmarks.records import FUSED, Below, Faster, Record, Target, Within
+from benchmarks.report import Report, make_console
 from peft_kernels import cpu
 
 BASELINES = {
@@ -167,7 +168,7 @@ def run(case: Case, vs: Sequence[str], isas: Sequence[str], seconds: float, say:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    console = report.make_console()
+    console = make_console()
     chosen, cases = options.parse(
         "lora_linear", __doc__.splitlines()[0], arguments, CASES, list(BASELINES), ["compiled"], console
     )
@@ -175,8 +176,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for case in cases:
         with console.status(str(case)):
             records = run(case, chosen.vs, chosen.isas, chosen.seconds, console.print)
-        results.add(records, console)
-    results.publish(chosen, console)
+        results.add(records)
+    results.finish()
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,10 +16,11 @@ from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import peft_kernels
-from benchmarks import finetune, options, profiling, report, timing
+from benchmarks import finetune, options, profiling, timing
 from benchmarks.demo import PROMPT
 from benchmarks.finetune import Run, Settings
-from benchmarks.report import FUSED, Faster, Record, Report, Target, duration
+from benchmarks.records import FUSED, Faster, Record, Target, duration
+from benchmarks.report import Report, make_console
 from benchmarks.timing import Contender
 
 STOCK, DENSE_LORA = "stock", "LoRA on dense"
@@ -48,6 +49,10 @@ class Case:
     def __str__(self) -> str:
         dropout = f" dropout {self.dropout:g}" if self.dropout else ""
         return f"{self.phase} {self.rows}x{self.tokens}{dropout}"
+
+    def small(self) -> Case:
+        """A little of the same, to see that it works; of which nothing is wanted."""
+        return replace(self, rows=1, tokens=self.tokens // 4, wanted=())
 
 
 # The targets were set for two cores with AMX.
@@ -125,7 +130,7 @@ def breakdown_table(case: Case, profiles: Breakdown) -> Table:
     table.add_column("", min_width=22)
     for name in profiles:
         table.add_column(name, justify="right")
-    for group in profiling.GROUPS:
+    for group in (name for name in profiling.GROUPS if any(seconds[name] for seconds in profiles.values())):
         cells = [f"{duration(p[group])} {p[group] / sum(p.values()):4.0%}" for p in profiles.values()]
         table.add_row(group, *cells)
     return table
@@ -144,7 +149,7 @@ def write_breakdowns(breakdowns: dict[str, Breakdown], path: Path) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    console = report.make_console()
+    console = make_console()
     finetune.quiet()
     description = __doc__.splitlines()[0]
     chosen, cases = options.parse("model", description, arguments, CASES, list(BASELINES), console=console)
@@ -152,14 +157,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     folder = finetune.converted(finetune.bundled_gguf(), MODEL_CACHE)
     breakdowns = {}
     for case in cases:
+        case = case.small() if chosen.quick else case
         with console.status(str(case)):
             vs = [BASELINES[name] for name in chosen.vs]
             least = 3 if chosen.quick else 7
             records, breakdowns[str(case)] = run(case, folder, vs, chosen.isas, chosen.seconds, least=least)
-        results.add(records, console)
+        results.add(records)
         console.print(breakdown_table(case, breakdowns[str(case)]))
-    stem = results.publish(chosen, console)
-    write_breakdowns(breakdowns, stem.with_name(f"{stem.name}-breakdown.csv"))
+    results.finish()
+    write_breakdowns(breakdowns, results.path.with_name(f"{results.path.name}-breakdown.csv"))
 
 
 if __name__ == "__main__":

@@ -14,9 +14,10 @@ import bitsandbytes.functional as bnb
 import torch
 from torch import Tensor
 
-from benchmarks import options, report, timing
+from benchmarks import options, timing
 from benchmarks.lora_layers import stored_bytes
-from benchmarks.report import FUSED, Record, Report
+from benchmarks.records import FUSED, Record
+from benchmarks.report import Report, make_console
 from benchmarks.timing import Contender
 from peft_kernels import cpu
 from peft_kernels.ops import NF4Weight, dequantize_4bit, quantize_4bit
@@ -137,15 +138,15 @@ def run(case: Case, vs: Sequence[str], isas: Sequence[str], seconds: float, say:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    console = report.make_console()
+    console = make_console()
     description, baselines = __doc__.splitlines()[0], [STOCK, EAGER, COMPILED]
     chosen, cases = options.parse("nf4", description, arguments, CASES, baselines, [COMPILED], console)
     results = Report.begin("nf4", chosen, console)
     for case in cases:
         with console.status(str(case)):
             records = run(case, chosen.vs, chosen.isas, chosen.seconds / 4, console.print)
-        results.add(records, console)
-    results.publish(chosen, console)
+        results.add(records)
+    results.finish()
 
 
 if __name__ == "__main__":

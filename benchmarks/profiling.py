@@ -15,13 +15,13 @@ from torch.autograd.profiler_util import FunctionEvent
 from torch.profiler import ProfilerActivity, profile, record_function
 
 LINEAR, HEAD, ATTENTION, MLP, NORM = "linear layers", "lm_head and loss", "attention", "activation", "norms"
-OPTIMIZER, REST = "optimizer", "the rest"
-GROUPS = (LINEAR, HEAD, ATTENTION, MLP, NORM, OPTIMIZER, REST)
+OPTIMIZER, REST, PYTHON = "optimizer", "other operations", "Python in between"
+GROUPS = (LINEAR, HEAD, ATTENTION, MLP, NORM, OPTIMIZER, REST, PYTHON)
 _BACKWARD = "autograd::engine::evaluate_function"
 
 
 def breakdown(model: PeftModel, call: Callable[[], object]) -> dict[str, float]:
-    """Seconds that each group takes in a call, Python's own time in its modules among them.
+    """Seconds that the operations of each group take in a call, and what passes between operations.
 
     The profiler's own work is in there too, so look at the shares. What is inside a module of another group counts for
     the inner one: attention is what is left of it without its linear layers.
@@ -38,16 +38,15 @@ def by_group(events: list[FunctionEvent]) -> dict[str, float]:
     """
     makers: dict[int, FunctionEvent] = {}
     for event in sorted(events, key=lambda event: event.time_range.start):
-        if event.sequence_nr >= 0 and not event.name.startswith(_BACKWARD):
-            # Operations that need no gradient see the number as well, but before the one that takes it.
-            makers.setdefault(event.sequence_nr, event) if _within_backward(event) else makers.update(
-                {event.sequence_nr: event}
-            )
+        # Operations without a backward see the next one's number as well, but before it: the last is the maker.
+        if event.sequence_nr >= 0 and not _within_backward(event):
+            makers[event.sequence_nr] = event
     seconds = dict.fromkeys(GROUPS, 0.0)
     for event in events:
         group = _group(event, makers)
         if group is not None:
-            seconds[group] += event.self_cpu_time_total * 1e-6
+            between = event.name in GROUPS or event.name.startswith("Optimizer.")  # a mark: it is no operation
+            seconds[PYTHON if between else group] += event.self_cpu_time_total * 1e-6
     return seconds
 
 

@@ -107,11 +107,11 @@ def parse(
             console.print(f"{isa}: skipped, this processor lacks it")
     if not isas:
         parser.error(f"argument --isa: got '{','.join(given.isa)}', wanted one of {','.join(cpu.isas())}")
-    everything = list(cases)
+    everything = [case for case in cases if not (given.quick and getattr(case, "large", False))]
     chosen = [case for case in everything if given.filter.search(str(case))]
     if not chosen:
         texts = ", ".join(f"'{case}'" for case in everything[:3])
         parser.error(f"argument --filter: got '{given.filter.pattern}', wanted one that some case matches: {texts}, …")
     torch.set_num_threads(given.threads)
     options = Options(given.quick, given.filter, vs, isas, given.threads, given.output)
-    return options, [case for case in chosen if not (given.quick and getattr(case, "large", False))]
+    return options, chosen

@@ -161,7 +161,7 @@ def run(case: Case, vs: Sequence[str], isas: Sequence[str], seconds: float, say:
                 Record(
                     str(case), phase, name, contender.isa if fused else "", values, size, flops,
                     errors[contender.isa] if fused else None, peak, saved,
-                    case.targets(phase, contender.isa) if fused else (),
+                    wanted=case.targets(phase, contender.isa) if fused else (),
                 )
             )  # fmt: skip
     return records

@@ -149,7 +149,7 @@ def test_failing_contender_is_skipped_only_if_it_may_be():
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux")
 def test_peak_memory():
-    assert 64 << 20 <= timing.peak_memory(lambda: torch.ones(16 << 20)) < 80 << 20
+    assert 60 << 20 < timing.peak_memory(lambda: torch.ones(16 << 20)) < 80 << 20  # Linux counts in batches of pages
 
 
 def test_roofline():
@@ -260,8 +260,12 @@ def test_lora_linear(case):
 
 
 def test_overhead_case_calls_the_function_too():
-    found = lora_linear.run(lora_linear.Case(1, (64, 64), repeat=3), ["stock"], [cpu.isa()], 0.0, shout)
+    target = Below("forward", 10.0)
+    case = lora_linear.Case(1, (64, 64), repeat=3, wanted=(target,))
+    found = lora_linear.run(case, ["stock"], [cpu.isas()[-1]], 0.0, shout)
     assert [r.contender for r in found] == [FUSED, FUNCTION] and found[0].peak is None
+    assert [r.wanted for r in found] == [(target,), ()]
+    assert report.case_table(found, ROOFLINE).row_count == 2
 
 
 def test_wrong_numbers_are_not_timed(monkeypatch):

@@ -59,15 +59,7 @@ class _Dequantized(nn.Module):
         return F.linear(x, self.weight.dequantize())
 
 
-class _Function(nn.Module):
-    """`lora_linear` itself, called on the parts of a PEFT layer."""
-
-    def __init__(self, layer: nn.Module, weight: NF4Weight) -> None:
-        super().__init__()
-        self.arguments = weight, None, *(([part["default"].weight]) for part in (layer.lora_A, layer.lora_B)), [SCALING]
-
-    def forward(self, x: Tensor) -> Tensor:
-        return lora_linear(x, *self.arguments)
+Layer = nn.Module | Callable[[Tensor], Tensor]
 
 
 @dataclass
@@ -78,7 +70,7 @@ class Problem:
     x: Tensor
     grad_y: Tensor
     weight: NF4Weight
-    make: dict[str, Callable[[], nn.Module]]
+    make: dict[str, Callable[[], Layer]]
 
 
 def make_problem(case: Case) -> Problem:
@@ -116,10 +108,10 @@ def make_problem(case: Case) -> Problem:
     def own(linear: nn.Module = linear) -> nn.Module:
         return copy.deepcopy(linear).train(case.training)
 
-    make: dict[str, Callable[[], nn.Module]] = {
+    make: dict[str, Callable[[], Layer]] = {
         FUSED: lambda: fused(with_lora(own())),
         OWN_BASE: lambda: fused(own()),
-        FUNCTION: lambda: _Function(with_lora(own()), weight),
+        FUNCTION: lambda: lambda x: lora_linear(x, weight, None, [lora_A], [lora_B], [SCALING]),
         STOCK: lambda: with_lora(own()),
         DENSE: dense,
         DENSE_LORA: lambda: with_lora(dense()),
@@ -131,7 +123,7 @@ def make_problem(case: Case) -> Problem:
     return Problem(case, x, grad_y, weight, make)
 
 
-def make_contender(problem: Problem, name: str, layer: nn.Module, isa: str = "") -> Contender:
+def make_contender(problem: Problem, name: str, layer: Layer, isa: str = "") -> Contender:
     """Calls of a layer in the mode of the case."""
     case = problem.case
 
@@ -140,8 +132,8 @@ def make_contender(problem: Problem, name: str, layer: nn.Module, isa: str = "")
             return layer(x)
 
     if not case.training:
-        call = torch.no_grad()(partial(layer if not case.autocast else forward, problem.x))
-        return Contender(name, {"forward": call}, isa=isa, repeat=case.repeat)
+        call = partial(forward if case.autocast else layer, problem.x)
+        return Contender(name, {"forward": call}, isa=isa, repeat=case.repeat, grad=False)
     x = problem.x.detach().requires_grad_()
     results = []
 

@@ -91,7 +91,7 @@ def make_call(case: Case, run: Run, tokenizer: Any, tokens: int) -> Callable[[],
     if case.phase == "train":
         return partial(run.step, batch)
     if case.phase == "prefill":
-        return torch.inference_mode()(partial(run.model, input_ids=batch, logits_to_keep=1))
+        return partial(run.model, input_ids=batch, logits_to_keep=1)
     return partial(finetune.generate, run.model, tokenizer, PROMPT, tokens)
 
 
@@ -102,8 +102,9 @@ def run(
     runs = make_models(case, folder, [FUSED, *vs], rank)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     calls = {name: make_call(case, run, tokenizer, case.tokens) for name, run in runs.items()}
-    contenders = [Contender(FUSED, {case.phase: calls[FUSED]}, isa=isa) for isa in isas]
-    contenders += [Contender(name, {case.phase: calls[name]}) for name in vs]
+    grad = case.phase == "train"
+    contenders = [Contender(FUSED, {case.phase: calls[FUSED]}, isa=isa, grad=grad) for isa in isas]
+    contenders += [Contender(name, {case.phase: calls[name]}, grad=grad) for name in vs]
     samples = timing.interleaved(contenders, seconds, least)
     records = []
     for contender, taken in zip(contenders, samples, strict=True):
@@ -118,9 +119,10 @@ def run(
             )
         )  # fmt: skip
     few = PROFILED_TOKENS if case.phase == "decode" else case.tokens
-    profiles = {
-        name: profiling.breakdown(run.model, make_call(case, run, tokenizer, few)) for name, run in runs.items()
-    }
+    with torch.set_grad_enabled(grad):
+        profiles = {
+            name: profiling.breakdown(run.model, make_call(case, run, tokenizer, few)) for name, run in runs.items()
+        }
     return records, profiles
 
 

@@ -84,6 +84,7 @@ def check(case: Case, weight: NF4Weight, stock: tuple[Tensor, bnb.QuantState]) -
         "values": (dequantize_4bit(weight), oracle.dequantize_4bit(*fields(weight))),
         "codes": (weight.codes, theirs.codes),
         "absmax": (weight.absmax, theirs.absmax),
+        **{f"nested[{i}]": both for i, both in enumerate(zip(weight.nested, theirs.nested, strict=True))},
     }
     for name, (got, wanted) in pairs.items():
         if not torch.equal(got, wanted):

@@ -32,6 +32,7 @@ class Contender:
         reset: called, untimed, after the phases.
         isa: the instruction set of this package's kernels meanwhile; the one in use if empty.
         repeat: calls of each phase that make one sample; for calls of a few microseconds.
+        grad: whether autograd is on.
     """
 
     name: str
@@ -39,15 +40,14 @@ class Contender:
     reset: Callable[[], None] = nothing
     isa: str = ""
     repeat: int = 1
-
-    def kernels(self) -> object:
-        """The context in which the phases are to be called."""
-        return cpu.use_isa(self.isa) if self.isa else nullcontext()
+    grad: bool = True
 
     def run(self) -> Samples:
         """Calls everything once, and returns the seconds for each phase."""
         seconds = {}
-        with self.kernels():
+        kernels = cpu.use_isa(self.isa) if self.isa else nullcontext()
+        # Entered once, not in each call, where it would add microseconds.
+        with kernels, torch.set_grad_enabled(self.grad):
             for phase, call in self.phases.items():
                 begin = time.perf_counter()
                 for _ in range(self.repeat):

@@ -84,6 +84,8 @@ def make_problem(case: Case) -> Problem:
     weight = NF4Weight.from_params4bit(copy.deepcopy(linear.weight))
     lora_A, lora_B = torch.randn(RANK, k) / k**0.5, torch.randn(n, RANK) / RANK**0.5
 
+    x, grad_y = torch.randn(case.rows, k).bfloat16(), torch.randn(case.rows, n).bfloat16()
+
     def dense() -> nn.Module:
         layer = nn.Linear(k, n, bias=False, device="meta")
         layer.weight = nn.Parameter(weight.dequantize(), requires_grad=False)
@@ -108,6 +110,13 @@ def make_problem(case: Case) -> Problem:
     def own(linear: nn.Module = linear) -> nn.Module:
         return copy.deepcopy(linear).train(case.training)
 
+    def evaluated(layer: nn.Module) -> nn.Module:
+        # bitsandbytes repacks the weight in the first forward in eval mode, and a compiled forward can't follow that.
+        if not case.training:
+            with torch.no_grad():
+                layer(x)
+        return layer
+
     make: dict[str, Callable[[], Layer]] = {
         FUSED: lambda: fused(with_lora(own())),
         OWN_BASE: lambda: fused(own()),
@@ -116,10 +125,9 @@ def make_problem(case: Case) -> Problem:
         DENSE: dense,
         DENSE_LORA: lambda: with_lora(dense()),
         DEQUANTIZE: lambda: _Dequantized(weight),
-        COMPILED_STOCK: lambda: torch.compile(with_lora(own()), dynamic=False),
+        COMPILED_STOCK: lambda: torch.compile(evaluated(with_lora(own())), dynamic=False),
         COMPILED_DENSE: lambda: torch.compile(with_lora(dense()), dynamic=False),
     }
-    x, grad_y = torch.randn(case.rows, k).bfloat16(), torch.randn(case.rows, n).bfloat16()
     return Problem(case, x, grad_y, weight, make)
 
 

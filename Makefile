@@ -46,7 +46,7 @@ test-gpu: $(INSTALLED)  ## run every test with the CUDA kernels built in, on a m
 	$(INSTALL)
 	$(BIN)/pytest $(ARGS)
 
-bench: $(INSTALLED)  ## run a benchmark: make bench ARGS="demo --steps 10"
+bench: $(INSTALLED)  ## run a benchmark: make bench ARGS="lora_linear --quick"
 	$(BIN)/python -m benchmarks $(ARGS)
 
 format: $(INSTALLED)  ## format the C++ and Python sources and lint them

@@ -4,7 +4,12 @@ import importlib
 import sys
 
 # A benchmark is a module of this package with a function main(arguments).
-BENCHMARKS = {"demo": "fine-tune a small language model, stock and accelerated, and compare"}
+BENCHMARKS = {
+    "demo": "fine-tune a small language model, stock and accelerated, and compare",
+    "lora_linear": "LoRA on a 4-bit linear layer: forward, backward and memory",
+    "nf4": "quantise and dequantise",
+    "model": "a small language model: training step, prefill, decoding, and where the time goes",
+}
 
 
 def main() -> None:

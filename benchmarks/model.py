@@ -1,0 +1,174 @@
+"""SmolLM2-135M with QLoRA: training step, prefill and decoding, and where the time goes."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel, get_peft_model
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import peft_kernels
+from benchmarks import finetune, options, profiling, timing
+from benchmarks.demo import PROMPT
+from benchmarks.finetune import Run, Settings
+from benchmarks.records import FUSED, Faster, Record, Target, duration
+from benchmarks.report import Report, make_console
+from benchmarks.timing import Contender
+
+STOCK, DENSE_LORA = "stock", "LoRA on dense"
+BASELINES = {"dense": DENSE_LORA, "stock": STOCK}
+PROFILED_TOKENS = 8  # decoded for the breakdown
+MODEL_CACHE = Path(__file__).parent.parent / "demo-output" / "base"  # where `make demo` keeps it as well
+
+Breakdown = dict[str, dict[str, float]]  # seconds by contender and group
+
+
+@dataclass(frozen=True)
+class Case:
+    """What the models do.
+
+    Attributes:
+        phase: "train", a step of training; "prefill", a forward of a prompt; "decode", `generate`, greedily.
+        rows, tokens: of the batch; of decoding the new ones.
+    """
+
+    phase: str
+    rows: int
+    tokens: int
+    dropout: float = 0.0
+    wanted: tuple[Target, ...] = ()
+
+    def __str__(self) -> str:
+        dropout = f" dropout {self.dropout:g}" if self.dropout else ""
+        return f"{self.phase} {self.rows}x{self.tokens}{dropout}"
+
+    def small(self) -> Case:
+        """A little of the same, to see that it works; of which nothing is wanted."""
+        return replace(self, rows=1, tokens=self.tokens // 4, wanted=())
+
+
+# The targets were set for two cores with AMX.
+CASES = (
+    Case("train", 4, 256, 0.05, (Faster("train", STOCK, 2.5),)),
+    Case("prefill", 1, 256),
+    Case("decode", 1, 48, wanted=(Faster("decode", STOCK, 2),)),
+)
+
+
+def make_models(case: Case, folder: Path, names: Sequence[str], rank: int) -> dict[str, Run]:
+    """A fresh model for each contender: stock repacks its weights when it is first evaluated."""
+    settings = Settings(folder, 1, rank, case.rows, case.tokens, 1e-4, case.dropout, "cpu", 0)
+    runs = {}
+    for name in names:
+        model = finetune.load_with_lora(settings, case.dropout)
+        if name == FUSED:
+            peft_kernels.accelerate(model)
+        if name == DENSE_LORA:
+            model = on_dense(model, folder)
+        runs[name] = Run(model, settings.lr)
+        runs[name].model.train(case.phase == "train")
+    return runs
+
+
+def on_dense(model: PeftModel, folder: Path) -> PeftModel:
+    """The same adapters on the weights as they were before quantisation, in bf16."""
+    base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    return get_peft_model(base, model.peft_config["default"])
+
+
+def make_call(case: Case, run: Run, tokenizer: Any, tokens: int) -> Callable[[], object]:
+    """What one model does in a case, with so many tokens."""
+    torch.manual_seed(0)
+    batch = torch.randint(run.model.config.vocab_size, (case.rows, tokens))
+    if case.phase == "train":
+        return partial(run.step, batch)
+    if case.phase == "prefill":
+        return partial(run.model, input_ids=batch, logits_to_keep=1)
+    return partial(finetune.generate, run.model, tokenizer, PROMPT, tokens)
+
+
+def run(
+    case: Case, folder: Path, vs: Sequence[str], isas: Sequence[str], seconds: float, rank: int = 16, least: int = 3
+) -> tuple[list[Record], Breakdown]:
+    """Times a case, then profiles it."""
+    runs = make_models(case, folder, [FUSED, *vs], rank)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    calls = {name: make_call(case, run, tokenizer, case.tokens) for name, run in runs.items()}
+    grad = case.phase == "train"
+    contenders = [Contender(FUSED, {case.phase: calls[FUSED]}, isa=isa, grad=grad) for isa in isas]
+    contenders += [Contender(name, {case.phase: calls[name]}, grad=grad) for name in vs]
+    samples = timing.interleaved(contenders, seconds, least)
+    records = []
+    for contender, taken in zip(contenders, samples, strict=True):
+        name, saved = contender.name, None
+        if case.phase == "train":
+            batch = torch.zeros(case.rows, case.tokens, dtype=torch.int64)
+            saved = finetune.saved_bytes(runs[name].model, partial(runs[name].loss, batch))
+        records.append(
+            Record(
+                str(case), case.phase, name, contender.isa, taken[case.phase], peak=timing.peak_memory(contender.run),
+                saved=saved, tokens=case.rows * case.tokens, wanted=case.wanted if name == FUSED else (),
+            )
+        )  # fmt: skip
+    few = PROFILED_TOKENS if case.phase == "decode" else case.tokens
+    with torch.set_grad_enabled(grad):
+        profiles = {
+            name: profiling.breakdown(run.model, make_call(case, run, tokenizer, few)) for name, run in runs.items()
+        }
+    return records, profiles
+
+
+def breakdown_table(case: Case, profiles: Breakdown) -> Table:
+    """A line for each group, with its time and share in each model."""
+    table = Table(title=f"{case}, profiled", title_justify="left", title_style="bold", box=SIMPLE_HEAD, pad_edge=False)
+    table.add_column("", min_width=22)
+    for name in profiles:
+        table.add_column(name, justify="right")
+    for group in (name for name in profiling.GROUPS if any(seconds[name] for seconds in profiles.values())):
+        cells = [f"{duration(p[group])} {p[group] / sum(p.values()):4.0%}" for p in profiles.values()]
+        table.add_row(group, *cells)
+    return table
+
+
+def write_breakdowns(breakdowns: dict[str, Breakdown], path: Path) -> None:
+    """A row for each case, contender and group."""
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["case", "contender", "group", "ms", "share"])
+        for case, profiles in breakdowns.items():
+            for name, seconds in profiles.items():
+                whole = sum(seconds.values())
+                for group, value in seconds.items():
+                    writer.writerow([case, name, group, f"{value * 1e3:.5g}", f"{value / whole:.4f}"])
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    console = make_console()
+    finetune.quiet()
+    description = __doc__.splitlines()[0]
+    chosen, cases = options.parse("model", description, arguments, CASES, list(BASELINES), console=console)
+    results = Report.begin("model", chosen, console)
+    folder = finetune.converted(finetune.bundled_gguf(), MODEL_CACHE)
+    breakdowns = {}
+    for case in cases:
+        case = case.small() if chosen.quick else case
+        with console.status(str(case)):
+            vs = [BASELINES[name] for name in chosen.vs]
+            least = 3 if chosen.quick else 7
+            records, breakdowns[str(case)] = run(case, folder, vs, chosen.isas, chosen.seconds, least=least)
+        results.add(records)
+        console.print(breakdown_table(case, breakdowns[str(case)]))
+    results.finish()
+    write_breakdowns(breakdowns, results.path.with_name(f"{results.path.name}-breakdown.csv"))
+
+
+if __name__ == "__main__":
+    main()

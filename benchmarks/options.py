@@ -1,0 +1,117 @@
+"""The command line that the benchmarks share."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from rich.console import Console
+
+from benchmarks.demo import number
+from peft_kernels import cpu
+
+RESULTS = Path(__file__).parent / "results"
+# Every name that a build of the kernels may know. A processor need not have them all.
+ISAS = ("portable", "avx2", "avx512", "avx512_bf16", "amx")
+
+Case = TypeVar("Case")
+
+
+@dataclass(frozen=True)
+class Options:
+    """What to measure, and how thoroughly.
+
+    Attributes:
+        quick: few rounds, and no large cases.
+        filter: cases whose name it is found in.
+        vs: names of groups of baselines.
+        isas: instruction sets of this package's kernels, the first of which the baselines are set beside. Torch keeps
+            its own, unless ATEN_CPU_CAPABILITY and ONEDNN_MAX_CPU_ISA hold it to less.
+        threads: of torch.
+        output: a folder.
+    """
+
+    quick: bool
+    filter: re.Pattern[str]
+    vs: tuple[str, ...]
+    isas: tuple[str, ...]
+    threads: int
+    output: Path
+
+    @property
+    def seconds(self) -> float:
+        """How long to time a case, about."""
+        return 1.0 if self.quick else 8.0
+
+
+def expression(text: str) -> re.Pattern[str]:
+    try:
+        return re.compile(text)
+    except re.error as error:
+        raise argparse.ArgumentTypeError(f"got '{text}', wanted a regular expression: {error}") from None
+
+
+def names(known: Sequence[str]) -> Callable[[str], tuple[str, ...]]:
+    """An argparse type: a list of some of the known names, with commas between."""
+
+    def parse(text: str) -> tuple[str, ...]:
+        given = tuple(dict.fromkeys(name.strip() for name in text.split(",")))
+        for name in given:
+            if name not in known:
+                raise argparse.ArgumentTypeError(f"got '{name}', wanted some of {','.join(known)}")
+        return given
+
+    return parse
+
+
+def parse(
+    benchmark: str,
+    description: str,
+    arguments: Sequence[str] | None,
+    cases: Iterable[Case],
+    baselines: Sequence[str],
+    left_out: Sequence[str] = (),
+    console: Console | None = None,
+) -> tuple[Options, list[Case]]:
+    """Reads the command line, and sets torch's threads.
+
+    Args:
+        baselines: what --vs may name.
+        left_out: those of them that --quick leaves out, unless --vs names them.
+        cases: everything that there is, by the names that --filter sees; a `large` one is not for --quick.
+        console: where to say what is skipped.
+
+    Returns:
+        The options, and the cases to be run.
+    """
+    parser = argparse.ArgumentParser(prog=f"python -m benchmarks {benchmark}", description=description)
+    known_isas = list(dict.fromkeys([*ISAS, *cpu.isas()]))
+    count = number(int, lambda n: n >= 1, "a whole number of at least 1")
+    add = parser.add_argument
+    add("--quick", action="store_true", help="fewer cases and rounds: to see that it works")
+    add("--filter", type=expression, default=re.compile(""), metavar="REGEX", help="only cases whose name has a match")
+    add("--vs", type=names(baselines), metavar="NAMES", help=f"baselines, of {','.join(baselines)}")
+    add("--isa", type=names(known_isas), default=(cpu.isa(),), metavar="NAMES", help=f"of {','.join(known_isas)}")
+    add("--threads", type=count, default=torch.get_num_threads(), metavar="N", help="of torch (%(default)s)")
+    add("--output", type=Path, default=RESULTS, metavar="DIR", help="folder for the results (benchmarks/results)")
+    given = parser.parse_args(arguments)
+    vs = given.vs or tuple(name for name in baselines if not (given.quick and name in left_out))
+    isas = tuple(isa for isa in given.isa if isa in cpu.isas())
+    for isa in given.isa:
+        if isa not in isas and console:
+            console.print(f"{isa}: skipped, this processor lacks it")
+    if not isas:
+        parser.error(f"argument --isa: got '{','.join(given.isa)}', wanted one of {','.join(cpu.isas())}")
+    everything = [case for case in cases if not (given.quick and getattr(case, "large", False))]
+    chosen = [case for case in everything if given.filter.search(str(case))]
+    if not chosen:
+        texts = ", ".join(f"'{case}'" for case in everything[:3])
+        parser.error(f"argument --filter: got '{given.filter.pattern}', wanted one that some case matches: {texts}, …")
+    torch.set_num_threads(given.threads)
+    options = Options(given.quick, given.filter, vs, isas, given.threads, given.output)
+    return options, chosen

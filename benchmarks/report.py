@@ -1,0 +1,156 @@
+"""What a benchmark measured, as a table for each case, a CSV file and a plot."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks import plot
+from benchmarks.options import Options
+from benchmarks.records import FUSED, Record, beside, describe_run, duration, judge, rate
+from benchmarks.timing import Roofline, measure_roofline
+
+
+def make_console() -> Console:
+    """The terminal; or a file, in which lines may be longer."""
+    console = Console()
+    return console if console.is_terminal else Console(width=130)
+
+
+@dataclass
+class Report:
+    """Everything that one run of a benchmark measured.
+
+    Attributes:
+        path: of the files, without a suffix.
+        rooflines: by threads.
+        run: columns that are the same in every row.
+    """
+
+    path: Path
+    threads: int
+    rooflines: dict[int, Roofline]
+    run: dict[str, str]
+    console: Console
+    records: list[Record] = field(default_factory=list)
+
+    @classmethod
+    def begin(cls, benchmark: str, options: Options, console: Console) -> Report:
+        """Measures the roofline, and prints it below the machine and the versions.
+
+        A quick run's files have names of their own, and never replace a thorough one's.
+        """
+        with console.status("Measuring the roofline"):
+            rooflines = {threads: measure_roofline(threads) for threads in sorted({1, options.threads})}
+        run = {"benchmark": benchmark, "threads": str(options.threads), **describe_run()}
+        run["roofline"] = "; ".join(map(str, rooflines.values()))
+        console.print(f"{run['machine']}; {run['versions']}", *map(str, rooflines.values()), sep="\n", highlight=False)
+        options.output.mkdir(parents=True, exist_ok=True)
+        path = options.output / (benchmark + ("-quick" if options.quick else ""))
+        return cls(path, options.threads, rooflines, run, console)
+
+    @property
+    def roofline(self) -> Roofline:
+        return self.rooflines[self.threads]
+
+    def add(self, records: Sequence[Record]) -> None:
+        """Takes the records of one case, prints them, and writes the file anew: what is stopped early has that much."""
+        self.records += records
+        self.console.print(case_table(records, self.roofline))
+        write_csv(self.records, self.roofline, self.run, self.path.with_suffix(".csv"))
+
+    def finish(self) -> None:
+        """Sums up, and draws the plot."""
+        verdicts = [met for record in self.records for _, met in judge(record, self.records) if met is not None]
+        if verdicts:
+            self.console.print(f"{sum(verdicts)} of {len(verdicts)} targets met")
+        plot.draw(self.records, self.run, self.path.with_suffix(".png"))
+        self.console.print(f"Saved: {self.path}.csv, {self.path}.png", soft_wrap=True)
+
+
+def case_table(records: Sequence[Record], roofline: Roofline) -> Table:
+    """A line for each contender: medians of the phases, what they make of the machine, memory; then what was wanted.
+
+    Beside a baseline's time stands how many times as fast the (first) fused contender is.
+    """
+    phases = list(dict.fromkeys(record.phase for record in records))
+    fused = {record.phase: record.median for record in reversed(records) if record.contender == FUSED}
+    by_contender: dict[tuple[str, str], dict[str, Record]] = {}
+    for record in records:
+        by_contender.setdefault((record.contender, record.isa), {})[record.phase] = record
+    rows = []
+    for (name, isa), by_phase in by_contender.items():
+        cells = {"median": f"{name}, {isa}" if isa else name}
+        for phase in phases:
+            ratio = "" if name == FUSED else f" {by_phase[phase].median / fused[phase]:.2f}×"
+            cells[phase] = duration(by_phase[phase].median) + ratio
+        rows.append(cells | _extras(by_phase[phases[-1]], roofline))
+    table = Table(title=records[0].case, title_justify="left", title_style="bold", box=SIMPLE_HEAD, pad_edge=False)
+    headings = [heading for heading in rows[0] if any(row[heading] for row in rows)]
+    for heading in headings:
+        first = heading == "median"
+        table.add_column(heading, justify="left" if first else "right", min_width=22 if first else None, no_wrap=True)
+    for row in rows:
+        table.add_row(*(row[heading] for heading in headings))
+    table.caption, table.caption_justify, table.caption_style = "\n".join(_verdicts(records)), "left", ""
+    return table
+
+
+def _extras(record: Record, roofline: Roofline) -> dict[str, str]:
+    gigabytes, teraflops, share = rate(record, roofline)
+    return {
+        "tokens/s": f"{record.tokens / record.median:.1f}" if record.tokens else "",
+        "GB/s": f"{gigabytes:.1f}" if record.size else "",
+        "TFLOP/s": f"{teraflops:.3f}" if record.flops else "",
+        "roofline": f"{share:.0%}" if record.size else "",
+        "peak MB": "" if record.peak is None else f"{record.peak / 1e6:.2f}",
+        "saved MB": "" if record.saved is None else f"{record.saved / 1e6:.2f}",
+    }
+
+
+def _verdicts(records: Sequence[Record]) -> Iterator[str]:
+    for record in records:
+        for target, met in judge(record, records):
+            mark = "?" if met is None else "[green]✓[/]" if met else "[red]✗[/]"
+            yield f"{mark} wanted: {record.phase} {target}" + (f", {record.isa}" if record.isa else "")
+
+
+def write_csv(records: Sequence[Record], roofline: Roofline, run: dict[str, str], path: Path) -> None:
+    """A row for each record, with the columns of `run` in each, so that files can be put together."""
+    rows = [_row(record, records, roofline) | run for record in records]
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0].keys())
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def _row(record: Record, records: Sequence[Record], roofline: Roofline) -> dict[str, object]:
+    gigabytes, teraflops, share = rate(record, roofline)
+    first, third = record.quartiles
+    verdicts = judge(record, records)
+    return {
+        "case": record.case,
+        "phase": record.phase,
+        "contender": record.contender,
+        "isa": record.isa,
+        "median_ms": f"{record.median * 1e3:.6g}",
+        "quartile1_ms": f"{first * 1e3:.6g}",
+        "quartile3_ms": f"{third * 1e3:.6g}",
+        "rounds": len(record.samples),
+        "times_fused": f"{record.median / beside(record, records)[FUSED].median:.4g}",
+        "tokens_per_s": f"{record.tokens / record.median:.4g}" if record.tokens else "",
+        "gb_per_s": f"{gigabytes:.4g}" if record.size else "",
+        "tflop_per_s": f"{teraflops:.4g}" if record.flops else "",
+        "share_of_roofline": f"{share:.4g}" if record.size else "",
+        "error": "" if record.error is None else f"{record.error:.3g}",
+        "peak_bytes": record.peak,
+        "saved_bytes": record.saved,
+        "wanted": "; ".join(str(target) for target, _ in verdicts),
+        "met": "; ".join("unknown" if met is None else "yes" if met else "no" for _, met in verdicts),
+    }

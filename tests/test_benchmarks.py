@@ -1,0 +1,387 @@
+"""`python -m benchmarks lora_linear|nf4|model`: options, checks, targets and files, on tiny problems; no timings."""
+
+import csv
+import math
+import re
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from rich.console import Console
+from test_demo import tiny_model  # noqa: F401
+from torch import nn
+
+from benchmarks import __main__ as command
+from benchmarks import lora_layers, lora_linear, model, nf4, options, profiling, records, report, timing
+from benchmarks.lora_layers import DENSE, DENSE_LORA, DEQUANTIZE, FUNCTION, OWN_BASE, STOCK
+from benchmarks.records import FUSED, Below, Faster, Record, Within
+from benchmarks.timing import Contender, Roofline
+from peft_kernels import cpu
+
+ROOFLINE = Roofline(2, 10e9, 1e12)
+EVAL = lora_linear.Case(3, (64, 128))
+TRAIN = lora_linear.Case(9, (64, 128), training=True, dropout=0.25)
+BENCHMARKS = {"lora_linear": lora_linear, "nf4": nf4, "model": model}
+
+
+def record(contender, *samples, case="eval", phase="forward", **rest):
+    return Record(case, phase, contender, "avx2" if contender == FUSED else "", samples, **rest)
+
+
+def shout(text):
+    raise AssertionError(f"nothing was to be skipped: {text}")
+
+
+# ---- Options --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", BENCHMARKS)
+@pytest.mark.parametrize(
+    ("option", "value", "wanted"),
+    [
+        ("--filter", "(", "a regular expression"),
+        ("--filter", "no such case", "one that some case matches: '"),
+        ("--vs", "nothing", "some of "),
+        ("--isa", "sse2", "some of portable,avx2"),
+        ("--threads", "0", "a whole number of at least 1"),
+        ("--threads", "two", "a whole number"),
+    ],
+)
+def test_bad_option(name, option, value, wanted, capsys):
+    with pytest.raises(SystemExit) as error:
+        BENCHMARKS[name].main([option, value])
+    assert error.value.code == 2
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert f"argument {option}: got '{value}', wanted {wanted}" in message
+
+
+def parse(*arguments, cases=lora_linear.CASES, console=None):
+    return options.parse("lora_linear", "", arguments, cases, list(lora_linear.BASELINES), ["compiled"], console)
+
+
+def test_filter_sees_the_names_of_the_cases():
+    _, cases = parse("--filter", r"eval M=(1|8) 4096x4096")
+    assert [case.rows for case in cases] == [1, 8]
+    assert parse("--filter", "autocast")[1] == [case for case in lora_linear.CASES if case.autocast]
+
+
+def test_quick_leaves_out_what_takes_long():
+    given, cases = parse("--quick")
+    assert given.vs == ("dense", "stock", "dequantize") and not any(case.large for case in cases)
+    assert parse("--quick", "--vs", "stock,compiled")[0].vs == ("stock", "compiled")
+    assert parse()[0].vs == tuple(lora_linear.BASELINES) and len(parse()[1]) == len(lora_linear.CASES)
+
+
+def test_missing_instruction_sets_are_skipped_by_name(monkeypatch, capsys):
+    monkeypatch.setattr(cpu, "isas", lambda: ["portable", "avx2"])
+    console = Console(file=sys.stdout)
+    assert parse("--isa", "avx512,avx2,portable", console=console)[0].isas == ("avx2", "portable")
+    assert "avx512: skipped, this processor lacks it" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        parse("--isa", "avx512")
+    assert "argument --isa: got 'avx512', wanted one of portable,avx2" in capsys.readouterr().err
+
+
+def test_threads():
+    parse("--threads", "2")
+    assert torch.get_num_threads() == 2
+
+
+@pytest.mark.parametrize("name", command.BENCHMARKS)
+def test_every_benchmark_can_be_run_by_its_name(name, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["benchmarks", name, "--help"])
+    with pytest.raises(SystemExit) as end:
+        command.main()
+    assert end.value.code == 0 and f"python -m benchmarks {name}" in capsys.readouterr().out
+
+
+def test_quick_and_a_large_case(capsys):
+    with pytest.raises(SystemExit):
+        parse("--quick", "--filter", "49152")
+    assert "argument --filter: got '49152', wanted one that some case matches: " in capsys.readouterr().err
+
+
+# ---- Timing ---------------------------------------------------------------------------------------------------------
+
+
+def test_contenders_take_turns():
+    calls = []
+    contenders = [
+        Contender(name, {"forward": lambda name=name: calls.append(name)}, reset=lambda: calls.append("|"))
+        for name in "abc"
+    ]
+    samples = timing.interleaved(contenders, seconds=0, least=3)
+    assert "".join(calls).replace("|", "") == "abc" + "abc" + "bca" + "cab"
+    assert calls.count("|") == 12
+    assert all(set(taken) == {"forward"} and len(taken["forward"]) == 3 for taken in samples)
+
+
+def test_both_is_the_sum_of_the_phases():
+    (taken,) = timing.interleaved([Contender("", {"forward": timing.nothing, "backward": timing.nothing})], 0)
+    assert taken["both"] == [a + b for a, b in zip(taken["forward"], taken["backward"], strict=True)]
+
+
+def test_repeated_calls_make_one_sample():
+    calls = []
+    Contender("", {"forward": lambda: calls.append(0)}, repeat=5).run()
+    assert len(calls) == 5
+
+
+def test_contender_runs_with_its_instruction_set():
+    seen = []
+    Contender("", {"forward": lambda: seen.append(cpu.isa())}, isa="portable").run()
+    assert seen == ["portable"] and cpu.isa() == cpu.isas()[-1]
+
+
+def test_failing_contender_is_skipped_only_if_it_may_be():
+    def fail():
+        raise ValueError("no compiler\nsecond line")
+
+    contenders = [Contender("fine", {"": timing.nothing}), Contender("compiled", {"": fail})]
+    said = []
+    assert timing.runnable(contenders, ["compiled"], said.append) == contenders[:1]
+    assert said == ["compiled: skipped, ValueError: no compiler"]
+    with pytest.raises(ValueError):
+        timing.runnable(contenders, [], said.append)
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux")
+def test_peak_memory():
+    assert 60 << 20 < timing.peak_memory(lambda: torch.ones(16 << 20)) < 80 << 20  # Linux counts in batches of pages
+
+
+def test_roofline():
+    measured = timing.measure_roofline(1, megabytes=1, side=64)
+    assert measured.threads == 1 and measured.bytes_per_second > 0 and measured.flops_per_second > 0
+    assert ROOFLINE.seconds(20e9, 1e12) == 2 and ROOFLINE.seconds(1e9, 3e12) == 3
+    assert str(ROOFLINE) == "2 threads: 10.0 GB/s read, 1 TFLOP/s bf16"
+
+
+# ---- Targets and results --------------------------------------------------------------------------------------------
+
+
+def test_targets():
+    seconds = {FUSED: 2.0, STOCK: 5.0, OWN_BASE: 1.9}
+    assert Faster("forward", STOCK, 2.5).met(seconds) and not Faster("forward", STOCK, 2.6).met(seconds)
+    assert Faster("forward", DENSE, 1).met(seconds) is None
+    assert Within("forward", OWN_BASE, 0.06).met(seconds) and not Within("forward", OWN_BASE, 0.05).met(seconds)
+    assert Below("forward", 2.0).met(seconds) and not Below("forward", 1.9).met(seconds)
+    targets = Faster("both", STOCK, 2.5), Within("both", OWN_BASE, 0.12), Below("both", 15e-6)
+    assert list(map(str, targets)) == ["≥ 2.5× stock", "≤ 12% over own base", "≤ 15 µs"]
+
+
+def test_targets_are_of_the_same_case_phase_and_instruction_set():
+    wanted = (Faster("forward", STOCK, 2),)
+    fast, slow = record(FUSED, 1.0, wanted=wanted), record(FUSED, 3.0, wanted=wanted)
+    everything = [slow, fast, record(STOCK, 4.0), record(STOCK, 1.0, phase="backward"), record(STOCK, 1.0, case="x")]
+    assert records.judge(fast, everything) == [(wanted[0], True)]
+    assert records.judge(slow, everything) == [(wanted[0], False)]
+    assert records.judge(fast, [fast]) == [(wanted[0], None)]
+
+
+def test_slower_instruction_sets_have_targets_of_their_own(monkeypatch):
+    monkeypatch.setattr(cpu, "isas", lambda: ["portable", "avx2", "avx512"])
+    case = next(case for case in lora_linear.CASES if case.training and case.wanted)
+    assert case.targets("both", "avx512") == (Faster("both", STOCK, 25),)
+    assert case.targets("both", "avx2") == (Faster("both", STOCK, 1.5), Faster("both", DEQUANTIZE, 1.0))
+    assert case.targets("forward", "avx2") == case.targets("both", "portable") == ()
+
+
+def test_every_target_names_something_measured():
+    measured = {OWN_BASE, *(name for group in lora_linear.BASELINES.values() for name in group)}
+    for case in lora_linear.CASES:
+        phases = {"forward", "backward", "both"} if case.training else {"forward"}
+        for target in case.wanted:
+            assert target.phase in phases and getattr(target, "versus", STOCK) in measured
+
+
+def test_names_of_cases_are_unique():
+    for module in BENCHMARKS.values():
+        assert len({str(case) for case in module.CASES}) == len(module.CASES)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(1.234e-6, "1.23 µs"), (99.96e-6, "100 µs"), (0.0009996, "1.00 ms"), (0.0123, "12.3 ms"), (61.0, "61.0 s")],
+)
+def test_duration(seconds, text):
+    assert records.duration(seconds) == text
+
+
+def test_median_and_quartiles():
+    assert record(STOCK, 5.0, 1.0, 2.0, 3.0, 4.0).median == 3
+    assert record(STOCK, 5.0, 1.0, 2.0, 3.0, 4.0).quartiles == (2, 4)
+    assert record(STOCK, 5.0).quartiles == (5, 5)
+
+
+def test_report(tmp_path):
+    chosen = options.Options(True, re.compile(""), (), (), 2, tmp_path)
+    made = report.Report(tmp_path / "tiny", chosen.threads, {2: ROOFLINE}, records.describe_run(), Console(width=130))
+    made.run["benchmark"] = "tiny"
+    with made.console.capture() as capture:
+        made.add(
+            [
+                record(FUSED, 0.5, 0.5, size=1e9, flops=1e12, wanted=(Faster("forward", STOCK, 2),), error=1e-3),
+                record(STOCK, 1.5, peak=2_000_000),
+            ]
+        )
+        made.finish()
+    text = capture.get()
+    assert "✓ wanted: forward ≥ 2× stock, avx2" in text and "1.50 s 3.00×" in text and "1 of 1 targets met" in text
+    assert "saved MB" not in text  # nobody's was measured
+    fused, stock = csv.DictReader((tmp_path / "tiny.csv").open())
+    assert fused["gb_per_s"] == "2" and fused["tflop_per_s"] == "2" and fused["share_of_roofline"] == "2"
+    assert fused["met"] == "yes" and fused["wanted"] == "≥ 2× stock" and stock["wanted"] == ""
+    assert stock["times_fused"] == "3" and stock["peak_bytes"] == "2000000" and stock["median_ms"] == "1500"
+    assert {"machine", "torch_isa", "versions", "commit", "date", "isa"} <= fused.keys()
+    assert f"torch {torch.__version__}" in fused["versions"]
+    assert (tmp_path / "tiny.png").stat().st_size > 5_000
+
+
+# ---- lora_linear ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", [EVAL, TRAIN, lora_linear.Case(9, (64, 128), True, autocast=True)], ids=str)
+def test_lora_linear(case):
+    isas = cpu.isas()[-2:]
+    found = lora_linear.run(case, ["dense", "stock", "dequantize"], isas, 0.0, shout)
+    names = [OWN_BASE, DENSE, DENSE_LORA, STOCK, DEQUANTIZE]
+    phases = ["forward", "backward", "both"] if case.training else ["forward"]
+    wanted = [(FUSED, isa, phase) for isa in isas for phase in phases]
+    wanted += [(name, "", phase) for name in names for phase in phases]
+    assert [(r.contender, r.isa, r.phase) for r in found] == wanted
+    assert all(0 < r.error < 4e-3 for r in found if r.contender == FUSED)
+    if case.training:
+        saved = {r.contender: r.saved for r in found}
+        assert saved[FUSED] < saved[STOCK] and saved[DENSE] == saved[OWN_BASE] == 0
+        assert saved[FUSED] == 2 * 9 * 128 + 4 * 9 * 16 + 8 * bool(case.dropout)  # x, s, and the seed
+
+
+def test_overhead_case_calls_the_function_too():
+    target = Below("forward", 10.0)
+    case = lora_linear.Case(1, (64, 64), repeat=3, wanted=(target,))
+    found = lora_linear.run(case, ["stock"], [cpu.isas()[-1]], 0.0, shout)
+    assert [r.contender for r in found] == [FUSED, FUNCTION] and found[0].peak is None
+    assert [r.wanted for r in found] == [(target,), ()]
+    assert report.case_table(found, ROOFLINE).row_count == 2
+
+
+def test_wrong_numbers_are_not_timed(monkeypatch):
+    monkeypatch.setitem(lora_layers.TOLERANCES, "lora_B", 0.0)
+    with pytest.raises(
+        ArithmeticError, match=r"train M=9 64x128 dropout 0.25, \w+: got lora_B with .* wanted 0 at most"
+    ):
+        lora_linear.run(TRAIN, [], [cpu.isa()], 0.0, shout)
+
+
+def test_contenders_compute_the_same():
+    problem = lora_layers.make_problem(EVAL)
+    results = {}
+    for name in (FUSED, FUNCTION, STOCK, DENSE_LORA):
+        with torch.no_grad():
+            results[name] = problem.make[name]()(problem.x)
+    for name, y in results.items():
+        assert lora_layers.relative_error(y, results[STOCK].double()) < 1e-2, name
+
+
+def test_training_starts_with_a_fresh_layer():
+    problem = lora_layers.make_problem(TRAIN)
+    layer = problem.make[STOCK]()
+    lora_layers.make_contender(problem, STOCK, layer).run()
+    assert layer.training and not vars(layer.base_layer.weight.quant_state).get("packing_format_for_cpu", False)
+    assert layer.lora_A["default"].weight.grad is None  # put back
+
+
+def test_work_counts_each_operand_once():
+    case = lora_linear.Case(2, (3, 5), True)
+    size, flops = lora_linear.work(case, "forward", 100, lora=False)
+    assert (size, flops) == (100 + 2 * 2 * 8, 2 * 2 * 3 * 5)
+    with_lora = lora_linear.work(case, "forward", 100, lora=True)
+    assert with_lora == (size + 4 * 16 * 8, flops + 2 * 2 * 16 * 8)
+    backward = lora_linear.work(case, "backward", 100, lora=True)
+    assert lora_linear.work(case, "both", 100, lora=True) == (with_lora[0] + backward[0], with_lora[1] + backward[1])
+
+
+# ---- nf4 ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("phase", ["dequantize", "quantize"])
+@pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
+@pytest.mark.parametrize("nested", [True, False])
+def test_nf4(phase, quant_type, nested):
+    case = nf4.Case(phase, (32, 192), quant_type, nested, 256, "fp16")
+    found = nf4.run(case, [nf4.STOCK, nf4.EAGER], [cpu.isa()], 0.0, shout)
+    assert [r.contender for r in found] == [FUSED, nf4.STOCK, nf4.EAGER]
+    statistics = 24 + 4 * (256 + 1 + 1) if nested else 4 * 24
+    assert found[0].size == 2 * 32 * 192 + 32 * 192 // 2 + statistics
+
+
+def test_nf4_finds_a_difference():
+    case = nf4.Case("quantize", (32, 192))
+    tensor = torch.randn(case.shape).bfloat16()
+    other = nf4.quantize_4bit(tensor.flip(0), double_quant=True)
+    with pytest.raises(ArithmeticError, match=r"got \d+ codes that differ"):
+        nf4.check(case, other, nf4.quantize_stock(case, tensor))
+
+
+# ---- model ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("phase", ["train", "prefill", "decode"])
+def test_model(tiny_model, phase):  # noqa: F811
+    case = model.Case(phase, 1, 8)
+    found, profiles = model.run(case, tiny_model, [STOCK, DENSE_LORA], [cpu.isa()], 0.0, rank=2, least=1)
+    assert [r.contender for r in found] == [FUSED, STOCK, DENSE_LORA] and all(r.tokens == 8 for r in found)
+    assert all((r.saved is not None) == (phase == "train") for r in found)
+    for seconds in profiles.values():
+        assert set(seconds) == set(profiling.GROUPS)
+        spent = {group for group, value in seconds.items() if value > 0}
+        assert spent >= set(profiling.GROUPS) - {profiling.OPTIMIZER}
+        assert (profiling.OPTIMIZER in spent) == (phase == "train")
+
+
+def test_breakdown_counts_a_backward_where_its_forward_was():
+    def event(name, start, self_time, parent=None, sequence=-1):
+        return SimpleNamespace(
+            name=name, time_range=SimpleNamespace(start=start), self_cpu_time_total=self_time * 1e6, cpu_parent=parent,
+            sequence_nr=sequence,
+        )  # fmt: skip
+
+    root = event(profiling.REST, 0, 1)
+    layer = event(profiling.LINEAR, 1, 2, root)
+    forward = event("aten::mm", 3, 4, layer, sequence=7)
+    looks_up = event("aten::detach", 2, 8, root, sequence=7)  # sees the number that mm will take
+    backward = event("autograd::engine::evaluate_function: MmBackward0", 5, 16, root, sequence=7)
+    inner = event("MmBackward0", 6, 32, backward, sequence=7)
+    outside = event("aten::mm", 9, 64)
+    seconds = profiling.by_group([inner, backward, forward, looks_up, layer, root, outside])
+    assert {group: value for group, value in seconds.items() if value} == {
+        profiling.PYTHON: 3,
+        profiling.LINEAR: 4 + 16 + 32,
+        profiling.REST: 8,
+    }
+
+
+def test_breakdown_leaves_the_model_as_it_was():
+    base = nn.Module()
+    base.norm, base.lm_head = nn.LayerNorm(4), nn.Linear(4, 4)
+    base.get_output_embeddings = lambda: base.lm_head
+    base.loss_function = loss = torch.nn.functional.mse_loss
+    peft_model = SimpleNamespace(get_base_model=lambda: base)
+    x = torch.ones(2, 4)
+    seconds = profiling.breakdown(peft_model, lambda: base.loss_function(base.lm_head(base.norm(x)), x).backward())
+    assert seconds[profiling.NORM] > 0 and seconds[profiling.HEAD] > 0 and seconds[profiling.ATTENTION] == 0
+    assert base.loss_function is loss
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in base.modules())
+
+
+def test_breakdown_table_and_file(tmp_path):
+    profiles = {FUSED: dict.fromkeys(profiling.GROUPS, 0.0) | {profiling.LINEAR: 3.0, profiling.HEAD: 1.0}}
+    table = model.breakdown_table(model.CASES[0], profiles)
+    assert table.row_count == 2
+    model.write_breakdowns({"train": profiles}, tmp_path / "b.csv")
+    rows = list(csv.DictReader((tmp_path / "b.csv").open()))
+    assert math.isclose(sum(float(row["share"]) for row in rows), 1)
+    assert rows[0] == {"case": "train", "contender": FUSED, "group": profiling.LINEAR, "ms": "3000", "share": "0.7500"}

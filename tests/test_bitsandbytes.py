@@ -84,13 +84,13 @@ def test_result_dtype_is_stocks(compute_dtype, x_dtype, autocast):
     torch.testing.assert_close(got, want, rtol=0, atol=BF16_TOLERANCE * float(want.detach().abs().max()))
 
 
-def test_bias_keeps_its_dtype_and_trains():
+def test_bias_takes_the_compute_dtype_and_trains():
     layer = fused4bit(torch.bfloat16)
     layer.bias.requires_grad_()
     y = layer(torch.randn(3, IN_FEATURES, dtype=torch.bfloat16))
     y.sum().backward()
-    assert layer.bias.dtype == torch.float32
-    torch.testing.assert_close(layer.bias.grad, torch.full((OUT_FEATURES,), 3.0))
+    assert layer.bias.dtype == torch.bfloat16
+    torch.testing.assert_close(layer.bias.grad, torch.full((OUT_FEATURES,), 3.0, dtype=torch.bfloat16))
 
 
 @pytest.mark.parametrize("format", FORMATS, ids=names)

@@ -74,7 +74,10 @@ class Fused4bit(FusedLayer):
         weight = self.nf4_weight()
         if x.shape[-1] != weight.shape[-1]:
             return f"x has {x.shape[-1]} features, and the weight has shape {list(weight.shape)}"
-        return weight, self.bias, compute_dtype, x.dtype
+        bias, bias_dtype = self.bias, self.compute_dtype or x.dtype
+        if bias is not None and bias.dtype != bias_dtype:
+            bias.data = bias.data.to(bias_dtype)  # in place, as bitsandbytes does it
+        return weight, bias, compute_dtype, x.dtype
 
     def nf4_weight(self) -> NF4Weight:
         """The view of the weight as it is now.

@@ -176,9 +176,9 @@ def accelerate(model: nn.Module) -> Report:
     stock layers return. Whatever can't be fused keeps its stock forward, and the report says why; what only an input
     can tell (its device or dtype, `adapter_names`) is decided at each forward, and logged once.
 
-    Differences that are meant: dropout draws other masks; LoRA branches are computed in fp32; a 4-bit layer's bias
-    keeps its dtype; a 4-bit weight is never repacked for bitsandbytes' own CPU kernels (one that already was is
-    converted back, once); a 4-bit unmerge puts the original weight back, which is kept while merged.
+    Differences that are meant: dropout draws other masks; LoRA branches are computed in fp32; a 4-bit weight is never
+    repacked for bitsandbytes' own CPU kernels (one that already was is converted back, once); a 4-bit unmerge puts
+    the original weight back, which is kept while merged.
 
     Args:
         model: any module; calling again covers layers that were added since, and reports on all.

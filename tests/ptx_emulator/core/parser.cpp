@@ -173,23 +173,12 @@ private:
             statement.guard = scan_.word();
         }
         const std::string word = scan_.word();
-        if (word == ".reg") return registers(items);
-        if (word == ".loc" || word == ".file") return scan_.skip_line();
-        if (word == ".pragma") {
-            scan_.string();
-            return scan_.expect(';');
-        }
-        if (is_space(word)) {
-            std::vector<Variable> declared;
-            variables(word, &declared);
-            for (Variable& each : declared)
-                items->push_back({BodyItem::Kind::kVariable, {}, {}, {}, {}, std::move(each)});
-            return;
-        }
+        if (word[0] == '.') return directive(word, items);
         if (scan_.accept(':')) {
-            if (scan_.peek() == '.') return branch_targets(word, items);
+            const std::string next = scan_.peek() == '.' ? scan_.word() : "";
+            if (next == ".branchtargets") return branch_targets(word, items);
             items->push_back({BodyItem::Kind::kLabel, {}, word, {}, {}, {}});
-            return;
+            return next.empty() ? void() : directive(next, items);
         }
         std::vector<std::string> parts = split(word, '.');
         statement.opcode = parts.front();
@@ -200,6 +189,20 @@ private:
         }
         scan_.expect(';');
         items->push_back({BodyItem::Kind::kStatement, std::move(statement), {}, {}, {}, {}});
+    }
+
+    void directive(const std::string& word, std::vector<BodyItem>* items) {
+        if (word == ".reg") return registers(items);
+        if (word == ".loc" || word == ".file") return scan_.skip_line();
+        if (word == ".pragma") {
+            scan_.string();
+            return scan_.expect(';');
+        }
+        if (!is_space(word)) scan_.fail("the directive '" + word + "' is not supported here");
+        std::vector<Variable> declared;
+        variables(word, &declared);
+        for (Variable& each : declared)
+            items->push_back({BodyItem::Kind::kVariable, {}, {}, {}, {}, std::move(each)});
     }
 
     void registers(std::vector<BodyItem>* items) {
@@ -220,8 +223,6 @@ private:
     }
 
     void branch_targets(const std::string& label, std::vector<BodyItem>* items) {
-        const std::string directive = scan_.word();
-        if (directive != ".branchtargets") scan_.fail("'" + directive + "' (an indirect call) is not supported");
         BodyItem item{BodyItem::Kind::kBranchTargets, {}, label, {}, {}, {}};
         do item.names.push_back(scan_.word());
         while (scan_.accept(','));

@@ -1,5 +1,6 @@
 """Kernels as Python functions: arrays in place, the launch's counters as the result."""
 
+import functools
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -28,10 +29,10 @@ class Fresh:
 
 
 class Module:
-    """Loaded PTX. `module.name(grid, block, *arguments, shared=0)` launches the kernel `name`.
+    """Loaded PTX. `module.name(grid, block, *arguments, shared=0, memory=())` launches the kernel `name`.
 
     Arguments are numpy arrays and CPU tensors, which a kernel gets as pointers and which it may touch to their last
-    byte but not beyond; numpy scalars; and bytes, for structs.
+    byte but not beyond; numpy scalars; and bytes, for structs. `memory`: arrays that structs point to.
     """
 
     def __init__(self, ptx: str):
@@ -41,25 +42,29 @@ class Module:
         return self._module.kernels()
 
     def __getattr__(self, name):
-        return lambda grid, block, *arguments, shared=0: self.launch(name, grid, block, *arguments, shared=shared)
+        return functools.partial(self.launch, name)
 
-    def launch(self, kernel: str, grid, block, *arguments, shared: int = 0) -> dict:
+    def launch(self, kernel: str, grid, block, *arguments, shared: int = 0, memory=()) -> dict:
         registered, packed = [], []
+
+        def register(argument, name):
+            address, size = _extent(argument.array if isinstance(argument, Fresh) else argument)
+            native().add_memory(address, size, name, isinstance(argument, Fresh))
+            registered.append(address)
+            return address.to_bytes(8, "little")
+
         try:
+            for index, array in enumerate(memory):
+                register(array, f"memory {index}")
             for index, argument in enumerate(arguments):
-                fresh = isinstance(argument, Fresh)
-                array = argument.array if fresh else argument
-                if isinstance(array, np.ndarray | torch.Tensor):
-                    address, size = _extent(array)
-                    native().add_memory(address, size, f"argument {index}", fresh)
-                    registered.append(address)
-                    packed.append(address.to_bytes(8, "little"))
-                elif isinstance(array, bytes):
-                    packed.append(array)
-                elif isinstance(array, np.generic):
-                    packed.append(array.tobytes())
+                if isinstance(argument, np.ndarray | torch.Tensor | Fresh):
+                    packed.append(register(argument, f"argument {index}"))
+                elif isinstance(argument, bytes):
+                    packed.append(argument)
+                elif isinstance(argument, np.generic):
+                    packed.append(argument.tobytes())
                 else:
-                    raise TypeError(f"argument {index}: got {type(array)}, wanted an array, a numpy scalar or bytes")
+                    raise TypeError(f"argument {index}: got {type(argument)}, wanted an array, a numpy scalar or bytes")
             return _call(self._module.launch, kernel, _sizes(grid), _sizes(block), shared, packed)
         finally:
             for address in registered:

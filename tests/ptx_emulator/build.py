@@ -1,4 +1,4 @@
-"""Builds the emulator, and compiles CUDA sources to PTX; both into build/ptx_emulator, both only when something changed."""
+"""Builds the emulator and compiles CUDA sources to PTX, into build/ptx_emulator and only when something changed."""
 
 import fcntl
 import functools
@@ -72,12 +72,16 @@ def cmake_build(source: Path, build: Path, options: dict[str, str]) -> None:
 def native():
     """The compiled half, built if need be."""
     import pybind11
+    from torch.utils.cpp_extension import TORCH_LIB_PATH, include_paths
 
     with locked():
         options = {
             "Python_EXECUTABLE": sys.executable,
             "PYBIND11_INCLUDE_DIR": pybind11.get_include(),
             "CUDA_INCLUDE_DIR": str(toolkit_include()),
+            "NVCC": find_nvcc(),
+            "TORCH_INCLUDE_DIRS": ";".join(include_paths()),
+            "TORCH_LIBRARY_DIR": TORCH_LIB_PATH,
         }
         cmake_build(HERE, BUILD, options)
     spec = importlib.util.spec_from_file_location("_ptx_emulator", BUILD / "_ptx_emulator.so")
@@ -91,7 +95,9 @@ def nvcc_version() -> str:
     return subprocess.run([find_nvcc(), "--version"], capture_output=True, text=True, check=True).stdout
 
 
-def compile_to_ptx(source: Path, architecture: str, includes: tuple[Path, ...] = (), flags: tuple[str, ...] = ()) -> str:
+def compile_to_ptx(
+    source: Path, architecture: str, includes: tuple[Path, ...] = (), flags: tuple[str, ...] = ()
+) -> str:
     """The PTX of a .cu file, from the cache if neither it nor any header of `includes` has changed."""
     command = [find_nvcc(), "-std=c++20", f"-arch=compute_{architecture.removeprefix('sm_')}", "-ptx", *flags]
     command += [f"-I{path}" for path in includes]

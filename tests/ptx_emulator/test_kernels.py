@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
 import ptx_emulator
 from ptx_emulator.device import Fresh
 
@@ -95,6 +96,13 @@ def test_calls_structs_constants_and_tables(basics):
     i = np.arange(32)
     value = ((x - 2) * x + 0.5) * x + 3 + x * (i % 4) + 1.5 * x + 5 + 7
     with np.errstate(invalid="ignore"):
-        cases = [value + 1, value * 2, value - x[(i + 1) % 32], np.sqrt(abs(value)),
-                 np.where(value > 0, value * value, value), -value, value + 0.5]
+        cases = [
+            value + 1,
+            value * 2,
+            value - x[(i + 1) % 32],
+            np.sqrt(abs(value)),
+            np.where(value > 0, value * value, value),
+            -value,
+            value + 0.5,
+        ]
     np.testing.assert_allclose(out, np.choose(i % 7, cases), rtol=2e-6)

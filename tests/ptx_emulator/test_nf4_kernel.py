@@ -3,13 +3,13 @@
 import struct
 from pathlib import Path
 
-import ptx_emulator
 import pytest
 import torch
-from ptx_emulator.device import Fresh
 
+import ptx_emulator
 from peft_kernels.ops import quantize_4bit
 from peft_kernels.testing.reference import nf4 as reference
+from ptx_emulator.device import Fresh
 
 CSRC = Path(__file__).parent.parent.parent / "csrc"
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]  # in the order of csrc/common/dtype.h
@@ -25,8 +25,17 @@ def pack(weight, out, tiles):
     absmax = [*pointers, 0, 0, 0, 0] if plain else [0, *pointers]
     log2 = weight.nested_blocksize.bit_length() - 1
     n, k = weight.shape
-    fields = struct.pack("<QQQQQQi4xqqiii4x", weight.codes.data_ptr(), *absmax, log2, n, k,
-                         weight.blocksize.bit_length() - 1, 0, DTYPES.index(weight.dtype))
+    fields = struct.pack(
+        "<QQQQQQi4xqqiii4x",
+        weight.codes.data_ptr(),
+        *absmax,
+        log2,
+        n,
+        k,
+        weight.blocksize.bit_length() - 1,
+        0,
+        DTYPES.index(weight.dtype),
+    )
     codebook = reference.CODEBOOKS["nf4"].tolist()
     return fields + struct.pack("<Qq16f", out.data_ptr(), tiles, *codebook), [weight.codes, *tensors]
 

@@ -1,4 +1,4 @@
-"""A GEMM as it is written for tensor cores: right at odd sizes, without bank conflicts, and fast enough to test with."""
+"""A GEMM as it is written for tensor cores: right at odd sizes, without bank conflicts, and fast enough for tests."""
 
 import time
 from pathlib import Path

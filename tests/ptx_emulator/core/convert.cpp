@@ -162,6 +162,18 @@ void convert_to_integer(Warp& w, const Instruction& in, uint32_t mask) {
     else for_lanes(mask, [&](int lane) { store(S8{}, lane); });
 }
 
+// A 64-bit integer of which a double holds all bits but the last 11: what those were is kept in the one before them,
+// rounded to odd, so that the next rounding is right.
+template <class Value>
+Value odd_integer(Value value) {
+    if constexpr (std::is_integral_v<Value> && sizeof(Value) == 8) {
+        constexpr Value kWhole = Value{1} << 53;
+        const bool fits = value < kWhole && (std::is_unsigned_v<Value> || value > static_cast<Value>(0 - kWhole));
+        if (!fits) value = (value & ~Value{0x7FF}) | (value & 0x7FF ? 0x800 : 0);
+    }
+    return value;
+}
+
 template <Type to, class Source>
 void convert_to_float(Warp& w, const Instruction& in, uint32_t mask) {
     const Conversion how = conversion_of(in);
@@ -173,8 +185,7 @@ void convert_to_float(Warp& w, const Instruction& in, uint32_t mask) {
         } else if constexpr (to == Type::kF64) {
             w.at<double>(in.slot[0])[lane] = double_of(value, how);
         } else {
-            // 64-bit integers first become an odd-rounded double: value + 0 with the lost bits kept in the last one.
-            double wide = static_cast<double>(value);
+            double wide = static_cast<double>(odd_integer(value));
             if (how.to_integer) wide = rounded(wide, how.rounding);
             wide = apply_flags(wide, how);
             w.at<uint16_t>(in.slot[0])[lane] = to == Type::kF16 ? to_half(wide, how) : to_bfloat16(wide, how);
@@ -237,12 +248,13 @@ void convert_tf32(Warp& w, const Instruction& in, uint32_t mask) {
     unary_lanes<uint32_t, float>(w, in, mask, [&](float value) { return to_tf32(apply_flags(value, how), how); });
 }
 
-Handler fast_handler(Type to, Type from, bool plain, bool nearest) {
+// For registers of just these types, with nothing but a rounding.
+Handler fast_handler(Type to, Type from, bool nearest) {
     if (nearest && to == Type::kF16 && from == Type::kF32) return convert_fast<uint16_t, float, float_to_half>;
     if (nearest && to == Type::kBF16 && from == Type::kF32) return convert_fast<uint16_t, float, float_to_bfloat16>;
-    if (!plain) return nullptr;
     if (to == Type::kF32 && from == Type::kF16) return convert_fast<float, uint16_t, half_to_float>;
     if (to == Type::kF32 && from == Type::kBF16) return convert_fast<float, uint16_t, bfloat16_to_float>;
+    if (!is_integer(to) || !is_integer(from)) return nullptr;
     if (bytes_of(to) == 8 && from == Type::kU32) return convert_fast<uint64_t, uint32_t, extend<uint64_t, uint32_t>>;
     if (bytes_of(to) == 8 && from == Type::kS32) return convert_fast<uint64_t, int32_t, extend<uint64_t, int32_t>>;
     if (bytes_of(to) == 4 && bytes_of(from) == 8) return convert_fast<uint32_t, uint64_t, extend<uint32_t, uint64_t>>;
@@ -291,9 +303,7 @@ void decode_cvt(Decoder& decoder, const Statement& s, Instruction& in) {
         return;
     }
     const bool natural = destination_bytes == bytes_of(to) && source_bytes == bytes_of(from) && !flags && !to_integer;
-    const bool between_integers = is_integer(to) && is_integer(from);
-    const bool plain = natural && (between_integers || to == Type::kF32);
-    in.handler = natural ? fast_handler(to, from, plain, how == kNearest) : nullptr;
+    in.handler = natural ? fast_handler(to, from, how == kNearest) : nullptr;
     if (!in.handler) in.handler = conversion_handler(to, from);
 }
 

@@ -123,6 +123,9 @@ void print(Warp& w, const Instruction& in, uint32_t mask) {
     for_lanes(mask, [&](int lane) {
         const std::string text = format(w, string_at(w, argument<uint64_t>(w, in, 1, lane)), argument<uint64_t>(w, in, 2, lane), lane);
         std::fputs(text.c_str(), stdout);
+        const int32_t arguments = 1;  // what printf returns, but for errors, is of no use
+        std::memcpy(&w.local[lane * size_t{w.program.local_bytes} + in.slot[0].offset], &arguments, sizeof arguments);
+        std::memset(&w.local_written[lane * size_t{w.program.local_bytes} + in.slot[0].offset], 1, sizeof arguments);
     });
     std::fflush(stdout);
 }
@@ -225,15 +228,16 @@ bool is_builtin_function(const Statement& call) {
 
 void decode_builtin_call(Decoder& decoder, const Statement& s, Instruction& in) {
     in.handler = called(s) == "vprintf" ? print : assertion_failed;
-    const Operand& list = s.operands.back();
-    for (size_t i = 0; i < list.parts.size(); ++i) {
-        Instruction parameter;
-        parameter.space = Space::kParam;
-        Operand address = list.parts[i];
-        address.kind = Operand::Kind::kAddress;
-        decoder.address(address, parameter);
-        in.slot[1 + i].offset = static_cast<uint32_t>(parameter.immediate);
-    }
+    const auto place = [&](Operand parameter) {
+        Instruction access;
+        access.space = Space::kParam;
+        parameter.kind = Operand::Kind::kAddress;
+        decoder.address(parameter, access);
+        return static_cast<uint32_t>(access.immediate);
+    };
+    const std::vector<Operand>& parameters = s.operands.back().parts;
+    for (size_t i = 0; i < parameters.size(); ++i) in.slot[1 + i].offset = place(parameters[i]);
+    if (s.operands[0].kind == Operand::Kind::kList) in.slot[0].offset = place(s.operands[0].parts.at(0));
 }
 
 }  // namespace ptx_emulator

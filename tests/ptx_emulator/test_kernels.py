@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import ptx_emulator
+from ptx_emulator import EmulatorError
 from ptx_emulator.device import Fresh
 
 KERNELS = Path(__file__).parent / "kernels"
@@ -106,3 +107,15 @@ def test_calls_structs_constants_and_tables(basics):
             value + 0.5,
         ]
     np.testing.assert_allclose(out, np.choose(i % 7, cases), rtol=2e-6)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_blocks_that_tell_others_by_an_atomic(basics, seed):
+    values = np.arange(160, dtype=np.float32)
+    parts, done, out = np.empty(160, np.float32), np.zeros(1, np.uint32), np.empty(32, np.float32)
+    with ptx_emulator.set_checks(seed=seed):
+        basics.last_block_adds(5, 32, values, Fresh(parts), done, Fresh(out))
+        np.testing.assert_array_equal(out, values.reshape(5, 32).sum(0))
+        done[0] = 0
+        with pytest.raises(EmulatorError, match="race between blocks: read of global memory"):
+            basics.last_block_adds_unfenced(5, 32, values, Fresh(parts), done, Fresh(out))

@@ -105,8 +105,10 @@ void write_global(Warp& w, uint32_t mask, const LaneAddresses& addresses, int by
     GlobalMemory& global = w.block.launch.global;
     check_alignment(mask, addresses, bytes);
     for_each_global(w, mask, addresses, bytes, "write", [&](Allocation& allocation, uint64_t address, int count) {
-        return global.write(allocation, address, count, static_cast<uint32_t>(w.block.index), strong);
+        return global.write(allocation, address, count, w.block.global_access(strong));
     });
+    if (strong) for_lanes(mask, [&](int lane) { w.block.synchronize_at(addresses.lane[lane], false, true); });
+    else w.block.wrote_global();
     count_global(&w.block.launch.counters.global_store, mask, addresses, bytes);
     copy_to_host(mask, addresses, bytes, data);
     if (w.block.launch.checks.races && !strong) check_lanes_agree(mask, addresses, bytes, data);
@@ -252,8 +254,9 @@ void write_shared(Warp& w, uint32_t mask, const LaneAddresses& offsets, int byte
 void read_global(Warp& w, uint32_t mask, const LaneAddresses& addresses, int bytes, bool strong, LaneData* data) {
     GlobalMemory& global = w.block.launch.global;
     check_alignment(mask, addresses, bytes);
+    if (strong) for_lanes(mask, [&](int lane) { w.block.synchronize_at(addresses.lane[lane], true, false); });
     for_each_global(w, mask, addresses, bytes, "read", [&](Allocation& allocation, uint64_t address, int count) {
-        return global.read(allocation, address, count, static_cast<uint32_t>(w.block.index), strong);
+        return global.read(allocation, address, count, w.block.global_access(strong));
     });
     count_global(&w.block.launch.counters.global_load, mask, addresses, bytes);
     copy_from_host(mask, addresses, bytes, data);

@@ -56,10 +56,10 @@ uint8_t* place(Warp& w, Space space, uint64_t address, int bytes, int lane) {
     LaneData data;
     read_global(w, 1u << lane, one, bytes, true, &data);
     GlobalMemory& global = w.block.launch.global;
-    const uint32_t block = static_cast<uint32_t>(w.block.index);
-    if (global.write(*global.find(address), address, bytes, block, true) != Hazard::kNone)
+    if (global.write(*global.find(address), address, bytes, w.block.global_access(true)) != Hazard::kNone)
         throw Fault{"race between blocks: an atomic on global memory at " + global.describe(address) +
                         ", which another block reads or writes plainly in the same launch", lane};
+    w.block.synchronize_at(address, true, true);
     return reinterpret_cast<uint8_t*>(address);
 }
 

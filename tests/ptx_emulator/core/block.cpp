@@ -129,6 +129,16 @@ void Block::complete_if_full(uint32_t id) {
     }
 }
 
+void Block::synchronize_at(uint64_t address, bool reads, bool writes) {
+    if (!launch.checks.races || launch.grid.count() == 1) return;
+    if (!writes && !launch.releases.count(address)) return;
+    BlockSet& released = launch.releases[address];
+    if (reads) before_.add(released);
+    if (!writes || unfenced_) return;
+    released.add(before_);
+    released.add(static_cast<uint32_t>(index));
+}
+
 void Block::lanes_exited() {
     for (uint32_t id = 0; id < barriers_.size(); ++id)
         if (barriers_[id].participants && !barriers_[id].expected) complete_if_full(id);

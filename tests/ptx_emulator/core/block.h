@@ -41,6 +41,8 @@ struct Launch {
     std::vector<uint64_t> executed;  // warp instructions at each program counter
     std::unordered_map<uint64_t, uint64_t> float_atomics;  // address to the warp that added there
     int sm_count = 1;
+    // What the blocks that released at an address had seen: see Block::synchronize_at.
+    std::unordered_map<uint64_t, BlockSet> releases;
 };
 
 struct Barrier {
@@ -81,6 +83,12 @@ public:
     void vote(Warp& warp, uint32_t mask, uint32_t barrier, uint32_t predicate, Slot destination, uint32_t operation);
     void lanes_exited();
     Clock joined(uint32_t warps) const;  // what these warps have seen together
+    GlobalAccess global_access(bool strong) const { return {static_cast<uint32_t>(index), strong, &before_}; }
+    // An atomic, or another strong access, at a global address: what blocks did before they released there came before
+    // what this one does from now on. A block releases if it has had a fence since its last plain write.
+    void synchronize_at(uint64_t address, bool reads, bool writes);
+    void wrote_global() { unfenced_ = true; }
+    void fence() { unfenced_ = false; }
 
     Launch& launch;
     const uint64_t index;
@@ -95,6 +103,8 @@ private:
     [[noreturn]] void deadlock();
 
     std::array<Barrier, 16> barriers_;
+    BlockSet before_;
+    bool unfenced_ = false;
     uint64_t instructions_ = 0;
 };
 

@@ -86,9 +86,15 @@ bool shadow_write(uint32_t* writer, uint32_t* reader, uint32_t me, uint32_t tag,
     return false;
 }
 
-uint32_t culprit(const uint32_t* writer, const uint32_t* reader, uint32_t me, int bytes, bool reading) {
+// Takes blocks that came before off the record; of the rest, one that raced, or 0.
+uint32_t culprit(uint32_t* writer, uint32_t* reader, const GlobalAccess& access, int bytes, bool reading) {
+    const uint32_t me = access.block + 1;
+    const auto before = [&](uint32_t tag) { return tag == me || (tag != kManyBlocks && access.before->holds(tag - 1)); };
     for (int i = 0; i < bytes; ++i) {
-        if (writer[i] != 0 && writer[i] != me) return writer[i];
+        if (writer[i] != 0 && before(writer[i])) writer[i] = me;
+        if (reader[i] != 0 && before(reader[i])) reader[i] = me;
+        const bool meets = access.strong && writer[i] == kStrongAccess;
+        if (writer[i] != 0 && writer[i] != me && !meets) return writer[i];
         if (!reading && reader[i] != 0 && reader[i] != me) return reader[i];
     }
     return 0;
@@ -96,12 +102,12 @@ uint32_t culprit(const uint32_t* writer, const uint32_t* reader, uint32_t me, in
 
 }  // namespace
 
-Hazard GlobalMemory::read(Allocation& allocation, uint64_t address, int bytes, uint32_t block, bool strong) {
+Hazard GlobalMemory::read(Allocation& allocation, uint64_t address, int bytes, const GlobalAccess& access) {
     const uint64_t offset = address - allocation.base;
     const int here = static_cast<int>(std::min<uint64_t>(bytes, kShadowPage - offset % kShadowPage));
     if (here < bytes) {
-        const Hazard hazard = read(allocation, address, here, block, strong);
-        return hazard != Hazard::kNone ? hazard : read(allocation, address + here, bytes - here, block, strong);
+        const Hazard hazard = read(allocation, address, here, access);
+        return hazard != Hazard::kNone ? hazard : read(allocation, address + here, bytes - here, access);
     }
     if (check_initialized && !allocation.written.empty()) {
         uint8_t all = 1;
@@ -111,30 +117,33 @@ Hazard GlobalMemory::read(Allocation& allocation, uint64_t address, int bytes, u
     if (!check_races) return Hazard::kNone;
     ShadowPage& page = allocation.page(offset);
     uint32_t *writer = &page.writer[offset % kShadowPage], *reader = &page.reader[offset % kShadowPage];
-    const uint32_t me = block + 1, tolerated = strong ? kStrongAccess : me;
+    const uint32_t me = access.block + 1, tolerated = access.strong ? kStrongAccess : me;
     const auto shadow = bytes == 4 ? shadow_read<4> : bytes == 16 ? shadow_read<16> : bytes == 2 ? shadow_read<2>
                       : bytes == 8 ? shadow_read<8> : shadow_read<0>;
-    if (!shadow(writer, reader, me, tolerated, !strong, bytes, &unique_read)) return Hazard::kNone;
-    other_ = culprit(writer, reader, me, bytes, true);
-    return Hazard::kRace;
+    if (!shadow(writer, reader, me, tolerated, !access.strong, bytes, &unique_read)) return Hazard::kNone;
+    other_ = culprit(writer, reader, access, bytes, true);
+    if (other_) return Hazard::kRace;
+    shadow(writer, reader, me, tolerated, !access.strong, bytes, &unique_read);
+    return Hazard::kNone;
 }
 
-Hazard GlobalMemory::write(Allocation& allocation, uint64_t address, int bytes, uint32_t block, bool strong) {
+Hazard GlobalMemory::write(Allocation& allocation, uint64_t address, int bytes, const GlobalAccess& access) {
     const uint64_t offset = address - allocation.base;
     const int here = static_cast<int>(std::min<uint64_t>(bytes, kShadowPage - offset % kShadowPage));
     if (here < bytes) {
-        const Hazard hazard = write(allocation, address, here, block, strong);
-        return hazard != Hazard::kNone ? hazard : write(allocation, address + here, bytes - here, block, strong);
+        const Hazard hazard = write(allocation, address, here, access);
+        return hazard != Hazard::kNone ? hazard : write(allocation, address + here, bytes - here, access);
     }
     if (check_races) {
         ShadowPage& page = allocation.page(offset);
         uint32_t *writer = &page.writer[offset % kShadowPage], *reader = &page.reader[offset % kShadowPage];
-        const uint32_t me = block + 1, tag = strong ? kStrongAccess : me;
+        const uint32_t me = access.block + 1, tag = access.strong ? kStrongAccess : me;
         const auto shadow = bytes == 4 ? shadow_write<4> : bytes == 16 ? shadow_write<16> : bytes == 2 ? shadow_write<2>
                           : bytes == 8 ? shadow_write<8> : shadow_write<0>;
         if (shadow(writer, reader, me, tag, true, bytes, &unique_written)) {
-            other_ = culprit(writer, reader, me, bytes, false);
-            return Hazard::kRace;
+            other_ = culprit(writer, reader, access, bytes, false);
+            if (other_) return Hazard::kRace;
+            shadow(writer, reader, me, tag, true, bytes, &unique_written);
         }
     }
     if (!allocation.written.empty()) std::fill_n(&allocation.written[offset], bytes, 1);

@@ -21,6 +21,30 @@ struct ShadowPage {
 constexpr uint32_t kManyBlocks = 0xFFFFFFFF;    // as reader
 constexpr uint32_t kStrongAccess = 0xFFFFFFFF;  // as writer: atomics and their like, which may meet
 
+// A set of blocks of a launch.
+class BlockSet {
+public:
+    bool holds(uint32_t block) const { return block / 64 < words_.size() && words_[block / 64] >> block % 64 & 1; }
+    void add(uint32_t block) {
+        if (words_.size() <= block / 64) words_.resize(block / 64 + 1);
+        words_[block / 64] |= uint64_t{1} << block % 64;
+    }
+    void add(const BlockSet& other) {
+        if (words_.size() < other.words_.size()) words_.resize(other.words_.size());
+        for (size_t i = 0; i < other.words_.size(); ++i) words_[i] |= other.words_[i];
+    }
+
+private:
+    std::vector<uint64_t> words_;
+};
+
+// Who accesses global memory: the linear index of the block, and the blocks whose work so far came before.
+struct GlobalAccess {
+    uint32_t block;
+    bool strong;
+    const BlockSet* before;
+};
+
 struct Allocation {
     uint64_t base = 0;
     uint64_t bytes = 0;
@@ -47,10 +71,10 @@ public:
     void mark_written(uint64_t address, uint64_t bytes);
     void begin_launch();
 
-    // Any number of bytes within `allocation`. `block` is the linear index of the block. What is a hazard leaves no
-    // trace, so that a caller can ask again for parts.
-    Hazard read(Allocation& allocation, uint64_t address, int bytes, uint32_t block, bool strong);
-    Hazard write(Allocation& allocation, uint64_t address, int bytes, uint32_t block, bool strong);
+    // Any number of bytes within `allocation`. What is a hazard leaves no trace, so that a caller can ask again for
+    // parts.
+    Hazard read(Allocation& allocation, uint64_t address, int bytes, const GlobalAccess& access);
+    Hazard write(Allocation& allocation, uint64_t address, int bytes, const GlobalAccess& access);
 
     // The block + 1 behind the last race.
     uint32_t other() const { return other_; }

@@ -257,7 +257,13 @@ void decode_isspacep(Decoder& decoder, const Statement& s, Instruction& in) {
 
 void decode_prefetch(Decoder&, const Statement&, Instruction& in) { in.handler = nothing; }
 
-// Blocks and warps take turns on one host thread: every access is visible at once, which fences can only ask for.
-void decode_fence(Decoder&, const Statement&, Instruction& in) { in.handler = nothing; }
+// Blocks and warps take turns on one host thread: every access is visible at once. The race checker alone asks for
+// fences, between a block's plain writes and the atomic that tells other blocks of them.
+void decode_fence(Decoder&, const Statement& s, Instruction& in) {
+    Modifiers modifiers(s);
+    const bool within_block = modifiers.take("cta");
+    if (within_block) in.handler = nothing;
+    else in.handler = [](Warp& w, const Instruction&, uint32_t) { w.block.fence(); };
+}
 
 }  // namespace ptx_emulator

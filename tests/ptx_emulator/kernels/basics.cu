@@ -127,3 +127,24 @@ extern "C" __global__ void features(const float* in, float* out, const __grid_co
     }
     out[i] = value;
 }
+
+// The last block to finish adds what the others have written, as in the toolkit's threadFenceReduction sample.
+template <bool kFence>
+__device__ void last_block(const float* in, float* parts, unsigned* done, float* out) {
+    __shared__ bool last;
+    parts[blockIdx.x * 32 + threadIdx.x] = in[blockIdx.x * 32 + threadIdx.x];
+    if (kFence) __threadfence();
+    __syncthreads();
+    if (threadIdx.x == 0) last = atomicAdd(done, 1) == gridDim.x - 1;
+    __syncthreads();
+    if (!last) return;
+    float sum = 0;
+    for (unsigned block = 0; block < gridDim.x; ++block) sum += parts[block * 32 + threadIdx.x];
+    out[threadIdx.x] = sum;
+}
+extern "C" __global__ void last_block_adds(const float* in, float* parts, unsigned* done, float* out) {
+    last_block<true>(in, parts, done, out);
+}
+extern "C" __global__ void last_block_adds_unfenced(const float* in, float* parts, unsigned* done, float* out) {
+    last_block<false>(in, parts, done, out);
+}

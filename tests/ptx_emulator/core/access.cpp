@@ -29,7 +29,9 @@ Allocation& allocation_of(Warp& w, uint64_t address, int bytes, int lane) {
     GlobalMemory& global = w.block.launch.global;
     Allocation* allocation = global.find(address);
     if (!allocation || !allocation->holds(address, bytes))
-        throw Fault{"out of bounds in global memory: " + std::to_string(bytes) + " bytes at " + global.describe(address), lane};
+        throw Fault{"out of bounds in global memory: " + std::to_string(bytes) + " bytes at " +
+                        global.describe(address),
+                    lane};
     return *allocation;
 }
 
@@ -39,13 +41,16 @@ Allocation& allocation_of(Warp& w, uint64_t address, int bytes, int lane) {
     if (hazard == Hazard::kUninitialized)
         throw Fault{"uninitialised read: nobody wrote global memory at " + place, lane};
     const uint32_t other = global.other();
-    const std::string who = other == kManyBlocks ? "other blocks, or by atomics," : "block " + std::to_string(other - 1);
+    const std::string who =
+        other == kManyBlocks ? "other blocks, or by atomics," : "block " + std::to_string(other - 1);
     throw Fault{std::string("race between blocks: ") + what + " of global memory at " + place + ", touched by " + who +
-                    " in the same launch", lane};
+                    " in the same launch",
+                lane};
 }
 
 template <class Check>
-void for_each_global(Warp& w, uint32_t mask, const LaneAddresses& addresses, int bytes, const char* what, Check&& check) {
+void for_each_global(Warp& w, uint32_t mask, const LaneAddresses& addresses, int bytes, const char* what,
+                     Check&& check) {
     const auto one = [&](uint64_t address, int count, int lane) {
         const Hazard hazard = check(allocation_of(w, address, count, lane), address, count);
         if (hazard != Hazard::kNone) global_hazard(w, hazard, what, address, lane);
@@ -68,9 +73,8 @@ void gather(uint32_t mask, const LaneAddresses& addresses, LaneData* data) {
 
 template <int kBytes>
 void scatter(uint32_t mask, const LaneAddresses& addresses, const LaneData& data) {
-    for_lanes(mask, [&](int lane) {
-        std::memcpy(reinterpret_cast<void*>(addresses.lane[lane]), data.bytes[lane], kBytes);
-    });
+    for_lanes(mask,
+              [&](int lane) { std::memcpy(reinterpret_cast<void*>(addresses.lane[lane]), data.bytes[lane], kBytes); });
 }
 
 void copy_from_host(uint32_t mask, const LaneAddresses& addresses, int bytes, LaneData* data) {
@@ -101,14 +105,17 @@ void check_lanes_agree(uint32_t mask, const LaneAddresses& addresses, int bytes,
     });
 }
 
-void write_global(Warp& w, uint32_t mask, const LaneAddresses& addresses, int bytes, bool strong, const LaneData& data) {
+void write_global(Warp& w, uint32_t mask, const LaneAddresses& addresses, int bytes, bool strong,
+                  const LaneData& data) {
     GlobalMemory& global = w.block.launch.global;
     check_alignment(mask, addresses, bytes);
     for_each_global(w, mask, addresses, bytes, "write", [&](Allocation& allocation, uint64_t address, int count) {
         return global.write(allocation, address, count, w.block.global_access(strong));
     });
-    if (strong) for_lanes(mask, [&](int lane) { w.block.synchronize_at(addresses.lane[lane], false, true); });
-    else w.block.wrote_global();
+    if (strong)
+        for_lanes(mask, [&](int lane) { w.block.synchronize_at(addresses.lane[lane], false, true); });
+    else
+        w.block.wrote_global();
     count_global(&w.block.launch.counters.global_store, mask, addresses, bytes);
     copy_to_host(mask, addresses, bytes, data);
     if (w.block.launch.checks.races && !strong) check_lanes_agree(mask, addresses, bytes, data);
@@ -116,14 +123,16 @@ void write_global(Warp& w, uint32_t mask, const LaneAddresses& addresses, int by
 
 // Local memory: [lane][bytes]. The compiler spills whole vectors of which it may use a part, so that a byte nobody
 // wrote may be read where its value does not matter; a read without a single written byte is an error.
-void local_access(Warp& w, uint32_t mask, const LaneAddresses& offsets, int bytes, LaneData* read, const LaneData* write) {
+void local_access(Warp& w, uint32_t mask, const LaneAddresses& offsets, int bytes, LaneData* read,
+                  const LaneData* write) {
     check_alignment(mask, offsets, bytes);
     const uint64_t size = w.program.local_bytes;
     for_lanes(mask, [&](int lane) {
         const uint64_t offset = offsets.lane[lane];
         if (offset > size || size - offset < static_cast<uint64_t>(bytes))
-            throw Fault{"out of bounds in local memory: " + std::to_string(bytes) + " bytes at " + hex(offset) + " of " +
-                            std::to_string(size), lane};
+            throw Fault{"out of bounds in local memory: " + std::to_string(bytes) + " bytes at " + hex(offset) +
+                            " of " + std::to_string(size),
+                        lane};
         uint8_t* value = &w.local[lane * size + offset];
         uint8_t* written = &w.local_written[lane * size + offset];
         if (write) {
@@ -143,7 +152,9 @@ void read_params(Warp& w, uint32_t mask, const LaneAddresses& offsets, int bytes
     for_lanes(mask, [&](int lane) {
         const uint64_t offset = offsets.lane[lane];
         if (offset > params.size() || params.size() - offset < static_cast<uint64_t>(bytes))
-            throw Fault{"out of bounds in the kernel's parameters: " + std::to_string(bytes) + " bytes at " + hex(offset), lane};
+            throw Fault{"out of bounds in the kernel's parameters: " + std::to_string(bytes) + " bytes at " +
+                            hex(offset),
+                        lane};
         std::memcpy(data->bytes[lane], &params[offset], bytes);
     });
 }
@@ -202,7 +213,8 @@ void check_shared_bounds(Warp& w, uint32_t mask, const LaneAddresses& offsets, i
     for_lanes(mask, [&](int lane) {
         if (offsets.lane[lane] > size || size - offsets.lane[lane] < static_cast<uint64_t>(bytes))
             throw Fault{"out of bounds in shared memory: " + std::to_string(bytes) + " bytes at " +
-                            hex(offsets.lane[lane]) + " of " + std::to_string(size), lane};
+                            hex(offsets.lane[lane]) + " of " + std::to_string(size),
+                        lane};
     });
 }
 
@@ -212,7 +224,8 @@ void shared_hazard(Warp& w, Hazard hazard, const char* what, uint64_t offset, in
     if (hazard == Hazard::kPending)
         throw Fault{what + place + ", into which a cp.async is under way that no wait has covered", lane};
     throw Fault{std::string("race in shared memory: ") + what + place + ", which warp " +
-                    std::to_string(w.block.shared.other()) + " touched with no barrier between", lane};
+                    std::to_string(w.block.shared.other()) + " touched with no barrier between",
+                lane};
 }
 
 void read_shared(Warp& w, uint32_t mask, const LaneAddresses& offsets, int bytes, bool strong, LaneData* data,

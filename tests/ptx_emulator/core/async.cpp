@@ -71,9 +71,8 @@ void finish(Warp& w, Covered&& covered) {
 
 void wait_group(Warp& w, const Instruction& in, uint32_t mask) {
     const uint64_t open = static_cast<uint64_t>(in.immediate);
-    finish(w, [&](const AsyncCopy& copy) {
-        return mask >> copy.lane & 1 && copy.group + open < w.copy_group[copy.lane];
-    });
+    finish(w,
+           [&](const AsyncCopy& copy) { return mask >> copy.lane & 1 && copy.group + open < w.copy_group[copy.lane]; });
 }
 
 void wait_all(Warp& w, const Instruction&, uint32_t mask) {
@@ -82,8 +81,17 @@ void wait_all(Warp& w, const Instruction&, uint32_t mask) {
 
 // ---- mbarrier -------------------------------------------------------------------------------------------------------
 
-enum class BarrierOp : uint32_t { kInit, kInvalidate, kArrive, kArriveDrop, kExpectBytes, kArriveExpect, kWait,
-                                  kWaitParity, kArriveCopies };
+enum class BarrierOp : uint32_t {
+    kInit,
+    kInvalidate,
+    kArrive,
+    kArriveDrop,
+    kExpectBytes,
+    kArriveExpect,
+    kWait,
+    kWaitParity,
+    kArriveCopies
+};
 
 MemoryBarrier& barrier_at(Warp& w, uint64_t address, int lane) {
     const auto found = w.block.memory_barriers.find(static_cast<uint32_t>(within_space(address)));
@@ -141,12 +149,14 @@ void memory_barrier(Warp& w, const Instruction& in, uint32_t mask) {
                 return;
             case BarrierOp::kWait:
             case BarrierOp::kWaitParity: {
-                const uint64_t wanted = op == BarrierOp::kWait ? w.at<uint64_t>(in.slot[1])[lane]
-                                                               : w.at<uint32_t>(in.slot[1])[lane];
+                const uint64_t wanted =
+                    op == BarrierOp::kWait ? w.at<uint64_t>(in.slot[1])[lane] : w.at<uint32_t>(in.slot[1])[lane];
                 const bool done = op == BarrierOp::kWait ? barrier.phase > wanted : (barrier.phase & 1) != (wanted & 1);
                 complete |= uint32_t{done} << lane;
-                if (done) w.synchronize(barrier.completed);
-                else w.yield();
+                if (done)
+                    w.synchronize(barrier.completed);
+                else
+                    w.yield();
                 return;
             }
             default: break;
@@ -232,8 +242,10 @@ void decode_mbarrier(Decoder& decoder, const Statement& s, Instruction& in) {
     const bool returns = s.operands.at(0).kind != Operand::Kind::kAddress;
     const size_t at = returns ? 1 : 0;
     decoder.address(s.operands.at(at), in);
-    if (waits) in.slot[0] = decoder.predicate(s.operands[0]);
-    else if (returns) in.slot[0] = decoder.destination(s.operands[0], 8), in.wide_result = true;
+    if (waits)
+        in.slot[0] = decoder.predicate(s.operands[0]);
+    else if (returns)
+        in.slot[0] = decoder.destination(s.operands[0], 8), in.wide_result = true;
     if (s.operands.size() > at + 1) {
         in.count = 1;
         in.slot[1] = decoder.source(s.operands[at + 1], op == BarrierOp::kWait ? Type::kB64 : Type::kB32);

@@ -9,16 +9,66 @@
 namespace ptx_emulator {
 namespace {
 
-struct AddOp { template <class T> static T apply(T old, T b, T) { return static_cast<T>(old + b); } };
-struct AndOp { template <class T> static T apply(T old, T b, T) { return old & b; } };
-struct OrOp { template <class T> static T apply(T old, T b, T) { return old | b; } };
-struct XorOp { template <class T> static T apply(T old, T b, T) { return old ^ b; } };
-struct ExchangeOp { template <class T> static T apply(T, T b, T) { return b; } };
-struct CasOp { template <class T> static T apply(T old, T b, T c) { return old == b ? c : old; } };
-struct MinOp { template <class T> static T apply(T old, T b, T) { return std::min(old, b); } };
-struct MaxOp { template <class T> static T apply(T old, T b, T) { return std::max(old, b); } };
-struct IncOp { template <class T> static T apply(T old, T b, T) { return old >= b ? T{0} : static_cast<T>(old + 1); } };
-struct DecOp { template <class T> static T apply(T old, T b, T) { return old == 0 || old > b ? b : static_cast<T>(old - 1); } };
+struct AddOp {
+    template <class T>
+    static T apply(T old, T b, T) {
+        return static_cast<T>(old + b);
+    }
+};
+struct AndOp {
+    template <class T>
+    static T apply(T old, T b, T) {
+        return old & b;
+    }
+};
+struct OrOp {
+    template <class T>
+    static T apply(T old, T b, T) {
+        return old | b;
+    }
+};
+struct XorOp {
+    template <class T>
+    static T apply(T old, T b, T) {
+        return old ^ b;
+    }
+};
+struct ExchangeOp {
+    template <class T>
+    static T apply(T, T b, T) {
+        return b;
+    }
+};
+struct CasOp {
+    template <class T>
+    static T apply(T old, T b, T c) {
+        return old == b ? c : old;
+    }
+};
+struct MinOp {
+    template <class T>
+    static T apply(T old, T b, T) {
+        return std::min(old, b);
+    }
+};
+struct MaxOp {
+    template <class T>
+    static T apply(T old, T b, T) {
+        return std::max(old, b);
+    }
+};
+struct IncOp {
+    template <class T>
+    static T apply(T old, T b, T) {
+        return old >= b ? T{0} : static_cast<T>(old + 1);
+    }
+};
+struct DecOp {
+    template <class T>
+    static T apply(T old, T b, T) {
+        return old == 0 || old > b ? b : static_cast<T>(old - 1);
+    }
+};
 
 // 16-bit floats, one or two in a word, as a word.
 template <class Format, int kWidth>
@@ -27,7 +77,8 @@ struct NarrowAdd {
     static T apply(T old, T b, T) {
         T result = 0;
         for (int i = 0; i < kWidth; ++i) {
-            const float sum = Format::widen(static_cast<uint16_t>(old >> 16 * i)) + Format::widen(static_cast<uint16_t>(b >> 16 * i));
+            const float sum =
+                Format::widen(static_cast<uint16_t>(old >> 16 * i)) + Format::widen(static_cast<uint16_t>(b >> 16 * i));
             result = static_cast<T>(result | T{Format::narrow(sum)} << 16 * i);
         }
         return result;
@@ -58,7 +109,8 @@ uint8_t* place(Warp& w, Space space, uint64_t address, int bytes, int lane) {
     GlobalMemory& global = w.block.launch.global;
     if (global.write(*global.find(address), address, bytes, w.block.global_access(true)) != Hazard::kNone)
         throw Fault{"race between blocks: an atomic on global memory at " + global.describe(address) +
-                        ", which another block reads or writes plainly in the same launch", lane};
+                        ", which another block reads or writes plainly in the same launch",
+                    lane};
     w.block.synchronize_at(address, true, true);
     return reinterpret_cast<uint8_t*>(address);
 }
@@ -77,6 +129,7 @@ void atomic(Warp& w, const Instruction& in, uint32_t mask) {
     lane_addresses(w, in, mask, &addresses);
     const T* b = w.at<T>(in.slot[1]);
     const T* c = w.at<T>(in.slot[2]);
+    if (in.releases) w.block.fence();
     const int start = w.block.launch.checks.random_order ? static_cast<int>(w.block.launch.random() % kLanes) : 0;
     GlobalTraffic& traffic = w.block.launch.counters.global_load;
     const GlobalTraffic before = traffic;
@@ -128,12 +181,13 @@ Handler atomic_handler(Type type, const std::string& operation) {
 
 void decode_atomic(Decoder& decoder, const Statement& s, Instruction& in, bool returns) {
     Modifiers modifiers(s);
-    modifiers.take_any({"relaxed", "acquire", "release", "acq_rel"});
+    const std::string order = modifiers.take_any({"relaxed", "acquire", "release", "acq_rel"});
+    in.releases = order == "release" || order == "acq_rel";
     modifiers.take_any({"cta", "cluster", "gpu", "sys"});
     modifiers.take_prefix("L2::");
     in.space = !modifiers.take_any({"shared", "shared::cta", "shared::cluster"}).empty() ? Space::kShared
-               : modifiers.take("global")                                               ? Space::kGlobal
-                                                                                        : Space::kGeneric;
+               : modifiers.take("global")                                                ? Space::kGlobal
+                                                                                         : Space::kGeneric;
     const std::string operation =
         modifiers.take_any({"add", "and", "or", "xor", "exch", "cas", "min", "max", "inc", "dec"});
     modifiers.take("noftz");

@@ -38,7 +38,7 @@ struct Launch {
     Checks checks;
     std::mt19937_64 random;
     Counters counters;
-    std::vector<uint64_t> executed;  // warp instructions at each program counter
+    std::vector<uint64_t> executed;                        // warp instructions at each program counter
     std::unordered_map<uint64_t, uint64_t> float_atomics;  // address to the warp that added there
     int sm_count = 1;
     // What the blocks that released at an address had seen: see Block::synchronize_at.
@@ -46,11 +46,11 @@ struct Launch {
 };
 
 struct Barrier {
-    uint32_t arrived = 0;     // threads
-    uint32_t expected = 0;    // threads; 0: all that live
-    uint32_t waiting = 0;     // warps with a fragment that waits
+    uint32_t arrived = 0;       // threads
+    uint32_t expected = 0;      // threads; 0: all that live
+    uint32_t waiting = 0;       // warps with a fragment that waits
     uint32_t participants = 0;  // warps that arrived or wait
-    uint32_t votes = 0;       // threads whose predicate is true, for bar.red
+    uint32_t votes = 0;         // threads whose predicate is true, for bar.red
     uint32_t voters = 0;
     struct Vote {
         Warp* warp;
@@ -66,7 +66,7 @@ struct MemoryBarrier {
     int64_t pending = 0;  // arrivals, and bytes below
     int64_t bytes = 0;
     uint64_t phase = 0;
-    Clock arrived{};      // what those who arrived had seen
+    Clock arrived{};  // what those who arrived had seen
     Clock completed{};
 };
 

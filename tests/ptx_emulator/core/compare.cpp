@@ -9,7 +9,8 @@ namespace ptx_emulator {
 namespace {
 
 enum Comparison { kEq, kNe, kLt, kLe, kGt, kGe, kEqu, kNeu, kLtu, kLeu, kGtu, kGeu, kNum, kNaN };
-constexpr const char* kNames[] = {"eq", "ne", "lt", "le", "gt", "ge", "equ", "neu", "ltu", "leu", "gtu", "geu", "num", "nan"};
+constexpr const char* kNames[] = {"eq",  "ne",  "lt",  "le",  "gt",  "ge",  "equ",
+                                  "neu", "ltu", "leu", "gtu", "geu", "num", "nan"};
 
 // Floats widened to what they are compared as.
 struct HalfLane {
@@ -22,8 +23,10 @@ struct BFloat16Lane {
 };
 template <class T>
 auto comparable(T value) {
-    if constexpr (std::is_arithmetic_v<T>) return value;
-    else return static_cast<float>(value);
+    if constexpr (std::is_arithmetic_v<T>)
+        return value;
+    else
+        return static_cast<float>(value);
 }
 
 template <Comparison comparison, class T>
@@ -92,8 +95,10 @@ void set_register(Warp& w, const Instruction& in, uint32_t mask) {
         const uint32_t bits = combine(w, in, compare_lanes<comparison, T, kWidth>(w, in, part));
         for_lanes(mask, [&](int lane) {
             const bool result = bits >> lane & 1;
-            if (in.register_bytes == 4) w.at<uint32_t>(in.slot[0])[lane] = result ? in.target : 0;
-            else w.at<uint16_t>(in.slot[0])[lane * kWidth + part] = static_cast<uint16_t>(result ? in.target : 0);
+            if (in.register_bytes == 4)
+                w.at<uint32_t>(in.slot[0])[lane] = result ? in.target : 0;
+            else
+                w.at<uint16_t>(in.slot[0])[lane * kWidth + part] = static_cast<uint16_t>(result ? in.target : 0);
         });
     }
 }
@@ -103,9 +108,10 @@ using Row = std::array<Handler, 14>;
 template <class T, int kWidth, bool kPredicate>
 constexpr Row row() {
 #define PTX_EMULATOR_COMPARISON(c) kPredicate ? set_predicate<c, T, kWidth> : set_register<c, T, kWidth>
-    return {PTX_EMULATOR_COMPARISON(kEq), PTX_EMULATOR_COMPARISON(kNe), PTX_EMULATOR_COMPARISON(kLt), PTX_EMULATOR_COMPARISON(kLe),
-            PTX_EMULATOR_COMPARISON(kGt), PTX_EMULATOR_COMPARISON(kGe), PTX_EMULATOR_COMPARISON(kEqu), PTX_EMULATOR_COMPARISON(kNeu),
-            PTX_EMULATOR_COMPARISON(kLtu), PTX_EMULATOR_COMPARISON(kLeu), PTX_EMULATOR_COMPARISON(kGtu), PTX_EMULATOR_COMPARISON(kGeu),
+    return {PTX_EMULATOR_COMPARISON(kEq),  PTX_EMULATOR_COMPARISON(kNe),  PTX_EMULATOR_COMPARISON(kLt),
+            PTX_EMULATOR_COMPARISON(kLe),  PTX_EMULATOR_COMPARISON(kGt),  PTX_EMULATOR_COMPARISON(kGe),
+            PTX_EMULATOR_COMPARISON(kEqu), PTX_EMULATOR_COMPARISON(kNeu), PTX_EMULATOR_COMPARISON(kLtu),
+            PTX_EMULATOR_COMPARISON(kLeu), PTX_EMULATOR_COMPARISON(kGtu), PTX_EMULATOR_COMPARISON(kGeu),
             PTX_EMULATOR_COMPARISON(kNum), PTX_EMULATOR_COMPARISON(kNaN)};
 #undef PTX_EMULATOR_COMPARISON
 }
@@ -113,11 +119,14 @@ constexpr Row row() {
 template <bool kPredicate>
 Row row_of(Type type) {
     switch (type) {
-        case Type::kB16: case Type::kU16: return row<uint16_t, 1, kPredicate>();
+        case Type::kB16:
+        case Type::kU16: return row<uint16_t, 1, kPredicate>();
         case Type::kS16: return row<int16_t, 1, kPredicate>();
-        case Type::kB32: case Type::kU32: return row<uint32_t, 1, kPredicate>();
+        case Type::kB32:
+        case Type::kU32: return row<uint32_t, 1, kPredicate>();
         case Type::kS32: return row<int32_t, 1, kPredicate>();
-        case Type::kB64: case Type::kU64: return row<uint64_t, 1, kPredicate>();
+        case Type::kB64:
+        case Type::kU64: return row<uint64_t, 1, kPredicate>();
         case Type::kS64: return row<int64_t, 1, kPredicate>();
         case Type::kF32: return row<float, 1, kPredicate>();
         case Type::kF64: return row<double, 1, kPredicate>();
@@ -174,10 +183,15 @@ void decode_set(Decoder& decoder, const Statement& s, Instruction& in) {
     const bool pairs = type == Type::kF16x2 || type == Type::kBF16x2;
     in.register_bytes = static_cast<uint8_t>(pairs ? 2 : bytes_of(result));
     switch (result) {
-        case Type::kU32: case Type::kS32: case Type::kU16: case Type::kS16: in.target = 0xFFFFFFFF; break;
+        case Type::kU32:
+        case Type::kS32:
+        case Type::kU16:
+        case Type::kS16: in.target = 0xFFFFFFFF; break;
         case Type::kF32: in.target = 0x3F800000; break;
-        case Type::kF16: case Type::kF16x2: in.target = 0x3C00; break;
-        case Type::kBF16: case Type::kBF16x2: in.target = 0x3F80; break;
+        case Type::kF16:
+        case Type::kF16x2: in.target = 0x3C00; break;
+        case Type::kBF16:
+        case Type::kBF16x2: in.target = 0x3F80; break;
         default: throw EmulatorError("set has no result of this type");
     }
     in.slot[0] = decoder.destination(s.operands.at(0), bytes_of(result));

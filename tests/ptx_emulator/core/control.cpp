@@ -90,8 +90,10 @@ std::string format(Warp& w, const std::string& format, uint64_t buffer, int lane
         std::string directive = "%";
         bool wide = false;
         for (++i; i < format.size(); ++i) {
-            if (format[i] == 'l' || format[i] == 'z') wide = true;
-            else if (format[i] != 'h') directive += format[i];
+            if (format[i] == 'l' || format[i] == 'z')
+                wide = true;
+            else if (format[i] != 'h')
+                directive += format[i];
             if (std::isalpha(static_cast<unsigned char>(format[i])) && !std::strchr("lhz", format[i])) break;
             if (format[i] == '%') break;
         }
@@ -110,7 +112,8 @@ std::string format(Warp& w, const std::string& format, uint64_t buffer, int lane
         } else {
             const int bytes = wide || kind == 'p' ? 8 : 4;
             const uint64_t bits = take(bytes);
-            const int64_t value = bytes == 4 && std::strchr("di", kind) ? static_cast<int32_t>(bits) : static_cast<int64_t>(bits);
+            const int64_t value =
+                bytes == 4 && std::strchr("di", kind) ? static_cast<int32_t>(bits) : static_cast<int64_t>(bits);
             directive.insert(directive.size() - 1, kind == 'c' || kind == 'p' ? "" : "ll");
             std::snprintf(text, sizeof text, directive.c_str(), value);
             out += text;
@@ -121,7 +124,8 @@ std::string format(Warp& w, const std::string& format, uint64_t buffer, int lane
 
 void print(Warp& w, const Instruction& in, uint32_t mask) {
     for_lanes(mask, [&](int lane) {
-        const std::string text = format(w, string_at(w, argument<uint64_t>(w, in, 1, lane)), argument<uint64_t>(w, in, 2, lane), lane);
+        const std::string text =
+            format(w, string_at(w, argument<uint64_t>(w, in, 1, lane)), argument<uint64_t>(w, in, 2, lane), lane);
         std::fputs(text.c_str(), stdout);
         const int32_t arguments = 1;  // what printf returns, but for errors, is of no use
         std::memcpy(&w.local[lane * size_t{w.program.local_bytes} + in.slot[0].offset], &arguments, sizeof arguments);

@@ -23,7 +23,10 @@ Conversion conversion_of(const Instruction& in) {
 }
 
 int host_rounding(Rounding rounding) {
-    return rounding == kZero ? FE_TOWARDZERO : rounding == kDown ? FE_DOWNWARD : rounding == kUp ? FE_UPWARD : FE_TONEAREST;
+    return rounding == kZero   ? FE_TOWARDZERO
+           : rounding == kDown ? FE_DOWNWARD
+           : rounding == kUp   ? FE_UPWARD
+                               : FE_TONEAREST;
 }
 
 double rounded(double value, Rounding rounding) {
@@ -77,7 +80,8 @@ uint16_t to_half(double value, const Conversion& how) {
 }
 uint16_t to_bfloat16(double value, const Conversion& how) {
     if (value != value) return kBFloat16NaN;
-    return static_cast<uint16_t>(bit_cast<uint32_t>(static_cast<float>(round_to(value, 7, -126, 127, how.rounding))) >> 16);
+    return static_cast<uint16_t>(bit_cast<uint32_t>(static_cast<float>(round_to(value, 7, -126, 127, how.rounding))) >>
+                                 16);
 }
 uint32_t to_tf32(double value, const Conversion& how) {
     if (value != value) return kFloatNaN;
@@ -101,10 +105,14 @@ struct DoubleSource {
     static double read(const void* registers, int, int lane) { return static_cast<const double*>(registers)[lane]; }
 };
 struct HalfSource {
-    static double read(const void* registers, int, int lane) { return half_to_float(static_cast<const uint16_t*>(registers)[lane]); }
+    static double read(const void* registers, int, int lane) {
+        return half_to_float(static_cast<const uint16_t*>(registers)[lane]);
+    }
 };
 struct BFloat16Source {
-    static double read(const void* registers, int, int lane) { return bfloat16_to_float(static_cast<const uint16_t*>(registers)[lane]); }
+    static double read(const void* registers, int, int lane) {
+        return bfloat16_to_float(static_cast<const uint16_t*>(registers)[lane]);
+    }
 };
 
 template <class T, class Value>
@@ -114,8 +122,8 @@ T narrow_integer(Value value, const Conversion& how) {
     } else {
         if (!(how.flags & kSat)) return static_cast<T>(value);
         const __int128 wide = value;
-        return static_cast<T>(std::min<__int128>(std::max<__int128>(wide, std::numeric_limits<T>::min()),
-                                                 std::numeric_limits<T>::max()));
+        return static_cast<T>(
+            std::min<__int128>(std::max<__int128>(wide, std::numeric_limits<T>::min()), std::numeric_limits<T>::max()));
     }
 }
 
@@ -157,9 +165,12 @@ void convert_to_integer(Warp& w, const Instruction& in, uint32_t mask) {
     using S2 = std::conditional_t<std::is_signed_v<T>, int16_t, uint16_t>;
     using S4 = std::conditional_t<std::is_signed_v<T>, int32_t, uint32_t>;
     using S8 = std::conditional_t<std::is_signed_v<T>, int64_t, uint64_t>;
-    if (in.bytes == 2) for_lanes(mask, [&](int lane) { store(S2{}, lane); });
-    else if (in.bytes == 4) for_lanes(mask, [&](int lane) { store(S4{}, lane); });
-    else for_lanes(mask, [&](int lane) { store(S8{}, lane); });
+    if (in.bytes == 2)
+        for_lanes(mask, [&](int lane) { store(S2{}, lane); });
+    else if (in.bytes == 4)
+        for_lanes(mask, [&](int lane) { store(S4{}, lane); });
+    else
+        for_lanes(mask, [&](int lane) { store(S8{}, lane); });
 }
 
 // A 64-bit integer of which a double holds all bits but the last 11: what those were is kept in the one before them,
@@ -236,7 +247,8 @@ template <bool kHalf>
 void convert_pair(Warp& w, const Instruction& in, uint32_t mask) {
     const Conversion how = conversion_of(in);
     for_lanes(mask, [&](int lane) {
-        const double high = apply_flags(w.at<float>(in.slot[1])[lane], how), low = apply_flags(w.at<float>(in.slot[2])[lane], how);
+        const double high = apply_flags(w.at<float>(in.slot[1])[lane], how),
+                     low = apply_flags(w.at<float>(in.slot[2])[lane], how);
         const uint32_t upper = kHalf ? to_half(high, how) : to_bfloat16(high, how);
         const uint32_t lower = kHalf ? to_half(low, how) : to_bfloat16(low, how);
         w.at<uint32_t>(in.slot[0])[lane] = upper << 16 | lower;
@@ -272,9 +284,13 @@ void decode_cvt(Decoder& decoder, const Statement& s, Instruction& in) {
     const std::string rounding = modifiers.take_any({"rni", "rzi", "rmi", "rpi", "rna", "rn", "rz", "rm", "rp"});
     const bool to_integer = rounding.size() == 3 && rounding[2] == 'i';
     const char mode = rounding.empty() ? 'n' : rounding[1];
-    const Rounding how = mode == 'z' ? kZero : mode == 'm' ? kDown : mode == 'p' ? kUp : rounding == "rna" ? kAway : kNearest;
-    const uint32_t flags = (modifiers.take("ftz") ? kFtz : 0) | (modifiers.take("sat") ? kSat : 0) |
-                           (modifiers.take("relu") ? kRelu : 0);
+    const Rounding how = mode == 'z'         ? kZero
+                         : mode == 'm'       ? kDown
+                         : mode == 'p'       ? kUp
+                         : rounding == "rna" ? kAway
+                                             : kNearest;
+    const uint32_t flags =
+        (modifiers.take("ftz") ? kFtz : 0) | (modifiers.take("sat") ? kSat : 0) | (modifiers.take("relu") ? kRelu : 0);
     if (modifiers.take("satfinite")) throw EmulatorError(".satfinite is not supported");
     modifiers.done();
     in.target = how | (to_integer ? 8u : 0u) | flags << 4;
@@ -295,7 +311,9 @@ void decode_cvt(Decoder& decoder, const Statement& s, Instruction& in) {
     in.register_bytes = static_cast<uint8_t>(source_bytes);
     in.slot[0] = decoder.destination(s.operands.at(0), destination_bytes);
     if (register_bytes > bytes_of(from) && is_integer(from))
-        in.slot[1] = decoder.source(s.operands.at(1), register_bytes == 8 ? Type::kB64 : register_bytes == 4 ? Type::kB32 : Type::kB16);
+        in.slot[1] = decoder.source(s.operands.at(1), register_bytes == 8   ? Type::kB64
+                                                      : register_bytes == 4 ? Type::kB32
+                                                                            : Type::kB16);
     else
         in.slot[1] = decoder.source(s.operands.at(1), from);
     if (to == Type::kTF32) {

@@ -95,8 +95,10 @@ const Decoder::Symbol* Decoder::find(const std::string& name) {
     if (!shared_offsets_.count(name)) {
         const Variable& variable = *shared->second;
         // A dynamic array begins behind the static ones: its offset is known once all are placed.
-        if (variable.bytes == 0) shared_offsets_[name] = 0xFFFFFFFF;
-        else shared_offsets_[name] = reserve(program_.static_shared_bytes, variable.bytes, variable.align);
+        if (variable.bytes == 0)
+            shared_offsets_[name] = 0xFFFFFFFF;
+        else
+            shared_offsets_[name] = reserve(program_.static_shared_bytes, variable.bytes, variable.align);
     }
     uint32_t offset = shared_offsets_[name];
     if (offset == 0xFFFFFFFF) offset = program_.static_shared_bytes;
@@ -209,8 +211,10 @@ void Decoder::close_scope() {
     for (Fixup& fixup : closed.fixups) {
         const auto label = closed.labels.find(fixup.label);
         if (label != closed.labels.end()) {
-            if (fixup.table_entry < 0) program_.code[fixup.instruction].target = label->second;
-            else program_.branch_tables[fixup.instruction][fixup.table_entry] = label->second;
+            if (fixup.table_entry < 0)
+                program_.code[fixup.instruction].target = label->second;
+            else
+                program_.branch_tables[fixup.instruction][fixup.table_entry] = label->second;
         } else if (closed.function) {
             throw EmulatorError("PTX line " + std::to_string(fixup.line) + ": no label '" + fixup.label + "'");
         } else {
@@ -225,9 +229,12 @@ void Decoder::call(const Statement& statement) {
     std::vector<Operand> lists;
     std::string name;
     for (const Operand& operand : statement.operands) {
-        if (operand.kind == Operand::Kind::kList) lists.push_back(operand);
-        else if (name.empty()) name = operand.name;
-        else decode_error(statement, "indirect calls are not supported");
+        if (operand.kind == Operand::Kind::kList)
+            lists.push_back(operand);
+        else if (name.empty())
+            name = operand.name;
+        else
+            decode_error(statement, "indirect calls are not supported");
     }
     const auto found = module_.functions.find(name);
     if (found == module_.functions.end()) decode_error(statement, "no function '" + name + "'");
@@ -275,8 +282,7 @@ void Decoder::declare(const Variable& variable) {
             symbol = {Symbol::Kind::kShared, {0, 0}, 4, 0};
             // One variable for all copies of an inlined function.
             if (!shared_offsets_.count(variable.name))
-                shared_offsets_[variable.name] =
-                    reserve(program_.static_shared_bytes, variable.bytes, variable.align);
+                shared_offsets_[variable.name] = reserve(program_.static_shared_bytes, variable.bytes, variable.align);
             symbol.value = shared_offsets_[variable.name];
             break;
         case Space::kLocal:

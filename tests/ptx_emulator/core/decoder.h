@@ -26,7 +26,7 @@ public:
 
     bool take(const std::string& name);
     std::string take_any(std::initializer_list<const char*> names);  // "" if there is none of them
-    Type take_type();  // the first that names a type
+    Type take_type();                                                // the first that names a type
     void take_prefix(const std::string& prefix);
     bool empty() const { return names_.empty(); }
     const std::string& front() const { return names_.front(); }
@@ -45,7 +45,7 @@ public:
     // ---- for the opcodes ----
     Slot source(const Operand& operand, Type type);
     Slot destination(const Operand& operand, int bytes);
-    Slot predicate(const Operand& operand);  // '_' gives a place that nobody reads
+    Slot predicate(const Operand& operand);      // '_' gives a place that nobody reads
     int register_bytes(const Operand& operand);  // 0: not a register
     void address(const Operand& operand, Instruction& in);
     void branch_to(const std::string& label);

@@ -142,8 +142,19 @@ void Device::launch(LoadedModule& module, const std::string& kernel, const Launc
     const Program& program = module.program(kernel);
     check_launch(module, program, request);
     const uint32_t dynamic = static_cast<uint32_t>(request.dynamic_shared_bytes);
-    Launch launch{program, request.grid, request.threads, program.static_shared_bytes + dynamic, dynamic,
-                  request.params, global, checks, std::mt19937_64(checks.seed), {}, {}, {}, profile->sm_count};
+    Launch launch{program,
+                  request.grid,
+                  request.threads,
+                  program.static_shared_bytes + dynamic,
+                  dynamic,
+                  request.params,
+                  global,
+                  checks,
+                  std::mt19937_64(checks.seed),
+                  {},
+                  {},
+                  {},
+                  profile->sm_count};
     launch.executed.resize(program.code.size());
     launch.counters.shared_bytes = launch.shared_bytes;
     global.check_initialized = checks.initialized;
@@ -180,8 +191,10 @@ void Device::run_blocks(Launch& launch) {
             if (instructions > launch.checks.max_instructions)
                 throw EmulatorError(launch.program.name + ": no end after " + std::to_string(instructions) +
                                     " warp instructions; max_instructions allows more");
-            if (done) resident.erase(resident.begin() + static_cast<std::ptrdiff_t>(i));
-            else ++i;
+            if (done)
+                resident.erase(resident.begin() + static_cast<std::ptrdiff_t>(i));
+            else
+                ++i;
         }
     }
 }

@@ -18,8 +18,10 @@ constexpr uint32_t kFtz = 1, kSat = 2, kNaN = 4, kRelu = 8;
 
 template <class T>
 T canonical(T value) {
-    if constexpr (sizeof(T) == 4) return value == value ? value : bit_cast<float>(kFloatNaN);
-    else return value == value ? value : bit_cast<double>(uint64_t{0x7FFFFFFFFFFFFFFF});
+    if constexpr (sizeof(T) == 4)
+        return value == value ? value : bit_cast<float>(kFloatNaN);
+    else
+        return value == value ? value : bit_cast<double>(uint64_t{0x7FFFFFFFFFFFFFFF});
 }
 
 template <class T>
@@ -183,8 +185,10 @@ void decode_float(Decoder& decoder, const Statement& s, Instruction& in, FloatOp
     in.target = (modifiers.take("ftz") ? kFtz : 0) | (modifiers.take("sat") ? kSat : 0) |
                 (modifiers.take("NaN") ? kNaN : 0) | (modifiers.take("relu") ? kRelu : 0);
     const std::string rounding = modifiers.take_any({"rn", "rz", "rm", "rp"});
-    in.immediate = rounding == "rz" ? FE_TOWARDZERO : rounding == "rm" ? FE_DOWNWARD : rounding == "rp" ? FE_UPWARD
-                                                                                                     : FE_TONEAREST;
+    in.immediate = rounding == "rz"   ? FE_TOWARDZERO
+                   : rounding == "rm" ? FE_DOWNWARD
+                   : rounding == "rp" ? FE_UPWARD
+                                      : FE_TONEAREST;
     const bool narrow = type != Type::kF32 && type != Type::kF64;
     if (narrow && in.immediate != FE_TONEAREST) throw EmulatorError("this rounding of a 16-bit type is not supported");
     modifiers.take("approx");
@@ -217,8 +221,8 @@ void test_property(Warp& w, const Instruction& in, uint32_t mask) {
     for (int i = 0; i < kLanes; ++i) {
         const T a = w.at<T>(in.slot[1])[i];
         const int kind = std::fpclassify(a);
-        const bool results[] = {std::isfinite(a), kind == FP_INFINITE, kind != FP_NAN, kind == FP_NAN,
-                                kind == FP_NORMAL, kind == FP_SUBNORMAL || kind == FP_ZERO};
+        const bool results[] = {std::isfinite(a), kind == FP_INFINITE, kind != FP_NAN,
+                                kind == FP_NAN,   kind == FP_NORMAL,   kind == FP_SUBNORMAL || kind == FP_ZERO};
         bits |= uint32_t{results[in.target]} << i;
     }
     write_predicate(w, in.slot[0], mask, bits);

@@ -10,8 +10,26 @@
 
 namespace ptx_emulator {
 
-enum class FloatOp { kAdd, kSub, kMul, kDiv, kFma, kMin, kMax, kAbs, kNeg, kRcp, kSqrt, kRsqrt, kSin, kCos, kEx2, kLg2,
-                     kTanh, kCopySign };
+enum class FloatOp {
+    kAdd,
+    kSub,
+    kMul,
+    kDiv,
+    kFma,
+    kMin,
+    kMax,
+    kAbs,
+    kNeg,
+    kRcp,
+    kSqrt,
+    kRsqrt,
+    kSin,
+    kCos,
+    kEx2,
+    kLg2,
+    kTanh,
+    kCopySign
+};
 
 void decode_float(Decoder& decoder, const Statement& s, Instruction& in, FloatOp op);
 

@@ -129,8 +129,10 @@ void write_d(Warp& w, const Slot* d, const float in[16][8]) {
     for (int lane = 0; lane < kLanes; ++lane)
         for (int i = 0; i < 4; ++i) {
             const float value = in[lane / 4 + 8 * (i / 2)][2 * (lane % 4) + i % 2];
-            if (kHalf) w.at<uint16_t>(d[i / 2])[2 * lane + i % 2] = float_to_half(value);
-            else w.at<float>(d[i])[lane] = value;
+            if (kHalf)
+                w.at<uint16_t>(d[i / 2])[2 * lane + i % 2] = float_to_half(value);
+            else
+                w.at<float>(d[i])[lane] = value;
         }
 }
 
@@ -144,8 +146,10 @@ void multiply(Warp& w, const Instruction& in, uint32_t mask) {
     constexpr int kResults = kHalf ? 2 : 4, kA = kTf32 ? k / 2 : k / 4, kB = kTf32 ? k / 4 : k / 8;
     const Slot *d = &in.slot[0], *a = d + kResults, *b = a + kA, *c = b + kB;
     Operands operands;
-    if constexpr (kTf32) gather_tf32<k>(w, a, b, &operands);
-    else gather<Format, k>(w, a, b, &operands);
+    if constexpr (kTf32)
+        gather_tf32<k>(w, a, b, &operands);
+    else
+        gather<Format, k>(w, a, b, &operands);
     alignas(64) float sums[16][8];
     read_c<kHalf>(w, c, sums);
     for (int i = 0; i < 16; ++i) {
@@ -170,7 +174,8 @@ void decode_matrices(Decoder& decoder, const Statement& s, Instruction& in, bool
     in.count = static_cast<uint8_t>(number[1] - '0');
     const Operand& registers = s.operands.at(loads ? 0 : 1);
     decoder.address(s.operands.at(loads ? 1 : 0), in);
-    const std::vector<Operand> parts = registers.kind == Operand::Kind::kVector ? registers.parts : std::vector<Operand>{registers};
+    const std::vector<Operand> parts =
+        registers.kind == Operand::Kind::kVector ? registers.parts : std::vector<Operand>{registers};
     if (parts.size() != in.count) throw EmulatorError("another number of registers than matrices");
     for (int i = 0; i < in.count; ++i)
         in.slot[i] = loads ? decoder.destination(parts[i], 4) : decoder.source(parts[i], Type::kB32);
@@ -195,14 +200,17 @@ void decode_mma(Decoder& decoder, const Statement& s, Instruction& in) {
     modifiers.take("row");
     modifiers.take("col");
     const std::string shape = modifiers.take_any({"m16n8k16", "m16n8k8", "m16n8k4"});
-    const Type d = modifiers.take_type(), a = modifiers.take_type(), b = modifiers.take_type(), c = modifiers.take_type();
+    const Type d = modifiers.take_type(), a = modifiers.take_type(), b = modifiers.take_type(),
+               c = modifiers.take_type();
     modifiers.done();
     const bool half = d == Type::kF16;
     if (a != b || c != d || !(half || d == Type::kF32)) throw EmulatorError("these types of mma are not supported");
     if (shape == "m16n8k16" && a == Type::kBF16 && !half) in.handler = multiply<BFloat16Format, 16, false>;
     if (shape == "m16n8k8" && a == Type::kBF16 && !half) in.handler = multiply<BFloat16Format, 8, false>;
-    if (shape == "m16n8k16" && a == Type::kF16) in.handler = half ? multiply<HalfFormat, 16, true> : multiply<HalfFormat, 16, false>;
-    if (shape == "m16n8k8" && a == Type::kF16) in.handler = half ? multiply<HalfFormat, 8, true> : multiply<HalfFormat, 8, false>;
+    if (shape == "m16n8k16" && a == Type::kF16)
+        in.handler = half ? multiply<HalfFormat, 16, true> : multiply<HalfFormat, 16, false>;
+    if (shape == "m16n8k8" && a == Type::kF16)
+        in.handler = half ? multiply<HalfFormat, 8, true> : multiply<HalfFormat, 8, false>;
     if (shape == "m16n8k8" && a == Type::kTF32 && !half) in.handler = multiply<Tf32Format, 8, false>;
     if (shape == "m16n8k4" && a == Type::kTF32 && !half) in.handler = multiply<Tf32Format, 4, false>;
     if (!in.handler) throw EmulatorError("this shape of mma is not supported");
@@ -210,11 +218,12 @@ void decode_mma(Decoder& decoder, const Statement& s, Instruction& in) {
     for (const Operand& group : s.operands) {
         const bool result = &group == &s.operands[0];
         const bool sums = result || &group == &s.operands.back();
-        const std::vector<Operand> parts = group.kind == Operand::Kind::kVector ? group.parts : std::vector<Operand>{group};
+        const std::vector<Operand> parts =
+            group.kind == Operand::Kind::kVector ? group.parts : std::vector<Operand>{group};
         for (const Operand& part : parts) {
             if (next >= in.slot.size()) throw EmulatorError("too many registers");
-            in.slot[next++] = result ? decoder.destination(part, 4)
-                                     : decoder.source(part, sums && !half ? Type::kF32 : Type::kB32);
+            in.slot[next++] =
+                result ? decoder.destination(part, 4) : decoder.source(part, sums && !half ? Type::kF32 : Type::kB32);
         }
     }
 }

@@ -89,7 +89,9 @@ bool shadow_write(uint32_t* writer, uint32_t* reader, uint32_t me, uint32_t tag,
 // Takes blocks that came before off the record; of the rest, one that raced, or 0.
 uint32_t culprit(uint32_t* writer, uint32_t* reader, const GlobalAccess& access, int bytes, bool reading) {
     const uint32_t me = access.block + 1;
-    const auto before = [&](uint32_t tag) { return tag == me || (tag != kManyBlocks && access.before->holds(tag - 1)); };
+    const auto before = [&](uint32_t tag) {
+        return tag == me || (tag != kManyBlocks && access.before->holds(tag - 1));
+    };
     for (int i = 0; i < bytes; ++i) {
         if (writer[i] != 0 && before(writer[i])) writer[i] = me;
         if (reader[i] != 0 && before(reader[i])) reader[i] = me;
@@ -118,8 +120,11 @@ Hazard GlobalMemory::read(Allocation& allocation, uint64_t address, int bytes, c
     ShadowPage& page = allocation.page(offset);
     uint32_t *writer = &page.writer[offset % kShadowPage], *reader = &page.reader[offset % kShadowPage];
     const uint32_t me = access.block + 1, tolerated = access.strong ? kStrongAccess : me;
-    const auto shadow = bytes == 4 ? shadow_read<4> : bytes == 16 ? shadow_read<16> : bytes == 2 ? shadow_read<2>
-                      : bytes == 8 ? shadow_read<8> : shadow_read<0>;
+    const auto shadow = bytes == 4    ? shadow_read<4>
+                        : bytes == 16 ? shadow_read<16>
+                        : bytes == 2  ? shadow_read<2>
+                        : bytes == 8  ? shadow_read<8>
+                                      : shadow_read<0>;
     if (!shadow(writer, reader, me, tolerated, !access.strong, bytes, &unique_read)) return Hazard::kNone;
     other_ = culprit(writer, reader, access, bytes, true);
     if (other_) return Hazard::kRace;
@@ -138,8 +143,11 @@ Hazard GlobalMemory::write(Allocation& allocation, uint64_t address, int bytes, 
         ShadowPage& page = allocation.page(offset);
         uint32_t *writer = &page.writer[offset % kShadowPage], *reader = &page.reader[offset % kShadowPage];
         const uint32_t me = access.block + 1, tag = access.strong ? kStrongAccess : me;
-        const auto shadow = bytes == 4 ? shadow_write<4> : bytes == 16 ? shadow_write<16> : bytes == 2 ? shadow_write<2>
-                          : bytes == 8 ? shadow_write<8> : shadow_write<0>;
+        const auto shadow = bytes == 4    ? shadow_write<4>
+                            : bytes == 16 ? shadow_write<16>
+                            : bytes == 2  ? shadow_write<2>
+                            : bytes == 8  ? shadow_write<8>
+                                          : shadow_write<0>;
         if (shadow(writer, reader, me, tag, true, bytes, &unique_written)) {
             other_ = culprit(writer, reader, access, bytes, false);
             if (other_) return Hazard::kRace;

@@ -75,7 +75,8 @@ std::vector<uint8_t> lay_out(const Program& program, const std::vector<py::bytes
         const std::string bytes = arguments[i];
         if (static_cast<int64_t>(bytes.size()) != program.params[i].bytes)
             throw EmulatorError(program.name + ": argument " + std::to_string(i) + ": got " +
-                                std::to_string(bytes.size()) + " bytes, wanted " + std::to_string(program.params[i].bytes));
+                                std::to_string(bytes.size()) + " bytes, wanted " +
+                                std::to_string(program.params[i].bytes));
         std::copy(bytes.begin(), bytes.end(), params.begin() + program.param_offsets[i]);
     }
     return params;
@@ -90,7 +91,8 @@ PYBIND11_MODULE(_ptx_emulator, m) {
 
     py::class_<LoadedModule, std::shared_ptr<LoadedModule>>(m, "Module")
         .def("kernels", &LoadedModule::kernels)
-        .def("registers", [](LoadedModule& self, const std::string& kernel) { return self.program(kernel).register_bytes; })
+        .def("registers",
+             [](LoadedModule& self, const std::string& kernel) { return self.program(kernel).register_bytes; })
         .def("launch",
              [](LoadedModule& self, const std::string& kernel, const std::vector<uint32_t>& grid,
                 const std::vector<uint32_t>& block, uint64_t shared, const std::vector<py::bytes>& arguments) {

@@ -95,13 +95,16 @@ void store(Warp& w, const Instruction& in, uint32_t mask) {
     LaneData data;
     lane_addresses(w, in, mask, &addresses);
     for (int i = 0; i < in.count; ++i) collect<Memory, Register>(w, in.slot[i], mask, &data, i);
+    if (in.releases) w.block.fence();
     write_memory(w, in.space, mask, addresses, in.bytes * in.count, in.strong, data);
 }
 
 template <bool kLoad, class Memory, class Register>
 constexpr Handler access_handler() {
-    if constexpr (kLoad) return load<Memory, Register>;
-    else return store<Memory, Register>;
+    if constexpr (kLoad)
+        return load<Memory, Register>;
+    else
+        return store<Memory, Register>;
 }
 
 template <bool kLoad, class Memory>
@@ -127,18 +130,19 @@ Space take_space(Modifiers& modifiers) {
     return param.empty() ? Space::kGeneric : Space::kParam;
 }
 
-bool take_strong(Modifiers& modifiers) {
-    const std::string order = modifiers.take_any({"volatile", "relaxed", "acquire", "release", "acq_rel", "mmio"});
+void take_order(Modifiers& modifiers, Instruction& in) {
+    const std::string order = modifiers.take_any({"volatile", "relaxed", "acquire", "release", "mmio"});
     modifiers.take("weak");
     modifiers.take_any({"cta", "cluster", "gpu", "sys"});
-    return !order.empty();
+    in.strong = !order.empty();
+    in.releases = order == "release";
 }
 
 template <bool kLoad>
 void decode_access(Decoder& decoder, const Statement& s, Instruction& in) {
     Modifiers modifiers(s);
     in.space = take_space(modifiers);
-    in.strong = take_strong(modifiers);
+    take_order(modifiers, in);
     modifiers.take_any({"ca", "cg", "cs", "lu", "cv", "wb", "wt"});
     modifiers.take("nc");
     const std::string vector = modifiers.take_any({"v2", "v4", "v8"});
@@ -169,8 +173,10 @@ void decode_access(Decoder& decoder, const Statement& s, Instruction& in) {
 // in.target: 1 adds the window of in.space, 2 takes it off.
 template <class T>
 void convert_address(Warp& w, const Instruction& in, uint32_t mask) {
-    const uint64_t window = in.space == Space::kShared ? kSharedWindow : in.space == Space::kLocal ? kLocalWindow
-                          : in.space == Space::kParam ? kParamWindow : 0;
+    const uint64_t window = in.space == Space::kShared  ? kSharedWindow
+                            : in.space == Space::kLocal ? kLocalWindow
+                            : in.space == Space::kParam ? kParamWindow
+                                                        : 0;
     const bool to_generic = in.target == 1;
     unary_lanes<T, T>(w, in, mask, [=](T value) {
         const uint64_t address = value;
@@ -209,8 +215,8 @@ void decode_mov(Decoder& decoder, const Statement& s, Instruction& in) {
         in.handler = bytes_of(type) == 8 ? read_clock<uint64_t> : read_clock<uint32_t>;
         return;
     }
-    const bool special_of_32_bits = from.kind == Operand::Kind::kName && from.name[0] == '%' &&
-                                    bytes_of(type) == 8 && !decoder.register_bytes(from);
+    const bool special_of_32_bits = from.kind == Operand::Kind::kName && from.name[0] == '%' && bytes_of(type) == 8 &&
+                                    !decoder.register_bytes(from);
     in.slot[1] = decoder.source(from, special_of_32_bits ? Type::kB32 : type);
     if (special_of_32_bits && !in.slot[1].constant) {
         in.handler = [](Warp& w, const Instruction& in, uint32_t mask) {
@@ -262,8 +268,10 @@ void decode_prefetch(Decoder&, const Statement&, Instruction& in) { in.handler =
 void decode_fence(Decoder&, const Statement& s, Instruction& in) {
     Modifiers modifiers(s);
     const bool within_block = modifiers.take("cta");
-    if (within_block) in.handler = nothing;
-    else in.handler = [](Warp& w, const Instruction&, uint32_t) { w.block.fence(); };
+    if (within_block)
+        in.handler = nothing;
+    else
+        in.handler = [](Warp& w, const Instruction&, uint32_t) { w.block.fence(); };
 }
 
 }  // namespace ptx_emulator

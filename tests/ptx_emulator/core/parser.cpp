@@ -26,17 +26,28 @@ public:
     Module parse() {
         while (scan_.peek()) {
             const std::string word = scan_.word();
-            if (word == ".version") module_.version = scan_.word();
-            else if (word == ".target") target();
-            else if (word == ".address_size") scan_.word();
-            else if (word == ".file") scan_.skip_line();
-            else if (word == ".section") scan_.word(), scan_.skip_braces();
-            else if (word == ".pragma") scan_.string(), scan_.expect(';');
-            else if (word == ".visible" || word == ".weak" || word == ".common") external_ = false;
-            else if (word == ".extern") external_ = true;
-            else if (word == ".entry" || word == ".func") function(word == ".entry");
-            else if (is_space(word)) variables(word, &module_.variables);
-            else scan_.fail("unknown directive '" + word + "'");
+            if (word == ".version")
+                module_.version = scan_.word();
+            else if (word == ".target")
+                target();
+            else if (word == ".address_size")
+                scan_.word();
+            else if (word == ".file")
+                scan_.skip_line();
+            else if (word == ".section")
+                scan_.word(), scan_.skip_braces();
+            else if (word == ".pragma")
+                scan_.string(), scan_.expect(';');
+            else if (word == ".visible" || word == ".weak" || word == ".common")
+                external_ = false;
+            else if (word == ".extern")
+                external_ = true;
+            else if (word == ".entry" || word == ".func")
+                function(word == ".entry");
+            else if (is_space(word))
+                variables(word, &module_.variables);
+            else
+                scan_.fail("unknown directive '" + word + "'");
         }
         return std::move(module_);
     }
@@ -64,9 +75,12 @@ private:
         std::string type;
         while (scan_.peek() == '.') {
             const std::string word = scan_.word();
-            if (word == ".align") variable.align = std::stoll(scan_.word());
-            else if (word == ".v2" || word == ".v4") lanes = word[2] - '0';
-            else if (word != ".ptr" && !is_space(word)) type = word.substr(1);
+            if (word == ".align")
+                variable.align = std::stoll(scan_.word());
+            else if (word == ".v2" || word == ".v4")
+                lanes = word[2] - '0';
+            else if (word != ".ptr" && !is_space(word))
+                type = word.substr(1);
         }
         variable.element = element_bytes(type);
         variable.align = std::max(variable.align, variable.element * lanes);
@@ -201,8 +215,7 @@ private:
         if (!is_space(word)) scan_.fail("the directive '" + word + "' is not supported here");
         std::vector<Variable> declared;
         variables(word, &declared);
-        for (Variable& each : declared)
-            items->push_back({BodyItem::Kind::kVariable, {}, {}, {}, {}, std::move(each)});
+        for (Variable& each : declared) items->push_back({BodyItem::Kind::kVariable, {}, {}, {}, {}, std::move(each)});
     }
 
     void registers(std::vector<BodyItem>* items) {

@@ -28,14 +28,25 @@ struct Instruction;
 using Handler = void (*)(Warp&, const Instruction&, uint32_t mask);
 
 struct Slot {
-    uint32_t offset : 31;   // bytes into the warp's registers, or into the constants
+    uint32_t offset : 31;  // bytes into the warp's registers, or into the constants
     uint32_t constant : 1;
 };
 
-enum class InstructionClass : uint8_t { kInteger, kFloat, kConvert, kMove, kMemory, kAtomic, kWarp, kMatrix, kControl,
-                                        kBarrier, kCount };
-constexpr const char* kClassNames[] = {"integer", "float", "convert", "move", "memory", "atomic", "warp", "matrix",
-                                       "control", "barrier"};
+enum class InstructionClass : uint8_t {
+    kInteger,
+    kFloat,
+    kConvert,
+    kMove,
+    kMemory,
+    kAtomic,
+    kWarp,
+    kMatrix,
+    kControl,
+    kBarrier,
+    kCount
+};
+constexpr const char* kClassNames[] = {"integer", "float", "convert", "move",    "memory",
+                                       "atomic",  "warp",  "matrix",  "control", "barrier"};
 
 struct Instruction {
     Handler handler = nullptr;
@@ -44,16 +55,17 @@ struct Instruction {
     bool guard_negated = false;
     InstructionClass kind = InstructionClass::kInteger;
     Space space = Space::kGeneric;
-    uint8_t count = 0;         // operands, or elements of a vector
-    uint8_t bytes = 0;         // of a memory element
+    uint8_t count = 0;  // operands, or elements of a vector
+    uint8_t bytes = 0;  // of a memory element
     uint8_t register_bytes = 0;
-    bool strong = false;       // volatile, relaxed, ...: ordered with other threads' accesses
+    bool strong = false;        // volatile, relaxed, ...: ordered with other threads' accesses
+    bool releases = false;      // .release: a fence comes with it
     bool wide_address = false;  // the base of an address is a 64-bit register
     bool has_base = false;
     bool wide_result = false;
-    uint32_t target = 0;       // of a branch; or a variant of the operation
-    uint32_t statement = 0;    // index into Program::lines
-    int64_t immediate = 0;     // offset of an address; or the operation's own
+    uint32_t target = 0;     // of a branch; or a variant of the operation
+    uint32_t statement = 0;  // index into Program::lines
+    int64_t immediate = 0;   // offset of an address; or the operation's own
     std::array<Slot, 16> slot{};
 };
 
@@ -75,11 +87,11 @@ struct Program {
     std::vector<std::vector<uint32_t>> branch_tables;
     std::vector<uint8_t> constants;
     std::vector<SpecialRegister> specials;
-    std::vector<Variable> params;        // with their offsets in param_offsets
+    std::vector<Variable> params;  // with their offsets in param_offsets
     std::vector<int64_t> param_offsets;
     int64_t param_bytes = 0;
     uint32_t register_bytes = 0;
-    uint32_t local_bytes = 0;            // per thread
+    uint32_t local_bytes = 0;  // per thread
     uint32_t static_shared_bytes = 0;
     int64_t max_threads = 0;
 };

@@ -17,8 +17,8 @@ using Clock = std::array<uint32_t, 32>;  // seen time of each warp
 // Who accesses shared memory, and what it has seen.
 struct SharedAccess {
     uint32_t warp;
-    uint32_t time;      // now
-    uint32_t settled;   // this warp has seen all others up to here
+    uint32_t time;     // now
+    uint32_t settled;  // this warp has seen all others up to here
     const Clock* seen;
     bool strong;
 };

@@ -8,8 +8,29 @@
 
 namespace ptx_emulator {
 
-enum class Type { kNone, kPred, kB8, kB16, kB32, kB64, kU8, kU16, kU32, kU64, kS8, kS16, kS32, kS64,
-                  kF16, kBF16, kF16x2, kBF16x2, kTF32, kF32, kF64 };
+enum class Type {
+    kNone,
+    kPred,
+    kB8,
+    kB16,
+    kB32,
+    kB64,
+    kU8,
+    kU16,
+    kU32,
+    kU64,
+    kS8,
+    kS16,
+    kS32,
+    kS64,
+    kF16,
+    kBF16,
+    kF16x2,
+    kBF16x2,
+    kTF32,
+    kF32,
+    kF64
+};
 
 struct TypeRow {
     const char* name;
@@ -17,12 +38,13 @@ struct TypeRow {
     int bytes;
 };
 
-constexpr TypeRow kTypes[] = {
-    {"pred", Type::kPred, 4}, {"b8", Type::kB8, 1},        {"b16", Type::kB16, 2},       {"b32", Type::kB32, 4},
-    {"b64", Type::kB64, 8},   {"u8", Type::kU8, 1},        {"u16", Type::kU16, 2},       {"u32", Type::kU32, 4},
-    {"u64", Type::kU64, 8},   {"s8", Type::kS8, 1},        {"s16", Type::kS16, 2},       {"s32", Type::kS32, 4},
-    {"s64", Type::kS64, 8},   {"f16", Type::kF16, 2},      {"bf16", Type::kBF16, 2},     {"f16x2", Type::kF16x2, 4},
-    {"f32", Type::kF32, 4},   {"bf16x2", Type::kBF16x2, 4}, {"tf32", Type::kTF32, 4},     {"f64", Type::kF64, 8}};
+constexpr TypeRow kTypes[] = {{"pred", Type::kPred, 4},   {"b8", Type::kB8, 1},   {"b16", Type::kB16, 2},
+                              {"b32", Type::kB32, 4},     {"b64", Type::kB64, 8}, {"u8", Type::kU8, 1},
+                              {"u16", Type::kU16, 2},     {"u32", Type::kU32, 4}, {"u64", Type::kU64, 8},
+                              {"s8", Type::kS8, 1},       {"s16", Type::kS16, 2}, {"s32", Type::kS32, 4},
+                              {"s64", Type::kS64, 8},     {"f16", Type::kF16, 2}, {"bf16", Type::kBF16, 2},
+                              {"f16x2", Type::kF16x2, 4}, {"f32", Type::kF32, 4}, {"bf16x2", Type::kBF16x2, 4},
+                              {"tf32", Type::kTF32, 4},   {"f64", Type::kF64, 8}};
 
 inline Type type_named(const std::string& name) {
     for (const TypeRow& row : kTypes)
@@ -44,10 +66,14 @@ inline bool is_float(Type type) { return type >= Type::kF16; }
 template <class Use>
 void with_integer(Type type, Use&& use) {
     switch (type) {
-        case Type::kB8: case Type::kU8: return use(uint8_t{});
-        case Type::kB16: case Type::kU16: return use(uint16_t{});
-        case Type::kB32: case Type::kU32: return use(uint32_t{});
-        case Type::kB64: case Type::kU64: return use(uint64_t{});
+        case Type::kB8:
+        case Type::kU8: return use(uint8_t{});
+        case Type::kB16:
+        case Type::kU16: return use(uint16_t{});
+        case Type::kB32:
+        case Type::kU32: return use(uint32_t{});
+        case Type::kB64:
+        case Type::kU64: return use(uint64_t{});
         case Type::kS8: return use(int8_t{});
         case Type::kS16: return use(int16_t{});
         case Type::kS32: return use(int32_t{});

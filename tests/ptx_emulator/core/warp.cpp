@@ -12,8 +12,7 @@ uint32_t special_value(const std::string& name, const Block& block, uint32_t thr
     const char axis = name.back();
     const auto of = [axis](uint32_t x, uint32_t y, uint32_t z) { return axis == 'x' ? x : axis == 'y' ? y : z; };
     const std::string base = name.substr(0, name.find('.'));
-    if (base == "%tid")
-        return of(thread % threads.x, thread / threads.x % threads.y, thread / threads.x / threads.y);
+    if (base == "%tid") return of(thread % threads.x, thread / threads.x % threads.y, thread / threads.x / threads.y);
     if (base == "%ntid") return of(threads.x, threads.y, threads.z);
     if (base == "%ctaid") return of(block.id.x, block.id.y, block.id.z);
     if (base == "%nctaid") return of(grid.x, grid.y, grid.z);
@@ -91,8 +90,8 @@ void Warp::rethrow(const Fault& fault) {
     std::string message = program.name + ", PTX line " + std::to_string(line.line) + " '" + line.text + "', block (" +
                           std::to_string(block.id.x) + ", " + std::to_string(block.id.y) + ", " +
                           std::to_string(block.id.z) + "), ";
-    message += fault.lane >= 0 ? "thread " + std::to_string(index * kLanes + fault.lane)
-                               : "warp " + std::to_string(index);
+    message +=
+        fault.lane >= 0 ? "thread " + std::to_string(index * kLanes + fault.lane) : "warp " + std::to_string(index);
     throw EmulatorError(message + ": " + fault.message);
 }
 
@@ -116,8 +115,8 @@ bool Warp::schedule() {
     for (size_t i = 0; i < fragments_.size(); ++i) {
         for (size_t j = i + 1; j < fragments_.size();) {
             Fragment &a = fragments_[i], &b = fragments_[j];
-            const bool met = a.pc == b.pc && a.state != Fragment::State::kAtBarrier &&
-                             b.state != Fragment::State::kAtBarrier;
+            const bool met =
+                a.pc == b.pc && a.state != Fragment::State::kAtBarrier && b.state != Fragment::State::kAtBarrier;
             if (!met) {
                 ++j;
                 continue;
@@ -133,8 +132,8 @@ bool Warp::schedule() {
     for (size_t i = 0; i < fragments_.size(); ++i) {
         if (fragments_[i].state != Fragment::State::kReady) continue;
         ++ready;
-        const bool better = fair ? block.launch.random() % ready == 0
-                                 : chosen < 0 || fragments_[i].pc < fragments_[chosen].pc;
+        const bool better =
+            fair ? block.launch.random() % ready == 0 : chosen < 0 || fragments_[i].pc < fragments_[chosen].pc;
         if (better) chosen = static_cast<int>(i);
     }
     if (chosen < 0) return false;

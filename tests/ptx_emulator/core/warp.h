@@ -37,7 +37,7 @@ struct AsyncCopy {
     uint32_t offset;  // in shared memory
     uint8_t lane;
     uint8_t bytes;
-    uint64_t group;   // of its lane
+    uint64_t group;  // of its lane
     std::array<uint8_t, 16> value;
 };
 
@@ -76,8 +76,8 @@ public:
     uint32_t live;  // lanes that have not exited
     uint32_t active = 0;
     uint32_t pc = 0;
-    uint32_t carry = 0;  // of add.cc and its like, a bit for each lane
-    std::vector<uint8_t> local;          // [lane][local_bytes]
+    uint32_t carry = 0;          // of add.cc and its like, a bit for each lane
+    std::vector<uint8_t> local;  // [lane][local_bytes]
     std::vector<uint8_t> local_written;
     std::vector<AsyncCopy> copies;
     std::array<uint64_t, kLanes> copy_group{};  // committed groups of each lane

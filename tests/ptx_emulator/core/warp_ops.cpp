@@ -13,7 +13,8 @@ void for_groups(Warp& w, uint32_t mask, Slot masks, Use&& use) {
     const uint32_t* wanted = w.at<uint32_t>(masks);
     uint32_t all = 0;
     for_lanes(mask, [&](int lane) {
-        if (!(wanted[lane] >> lane & 1)) throw Fault{"the mask of a .sync instruction lacks the lane that executes it", lane};
+        if (!(wanted[lane] >> lane & 1))
+            throw Fault{"the mask of a .sync instruction lacks the lane that executes it", lane};
         all |= wanted[lane];
     });
     if (!w.converge(mask, all)) return;
@@ -95,7 +96,9 @@ void reduce(Warp& w, const Instruction& in, uint32_t mask) {
         T result = a[__builtin_ctz(members)];
         for_lanes(members & (members - 1), [&](int lane) {
             switch (in.target) {
-                case kAdd: result = static_cast<T>(static_cast<uint32_t>(result) + static_cast<uint32_t>(a[lane])); break;
+                case kAdd:
+                    result = static_cast<T>(static_cast<uint32_t>(result) + static_cast<uint32_t>(a[lane]));
+                    break;
                 case kMin: result = std::min(result, a[lane]); break;
                 case kMax: result = std::max(result, a[lane]); break;
                 case kAnd: result &= a[lane]; break;

@@ -151,7 +151,8 @@ cudaError_t __cudaGetKernel(cudaKernel_t* kernel, const void* host) {
     return cudaSuccess;
 }
 
-cudaError_t __cudaLaunchKernel(cudaKernel_t kernel, dim3 grid, dim3 block, void** arguments, size_t shared, cudaStream_t) {
+cudaError_t __cudaLaunchKernel(cudaKernel_t kernel, dim3 grid, dim3 block, void** arguments, size_t shared,
+                               cudaStream_t) {
     return guarded([&] { launch(reinterpret_cast<const void*>(kernel), grid, block, arguments, shared); },
                    cudaErrorLaunchFailure);
 }
@@ -265,7 +266,8 @@ cudaError_t cudaMemset(void* to, int value, size_t bytes) {
 }
 cudaError_t cudaMemsetAsync(void* to, int value, size_t bytes, cudaStream_t) { return cudaMemset(to, value, bytes); }
 cudaError_t cudaMemcpyToSymbol(const void* symbol, const void* from, size_t bytes, size_t offset, cudaMemcpyKind) {
-    return guarded([&] { copy(static_cast<char*>(Registry::instance().variable(symbol).first) + offset, from, bytes); });
+    return guarded(
+        [&] { copy(static_cast<char*>(Registry::instance().variable(symbol).first) + offset, from, bytes); });
 }
 cudaError_t cudaMemcpyFromSymbol(void* to, const void* symbol, size_t bytes, size_t offset, cudaMemcpyKind) {
     return guarded([&] { copy(to, static_cast<char*>(Registry::instance().variable(symbol).first) + offset, bytes); });
@@ -290,7 +292,9 @@ cudaError_t cudaEventCreateWithFlags(cudaEvent_t* event, unsigned) { return *eve
 cudaError_t cudaEventDestroy(cudaEvent_t) { return cudaSuccess; }
 cudaError_t cudaEventRecord(cudaEvent_t, cudaStream_t) { return cudaSuccess; }
 cudaError_t cudaEventSynchronize(cudaEvent_t) { return cudaSuccess; }
-cudaError_t cudaEventElapsedTime(float* milliseconds, cudaEvent_t, cudaEvent_t) { return *milliseconds = 0, cudaSuccess; }
+cudaError_t cudaEventElapsedTime(float* milliseconds, cudaEvent_t, cudaEvent_t) {
+    return *milliseconds = 0, cudaSuccess;
+}
 
 // ---- errors ---------------------------------------------------------------------------------------------------------
 

@@ -133,8 +133,10 @@ extern "C" __global__ void shuffle_without_a_lane(int* out) {
 
 extern "C" __global__ void lane_never_comes(int* out) {
     int value = threadIdx.x;
-    if (threadIdx.x < 16) value = __shfl_xor_sync(~0u, value, 1);
-    else asm volatile("bar.sync 0;" ::: "memory");
+    if (threadIdx.x < 16)
+        value = __shfl_xor_sync(~0u, value, 1);
+    else
+        asm volatile("bar.sync 0;" ::: "memory");
     out[threadIdx.x] = value;
 }
 
@@ -147,4 +149,6 @@ extern "C" __global__ void asserts(int n) { assert(n == 3); }
 
 extern "C" __global__ void float_atomics(float* out) { atomicAdd(out, 1.0f + threadIdx.x); }
 
-extern "C" __global__ void tickets(int* next, int* out) { out[atomicAdd(next, 1)] = blockIdx.x * blockDim.x + threadIdx.x; }
+extern "C" __global__ void tickets(int* next, int* out) {
+    out[atomicAdd(next, 1)] = blockIdx.x * blockDim.x + threadIdx.x;
+}

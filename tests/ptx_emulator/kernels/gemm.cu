@@ -14,29 +14,42 @@ constexpr int kTile = 64, kDepth = 32, kStages = 3, kThreads = 128;
 __device__ int swizzle(int row, int chunk) { return row * 4 + (chunk ^ (row / 2 % 4)); }
 __device__ int swizzle_wide(int row, int chunk) { return row * 8 + (chunk ^ (row % 8)); }
 
-__device__ uint32_t shared_address(const void* pointer) { return static_cast<uint32_t>(__cvta_generic_to_shared(pointer)); }
+__device__ uint32_t shared_address(const void* pointer) {
+    return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
+}
 
 __device__ void copy16(void* to, const void* from, int bytes) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from), "r"(bytes) : "memory");
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from), "r"(bytes)
+                 : "memory");
 }
 
 template <bool kTrans>
 __device__ void load_matrices(uint32_t (&r)[4], const void* row) {
     if (kTrans)
         asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
-                     : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(shared_address(row)) : "memory");
+                     : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                     : "r"(shared_address(row))
+                     : "memory");
     else
         asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-                     : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(shared_address(row)) : "memory");
+                     : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                     : "r"(shared_address(row))
+                     : "memory");
 }
 
 __device__ void multiply(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, __nv_bfloat16) {
-    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, "
+        "%2, %3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 __device__ void multiply(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, __half) {
-    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, "
+        "%3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
 template <class T>
@@ -91,14 +104,18 @@ __device__ void gemm(const T* a, const T* b, float* c, int m, int n, int k, int 
 #pragma unroll
             for (int j = 0; j < 2; ++j) {
                 if (kTransposed)
-                    load_matrices<true>(fb[j], &stage.b[swizzle_wide(inner * 16 + lane % 16, warp_n / 8 + j * 2 + lane / 16) * 8]);
+                    load_matrices<true>(
+                        fb[j], &stage.b[swizzle_wide(inner * 16 + lane % 16, warp_n / 8 + j * 2 + lane / 16) * 8]);
                 else
-                    load_matrices<false>(fb[j], &stage.b[swizzle(warp_n + j * 16 + lane % 8 + lane / 16 * 8, inner * 2 + lane / 8 % 2) * 8]);
+                    load_matrices<false>(
+                        fb[j],
+                        &stage.b[swizzle(warp_n + j * 16 + lane % 8 + lane / 16 * 8, inner * 2 + lane / 8 % 2) * 8]);
             }
 #pragma unroll
             for (int i = 0; i < 2; ++i)
 #pragma unroll
-                for (int j = 0; j < 4; ++j) multiply(sums[i][j], fa[i], fb[j / 2][j % 2 * 2], fb[j / 2][j % 2 * 2 + 1], T{});
+                for (int j = 0; j < 4; ++j)
+                    multiply(sums[i][j], fa[i], fb[j / 2][j % 2 * 2], fb[j / 2][j % 2 * 2 + 1], T{});
         }
     }
     asm volatile("cp.async.wait_group 0;" ::: "memory");
@@ -111,13 +128,16 @@ __device__ void gemm(const T* a, const T* b, float* c, int m, int n, int k, int 
             }
 }
 
-extern "C" __global__ void gemm_bf16(const __nv_bfloat16* a, const __nv_bfloat16* b, float* c, int m, int n, int k, int lda, int ldb) {
+extern "C" __global__ void gemm_bf16(const __nv_bfloat16* a, const __nv_bfloat16* b, float* c, int m, int n, int k,
+                                     int lda, int ldb) {
     gemm<__nv_bfloat16, false>(a, b, c, m, n, k, lda, ldb);
 }
-extern "C" __global__ void gemm_bf16_transposed(const __nv_bfloat16* a, const __nv_bfloat16* b, float* c, int m, int n, int k, int lda, int ldb) {
+extern "C" __global__ void gemm_bf16_transposed(const __nv_bfloat16* a, const __nv_bfloat16* b, float* c, int m, int n,
+                                                int k, int lda, int ldb) {
     gemm<__nv_bfloat16, true>(a, b, c, m, n, k, lda, ldb);
 }
-extern "C" __global__ void gemm_fp16(const __half* a, const __half* b, float* c, int m, int n, int k, int lda, int ldb) {
+extern "C" __global__ void gemm_fp16(const __half* a, const __half* b, float* c, int m, int n, int k, int lda,
+                                     int ldb) {
     gemm<__half, false>(a, b, c, m, n, k, lda, ldb);
 }
 

@@ -54,7 +54,8 @@ int main() {
     int blocks, optin;
     CHECK(cudaDeviceGetAttribute(&optin, cudaDevAttrMaxSharedMemoryPerBlockOptin, 0));
     CHECK(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, scale, 128, 60 * 1024));
-    std::printf("%s, %d multiprocessors, %d bytes, %d blocks\n", properties.name, properties.multiProcessorCount, optin, blocks);
+    std::printf("%s, %d multiprocessors, %d bytes, %d blocks\n", properties.name, properties.multiProcessorCount, optin,
+                blocks);
 
     scale<<<1, 128, 60 * 1024>>>(in, out, 0);
     std::printf("%s\n", cudaGetErrorString(cudaGetLastError()));

@@ -38,12 +38,13 @@ extern "C" __global__ void halves(const int* in, int* out) {
 
 extern "C" __global__ void barrier_votes(const int* in, int* out) {
     const int i = threadIdx.x;
-    const int count = __syncthreads_count(in[i] & 1), all = __syncthreads_and(in[i] < 100), any = __syncthreads_or(in[i] > 98);
+    const int count = __syncthreads_count(in[i] & 1), all = __syncthreads_and(in[i] < 100),
+              any = __syncthreads_or(in[i] > 98);
     out[i] = count * 100 + (all ? 10 : 0) + (any ? 1 : 0);
 }
 
-extern "C" __global__ void atomics(const int* in, int* ints, unsigned* wraps, float* sums, __half2* halves, __nv_bfloat162* pairs,
-                                   unsigned long long* wide, double* doubles) {
+extern "C" __global__ void atomics(const int* in, int* ints, unsigned* wraps, float* sums, __half2* halves,
+                                   __nv_bfloat162* pairs, unsigned long long* wide, double* doubles) {
     const int value = in[blockIdx.x * blockDim.x + threadIdx.x];
     atomicAdd(&ints[0], value);
     atomicMin(&ints[1], value);
@@ -93,8 +94,8 @@ __device__ void load_c(float (&d)[4], const float* in) {
         float d[4];                                                                                                  \
         fragments16(a, b, fa, fb, depth, [](uint32_t x, uint32_t y) { return x | y << 16; });                        \
         load_c(d, c);                                                                                                \
-        asm volatile("mma.sync.aligned.m16n8k" #depth ".row.col.f32." kind "." kind ".f32 {%0, %1, %2, %3}, "        \
-                     a_list ", " b_list ", {%0, %1, %2, %3};"                                                        \
+        asm volatile("mma.sync.aligned.m16n8k" #depth ".row.col.f32." kind "." kind ".f32 {%0, %1, %2, %3}, " a_list \
+                     ", " b_list ", {%0, %1, %2, %3};"                                                               \
                      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])                                                \
                      : "r"(fa[0]), "r"(fa[1]), "r"(fa[2]), "r"(fa[3]), "r"(fb[0]), "r"(fb[1]));                      \
         store_c(d, out);                                                                                             \
@@ -110,7 +111,8 @@ extern "C" __global__ void mma_f16_f16(const unsigned short* a, const unsigned s
     const int group = threadIdx.x / 4, thread = threadIdx.x % 4;
     for (int i = 0; i < 2; ++i) d[i] = *reinterpret_cast<const uint32_t*>(c + (group + i * 8) * 8 + thread * 2);
     asm volatile("mma.sync.aligned.m16n8k16.row.col.f16.f16.f16.f16 {%0, %1}, {%2, %3, %4, %5}, {%6, %7}, {%0, %1};"
-                 : "+r"(d[0]), "+r"(d[1]) : "r"(fa[0]), "r"(fa[1]), "r"(fa[2]), "r"(fa[3]), "r"(fb[0]), "r"(fb[1]));
+                 : "+r"(d[0]), "+r"(d[1])
+                 : "r"(fa[0]), "r"(fa[1]), "r"(fa[2]), "r"(fa[3]), "r"(fb[0]), "r"(fb[1]));
     for (int i = 0; i < 2; ++i) *reinterpret_cast<uint32_t*>(out + (group + i * 8) * 8 + thread * 2) = d[i];
 }
 
@@ -121,8 +123,11 @@ extern "C" __global__ void mma_tf32_8(const float* a, const float* b, const floa
     for (int i = 0; i < 4; ++i) fa[i] = __float_as_uint(a[(group + i % 2 * 8) * 8 + thread + i / 2 * 4]);
     for (int i = 0; i < 2; ++i) fb[i] = __float_as_uint(b[(thread + i * 4) * 8 + group]);
     load_c(d, c);
-    asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]) : "r"(fa[0]), "r"(fa[1]), "r"(fa[2]), "r"(fa[3]), "r"(fb[0]), "r"(fb[1]));
+    asm volatile(
+        "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, "
+        "%3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(fa[0]), "r"(fa[1]), "r"(fa[2]), "r"(fa[3]), "r"(fb[0]), "r"(fb[1]));
     store_c(d, out);
 }
 
@@ -136,10 +141,14 @@ __device__ void load_four(const uint32_t* in, uint32_t* out) {
     const uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(&tile[threadIdx.x * 4]));
     if (kTrans)
         asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
-                     : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(address) : "memory");
+                     : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                     : "r"(address)
+                     : "memory");
     else
         asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-                     : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(address) : "memory");
+                     : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                     : "r"(address)
+                     : "memory");
     for (int i = 0; i < 4; ++i) out[i * 32 + threadIdx.x] = r[i];
 }
 extern "C" __global__ void ldmatrix(const uint32_t* in, uint32_t* out) { load_four<false>(in, out); }
@@ -152,7 +161,8 @@ extern "C" __global__ void stmatrix_trans(const uint32_t* in, uint32_t* out) {
     for (int i = 0; i < 4; ++i) r[i] = in[i * 32 + threadIdx.x];
     const uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(&tile[threadIdx.x * 4]));
     asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(r[0]),
-                 "r"(r[1]), "r"(r[2]), "r"(r[3]) : "memory");
+                 "r"(r[1]), "r"(r[2]), "r"(r[3])
+                 : "memory");
     __syncwarp();
     for (int i = 0; i < 4; ++i) out[i * 32 + threadIdx.x] = tile[i * 32 + threadIdx.x];
 }
@@ -174,7 +184,8 @@ __device__ void hand_over(const float4* in, float4* out) {
     } else {
         if (kWait)
             asm volatile(
-                "{ .reg .pred done; again: mbarrier.try_wait.parity.shared.b64 done, [%0], 0; @!done bra again; }" ::"r"(address)
+                "{ .reg .pred done; again: mbarrier.try_wait.parity.shared.b64 done, [%0], 0; @!done bra again; }" ::
+                    "r"(address)
                 : "memory");
         out[lane] = tile[31 - lane];
     }

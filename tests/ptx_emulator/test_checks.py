@@ -41,6 +41,7 @@ def ints(count):
         ("global_nobody_wrote", 32, lambda: (Fresh(floats(32)),), 0, "uninitialised read: nobody wrote global memory"),
         ("read_without_barrier", 64, lambda: (floats(64),), 0, "(race in|uninitialised read of) shared memory"),
         ("overwrite_without_barrier", 64, lambda: (floats(64),), 0, "race in shared memory"),
+        ("read_without_syncwarp", 32, lambda: (floats(32),), 0, "which another lane wrote with no __syncwarp between"),
         ("lanes_disagree", 32, lambda: (floats(16),), 0, "lanes write different values to one address"),
         ("half_a_warp_at_the_barrier", 32, lambda: (floats(32),), 0, "deadlock: a barrier is divergent or missing"),
         ("one_warp_misses_the_barrier", 64, lambda: (floats(64),), 0, "deadlock.* Barrier 1 has 32 threads"),
@@ -65,6 +66,8 @@ def test_right_twins_pass(broken):
     out = floats(64)
     broken.read_with_barrier(1, 64, out)
     np.testing.assert_array_equal(out, (np.arange(64) + 32) % 64)
+    broken.read_with_syncwarp(1, 32, out)
+    np.testing.assert_array_equal(out[:32], 31 - np.arange(32))
     broken.overwrite_with_barrier(1, 64, out)
     np.testing.assert_array_equal(out, 3 * (63 - np.arange(64)) + 3)
 

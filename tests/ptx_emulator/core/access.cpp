@@ -221,6 +221,10 @@ void check_shared_bounds(Warp& w, uint32_t mask, const LaneAddresses& offsets, i
 void shared_hazard(Warp& w, Hazard hazard, const char* what, uint64_t offset, int lane) {
     const std::string place = " of shared memory at " + hex(offset);
     if (hazard == Hazard::kUninitialized) throw Fault{"uninitialised read" + place + ", which nobody wrote", lane};
+    if (hazard == Hazard::kLaneRace)
+        throw Fault{std::string("race within a warp: ") + what + place +
+                        ", which another lane wrote with no __syncwarp between",
+                    lane};
     if (hazard == Hazard::kPending)
         throw Fault{what + place + ", into which a cp.async is under way that no wait has covered", lane};
     throw Fault{std::string("race in shared memory: ") + what + place + ", which warp " +
@@ -232,11 +236,12 @@ void read_shared(Warp& w, uint32_t mask, const LaneAddresses& offsets, int bytes
                  SharedTraffic* traffic) {
     check_shared_bounds(w, mask, offsets, bytes);
     SharedMemory& shared = w.block.shared;
-    const SharedAccess access = w.shared_access(strong);
+    SharedAccess access = w.shared_access(strong, -1);
     const bool whole = is_contiguous(mask, offsets, bytes) &&
                        shared.read(static_cast<uint32_t>(offsets.lane[0]), kLanes * bytes, access) == Hazard::kNone;
     for_lanes(mask, [&](int lane) {
         const uint32_t offset = static_cast<uint32_t>(offsets.lane[lane]);
+        access.lane = lane;
         const Hazard hazard = whole ? Hazard::kNone : shared.read(offset, bytes, access);
         if (hazard != Hazard::kNone) shared_hazard(w, hazard, "read", offset, lane);
         std::memcpy(data->bytes[lane], shared.data(offset), bytes);
@@ -248,11 +253,12 @@ void write_shared(Warp& w, uint32_t mask, const LaneAddresses& offsets, int byte
                   SharedTraffic* traffic) {
     check_shared_bounds(w, mask, offsets, bytes);
     SharedMemory& shared = w.block.shared;
-    const SharedAccess access = w.shared_access(strong);
+    SharedAccess access = w.shared_access(strong, -1);
     const bool whole = is_contiguous(mask, offsets, bytes) &&
                        shared.write(static_cast<uint32_t>(offsets.lane[0]), kLanes * bytes, access) == Hazard::kNone;
     for_lanes(mask, [&](int lane) {
         const uint32_t offset = static_cast<uint32_t>(offsets.lane[lane]);
+        access.lane = lane;
         const Hazard hazard = whole ? Hazard::kNone : shared.write(offset, bytes, access);
         if (hazard != Hazard::kNone) shared_hazard(w, hazard, "write", offset, lane);
         std::memcpy(shared.data(offset), data.bytes[lane], bytes);

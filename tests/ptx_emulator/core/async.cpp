@@ -41,8 +41,9 @@ void copy_async(Warp& w, const Instruction& in, uint32_t mask) {
     });
     for_lanes(mask, [&](int lane) { offsets.lane[lane] = within_space(offsets.lane[lane]); });
     check_shared_bounds(w, mask, offsets, bytes);
-    const SharedAccess access = w.shared_access(false);
+    SharedAccess access = w.shared_access(false, -1);
     for_lanes(mask, [&](int lane) {
+        access.lane = lane;
         const uint32_t offset = static_cast<uint32_t>(offsets.lane[lane]);
         const Hazard hazard = w.block.shared.begin_copy(offset, bytes, access);
         if (hazard != Hazard::kNone) shared_hazard(w, hazard, "cp.async", offset, lane);
@@ -60,9 +61,10 @@ void commit(Warp& w, const Instruction&, uint32_t mask) {
 // Finishes the copies for which `covered` says so.
 template <class Covered>
 void finish(Warp& w, Covered&& covered) {
-    const SharedAccess access = w.shared_access(false);
+    SharedAccess access = w.shared_access(false, -1);
     const auto end = std::remove_if(w.copies.begin(), w.copies.end(), [&](const AsyncCopy& copy) {
         if (!covered(copy)) return false;
+        access.lane = copy.lane;
         w.block.shared.end_copy(copy.offset, copy.bytes, copy.value.data(), access);
         return true;
     });
@@ -109,7 +111,7 @@ void complete_if_full(MemoryBarrier& barrier) {
 void arrive(Warp& w, MemoryBarrier& barrier, uint32_t count, int lane) {
     if (barrier.pending < count) throw Fault{"more arrivals at an mbarrier than it expects", lane};
     barrier.pending -= count;
-    const uint32_t time = ++w.block.time;
+    const uint32_t time = w.block.advance();
     for (int q = 0; q < 32; ++q) barrier.arrived[q] = std::max(barrier.arrived[q], w.seen[q]);
     barrier.arrived[w.index] = time;
     complete_if_full(barrier);

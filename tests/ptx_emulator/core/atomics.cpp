@@ -96,7 +96,7 @@ uint8_t* place(Warp& w, Space space, uint64_t address, int bytes, int lane) {
     if (space == Space::kShared) {
         check_shared_bounds(w, 1u << lane, one, bytes);
         SharedMemory& shared = w.block.shared;
-        const SharedAccess access = w.shared_access(true);
+        const SharedAccess access = w.shared_access(true, lane);
         const uint32_t offset = static_cast<uint32_t>(address);
         Hazard hazard = shared.read(offset, bytes, access);
         if (hazard == Hazard::kNone) hazard = shared.write(offset, bytes, access);

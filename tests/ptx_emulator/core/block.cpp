@@ -119,7 +119,7 @@ void Block::complete_if_full(uint32_t id) {
             if (warps[q]->done()) participants |= 1u << q;
     barrier = Barrier{};
     Clock clock = joined(participants);
-    ++time;
+    advance();
     for (uint32_t q = 0; q < warps.size(); ++q)
         if (participants >> q & 1) clock[q] = time;
     for (uint32_t q = 0; q < warps.size(); ++q) {
@@ -127,6 +127,12 @@ void Block::complete_if_full(uint32_t id) {
         warps[q]->synchronize(clock);
         warps[q]->release(id);
     }
+}
+
+uint32_t Block::advance() {
+    // Records of shared memory have 25 bits for it.
+    if (++time >> 25) throw EmulatorError(launch.program.name + ": more synchronisations in a block than are counted");
+    return time;
 }
 
 void Block::synchronize_at(uint64_t address, bool reads, bool writes) {

@@ -97,6 +97,7 @@ public:
     std::vector<std::unique_ptr<Warp>> warps;
     std::map<uint32_t, MemoryBarrier> memory_barriers;
     uint32_t time = 1;
+    uint32_t advance();  // the time after a synchronisation
 
 private:
     void complete_if_full(uint32_t id);

@@ -44,7 +44,7 @@ void barrier(Warp& w, const Instruction& in, uint32_t mask) {
 }
 
 void warp_barrier(Warp& w, const Instruction& in, uint32_t mask) {
-    w.converge(mask, w.at<uint32_t>(in.slot[0])[__builtin_ctz(mask)]);
+    if (w.converge(mask, w.at<uint32_t>(in.slot[0])[__builtin_ctz(mask)])) w.synchronize_lanes();
 }
 
 // ---- functions of the driver ----------------------------------------------------------------------------------------

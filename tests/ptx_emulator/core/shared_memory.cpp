@@ -27,12 +27,15 @@ Hazard SharedMemory::fast_read(uint32_t offset, int bytes, const SharedAccess& a
     if constexpr (kBytes > 0) bytes = kBytes;
     const uint32_t settled = access.settled << 5, warp = access.warp;
     const uint64_t now = uint64_t{access.time} << 32, mine = now | uint64_t{1} << warp;
+    const uint32_t synced = access.synced << 5;
+    const uint8_t* lanes = &lanes_[offset];
     uint32_t* writes = &writes_[offset];
     uint64_t* reads = &reads_[offset];
     uint32_t slow = 0;
     for (int i = 0; i < bytes; ++i) {
         slow |= writes[i] == 0;
-        slow |= !(writes[i] < settled || (writes[i] & (kPending | 31)) == warp);
+        const bool mine_too = (writes[i] & (kPending | 31)) == warp;
+        slow |= !(writes[i] < settled || (mine_too && (writes[i] < synced || lanes[i] == access.lane)));
         slow |= !(reads[i] >= now || reads[i] < uint64_t{access.settled} << 32 || reads[i] == mine);
     }
     if (slow) return slow_read(offset, bytes, access);
@@ -47,6 +50,9 @@ Hazard SharedMemory::slow_read(uint32_t offset, int bytes, const SharedAccess& a
         if (write == 0 && check_initialized) return Hazard::kUninitialized;
         if (write & kPending) return Hazard::kPending;
         if (write != 0 && check_races && !ordered(write, access)) return Hazard::kRace;
+        const bool by_another_lane = (write & 31) == access.warp && lanes_[byte] != access.lane;
+        const bool unsynced = (write & ~kStrong) >> 5 >= access.synced && !access.strong;
+        if (write != 0 && check_races && by_another_lane && unsynced) return Hazard::kLaneRace;
         if (access.strong) continue;
         uint64_t read = reads_[byte];
         const uint32_t time = static_cast<uint32_t>(read >> 32);
@@ -82,6 +88,13 @@ Hazard SharedMemory::fast_write(uint32_t offset, int bytes, const SharedAccess& 
         writes[i] = record;
         reads[i] = 0;
     }
+    if (access.lane >= 0) {
+        std::fill_n(&lanes_[offset], bytes, static_cast<uint8_t>(access.lane));
+    } else {
+        const int each = bytes / 32;
+        for (int lane = 0; lane < 32; ++lane)
+            std::fill_n(&lanes_[offset + lane * each], each, static_cast<uint8_t>(lane));
+    }
     return Hazard::kNone;
 }
 
@@ -110,6 +123,7 @@ Hazard SharedMemory::begin_copy(uint32_t offset, int bytes, const SharedAccess& 
 void SharedMemory::end_copy(uint32_t offset, int bytes, const uint8_t* value, const SharedAccess& access) {
     std::memcpy(&data_[offset], value, bytes);
     std::fill_n(&writes_[offset], bytes, access.time << 5 | access.warp);
+    std::fill_n(&lanes_[offset], bytes, static_cast<uint8_t>(access.lane));
 }
 
 }  // namespace ptx_emulator

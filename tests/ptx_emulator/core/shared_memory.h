@@ -1,7 +1,8 @@
 // A block's shared memory: bytes, and for each byte who wrote and read it last and when.
 //
 // Time is a counter of the block that every synchronisation advances. A warp knows up to which time it has seen each
-// other warp: an access of warp q at time t happened before what warp p does now if t < seen[p][q].
+// other warp: an access of warp q at time t happened before what warp p does now if t < seen[p][q]. Within a warp a lane
+// may read what another lane wrote before the last __syncwarp, or another .sync instruction.
 #pragma once
 
 #include <array>
@@ -17,7 +18,9 @@ using Clock = std::array<uint32_t, 32>;  // seen time of each warp
 // Who accesses shared memory, and what it has seen.
 struct SharedAccess {
     uint32_t warp;
+    int lane;          // -1: all of them, neighbouring parts of the range in order
     uint32_t time;     // now
+    uint32_t synced;   // when this warp's lanes synchronised with each other
     uint32_t settled;  // this warp has seen all others up to here
     const Clock* seen;
     bool strong;
@@ -25,7 +28,7 @@ struct SharedAccess {
 
 class SharedMemory {
 public:
-    explicit SharedMemory(uint32_t bytes) : data_(bytes), writes_(bytes), reads_(bytes) {}
+    explicit SharedMemory(uint32_t bytes) : data_(bytes), lanes_(bytes), writes_(bytes), reads_(bytes) {}
 
     uint32_t bytes() const { return static_cast<uint32_t>(data_.size()); }
     uint8_t* data(uint64_t offset) { return &data_[offset]; }
@@ -58,6 +61,7 @@ private:
     Hazard slow_write(uint32_t offset, int bytes, const SharedAccess& access);
 
     std::vector<uint8_t> data_;
+    std::vector<uint8_t> lanes_;  // that wrote last
     std::vector<uint32_t> writes_;
     std::vector<uint64_t> reads_;  // time of the last read << 32 | set of warps
     uint32_t other_ = 0;

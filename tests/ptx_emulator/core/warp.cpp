@@ -189,7 +189,11 @@ void Warp::release(uint32_t barrier) {
     interrupted_ = true;
 }
 
-SharedAccess Warp::shared_access(bool strong) const { return {index, block.time, settled, &seen, strong}; }
+SharedAccess Warp::shared_access(bool strong, int lane) const {
+    return {index, lane, block.time, synced, settled, &seen, strong};
+}
+
+void Warp::synchronize_lanes() { synced = block.advance(); }
 
 void Warp::synchronize(const Clock& joined) {
     settled = 0xFFFFFFFF;
@@ -198,6 +202,7 @@ void Warp::synchronize(const Clock& joined) {
         if (q != index && q < block.warps.size()) settled = std::min(settled, seen[q]);
     }
     if (block.warps.size() == 1) settled = block.time;
+    synced = block.time;
 }
 
 std::string Warp::where() const {

@@ -65,7 +65,8 @@ public:
     void release(uint32_t barrier);
     void yield() { interrupted_ = true, yielded_ = true; }
 
-    SharedAccess shared_access(bool strong) const;
+    SharedAccess shared_access(bool strong, int lane) const;
+    void synchronize_lanes();               // __syncwarp and what implies it
     void synchronize(const Clock& joined);  // the warp has now seen what `joined` says
 
     std::string where() const;  // what its fragments wait for
@@ -83,6 +84,7 @@ public:
     std::array<uint64_t, kLanes> copy_group{};  // committed groups of each lane
     Clock seen{};
     uint32_t settled = 0;
+    uint32_t synced = 0;
 
 private:
     bool schedule();

@@ -18,6 +18,7 @@ void for_groups(Warp& w, uint32_t mask, Slot masks, Use&& use) {
         all |= wanted[lane];
     });
     if (!w.converge(mask, all)) return;
+    w.synchronize_lanes();
     while (mask) {
         const uint32_t group = wanted[__builtin_ctz(mask)];
         uint32_t members = 0;

@@ -79,6 +79,16 @@ __device__ void reuse(float* out) {
 extern "C" __global__ void overwrite_without_barrier(float* out) { reuse<false>(out); }
 extern "C" __global__ void overwrite_with_barrier(float* out) { reuse<true>(out); }
 
+template <bool kFixed>
+__device__ void pass_along(float* out) {
+    __shared__ float buffer[32];
+    buffer[threadIdx.x] = threadIdx.x;
+    if (kFixed) __syncwarp();
+    out[threadIdx.x] = buffer[31 - threadIdx.x];
+}
+extern "C" __global__ void read_without_syncwarp(float* out) { pass_along<false>(out); }
+extern "C" __global__ void read_with_syncwarp(float* out) { pass_along<true>(out); }
+
 extern "C" __global__ void lanes_disagree(float* out) { out[threadIdx.x / 2] = threadIdx.x; }
 
 // A pipeline of three stages; kOpen groups may be under way when a stage is read.

@@ -27,16 +27,17 @@ Hazard SharedMemory::fast_read(uint32_t offset, int bytes, const SharedAccess& a
     if constexpr (kBytes > 0) bytes = kBytes;
     const uint32_t settled = access.settled << 5, warp = access.warp;
     const uint64_t now = uint64_t{access.time} << 32, mine = now | uint64_t{1} << warp;
-    const uint32_t synced = access.synced << 5;
-    const uint8_t* lanes = &lanes_[offset];
+    const uint32_t epoch = access.epoch << 5, tag = epoch | static_cast<uint32_t>(access.lane);
+    const uint32_t* tags = &tags_[offset];
     uint32_t* writes = &writes_[offset];
     uint64_t* reads = &reads_[offset];
     uint32_t slow = 0;
     for (int i = 0; i < bytes; ++i) {
         slow |= writes[i] == 0;
         const bool mine_too = (writes[i] & (kPending | 31)) == warp;
-        slow |= !(writes[i] < settled || (mine_too && (writes[i] < synced || lanes[i] == access.lane)));
-        slow |= !(reads[i] >= now || reads[i] < uint64_t{access.settled} << 32 || reads[i] == mine);
+        slow |= !(writes[i] < settled || (mine_too && (tags[i] < epoch || tags[i] == tag)));
+        slow |= !(reads[i] >= now || reads[i] < uint64_t{access.settled} << 32 ||
+                  static_cast<uint32_t>(reads[i]) == 1u << warp);
     }
     if (slow) return slow_read(offset, bytes, access);
     if (!access.strong)
@@ -50,9 +51,9 @@ Hazard SharedMemory::slow_read(uint32_t offset, int bytes, const SharedAccess& a
         if (write == 0 && check_initialized) return Hazard::kUninitialized;
         if (write & kPending) return Hazard::kPending;
         if (write != 0 && check_races && !ordered(write, access)) return Hazard::kRace;
-        const bool by_another_lane = (write & 31) == access.warp && lanes_[byte] != access.lane;
-        const bool unsynced = (write & ~kStrong) >> 5 >= access.synced && !access.strong;
-        if (write != 0 && check_races && by_another_lane && unsynced) return Hazard::kLaneRace;
+        const bool unsynced = (write & 31) == access.warp && tags_[byte] >> 5 == access.epoch && !access.strong;
+        const bool by_another_lane = static_cast<int>(tags_[byte] & 31) != access.lane;
+        if (write != 0 && check_races && unsynced && by_another_lane) return Hazard::kLaneRace;
         if (access.strong) continue;
         uint64_t read = reads_[byte];
         const uint32_t time = static_cast<uint32_t>(read >> 32);
@@ -88,12 +89,10 @@ Hazard SharedMemory::fast_write(uint32_t offset, int bytes, const SharedAccess& 
         writes[i] = record;
         reads[i] = 0;
     }
-    if (access.lane >= 0) {
-        std::fill_n(&lanes_[offset], bytes, static_cast<uint8_t>(access.lane));
-    } else {
-        const int each = bytes / 32;
-        for (int lane = 0; lane < 32; ++lane)
-            std::fill_n(&lanes_[offset + lane * each], each, static_cast<uint8_t>(lane));
+    const int lanes = access.lane < 0 ? 32 : 1, each = bytes / lanes;
+    for (int lane = 0; lane < lanes; ++lane) {
+        const uint32_t tag = access.epoch << 5 | static_cast<uint32_t>(access.lane < 0 ? lane : access.lane);
+        std::fill_n(&tags_[offset + lane * each], each, tag);
     }
     return Hazard::kNone;
 }
@@ -123,7 +122,7 @@ Hazard SharedMemory::begin_copy(uint32_t offset, int bytes, const SharedAccess& 
 void SharedMemory::end_copy(uint32_t offset, int bytes, const uint8_t* value, const SharedAccess& access) {
     std::memcpy(&data_[offset], value, bytes);
     std::fill_n(&writes_[offset], bytes, access.time << 5 | access.warp);
-    std::fill_n(&lanes_[offset], bytes, static_cast<uint8_t>(access.lane));
+    std::fill_n(&tags_[offset], bytes, access.epoch << 5 | static_cast<uint32_t>(access.lane));
 }
 
 }  // namespace ptx_emulator

@@ -20,7 +20,7 @@ struct SharedAccess {
     uint32_t warp;
     int lane;          // -1: all of them, neighbouring parts of the range in order
     uint32_t time;     // now
-    uint32_t synced;   // when this warp's lanes synchronised with each other
+    uint32_t epoch;    // how often this warp's lanes have synchronised with each other
     uint32_t settled;  // this warp has seen all others up to here
     const Clock* seen;
     bool strong;
@@ -28,7 +28,7 @@ struct SharedAccess {
 
 class SharedMemory {
 public:
-    explicit SharedMemory(uint32_t bytes) : data_(bytes), lanes_(bytes), writes_(bytes), reads_(bytes) {}
+    explicit SharedMemory(uint32_t bytes) : data_(bytes), tags_(bytes), writes_(bytes), reads_(bytes) {}
 
     uint32_t bytes() const { return static_cast<uint32_t>(data_.size()); }
     uint8_t* data(uint64_t offset) { return &data_[offset]; }
@@ -61,7 +61,7 @@ private:
     Hazard slow_write(uint32_t offset, int bytes, const SharedAccess& access);
 
     std::vector<uint8_t> data_;
-    std::vector<uint8_t> lanes_;  // that wrote last
+    std::vector<uint32_t> tags_;  // of the last write: its warp's epoch << 5 | lane
     std::vector<uint32_t> writes_;
     std::vector<uint64_t> reads_;  // time of the last read << 32 | set of warps
     uint32_t other_ = 0;

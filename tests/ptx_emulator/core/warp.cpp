@@ -190,10 +190,10 @@ void Warp::release(uint32_t barrier) {
 }
 
 SharedAccess Warp::shared_access(bool strong, int lane) const {
-    return {index, lane, block.time, synced, settled, &seen, strong};
+    return {index, lane, block.time, epoch, settled, &seen, strong};
 }
 
-void Warp::synchronize_lanes() { synced = block.advance(); }
+void Warp::synchronize_lanes() { ++epoch; }
 
 void Warp::synchronize(const Clock& joined) {
     settled = 0xFFFFFFFF;
@@ -202,7 +202,7 @@ void Warp::synchronize(const Clock& joined) {
         if (q != index && q < block.warps.size()) settled = std::min(settled, seen[q]);
     }
     if (block.warps.size() == 1) settled = block.time;
-    synced = block.time;
+    ++epoch;
 }
 
 std::string Warp::where() const {

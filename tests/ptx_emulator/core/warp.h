@@ -84,7 +84,7 @@ public:
     std::array<uint64_t, kLanes> copy_group{};  // committed groups of each lane
     Clock seen{};
     uint32_t settled = 0;
-    uint32_t synced = 0;
+    uint32_t epoch = 1;  // advanced when the lanes synchronise with each other
 
 private:
     bool schedule();

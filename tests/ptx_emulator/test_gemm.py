@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import ptx_emulator
+from ptx_emulator import report
 from ptx_emulator.device import Fresh
 
 KERNELS = Path(__file__).parent / "kernels"
@@ -71,3 +72,16 @@ def test_speed_of_arithmetic(kernels):
     speed = measure(lambda: kernels.arithmetic(4, 256, x, Fresh(out), np.int32(200)))
     print(f"plain arithmetic: {speed:.0f} million thread instructions a second")
     assert speed > 200
+
+
+def test_report(kernels):
+    a, b = padded(64, 64, torch.bfloat16), padded(64, 64, torch.bfloat16)
+    _, record = multiply(kernels.gemm_bf16, a, b, 64)
+    used = report.resources(KERNELS / "gemm.cu", "sm_80")["gemm_bf16"]
+    assert 32 < used.registers < 256 and used.spill_bytes == 0
+    text = report.table([report.row(record, used)])
+    print(text)
+    header, _, values = text.splitlines()
+    cells = dict(zip(*([cell.strip() for cell in line.split("|")] for line in (header, values)), strict=True))
+    assert cells["kernel"] == "gemm_bf16" and cells["mma"] == "128"
+    assert cells["shared wavefronts / ideal"] == cells["/ unique"] == "1.00"

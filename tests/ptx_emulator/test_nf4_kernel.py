@@ -60,3 +60,19 @@ def test_dequantize(double_quant, dtype, architecture):
     assert stores["sectors"] <= stores["ideal_sectors"] + stores["requests"]
     assert loads["requests"] > 0
     assert record["shared_load"]["wavefronts"] == record["shared_load"]["ideal_wavefronts"]
+
+
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_86", "sm_89", "sm_90"])
+def test_plan_follows_the_card(architecture):
+    # 660 tiles: more CTAs than 82 multiprocessors hold, fewer than the others do.
+    from ptx_emulator.ops import emulated
+
+    weight = quantize_4bit(torch.randn(660 * 4096))
+    with ptx_emulator.profile(architecture), emulated() as launches:
+        out = weight.dequantize()
+        (launch,) = launches()
+    assert torch.equal(out, weight.dequantize())
+    assert launch["grid"] == (656 if architecture == "sm_86" else 660, 1, 1)
+    # Nothing but the codes and statistics is read, and every sector of the output is written whole.
+    assert launch["unique_bytes_read"] == weight.codes.numel() + 4 * weight.absmax.numel()
+    assert launch["global_store"]["sectors"] == launch["global_store"]["ideal_sectors"]

@@ -29,12 +29,13 @@ public:
         if (!accept(wanted)) fail(std::string("wanted '") + wanted + "', got '" + peek() + "'");
     }
 
-    // [A-Za-z0-9_$%.:]+ : a name, a number or an opcode with its modifiers. ':' only as "::".
+    // [A-Za-z0-9_$%.:]+ : a name, a number or an opcode with its modifiers. ':' only as "::"; ".reg.b32" is two words.
     std::string word() {
         skip();
         std::string word;
         while (position_ < text_.size()) {
             const char c = text_[position_];
+            if (c == '.' && !word.empty() && word[0] == '.') break;
             const bool colons = c == ':' && position_ + 1 < text_.size() && text_[position_ + 1] == ':';
             if (colons) {
                 word += "::";

@@ -42,6 +42,7 @@ def ints(count):
         ("read_without_barrier", 64, lambda: (floats(64),), 0, "(race in|uninitialised read of) shared memory"),
         ("overwrite_without_barrier", 64, lambda: (floats(64),), 0, "race in shared memory"),
         ("read_without_syncwarp", 32, lambda: (floats(32),), 0, "which another lane wrote with no __syncwarp between"),
+        ("produced_late", 64, lambda: (floats(32),), 0, "(race in|uninitialised read of) shared memory"),
         ("lanes_disagree", 32, lambda: (floats(16),), 0, "lanes write different values to one address"),
         ("half_a_warp_at_the_barrier", 32, lambda: (floats(32),), 0, "deadlock: a barrier is divergent or missing"),
         ("one_warp_misses_the_barrier", 64, lambda: (floats(64),), 0, "deadlock.* Barrier 1 has 32 threads"),
@@ -50,7 +51,7 @@ def ints(count):
         ("asserts", 1, lambda: (np.int32(4),), 0, "assertion failed: n == 3"),
     ],
 )
-@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("seed", [0, 1, 2])
 def test_is_caught(broken, kernel, block, arguments, shared, message, seed):
     with ptx_emulator.set_checks(seed=seed), pytest.raises(EmulatorError, match=message) as caught:
         broken.launch(kernel, 1, block, *arguments(), shared=shared)
@@ -67,6 +68,8 @@ def test_right_twins_pass(broken):
     broken.read_with_barrier(1, 64, out)
     np.testing.assert_array_equal(out, (np.arange(64) + 32) % 64)
     broken.read_with_syncwarp(1, 32, out)
+    np.testing.assert_array_equal(out[:32], 31 - np.arange(32))
+    broken.produced_in_time(1, 64, out)
     np.testing.assert_array_equal(out[:32], 31 - np.arange(32))
     broken.overwrite_with_barrier(1, 64, out)
     np.testing.assert_array_equal(out, 3 * (63 - np.arange(64)) + 3)

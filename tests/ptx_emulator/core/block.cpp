@@ -67,6 +67,9 @@ void Block::arrive(Warp& warp, uint32_t mask, uint32_t id, uint32_t expected, bo
     barrier.arrived += expected && mask == warp.live ? kLanes : __builtin_popcount(mask);
     barrier.participants |= 1u << warp.index;
     launch.counters.barriers += 1;
+    for (uint32_t q = 0; q < 32; ++q) barrier.seen[q] = std::max(barrier.seen[q], warp.seen[q]);
+    // What a warp does after it came is not before the barrier; one that waits does nothing.
+    if (!wait) barrier.seen[warp.index] = advance();
     if (wait) {
         barrier.waiting |= 1u << warp.index;
         warp.wait_at_barrier(mask, id);
@@ -80,15 +83,6 @@ void Block::vote(Warp& warp, uint32_t mask, uint32_t id, uint32_t predicate, Slo
     barrier.votes += __builtin_popcount(mask & predicate);
     barrier.voters += __builtin_popcount(mask);
     barrier.results.push_back({&warp, destination, mask, operation});
-}
-
-Clock Block::joined(uint32_t participants) const {
-    Clock clock{};
-    for (uint32_t q = 0; q < warps.size(); ++q) {
-        if (!(participants >> q & 1)) continue;
-        for (uint32_t i = 0; i < 32; ++i) clock[i] = std::max(clock[i], warps[q]->seen[i]);
-    }
-    return clock;
 }
 
 void Block::complete_if_full(uint32_t id) {
@@ -111,20 +105,17 @@ void Block::complete_if_full(uint32_t id) {
             predicate = value ? predicate | vote.mask : predicate & ~vote.mask;
         }
     }
-    uint32_t participants = barrier.participants;
     const uint32_t waiting = barrier.waiting;
+    Clock seen = barrier.seen;
     // A barrier of all threads also waits for those that have exited.
-    if (!barrier.expected)
-        for (uint32_t q = 0; q < warps.size(); ++q)
-            if (warps[q]->done()) participants |= 1u << q;
+    const bool of_all = !barrier.expected;
     barrier = Barrier{};
-    Clock clock = joined(participants);
     advance();
     for (uint32_t q = 0; q < warps.size(); ++q)
-        if (participants >> q & 1) clock[q] = time;
+        if (waiting >> q & 1 || (of_all && warps[q]->done())) seen[q] = time;
     for (uint32_t q = 0; q < warps.size(); ++q) {
         if (!(waiting >> q & 1)) continue;
-        warps[q]->synchronize(clock);
+        warps[q]->synchronize(seen);
         warps[q]->release(id);
     }
 }

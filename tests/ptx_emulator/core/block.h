@@ -50,6 +50,7 @@ struct Barrier {
     uint32_t expected = 0;      // threads; 0: all that live
     uint32_t waiting = 0;       // warps with a fragment that waits
     uint32_t participants = 0;  // warps that arrived or wait
+    Clock seen{};               // what those who came had seen
     uint32_t votes = 0;         // threads whose predicate is true, for bar.red
     uint32_t voters = 0;
     struct Vote {
@@ -82,7 +83,6 @@ public:
     void arrive(Warp& warp, uint32_t mask, uint32_t barrier, uint32_t expected, bool wait);
     void vote(Warp& warp, uint32_t mask, uint32_t barrier, uint32_t predicate, Slot destination, uint32_t operation);
     void lanes_exited();
-    Clock joined(uint32_t warps) const;  // what these warps have seen together
     GlobalAccess global_access(bool strong) const { return {static_cast<uint32_t>(index), strong, &before_}; }
     // An atomic, or another strong access, at a global address: what blocks did before they released there came before
     // what this one does from now on. A block releases if it has had a fence since its last plain write.

@@ -135,6 +135,23 @@ extern "C" __global__ void one_warp_misses_the_barrier(float* out) {
     out[threadIdx.x] = 1.0f;
 }
 
+// A warp fills a buffer and arrives, another waits and reads; kLate fills a part too late.
+template <bool kLate>
+__device__ void produce_and_consume(float* out) {
+    __shared__ float buffer[32];
+    const int lane = threadIdx.x % 32;
+    if (threadIdx.x < 32) {
+        if (!kLate || lane < 16) buffer[lane] = lane;
+        asm volatile("bar.arrive 1, 64;" ::: "memory");
+        if (kLate && lane >= 16) buffer[lane] = lane;
+    } else {
+        asm volatile("bar.sync 1, 64;" ::: "memory");
+        out[lane] = buffer[31 - lane];
+    }
+}
+extern "C" __global__ void produced_in_time(float* out) { produce_and_consume<false>(out); }
+extern "C" __global__ void produced_late(float* out) { produce_and_consume<true>(out); }
+
 extern "C" __global__ void shuffle_without_a_lane(int* out) {
     int value = threadIdx.x;
     if (threadIdx.x != 7) value = __shfl_sync(~0u & ~(1u << 7), value, 7);

@@ -27,29 +27,31 @@ def ints(count):
     return np.zeros(count, np.int32)
 
 
+MISTAKES = [  # kernel, threads, arguments, bytes of dynamic shared memory, message
+    ("read_past_end", 32, lambda: (floats(32), floats(32)), 0, "thread 31: out of bounds in global memory"),
+    ("write_past_end", 32, lambda: (floats(32),), 0, r"byte 128 of 'argument 0', which has 128 bytes"),
+    ("shared_past_end", 32, lambda: (floats(32), np.int32(1)), 128, "out of bounds in shared memory"),
+    ("local_past_end", 1, lambda: (floats(1), np.int32(3)), 0, "out of bounds in local memory"),
+    ("misaligned_global", 4, lambda: (np.zeros(64, np.int8), ints(4)), 0, "misaligned access: 4 bytes"),
+    ("misaligned_shared", 4, lambda: (ints(4), np.int32(4)), 128, "misaligned access: 8 bytes at 0x4"),
+    ("shared_nobody_wrote", 32, lambda: (floats(32),), 128, "uninitialised read of shared memory at 0x7c"),
+    ("local_nobody_wrote", 1, lambda: (floats(1), np.int32(5)), 0, "uninitialised read: nobody wrote local memory"),
+    ("global_nobody_wrote", 32, lambda: (Fresh(floats(32)),), 0, "uninitialised read: nobody wrote global memory"),
+    ("read_without_barrier", 64, lambda: (floats(64),), 0, "(race in|uninitialised read of) shared memory"),
+    ("overwrite_without_barrier", 64, lambda: (floats(64),), 0, "race in shared memory"),
+    ("read_without_syncwarp", 32, lambda: (floats(32),), 0, "which another lane wrote with no __syncwarp between"),
+    ("produced_late", 64, lambda: (floats(32),), 0, "(race in|uninitialised read of) shared memory"),
+    ("lanes_disagree", 32, lambda: (floats(16),), 0, "lanes write different values to one address"),
+    ("half_a_warp_at_the_barrier", 32, lambda: (floats(32),), 0, "deadlock: a barrier is divergent or missing"),
+    ("one_warp_misses_the_barrier", 64, lambda: (floats(64),), 0, "deadlock.* Barrier 1 has 32 threads"),
+    ("shuffle_without_a_lane", 32, lambda: (ints(32),), 0, "shfl reads lane 7, which does not take part"),
+    ("lane_never_comes", 32, lambda: (ints(32),), 0, "deadlock"),
+    ("asserts", 1, lambda: (np.int32(4),), 0, "assertion failed: n == 3"),
+]
+
+
 @pytest.mark.parametrize(
-    ("kernel", "block", "arguments", "shared", "message"),
-    [
-        ("read_past_end", 32, lambda: (floats(32), floats(32)), 0, "thread 31: out of bounds in global memory"),
-        ("write_past_end", 32, lambda: (floats(32),), 0, r"byte 128 of 'argument 0', which has 128 bytes"),
-        ("shared_past_end", 32, lambda: (floats(32), np.int32(1)), 128, "out of bounds in shared memory"),
-        ("local_past_end", 1, lambda: (floats(1), np.int32(3)), 0, "out of bounds in local memory"),
-        ("misaligned_global", 4, lambda: (np.zeros(64, np.int8), ints(4)), 0, "misaligned access: 4 bytes"),
-        ("misaligned_shared", 4, lambda: (ints(4), np.int32(4)), 128, "misaligned access: 8 bytes at 0x4"),
-        ("shared_nobody_wrote", 32, lambda: (floats(32),), 128, "uninitialised read of shared memory at 0x7c"),
-        ("local_nobody_wrote", 1, lambda: (floats(1), np.int32(5)), 0, "uninitialised read: nobody wrote local memory"),
-        ("global_nobody_wrote", 32, lambda: (Fresh(floats(32)),), 0, "uninitialised read: nobody wrote global memory"),
-        ("read_without_barrier", 64, lambda: (floats(64),), 0, "(race in|uninitialised read of) shared memory"),
-        ("overwrite_without_barrier", 64, lambda: (floats(64),), 0, "race in shared memory"),
-        ("read_without_syncwarp", 32, lambda: (floats(32),), 0, "which another lane wrote with no __syncwarp between"),
-        ("produced_late", 64, lambda: (floats(32),), 0, "(race in|uninitialised read of) shared memory"),
-        ("lanes_disagree", 32, lambda: (floats(16),), 0, "lanes write different values to one address"),
-        ("half_a_warp_at_the_barrier", 32, lambda: (floats(32),), 0, "deadlock: a barrier is divergent or missing"),
-        ("one_warp_misses_the_barrier", 64, lambda: (floats(64),), 0, "deadlock.* Barrier 1 has 32 threads"),
-        ("shuffle_without_a_lane", 32, lambda: (ints(32),), 0, "shfl reads lane 7, which does not take part"),
-        ("lane_never_comes", 32, lambda: (ints(32),), 0, "deadlock"),
-        ("asserts", 1, lambda: (np.int32(4),), 0, "assertion failed: n == 3"),
-    ],
+    ("kernel", "block", "arguments", "shared", "message"), MISTAKES, ids=[mistake[0] for mistake in MISTAKES]
 )
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_is_caught(broken, kernel, block, arguments, shared, message, seed):
@@ -143,6 +145,7 @@ HEAD = ".version 8.0\n.target sm_80\n.address_size 64\n"
         ("add.s32 %r1 %r1;", "PTX line 7: wanted"),
         ("ld.global.u32 %r1, [%x];", "'%x' is not declared"),
     ],
+    ids=["opcode", "modifier", "register", "size", "label", "syntax", "address"],
 )
 def test_bad_ptx(body, message):
     with pytest.raises(EmulatorError, match=message):

@@ -290,6 +290,7 @@ def test_from_integers(to, source, mode):
         ("rsqrt.approx", lambda x: 1 / np.sqrt(x), 0.01, 100),
         ("sqrt.approx", np.sqrt, 0, 100),
     ],
+    ids=lambda value: value.split(".")[0] if isinstance(value, str) else "",
 )
 def test_approximate_functions(name, reference, low, high):
     values = np.random.default_rng(0).uniform(low, high, COUNT).astype(np.float32)

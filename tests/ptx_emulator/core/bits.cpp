@@ -188,7 +188,7 @@ void decode_or(Decoder& decoder, const Statement& s, Instruction& in) { decode_l
 void decode_xor(Decoder& decoder, const Statement& s, Instruction& in) { decode_logic<Xor>(decoder, s, in); }
 
 void decode_not(Decoder& decoder, const Statement& s, Instruction& in) {
-    const Type type = Modifiers(s).take_type();
+    const Type type = only_type(s);
     if (type != Type::kPred) return decode_unary<Not>(decoder, s, in, type);
     in.slot[0] = decoder.predicate(s.operands.at(0));
     in.slot[1] = decoder.predicate(s.operands.at(1));
@@ -198,17 +198,17 @@ void decode_not(Decoder& decoder, const Statement& s, Instruction& in) {
 }
 
 void decode_cnot(Decoder& decoder, const Statement& s, Instruction& in) {
-    decode_unary<CNot>(decoder, s, in, Modifiers(s).take_type());
+    decode_unary<CNot>(decoder, s, in, only_type(s));
 }
 
 void decode_popc(Decoder& decoder, const Statement& s, Instruction& in) {
-    const Type type = Modifiers(s).take_type();
+    const Type type = only_type(s);
     operands(decoder, s, in, 4, {type});
     in.handler = bytes_of(type) == 4 ? unary<uint32_t, uint32_t, PopCount> : unary<uint32_t, uint64_t, PopCount>;
 }
 
 void decode_clz(Decoder& decoder, const Statement& s, Instruction& in) {
-    const Type type = Modifiers(s).take_type();
+    const Type type = only_type(s);
     operands(decoder, s, in, 4, {type});
     in.handler = bytes_of(type) == 4 ? unary<uint32_t, uint32_t, Clz> : unary<uint32_t, uint64_t, Clz>;
 }
@@ -237,13 +237,13 @@ void decode_fns(Decoder& decoder, const Statement& s, Instruction& in) {
 }
 
 void decode_brev(Decoder& decoder, const Statement& s, Instruction& in) {
-    const Type type = Modifiers(s).take_type();
+    const Type type = only_type(s);
     operands(decoder, s, in, bytes_of(type), {type});
     in.handler = bytes_of(type) == 4 ? unary<uint32_t, uint32_t, Reverse> : unary<uint64_t, uint64_t, Reverse>;
 }
 
 void decode_bfe(Decoder& decoder, const Statement& s, Instruction& in) {
-    const Type type = Modifiers(s).take_type();
+    const Type type = only_type(s);
     operands(decoder, s, in, bytes_of(type), {type, Type::kU32, Type::kU32});
     with_wide_integer(type, [&](auto t) {
         using T = decltype(t);
@@ -270,7 +270,7 @@ void insert_bits(Warp& w, const Instruction& in, uint32_t mask) {
 }  // namespace
 
 void decode_bfi(Decoder& decoder, const Statement& s, Instruction& in) {
-    const Type type = Modifiers(s).take_type();
+    const Type type = only_type(s);
     operands(decoder, s, in, bytes_of(type), {type, type, Type::kU32, Type::kU32});
     in.handler = bytes_of(type) == 4 ? insert_bits<uint32_t> : insert_bits<uint64_t>;
 }
@@ -314,7 +314,7 @@ void decode_lop3(Decoder& decoder, const Statement& s, Instruction& in) {
 }
 
 void decode_shl(Decoder& decoder, const Statement& s, Instruction& in) {
-    const Type type = Modifiers(s).take_type();
+    const Type type = only_type(s);
     operands(decoder, s, in, bytes_of(type), {type, Type::kU32});
     with_bits(type, [&](auto t) {
         using T = decltype(t);
@@ -323,7 +323,7 @@ void decode_shl(Decoder& decoder, const Statement& s, Instruction& in) {
 }
 
 void decode_shr(Decoder& decoder, const Statement& s, Instruction& in) {
-    const Type type = Modifiers(s).take_type();
+    const Type type = only_type(s);
     operands(decoder, s, in, bytes_of(type), {type, Type::kU32});
     with_wide_integer(type, [&](auto t) {
         using T = decltype(t);
@@ -361,7 +361,7 @@ void decode_prmt(Decoder& decoder, const Statement& s, Instruction& in) {
 }
 
 void decode_selp(Decoder& decoder, const Statement& s, Instruction& in) {
-    const Type type = Modifiers(s).take_type();
+    const Type type = only_type(s);
     in.slot[0] = decoder.destination(s.operands.at(0), bytes_of(type));
     in.slot[1] = decoder.source(s.operands.at(1), type);
     in.slot[2] = decoder.source(s.operands.at(2), type);

@@ -88,7 +88,7 @@ void set_predicate(Warp& w, const Instruction& in, uint32_t mask) {
     if (in.has_base) write_predicate(w, in.slot[1], mask, q);
 }
 
-// in.bytes: 1 all ones of 32 bits, 2 the float 1.0, 3 of a 16-bit register all ones or 1.0 as in.target holds it.
+// in.target: what a true result is, all ones or 1.0; in.register_bytes: of one of the kWidth results.
 template <Comparison comparison, class T, int kWidth>
 void set_register(Warp& w, const Instruction& in, uint32_t mask) {
     for (int part = 0; part < kWidth; ++part) {

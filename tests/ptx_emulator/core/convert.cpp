@@ -10,7 +10,7 @@ namespace ptx_emulator {
 namespace {
 
 enum Rounding { kNearest, kZero, kDown, kUp, kAway };
-constexpr uint32_t kFtz = 1, kSat = 2, kRelu = 4, kFinite = 8;
+constexpr uint32_t kFtz = 1, kSat = 2, kRelu = 4;
 
 struct Conversion {
     Rounding rounding;
@@ -91,7 +91,6 @@ uint32_t to_tf32(double value, const Conversion& how) {
 // Source types.
 template <class T>
 struct IntegerSource {
-    using Register = T;
     static auto read(const void* registers, int register_bytes, int lane) {
         T value;
         std::memcpy(&value, static_cast<const char*>(registers) + lane * register_bytes, sizeof value);

@@ -46,6 +46,13 @@ void Modifiers::done() const {
     if (!names_.empty()) throw EmulatorError("the modifier ." + names_.front() + " is not supported here");
 }
 
+Type only_type(const Statement& statement) {
+    Modifiers modifiers(statement);
+    const Type type = modifiers.take_type();
+    modifiers.done();
+    return type;
+}
+
 // ---- Places ---------------------------------------------------------------------------------------------------------
 
 Slot Decoder::allocate(int bytes) {

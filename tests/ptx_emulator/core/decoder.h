@@ -28,13 +28,14 @@ public:
     std::string take_any(std::initializer_list<const char*> names);  // "" if there is none of them
     Type take_type();                                                // the first that names a type
     void take_prefix(const std::string& prefix);
-    bool empty() const { return names_.empty(); }
-    const std::string& front() const { return names_.front(); }
     void done() const;
 
 private:
     std::vector<std::string> names_;
 };
+
+// Of a statement that has a type and no other modifier.
+Type only_type(const Statement& statement);
 
 class Decoder {
 public:

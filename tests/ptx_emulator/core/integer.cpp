@@ -341,14 +341,14 @@ void decode_div(Decoder& decoder, const Statement& s, Instruction& in) {
 }
 
 void decode_rem(Decoder& decoder, const Statement& s, Instruction& in) {
-    decode_binary<Rem>(decoder, s, in, Modifiers(s).take_type());
+    decode_binary<Rem>(decoder, s, in, only_type(s));
 }
 
 void decode_abs(Decoder& decoder, const Statement& s, Instruction& in) {
-    if (!float_kind(decoder, s, in, FloatOp::kAbs)) decode_unary<Abs>(decoder, s, in, Modifiers(s).take_type());
+    if (!float_kind(decoder, s, in, FloatOp::kAbs)) decode_unary<Abs>(decoder, s, in, only_type(s));
 }
 void decode_neg(Decoder& decoder, const Statement& s, Instruction& in) {
-    if (!float_kind(decoder, s, in, FloatOp::kNeg)) decode_unary<Neg>(decoder, s, in, Modifiers(s).take_type());
+    if (!float_kind(decoder, s, in, FloatOp::kNeg)) decode_unary<Neg>(decoder, s, in, only_type(s));
 }
 
 namespace {

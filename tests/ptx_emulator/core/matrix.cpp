@@ -214,16 +214,21 @@ void decode_mma(Decoder& decoder, const Statement& s, Instruction& in) {
     if (shape == "m16n8k8" && a == Type::kTF32 && !half) in.handler = multiply<Tf32Format, 8, false>;
     if (shape == "m16n8k4" && a == Type::kTF32 && !half) in.handler = multiply<Tf32Format, 4, false>;
     if (!in.handler) throw EmulatorError("this shape of mma is not supported");
+    const size_t depth = shape == "m16n8k16" ? 16 : shape == "m16n8k8" ? 8 : 4;
+    const size_t sums = half ? 2 : 4, left = a == Type::kTF32 ? depth / 2 : depth / 4;
+    const size_t wanted[] = {sums, left, left / 2, sums};
+    if (s.operands.size() != 4) throw EmulatorError("wrong number of operands");
     size_t next = 0;
     for (const Operand& group : s.operands) {
         const bool result = &group == &s.operands[0];
-        const bool sums = result || &group == &s.operands.back();
+        const bool fp32 = !half && (result || &group == &s.operands.back());
         const std::vector<Operand> parts =
             group.kind == Operand::Kind::kVector ? group.parts : std::vector<Operand>{group};
+        if (parts.size() != wanted[&group - &s.operands[0]])
+            throw EmulatorError("another number of registers than the shape has");
         for (const Operand& part : parts) {
-            if (next >= in.slot.size()) throw EmulatorError("too many registers");
             in.slot[next++] =
-                result ? decoder.destination(part, 4) : decoder.source(part, sums && !half ? Type::kF32 : Type::kB32);
+                result ? decoder.destination(part, 4) : decoder.source(part, fp32 ? Type::kF32 : Type::kB32);
         }
     }
 }

@@ -198,7 +198,7 @@ void nothing(Warp&, const Instruction&, uint32_t) {}
 }  // namespace
 
 void decode_mov(Decoder& decoder, const Statement& s, Instruction& in) {
-    const Type type = Modifiers(s).take_type();
+    const Type type = only_type(s);
     const Operand &to = s.operands.at(0), &from = s.operands.at(1);
     if (type == Type::kPred) {
         in.slot[0] = decoder.predicate(to);

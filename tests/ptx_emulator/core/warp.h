@@ -5,8 +5,6 @@
 #pragma once
 
 #include <cstring>
-#include <deque>
-#include <functional>
 #include <string>
 #include <vector>
 

@@ -45,30 +45,58 @@ class Module:
         return functools.partial(self.launch, name)
 
     def launch(self, kernel: str, grid, block, *arguments, shared: int = 0, memory=()) -> dict:
-        registered, packed = [], []
-
-        def register(argument, name):
-            address, size = _extent(argument.array if isinstance(argument, Fresh) else argument)
-            native().add_memory(address, size, name, isinstance(argument, Fresh))
-            registered.append(address)
-            return address.to_bytes(8, "little")
-
-        try:
+        packed = []
+        with Registration() as registration:
             for index, array in enumerate(memory):
-                register(array, f"memory {index}")
+                registration.add(array, f"memory {index}")
             for index, argument in enumerate(arguments):
                 if isinstance(argument, np.ndarray | torch.Tensor | Fresh):
-                    packed.append(register(argument, f"argument {index}"))
+                    address = registration.add(argument, f"argument {index}")
+                    packed.append(address.to_bytes(8, "little"))
                 elif isinstance(argument, bytes):
                     packed.append(argument)
                 elif isinstance(argument, np.generic):
                     packed.append(argument.tobytes())
                 else:
                     raise TypeError(f"argument {index}: got {type(argument)}, wanted an array, a numpy scalar or bytes")
+            registration.apply()
             return _call(self._module.launch, kernel, _sizes(grid), _sizes(block), shared, packed)
-        finally:
-            for address in registered:
-                native().remove_memory(address)
+
+
+class Registration:
+    """Host memory that kernels may touch while this lives. Ranges that overlap, as views of one tensor may, are one."""
+
+    def __init__(self):
+        self._ranges: list[tuple[int, int, str, bool]] = []
+        self._registered: list[int] = []
+
+    def add(self, array, name: str) -> int:
+        """Notes an array; the result is its address."""
+        fresh = isinstance(array, Fresh)
+        low, size = _extent(array.array if fresh else array)
+        self._ranges.append((low, low + size, name, fresh))
+        return low
+
+    def apply(self) -> None:
+        merged: list[tuple[int, int, str, bool]] = []
+        for low, high, name, fresh in sorted(self._ranges):
+            if merged and low < merged[-1][1]:
+                first, last, names, all_fresh = merged.pop()
+                low, high, name, fresh = first, max(last, high), f"{names}, {name}", all_fresh and fresh
+            merged.append((low, high, name, fresh))
+        for low, high, name, fresh in merged:
+            self.register(low, high - low, name, fresh)
+
+    def register(self, address: int, size: int, name: str, fresh: bool) -> None:
+        native().add_memory(address, size, name, fresh)
+        self._registered.append(address)
+
+    def __enter__(self) -> "Registration":
+        return self
+
+    def __exit__(self, *exception) -> None:
+        for address in self._registered:
+            native().remove_memory(address)
 
 
 def _sizes(sizes) -> list[int]:

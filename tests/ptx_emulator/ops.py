@@ -8,7 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from .build import BUILD, native
-from .device import _extent
+from .device import Registration
 
 NAMESPACE = "peft_kernels_emulated"
 
@@ -21,49 +21,45 @@ def load() -> None:
 
 
 class _Allocations(TorchDispatchMode):
-    """Tells the emulator of tensors that a binding makes for its kernels: memory that nobody has written."""
+    """Tells the emulator of tensors that a binding makes for its kernels; empty ones are memory that nobody wrote."""
 
-    def __init__(self, register):
+    def __init__(self, registration: Registration):
         super().__init__()
-        self.register = register
+        self.registration = registration
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
-        empty = "empty" in func.__name__
+        aliases = [result.alias_info for result in func._schema.returns]
+        if any(alias is not None and not alias.is_write for alias in aliases):
+            return out  # a view: its memory is known
         for tensor in tree_leaves(out):
-            if isinstance(tensor, torch.Tensor):
-                self.register(tensor, f"a result of {func.__name__}", empty)
+            if isinstance(tensor, torch.Tensor) and tensor.numel():
+                storage = tensor.untyped_storage()
+                name, fresh = f"a result of {func.__name__}", "empty" in func.__name__
+                self.registration.register(storage.data_ptr(), storage.nbytes(), name, fresh)
         return out
 
 
 class _EmulatedOps(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        name = f"{NAMESPACE}::{func.__name__.split('.')[0]}"
-        has_kernel = func.namespace == "peft_kernels" and torch._C._dispatch_has_kernel_for_dispatch_key(name, "CPU")
+        operation = func.__name__.split(".")[0]
+        has_kernel = func.namespace == "peft_kernels" and torch._C._dispatch_has_kernel_for_dispatch_key(
+            f"{NAMESPACE}::{operation}", "CPU"
+        )
         if not has_kernel:
             return func(*args, **kwargs)
-        registered = []
-
-        def register(tensor, what, fresh=False):
-            address, size = _extent(tensor)
-            native().add_memory(address, size, what, fresh)
-            registered.append(address)
-
-        names = [argument.name for argument in func._schema.arguments]
-        given = dict(zip(names, args, strict=False)) | kwargs
-        try:
-            for argument, value in given.items():
+        emulated_op = getattr(getattr(torch.ops, NAMESPACE), operation).default
+        given = dict(zip((argument.name for argument in func._schema.arguments), args, strict=False)) | kwargs
+        with Registration() as registration:
+            for name, value in given.items():
                 for tensor in tree_leaves(value):
                     if isinstance(tensor, torch.Tensor) and tensor.numel():
-                        register(tensor, argument)
-            operation = getattr(getattr(torch.ops, NAMESPACE), func.__name__.split(".")[0]).default
+                        registration.add(tensor, name)
+            registration.apply()
             # Straight to the kernel: a plain call would hand the op itself to the mode, and leave the mode for it.
-            with _Allocations(register):
-                return operation.redispatch(torch._C.DispatchKeySet(torch._C.DispatchKey.CPU), *args, **kwargs)
-        finally:
-            for address in registered:
-                native().remove_memory(address)
+            with _Allocations(registration):
+                return emulated_op.redispatch(torch._C.DispatchKeySet(torch._C.DispatchKey.CPU), *args, **kwargs)
 
 
 @contextmanager

@@ -119,3 +119,12 @@ def test_blocks_that_tell_others_by_an_atomic(basics, seed):
         done[0] = 0
         with pytest.raises(EmulatorError, match="race between blocks: read of global memory"):
             basics.last_block_adds_unfenced(5, 32, values, Fresh(parts), done, Fresh(out))
+
+
+def test_arrays_that_overlap(basics):
+    both = torch.arange(64.0).view(32, 2)
+    out = torch.empty(32)
+    basics.add(1, 64, both, both[:, 1], Fresh(out), np.int32(32))  # two views of one tensor
+    assert torch.equal(out, torch.arange(32.0) + torch.arange(32.0) + 1)
+    with pytest.raises(EmulatorError, match="out of bounds"):
+        basics.add(1, 64, both, both[:, 1], torch.empty(64), np.int32(64))

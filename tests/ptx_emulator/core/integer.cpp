@@ -374,7 +374,8 @@ void decode_max(Decoder& decoder, const Statement& s, Instruction& in) {
 }
 void decode_dp4a(Decoder& decoder, const Statement& s, Instruction& in) {
     Modifiers modifiers(s);
-    in.target = is_signed(modifiers.take_type()) | is_signed(modifiers.take_type()) << 1;
+    const Type a = modifiers.take_type(), b = modifiers.take_type();
+    in.target = (is_signed(a) ? 1 : 0) | (is_signed(b) ? 2 : 0);
     modifiers.done();
     operands(decoder, s, in, 4, {Type::kB32, Type::kB32, Type::kB32});
     in.handler = [](Warp& w, const Instruction& in, uint32_t mask) {

@@ -7,7 +7,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from .build import BUILD, native
+from .build import build, native
 from .device import Registration
 
 NAMESPACE = "peft_kernels_emulated"
@@ -17,7 +17,7 @@ NAMESPACE = "peft_kernels_emulated"
 def load() -> None:
     """Builds the second copy of the ops and registers them."""
     native()
-    torch.ops.load_library(str(BUILD / "libemulated_ops.so"))
+    torch.ops.load_library(str(build("emulated_ops") / "libemulated_ops.so"))
 
 
 class _Allocations(TorchDispatchMode):

@@ -4,9 +4,11 @@ import os
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import hypothesis
+import ptx_emulator
 import pytest
 import torch
 
+import peft_kernels
 from peft_kernels import cpu
 
 # Fixtures that choose an instruction set last for a whole test on purpose.
@@ -35,10 +37,36 @@ def threads():
     return torch.set_num_threads
 
 
-@pytest.fixture(params=["portable", "avx2", "avx512", "avx512_bf16"])
+ISAS = ["portable", "avx2", "avx512", "avx512_bf16"]
+
+
+@pytest.fixture(params=ISAS)
 def cpu_isa(request):
     """Runs the test once for each instruction set that this processor has."""
     if request.param not in cpu.isas():
         pytest.skip(f"this processor lacks {request.param}")
     with cpu.use_isa(request.param):
         yield request.param
+
+
+@pytest.fixture(params=[*ISAS, "cuda", "emulated"])
+def device(request):
+    """Runs the test on the CPU, once for each instruction set; on a GPU; and with the CUDA kernels in the emulator.
+    The device that tensors have to be on: the emulator's are on the CPU."""
+    if request.param == "cuda":
+        if not (torch.cuda.is_available() and peft_kernels._extension.build_info["cuda"]):
+            pytest.skip("needs a GPU, and a build with CUDA")
+        yield "cuda"
+    elif request.param == "emulated":
+        if reason := ptx_emulator.missing():
+            pytest.skip(reason)
+        from ptx_emulator.ops import emulated
+
+        with emulated() as launches:
+            yield "cpu"
+            assert launches(), "the test launched no kernel"
+    elif request.param not in cpu.isas():
+        pytest.skip(f"this processor lacks {request.param}")
+    else:
+        with cpu.use_isa(request.param):
+            yield "cpu"

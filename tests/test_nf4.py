@@ -126,6 +126,21 @@ def test_dequantize_equals_bitsandbytes_public_function(cpu_isa, double_quant, d
     same_bits(dequantize_4bit(weight), bnb_functional.dequantize_4bit(codes, state))
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=name)
+@pytest.mark.parametrize("double_quant", [False, True], ids=["plain", "nested"])
+@pytest.mark.parametrize("start", [0, 1], ids=["aligned", "unaligned"])
+def test_dequantize_equals_bitsandbytes(device, start, double_quant, dtype):
+    # More than one tile of the CUDA kernel, and elements after the last whole vector.
+    tensor = torch.randn(3, 4099).to(dtype)
+    codes, state = bnb_functional.quantize_4bit(tensor, quant_type="nf4", compress_statistics=double_quant)
+    expected = bnb_dequantize(codes, state)
+    weight = NF4Weight.from_quant_state(codes, state)
+    buffer = torch.cat([torch.zeros(start, dtype=torch.uint8), weight.codes]).to(device)
+    absmax, *nested = (field.to(device) for field in (weight.absmax, *weight.nested))
+    weight = dataclasses.replace(weight, codes=buffer[start:], absmax=absmax, nested=tuple(nested))
+    same_bits(weight.dequantize().cpu(), expected)
+
+
 @pytest.mark.parametrize("shape", [(0,), (0, 5), (1,), (3,), (7, 5), (2, 3, 4), ()], ids=str)
 @pytest.mark.parametrize("double_quant", [False, True], ids=["plain", "nested"])
 def test_small_shapes(shape, double_quant):
@@ -184,20 +199,21 @@ def test_nan_and_infinity(cpu_isa, special, position, quant_type, double_quant):
 @pytest.mark.parametrize("out_dtype", DTYPES, ids=name)
 @pytest.mark.parametrize("weight_dtype", DTYPES, ids=name)
 @pytest.mark.parametrize("quant_type", QUANT_TYPES)
-def test_output_dtype_rounds_twice(cpu_isa, quant_type, weight_dtype, out_dtype):
+def test_output_dtype_rounds_twice(device, quant_type, weight_dtype, out_dtype):
     # Over all binades, so that every kind of rounding happens: to subnormals, to infinity.
-    absmax = torch.ldexp(1 + torch.rand(277), torch.arange(-149, 128))
-    codes = torch.randint(256, (277 * 16 - 1,), dtype=torch.uint8)
+    absmax = torch.ldexp(1 + torch.rand(277, device=device), torch.arange(-149, 128, device=device))
+    codes = torch.randint(256, (277 * 16 - 1,), dtype=torch.uint8, device=device)
     weight = NF4Weight(codes, absmax, (277 * 32 - 3,), weight_dtype, 32, quant_type)
     expected = reference.dequantize_4bit(**fields(weight)).to(out_dtype)
     same_bits(weight.dequantize(out_dtype), expected)
 
 
-def test_nested_statistics_round_twice(cpu_isa):
+def test_nested_statistics_round_twice(device):
     blocks = 1000
     nested = (torch.rand(256) * 2 - 1, torch.rand(-(-blocks // 256)), torch.tensor(0.37))
-    absmax = torch.randint(256, (blocks,), dtype=torch.uint8)
-    codes = torch.randint(256, (blocks * 16,), dtype=torch.uint8)
+    nested = tuple(tensor.to(device) for tensor in nested)
+    absmax = torch.randint(256, (blocks,), dtype=torch.uint8, device=device)
+    codes = torch.randint(256, (blocks * 16,), dtype=torch.uint8, device=device)
     weight = NF4Weight(codes, absmax, (blocks, 32), torch.float32, 32, "nf4", nested)
     same_bits(weight.dequantize(), reference.dequantize_4bit(**fields(weight)))
 

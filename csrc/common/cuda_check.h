@@ -6,9 +6,20 @@
 
 #include <cuda_runtime_api.h>
 #include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/tensor.h>
 
 #include <stdexcept>
 #include <string>
+
+// The tests compile the bindings a second time, with PEFT_KERNELS_EMULATED and for a CUDA runtime in software: their ops
+// then have a namespace of their own and run the CUDA kernels on CPU tensors.
+#if defined(PEFT_KERNELS_EMULATED)
+#define PEFT_KERNELS_NAMESPACE peft_kernels_emulated
+#define PEFT_KERNELS_CUDA_KEY CPU
+#else
+#define PEFT_KERNELS_NAMESPACE peft_kernels
+#define PEFT_KERNELS_CUDA_KEY CUDA
+#endif
 
 // Declared here, weak: torch declares it only in builds with CUDA, and a torch without CUDA does not have it.
 extern "C" __attribute__((weak)) int32_t aoti_torch_get_current_cuda_stream(int32_t device_index, void** stream);
@@ -27,6 +38,19 @@ inline void check_cuda(int status, const char* what) {
     throw std::runtime_error(message);
 }
 
+#if defined(PEFT_KERNELS_EMULATED)
+
+constexpr bool runs_on_cuda(const torch::stable::Tensor&) { return true; }
+
+struct CudaScope {
+    explicit CudaScope(int32_t) {}
+    void* stream() const { return nullptr; }
+};
+
+#else
+
+inline bool runs_on_cuda(const torch::stable::Tensor& tensor) { return tensor.is_cuda(); }
+
 // Makes a device current for torch and for our runtime while it lives, and knows torch's stream there.
 class __attribute__((visibility("hidden"))) CudaScope {
 public:
@@ -44,5 +68,7 @@ private:
     torch::stable::accelerator::DeviceGuard guard_;
     void* stream_ = nullptr;
 };
+
+#endif
 
 }  // namespace peft_kernels

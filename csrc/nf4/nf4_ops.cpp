@@ -8,6 +8,8 @@
 
 #if defined(PEFT_KERNELS_CUDA)
 #include "common/cuda_check.h"
+#else
+#define PEFT_KERNELS_NAMESPACE peft_kernels
 #endif
 
 namespace peft_kernels {
@@ -23,7 +25,7 @@ Tensor dequantize(Tensor codes, Tensor absmax, std::vector<int64_t> shape, Scala
     if (out.numel() == 0) return out;
     params.out = out.mutable_data_ptr();
 #if defined(PEFT_KERNELS_CUDA)
-    if (codes.is_cuda()) {
+    if (runs_on_cuda(codes)) {
         const CudaScope scope(codes.get_device_index());
         check_cuda(cuda::nf4_dequantize(params, scope.stream()), "nf4_dequantize");
         return out;
@@ -54,18 +56,22 @@ std::tuple<Tensor, Tensor> quantize(Tensor input, int64_t blocksize, std::string
 }  // namespace
 }  // namespace peft_kernels
 
-STABLE_TORCH_LIBRARY_FRAGMENT(peft_kernels, m) {
+STABLE_TORCH_LIBRARY_FRAGMENT(PEFT_KERNELS_NAMESPACE, m) {
     m.def(
         "nf4_dequantize(Tensor codes, Tensor absmax, int[] shape, ScalarType weight_dtype, int blocksize, "
         "str quant_type, Tensor[] nested, int nested_blocksize, ScalarType dtype) -> Tensor");
     m.def("nf4_quantize(Tensor tensor, int blocksize, str quant_type) -> (Tensor, Tensor)");
 }
 
+#if !defined(PEFT_KERNELS_EMULATED)
 STABLE_TORCH_LIBRARY_IMPL(peft_kernels, CPU, m) {
     m.impl("nf4_dequantize", TORCH_BOX(&peft_kernels::dequantize));
     m.impl("nf4_quantize", TORCH_BOX(&peft_kernels::quantize));
 }
+#endif
 
 #if defined(PEFT_KERNELS_CUDA)
-STABLE_TORCH_LIBRARY_IMPL(peft_kernels, CUDA, m) { m.impl("nf4_dequantize", TORCH_BOX(&peft_kernels::dequantize)); }
+STABLE_TORCH_LIBRARY_IMPL(PEFT_KERNELS_NAMESPACE, PEFT_KERNELS_CUDA_KEY, m) {
+    m.impl("nf4_dequantize", TORCH_BOX(&peft_kernels::dequantize));
+}
 #endif

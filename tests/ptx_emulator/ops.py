@@ -1,0 +1,71 @@
+"""The library's CUDA ops on CPU tensors: `with emulated():` sends calls of peft_kernels' ops to them."""
+
+import functools
+from contextlib import contextmanager
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from .build import build, native
+from .device import Registration
+
+NAMESPACE = "peft_kernels_emulated"
+
+
+@functools.cache
+def load() -> None:
+    """Builds the second copy of the ops and registers them."""
+    native()
+    torch.ops.load_library(str(build("emulated_ops") / "libemulated_ops.so"))
+
+
+class _Allocations(TorchDispatchMode):
+    """Tells the emulator of tensors that a binding makes for its kernels; empty ones are memory that nobody wrote."""
+
+    def __init__(self, registration: Registration):
+        super().__init__()
+        self.registration = registration
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        aliases = [result.alias_info for result in func._schema.returns]
+        if any(alias is not None and not alias.is_write for alias in aliases):
+            return out  # a view: its memory is known
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, torch.Tensor) and tensor.numel():
+                storage = tensor.untyped_storage()
+                name, fresh = f"a result of {func.__name__}", "empty" in func.__name__
+                self.registration.register(storage.data_ptr(), storage.nbytes(), name, fresh)
+        return out
+
+
+class _EmulatedOps(TorchDispatchMode):
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        operation = func.__name__.split(".")[0]
+        has_kernel = func.namespace == "peft_kernels" and torch._C._dispatch_has_kernel_for_dispatch_key(
+            f"{NAMESPACE}::{operation}", "CPU"
+        )
+        if not has_kernel:
+            return func(*args, **kwargs)
+        emulated_op = getattr(getattr(torch.ops, NAMESPACE), operation).default
+        given = dict(zip((argument.name for argument in func._schema.arguments), args, strict=False)) | kwargs
+        with Registration() as registration:
+            for name, value in given.items():
+                for tensor in tree_leaves(value):
+                    if isinstance(tensor, torch.Tensor) and tensor.numel():
+                        registration.add(tensor, name)
+            registration.apply()
+            # Straight to the kernel: a plain call would hand the op itself to the mode, and leave the mode for it.
+            with _Allocations(registration):
+                return emulated_op.redispatch(torch._C.DispatchKeySet(torch._C.DispatchKey.CPU), *args, **kwargs)
+
+
+@contextmanager
+def emulated():
+    """Runs the CUDA implementation of every op that has one. Yields a function that takes the launches so far."""
+    load()
+    native().take_records()
+    with _EmulatedOps():
+        yield native().take_records

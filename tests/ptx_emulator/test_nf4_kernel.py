@@ -1,0 +1,78 @@
+"""The library's own dequantisation kernel, launched directly: bit-equal to the CPU's."""
+
+import struct
+from pathlib import Path
+
+import pytest
+import torch
+
+import ptx_emulator
+from peft_kernels.ops import quantize_4bit
+from peft_kernels.testing.reference import nf4 as reference
+from ptx_emulator.device import Fresh
+
+CSRC = Path(__file__).parent.parent.parent / "csrc"
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]  # in the order of csrc/common/dtype.h
+
+pytestmark = pytest.mark.skipif(bool(ptx_emulator.missing()), reason=str(ptx_emulator.missing()))
+
+
+def pack(weight, out, tiles):
+    """Nf4DequantizeKernelParams (csrc/nf4/nf4_kernel.cuh), and the tensors that it points to."""
+    plain = not weight.nested
+    tensors = [weight.absmax] if plain else [weight.absmax, *weight.nested]
+    pointers = [tensor.data_ptr() for tensor in tensors]
+    absmax = [*pointers, 0, 0, 0, 0] if plain else [0, *pointers]
+    log2 = weight.nested_blocksize.bit_length() - 1
+    n, k = weight.shape
+    fields = struct.pack(
+        "<QQQQQQi4xqqiii4x",
+        weight.codes.data_ptr(),
+        *absmax,
+        log2,
+        n,
+        k,
+        weight.blocksize.bit_length() - 1,
+        0,
+        DTYPES.index(weight.dtype),
+    )
+    codebook = reference.CODEBOOKS["nf4"].tolist()
+    return fields + struct.pack("<Qq16f", out.data_ptr(), tiles, *codebook), [weight.codes, *tensors]
+
+
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_90"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
+@pytest.mark.parametrize("double_quant", [False, True], ids=["plain", "nested"])
+def test_dequantize(double_quant, dtype, architecture):
+    weight = quantize_4bit(torch.randn(33, 517).to(dtype), double_quant=double_quant)
+    out = torch.empty(weight.shape, dtype=dtype)
+    tile = 16 // out.element_size() * 256 * 4
+    params, memory = pack(weight, out, -(-out.numel() // tile))
+    module = ptx_emulator.compile_cuda(CSRC / "nf4/nf4.cu", architecture, includes=(CSRC,))
+    kind = {torch.float32: "IfLb1E", torch.bfloat16: "I13__nv_bfloat16Lb1E", torch.float16: "I6__halfLb1E"}[dtype]
+    (kernel,) = (name for name in module.kernels() if kind in name)
+    with ptx_emulator.profile(architecture):
+        record = module.launch(kernel, 2, 256, params, memory=[*memory, Fresh(out)])
+    assert torch.equal(out, weight.dequantize())
+    loads, stores = record["global_load"], record["global_store"]
+    assert record["unique_bytes_written"] == out.numel() * out.element_size()
+    # The rows of the weight are aligned to nothing: codes and output begin where they begin, and no bank is met twice.
+    assert stores["sectors"] <= stores["ideal_sectors"] + stores["requests"]
+    assert loads["requests"] > 0
+    assert record["shared_load"]["wavefronts"] == record["shared_load"]["ideal_wavefronts"]
+
+
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_86", "sm_89", "sm_90"])
+def test_plan_follows_the_card(architecture):
+    # 660 tiles: more CTAs than 82 multiprocessors hold, fewer than the others do.
+    from ptx_emulator.ops import emulated
+
+    weight = quantize_4bit(torch.randn(660 * 4096))
+    with ptx_emulator.profile(architecture), emulated() as launches:
+        out = weight.dequantize()
+        (launch,) = launches()
+    assert torch.equal(out, weight.dequantize())
+    assert launch["grid"] == (656 if architecture == "sm_86" else 660, 1, 1)
+    # Nothing but the codes and statistics is read, and every sector of the output is written whole.
+    assert launch["unique_bytes_read"] == weight.codes.numel() + 4 * weight.absmax.numel()
+    assert launch["global_store"]["sectors"] == launch["global_store"]["ideal_sectors"]

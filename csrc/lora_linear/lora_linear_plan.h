@@ -2,7 +2,6 @@
 #pragma once
 
 #include <cstdint>
-#include <cstdio>
 
 namespace peft_kernels {
 
@@ -15,7 +14,7 @@ constexpr int64_t kStripSteps = 1024;
 constexpr int64_t kRowBlock = 48;
 
 // Blocks of equal length: a short last one would load and store its sums for little work.
-inline int64_t strip_steps(int64_t steps) {
+constexpr int64_t strip_steps(int64_t steps) {
     const int64_t blocks = (steps + kStripSteps - 1) / kStripSteps;
     return blocks == 0 ? kStripSteps : (steps + blocks - 1) / blocks;
 }
@@ -27,8 +26,8 @@ struct LoraLinearPlan {
 };
 
 // A product [m, reduction] x [reduction, outputs] on `threads` threads.
-inline LoraLinearPlan lora_linear_plan(int64_t m, int64_t outputs, int threads) {
-    LoraLinearPlan plan;
+constexpr LoraLinearPlan lora_linear_plan(int64_t m, int64_t outputs, int threads) {
+    LoraLinearPlan plan{};
     plan.dot = m <= 8;
     plan.chunk_rows = 1024 / kRowBlock * kRowBlock;
     plan.task_rows = kRowBlock;
@@ -47,10 +46,10 @@ inline LoraLinearPlan lora_linear_plan(int64_t m, int64_t outputs, int threads) 
     return plan;
 }
 
-inline int print(const LoraLinearPlan& plan, char* text, size_t size) {
-    return plan.dot ? snprintf(text, size, "dot")
-                    : snprintf(text, size, "strips chunk_rows=%lld task_rows=%lld",
-                               static_cast<long long>(plan.chunk_rows), static_cast<long long>(plan.task_rows));
-}
+// 576 outputs and 1024 rows: nine tasks on one thread; on two, twice as many, so that both have nine.
+static_assert(lora_linear_plan(1024, 576, 1).task_rows == 1056);
+static_assert(lora_linear_plan(1024, 576, 2).task_rows == 528);
+static_assert(lora_linear_plan(1024, 4096, 16).task_rows == 1056);
+static_assert(lora_linear_plan(8, 4096, 2).dot && !lora_linear_plan(9, 4096, 2).dot);
 
 }  // namespace peft_kernels

@@ -77,7 +77,7 @@ def make_parser() -> argparse.ArgumentParser:
     rate = number(float, lambda x: 0 < x < math.inf, "a number above 0")
     probability = number(float, lambda x: 0 <= x < 1, "a number from 0 to below 1")
     seed = number(int, lambda n: 0 <= n < 2**63, "a whole number from 0 to 2**63 - 1")
-    parser.add_argument("--steps", type=count, default=50, help="of training, for each of the two models (%(default)s)")
+    parser.add_argument("--steps", type=count, default=40, help="of training, for each of the two models (%(default)s)")
     parser.add_argument("--rank", type=count, default=16, help="of the LoRA adapters (%(default)s)")
     parser.add_argument("--batch", type=count, default=4, help="rows a step (%(default)s)")
     parser.add_argument("--length", type=length, default=256, help="tokens a row (%(default)s)")

@@ -5,6 +5,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 
+import peft_kernels
 from peft_kernels.ops.nf4 import NF4Weight
 from peft_kernels.testing.reference.lora_linear import lora_linear as reference
 
@@ -83,3 +84,9 @@ def oracle(layer: nn.Module, x: Tensor, adapters: tuple[str, ...] | None = None)
 def relative_error(got: Tensor, want: Tensor) -> float:
     got, want = got.detach().double(), want.detach().double()
     return float((got - want).norm() / want.norm())
+
+
+def fused_model(kind, *args, **kwargs):
+    model = lora_model(kind, *args, **kwargs)
+    assert all(row.fused for row in peft_kernels.accelerate(model))
+    return model

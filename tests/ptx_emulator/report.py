@@ -47,11 +47,11 @@ def resources(source: Path, architecture: str, includes: tuple[Path, ...] = ()) 
 
 
 def plain_name(kernel: str) -> str:
-    """A kernel's name as its source has it, if there is c++filt."""
+    """A kernel's name without namespaces and parameters, if there is c++filt."""
     if not shutil.which("c++filt"):
         return kernel
     name = subprocess.run(["c++filt", kernel], capture_output=True, text=True, check=True).stdout.strip()
-    return re.sub(r"\(.*|\w+::|^void ", "", name)
+    return re.search(r"\w+(?=[<(]|$)", name).group()
 
 
 def ratio(value: float, ideal: float) -> str:
@@ -101,8 +101,10 @@ def row(record: dict, used: Resources | None = None) -> dict[str, str]:
 
 
 def table(rows: list[dict[str, str]]) -> str:
-    """Markdown, a column for each launch, for there are more figures than launches."""
+    """Markdown, a column for each launch, for there are more figures than launches. Classes without instructions are
+    left out."""
     lines = [[name, *(cells[name] for cells in rows)] for name in rows[0]]
+    lines = [line for line in lines if not (line[0].startswith("- ") and set(line[1:]) == {"0"})]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     text = [
         "| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) + " |" for line in lines

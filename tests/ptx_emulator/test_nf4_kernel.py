@@ -9,6 +9,7 @@ import torch
 import ptx_emulator
 from peft_kernels.ops import quantize_4bit
 from peft_kernels.testing.reference import nf4 as reference
+from ptx_emulator import report
 from ptx_emulator.device import Fresh
 
 CSRC = Path(__file__).parent.parent.parent / "csrc"
@@ -76,3 +77,32 @@ def test_plan_follows_the_card(architecture):
     # Nothing but the codes and statistics is read, and every sector of the output is written whole.
     assert launch["unique_bytes_read"] == weight.codes.numel() + 4 * weight.absmax.numel()
     assert launch["global_store"]["sectors"] == launch["global_store"]["ideal_sectors"]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
+@pytest.mark.parametrize("nested", [False, True], ids=["plain", "nested"])
+def test_traffic(nested, dtype):
+    from ptx_emulator.ops import emulated
+
+    weight = quantize_4bit(torch.randn(576, 576).to(dtype), double_quant=nested)
+    with emulated() as launches:
+        out = weight.dequantize()
+        (launch,) = launches()
+    stored = [weight.codes, weight.absmax, *(weight.nested if nested else ())]
+    minimum = out.nbytes + sum(tensor.nbytes for tensor in stored)
+    assert report.compulsory_bytes(launch) <= minimum  # of the table of 256 statistics it may need a part
+    wavefronts, ideal_wavefronts = report.shared_wavefronts(launch)
+    assert wavefronts == ideal_wavefronts > 0
+    # Nested statistics are looked up in two small tables, which stay in the L1.
+    assert report.moved_bytes(launch) <= (1.35 if nested else 1.05) * report.compulsory_bytes(launch)
+
+
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_86", "sm_89", "sm_90"])
+def test_registers(architecture):
+    kernels = report.resources(CSRC / "nf4/nf4.cu", architecture, includes=(CSRC,))
+    assert len(kernels) == 6
+    for kernel, used in kernels.items():
+        assert used.spill_bytes == used.stack_bytes == 0
+        # With 32 registers 2048 threads fit a multiprocessor, as the plan counts on; codes at any address, which only
+        # a part of a larger buffer has, take 40.
+        assert used.registers <= (32 if "Lb1E" in kernel else 40)

@@ -103,6 +103,7 @@ def test_registers(architecture):
     assert len(kernels) == 6
     for kernel, used in kernels.items():
         assert used.spill_bytes == used.stack_bytes == 0
-        # With 32 registers 2048 threads fit a multiprocessor, as the plan counts on; codes at any address, which only
-        # a part of a larger buffer has, take 40.
-        assert used.registers <= (32 if "Lb1E" in kernel else 40)
+        # The plan counts on as many threads as a multiprocessor takes, 2048 or 1536. Only codes at any address, which
+        # a part of a larger buffer has, may take more.
+        limit = 32 if architecture in ("sm_80", "sm_90") and "Lb1E" in kernel else 40
+        assert used.registers <= limit

@@ -90,7 +90,8 @@ def test_traffic(nested, dtype):
         (launch,) = launches()
     stored = [weight.codes, weight.absmax, *(weight.nested if nested else ())]
     minimum = out.nbytes + sum(tensor.nbytes for tensor in stored)
-    assert report.compulsory_bytes(launch) <= minimum  # of the table of 256 statistics it may need a part
+    unused = 256 * 4 if nested else 0  # at most: it reads what it needs of the table of nested statistics
+    assert minimum - unused <= report.compulsory_bytes(launch) <= minimum
     wavefronts, ideal_wavefronts = report.shared_wavefronts(launch)
     assert wavefronts == ideal_wavefronts > 0
     # Nested statistics are looked up in two small tables, which stay in the L1.

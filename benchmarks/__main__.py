@@ -1,4 +1,7 @@
-"""Runs a benchmark by its name: `python -m benchmarks demo --steps 10`."""
+"""Runs a benchmark by its name: `python -m benchmarks demo --steps 10`.
+
+With --emulated, the counters of the CUDA kernels in the tests' emulator are shown instead.
+"""
 
 import importlib
 import sys
@@ -10,13 +13,17 @@ BENCHMARKS = {
     "nf4": "quantise and dequantise",
     "model": "a small language model: training step, prefill, decoding, and where the time goes",
 }
+EMULATED = "--emulated"  # instead of a name or beside it
 
 
 def main() -> None:
+    if EMULATED in sys.argv[1:]:
+        arguments = [argument for argument in sys.argv[1:] if argument != EMULATED]
+        return importlib.import_module("benchmarks.emulated").main(arguments)
     name, arguments = (sys.argv[1:2] or [""])[0], sys.argv[2:]
     if name not in BENCHMARKS:
         known = "".join(f"\n  {known:12} {purpose}" for known, purpose in BENCHMARKS.items())
-        sys.exit(f"python -m benchmarks NAME [options]: got the name '{name}', wanted one of{known}")
+        sys.exit(f"python -m benchmarks NAME [options]: got the name '{name}', wanted {EMULATED}, or one of{known}")
     importlib.import_module(f"benchmarks.{name}").main(arguments)
 
 

@@ -22,6 +22,12 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("default")
 
 
+def pytest_addoption(parser):
+    parser.addoption(
+        "--hardware", action="store_true", help="the emulator's tests of instructions on a CUDA device too"
+    )
+
+
 @pytest.fixture(autouse=True)
 def seed():
     """Every test starts from the same random numbers, whatever ran before it."""

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import ptx_emulator
 import pytest
 import torch
 from rich.console import Console
@@ -95,6 +96,36 @@ def test_every_benchmark_can_be_run_by_its_name(name, monkeypatch, capsys):
     with pytest.raises(SystemExit) as end:
         command.main()
     assert end.value.code == 0 and f"python -m benchmarks {name}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "wanted"),
+    [
+        (["lora_layers", "--emulated"], "got the family 'lora_layers', wanted one with CUDA kernels: nf4"),
+        (
+            ["--emulated", "--filter", "no such case"],
+            "argument --filter: got 'no such case', wanted one that some case",
+        ),
+        (["--emulated", "--card", "sm_75"], "argument --card: got 'sm_75', wanted some of sm_80,sm_86,sm_89,sm_90"),
+    ],
+)
+def test_bad_emulated_option(arguments, wanted, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["benchmarks", *arguments])
+    with pytest.raises(SystemExit) as end:
+        command.main()
+    assert end.value.code == 2 and wanted in capsys.readouterr().err
+
+
+def test_emulated_counters(monkeypatch, capsys):
+    if reason := ptx_emulator.missing():
+        pytest.skip(reason)
+    arguments = ["benchmarks", "nf4", "--emulated", "--filter", "33x517", "--card", "sm_80,sm_90"]
+    monkeypatch.setattr(sys, "argv", arguments)
+    command.main()
+    text = capsys.readouterr().out
+    assert re.findall(r"^nf4 on (.*)$", text, re.MULTILINE) == ["sm_80", "sm_90"]
+    assert len(re.findall(r"^\| spill bytes +\| 0 ", text, re.MULTILINE)) == 2
+    assert "| 33x517 float16 " in text and "| nf4_dequantize_kernel " in text
 
 
 def test_quick_and_a_large_case(capsys):

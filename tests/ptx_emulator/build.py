@@ -29,6 +29,13 @@ def find_tool(name: str) -> str | None:
     return shutil.which(name) or shutil.which(name, path=str(Path(sys.executable).parent))
 
 
+def find_cuda_tool(name: str) -> str | None:
+    """A program of the toolkit: on the PATH, beside nvcc, or of pip's wheel nvidia-cuda-NAME."""
+    folders = [Path(nvcc).resolve().parent for nvcc in [find_nvcc()] if nvcc]
+    folders += [folder for entry in sys.path for folder in sorted(Path(entry).glob("nvidia/*/bin"), reverse=True)]
+    return shutil.which(name) or shutil.which(name, path=os.pathsep.join(map(str, folders)))
+
+
 def missing() -> str | None:
     """What this machine lacks to build and use the emulator; None if nothing."""
     if not find_nvcc():

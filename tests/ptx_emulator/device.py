@@ -36,6 +36,7 @@ class Module:
     """
 
     def __init__(self, ptx: str):
+        self.ptx = ptx
         self._module = _call(native().load, ptx)
 
     def kernels(self) -> list[str]:
@@ -59,8 +60,12 @@ class Module:
                     packed.append(argument.tobytes())
                 else:
                     raise TypeError(f"argument {index}: got {type(argument)}, wanted an array, a numpy scalar or bytes")
-            registration.apply()
-            return _call(self._module.launch, kernel, _sizes(grid), _sizes(block), shared, packed)
+            ranges = registration.apply()
+            return self.run(kernel, _sizes(grid), _sizes(block), shared, packed, ranges)
+
+    def run(self, kernel: str, grid: list[int], block: list[int], shared: int, packed: list[bytes], ranges) -> dict:
+        """What is left when arguments are bytes, and may touch the ranges of addresses: --hardware adds to it."""
+        return _call(self._module.launch, kernel, grid, block, shared, packed)
 
 
 class Registration:
@@ -77,7 +82,8 @@ class Registration:
         self._ranges.append((low, low + size, name, fresh))
         return low
 
-    def apply(self) -> None:
+    def apply(self) -> list[tuple[int, int]]:
+        """Tells the emulator; the result is the ranges, from the first byte to behind the last."""
         merged: list[tuple[int, int, str, bool]] = []
         for low, high, name, fresh in sorted(self._ranges):
             if merged and low < merged[-1][1]:
@@ -86,6 +92,7 @@ class Registration:
             merged.append((low, high, name, fresh))
         for low, high, name, fresh in merged:
             self.register(low, high - low, name, fresh)
+        return [(low, high) for low, high, _, _ in merged]
 
     def register(self, address: int, size: int, name: str, fresh: bool) -> None:
         native().add_memory(address, size, name, fresh)

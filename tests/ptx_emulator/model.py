@@ -78,11 +78,11 @@ FORMATS = {
 BITS = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
 
 
-def run_line(body: str, result_bytes: int, *operands: np.ndarray) -> np.ndarray:
+def run_line(body: str, result_bytes: int, *operands: np.ndarray, target: str = "sm_80") -> np.ndarray:
     """Runs PTX for every element. $0, $1 .. in it are registers with the operands, $d the result's; %p, %q and
     %x<8> (32 bits), %y<4> (64 bits), %h<4> (16 bits) are free."""
     count = len(operands[0])
-    lines = [".version 8.0", ".target sm_80", ".address_size 64"]
+    lines = [".version 8.0", f".target {target}", ".address_size 64"]
     names = [*(f"a{i}" for i in range(len(operands))), "out"]
     lines += [".visible .entry k(", ",\n".join(f".param .u64 {name}" for name in names), ") {"]
     lines += [".reg .pred %p, %q;", ".reg .b32 %t<4>, %x<8>;", ".reg .b64 %o<4>, %y<4>;", ".reg .b16 %h<4>;"]
@@ -96,7 +96,8 @@ def run_line(body: str, result_bytes: int, *operands: np.ndarray) -> np.ndarray:
     lines += [f"st.global.b{8 * result_bytes} [%o0], %d;", "ret;", "}"]
     padded = [np.resize(operand, -(-count // 32) * 32).view(BITS[operand.itemsize]) for operand in operands]
     out = np.empty(len(padded[0]), BITS[result_bytes])
-    ptx_emulator.load_ptx("\n".join(lines)).k(len(out) // 32, 32, *padded, Fresh(out))
+    with ptx_emulator.profile(target):
+        ptx_emulator.load_ptx("\n".join(lines)).k(len(out) // 32, 32, *padded, Fresh(out))
     return out[:count]
 
 

@@ -1,29 +1,37 @@
 """Counters as a table, beside what ptxas makes of the same kernels: for benchmarks and for reading."""
 
 import re
+import shutil
 import subprocess
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
 from .build import find_nvcc
+from .sass import main_loops
 
 
 class Resources(NamedTuple):
-    """Of a kernel, as ptxas tells."""
+    """Of a kernel, as ptxas tells; and of its main loop, as the disassembler does."""
 
     registers: int
     spill_bytes: int  # stores and loads
     stack_bytes: int
+    mma_share: float | str  # of the main loop's instructions; or why there is none
 
 
 def resources(source: Path, architecture: str, includes: tuple[Path, ...] = ()) -> dict[str, Resources]:
     """What the kernels of a .cu file take of a real card, by their (mangled) names."""
-    command = [find_nvcc(), "-std=c++20", f"-arch={architecture}", "-cubin", "-Xptxas=-v", "-o", "/dev/null"]
-    command += [*(f"-I{path}" for path in includes), str(source)]
-    text = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    with TemporaryDirectory() as folder:
+        cubin = Path(folder) / "kernels.cubin"
+        command = [find_nvcc(), "-std=c++20", f"-arch={architecture}", "-cubin", "-Xptxas=-v", "-o", str(cubin)]
+        command += [*(f"-I{path}" for path in includes), str(source)]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+        loops = main_loops(cubin)
     found = {}
     for part in text.split("Compiling entry function")[1:]:
-        numbers = [
+        name = re.search(r"'(\w+)'", part).group(1)
+        registers, stores, loads, stack = (
             int(re.search(pattern, part).group(1))
             for pattern in (
                 r"Used (\d+) registers",
@@ -31,47 +39,73 @@ def resources(source: Path, architecture: str, includes: tuple[Path, ...] = ()) 
                 r"(\d+) bytes spill loads",
                 r"(\d+) bytes stack frame",
             )
-        ]
-        registers, stores, loads, stack = numbers
-        found[re.search(r"'(\w+)'", part).group(1)] = Resources(registers, stores + loads, stack)
+        )
+        loop = loops and loops[name]
+        share = "no disassembler" if loops is None else loop.mma_share if loop else "no loop"
+        found[name] = Resources(registers, stores + loads, stack, share)
     return found
 
 
-def ratio(traffic: dict, what: str) -> str:
-    ideal = traffic[f"ideal_{what}"]
-    return f"{traffic[what] / ideal:.2f}" if ideal else "-"
+def plain_name(kernel: str) -> str:
+    """A kernel's name without namespaces and parameters, if there is c++filt."""
+    if not shutil.which("c++filt"):
+        return kernel
+    name = subprocess.run(["c++filt", kernel], capture_output=True, text=True, check=True).stdout.strip()
+    return re.search(r"\w+(?=[<(]|$)", name).group()
+
+
+def ratio(value: float, ideal: float) -> str:
+    return f"{value / ideal:.2f}" if ideal else "-"
+
+
+def moved_bytes(record: dict) -> int:
+    """What passes between the multiprocessors and the L2 if the L1 never hits: whole sectors."""
+    return 32 * (record["global_load"]["sectors"] + record["global_store"]["sectors"])
+
+
+def compulsory_bytes(record: dict) -> int:
+    """What any memory has to deliver or take: every byte that the launch touches, once."""
+    return record["unique_bytes_read"] + record["unique_bytes_written"]
+
+
+def shared_wavefronts(record: dict) -> tuple[int, int]:
+    """As they are, and as they would be without bank conflicts."""
+    kinds = [record[kind] for kind in ("shared_load", "shared_store", "ldmatrix", "cp_async")]
+    return sum(kind["wavefronts"] for kind in kinds), sum(kind["ideal_wavefronts"] for kind in kinds)
 
 
 def row(record: dict, used: Resources | None = None) -> dict[str, str]:
     """One launch, in words and figures."""
-    shared = {
-        key: sum(record[kind][key] for kind in ("shared_load", "shared_store", "ldmatrix", "cp_async"))
-        for key in ("wavefronts", "ideal_wavefronts")
-    }
-    read, unique = record["global_load"]["bytes"], record["unique_bytes_read"]
+    loads, stores, mma = record["global_load"], record["global_store"], record["mma"]
+    wavefronts, ideal_wavefronts = shared_wavefronts(record)
+    share = used.mma_share if used else "-"
     return {
-        "kernel": record["kernel"],
+        "kernel": plain_name(record["kernel"]),
         "grid": "x".join(map(str, record["grid"])),
         "warp instructions": str(record["warp_instructions"]),
-        "bytes read": str(read),
-        "/ unique": f"{read / unique:.2f}" if unique else "-",
-        "bytes written": str(record["global_store"]["bytes"]),
-        "load sectors / ideal": ratio(record["global_load"], "sectors"),
-        "store sectors / ideal": ratio(record["global_store"], "sectors"),
-        "shared wavefronts / ideal": ratio(shared, "wavefronts"),
-        "mma": str(record["mma"]),
-        "instructions / mma": f"{record['instructions_per_mma']:.1f}" if record["mma"] else "-",
-        "wavefronts / mma": f"{shared['wavefronts'] / record['mma']:.1f}" if record["mma"] else "-",
+        **{f"- {kind}": str(count) for kind, count in record["instructions"].items()},
+        "load sectors / ideal": ratio(loads["sectors"], loads["ideal_sectors"]),
+        "store sectors / ideal": ratio(stores["sectors"], stores["ideal_sectors"]),
+        "compulsory bytes": str(compulsory_bytes(record)),
+        "bytes / compulsory": ratio(moved_bytes(record), compulsory_bytes(record)),
+        "shared wavefronts": str(wavefronts),
+        "shared wavefronts / ideal": ratio(wavefronts, ideal_wavefronts),
+        "barriers": str(record["barriers"]),
+        "shared bytes": str(record["shared_bytes"]),
+        "mma": str(mma),
+        "instructions / mma": ratio(record["warp_instructions"], mma),
         "registers": str(used.registers) if used else "-",
         "spill bytes": str(used.spill_bytes) if used else "-",
+        "mma share of main loop": share if isinstance(share, str) else f"{share:.0%}",
     }
 
 
 def table(rows: list[dict[str, str]]) -> str:
-    """Markdown, the columns aligned."""
-    columns = list(rows[0])
-    lines = [columns, *([cells[column] for column in columns] for cells in rows)]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(columns))]
+    """Markdown, a column for each launch, for there are more figures than launches. Classes without instructions are
+    left out."""
+    lines = [[name, *(cells[name] for cells in rows)] for name in rows[0]]
+    lines = [line for line in lines if not (line[0].startswith("- ") and set(line[1:]) == {"0"})]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     text = [
         "| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) + " |" for line in lines
     ]

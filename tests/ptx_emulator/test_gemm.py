@@ -1,37 +1,21 @@
 """A GEMM as it is written for tensor cores: right at odd sizes, without bank conflicts, and fast enough for tests."""
 
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 import ptx_emulator
-from ptx_emulator import report
 from ptx_emulator.device import Fresh
-
-KERNELS = Path(__file__).parent / "kernels"
-SHARED = 3 * 2 * 64 * 32 * 2
+from ptx_emulator.gemm import SOURCE, multiply, padded
 
 pytestmark = pytest.mark.skipif(bool(ptx_emulator.missing()), reason=str(ptx_emulator.missing()))
 
 
 @pytest.fixture(scope="module")
 def kernels():
-    return ptx_emulator.compile_cuda(KERNELS / "gemm.cu")
-
-
-def padded(rows, columns, dtype):
-    """A matrix whose rows begin at multiples of 16 bytes, as cp.async wants them."""
-    return torch.randn(rows, -(-columns // 8) * 8).to(dtype)[:, :columns]
-
-
-def multiply(kernel, a, b, n):
-    (m, k), c = a.shape, torch.empty(a.shape[0], n)
-    sizes = [np.int32(size) for size in (m, n, k, a.stride(0), b.stride(0))]
-    record = kernel((-(-n // 64), -(-m // 64)), 128, a, b, Fresh(c), *sizes, shared=SHARED)
-    return c, record
+    return ptx_emulator.compile_cuda(SOURCE)
 
 
 @pytest.mark.parametrize(("m", "n", "k"), [(64, 64, 32), (1, 1, 1), (65, 67, 129), (100, 30, 77)])
@@ -72,16 +56,3 @@ def test_speed_of_arithmetic(kernels):
     speed = measure(lambda: kernels.arithmetic(4, 256, x, Fresh(out), np.int32(200)))
     print(f"plain arithmetic: {speed:.0f} million thread instructions a second")
     assert speed > 200
-
-
-def test_report(kernels):
-    a, b = padded(64, 64, torch.bfloat16), padded(64, 64, torch.bfloat16)
-    _, record = multiply(kernels.gemm_bf16, a, b, 64)
-    used = report.resources(KERNELS / "gemm.cu", "sm_80")["gemm_bf16"]
-    assert 32 < used.registers < 256 and used.spill_bytes == 0
-    text = report.table([report.row(record, used)])
-    print(text)
-    header, _, values = text.splitlines()
-    cells = dict(zip(*([cell.strip() for cell in line.split("|")] for line in (header, values)), strict=True))
-    assert cells["kernel"] == "gemm_bf16" and cells["mma"] == "128"
-    assert cells["shared wavefronts / ideal"] == cells["/ unique"] == "1.00"

@@ -23,8 +23,8 @@ def signed(value, bits):
     return value - (1 << bits) if value >> (bits - 1) else value
 
 
-def check(body, bits, reference, *operands):
-    actual = run_line(body, bits // 8, *operands)
+def check(body, bits, reference, *operands, target="sm_80"):
+    actual = run_line(body, bits // 8, *operands, target=target)
     expected = [wrap(int(reference(*map(int, row))), bits) for row in zip(*operands, strict=True)]
     for row, got, wanted in zip(zip(*operands, strict=True), actual.tolist(), expected, strict=True):
         assert got == wanted, f"{body} of {row}: got {got:#x}, wanted {wanted:#x}"
@@ -233,3 +233,25 @@ def test_conversions(to, source, saturate):
         return signed(a, bits) if to[0] == "s" else wrap(a, bits)
 
     check(f"cvt{'.sat' if saturate else ''}.{to}.{source} $d, $0;", register, reference, integers(TYPES[source], COUNT))
+
+
+@pytest.mark.parametrize("kind", ["u16", "s16"])
+@pytest.mark.parametrize(
+    ("name", "reference"),
+    [("add", lambda a, b: a + b), ("min", min), ("max", max), ("min.relu", lambda a, b: max(min(a, b), 0))],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_pairs(name, reference, kind):
+    operation, *relu = name.split(".")
+    if relu and kind == "u16":
+        with pytest.raises(ptx_emulator.EmulatorError, match="relu"):
+            run_line("min.u16x2.relu $d, $0, $1;", 4, *[integers(np.uint32, 32)] * 2, target="sm_90")
+        return
+
+    def both(a, b):
+        read = signed if kind == "s16" else wrap
+        low, high = (wrap(reference(read(a >> at, 16), read(b >> at, 16)), 16) for at in (0, 16))
+        return low | high << 16
+
+    body = ".".join([f"{operation}.{kind}x2", *relu]) + " $d, $0, $1;"
+    check(body, 32, both, integers(np.uint32, COUNT), integers(np.uint32, COUNT, 1), target="sm_90")

@@ -9,6 +9,7 @@ import torch
 import ptx_emulator
 from peft_kernels.ops import quantize_4bit
 from peft_kernels.testing.reference import nf4 as reference
+from ptx_emulator import report
 from ptx_emulator.device import Fresh
 
 CSRC = Path(__file__).parent.parent.parent / "csrc"
@@ -76,3 +77,34 @@ def test_plan_follows_the_card(architecture):
     # Nothing but the codes and statistics is read, and every sector of the output is written whole.
     assert launch["unique_bytes_read"] == weight.codes.numel() + 4 * weight.absmax.numel()
     assert launch["global_store"]["sectors"] == launch["global_store"]["ideal_sectors"]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
+@pytest.mark.parametrize("nested", [False, True], ids=["plain", "nested"])
+def test_traffic(nested, dtype):
+    from ptx_emulator.ops import emulated
+
+    weight = quantize_4bit(torch.randn(576, 576).to(dtype), double_quant=nested)
+    with emulated() as launches:
+        out = weight.dequantize()
+        (launch,) = launches()
+    stored = [weight.codes, weight.absmax, *(weight.nested if nested else ())]
+    minimum = out.nbytes + sum(tensor.nbytes for tensor in stored)
+    unused = 256 * 4 if nested else 0  # at most: it reads what it needs of the table of nested statistics
+    assert minimum - unused <= report.compulsory_bytes(launch) <= minimum
+    wavefronts, ideal_wavefronts = report.shared_wavefronts(launch)
+    assert wavefronts == ideal_wavefronts > 0
+    # Nested statistics are looked up in two small tables, which stay in the L1.
+    assert report.moved_bytes(launch) <= (1.35 if nested else 1.05) * report.compulsory_bytes(launch)
+
+
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_86", "sm_89", "sm_90"])
+def test_registers(architecture):
+    kernels = report.resources(CSRC / "nf4/nf4.cu", architecture, includes=(CSRC,))
+    assert len(kernels) == 6
+    for kernel, used in kernels.items():
+        assert used.spill_bytes == used.stack_bytes == 0
+        # The plan counts on as many threads as a multiprocessor takes, 2048 or 1536. Only codes at any address, which
+        # a part of a larger buffer has, may take more.
+        limit = 32 if architecture in ("sm_80", "sm_90") and "Lb1E" in kernel else 40
+        assert used.registers <= limit

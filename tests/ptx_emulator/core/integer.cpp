@@ -197,6 +197,39 @@ void decode_sum(Decoder& decoder, const Statement& s, Instruction& in) {
     return saturate ? decode_binary<Saturating>(decoder, s, in, type) : decode_binary<Op>(decoder, s, in, type);
 }
 
+// ---- two integers of 16 bits in a register, each by itself ----
+
+template <class T, class Op>
+struct Pairs {
+    uint32_t operator()(uint32_t a, uint32_t b) const {
+        const auto low = static_cast<uint16_t>(Op{}(static_cast<T>(a), static_cast<T>(b)));
+        const auto high = static_cast<uint16_t>(Op{}(static_cast<T>(a >> 16), static_cast<T>(b >> 16)));
+        return low | static_cast<uint32_t>(high) << 16;
+    }
+};
+template <class Op>
+struct Relu {
+    template <class T>
+    T operator()(T a, T b) const {
+        return Max{}(Op{}(a, b), T{});
+    }
+};
+
+// False if the statement is about other types.
+template <class Op, bool kTakesRelu>
+bool decode_pairs(Decoder& decoder, const Statement& s, Instruction& in) {
+    Modifiers modifiers(s);
+    const bool is_signed = modifiers.take("s16x2");
+    if (!is_signed && !modifiers.take("u16x2")) return false;
+    const bool relu = kTakesRelu && is_signed && modifiers.take("relu");
+    modifiers.done();
+    operands(decoder, s, in, 4, {Type::kB32, Type::kB32});
+    in.handler = relu        ? binary<uint32_t, uint32_t, uint32_t, Pairs<int16_t, Relu<Op>>>
+                 : is_signed ? binary<uint32_t, uint32_t, uint32_t, Pairs<int16_t, Op>>
+                             : binary<uint32_t, uint32_t, uint32_t, Pairs<uint16_t, Op>>;
+    return true;
+}
+
 template <class T, class Wide>
 struct MulWide {
     Wide operator()(T a, T b) const { return Wide(a) * Wide(b); }
@@ -248,6 +281,7 @@ struct Mad24 {
 
 void decode_add(Decoder& decoder, const Statement& s, Instruction& in) {
     if (has_carry(s)) return decode_carry<false>(decoder, s, in, false);
+    if (decode_pairs<Add, false>(decoder, s, in)) return;
     if (!float_kind(decoder, s, in, FloatOp::kAdd)) decode_sum<Add, AddSat>(decoder, s, in);
 }
 void decode_sub(Decoder& decoder, const Statement& s, Instruction& in) {
@@ -355,10 +389,8 @@ namespace {
 
 template <class Op>
 void decode_extreme(Decoder& decoder, const Statement& s, Instruction& in, FloatOp floating) {
-    if (float_kind(decoder, s, in, floating)) return;
+    if (decode_pairs<Op, true>(decoder, s, in) || float_kind(decoder, s, in, floating)) return;
     Modifiers modifiers(s);
-    const bool pairs = modifiers.take("u16x2"), signed_pairs = modifiers.take("s16x2");
-    if (pairs || signed_pairs) throw EmulatorError("min and max of pairs are not supported");
     const Type type = modifiers.take_type();
     modifiers.done();
     decode_binary<Op>(decoder, s, in, type);

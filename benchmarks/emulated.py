@@ -1,0 +1,86 @@
+"""What the CUDA kernels do, counted by the emulator of the tests: no card is needed, and no time is measured.
+
+`python -m benchmarks --emulated` for every family, `python -m benchmarks nf4 --emulated` for one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from benchmarks.options import expression, names
+from peft_kernels.ops import quantize_4bit
+
+ROOT = Path(__file__).parent.parent
+sys.path.append(str(ROOT / "tests"))
+
+import ptx_emulator  # noqa: E402
+from ptx_emulator import ops, report  # noqa: E402
+
+CARDS = ("sm_80", "sm_86", "sm_89", "sm_90")
+
+
+class Case(NamedTuple):
+    """A call of an op of one family, by a name for --filter."""
+
+    family: str
+    name: str
+    run: Callable[[], object]
+
+
+def dequantize(shape: tuple[int, int], dtype: str, nested: bool = False) -> Case:
+    def run() -> None:
+        torch.manual_seed(0)
+        quantize_4bit(torch.randn(shape).to(getattr(torch, dtype)), double_quant=nested).dequantize()
+
+    return Case("nf4", f"{shape[0]}x{shape[1]} {dtype}{' nested' if nested else ''}", run)
+
+
+CASES = (
+    dequantize((576, 576), "bfloat16"),
+    dequantize((576, 576), "bfloat16", nested=True),
+    dequantize((1536, 576), "bfloat16", nested=True),
+    dequantize((576, 576), "float32"),
+    dequantize((33, 517), "float16"),
+)
+
+
+def columns(case: Case, card: str, used: dict[str, report.Resources]) -> list[dict[str, str]]:
+    """One for each launch."""
+    with ptx_emulator.profile(card), ops.emulated() as launches:
+        case.run()
+        return [{"case": case.name} | report.row(record, used.get(record["kernel"])) for record in launches()]
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    families = tuple(dict.fromkeys(case.family for case in CASES))
+    parser = argparse.ArgumentParser(prog="python -m benchmarks --emulated", description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    add("families", nargs="*", metavar="FAMILY", help=f"of {', '.join(families)}")
+    add("--filter", type=expression, default=re.compile(""), metavar="REGEX", help="only cases whose name has a match")
+    add("--card", type=names(CARDS), default=("sm_80",), metavar="NAMES", help=f"of {','.join(CARDS)} (sm_80)")
+    given = parser.parse_args(arguments)
+    for family in given.families:
+        if family not in families:
+            parser.error(f"got the family '{family}', wanted one with CUDA kernels: {', '.join(families)}")
+    cases = [case for case in CASES if case.family in (given.families or families) and given.filter.search(case.name)]
+    if not cases:
+        parser.error(f"argument --filter: got '{given.filter.pattern}', wanted one that some case matches")
+    if reason := ptx_emulator.missing():
+        sys.exit(f"python -m benchmarks --emulated: {reason}")
+    for card in given.card:
+        for family in dict.fromkeys(case.family for case in cases):
+            used = report.resources(ROOT / f"csrc/{family}/{family}.cu", card, (ROOT / "csrc",))
+            chosen = [case for case in cases if case.family == family]
+            print(f"\n{family} on {card}\n")
+            print(report.table([column for case in chosen for column in columns(case, card, used)]))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,31 @@
+"""With --hardware, what a kernel leaves in memory is a real card's, and the tests judge that."""
+
+import ctypes
+
+import pytest
+
+from ptx_emulator.device import Module
+from ptx_emulator.hardware import architecture_of, find_driver
+
+ON_HARDWARE = ("test_floats", "test_integers", "test_kernels", "test_math", "test_warps", "test_gemm", "test_toolkit")
+
+
+@pytest.fixture(autouse=True)
+def hardware(request, monkeypatch):
+    """The emulator goes first: what it has something to say against never comes to the card."""
+    if not request.config.getoption("hardware") or request.path.stem not in ON_HARDWARE:
+        return
+    driver, emulate = find_driver(), Module.run
+    if driver is None:
+        pytest.skip("no CUDA device")
+
+    def run(module, kernel, grid, block, shared, packed, ranges):
+        before = {low: ctypes.string_at(low, high - low) for low, high in ranges if high > low}
+        record = emulate(module, kernel, grid, block, shared, packed, ranges)
+        if architecture_of(module.ptx) > driver.architecture:
+            pytest.skip(f"the CUDA device is older than {architecture_of(module.ptx)}")
+        for low, data in driver.launch(module.ptx, kernel, grid, block, shared, packed, before).items():
+            ctypes.memmove(low, data, len(data))
+        return record
+
+    monkeypatch.setattr(Module, "run", run)

@@ -58,7 +58,7 @@ def test_unknown_benchmark():
     command = [sys.executable, "-m", "benchmarks", "dmo"]
     result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert result.returncode == 1
-    assert "got the name 'dmo', wanted one of" in result.stderr and "demo" in result.stderr
+    assert "got the name 'dmo', wanted --emulated, or one of" in result.stderr and "demo" in result.stderr
 
 
 def test_missing_model_package(monkeypatch):

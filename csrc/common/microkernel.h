@@ -191,14 +191,6 @@ inline void strips_of_columns(const T* matrix, int64_t stride, int64_t rows, int
         }
 }
 
-// Neighbouring pairs of bf16, as the steps of MultiplyBf16Pairs, from 2 * kLanes elements of a row.
-inline U32 load_pairs(const BFloat16* p) { return load_vector<U32>(p); }
-template <class T>
-inline U32 load_pairs(const T* p) {
-    U16 halves[2] = {narrow_bf16(load(p)), narrow_bf16(load(p + kLanes))};
-    return load_vector<U32>(halves);
-}
-
 // ---- Results ------------------------------------------------------------------------------------------------------
 
 inline void scale_rows(const float* tile, int64_t tile_stride, int64_t rows, int64_t columns, float scale, float* out,

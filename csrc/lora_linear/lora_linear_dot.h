@@ -50,7 +50,7 @@ void dot_rows(const Nf4Weight& w, int64_t first_row, const uint32_t* x, int64_t 
                     for (int part = 0; part < kUnit; part += kLanes * kElements) {
                         U32 weights;
                         if constexpr (kElements == 2)
-                            weights = load_pairs(decoded + part);
+                            weights = load_vector<U32>(decoded + part);
                         else
                             weights = (U32)load(decoded + part);
 #pragma GCC unroll 8
@@ -74,55 +74,35 @@ void forward_dot(const LoraLinearForwardParams& p) {
     Arena arena(p.workspace);
     uint32_t* x_steps = arena.take<uint32_t>(kM * steps);
     float* x_wide = arena.take<float>(ranks > 0 ? kM * padded_k : 0);
-    uint8_t* keep = arena.take<uint8_t>(keep_bytes(p.k));
+    uint8_t* keep = arena.take<uint8_t>(kM * keep_bytes(p.k));
     float* s = arena.take<float>(kM * ranks);  // scaled, each adapter's part padded to whole vectors with zeros
     if (!p.workspace) {
         *p.workspace_bytes = arena.used();
         return;
     }
 
-    const auto widen_x = [&](float* out) {
-        dispatch_dtype(p.x.dtype, [&](auto* type) {
-            using T = Pointee<decltype(type)>;
-            for (int64_t i = 0; i < p.m; ++i)
-                for (int64_t column = 0; column < padded_k; column += kLanes)
-                    store(out + i * padded_k + column, load_partial(static_cast<const T*>(row_of(p.x, i, column)),
-                                                                    min_of<int64_t>(kLanes, p.k - column)));
-        });
-    };
-    // Rows that only fill up kM are zero.
-    memset(x_steps + p.m * steps, 0, (kM - p.m) * steps * 4);
-    if (ranks > 0) {
-        memset(x_wide + p.m * padded_k, 0, (kM - p.m) * padded_k * 4);
-        widen_x(x_wide);
-    }
+    // Zero where rows are shorter than whole vectors, and in rows that only fill up kM.
+    memset(x_steps, 0, kM * steps * 4);
+    if (ranks > 0) memset(x_wide, 0, kM * padded_k * 4);
     dispatch_dtype(p.x.dtype, [&](auto* type) {
         using T = Pointee<decltype(type)>;
         for (int64_t i = 0; i < p.m; ++i)
-            for (int64_t step = 0; step < steps; step += kLanes) {
-                T row[2 * kLanes] = {};
-                memcpy(row, row_of(p.x, i, step * elements),
-                       max_of<int64_t>(0, min_of(kLanes * elements, p.k - step * elements)) * sizeof(T));
-                store_vector(x_steps + i * steps + step, elements == 2 ? load_pairs(row) : (U32)load(row));
-            }
+            convert_row(static_cast<const T*>(row_of(p.x, i)), p.k, elements, x_steps + i * steps);
     });
 
     int64_t offset = 0, rank = 0;
-    bool dropped = false;
+    bool reusable = false;  // what x_wide holds suits an adapter without dropout
     for (int a = 0; a < p.num_adapters; ++a) {
         const LoraAdapter& adapter = p.adapters[a];
         const Dropout dropout = dropout_of(adapter);
-        if (dropped) widen_x(x_wide);
-        dropped = dropout.threshold > 0;
-        if (dropped) {
-            for (int64_t i = 0; i < p.m; ++i) {
-                dropout_keep_bits(dropout, i, 0, p.k, keep);
-                for (int64_t column = 0; column < padded_k; column += kLanes) {
-                    float* at = x_wide + i * padded_k + column;
-                    store(at, keep_where(load(at), keep, column));
-                }
-            }
-        }
+        const bool drops = dropout.threshold > 0;
+        for (int64_t i = 0; drops && i < p.m; ++i) dropout_keep_bits(dropout, i, 0, p.k, keep + i * keep_bytes(p.k));
+        if (drops || !reusable)
+            dispatch_dtype(p.x.dtype, [&](auto* type) {
+                widen_rows(static_cast<const Pointee<decltype(type)>*>(p.x.data), p.x.stride, p.m, p.k,
+                           drops ? keep : nullptr, keep_bytes(p.k), x_wide, padded_k);
+            });
+        reusable = !drops;
         // Tasks of about 32k products: waking a thread costs microseconds.
         const int64_t task_ranks = max_of<int64_t>(4, (int64_t{1} << 15) / max_of<int64_t>(1, p.k));
         parallel_for_each(divide_up(adapter.rank, task_ranks), [&](int64_t task, int) {

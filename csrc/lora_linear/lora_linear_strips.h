@@ -33,9 +33,26 @@ protected:
 
     int64_t chunk_rows() const { return in_place_ ? params_.m : min_of(plan_.chunk_rows, params_.m); }
 
-    uint32_t* take_converted(Arena& arena) const { return arena.take<uint32_t>(in_place_ ? 0 : chunk_rows() * steps_); }
-    // Strips of all adapters in blocks of kShrinkColumns steps: [block][adapter][group][step][strip][lane].
-    uint32_t* take_shrink_strips(Arena& arena) const { return arena.take<uint32_t>(reduction_ * shrunk_); }
+    // The shared part of the workspace.
+    void lay_out(Arena& arena, bool shrinks) {
+        converted_ = arena.take<uint32_t>(in_place_ ? 0 : chunk_rows() * steps_);
+        shrink_strips_ = arena.take<uint32_t>(shrinks ? reduction_ * shrunk_ : 0);
+    }
+
+    // A [rank, k], or B [n, rank]: the strips whose outputs are the ranks.
+    void make_shrink_strips(ConstMatrix LoraAdapter::* matrix, bool ranks_are_rows) const {
+        uint32_t* out = shrink_strips_;
+        for (int64_t step = 0; step < reduction_; step += kShrinkColumns)
+            for (int a = 0; a < params_.num_adapters; ++a) {
+                const LoraAdapter& adapter = params_.adapters[a];
+                const int64_t steps = min_of(kShrinkColumns, reduction_ - step);
+                if (ranks_are_rows)
+                    adapter_strips(part_of(adapter.*matrix, 0, step), adapter.rank, steps, true, 1.0f, out);
+                else
+                    adapter_strips(part_of(adapter.*matrix, step, 0), steps, adapter.rank, false, 1.0f, out);
+                out += strips_for(adapter.rank) * kLanes * steps;
+            }
+    }
 
     // What is done to the input's rows before the tasks: conversion and, if wanted, the shrink.
     template <class Body>
@@ -58,7 +75,10 @@ protected:
         });
     }
 
-    void convert_rows(int64_t first_row, int64_t rows, uint32_t* out) const {
+    // The rows of a chunk that begins at row `first`, where they cannot be read in place.
+    void convert_rows(int64_t first, int64_t first_row, int64_t rows) const {
+        if (in_place_) return;
+        uint32_t* out = converted_ + (first_row - first) * steps_;
         dispatch_dtype(input_.dtype, [&](auto* type) {
             using T = Pointee<decltype(type)>;
             for (int64_t row = 0; row < rows; ++row)
@@ -68,8 +88,7 @@ protected:
     }
 
     // tile[row][shrunk] = rows of the input, dropped but not yet scaled, times the strips of every adapter.
-    void shrink(int64_t first_row, int64_t rows, bool drops, const uint32_t* strips, float* wide, uint8_t* bits,
-                float* tile) const {
+    void shrink(int64_t first_row, int64_t rows, bool drops, float* wide, uint8_t* bits, float* tile) const {
         dispatch_dtype(input_.dtype, [&](auto* type) {
             using T = Pointee<decltype(type)>;
             for (int64_t column = 0; column == 0 || column < reduction_; column += kShrinkColumns) {
@@ -77,7 +96,7 @@ protected:
                 for (int64_t row = 0; row < rows; row += kTileRows) {
                     const int64_t some = min_of<int64_t>(kTileRows, rows - row);
                     const T* x = static_cast<const T*>(row_of(input_, first_row + row, column));
-                    const uint32_t* strip = strips + column * shrunk_;
+                    const uint32_t* strip = shrink_strips_ + column * shrunk_;
                     float* sums = tile + row * shrunk_;
                     bool reusable = false;  // what `wide` holds suits an adapter without dropout
                     for (int a = 0; a < params_.num_adapters; ++a) {
@@ -102,8 +121,8 @@ protected:
         });
     }
 
-    Rows base_rows(const uint32_t* converted, int64_t first, int64_t row, int64_t step) const {
-        Rows rows = in_place_ ? rows_of(input_, row) : Rows{converted + (row - first) * steps_, steps_ * 4, 4};
+    Rows base_rows(int64_t first, int64_t row, int64_t step) const {
+        Rows rows = in_place_ ? rows_of(input_, row) : Rows{converted_ + (row - first) * steps_, steps_ * 4, 4};
         rows.data = rows.row(0) + step * 4;
         return rows;
     }
@@ -111,8 +130,8 @@ protected:
     // The base product of one task; calls finish(first row, rows, tile) for each block of rows when its sums are
     // complete. decode(type, multiply, first step, steps, strips) makes the strips of the weight.
     template <class Decode, class Finish>
-    void multiply_base(const uint32_t* converted, int64_t first, int64_t outputs, int64_t row0, int64_t rows,
-                       uint32_t* strips, float* tile, const Decode& decode, const Finish& finish) const {
+    void multiply_base(int64_t first, int64_t outputs, int64_t row0, int64_t rows, uint32_t* strips, float* tile,
+                       const Decode& decode, const Finish& finish) const {
         const auto blocks = [&](const auto& body) {
             for (int64_t row = 0; row < rows; row += kRowBlock)
                 body(row0 + row, min_of(kRowBlock, rows - row), tile + row * kTaskOutputs);
@@ -124,8 +143,8 @@ protected:
                 const int64_t some = min_of(block, steps_ - step);
                 decode(type, arithmetic, step, some, strips);
                 blocks([&](int64_t row, int64_t count, float* sums) {
-                    multiply<decltype(arithmetic)>(base_rows(converted, first, row, step), count, strips,
-                                                   strips_for(outputs), some, sums, kTaskOutputs, step > 0);
+                    multiply<decltype(arithmetic)>(base_rows(first, row, step), count, strips, strips_for(outputs),
+                                                   some, sums, kTaskOutputs, step > 0);
                     if (step + some >= steps_) finish(row, count, sums);
                 });
             }
@@ -140,6 +159,8 @@ protected:
     const int64_t elements_, steps_;
     const bool in_place_;
     int64_t shrunk_ = 0;  // ranks, each padded to whole strips
+    uint32_t* converted_ = nullptr;
+    uint32_t* shrink_strips_ = nullptr;  // [block of kShrinkColumns steps][adapter][group][step][strip][lane]
 };
 
 class StripForward : StripProduct {
@@ -149,19 +170,18 @@ public:
 
     void run() {
         Arena arena(p_.workspace);
-        strips_A_ = take_shrink_strips(arena);
-        converted_ = take_converted(arena);
+        lay_out(arena, shrunk_ > 0);
         const int64_t worker_bytes = Scratch(nullptr, *this).bytes;
         char* workers = arena.take<char>(p_.threads * worker_bytes);
         if (!p_.workspace) {
             *p_.workspace_bytes = arena.used();
             return;
         }
-        make_strips_A();
+        make_shrink_strips(&LoraAdapter::lora_A, true);
         for (int64_t first = 0; first < p_.m; first += chunk_rows()) {
             const int64_t rows = min_of(chunk_rows(), p_.m - first);
             for_each_row_block(first, rows, shrunk_ > 0, [&](int64_t row, int64_t count, int worker) {
-                if (!in_place_) convert_rows(row, count, converted_ + (row - first) * steps_);
+                convert_rows(first, row, count);
                 if (shrunk_ > 0) make_s(row, count, Scratch(workers + worker * worker_bytes, *this));
             });
             for_each_task(first, rows, [&](int64_t n0, int64_t outputs, int64_t row, int64_t count, int worker) {
@@ -191,20 +211,9 @@ private:
         int64_t bytes;
     };
 
-    void make_strips_A() const {
-        uint32_t* out = strips_A_;
-        for (int64_t column = 0; column < p_.k; column += kShrinkColumns)
-            for (int a = 0; a < p_.num_adapters; ++a) {
-                const LoraAdapter& adapter = p_.adapters[a];
-                const int64_t columns = min_of(kShrinkColumns, p_.k - column);
-                adapter_strips(part_of(adapter.lora_A, 0, column), adapter.rank, columns, true, 1.0f, out);
-                out += strips_for(adapter.rank) * kLanes * columns;
-            }
-    }
-
     // s = drop(x) Aᵀ / (1 - p)
     void make_s(int64_t row, int64_t rows, const Scratch& scratch) const {
-        shrink(row, rows, true, strips_A_, scratch.wide, scratch.bits, scratch.tile);
+        shrink(row, rows, true, scratch.wide, scratch.bits, scratch.tile);
         const float* tile = scratch.tile;
         float* s = p_.s + row * p_.total_rank;
         for (int a = 0; a < p_.num_adapters; ++a) {
@@ -252,12 +261,10 @@ private:
                            p_.add.stride, static_cast<T*>(p_.y.data) + row * p_.y.stride + n0, p_.y.stride);
             });
         };
-        multiply_base(converted_, first, outputs, row0, rows, scratch.strips, scratch.tile, decode, finish);
+        multiply_base(first, outputs, row0, rows, scratch.strips, scratch.tile, decode, finish);
     }
 
     const LoraLinearForwardParams& p_;
-    uint32_t* strips_A_ = nullptr;
-    uint32_t* converted_ = nullptr;
 };
 
 class StripBackward : StripProduct {
@@ -274,8 +281,7 @@ public:
 
     void run() {
         Arena arena(p_.workspace);
-        strips_B_ = wants_ds_ ? take_shrink_strips(arena) : nullptr;
-        converted_ = take_converted(arena);
+        lay_out(arena, wants_ds_);
         ds_ = arena.take<float>(wants_ds_ ? p_.m * p_.total_rank : 0);
         int dropping = 0;
         for (int a = 0; a < p_.num_adapters; ++a) dropping += drops(p_.adapters[a]);
@@ -287,11 +293,11 @@ public:
             return;
         }
         const auto scratch = [&](int worker) { return Scratch(workers + worker * worker_bytes, *this); };
-        if (wants_ds_) make_strips_B();
+        if (wants_ds_) make_shrink_strips(&LoraAdapter::lora_B, false);
         for (int64_t first = 0; first < p_.m; first += chunk_rows()) {
             const int64_t rows = min_of(chunk_rows(), p_.m - first);
             for_each_row_block(first, rows, wants_ds_, [&](int64_t row, int64_t count, int worker) {
-                if (!in_place_) convert_rows(row, count, converted_ + (row - first) * steps_);
+                convert_rows(first, row, count);
                 if (wants_ds_) make_ds(row, count, scratch(worker));
             });
             if (!wants_x_) continue;
@@ -342,28 +348,18 @@ private:
         return keep_ + (index * p_.m + row) * keep_bytes(p_.k) + column / 8;
     }
 
-    void make_strips_B() const {
-        uint32_t* out = strips_B_;
-        for (int64_t row = 0; row < p_.n; row += kShrinkColumns)
-            for (int a = 0; a < p_.num_adapters; ++a) {
-                const LoraAdapter& adapter = p_.adapters[a];
-                const int64_t rows = min_of(kShrinkColumns, p_.n - row);
-                adapter_strips(part_of(adapter.lora_B, row, 0), rows, adapter.rank, false, 1.0f, out);
-                out += strips_for(adapter.rank) * kLanes * rows;
-            }
-    }
-
     // ds = scaling / (1 - p) dy B; and the masks of these rows, which dx and dA read.
     void make_ds(int64_t row, int64_t rows, const Scratch& scratch) const {
-        shrink(row, rows, false, strips_B_, scratch.wide, nullptr, scratch.tile);
+        shrink(row, rows, false, scratch.wide, nullptr, scratch.tile);
         const float* tile = scratch.tile;
         float* ds = ds_ + row * p_.total_rank;
         for (int a = 0; a < p_.num_adapters; ++a) {
             const LoraAdapter& adapter = p_.adapters[a];
             const Dropout dropout = dropout_of(adapter);
             scale_rows(tile, shrunk_, rows, adapter.rank, adapter.scaling * dropout.keep_scale, ds, p_.total_rank);
-            for (int64_t i = 0; dropout.threshold > 0 && i < rows; ++i)
-                dropout_keep_bits(dropout, row + i, 0, p_.k, keep_of(a, row + i, 0));
+            uint8_t* keep = keep_of(a, row, 0);
+            for (int64_t i = 0; keep && i < rows; ++i)
+                dropout_keep_bits(dropout, row + i, 0, p_.k, keep + i * keep_bytes(p_.k));
             tile += strips_for(adapter.rank) * kLanes;
             ds += adapter.rank;
         }
@@ -405,7 +401,7 @@ private:
                            static_cast<T*>(p_.grad_x.data) + row * p_.grad_x.stride + k0, p_.grad_x.stride);
             });
         };
-        multiply_base(converted_, first, outputs, row0, rows, scratch.strips, scratch.tile, decode, finish);
+        multiply_base(first, outputs, row0, rows, scratch.strips, scratch.tile, decode, finish);
     }
 
     // tile = (or +=) branch, where it is kept
@@ -466,8 +462,6 @@ private:
 
     const LoraLinearBackwardParams& p_;
     bool wants_A_ = false, wants_B_ = false, wants_x_ = false, wants_ds_ = false;
-    uint32_t* strips_B_ = nullptr;
-    uint32_t* converted_ = nullptr;
     float* ds_ = nullptr;      // [m, total_rank]
     uint8_t* keep_ = nullptr;  // [dropping adapter][m][keep_bytes(k)]
 };

@@ -144,34 +144,38 @@ inline void decode_left(const Nf4Weight& w, int64_t n0, int64_t rows, int64_t k0
     }
 }
 
-// A right panel of columns [k0, k0 + columns) of W, at most kPanelSide, in natural order; its reduction runs over rows
-// [n0, n0 + count), and zeros up to `steps` steps. absmax [row][stride], of these rows and columns.
+// Right panels of columns [k0, k0 + columns) of W, at most 64, in natural order; their reduction runs over rows
+// [n0, n0 + count), and zeros up to `steps` steps. absmax [row of W][run of the row].
 inline void decode_right(const Nf4Weight& w, int64_t k0, int64_t columns, int64_t n0, int64_t count, int64_t steps,
-                         const float* absmax, int64_t stride, BFloat16* panel) {
+                         const float* absmax, BFloat16* panel, int64_t stride) {
     constexpr int64_t kAhead = 384;  // rows: what is decoded next, while these are multiplied
-    const bool aligned = has_aligned_blocks(w) && columns == kPanelSide;
+    const int64_t runs = w.k / kBlock;
+    const bool aligned = has_aligned_blocks(w) && columns % kPanelSide == 0;
     const __m512 values = _mm512_load_ps(codebook(w.quant_type));
     const __m512i odd_row = _mm512_set1_epi32(16 << 16);
-    alignas(64) BFloat16 natural[2][kPanelSide] = {};
+    alignas(64) BFloat16 natural[2][kBlock] = {};
     for (int64_t n = 0; n < steps * kTileDepth; n += 2) {
         BFloat16* out = panel + n / kTileDepth * kPanelStep + n % kTileDepth / 2 * kTileDepth;
         const int64_t begin = (n0 + n) * w.k + k0;
         if (aligned && n + 1 < count) {
             prefetch_codes(w, begin + kAhead * w.k);
             prefetch_codes(w, begin + (kAhead + 1) * w.k);
-            const auto codes = [&](int64_t element) {
-                return _mm_loadu_si128(reinterpret_cast<const __m128i*>(w.codes + element / 2));
-            };
-            const __m512i table = table_of_two(w, values, absmax[n * stride], absmax[(n + 1) * stride]);
-            const __m128i first = codes(begin), second = codes(begin + w.k);
+            const float* of_row = absmax + (n0 + n) * runs + k0 / kBlock;
+            const __m512i table = table_of_two(w, values, of_row[0], of_row[runs]);
             const auto put = [&](BFloat16* to, __m128i bytes) {
                 // Eight quadwords with a byte of each row: words of (first, second) row, high nibbles first.
                 const __m512i indices = _mm512_multishift_epi64_epi8(_mm512_set1_epi64(0x0008'0000'000C'0004),
                                                                      _mm512_cvtepu16_epi64(bytes));
                 _mm512_store_si512(to, lookup_two(table, indices, odd_row));
             };
-            put(out, _mm_unpacklo_epi8(first, second));
-            put(out + kTileElements, _mm_unpackhi_epi8(first, second));
+            for (int64_t k = 0; k < columns; k += kPanelSide, out += stride) {
+                const auto codes = [&](int64_t element) {
+                    return _mm_loadu_si128(reinterpret_cast<const __m128i*>(w.codes + element / 2));
+                };
+                const __m128i first = codes(begin + k), second = codes(begin + w.k + k);
+                put(out, _mm_unpacklo_epi8(first, second));
+                put(out + kTileElements, _mm_unpackhi_epi8(first, second));
+            }
             continue;
         }
         for (int64_t i = 0; i < 2; ++i) {
@@ -180,10 +184,12 @@ inline void decode_right(const Nf4Weight& w, int64_t k0, int64_t columns, int64_
             else
                 memset(natural[i], 0, sizeof natural[i]);
         }
-        Bf16Vector low, high;
-        interleave(_mm512_load_si512(natural[0]), _mm512_load_si512(natural[1]), low, high);
-        _mm512_store_si512(out, low);
-        _mm512_store_si512(out + kTileElements, high);
+        for (int64_t k = 0; k < columns; k += kPanelSide, out += stride) {
+            Bf16Vector low, high;
+            interleave(_mm512_load_si512(natural[0] + k), _mm512_load_si512(natural[1] + k), low, high);
+            _mm512_store_si512(out, low);
+            _mm512_store_si512(out + kTileElements, high);
+        }
     }
 }
 

@@ -100,8 +100,8 @@ protected:
 
     // The base product of one task, and of the branch what stands behind it in the panels (`tail` steps):
     //
-    //   make(step, steps, output, outputs, panel)      decodes a part of the weight into a panel
-    //   make_tail(output, outputs, panel)              the same for the tail
+    //   make(step, steps, outputs, weight, stride)     decodes a part of the weight into panels, `stride` apart
+    //   make_tail(output, outputs, panel)              the same for the tail of one of them
     //   finish(row, rows, output, outputs, sums)       stores a block of 32 x 32 sums
     //
     // The reduction is cut into parts of plan_.depth_steps. The weight's part of a task stays in L2 while the rows of
@@ -126,7 +126,7 @@ protected:
                 Sums::begin(sums, kPanelSide, false);
                 for (int64_t step = 0; step < base_steps(); step += depth) {
                     const int64_t steps = min_of(depth, base_steps() - step);
-                    make(step, steps, 0, outputs, weight);
+                    make(step, steps, outputs, weight, 0);
                     add(steps);
                 }
                 if (tail > 0) {
@@ -141,15 +141,16 @@ protected:
             const int64_t base = min_of(depth, base_steps() - step);
             const bool last = step + base >= base_steps();
             const int64_t steps = base + (last ? tail : 0);
-            each_panel(outputs, [&](int64_t output, int64_t some) {
-                BFloat16* panel = weight + output / kPanelSide * panel_elements(depth + tail);
-                make(step, base, output, some, panel);
-                if (last && tail > 0) make_tail(output, some, panel + panel_elements(base));
-            });
+            const int64_t stride = panel_elements(depth + tail);
+            if (base > 0) make(step, base, outputs, weight, stride);
+            if (last && tail > 0)
+                each_panel(outputs, [&](int64_t output, int64_t some) {
+                    make_tail(output, some, weight + output / kPanelSide * stride + panel_elements(base));
+                });
             each_panel(rows, [&](int64_t row, int64_t count) {
                 const BFloat16* input = input_panel(first, row0 + row) + panel_elements(steps_ - base_steps() + step);
                 each_panel(outputs, [&](int64_t output, int64_t some) {
-                    const BFloat16* panel = weight + output / kPanelSide * panel_elements(depth + tail);
+                    const BFloat16* panel = weight + output / kPanelSide * stride;
                     float* block = sums + row * outputs_side() + output * kPanelSide;
                     if constexpr (kWeight == Streams::kLeft)
                         multiply_panels<kWeight>(panel, some, input, count, steps, block, kPanelSide, step > 0);
@@ -336,10 +337,11 @@ private:
         const Nf4Weight weight = has_base_ ? rounded_once(*p_.weight, p_.compute_dtype) : Nf4Weight{};
         const int64_t runs = p_.k / kBlock;
         if (has_base_ && has_aligned_blocks(weight)) runs_absmax(weight, n0 * p_.k, outputs * runs, scratch.absmax);
-        const auto make = [&](int64_t step, int64_t steps, int64_t n, int64_t some, BFloat16* panel) {
+        const auto make = [&](int64_t step, int64_t steps, int64_t count, BFloat16* panel, int64_t stride) {
             const int64_t k = step * kTileDepth;
-            if (steps > 0)
-                decode_left(weight, n0 + n, some, k, min_of(steps * kTileDepth, p_.k - k), scratch.absmax + n * runs,
+            for (int64_t n = 0; n < count; n += kPanelSide, panel += stride)
+                decode_left(weight, n0 + n, min_of<int64_t>(kPanelSide, count - n), k,
+                            min_of(steps * kTileDepth, p_.k - k), scratch.absmax + n * runs,
                             plan_.task_outputs * p_.threads, panel);
         };
         const auto make_tail = [&](int64_t n, int64_t some, BFloat16* panel) { pack_B(n0 + n, some, panel); };
@@ -390,6 +392,7 @@ public:
     void run() {
         Arena arena(p_.workspace);
         lay_out(arena);
+        if (has_base_ && has_aligned_blocks(*p_.weight)) absmax_ = arena.take<float>(p_.n * p_.k / kBlock);
         ds_ = arena.take<float>(wants_ds_ ? p_.m * p_.total_rank : 0);
         int dropping = 0;
         for (int a = 0; a < p_.num_adapters; ++a) dropping += drops(a);
@@ -404,9 +407,12 @@ public:
             return;
         }
         const auto scratch = [&](int worker) { return Scratch(workers + worker * worker_bytes, *this); };
-        if (wants_ds_)
-            parallel_for_each(divide_up(p_.n, kPackDepth),
-                              [&](int64_t task, int worker) { pack_B(task * kPackDepth, scratch(worker)); });
+        if (wants_ds_ || absmax_)
+            parallel_for_each(divide_up(p_.n, kPackDepth), [&](int64_t task, int worker) {
+                const int64_t n = task * kPackDepth, runs = p_.k / kBlock;
+                if (wants_ds_) pack_B(n, scratch(worker));
+                if (absmax_) runs_absmax(*p_.weight, n * p_.k, min_of(kPackDepth, p_.n - n) * runs, absmax_ + n * runs);
+            });
         for (int64_t first = 0; first < p_.m; first += chunk_rows()) {
             const int64_t rows = min_of(chunk_rows(), p_.m - first);
             for_each_panel(first, rows, [&](int64_t row, int64_t count, int worker) {
@@ -445,7 +451,6 @@ private:
             const int64_t reduce_rows = divide_up(max_of(b.reduce_rows_, b.shrink_rows_), kPanelSide) * kPanelSide;
             Arena arena(base);
             weight = arena.take<BFloat16>(panels * panel_elements(b.plan_.depth_steps + b.branch_steps_));
-            absmax = arena.take<float>(b.has_base_ ? b.p_.n * (b.plan_.task_outputs / kBlock + 2) : 0);
             branch = arena.take<BFloat16>(panels * panel_elements(b.branch_steps_));
             right = arena.take<BFloat16>(panel_elements(kReduceDepth / kTileDepth));
             sums = arena.take<float>(max_of(b.plan_.task_rows * b.plan_.task_outputs, reduce_rows * kPanelSide));
@@ -454,7 +459,6 @@ private:
             bytes = arena.used();
         }
         BFloat16* weight;  // right panels of W and A
-        float* absmax;     // [row of W][run of 64 outputs]
         BFloat16* branch;  // right panels of A, where it can't follow W
         BFloat16* right;   // of x or dy
         float* sums;
@@ -560,15 +564,16 @@ private:
     void make_grad_x(int64_t first, int64_t k0, int64_t outputs, int64_t row0, int64_t rows,
                      const Scratch& scratch) const {
         const Nf4Weight weight = has_base_ ? rounded_once(*p_.weight, p_.compute_dtype) : Nf4Weight{};
-        const int64_t first_run = k0 / kBlock, runs = divide_up(k0 + outputs, kBlock) - first_run;
-        if (has_base_ && has_aligned_blocks(weight))
-            for (int64_t n = 0; n < p_.n; ++n)
-                runs_absmax(weight, n * p_.k + first_run * kBlock, runs, scratch.absmax + n * runs);
-        const auto make = [&](int64_t step, int64_t steps, int64_t k, int64_t some, BFloat16* panel) {
+        const auto make = [&](int64_t step, int64_t steps, int64_t count, BFloat16* panel, int64_t stride) {
             const int64_t n = step * kTileDepth;
-            if (steps > 0)
-                decode_right(weight, k0 + k, some, n, min_of(steps * kTileDepth, p_.n - n), steps,
-                             scratch.absmax + n * runs + (k0 + k) / kBlock - first_run, runs, panel);
+            for (int64_t k = 0; k < count;) {
+                const int64_t some =
+                    (k0 + k) % kBlock == 0 ? min_of(kBlock, count - k) : min_of<int64_t>(kPanelSide, count - k);
+                decode_right(weight, k0 + k, some, n, min_of(steps * kTileDepth, p_.n - n), steps, absmax_, panel,
+                             stride);
+                k += some;
+                panel += divide_up(some, kPanelSide) * stride;
+            }
         };
         const auto make_tail = [&](int64_t k, int64_t some, BFloat16* panel) { pack_A(k0 + k, some, panel); };
         const int64_t tail = keep_ ? 0 : branch_steps_;
@@ -668,6 +673,7 @@ private:
     bool wants_A_ = false, wants_B_ = false, wants_x_ = false, wants_ds_ = false;
     int64_t reduce_panels_ = 0;     // of all adapters
     int64_t reduce_rows_ = 0;       // the most that an adapter has: term · rank
+    float* absmax_ = nullptr;       // [row of W][run of 64 elements], where blocks are aligned
     float* ds_ = nullptr;           // [m, total_rank]
     uint8_t* keep_ = nullptr;       // [dropping adapter][m][keep_bytes(k)]
     BFloat16* reduce_A_ = nullptr;  // left panels of dsᵀ

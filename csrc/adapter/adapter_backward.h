@@ -215,17 +215,17 @@ private:
         if (wants_x_) make_grad_x(&adapter, &weights, row0, rows, dz, scratch);
     }
 
-    // The rows of grad_y, dropped.
+    // The rows of grad_y, dropped; for the gate's gradient, the part of b_up in it.
     void read_grad_y(const Weights& weights, int64_t row0, int64_t rows, const Dropout& dropout, const Left& g,
                      const Scratch& scratch) const {
-        dispatch_dtype(p_.grad_y.dtype, [&](auto* type) {
+        const bool drops = dropout.threshold > 0;
+        if (!drops && !p_.grad_gate) return fill_left<Product>(g, part_of(p_.grad_y, row0, 0), rows);
+        with_vectors(p_.grad_y, row0, 0, p_.d, [&](auto grad_y) {
             for (int64_t i = 0; i < rows; ++i) {
-                const auto* row = static_cast<const Pointee<decltype(type)>*>(row_of(p_.grad_y, row0 + i));
-                const bool drops = dropout.threshold > 0;
                 if (drops) dropout_keep_bits(dropout, row0 + i, 0, p_.d, scratch.keep);
                 F32 of_bias{};
                 for (int64_t column = 0; column < Product::padded_depth(p_.d); column += kLanes) {
-                    F32 v = load_up_to(row + column, p_.d - column);
+                    F32 v = grad_y(i, column);
                     if (drops) v = keep_where(v, scratch.keep, column);
                     g.store(i, column, v);
                     if (p_.grad_gate) of_bias = fma(v, load(weights.up_bias + column), of_bias);
@@ -269,26 +269,25 @@ private:
         for (int64_t chunk = 0; chunk < chunks_of(p_.d); ++chunk) {
             const int64_t first = chunk * kRightOutputs, columns = min_of(kRightOutputs, p_.d - first);
             if (adapter) Product::multiply(dz, rows, weights->down.chunk(chunk), scratch.tile, kRightOutputs, false);
-            for (int64_t i = 0; i < rows; ++i) {
-                float values[kRightOutputs] = {};
-                if (p_.adds_grad_y) read_row(p_.grad_y, row0 + i, first, columns, values);
-                const float* sums = scratch.tile + i * kRightOutputs;
-                if (adapter && adapter->norm.present) {
-                    const float mu = p_.stats[2 * (row0 + i)], rstd = p_.stats[2 * (row0 + i) + 1];
-                    const RowNorm norm = scratch.norm[i];
-                    float x[kRightOutputs];
-                    read_row(p_.x, row0 + i, first, columns, x);
-                    for (int64_t column = 0; column < columns; column += kLanes) {
-                        const F32 n = (load(x + column) - mu) * rstd;
-                        const F32 dn = load(sums + column) - norm.mean - n * norm.correlation;
-                        store(values + column, fma(dn, broadcast(rstd), load(values + column)));
-                    }
-                } else if (adapter) {
-                    for (int64_t column = 0; column < columns; column += kLanes)
-                        store(values + column, load(values + column) + load(sums + column));
-                }
-                write_row(values, p_.grad_x, row0 + i, first, columns);
-            }
+            const ConstMatrix added = p_.adds_grad_y ? p_.grad_y : ConstMatrix{};
+            with_vectors(added, row0, first, columns, [&](auto grad_y) {
+                if (!adapter) return write_part(p_.grad_x, row0, rows, first, columns, grad_y);
+                const auto dn = [tile = scratch.tile](int64_t i, int64_t column) {
+                    return load(tile + i * kRightOutputs + column);
+                };
+                if (!adapter->norm.present)
+                    return write_part(p_.grad_x, row0, rows, first, columns,
+                                      [=](int64_t i, int64_t column) { return grad_y(i, column) + dn(i, column); });
+                const float* stats = p_.stats + 2 * row0;
+                with_vectors(p_.x, row0, first, columns, [&, norm = scratch.norm](auto x) {
+                    write_part(p_.grad_x, row0, rows, first, columns, [=](int64_t i, int64_t column) {
+                        const float mu = stats[2 * i], rstd = stats[2 * i + 1];
+                        const F32 n = (x(i, column) - mu) * rstd;
+                        const F32 part = dn(i, column) - norm[i].mean - n * norm[i].correlation;
+                        return fma(part, broadcast(rstd), grad_y(i, column));
+                    });
+                });
+            });
         }
     }
 

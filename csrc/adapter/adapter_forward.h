@@ -130,9 +130,11 @@ private:
                     store(z + column, sum);
                     h.store(row, column, first_lanes(value, adapter.rank - column));
                 }
-                if (p_.pre.data) write_row(z, p_.pre, row0 + row, 0, adapter.rank);
             }
         });
+        if (p_.pre.data)
+            write_part(p_.pre, row0, rows, 0, adapter.rank,
+                       [&](int64_t row, int64_t column) { return load(scratch.z + row * stride + column); });
         finish(&adapter, &weights, row0, rows, h, scratch);
     }
 
@@ -140,22 +142,16 @@ private:
     void read_x(const BottleneckAdapter& adapter, const Weights& weights, int64_t row0, int64_t rows,
                 const Left& left) const {
         const int64_t d = p_.d;
-        dispatch_dtype(p_.x.dtype, [&](auto* type) {
+        if (!adapter.norm.present) return fill_left<Product>(left, part_of(p_.x, row0, 0), rows);
+        with_vectors(p_.x, row0, 0, d, [&](auto x) {
             for (int64_t row = 0; row < rows; ++row) {
-                const auto* x = static_cast<const Pointee<decltype(type)>*>(row_of(p_.x, row0 + row));
-                const auto vector = [&](int64_t column) { return load_up_to(x + column, d - column); };
-                if (!adapter.norm.present) {
-                    for (int64_t column = 0; column < Product::padded_depth(d); column += kLanes)
-                        left.store(row, column, vector(column));
-                    continue;
-                }
-                const RowStats stats = row_stats(d, adapter.norm.eps, vector);
+                const RowStats stats = row_stats(d, adapter.norm.eps, [&](int64_t column) { return x(row, column); });
                 if (p_.stats) {
                     p_.stats[2 * (row0 + row)] = stats.mean;
                     p_.stats[2 * (row0 + row) + 1] = stats.rstd;
                 }
                 for (int64_t column = 0; column < Product::padded_depth(d); column += kLanes) {
-                    const F32 n = (vector(column) - stats.mean) * stats.rstd;
+                    const F32 n = (x(row, column) - stats.mean) * stats.rstd;
                     const F32 value = fma(n, load(weights.gamma + column), load(weights.beta + column));
                     left.store(row, column, first_lanes(value, d - column));
                 }
@@ -170,42 +166,56 @@ private:
         const bool drops = adapter && dropout.threshold > 0;
         for (int64_t row = 0; drops && row < rows; ++row)
             dropout_keep_bits(dropout, row0 + row, 0, p_.d, scratch.keep + row * keep_bytes(p_.d));
-        const int64_t stride = chunks_of(p_.d) * kRightOutputs;
         for (int64_t i = 0; i < chunks_of(p_.d); ++i) {
             const int64_t first = i * kRightOutputs, columns = min_of(kRightOutputs, p_.d - first);
             if (adapter) Product::multiply(h, rows, weights->up.chunk(i), scratch.tile, kRightOutputs, false);
-            for (int64_t row = 0; row < rows; ++row) {
-                float values[kRightOutputs] = {};
-                if (p_.residual.data) read_row(p_.residual, row0 + row, first, columns, values);
-                if (adapter) {
-                    const float scale =
-                        adapter->scale * (drops ? dropout.keep_scale : 1.0f) * (p_.gate ? p_.gate[row0 + row] : 1.0f);
-                    const uint8_t* keep = scratch.keep + row * keep_bytes(p_.d);
-                    for (int64_t column = 0; column < columns; column += kLanes) {
-                        F32 up =
-                            load(scratch.tile + row * kRightOutputs + column) + load(weights->up_bias + first + column);
-                        if (drops) up = keep_where(up, keep, first + column);
-                        store(values + column, fma(up, broadcast(scale), load(values + column)));
-                    }
-                }
-                if (p_.post_norm.present)
-                    memcpy(scratch.y + row * stride + first, values, columns * sizeof(float));
-                else
-                    write_row(values, p_.y, row0 + row, first, columns);
-            }
+            with_vectors(p_.residual, row0, first, columns, [&](auto residual) {
+                if (!adapter) return write_y(row0, rows, first, columns, scratch, residual);
+                const float* tile = scratch.tile;
+                const float* bias = weights->up_bias + first;
+                const float scale = adapter->scale * (drops ? dropout.keep_scale : 1.0f);
+                const auto up = [=](int64_t row, int64_t column) {
+                    return load(tile + row * kRightOutputs + column) + load(bias + column);
+                };
+                if (!drops && !p_.gate)
+                    return write_y(row0, rows, first, columns, scratch, [=](int64_t row, int64_t column) {
+                        return fma(up(row, column), broadcast(scale), residual(row, column));
+                    });
+                const float* gate = p_.gate ? p_.gate + row0 : nullptr;
+                const uint8_t* keep = scratch.keep + first / 8;
+                const int64_t keep_stride = keep_bytes(p_.d);
+                write_y(row0, rows, first, columns, scratch, [=](int64_t row, int64_t column) {
+                    F32 kept = up(row, column);
+                    if (drops) kept = keep_where(kept, keep + row * keep_stride, column);
+                    return fma(kept, broadcast(gate ? scale * gate[row] : scale), residual(row, column));
+                });
+            });
         }
-        for (int64_t row = 0; p_.post_norm.present && row < rows; ++row)
-            normalize(scratch.y + row * stride, row0 + row);
+        if (p_.post_norm.present) normalize(row0, rows, scratch.y);
     }
 
-    void normalize(float* v, int64_t row) const {
-        const RowStats stats =
-            row_stats(p_.d, p_.post_norm.eps, [&](int64_t column) { return load_up_to(v + column, p_.d - column); });
-        for (int64_t column = 0; column < p_.d; column += kLanes) {
-            const F32 n = (load(v + column) - stats.mean) * stats.rstd;
-            store(v + column, fma(n, load(post_gamma_ + column), load(post_beta_ + column)));
+    // To y; or aside, where a LayerNorm wants whole rows.
+    template <class Vector>
+    void write_y(int64_t row0, int64_t rows, int64_t first, int64_t columns, const Scratch& scratch,
+                 const Vector& vector) const {
+        if (!p_.post_norm.present) return write_part(p_.y, row0, rows, first, columns, vector);
+        const int64_t stride = chunks_of(p_.d) * kRightOutputs;
+        for (int64_t row = 0; row < rows; ++row)
+            for (int64_t column = 0; column < columns; column += kLanes)
+                store(scratch.y + row * stride + first + column, vector(row, column));
+    }
+
+    void normalize(int64_t row0, int64_t rows, const float* y) const {
+        const int64_t stride = chunks_of(p_.d) * kRightOutputs;
+        for (int64_t row = 0; row < rows; ++row, y += stride) {
+            const RowStats stats = row_stats(p_.d, p_.post_norm.eps, [&](int64_t column) {
+                return first_lanes(load(y + column), p_.d - column);
+            });
+            write_part(p_.y, row0 + row, 1, 0, p_.d, [&](int64_t, int64_t column) {
+                const F32 n = (load(y + column) - stats.mean) * stats.rstd;
+                return fma(n, load(post_gamma_ + column), load(post_beta_ + column));
+            });
         }
-        write_row(v, p_.y, row, 0, p_.d);
     }
 
     const AdapterForwardParams& p_;

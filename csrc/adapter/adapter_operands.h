@@ -73,17 +73,33 @@ inline void read_row(const ConstMatrix& matrix, int64_t row, int64_t first, int6
     });
 }
 
-inline void write_row(const float* values, const Matrix& matrix, int64_t row, int64_t first, int64_t columns) {
+// A matrix from (row0, first) on: calls body with a function of row and column that gives a vector of it, with zeros
+// behind the last of so many columns. Of an absent matrix all are zeros.
+template <class Body>
+void with_vectors(const ConstMatrix& matrix, int64_t row0, int64_t first, int64_t columns, const Body& body) {
+    if (!matrix.data) return body([](int64_t, int64_t) { return F32{}; });
     dispatch_dtype(matrix.dtype, [&](auto* type) {
-        auto* out = static_cast<Pointee<decltype(type)>*>(row_of(matrix, row, first));
-        // The next columns of a row are written soon, but after those of the other rows: too late for the hardware.
-        prefetch_row<true>(out + columns, columns);
-        for (int64_t column = 0; column < columns; column += kLanes) {
-            const int64_t count = columns - column;
-            if (count >= kLanes)
-                store(out + column, load(values + column));
-            else
-                store_partial(out + column, load(values + column), count);
+        const auto* data = static_cast<const Pointee<decltype(type)>*>(row_of(matrix, row0, first));
+        const int64_t stride = matrix.stride;
+        body([=](int64_t row, int64_t column) { return load_up_to(data + row * stride + column, columns - column); });
+    });
+}
+
+// matrix[row0 + row][first + column] = vector(row, column), for so many of them.
+template <class Vector>
+void write_part(const Matrix& matrix, int64_t row0, int64_t rows, int64_t first, int64_t columns,
+                const Vector& vector) {
+    dispatch_dtype(matrix.dtype, [&](auto* type) {
+        using T = Pointee<decltype(type)>;
+        T* data = static_cast<T*>(row_of(matrix, row0, first));
+        const int64_t stride = matrix.stride;
+        for (int64_t row = 0; row < rows; ++row) {
+            T* out = data + row * stride;
+            // The next columns of a row are written soon, but after those of the other rows: too late for the hardware.
+            prefetch_row<true>(out + columns, columns);
+            int64_t column = 0;
+            for (; column + kLanes <= columns; column += kLanes) store(out + column, vector(row, column));
+            if (column < columns) store_partial(out + column, vector(row, column), columns - column);
         }
     });
 }

@@ -18,6 +18,7 @@
 
 #include "common/amx.h"
 #include "common/microkernel.h"
+#include "common/workspace.h"
 
 namespace peft_kernels {
 namespace PEFT_KERNELS_ISA {
@@ -176,8 +177,33 @@ void dispatch_product(bool rounds, const Body& body) {
 // ---- Filling operands ---------------------------------------------------------------------------------------------
 
 template <class T>
+constexpr bool kIsBf16 = false;
+template <>
+constexpr bool kIsBf16<BFloat16> = true;
+
+template <class T>
 inline F32 load_up_to(const T* p, int64_t count) {
     return count >= kLanes ? load(p) : count > 0 ? load_partial(p, count) : F32{};
+}
+
+// Left operands out of the first rows of a matrix, whose columns are the depth.
+template <class Product>
+void fill_left(const typename Product::Left& left, const ConstMatrix& matrix, int64_t rows) {
+    constexpr bool kPlain = sizeof(typename Product::Element) == 2;
+    const int64_t depth = left.depth, padded = Product::padded_depth(depth);
+    dispatch_dtype(matrix.dtype, [&](auto* type) {
+        using T = Pointee<decltype(type)>;
+        for (int64_t row = 0; row < rows; ++row) {
+            const T* from = static_cast<const T*>(matrix.data) + row * matrix.stride;
+            int64_t column = 0;
+            if constexpr (kPlain && kIsBf16<T>)
+                if (left.terms == 1)
+                    for (; column + kLanes <= depth; column += kLanes)
+                        store_vector(left.at(row, column), load_vector<U16>(from + column));
+            for (; column < padded; column += kLanes)
+                left.store(row, column, load_up_to(from + column, depth - column));
+        }
+    });
 }
 
 // v with zeros from lane `count` on.

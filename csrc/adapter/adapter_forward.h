@@ -51,8 +51,8 @@ private:
 
     struct Weights {  // of one adapter
         Weights(Arena& arena, const AdapterForward& f, const BottleneckAdapter& adapter)
-            : down(arena, adapter.rank, f.p_.d, Product::terms(adapter.down_weight.dtype, f.p_.rounds)),
-              up(arena, f.p_.d, adapter.rank, Product::terms(adapter.up_weight.dtype, f.p_.rounds)) {
+            : down(arena, adapter.rank, f.p_.d, kPart, Product::terms(adapter.down_weight.dtype, f.p_.rounds)),
+              up(arena, f.p_.d, adapter.rank, adapter.rank, Product::terms(adapter.up_weight.dtype, f.p_.rounds)) {
             down_bias = take_vector(arena, adapter.rank);
             up_bias = take_vector(arena, f.p_.d);
             gamma = take_vector(arena, adapter.norm.present ? f.p_.d : 0);
@@ -71,35 +71,37 @@ private:
             const int64_t rows = Product::padded_rows(f.block_), d = f.p_.d, rank = f.p_.max_rank;
             int x_terms = 1;
             for (int64_t i = 0; i < f.p_.num_adapters; ++i) x_terms = max_of(x_terms, f.x_terms(f.p_.adapters[i]));
-            x = arena.take<Element>(Product::Left::size(f.block_, d, x_terms));
+            x = arena.take<Element>(Product::Left::size(f.block_, kPart, x_terms));
             h = arena.take<Element>(Product::Left::size(f.block_, rank, f.h_terms()));
             z = arena.take<float>(rows * chunks_of(rank) * kRightOutputs);
             tile = arena.take<float>(rows * kRightOutputs);
+            stats = arena.take<RowStats>(f.block_);
             keep = arena.take<uint8_t>(f.p_.dropout > 0 ? f.block_ * keep_bytes(d) : 0);
             y = arena.take<float>(f.p_.post_norm.present ? f.block_ * chunks_of(d) * kRightOutputs : 0);
             bytes = arena.used();
         }
-        Element* x;
+        Element* x;  // a part of the depth
         Element* h;
         float* z;
         float* tile;
+        RowStats* stats;
         uint8_t* keep;
         float* y;
         int64_t bytes;
     };
 
     void prepare() const {
-        const int64_t parts = divide_up(p_.d, kFilledDepth), down = chunks_of(p_.max_rank) * parts;
+        const int64_t parts = divide_up(p_.d, kPart), down = chunks_of(p_.max_rank) * parts;
         const int64_t tasks = down + chunks_of(p_.d) + 1;
         parallel_for_each(p_.num_adapters * tasks, [&](int64_t task, int) {
             const BottleneckAdapter& adapter = p_.adapters[task / tasks];
             const Weights& weights = weights_[task / tasks];
-            const int64_t part = task % tasks;
-            if (part < down) {
-                if (part / parts < weights.down.chunks())
-                    fill_rows(weights.down, part / parts, adapter.down_weight, part % parts * kFilledDepth);
-            } else if (part < tasks - 1) {
-                fill_rows(weights.up, part - down, adapter.up_weight, 0);
+            const int64_t i = task % tasks;
+            if (i < down) {
+                if (i / parts < weights.down.chunks())
+                    fill_rows(weights.down, i / parts, i % parts, adapter.down_weight);
+            } else if (i < tasks - 1) {
+                fill_rows(weights.up, i - down, 0, adapter.up_weight);
             } else {
                 widen_vector(adapter.down_bias, adapter.rank, 0.0f, weights.down_bias);
                 widen_vector(adapter.up_bias, p_.d, 0.0f, weights.up_bias);
@@ -116,11 +118,9 @@ private:
         if (run.adapter < 0) return finish(nullptr, nullptr, row0, rows, {}, scratch);
         const BottleneckAdapter& adapter = p_.adapters[run.adapter];
         const Weights& weights = weights_[run.adapter];
-        const Left x{scratch.x, p_.d, x_terms(adapter)}, h{scratch.h, adapter.rank, h_terms()};
-        read_x(adapter, weights, row0, rows, x);
+        const Left h{scratch.h, adapter.rank, h_terms()};
+        shrink(adapter, weights, row0, rows, scratch);
         const int64_t stride = weights.down.chunks() * kRightOutputs;
-        for (int64_t i = 0; i < weights.down.chunks(); ++i)
-            Product::multiply(x, rows, weights.down.chunk(i), scratch.z + i * kRightOutputs, stride, false);
         dispatch_activation(p_.activation, [&](auto activation) {
             for (int64_t row = 0; row < rows; ++row) {
                 float* z = scratch.z + row * stride;
@@ -138,24 +138,33 @@ private:
         finish(&adapter, &weights, row0, rows, h, scratch);
     }
 
-    // x, or what its LayerNorm makes of it.
-    void read_x(const BottleneckAdapter& adapter, const Weights& weights, int64_t row0, int64_t rows,
-                const Left& left) const {
-        const int64_t d = p_.d;
-        if (!adapter.norm.present) return fill_left<Product>(left, part_of(p_.x, row0, 0), rows);
-        with_vectors(p_.x, row0, 0, d, [&](auto x) {
+    // z without its bias, out of x or of what its LayerNorm makes of it.
+    void shrink(const BottleneckAdapter& adapter, const Weights& weights, int64_t row0, int64_t rows,
+                const Scratch& scratch) const {
+        if (!adapter.norm.present)
+            return multiply_parts(weights.down, scratch.x, x_terms(adapter), rows, scratch.z,
+                                  [&](int64_t first, const Left& left) {
+                                      fill_left<Product>(left, part_of(p_.x, row0, first), rows);
+                                  });
+        with_vectors(p_.x, row0, 0, p_.d, [&](auto x) {
             for (int64_t row = 0; row < rows; ++row) {
-                const RowStats stats = row_stats(d, adapter.norm.eps, [&](int64_t column) { return x(row, column); });
-                if (p_.stats) {
-                    p_.stats[2 * (row0 + row)] = stats.mean;
-                    p_.stats[2 * (row0 + row) + 1] = stats.rstd;
-                }
-                for (int64_t column = 0; column < Product::padded_depth(d); column += kLanes) {
-                    const F32 n = (x(row, column) - stats.mean) * stats.rstd;
-                    const F32 value = fma(n, load(weights.gamma + column), load(weights.beta + column));
-                    left.store(row, column, first_lanes(value, d - column));
-                }
+                scratch.stats[row] = row_stats(p_.d, adapter.norm.eps, [&](int64_t k) { return x(row, k); });
+                if (!p_.stats) continue;
+                p_.stats[2 * (row0 + row)] = scratch.stats[row].mean;
+                p_.stats[2 * (row0 + row) + 1] = scratch.stats[row].rstd;
             }
+            multiply_parts(weights.down, scratch.x, x_terms(adapter), rows, scratch.z,
+                           [&](int64_t first, const Left& left) {
+                               const float* gamma = weights.gamma + first;
+                               const float* beta = weights.beta + first;
+                               for (int64_t row = 0; row < rows; ++row)
+                                   for (int64_t k = 0; k < Product::padded_depth(left.depth); k += kLanes) {
+                                       const RowStats stats = scratch.stats[row];
+                                       const F32 n = (x(row, first + k) - stats.mean) * stats.rstd;
+                                       const F32 value = fma(n, load(gamma + k), load(beta + k));
+                                       left.store(row, k, first_lanes(value, left.depth - k));
+                                   }
+                           });
         });
     }
 
@@ -168,7 +177,7 @@ private:
             dropout_keep_bits(dropout, row0 + row, 0, p_.d, scratch.keep + row * keep_bytes(p_.d));
         for (int64_t i = 0; i < chunks_of(p_.d); ++i) {
             const int64_t first = i * kRightOutputs, columns = min_of(kRightOutputs, p_.d - first);
-            if (adapter) Product::multiply(h, rows, weights->up.chunk(i), scratch.tile, kRightOutputs, false);
+            if (adapter) Product::multiply(h, rows, weights->up.right(i, 0), scratch.tile, kRightOutputs, false);
             with_vectors(p_.residual, row0, first, columns, [&](auto residual) {
                 if (!adapter) return write_y(row0, rows, first, columns, scratch, residual);
                 const float* tile = scratch.tile;

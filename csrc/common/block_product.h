@@ -212,12 +212,12 @@ inline F32 first_lanes(F32 v, int64_t count) {
     return (F32)((U32)v & (U32)((I32)lane_index() < static_cast<int32_t>(count)));
 }
 
-// Right operands whose outputs are rows of a matrix: depth [k0, k1) of it, both multiples of kLanes.
+// Right operands whose outputs are rows of a matrix, and whose depth is its columns.
 template <class Right, class T>
-void fill_from_output_rows(const Right& right, const T* matrix, int64_t stride, int64_t k0, int64_t k1) {
+void fill_from_output_rows(const Right& right, const T* matrix, int64_t stride, int64_t padded_depth) {
     for (int64_t strip = 0; strip * kLanes < right.outputs; ++strip) {
         const int64_t rows = min_of<int64_t>(kLanes, right.outputs - strip * kLanes);
-        for (int64_t k = k0; k < k1; k += kLanes) {
+        for (int64_t k = 0; k < padded_depth; k += kLanes) {
             U32 square[kLanes];
             for (int64_t row = 0; row < kLanes; ++row) {
                 const T* from = matrix + (strip * kLanes + row) * stride + k;
@@ -229,11 +229,10 @@ void fill_from_output_rows(const Right& right, const T* matrix, int64_t stride, 
     }
 }
 
-// Right operands whose depth runs over rows, for k in [k0, k1), both even: vector(k, column) gives the kLanes outputs
-// from `column` on.
+// Right operands whose depth runs over rows: vector(k, column) gives the kLanes outputs from `column` on.
 template <class Right, class Vector>
-void fill_from_depth_rows(const Right& right, int64_t k0, int64_t k1, const Vector& vector) {
-    for (int64_t k = k0; k < k1; k += 2)
+void fill_from_depth_rows(const Right& right, int64_t padded_depth, const Vector& vector) {
+    for (int64_t k = 0; k < padded_depth; k += 2)
         for (int64_t strip = 0; strip * kLanes < right.outputs; ++strip)
             right.store(strip, k, k < right.depth ? vector(k, strip * kLanes) : F32{},
                         k + 1 < right.depth ? vector(k + 1, strip * kLanes) : F32{});

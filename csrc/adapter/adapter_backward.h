@@ -46,8 +46,8 @@ public:
         const auto scratch = [&](int worker) { return Scratch(workers + worker * worker_bytes, *this); };
         prepare();
         if (wants_dz_ || p_.grad_gate || p_.wants_up)
-            for_each_block(p_, [&](int64_t run, int64_t row, int64_t rows, int worker) {
-                adapt(run, row, rows, scratch(worker));
+            for_each_block(p_, [&](int64_t run, int64_t row, int64_t rows, int64_t next, int worker) {
+                adapt(run, row, rows, next, scratch(worker));
             });
         const int64_t columns = divide_up(p_.d, kReducedColumns);
         parallel_for_each(p_.num_adapters * columns * 2, [&](int64_t task, int worker) {
@@ -175,12 +175,12 @@ private:
     }
 
     // A block of rows from grad_y to grad_x; its h and dz are kept for the gradients of W_up and W_down.
-    void adapt(int64_t run, int64_t row, int64_t rows, const Scratch& scratch) const {
+    void adapt(int64_t run, int64_t row, int64_t rows, int64_t next, const Scratch& scratch) const {
         [[maybe_unused]] const typename Product::Unit unit;
         const int64_t row0 = p_.runs[run].first_row + row;
         if (p_.runs[run].adapter < 0) {
             for (int64_t i = 0; p_.grad_gate && i < rows; ++i) p_.grad_gate[row0 + i] = 0;
-            if (wants_x_) make_grad_x(nullptr, nullptr, row0, rows, {}, scratch);
+            if (wants_x_) make_grad_x(nullptr, nullptr, row0, rows, next, {}, scratch);
             return;
         }
         const BottleneckAdapter& adapter = p_.adapters[p_.runs[run].adapter];
@@ -208,7 +208,7 @@ private:
                                   min_of<int64_t>(kLanes, adapter.rank - column));
                 }
         }
-        if (wants_x_) make_grad_x(&adapter, &weights, row0, rows, dz, scratch);
+        if (wants_x_) make_grad_x(&adapter, &weights, row0, rows, next, dz, scratch);
     }
 
     // t = g W_up with the dropped rows of grad_y; for the gate's gradient, also the part of b_up in it.
@@ -263,11 +263,12 @@ private:
             scratch.norm[i] = {horizontal_sum(mean), horizontal_sum(correlation) / static_cast<float>(p_.d)};
     }
 
-    void make_grad_x(const BottleneckAdapter* adapter, const Weights* weights, int64_t row0, int64_t rows,
+    void make_grad_x(const BottleneckAdapter* adapter, const Weights* weights, int64_t row0, int64_t rows, int64_t next,
                      const Left& dz, const Scratch& scratch) const {
         for (int64_t chunk = 0; chunk < chunks_of(p_.d); ++chunk) {
             const int64_t first = chunk * kRightOutputs, columns = min_of(kRightOutputs, p_.d - first);
             if (adapter) Product::multiply(dz, rows, weights->down.right(chunk, 0), scratch.tile, kRightOutputs, false);
+            prefetch_part(p_.grad_y, row0 + rows, next, first, columns);
             const ConstMatrix added = p_.adds_grad_y ? p_.grad_y : ConstMatrix{};
             with_vectors(added, row0, first, columns, [&](auto grad_y) {
                 if (!adapter) return write_part(p_.grad_x, row0, rows, first, columns, grad_y);
@@ -291,8 +292,9 @@ private:
     }
 
     // tile[r][column] = Σ of coefficients and the rows' vectors; vector(type, row, column) is called for all rows of the
-    // adapter in order, for columns in steps of kLanes.
-    template <class Begin, class Vector>
+    // adapter in order, for columns in steps of kLanes, and may change what it is given to what bf16 does not hold unless
+    // kKeepsBf16.
+    template <bool kKeepsBf16, class Begin, class Vector>
     void reduce(int64_t adapter, Element* coefficients, const ConstMatrix& matrix, int64_t first, int64_t columns,
                 int terms, const Scratch& scratch, const Begin& begin, const Vector& vector) const {
         [[maybe_unused]] const typename Product::Unit unit;
@@ -308,12 +310,14 @@ private:
                 dispatch_dtype(matrix.dtype, [&](auto* type) {
                     using T = Pointee<decltype(type)>;
                     constexpr int64_t kAhead = 16;
-                    fill_from_depth_rows(right, Product::padded_depth(left.depth), [&](int64_t k, int64_t column) {
-                        const T* from = static_cast<const T*>(row_of(matrix, row0 + k, first)) + column;
-                        // The rows are far apart: the hardware does not get ahead of that.
-                        if (k + kAhead < left.depth) __builtin_prefetch(from + kAhead * matrix.stride);
-                        return vector(row0, k, column, load_up_to(from, columns - column));
-                    });
+                    const T* data = static_cast<const T*>(row_of(matrix, row0, first));
+                    fill_from_depth_rows<kIsBf16<T> && kKeepsBf16>(
+                        right, Product::padded_depth(left.depth), [&](int64_t k, int64_t column) {
+                            const T* from = data + k * matrix.stride + column;
+                            // The rows are far apart: the hardware does not get ahead of that.
+                            __builtin_prefetch(from + min_of(kAhead, left.depth - 1 - k) * matrix.stride);
+                            return vector(row0, k, column, load_up_to(from, columns - column));
+                        });
                 });
                 Product::multiply(left, rank, right, scratch.tile, kRightOutputs, started);
             }
@@ -328,7 +332,7 @@ private:
         const Dropout dropout(p_.seed, p_.dropout);
         const bool drops = dropout.threshold > 0;
         F32 sums[kReducedColumns / kLanes] = {};
-        reduce(
+        reduce<true>(
             index, h_, p_.grad_y, first, columns, grad_terms(), scratch,
             [&](int64_t row0, int64_t rows) {
                 for (int64_t i = 0; drops && i < rows; ++i)
@@ -354,12 +358,16 @@ private:
         const int64_t columns = min_of(kReducedColumns, p_.d - first);
         const bool norm = adapter.norm.present;
         const int terms = Product::terms(norm ? DType::kFloat32 : p_.x.dtype, p_.rounds);
-        reduce(
-            index, dz_, p_.x, first, columns, terms, scratch, [](int64_t, int64_t) {},
-            [&](int64_t row0, int64_t k, int64_t, F32 v) {
-                const float* stats = p_.stats + 2 * (row0 + k);
-                return norm ? (v - stats[0]) * stats[1] : v;
-            });
+        const auto begin = [](int64_t, int64_t) {};
+        if (norm)
+            reduce<false>(index, dz_, p_.x, first, columns, terms, scratch, begin,
+                          [&](int64_t row0, int64_t k, int64_t, F32 v) {
+                              const float* stats = p_.stats + 2 * (row0 + k);
+                              return (v - stats[0]) * stats[1];
+                          });
+        else
+            reduce<true>(index, dz_, p_.x, first, columns, terms, scratch, begin,
+                         [](int64_t, int64_t, int64_t, F32 v) { return v; });
         for (int64_t r = 0; r < adapter.rank; ++r)
             memcpy(adapter.grad_down + r * p_.d + first, scratch.tile + r * kRightOutputs, columns * sizeof(float));
     }

@@ -35,8 +35,9 @@ public:
             widen_vector(p_.post_norm.weight, p_.d, 1.0f, post_gamma_);
             widen_vector(p_.post_norm.bias, p_.d, 0.0f, post_beta_);
         }
-        for_each_block(p_, [&](int64_t run, int64_t row, int64_t rows, int worker) {
-            adapt(p_.runs[run], p_.runs[run].first_row + row, rows, Scratch(workers + worker * worker_bytes, *this));
+        for_each_block(p_, [&](int64_t run, int64_t row, int64_t rows, int64_t next, int worker) {
+            const Scratch scratch(workers + worker * worker_bytes, *this);
+            adapt(p_.runs[run], p_.runs[run].first_row + row, rows, next, scratch);
         });
     }
 
@@ -113,9 +114,9 @@ private:
     }
 
     // A block of rows from x to y.
-    void adapt(const AdapterRun& run, int64_t row0, int64_t rows, const Scratch& scratch) const {
+    void adapt(const AdapterRun& run, int64_t row0, int64_t rows, int64_t next, const Scratch& scratch) const {
         [[maybe_unused]] const typename Product::Unit unit;
-        if (run.adapter < 0) return finish(nullptr, nullptr, row0, rows, {}, scratch);
+        if (run.adapter < 0) return finish(nullptr, nullptr, row0, rows, next, {}, scratch);
         const BottleneckAdapter& adapter = p_.adapters[run.adapter];
         const Weights& weights = weights_[run.adapter];
         const Left h{scratch.h, adapter.rank, h_terms()};
@@ -135,7 +136,7 @@ private:
         if (p_.pre.data)
             write_part(p_.pre, row0, rows, 0, adapter.rank,
                        [&](int64_t row, int64_t column) { return load(scratch.z + row * stride + column); });
-        finish(&adapter, &weights, row0, rows, h, scratch);
+        finish(&adapter, &weights, row0, rows, next, h, scratch);
     }
 
     // z without its bias, out of x or of what its LayerNorm makes of it.
@@ -169,8 +170,8 @@ private:
     }
 
     // y out of h; out of nothing, if there is no adapter.
-    void finish(const BottleneckAdapter* adapter, const Weights* weights, int64_t row0, int64_t rows, const Left& h,
-                const Scratch& scratch) const {
+    void finish(const BottleneckAdapter* adapter, const Weights* weights, int64_t row0, int64_t rows, int64_t next,
+                const Left& h, const Scratch& scratch) const {
         const Dropout dropout(p_.seed, p_.dropout);
         const bool drops = adapter && dropout.threshold > 0;
         for (int64_t row = 0; drops && row < rows; ++row)
@@ -178,6 +179,7 @@ private:
         for (int64_t i = 0; i < chunks_of(p_.d); ++i) {
             const int64_t first = i * kRightOutputs, columns = min_of(kRightOutputs, p_.d - first);
             if (adapter) Product::multiply(h, rows, weights->up.right(i, 0), scratch.tile, kRightOutputs, false);
+            prefetch_part(p_.x, row0 + rows, next, first, columns);
             with_vectors(p_.residual, row0, first, columns, [&](auto residual) {
                 if (!adapter) return write_y(row0, rows, first, columns, scratch, residual);
                 const float* tile = scratch.tile;

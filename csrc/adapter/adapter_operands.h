@@ -190,7 +190,7 @@ void fill_columns(const Operand<Product>& operand, int64_t chunk, int64_t part, 
     const auto right = operand.right(chunk, part);
     const int64_t first = chunk * kRightOutputs;
     with_vectors(matrix, part * operand.part_depth, first, right.outputs, [&](auto vector) {
-        fill_from_depth_rows(right, Product::padded_depth(right.depth), [&](int64_t k, int64_t column) {
+        fill_from_depth_rows<false>(right, Product::padded_depth(right.depth), [&](int64_t k, int64_t column) {
             return factors ? vector(k, column) * load(factors + first + column) : vector(k, column);
         });
     });
@@ -212,18 +212,29 @@ void multiply_parts(const Operand<Product>& operand, typename Product::Element* 
 
 // ---- Tasks --------------------------------------------------------------------------------------------------------
 
-// Calls body(run, first row within the run, rows, worker) for every block of rows.
+// Calls body(run, first row within the run, rows, next, worker) for every block of rows; `next` is how many rows the
+// same thread will take next, right behind these.
 template <class Body>
 void for_each_block(const AdapterParams& p, const Body& body) {
-    const int64_t block = adapter_block_rows(p.m, p.d, p.threads);
-    int64_t blocks = 0;
-    for (int64_t i = 0; i < p.num_runs; ++i) blocks += divide_up(p.runs[i].rows, block);
-    parallel_for_each(blocks, [&](int64_t task, int worker) {
+    const int64_t block = adapter_block_rows(p.m, p.d, p.threads), group = block * adapter_group(p.m, block, p.threads);
+    int64_t groups = 0;
+    for (int64_t i = 0; i < p.num_runs; ++i) groups += divide_up(p.runs[i].rows, group);
+    parallel_for_each(groups, [&](int64_t task, int worker) {
         int64_t run = 0;
-        for (int64_t some; task >= (some = divide_up(p.runs[run].rows, block)); task -= some) ++run;
-        const int64_t row = task * block;
-        body(run, row, min_of(block, p.runs[run].rows - row), worker);
+        for (int64_t some; task >= (some = divide_up(p.runs[run].rows, group)); task -= some) ++run;
+        const int64_t end = min_of((task + 1) * group, p.runs[run].rows);
+        for (int64_t row = task * group; row < end; row += block)
+            body(run, row, min_of(block, end - row), min_of(block, max_of<int64_t>(0, end - row - block)), worker);
     });
+}
+
+// Fetches a part of a matrix into the L2 cache.
+inline void prefetch_part(const ConstMatrix& matrix, int64_t row0, int64_t rows, int64_t first, int64_t columns) {
+    const int64_t bytes = columns * size_of(matrix.dtype);
+    for (int64_t row = row0; row < row0 + rows; ++row) {
+        const char* at = static_cast<const char*>(row_of(matrix, row, first));
+        for (int64_t byte = 0; byte < bytes; byte += 64) __builtin_prefetch(at + byte, 0, 2);
+    }
 }
 
 }  // namespace

@@ -33,6 +33,9 @@ inline U32 bf16_pairs(F32 even, F32 odd) {
     return __builtin_convertvector(narrow_bf16(even), U32) | __builtin_convertvector(narrow_bf16(odd), U32) << 16;
 }
 
+// The same for numbers that bf16 holds.
+inline U32 exact_bf16_pairs(F32 even, F32 odd) { return (U32)even >> 16 | ((U32)odd & 0xFFFF0000u); }
+
 // ---- On vectors ---------------------------------------------------------------------------------------------------
 
 template <class Multiply, class ElementType>
@@ -64,10 +67,12 @@ struct VectorProduct {
         static constexpr int64_t size(int64_t depth, int) { return kRightOutputs * padded_depth(depth); }
         int64_t steps() const { return padded_depth(depth) / (kPairs ? 2 : 1); }
         int64_t strips() const { return divide_up(outputs, kLanes); }
+        template <bool kExact = false>
         void store(int64_t strip, int64_t k, F32 even, F32 odd) const {
             uint32_t* steps_at = reinterpret_cast<uint32_t*>(data);
             if constexpr (kPairs) {
-                store_vector(strip_at(steps_at, strips(), steps(), k / 2, strip), bf16_pairs(even, odd));
+                const U32 pairs = kExact ? exact_bf16_pairs(even, odd) : bf16_pairs(even, odd);
+                store_vector(strip_at(steps_at, strips(), steps(), k / 2, strip), pairs);
             } else {
                 store_vector(strip_at(steps_at, strips(), steps(), k, strip), even);
                 store_vector(strip_at(steps_at, strips(), steps(), k + 1, strip), odd);
@@ -131,10 +136,11 @@ struct TileProduct {
         static constexpr int64_t size(int64_t depth, int terms) {
             return kRightOutputs / kPanelSide * panel(depth) * terms;
         }
+        template <bool kExact = false>
         void store(int64_t strip, int64_t k, F32 even, F32 odd) const {
             Element* at = data + strip / 2 * panel(depth) * terms + k / kTileDepth * kStepElements +
                           strip % 2 * kTileElements + k % kTileDepth * kTileSide;
-            if (terms == 1) return store_vector(at, bf16_pairs(even, odd));
+            if (terms == 1) return store_vector(at, kExact ? exact_bf16_pairs(even, odd) : bf16_pairs(even, odd));
             for (int term = 0; term < terms; ++term, at += panel(depth))
                 store_vector(at, take_term(even) >> 16 | take_term(odd));
         }
@@ -229,13 +235,14 @@ void fill_from_output_rows(const Right& right, const T* matrix, int64_t stride, 
     }
 }
 
-// Right operands whose depth runs over rows: vector(k, column) gives the kLanes outputs from `column` on.
-template <class Right, class Vector>
+// Right operands whose depth runs over rows: vector(k, column) gives the kLanes outputs from `column` on. Where they are
+// bf16 numbers already (kExact), an operand of one term need not round them.
+template <bool kExact, class Right, class Vector>
 void fill_from_depth_rows(const Right& right, int64_t padded_depth, const Vector& vector) {
     for (int64_t k = 0; k < padded_depth; k += 2)
         for (int64_t strip = 0; strip * kLanes < right.outputs; ++strip)
-            right.store(strip, k, k < right.depth ? vector(k, strip * kLanes) : F32{},
-                        k + 1 < right.depth ? vector(k + 1, strip * kLanes) : F32{});
+            right.template store<kExact>(strip, k, k < right.depth ? vector(k, strip * kLanes) : F32{},
+                                         k + 1 < right.depth ? vector(k + 1, strip * kLanes) : F32{});
 }
 
 // Rows of a left operand out of the columns of fp32 rows ([row][stride]): `count` of them become the depth from `first`

@@ -1,6 +1,20 @@
 """The fused functions, one module a family."""
 
+from .adapter import ACTIVATIONS, AdapterWeights, adapter, adapter_grouped, bottleneck
+from .fusion import fusion, fusion_of_bottlenecks
 from .lora_linear import lora_linear
 from .nf4 import NF4Weight, dequantize_4bit, quantize_4bit
 
-__all__ = ["NF4Weight", "dequantize_4bit", "lora_linear", "quantize_4bit"]
+__all__ = [
+    "ACTIVATIONS",
+    "AdapterWeights",
+    "NF4Weight",
+    "adapter",
+    "adapter_grouped",
+    "bottleneck",
+    "dequantize_4bit",
+    "fusion",
+    "fusion_of_bottlenecks",
+    "lora_linear",
+    "quantize_4bit",
+]

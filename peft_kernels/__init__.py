@@ -6,7 +6,9 @@ from .adapters import (
     freeze_adapters,
     fuse_adapters,
     insert_adapters,
+    load_adapter,
     remove_adapters,
+    save_adapter,
     set_adapter,
     unfreeze_adapters,
 )
@@ -19,9 +21,11 @@ __all__ = [
     "freeze_adapters",
     "fuse_adapters",
     "insert_adapters",
+    "load_adapter",
     "nn",
     "remove_adapters",
     "restore",
+    "save_adapter",
     "set_adapter",
     "unfreeze_adapters",
 ]

@@ -1,5 +1,6 @@
 """Bottleneck adapters and AdapterFusion in whole models."""
 
+from .checkpoint import load_adapter, save_adapter
 from .config import KINDS, AdapterConfig, FusionConfig
 from .insertion import (
     AdapterReport,
@@ -21,7 +22,9 @@ __all__ = [
     "freeze_adapters",
     "fuse_adapters",
     "insert_adapters",
+    "load_adapter",
     "remove_adapters",
+    "save_adapter",
     "set_adapter",
     "unfreeze_adapters",
 ]

@@ -62,7 +62,7 @@ class AdapterConfig:
             object.__setattr__(self, "locations", KINDS[self.kind])
         if not self.locations or not set(self.locations) <= set(LOCATIONS):
             raise ValueError(f"locations: got {self.locations!r}, wanted some of {', '.join(LOCATIONS)}")
-        self.make(1, device="meta")  # which checks the rest
+        object.__setattr__(self, "activation", self.make(1, device="meta").activation)  # `make` checks the rest
 
     def make(self, d: int, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> nn.Module:
         """The layer for d features, untrained."""

@@ -156,11 +156,11 @@ def insert(model: nn.Module, name: str, config: AdapterConfig, dtype: torch.dtyp
     reports = []
     for place, layer in layers:
         module = model.get_submodule(place.path)
-        site = module._modules.get(AdapterSite.name_at(place))
+        site = module._modules.get(place.site_name)
         if site is None:
             site = AdapterSite(setup, place, layer.d)
             site.attach(model)
-        site.adapters[name] = layer.train(module.training)
+        site.adapters[name] = layer.train(site.training)
         size = sum(parameter.numel() for parameter in layer.parameters())
         reports.append(PlaceReport(place.path, type(module).__name__, place.seam.value, layer.d, size))
     setup.adapters[name] = config
@@ -193,11 +193,11 @@ def remove_adapters(model: nn.Module, name: str | None = None) -> None:
         ValueError: there is no such adapter, or a fusion needs it; the model is then unchanged.
     """
     check_module(model)
-    setup = find_setup(model)
-    if setup is None and name is None:
+    if name is None and find_setup(model) is None:
         return
+    setup = require_setup(model)
     if name is not None:
-        setup = check_known(setup, name)
+        check_known(setup, name)
         users = [fusion.name for fusion in setup.fusions.values() if name in fusion.names]
         if users:
             raise ValueError(
@@ -236,7 +236,10 @@ def set_adapter(model: nn.Module, name: str | None) -> None:
         ValueError: there is no such adapter.
     """
     check_module(model)
-    check_known(find_setup(model), name).active = name
+    setup = require_setup(model)
+    if name is not None:
+        check_known(setup, name)
+    setup.active = name
 
 
 @contextmanager
@@ -412,12 +415,9 @@ def check_module(model: Any) -> None:
         raise TypeError(f"model: got {type(model).__name__}, wanted a torch.nn.Module")
 
 
-def check_known(setup: Setup | None, name: str | None) -> Setup:
-    """The setup, if it has such an adapter or fusion, or the name is None."""
-    known = [] if setup is None else [*setup.adapters, *setup.fusions]
-    if setup is None or not (name is None or name in known):
-        raise ValueError(f"name: got {name!r}, wanted {one_of(known)}")
-    return setup
+def check_known(setup: Setup, name: str) -> None:
+    if name not in setup.adapters and name not in setup.fusions:
+        raise ValueError(f"name: got {name!r}, wanted {one_of([*setup.adapters, *setup.fusions])}")
 
 
 def check_new_name(setup: Setup | None, name: str) -> None:
@@ -440,27 +440,42 @@ def as_tuple(value: str | Sequence[Any] | None) -> tuple | None:
 
 
 def _features(model: nn.Module, place: Place) -> int:
-    """The features that an adapter has at a place: the module's own, or the model's hidden size."""
+    """The features that an adapter has at a place."""
     module = model.get_submodule(place.path)
-    if place.seam is Seam.NORM and hasattr(module, "weight"):
+    features = _output_features(model, module, place)
+    if place.seam is Seam.PARALLEL:
+        read = getattr(model.get_submodule(place.start), "in_features", features)
+        if read != features:
+            raise ValueError(
+                f"targets: got {place.start}, which reads {read} features and returns {features}, wanted as many: a "
+                "parallel adapter reads the one and adds to the other"
+            )
+    return features
+
+
+def _output_features(model: nn.Module, module: nn.Module, place: Place) -> int:
+    """The module's own, or the model's hidden size."""
+    if place.seam is Seam.NORM:
         return module.weight.numel()
     if isinstance(getattr(module, "out_features", None), int):
         return module.out_features
     for path in _upwards(place.path):
-        config = getattr(model.get_submodule(path), "config", None)
-        if config is not None:
-            config = config.get_text_config() if hasattr(config, "get_text_config") else config
-            for attribute in ("hidden_size", "d_model"):
-                size = getattr(config, attribute, None)
-                if isinstance(size, int):
-                    return size
-    linears = [child for child in module.modules() if isinstance(child, nn.Linear)]
-    if linears:
-        return linears[-1].out_features
+        size = hidden_size(model.get_submodule(path))
+        if size is not None:
+            return size
     raise ValueError(
         f"targets: got {place.path}, a {type(module).__name__} whose features can't be known, wanted a module with "
-        "`out_features`, or a model with a config of its hidden_size"
+        "`out_features`, or a model whose config has a hidden_size"
     )
+
+
+def hidden_size(model: nn.Module) -> int | None:
+    """What the model's config says of its hidden states; None if there is no such config."""
+    config = getattr(model, "config", None)
+    if hasattr(config, "get_text_config"):
+        config = config.get_text_config()
+    sizes = (getattr(config, name, None) for name in ("hidden_size", "d_model"))
+    return next((size for size in sizes if isinstance(size, int)), None)
 
 
 def _device(model: nn.Module, place: Place) -> torch.device:

@@ -19,13 +19,15 @@ These are AdapterHub's conventions, and so its checkpoints fit.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
 
 from torch import nn
 
 from .config import ATTENTION, CROSS_ATTENTION, FFN, AdapterConfig
+
+SITE, PARALLEL_SITE = "adapter_site", "parallel_adapter_site"
 
 
 class Seam(Enum):
@@ -55,6 +57,11 @@ class Place:
     layer: int
     start: str = ""
     hub_path: str = ""
+
+    @property
+    def site_name(self) -> str:
+        """The name of what is put into the module, at which a series and a parallel adapter may both act."""
+        return PARALLEL_SITE if self.seam is Seam.PARALLEL else SITE
 
 
 @dataclass(frozen=True)
@@ -206,29 +213,43 @@ def find_places(model: nn.Module, config: AdapterConfig) -> list[Place]:
 
 def _matches(model: nn.Module, config: AdapterConfig) -> list[Place]:
     """The modules whose whole name, or the end of it after a dot, a target matches."""
-    seam = Seam.PARALLEL if config.kind == "parallel" else Seam.SERIES
-    places: dict[str, Place] = {}
-    names = [name for name, _ in model.named_modules() if name]
+    names = [name for name, _ in model.named_modules() if name and not {SITE, PARALLEL_SITE} & set(name.split("."))]
+    found = set()
     for target in config.targets:
         try:
             pattern = re.compile(rf"(?:.*\.)?(?:{target})")
         except re.error as error:
             raise ValueError(f"targets: got {target!r}, wanted a regular expression: {error}") from None
-        found = [name for name in names if pattern.fullmatch(name)]
-        if not found:
-            examples = ", ".join(names[-3:])
-            raise ValueError(f"targets: got {target!r}, which matches no module's name; names are such as {examples}")
-        for name in found:
-            places.setdefault(name, Place(name, seam, "", -1, name if seam is Seam.PARALLEL else "", name))
-    ordered = [places[name] for name in names if name in places]
-    return [place for place in _numbered(ordered) if place.layer not in config.leave_out]
+        matched = {name for name in names if pattern.fullmatch(name)}
+        if not matched:
+            raise ValueError(
+                f"targets: got {target!r}, which matches no module's name; names are such as {', '.join(names[-3:])}"
+            )
+        found |= matched
+    places = {}
+    for name in names:
+        if name in found:
+            place = _place_of(model, name, config)
+            places.setdefault(place.path, place)
+    kept = [place for place in places.values() if place.layer not in config.leave_out]
+    if not kept:
+        raise ValueError(f"leave_out: got {config.leave_out!r}, which are all of the layers that `targets` matches")
+    return kept
 
 
-def _numbered(places: list[Place]) -> Iterator[Place]:
-    """With the first number in the name as the layer's, if there is one."""
-    for place in places:
-        number = re.search(r"(?:^|\.)(\d+)(?:\.|$)", place.path)
-        yield Place(**{**vars(place), "layer": int(number[1])}) if number else place
+def _place_of(model: nn.Module, name: str, config: AdapterConfig) -> Place:
+    module, end = model.get_submodule(name), name
+    # A Sequential runs every child that it has, and would run the adapter; its last module returns the same.
+    while isinstance(module, nn.Sequential) and len(module):
+        last = [*module._modules][-1]
+        module, end = module._modules[last], f"{end}.{last}"
+    if isinstance(module, (nn.Sequential, nn.ModuleList, nn.ModuleDict)):
+        raise ValueError(f"targets: got {name}, a {type(module).__name__} that returns nothing, wanted other modules")
+    number = re.search(r"(?:^|\.)(\d+)(?:\.|$)", name)
+    layer = int(number[1]) if number else -1
+    if config.kind == "parallel":
+        return Place(end, Seam.PARALLEL, "", layer, start=name, hub_path=end)
+    return Place(end, Seam.SERIES, "", layer, hub_path=end)
 
 
 def _child(module: nn.Module, path: str) -> nn.Module | None:

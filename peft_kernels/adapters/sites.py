@@ -112,15 +112,10 @@ class AdapterSite(nn.Module):
         self.handles: tuple[RemovableHandle, ...] = ()
         self.input: Tensor | None = None  # what a parallel adapter reads, from the start of its sublayer to the end
 
-    @staticmethod
-    def name_at(place: Place) -> str:
-        """The site's name in the module, at which a series and a parallel adapter may both act."""
-        return "parallel_adapter_site" if place.seam is Seam.PARALLEL else "adapter_site"
-
     def attach(self, model: nn.Module) -> None:
         """Becomes a child of its module, and hooks it."""
         module = model.get_submodule(self.place.path)
-        module.add_module(self.name_at(self.place), self)
+        module.add_module(self.place.site_name, self.train(module.training))
         # Before other hooks on the output: what they record is then what the module's caller gets.
         if self.place.seam is Seam.NORM:
             handles = [module.register_forward_pre_hook(partial(_before_norm, self))]
@@ -138,7 +133,7 @@ class AdapterSite(nn.Module):
         """Undoes `attach`; `module` is the one that it hooks."""
         for handle in self.handles:
             handle.remove()
-        delattr(module, self.name_at(self.place))
+        delattr(module, self.place.site_name)
 
     @property
     def acts(self) -> bool:

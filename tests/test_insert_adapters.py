@@ -108,8 +108,8 @@ def test_places_of_t5():
 @pytest.mark.parametrize("kind", KINDS)
 def test_formula_of_a_post_norm_layer(kind):
     """BERT's FFN with each kind against the oracle; the other makes are compared with AdapterHub's models."""
-    model = make_model("bert").double()
-    peft_kernels.insert_adapters(model, kind, bottleneck=8, activation="tanh", scale=0.5, dtype=torch.float64)
+    model = make_model("bert")
+    peft_kernels.insert_adapters(model, kind, bottleneck=8, activation="tanh", scale=0.5)
     randomize(model, "default")
     seen = {}
     layer = model.bert.encoder.layer[1]
@@ -123,7 +123,7 @@ def test_formula_of_a_post_norm_layer(kind):
 
     def adapted(x):
         weights = adapter.down.weight, adapter.down.bias, adapter.up.weight, adapter.up.bias
-        return reference(x, *weights, activation="tanh", scale=0.5)
+        return reference(x, *weights, activation="tanh", scale=0.5).float()
 
     normed = nn.functional.layer_norm(x + h, (32,), norm.weight, norm.bias, norm.eps)
     delta = adapted({"pfeiffer": normed, "houlsby": h, "parallel": x}[kind])

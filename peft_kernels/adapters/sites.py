@@ -170,18 +170,19 @@ class AdapterSite(nn.Module):
             raise ValueError(
                 f"adapter_names: got {len(rows)} names, wanted {x.shape[0]}, one for each row of the batch"
             )
-        grouped: dict[tuple[str, float], list[str]] = defaultdict(list)
+        grouped: dict[tuple, list[str]] = defaultdict(list)  # by what is the same for all adapters of a call
         y = residual
         for name in dict.fromkeys(rows):
             if name not in self.adapters:
                 continue
             layer = self.adapters[name]
             if layer.gate is None and layer.norm_after is None and _fuses(layer, norm):
-                grouped[layer.activation, layer.dropout if layer.training else 0.0].append(name)
+                dropout = layer.dropout if layer.training else 0.0
+                grouped[layer.activation, dropout, layer.norm_before is None].append(name)
             else:  # more than a grouped call can do
                 index = torch.tensor([i for i, row in enumerate(rows) if row == name], device=x.device)
                 y = y.index_copy(0, index, _apply(layer, x[index], residual[index], norm))
-        for (activation, dropout), names in grouped.items():
+        for (activation, dropout, _), names in grouped.items():
             weights = [self.adapters[name].weights() for name in names]
             if norm is not None:
                 weights = [replace(w, layer_norm=(norm.weight, norm.bias, norm.eps)) for w in weights]

@@ -46,8 +46,8 @@ public:
         const auto scratch = [&](int worker) { return Scratch(workers + worker * worker_bytes, *this); };
         prepare();
         if (wants_dz_ || p_.grad_gate || p_.wants_up)
-            for_each_block(p_, [&](int64_t run, int64_t row, int64_t rows, int worker) {
-                adapt(run, row, rows, scratch(worker));
+            for_each_block(p_, [&](int64_t run, int64_t row, int64_t rows, int64_t next, int worker) {
+                adapt(run, row, rows, next, scratch(worker));
             });
         const int64_t columns = divide_up(p_.d, kReducedColumns);
         parallel_for_each(p_.num_adapters * columns * 2, [&](int64_t task, int worker) {
@@ -72,8 +72,8 @@ private:
 
     struct Weights {  // of one adapter
         Weights(Arena& arena, const AdapterBackward& b, const BottleneckAdapter& adapter)
-            : up(arena, adapter.rank, b.p_.d, Product::terms(adapter.up_weight.dtype, b.p_.rounds)),
-              down(arena, b.p_.d, adapter.rank,
+            : up(arena, adapter.rank, b.p_.d, kPart, Product::terms(adapter.up_weight.dtype, b.p_.rounds)),
+              down(arena, b.p_.d, adapter.rank, adapter.rank,
                    Product::terms(adapter.norm.present ? DType::kFloat32 : adapter.down_weight.dtype, b.p_.rounds)) {
             up_bias = take_vector(arena, b.p_.d);
             gamma = take_vector(arena, adapter.norm.present ? b.p_.d : 0);
@@ -95,15 +95,15 @@ private:
     struct Scratch {  // of one worker
         Scratch(char* base, const AdapterBackward& b) {
             Arena arena(base);
-            const int64_t d = b.p_.d, rows = Product::padded_rows(b.block_);
+            const int64_t rows = Product::padded_rows(b.block_);
             const int64_t ranks = chunks_of(b.p_.max_rank) * kRightOutputs;
-            g = arena.take<Element>(Product::Left::size(b.block_, d, b.grad_terms()));
+            g = arena.take<Element>(Product::Left::size(b.block_, kPart, b.grad_terms()));
             dz = arena.take<Element>(Product::Left::size(b.block_, b.p_.max_rank, b.fp32_terms()));
             right = arena.take<Element>(Product::Right::size(kReducedRows, b.fp32_terms()));
             t = arena.take<float>(rows * ranks);
             h = arena.take<float>(rows * ranks);
             tile = arena.take<float>(max_of(rows, Product::padded_rows(b.p_.max_rank)) * kRightOutputs);
-            keep = arena.take<uint8_t>(b.p_.dropout > 0 ? max_of(b.block_ * keep_bytes(d), kReducedRows * kLanes) : 0);
+            keep = arena.take<uint8_t>(b.p_.dropout > 0 ? max_of(keep_bytes(kPart), kReducedRows * kLanes) : 0);
             norm = arena.take<RowNorm>(b.block_);
             bytes = arena.used();
         }
@@ -129,15 +129,15 @@ private:
     }
 
     void prepare() const {
-        const int64_t parts = divide_up(p_.d, kFilledDepth), up = chunks_of(p_.max_rank) * parts;
+        const int64_t parts = divide_up(p_.d, kPart), up = chunks_of(p_.max_rank) * parts;
         const int64_t tasks = up + 1;
         parallel_for_each(p_.num_adapters * tasks, [&](int64_t task, int) {
             const BottleneckAdapter& adapter = p_.adapters[task / tasks];
             const Weights& weights = weights_[task / tasks];
-            const int64_t part = task % tasks;
-            if (part < up) {
-                if (part / parts < weights.up.chunks())
-                    fill_columns(weights.up, part / parts, adapter.up_weight, part % parts * kFilledDepth, nullptr);
+            const int64_t i = task % tasks;
+            if (i < up) {
+                if (i / parts < weights.up.chunks())
+                    fill_columns(weights.up, i / parts, i % parts, adapter.up_weight, nullptr);
                 return;
             }
             widen_vector(adapter.up_bias, p_.d, 0.0f, weights.up_bias);
@@ -148,7 +148,7 @@ private:
         parallel_for_each(p_.num_adapters * chunks, [&](int64_t task, int) {
             const BottleneckAdapter& adapter = p_.adapters[task / chunks];
             const Weights& weights = weights_[task / chunks];
-            fill_columns(weights.down, task % chunks, adapter.down_weight, 0,
+            fill_columns(weights.down, task % chunks, 0, adapter.down_weight,
                          adapter.norm.present ? weights.gamma : nullptr);
         });
     }
@@ -175,24 +175,20 @@ private:
     }
 
     // A block of rows from grad_y to grad_x; its h and dz are kept for the gradients of W_up and W_down.
-    void adapt(int64_t run, int64_t row, int64_t rows, const Scratch& scratch) const {
+    void adapt(int64_t run, int64_t row, int64_t rows, int64_t next, const Scratch& scratch) const {
         [[maybe_unused]] const typename Product::Unit unit;
         const int64_t row0 = p_.runs[run].first_row + row;
         if (p_.runs[run].adapter < 0) {
             for (int64_t i = 0; p_.grad_gate && i < rows; ++i) p_.grad_gate[row0 + i] = 0;
-            if (wants_x_) make_grad_x(nullptr, nullptr, row0, rows, {}, scratch);
+            if (wants_x_) make_grad_x(nullptr, nullptr, row0, rows, next, {}, scratch);
             return;
         }
         const BottleneckAdapter& adapter = p_.adapters[p_.runs[run].adapter];
         const Weights& weights = weights_[p_.runs[run].adapter];
         const int64_t stride = weights.up.chunks() * kRightOutputs;
         const Dropout dropout(p_.seed, p_.dropout);
-        const Left g{scratch.g, p_.d, grad_terms()}, dz{scratch.dz, adapter.rank, fp32_terms()};
-        if (wants_dz_ || p_.grad_gate) {
-            read_grad_y(weights, row0, rows, dropout, g, scratch);
-            for (int64_t i = 0; i < weights.up.chunks(); ++i)
-                Product::multiply(g, rows, weights.up.chunk(i), scratch.t + i * kRightOutputs, stride, false);
-        }
+        const Left dz{scratch.dz, adapter.rank, fp32_terms()};
+        if (wants_dz_ || p_.grad_gate) make_t(weights, row0, rows, dropout, scratch);
         dispatch_activation(p_.activation, [&](auto activation) {
             for (int64_t i = 0; i < rows; ++i)
                 make_dz<decltype(activation)::kValue>(adapter, weights, row0 + i, dropout.keep_scale, i, dz, scratch);
@@ -212,26 +208,29 @@ private:
                                   min_of<int64_t>(kLanes, adapter.rank - column));
                 }
         }
-        if (wants_x_) make_grad_x(&adapter, &weights, row0, rows, dz, scratch);
+        if (wants_x_) make_grad_x(&adapter, &weights, row0, rows, next, dz, scratch);
     }
 
-    // The rows of grad_y, dropped.
-    void read_grad_y(const Weights& weights, int64_t row0, int64_t rows, const Dropout& dropout, const Left& g,
-                     const Scratch& scratch) const {
-        dispatch_dtype(p_.grad_y.dtype, [&](auto* type) {
-            for (int64_t i = 0; i < rows; ++i) {
-                const auto* row = static_cast<const Pointee<decltype(type)>*>(row_of(p_.grad_y, row0 + i));
-                const bool drops = dropout.threshold > 0;
-                if (drops) dropout_keep_bits(dropout, row0 + i, 0, p_.d, scratch.keep);
-                F32 of_bias{};
-                for (int64_t column = 0; column < Product::padded_depth(p_.d); column += kLanes) {
-                    F32 v = load_up_to(row + column, p_.d - column);
-                    if (drops) v = keep_where(v, scratch.keep, column);
-                    g.store(i, column, v);
-                    if (p_.grad_gate) of_bias = fma(v, load(weights.up_bias + column), of_bias);
+    // t = g W_up with the dropped rows of grad_y; for the gate's gradient, also the part of b_up in it.
+    void make_t(const Weights& weights, int64_t row0, int64_t rows, const Dropout& dropout,
+                const Scratch& scratch) const {
+        const bool drops = dropout.threshold > 0;
+        for (int64_t i = 0; p_.grad_gate && i < rows; ++i) p_.grad_gate[row0 + i] = 0;
+        multiply_parts(weights.up, scratch.g, grad_terms(), rows, scratch.t, [&](int64_t first, const Left& g) {
+            if (!drops && !p_.grad_gate) return fill_left<Product>(g, part_of(p_.grad_y, row0, first), rows);
+            with_vectors(p_.grad_y, row0, first, g.depth, [&](auto grad_y) {
+                for (int64_t i = 0; i < rows; ++i) {
+                    if (drops) dropout_keep_bits(dropout, row0 + i, first, g.depth, scratch.keep);
+                    F32 of_bias{};
+                    for (int64_t k = 0; k < Product::padded_depth(g.depth); k += kLanes) {
+                        F32 v = grad_y(i, k);
+                        if (drops) v = keep_where(v, scratch.keep, k);
+                        g.store(i, k, v);
+                        if (p_.grad_gate) of_bias = fma(v, load(weights.up_bias + first + k), of_bias);
+                    }
+                    if (p_.grad_gate) p_.grad_gate[row0 + i] += horizontal_sum(of_bias);
                 }
-                if (p_.grad_gate) p_.grad_gate[row0 + i] = horizontal_sum(of_bias);
-            }
+            });
         });
     }
 
@@ -264,37 +263,38 @@ private:
             scratch.norm[i] = {horizontal_sum(mean), horizontal_sum(correlation) / static_cast<float>(p_.d)};
     }
 
-    void make_grad_x(const BottleneckAdapter* adapter, const Weights* weights, int64_t row0, int64_t rows,
+    void make_grad_x(const BottleneckAdapter* adapter, const Weights* weights, int64_t row0, int64_t rows, int64_t next,
                      const Left& dz, const Scratch& scratch) const {
         for (int64_t chunk = 0; chunk < chunks_of(p_.d); ++chunk) {
             const int64_t first = chunk * kRightOutputs, columns = min_of(kRightOutputs, p_.d - first);
-            if (adapter) Product::multiply(dz, rows, weights->down.chunk(chunk), scratch.tile, kRightOutputs, false);
-            for (int64_t i = 0; i < rows; ++i) {
-                float values[kRightOutputs] = {};
-                if (p_.adds_grad_y) read_row(p_.grad_y, row0 + i, first, columns, values);
-                const float* sums = scratch.tile + i * kRightOutputs;
-                if (adapter && adapter->norm.present) {
-                    const float mu = p_.stats[2 * (row0 + i)], rstd = p_.stats[2 * (row0 + i) + 1];
-                    const RowNorm norm = scratch.norm[i];
-                    float x[kRightOutputs];
-                    read_row(p_.x, row0 + i, first, columns, x);
-                    for (int64_t column = 0; column < columns; column += kLanes) {
-                        const F32 n = (load(x + column) - mu) * rstd;
-                        const F32 dn = load(sums + column) - norm.mean - n * norm.correlation;
-                        store(values + column, fma(dn, broadcast(rstd), load(values + column)));
-                    }
-                } else if (adapter) {
-                    for (int64_t column = 0; column < columns; column += kLanes)
-                        store(values + column, load(values + column) + load(sums + column));
-                }
-                write_row(values, p_.grad_x, row0 + i, first, columns);
-            }
+            if (adapter) Product::multiply(dz, rows, weights->down.right(chunk, 0), scratch.tile, kRightOutputs, false);
+            prefetch_part(p_.grad_y, row0 + rows, next, first, columns);
+            const ConstMatrix added = p_.adds_grad_y ? p_.grad_y : ConstMatrix{};
+            with_vectors(added, row0, first, columns, [&](auto grad_y) {
+                if (!adapter) return write_part(p_.grad_x, row0, rows, first, columns, grad_y);
+                const auto dn = [tile = scratch.tile](int64_t i, int64_t column) {
+                    return load(tile + i * kRightOutputs + column);
+                };
+                if (!adapter->norm.present)
+                    return write_part(p_.grad_x, row0, rows, first, columns,
+                                      [=](int64_t i, int64_t column) { return grad_y(i, column) + dn(i, column); });
+                const float* stats = p_.stats + 2 * row0;
+                with_vectors(p_.x, row0, first, columns, [&, norm = scratch.norm](auto x) {
+                    write_part(p_.grad_x, row0, rows, first, columns, [=](int64_t i, int64_t column) {
+                        const float mu = stats[2 * i], rstd = stats[2 * i + 1];
+                        const F32 n = (x(i, column) - mu) * rstd;
+                        const F32 part = dn(i, column) - norm[i].mean - n * norm[i].correlation;
+                        return fma(part, broadcast(rstd), grad_y(i, column));
+                    });
+                });
+            });
         }
     }
 
     // tile[r][column] = Σ of coefficients and the rows' vectors; vector(type, row, column) is called for all rows of the
-    // adapter in order, for columns in steps of kLanes.
-    template <class Begin, class Vector>
+    // adapter in order, for columns in steps of kLanes, and may change what it is given to what bf16 does not hold unless
+    // kKeepsBf16.
+    template <bool kKeepsBf16, class Begin, class Vector>
     void reduce(int64_t adapter, Element* coefficients, const ConstMatrix& matrix, int64_t first, int64_t columns,
                 int terms, const Scratch& scratch, const Begin& begin, const Vector& vector) const {
         [[maybe_unused]] const typename Product::Unit unit;
@@ -310,12 +310,14 @@ private:
                 dispatch_dtype(matrix.dtype, [&](auto* type) {
                     using T = Pointee<decltype(type)>;
                     constexpr int64_t kAhead = 16;
-                    fill_from_depth_rows(right, 0, Product::padded_depth(left.depth), [&](int64_t k, int64_t column) {
-                        const T* from = static_cast<const T*>(row_of(matrix, row0 + k, first)) + column;
-                        // The rows are far apart: the hardware does not get ahead of that.
-                        if (k + kAhead < left.depth) __builtin_prefetch(from + kAhead * matrix.stride);
-                        return vector(row0, k, column, load_up_to(from, columns - column));
-                    });
+                    const T* data = static_cast<const T*>(row_of(matrix, row0, first));
+                    fill_from_depth_rows<kIsBf16<T> && kKeepsBf16>(
+                        right, Product::padded_depth(left.depth), [&](int64_t k, int64_t column) {
+                            const T* from = data + k * matrix.stride + column;
+                            // The rows are far apart: the hardware does not get ahead of that.
+                            __builtin_prefetch(from + min_of(kAhead, left.depth - 1 - k) * matrix.stride);
+                            return vector(row0, k, column, load_up_to(from, columns - column));
+                        });
                 });
                 Product::multiply(left, rank, right, scratch.tile, kRightOutputs, started);
             }
@@ -330,7 +332,7 @@ private:
         const Dropout dropout(p_.seed, p_.dropout);
         const bool drops = dropout.threshold > 0;
         F32 sums[kReducedColumns / kLanes] = {};
-        reduce(
+        reduce<true>(
             index, h_, p_.grad_y, first, columns, grad_terms(), scratch,
             [&](int64_t row0, int64_t rows) {
                 for (int64_t i = 0; drops && i < rows; ++i)
@@ -356,12 +358,16 @@ private:
         const int64_t columns = min_of(kReducedColumns, p_.d - first);
         const bool norm = adapter.norm.present;
         const int terms = Product::terms(norm ? DType::kFloat32 : p_.x.dtype, p_.rounds);
-        reduce(
-            index, dz_, p_.x, first, columns, terms, scratch, [](int64_t, int64_t) {},
-            [&](int64_t row0, int64_t k, int64_t, F32 v) {
-                const float* stats = p_.stats + 2 * (row0 + k);
-                return norm ? (v - stats[0]) * stats[1] : v;
-            });
+        const auto begin = [](int64_t, int64_t) {};
+        if (norm)
+            reduce<false>(index, dz_, p_.x, first, columns, terms, scratch, begin,
+                          [&](int64_t row0, int64_t k, int64_t, F32 v) {
+                              const float* stats = p_.stats + 2 * (row0 + k);
+                              return (v - stats[0]) * stats[1];
+                          });
+        else
+            reduce<true>(index, dz_, p_.x, first, columns, terms, scratch, begin,
+                         [](int64_t, int64_t, int64_t, F32 v) { return v; });
         for (int64_t r = 0; r < adapter.rank; ++r)
             memcpy(adapter.grad_down + r * p_.d + first, scratch.tile + r * kRightOutputs, columns * sizeof(float));
     }

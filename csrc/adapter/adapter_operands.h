@@ -73,17 +73,33 @@ inline void read_row(const ConstMatrix& matrix, int64_t row, int64_t first, int6
     });
 }
 
-inline void write_row(const float* values, const Matrix& matrix, int64_t row, int64_t first, int64_t columns) {
+// A matrix from (row0, first) on: calls body with a function of row and column that gives a vector of it, with zeros
+// behind the last of so many columns. Of an absent matrix all are zeros.
+template <class Body>
+void with_vectors(const ConstMatrix& matrix, int64_t row0, int64_t first, int64_t columns, const Body& body) {
+    if (!matrix.data) return body([](int64_t, int64_t) { return F32{}; });
     dispatch_dtype(matrix.dtype, [&](auto* type) {
-        auto* out = static_cast<Pointee<decltype(type)>*>(row_of(matrix, row, first));
-        // The next columns of a row are written soon, but after those of the other rows: too late for the hardware.
-        prefetch_row<true>(out + columns, columns);
-        for (int64_t column = 0; column < columns; column += kLanes) {
-            const int64_t count = columns - column;
-            if (count >= kLanes)
-                store(out + column, load(values + column));
-            else
-                store_partial(out + column, load(values + column), count);
+        const auto* data = static_cast<const Pointee<decltype(type)>*>(row_of(matrix, row0, first));
+        const int64_t stride = matrix.stride;
+        body([=](int64_t row, int64_t column) { return load_up_to(data + row * stride + column, columns - column); });
+    });
+}
+
+// matrix[row0 + row][first + column] = vector(row, column), for so many of them.
+template <class Vector>
+void write_part(const Matrix& matrix, int64_t row0, int64_t rows, int64_t first, int64_t columns,
+                const Vector& vector) {
+    dispatch_dtype(matrix.dtype, [&](auto* type) {
+        using T = Pointee<decltype(type)>;
+        T* data = static_cast<T*>(row_of(matrix, row0, first));
+        const int64_t stride = matrix.stride;
+        for (int64_t row = 0; row < rows; ++row) {
+            T* out = data + row * stride;
+            // The next columns of a row are written soon, but after those of the other rows: too late for the hardware.
+            prefetch_row<true>(out + columns, columns);
+            int64_t column = 0;
+            for (; column + kLanes <= columns; column += kLanes) store(out + column, vector(row, column));
+            if (column < columns) store_partial(out + column, vector(row, column), columns - column);
         }
     });
 }
@@ -132,67 +148,93 @@ inline float* take_vector(Arena& arena, int64_t count) {
     return arena.take<float>(chunks_of(count) * kRightOutputs + kLanes);
 }
 
-// Both directions multiply with W_down and W_up; which way each is turned is theirs to say.
+// The depth of d is taken in parts: of 64 rows of x 32 KB as bf16, which stay in L1 between being made and multiplied.
+constexpr int64_t kPart = 256;
+
+// One of an adapter's matrices, turned for a product: kRightOutputs outputs at a time, and a part of the depth at a time.
 template <class Product>
 struct Operand {
     typename Product::Element* data = nullptr;
-    int64_t outputs = 0, depth = 0;
+    int64_t outputs = 0, depth = 0, part_depth = 0;
     int terms = 1;
 
     Operand() = default;
-    Operand(Arena& arena, int64_t outputs, int64_t depth, int terms) : outputs(outputs), depth(depth), terms(terms) {
-        data = arena.take<typename Product::Element>(chunks_of(outputs) * size());
+    Operand(Arena& arena, int64_t outputs, int64_t depth, int64_t part_depth, int terms)
+        : outputs(outputs), depth(depth), part_depth(part_depth), terms(terms) {
+        data = arena.take<typename Product::Element>(chunks() * parts() * size());
     }
-    int64_t size() const { return Product::Right::size(depth, terms); }
+    int64_t size() const { return Product::Right::size(part_depth, terms); }
     int64_t chunks() const { return chunks_of(outputs); }
-    typename Product::Right chunk(int64_t index) const {
-        return {data + index * size(), depth, min_of(kRightOutputs, outputs - index * kRightOutputs), terms};
+    int64_t parts() const { return divide_up(depth, part_depth); }
+    typename Product::Right right(int64_t chunk, int64_t part) const {
+        return {data + (chunk * parts() + part) * size(), min_of(part_depth, depth - part * part_depth),
+                min_of(kRightOutputs, outputs - chunk * kRightOutputs), terms};
     }
 };
 
-constexpr int64_t kFilledDepth = 1024;  // what one task rearranges of a matrix
-
-// The outputs are the rows of the matrix, the depth its columns from k0 on.
+// The outputs are the rows of the matrix, the depth is its columns.
 template <class Product>
-void fill_rows(const Operand<Product>& operand, int64_t index, const ConstMatrix& matrix, int64_t k0) {
-    const auto right = operand.chunk(index);
-    const int64_t end = min_of(Product::padded_depth(right.depth), k0 + kFilledDepth);
+void fill_rows(const Operand<Product>& operand, int64_t chunk, int64_t part, const ConstMatrix& matrix) {
+    const auto right = operand.right(chunk, part);
     dispatch_dtype(matrix.dtype, [&](auto* type) {
-        const auto* rows = static_cast<const Pointee<decltype(type)>*>(row_of(matrix, index * kRightOutputs));
-        fill_from_output_rows(right, rows, matrix.stride, k0, end);
+        const auto* rows = static_cast<const Pointee<decltype(type)>*>(
+            row_of(matrix, chunk * kRightOutputs, part * operand.part_depth));
+        fill_from_output_rows(right, rows, matrix.stride, Product::padded_depth(right.depth));
     });
 }
 
-// The outputs are the columns of the matrix, the depth its rows from k0 on; times factors[column].
+// The outputs are the columns of the matrix, the depth is its rows; times factors[column].
 template <class Product>
-void fill_columns(const Operand<Product>& operand, int64_t index, const ConstMatrix& matrix, int64_t k0,
+void fill_columns(const Operand<Product>& operand, int64_t chunk, int64_t part, const ConstMatrix& matrix,
                   const float* factors) {
-    const auto right = operand.chunk(index);
-    const int64_t first = index * kRightOutputs;
-    const int64_t end = min_of(Product::padded_depth(right.depth), k0 + kFilledDepth);
-    dispatch_dtype(matrix.dtype, [&](auto* type) {
-        using T = Pointee<decltype(type)>;
-        fill_from_depth_rows(right, k0, end, [&](int64_t k, int64_t column) {
-            const F32 v = load_up_to(static_cast<const T*>(row_of(matrix, k, first)) + column, right.outputs - column);
-            return factors ? v * load(factors + first + column) : v;
+    const auto right = operand.right(chunk, part);
+    const int64_t first = chunk * kRightOutputs;
+    with_vectors(matrix, part * operand.part_depth, first, right.outputs, [&](auto vector) {
+        fill_from_depth_rows<false>(right, Product::padded_depth(right.depth), [&](int64_t k, int64_t column) {
+            return factors ? vector(k, column) * load(factors + first + column) : vector(k, column);
         });
     });
 }
 
+// sums[row][output] of some rows with a matrix whose depth is d; fill(first column, left) makes a part of the rows.
+template <class Product, class Fill>
+void multiply_parts(const Operand<Product>& operand, typename Product::Element* data, int terms, int64_t rows,
+                    float* sums, const Fill& fill) {
+    const int64_t stride = operand.chunks() * kRightOutputs;
+    for (int64_t part = 0; part < operand.parts(); ++part) {
+        const int64_t first = part * operand.part_depth;
+        const typename Product::Left left{data, min_of(operand.part_depth, operand.depth - first), terms};
+        fill(first, left);
+        for (int64_t chunk = 0; chunk < operand.chunks(); ++chunk)
+            Product::multiply(left, rows, operand.right(chunk, part), sums + chunk * kRightOutputs, stride, part > 0);
+    }
+}
+
 // ---- Tasks --------------------------------------------------------------------------------------------------------
 
-// Calls body(run, first row within the run, rows, worker) for every block of rows.
+// Calls body(run, first row within the run, rows, next, worker) for every block of rows; `next` is how many rows the
+// same thread will take next, right behind these.
 template <class Body>
 void for_each_block(const AdapterParams& p, const Body& body) {
-    const int64_t block = adapter_block_rows(p.m, p.d, p.threads);
-    int64_t blocks = 0;
-    for (int64_t i = 0; i < p.num_runs; ++i) blocks += divide_up(p.runs[i].rows, block);
-    parallel_for_each(blocks, [&](int64_t task, int worker) {
+    const int64_t block = adapter_block_rows(p.m, p.d, p.threads), group = block * adapter_group(p.m, block, p.threads);
+    int64_t groups = 0;
+    for (int64_t i = 0; i < p.num_runs; ++i) groups += divide_up(p.runs[i].rows, group);
+    parallel_for_each(groups, [&](int64_t task, int worker) {
         int64_t run = 0;
-        for (int64_t some; task >= (some = divide_up(p.runs[run].rows, block)); task -= some) ++run;
-        const int64_t row = task * block;
-        body(run, row, min_of(block, p.runs[run].rows - row), worker);
+        for (int64_t some; task >= (some = divide_up(p.runs[run].rows, group)); task -= some) ++run;
+        const int64_t end = min_of((task + 1) * group, p.runs[run].rows);
+        for (int64_t row = task * group; row < end; row += block)
+            body(run, row, min_of(block, end - row), min_of(block, max_of<int64_t>(0, end - row - block)), worker);
     });
+}
+
+// Fetches a part of a matrix into the L2 cache.
+inline void prefetch_part(const ConstMatrix& matrix, int64_t row0, int64_t rows, int64_t first, int64_t columns) {
+    const int64_t bytes = columns * size_of(matrix.dtype);
+    for (int64_t row = row0; row < row0 + rows; ++row) {
+        const char* at = static_cast<const char*>(row_of(matrix, row, first));
+        for (int64_t byte = 0; byte < bytes; byte += 64) __builtin_prefetch(at + byte, 0, 2);
+    }
 }
 
 }  // namespace

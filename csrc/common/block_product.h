@@ -18,6 +18,7 @@
 
 #include "common/amx.h"
 #include "common/microkernel.h"
+#include "common/workspace.h"
 
 namespace peft_kernels {
 namespace PEFT_KERNELS_ISA {
@@ -31,6 +32,9 @@ constexpr int64_t round_up(int64_t a, int64_t b) { return divide_up(a, b) * b; }
 inline U32 bf16_pairs(F32 even, F32 odd) {
     return __builtin_convertvector(narrow_bf16(even), U32) | __builtin_convertvector(narrow_bf16(odd), U32) << 16;
 }
+
+// The same for numbers that bf16 holds.
+inline U32 exact_bf16_pairs(F32 even, F32 odd) { return (U32)even >> 16 | ((U32)odd & 0xFFFF0000u); }
 
 // ---- On vectors ---------------------------------------------------------------------------------------------------
 
@@ -63,10 +67,12 @@ struct VectorProduct {
         static constexpr int64_t size(int64_t depth, int) { return kRightOutputs * padded_depth(depth); }
         int64_t steps() const { return padded_depth(depth) / (kPairs ? 2 : 1); }
         int64_t strips() const { return divide_up(outputs, kLanes); }
+        template <bool kExact = false>
         void store(int64_t strip, int64_t k, F32 even, F32 odd) const {
             uint32_t* steps_at = reinterpret_cast<uint32_t*>(data);
             if constexpr (kPairs) {
-                store_vector(strip_at(steps_at, strips(), steps(), k / 2, strip), bf16_pairs(even, odd));
+                const U32 pairs = kExact ? exact_bf16_pairs(even, odd) : bf16_pairs(even, odd);
+                store_vector(strip_at(steps_at, strips(), steps(), k / 2, strip), pairs);
             } else {
                 store_vector(strip_at(steps_at, strips(), steps(), k, strip), even);
                 store_vector(strip_at(steps_at, strips(), steps(), k + 1, strip), odd);
@@ -130,10 +136,11 @@ struct TileProduct {
         static constexpr int64_t size(int64_t depth, int terms) {
             return kRightOutputs / kPanelSide * panel(depth) * terms;
         }
+        template <bool kExact = false>
         void store(int64_t strip, int64_t k, F32 even, F32 odd) const {
             Element* at = data + strip / 2 * panel(depth) * terms + k / kTileDepth * kStepElements +
                           strip % 2 * kTileElements + k % kTileDepth * kTileSide;
-            if (terms == 1) return store_vector(at, bf16_pairs(even, odd));
+            if (terms == 1) return store_vector(at, kExact ? exact_bf16_pairs(even, odd) : bf16_pairs(even, odd));
             for (int term = 0; term < terms; ++term, at += panel(depth))
                 store_vector(at, take_term(even) >> 16 | take_term(odd));
         }
@@ -176,8 +183,33 @@ void dispatch_product(bool rounds, const Body& body) {
 // ---- Filling operands ---------------------------------------------------------------------------------------------
 
 template <class T>
+constexpr bool kIsBf16 = false;
+template <>
+constexpr bool kIsBf16<BFloat16> = true;
+
+template <class T>
 inline F32 load_up_to(const T* p, int64_t count) {
     return count >= kLanes ? load(p) : count > 0 ? load_partial(p, count) : F32{};
+}
+
+// Left operands out of the first rows of a matrix, whose columns are the depth.
+template <class Product>
+void fill_left(const typename Product::Left& left, const ConstMatrix& matrix, int64_t rows) {
+    constexpr bool kPlain = sizeof(typename Product::Element) == 2;
+    const int64_t depth = left.depth, padded = Product::padded_depth(depth);
+    dispatch_dtype(matrix.dtype, [&](auto* type) {
+        using T = Pointee<decltype(type)>;
+        for (int64_t row = 0; row < rows; ++row) {
+            const T* from = static_cast<const T*>(matrix.data) + row * matrix.stride;
+            int64_t column = 0;
+            if constexpr (kPlain && kIsBf16<T>)
+                if (left.terms == 1)
+                    for (; column + kLanes <= depth; column += kLanes)
+                        store_vector(left.at(row, column), load_vector<U16>(from + column));
+            for (; column < padded; column += kLanes)
+                left.store(row, column, load_up_to(from + column, depth - column));
+        }
+    });
 }
 
 // v with zeros from lane `count` on.
@@ -186,12 +218,12 @@ inline F32 first_lanes(F32 v, int64_t count) {
     return (F32)((U32)v & (U32)((I32)lane_index() < static_cast<int32_t>(count)));
 }
 
-// Right operands whose outputs are rows of a matrix: depth [k0, k1) of it, both multiples of kLanes.
+// Right operands whose outputs are rows of a matrix, and whose depth is its columns.
 template <class Right, class T>
-void fill_from_output_rows(const Right& right, const T* matrix, int64_t stride, int64_t k0, int64_t k1) {
+void fill_from_output_rows(const Right& right, const T* matrix, int64_t stride, int64_t padded_depth) {
     for (int64_t strip = 0; strip * kLanes < right.outputs; ++strip) {
         const int64_t rows = min_of<int64_t>(kLanes, right.outputs - strip * kLanes);
-        for (int64_t k = k0; k < k1; k += kLanes) {
+        for (int64_t k = 0; k < padded_depth; k += kLanes) {
             U32 square[kLanes];
             for (int64_t row = 0; row < kLanes; ++row) {
                 const T* from = matrix + (strip * kLanes + row) * stride + k;
@@ -203,14 +235,14 @@ void fill_from_output_rows(const Right& right, const T* matrix, int64_t stride, 
     }
 }
 
-// Right operands whose depth runs over rows, for k in [k0, k1), both even: vector(k, column) gives the kLanes outputs
-// from `column` on.
-template <class Right, class Vector>
-void fill_from_depth_rows(const Right& right, int64_t k0, int64_t k1, const Vector& vector) {
-    for (int64_t k = k0; k < k1; k += 2)
+// Right operands whose depth runs over rows: vector(k, column) gives the kLanes outputs from `column` on. Where they are
+// bf16 numbers already (kExact), an operand of one term need not round them.
+template <bool kExact, class Right, class Vector>
+void fill_from_depth_rows(const Right& right, int64_t padded_depth, const Vector& vector) {
+    for (int64_t k = 0; k < padded_depth; k += 2)
         for (int64_t strip = 0; strip * kLanes < right.outputs; ++strip)
-            right.store(strip, k, k < right.depth ? vector(k, strip * kLanes) : F32{},
-                        k + 1 < right.depth ? vector(k + 1, strip * kLanes) : F32{});
+            right.template store<kExact>(strip, k, k < right.depth ? vector(k, strip * kLanes) : F32{},
+                                         k + 1 < right.depth ? vector(k + 1, strip * kLanes) : F32{});
 }
 
 // Rows of a left operand out of the columns of fp32 rows ([row][stride]): `count` of them become the depth from `first`

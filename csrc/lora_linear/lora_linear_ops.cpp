@@ -8,7 +8,7 @@
 #include <vector>
 
 #include "common/checks.h"
-#include "common/parallel_for.h"
+#include "common/launch.h"
 #include "lora_linear/lora_linear.h"
 #include "nf4/nf4_binding.h"
 
@@ -81,29 +81,6 @@ std::optional<Nf4Weight> check_weight(const std::optional<Tensor>& codes, const 
     return check_nf4_weight(*codes, *absmax, {n, k}, dtype, blocksize, quant_type, nested, nested_blocksize);
 }
 
-// Runs a launcher with a workspace of the size that it asks for.
-template <class Params>
-void run(void (*launch)(const Params&), Params& params, const Tensor& like) {
-    int64_t bytes = 0;
-    params.threads = num_threads();
-    params.workspace = nullptr;
-    params.workspace_bytes = &bytes;
-    launch(params);
-    alignas(64) char small[16384];  // enough for decode shapes, where an allocation would cost as much as 10 rows of W
-    if (bytes <= static_cast<int64_t>(sizeof small)) {
-        params.workspace = small;
-        launch(params);
-        return;
-    }
-    const Tensor workspace = torch::stable::new_empty(like, {bytes}, ScalarType::Byte);
-    params.workspace = workspace.mutable_data_ptr();
-    launch(params);
-}
-
-Tensor empty(const Tensor& like, std::initializer_list<int64_t> sizes, ScalarType dtype) {
-    return torch::stable::new_empty(like, std::vector<int64_t>(sizes), dtype);
-}
-
 // -> y [m, n], s [m, Σ rank]
 std::tuple<Tensor, Tensor> forward(Tensor x, std::optional<Tensor> codes, std::optional<Tensor> absmax, Tensors nested,
                                    int64_t nested_blocksize, int64_t out_features, int64_t blocksize,
@@ -143,7 +120,7 @@ std::tuple<Tensor, Tensor> forward(Tensor x, std::optional<Tensor> codes, std::o
     if (!params.weight && params.num_adapters == 0) bad_argument("codes", "none", "a weight, or at least one adapter");
     params.y = {y.mutable_data_ptr(), check_float_dtype(y, "out_dtype"), params.n};
     params.s = static_cast<float*>(s.mutable_data_ptr());
-    run(&dispatch::lora_linear_forward, params, x);
+    run_cpu(&dispatch::lora_linear_forward, params, x);
     return {y, s};
 }
 
@@ -216,7 +193,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(Tensor grad_y, std::optional<Tensor>
         return {grad_x, grad_A, grad_B};
     }
     if (wants_x) params.grad_x = {grad_x.mutable_data_ptr(), check_float_dtype(grad_x, "x_dtype"), params.k};
-    if ((wants_x && params.k > 0) || size_A > 0 || size_B > 0) run(&dispatch::lora_linear_backward, params, grad_y);
+    if ((wants_x && params.k > 0) || size_A > 0 || size_B > 0) run_cpu(&dispatch::lora_linear_backward, params, grad_y);
     return {grad_x, grad_A, grad_B};
 }
 

@@ -278,7 +278,9 @@ private:
         if (!f.grad_k && !f.grad_v && !f.grad_q) return;
         constexpr int64_t kStep = Products::kStepElements, kSize = sizeof(typename Products::Element);
         const int64_t first = f.keys.first_key;
-        for_each_key_block<Products>(mask, first, first + count, [&](int64_t key, int64_t keys) {
+        KeyBlocks<Products> key_blocks(mask, first, first + count);
+        for (KeyBlock key_block; key_blocks.next(key_block);) {
+            const int64_t key = key_block.key, keys = key_block.count;
             const int64_t at = key - first, block = round_down(at, kAttentionKeys);
             Products::multiply({f.keys.rows + at * dim_, dim_ * kSize, 4}, keys, f.q.lanes, kTileStrips, dim_ / kStep,
                                scratch.scores, kQueries, false);
@@ -295,7 +297,7 @@ private:
             if (f.grad_q)
                 Products::multiply({f.keys.columns + block * dim_ + at - block, kAttentionKeys * kSize, 4}, dim_,
                                    scratch.grad_score_strips, kTileStrips, keys / kStep, f.grad_q, kQueries, true);
-        });
+        }
     }
 
     // The weights of scores times factor, and the gradients of the scores by those of the weights.

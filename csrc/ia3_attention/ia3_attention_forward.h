@@ -26,49 +26,61 @@ struct Attended {
 // What is subtracted from scores: their maximum, or anything finite when they all are hidden.
 inline F32 subtrahend(F32 max) { return max == kHidden ? F32{} : max; }
 
-// Turns scores [key][kQueries] times factor into weights, strips whose steps are the keys, and takes them into account
-// in `attended`. fp32 weights may take the scores' place.
-template <class Products>
-inline void softmax_block(const float* scores, int64_t keys, float factor, int64_t dim, Attended& attended,
-                          uint32_t* weights) {
-    F32 max[kTileStrips], sum[kTileStrips], rescale[kTileStrips];
+// The scores of a block of keys, and what becomes of them.
+struct Stage {
+    float* scores;      // [key][kQueries]
+    uint32_t* weights;  // the same as strips whose steps are the keys
+    float* rescale;     // [kQueries]: what the sums so far have to be multiplied with, where the maximum grew
+    KeyBlock block;
+    bool first, grew;
+};
+
+// Takes the maximum of a stage's scores times factor into account.
+inline void raise_max(float factor, Stage& stage, Attended& attended) {
+    F32 max[kTileStrips];
 #pragma GCC unroll 4
-    for (int strip = 0; strip < kTileStrips; ++strip) max[strip] = load(scores + strip * kLanes);
-    for (int64_t key = 1; key < keys; ++key)
+    for (int strip = 0; strip < kTileStrips; ++strip) max[strip] = load(stage.scores + strip * kLanes);
+    for (int64_t key = 1; key < stage.block.count; ++key)
 #pragma GCC unroll 4
         for (int strip = 0; strip < kTileStrips; ++strip) {
-            const F32 score = load(scores + key * kQueries + strip * kLanes);
+            const F32 score = load(stage.scores + key * kQueries + strip * kLanes);
             max[strip] = score > max[strip] ? score : max[strip];
         }
-    bool grew = false;
+    stage.first = attended.empty;
+    stage.grew = attended.empty = false;
     for (int strip = 0; strip < kTileStrips; ++strip) {
-        const F32 before = load(attended.max + strip * kLanes), here = max[strip] * factor;
+        float *max_at = attended.max + strip * kLanes, *weight_at = attended.weight + strip * kLanes;
+        const F32 before = load(max_at), here = max[strip] * factor;
         const F32 now = here > before ? here : before;
-        store(attended.max + strip * kLanes, now);
-        max[strip] = subtrahend(now);
-        rescale[strip] = exp2(before - max[strip]);
-        sum[strip] = load(attended.weight + strip * kLanes) * rescale[strip];
-        grew = grew || any(now > before);
+        const F32 rescale = exp2(before - subtrahend(now));
+        store(max_at, now);
+        store(weight_at, load(weight_at) * rescale);
+        store(stage.rescale + strip * kLanes, rescale);
+        stage.grew = stage.grew || any(now > before);
     }
-    if (grew && !attended.empty)
-        for (int64_t row = 0; row < dim; ++row)
-#pragma GCC unroll 4
-            for (int strip = 0; strip < kTileStrips; ++strip) {
-                float* at = attended.sums + row * kQueries + strip * kLanes;
-                store(at, load(at) * rescale[strip]);
-            }
+}
+
+// Turns the scores, times factor, of keys [begin, end) of a stage into weights. fp32 weights may take their place.
+template <class Products>
+inline void make_weights(float factor, const Stage& stage, int64_t begin, int64_t end, Attended& attended) {
     constexpr int kStep = Products::kStepElements;
-    for (int64_t key = 0; key < keys; key += kStep)
+    F32 max[kTileStrips], sum[kTileStrips];
+#pragma GCC unroll 4
+    for (int strip = 0; strip < kTileStrips; ++strip) {
+        max[strip] = subtrahend(load(attended.max + strip * kLanes));
+        sum[strip] = load(attended.weight + strip * kLanes);
+    }
+    for (int64_t key = begin; key < end; key += kStep)
 #pragma GCC unroll 4
         for (int strip = 0; strip < kTileStrips; ++strip) {
             F32 step[kStep];
 #pragma GCC unroll 2
             for (int i = 0; i < kStep; ++i) {
-                const F32 score = load(scores + (key + i) * kQueries + strip * kLanes);
+                const F32 score = load(stage.scores + (key + i) * kQueries + strip * kLanes);
                 step[i] = exp2(fma(score, broadcast(factor), -max[strip]));
                 sum[strip] += step[i];
             }
-            store_vector(weights + (key / kStep * kTileStrips + strip) * kLanes, Products::step(step));
+            store_vector(stage.weights + (key / kStep * kTileStrips + strip) * kLanes, Products::step(step));
         }
 #pragma GCC unroll 4
     for (int strip = 0; strip < kTileStrips; ++strip) store(attended.weight + strip * kLanes, sum[strip]);
@@ -133,8 +145,7 @@ private:
         float* prefix_rows;  // of the prefix's share of the results
         uint32_t* queries;   // strips whose lanes are the queries
         uint32_t* prefix_queries;
-        float* scores;      // [key][kQueries]
-        uint32_t* weights;  // the same as strips whose steps are the keys
+        Stage stages[2];
         float* bias;        // see ScoreMask
         ForwardKeys<Products> keys, prefix_keys;
         Attended real, prefix;
@@ -144,15 +155,22 @@ private:
               prefix_rows(arena.take<float>(p.prefix_length ? kQueries * dim : 0)),
               queries(arena.take<uint32_t>(kQueries * dim / Products::kStepElements)),
               prefix_queries(arena.take<uint32_t>(p.prefix_length ? kQueries * dim / Products::kStepElements : 0)),
-              scores(arena.take<float>(kAttentionKeys * kQueries)),
-              weights(Products::kStepElements == 1
-                          ? reinterpret_cast<uint32_t*>(scores)
-                          : arena.take<uint32_t>(kAttentionKeys * kQueries / Products::kStepElements)),
+              stages{stage(arena), stage(arena)},
               bias(arena.take<float>(p.attn_mask.data ? ScoreMask::kScratch : 0)),
               keys(arena, p.num_keys, dim),
               prefix_keys(arena, p.prefix_length, dim),
               real(attended(arena, dim)),
               prefix(attended(arena, p.prefix_length ? dim : 0)) {}
+
+        static Stage stage(Arena& arena) {
+            constexpr int64_t kScores = kAttentionKeys * kQueries;
+            Stage stage{};
+            stage.scores = arena.take<float>(kScores);
+            stage.weights = Products::kStepElements == 1 ? reinterpret_cast<uint32_t*>(stage.scores)
+                                                         : arena.take<uint32_t>(kScores / Products::kStepElements);
+            stage.rescale = arena.take<float>(kQueries);
+            return stage;
+        }
 
         static Attended attended(Arena& arena, int64_t dim) {
             return {arena.take<float>(dim * kQueries), arena.take<float>(kQueries), arena.take<float>(kQueries), true};
@@ -194,20 +212,76 @@ private:
         }
     }
 
+    // A pipeline: while the weights of one block of keys are made, which is work for the vector units, the products for
+    // the scores of the next block and for the sums of the one before are made in between, which is work for the tile
+    // unit. The processor reorders instructions over a few hundred of them, so they have to take turns that often.
     void attend_keys(const ForwardKeys<Products>& keys, const uint32_t* queries, const ScoreMask& mask,
-                     const Scratch& scratch, Attended& attended) const {
-        constexpr int64_t kStep = Products::kStepElements, kSize = sizeof(typename Products::Element);
+                     Scratch& scratch, Attended& attended) const {
         attended.clear();
-        for_each_key_block<Products>(mask, 0, mask.end(), [&](int64_t key, int64_t count) {
-            const int64_t block = round_down(key, kAttentionKeys);
-            Products::multiply({keys.rows + key * dim_, dim_ * kSize, 4}, count, queries, kTileStrips, dim_ / kStep,
-                               scratch.scores, kQueries, false);
-            const float factor = mask.apply(scratch.scores, key, count, problem_.factor);
-            softmax_block<Products>(scratch.scores, count, factor, dim_, attended, scratch.weights);
-            Products::multiply({keys.values + block * dim_ + key - block, kAttentionKeys * kSize, 4}, dim_,
-                               scratch.weights, kTileStrips, count / kStep, attended.sums, kQueries, !attended.empty);
-            attended.empty = false;
-        });
+        KeyBlocks<Products> blocks(mask, 0, mask.end());
+        Stage stages[2] = {scratch.stages[0], scratch.stages[1]};
+        if (!blocks.next(stages[0].block)) return;
+        add_scores(keys, queries, stages[0].block, 0, 1, stages[0].scores);
+        bool has_next = true;
+        for (int turn = 0; has_next; turn = 1 - turn) {
+            Stage &stage = stages[turn], &other = stages[1 - turn];  // `other` is the one before, then the next one
+            const bool has_previous = !attended.empty;
+            const float factor = mask.apply(stage.scores, stage.block.key, stage.block.count, problem_.factor);
+            raise_max(factor, stage, attended);
+            if (has_previous) rescale_sums(other, attended);
+            KeyBlock next{};
+            has_next = blocks.next(next);
+            const int64_t parts = divide_up(stage.block.count, Products::kTurn);
+            for (int64_t part = 0; part < parts; ++part) {
+                make_weights<Products>(factor, stage, part * Products::kTurn,
+                                       min_of((part + 1) * Products::kTurn, stage.block.count), attended);
+                if (has_previous) add_values(keys, other, part, parts, attended);
+                if (has_next) add_scores(keys, queries, next, part, parts, other.scores);
+            }
+            other.block = next;
+            if (!has_next) {
+                rescale_sums(stage, attended);
+                add_values(keys, stage, 0, 1, attended);
+            }
+        }
+    }
+
+    // One of `parts` parts of the products for the scores of a block.
+    void add_scores(const ForwardKeys<Products>& keys, const uint32_t* queries, const KeyBlock& block, int64_t part,
+                    int64_t parts, float* scores) const {
+        constexpr int64_t kStep = Products::kStepElements, kSize = sizeof(typename Products::Element);
+        const int64_t turns = divide_up(block.count, Products::kTurn);
+        const int64_t begin = turns * part / parts * Products::kTurn;
+        const int64_t end = min_of(turns * (part + 1) / parts * Products::kTurn, block.count);
+        Products::multiply({keys.rows + (block.key + begin) * dim_, dim_ * kSize, 4}, end - begin, queries,
+                           kTileStrips, dim_ / kStep, scores + begin * kQueries, kQueries, false);
+    }
+
+    // Brings the sums so far to the maximum that a stage's weights are relative to.
+    void rescale_sums(const Stage& stage, const Attended& attended) const {
+        if (stage.first || !stage.grew) return;
+        F32 rescale[kTileStrips];
+#pragma GCC unroll 4
+        for (int strip = 0; strip < kTileStrips; ++strip) rescale[strip] = load(stage.rescale + strip * kLanes);
+        for (int64_t row = 0; row < dim_; ++row)
+#pragma GCC unroll 4
+            for (int strip = 0; strip < kTileStrips; ++strip) {
+                float* at = attended.sums + row * kQueries + strip * kLanes;
+                store(at, load(at) * rescale[strip]);
+            }
+    }
+
+    // One of `parts` parts of the products of a stage's weights and the values.
+    void add_values(const ForwardKeys<Products>& keys, const Stage& stage, int64_t part, int64_t parts,
+                    const Attended& attended) const {
+        constexpr int64_t kStep = Products::kStepElements, kSize = sizeof(typename Products::Element);
+        const int64_t turns = divide_up(dim_, Products::kTurn), block = round_down(stage.block.key, kAttentionKeys);
+        const int64_t begin = turns * part / parts * Products::kTurn;
+        const int64_t end = min_of(turns * (part + 1) / parts * Products::kTurn, dim_);
+        Products::multiply({keys.values + block * dim_ + begin * kAttentionKeys + stage.block.key - block,
+                            kAttentionKeys * kSize, 4},
+                           end - begin, stage.weights, kTileStrips, stage.block.count / kStep,
+                           attended.sums + begin * kQueries, kQueries, !stage.first);
     }
 
     // Puts the shares of the real keys and of the prefix together, and stores the block's results.
@@ -243,7 +317,7 @@ private:
         const auto store_result = [&](const Heads& result) {
             store_head_rows(scratch.rows, count, dim_, p_.head_dim, result, batch, head, query);
         };
-        if (l_v) store_result(p_.out_real);
+        if (p_.out_real.data) store_result(p_.out_real);
         if (l_v || !prefix.empty)
             for (int64_t row = 0; row < count; ++row)
                 for (int64_t c = 0; c < dim_; c += kLanes) {

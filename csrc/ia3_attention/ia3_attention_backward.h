@@ -36,7 +36,7 @@ struct BackwardKeys {
             k.fetch(first_key + row, kRows, dim, scratch);
             pack_rows<Products>(scratch, dim, rows + row * dim);
             const int64_t block = round_down(row, kAttentionKeys);
-            pack_columns<Products>(scratch, dim, row - block, columns + block * dim, kAttentionKeys);
+            pack_columns<Products>(scratch, dim, columns + block * dim + row - block, kAttentionKeys);
             v.fetch(first_key + row, kRows, dim, scratch);
             pack_rows<Products>(scratch, dim, values + row * dim);
         }
@@ -88,8 +88,8 @@ public:
         prefix_k_sums_ = take(p_.grad_prefix_k, prefix);
         prefix_v_sums_ = take(p_.grad_prefix_v, prefix);
         // The queries' gradients by each split of the keys, where there are several.
-        split_sums_ = take(plan_.key_splits > 1 && wants_q_,
-                           plan_.key_splits * p_.batch * p_.heads * blocks_ * query_sums());
+        split_sums_ =
+            take(plan_.key_splits > 1 && wants_q_, plan_.key_splits * p_.batch * p_.heads * blocks_ * query_sums());
         if (!p_.workspace) {
             *p_.workspace_bytes = arena_.used();
             return;
@@ -389,8 +389,7 @@ private:
                              float* sums) const {
         for (int64_t c = 0; c < dim_; c += kLanes) {
             F32 sum{};
-            for (int64_t row = 0; row < rows; ++row)
-                sum = fma(load(a + row * dim_ + c), load(b + row * dim_ + c), sum);
+            for (int64_t row = 0; row < rows; ++row) sum = fma(load(a + row * dim_ + c), load(b + row * dim_ + c), sum);
             sum *= factor;
             if (scales) sum *= load(scales + c);
             store(sums + c, load(sums + c) + sum);

@@ -148,7 +148,8 @@ std::tuple<Tensor, Tensor, Tensor> forward(Tensor q, Tensor k, Tensor v, MaybeTe
                cos, sin);
     const ScalarType dtype = q.scalar_type();
     Tensor out = empty(q, {params.batch, params.num_queries, params.heads, params.head_dim}, dtype);
-    Tensor out_real = empty(q, {training && l_v ? params.batch : 0, params.num_queries, params.heads, params.head_dim}, dtype);
+    Tensor out_real =
+        empty(q, {training && l_v ? params.batch : 0, params.num_queries, params.heads, params.head_dim}, dtype);
     Tensor lse = empty(q, {params.batch, params.heads, params.num_queries}, ScalarType::Float);
     if (out.numel() == 0) return {out, out_real, lse};
     params.out = heads_of(out);

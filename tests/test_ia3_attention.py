@@ -16,7 +16,8 @@ from peft_kernels.ops import ia3_attention
 # several parts of the queries and splits of the keys, grouped heads, head dimensions that fit no vector or tile.
 SHAPES = [
     (1, 1, 1, 1, 1, 1), (2, 2, 1, 1, 300, 80), (1, 4, 2, 3, 70, 33), (2, 3, 3, 65, 65, 64), (1, 2, 2, 130, 70, 32),
-    (3, 4, 1, 20, 21, 7), (1, 2, 1, 70, 270, 128), (1, 1, 1, 40, 40, 256), (1, 2, 1, 600, 1100, 16), (4, 8, 8, 9, 9, 40),
+    (3, 4, 1, 20, 21, 7), (1, 2, 1, 70, 270, 128), (1, 1, 1, 40, 40, 256), (1, 2, 1, 600, 1100, 16),
+    (4, 8, 8, 9, 9, 40),
 ]  # fmt: skip
 
 

@@ -2,6 +2,7 @@
 
 from .adapter import ACTIVATIONS, AdapterWeights, adapter, adapter_grouped, bottleneck
 from .fusion import fusion, fusion_of_bottlenecks
+from .ia3_attention import ia3_attention
 from .lora_linear import lora_linear
 from .nf4 import NF4Weight, dequantize_4bit, quantize_4bit
 
@@ -15,6 +16,7 @@ __all__ = [
     "dequantize_4bit",
     "fusion",
     "fusion_of_bottlenecks",
+    "ia3_attention",
     "lora_linear",
     "quantize_4bit",
 ]

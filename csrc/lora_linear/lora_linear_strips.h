@@ -17,17 +17,18 @@ constexpr int64_t kReduceRows = 256;
 // What the two directions share: the operand ("input": x, or dy), its rows in 32-bit steps, and the shrunk rows.
 class StripProduct {
 protected:
-    StripProduct(const LoraLinearParams& params, const ConstMatrix& input, int64_t reduction, int64_t outputs,
-                 bool has_base)
+    StripProduct(const LoraLinearParams& params, const ConstMatrix& input, const float* input_scale, int64_t reduction,
+                 int64_t outputs, bool has_base)
         : params_(params),
           input_(input),
+          input_scale_(input_scale),
           reduction_(reduction),
           outputs_(outputs),
           has_base_(has_base),
           plan_(lora_linear_plan(params.m, outputs, params.threads)),
           elements_(step_elements(params.compute_dtype)),
           steps_(divide_up(reduction, elements_)),
-          in_place_(!has_base || reads_in_place(input, reduction, elements_)) {
+          in_place_(!has_base || (!input_scale && reads_in_place(input, reduction, elements_))) {
         for (int a = 0; a < params.num_adapters; ++a) shrunk_ += strips_for(params.adapters[a].rank) * kLanes;
     }
 
@@ -54,10 +55,10 @@ protected:
             }
     }
 
-    // What is done to the input's rows before the tasks: conversion and, if wanted, the shrink.
+    // What is done to the input's rows before the tasks: conversion and, if `reduces`, the shrink or sums over rows.
     template <class Body>
-    void for_each_row_block(int64_t first, int64_t rows, bool shrinks, const Body& body) const {
-        if (in_place_ && !shrinks) return;
+    void for_each_row_block(int64_t first, int64_t rows, bool reduces, const Body& body) const {
+        if (in_place_ && !reduces) return;
         parallel_for_each(divide_up(rows, kRowBlock), [&](int64_t task, int worker) {
             const int64_t row = task * kRowBlock;
             body(first + row, min_of(kRowBlock, rows - row), worker);
@@ -82,7 +83,7 @@ protected:
         dispatch_dtype(input_.dtype, [&](auto* type) {
             using T = Pointee<decltype(type)>;
             for (int64_t row = 0; row < rows; ++row)
-                convert_row(static_cast<const T*>(row_of(input_, first_row + row)), reduction_, elements_,
+                convert_row(static_cast<const T*>(row_of(input_, first_row + row)), input_scale_, reduction_, elements_,
                             out + row * steps_);
         });
     }
@@ -137,7 +138,7 @@ protected:
                 body(row0 + row, min_of(kRowBlock, rows - row), tile + row * kTaskOutputs);
         };
         if (!has_base_) return blocks(finish);
-        dispatch_compute(params_.compute_dtype, params_.weight->dtype, [&](auto* type, auto arithmetic) {
+        dispatch_compute(params_.compute_dtype, weight_dtype(params_), [&](auto* type, auto arithmetic) {
             const int64_t block = strip_steps(steps_);
             for (int64_t step = 0; step == 0 || step < steps_; step += block) {
                 const int64_t some = min_of(block, steps_ - step);
@@ -153,6 +154,7 @@ protected:
 
     const LoraLinearParams& params_;
     const ConstMatrix& input_;
+    const float* const input_scale_;  // [reduction], or null
     const int64_t reduction_, outputs_;
     const bool has_base_;
     const LoraLinearPlan plan_;
@@ -166,7 +168,7 @@ protected:
 class StripForward : StripProduct {
 public:
     explicit StripForward(const LoraLinearForwardParams& params)
-        : StripProduct(params, params.x, params.k, params.n, params.weight != nullptr), p_(params) {}
+        : StripProduct(params, params.x, params.scale_k, params.k, params.n, has_weight(params)), p_(params) {}
 
     void run() {
         Arena arena(p_.workspace);
@@ -224,7 +226,7 @@ private:
         }
     }
 
-    // y = x Wᵀ + b + scaling s Bᵀ for some outputs of some rows
+    // y = x Wᵀ + b + scaling s Bᵀ, or y = scale_n ⊙ (x Wᵀ + b), for some outputs of some rows
     void make_y(int64_t first, int64_t n0, int64_t outputs, int64_t row0, int64_t rows, const Scratch& scratch) const {
         uint32_t* strips_B = scratch.strips_B;
         for (int a = 0; a < p_.num_adapters; ++a) {
@@ -241,8 +243,9 @@ private:
             using T = Pointee<decltype(type)>;
             constexpr int kElements = kStepElements<decltype(arithmetic)>;
             const int64_t k0 = step * kElements;
-            decode_strips<T, kElements>(rounded_once(*p_.weight, p_.compute_dtype), n0, outputs, k0,
-                                        min_of(steps * kElements, p_.k - k0), strips);
+            dispatch_weight(p_, [&](const auto& weight) {
+                decode_strips<T, kElements>(weight, n0, outputs, k0, min_of(steps * kElements, p_.k - k0), strips);
+            });
         };
         const auto finish = [&](int64_t row, int64_t count, float* tile) {
             const uint32_t* strips = scratch.strips_B;
@@ -257,8 +260,12 @@ private:
             dispatch_dtype(p_.y.dtype, [&](auto* type) {
                 using T = Pointee<decltype(type)>;
                 const T* add = p_.add.data ? static_cast<const T*>(row_of(p_.add, row, n0)) : nullptr;
-                store_rows(tile, kTaskOutputs, count, outputs, p_.bias.data ? scratch.bias : nullptr, add,
-                           p_.add.stride, static_cast<T*>(p_.y.data) + row * p_.y.stride + n0, p_.y.stride);
+                const auto store = [&](const float* scale, const Matrix& out) {
+                    store_rows(tile, kTaskOutputs, count, outputs, p_.bias.data ? scratch.bias : nullptr, add,
+                               p_.add.stride, scale, static_cast<T*>(out.data) + row * out.stride + n0, out.stride);
+                };
+                if (p_.unscaled.data) store(nullptr, p_.unscaled);
+                store(p_.scale_n ? p_.scale_n + n0 : nullptr, p_.y);
             });
         };
         multiply_base(first, outputs, row0, rows, scratch.strips, scratch.tile, decode, finish);
@@ -270,12 +277,14 @@ private:
 class StripBackward : StripProduct {
 public:
     explicit StripBackward(const LoraLinearBackwardParams& params)
-        : StripProduct(params, params.grad_y, params.n, params.k, params.weight && params.grad_x.data), p_(params) {
+        : StripProduct(params, params.grad_y, params.scale_n, params.n, params.k,
+                       has_weight(params) && (params.grad_x.data || params.grad_scale_k)),
+          p_(params) {
         for (int a = 0; a < p_.num_adapters; ++a) {
             wants_A_ |= p_.adapters[a].grad_A != nullptr;
             wants_B_ |= p_.adapters[a].grad_B != nullptr;
         }
-        wants_x_ = p_.grad_x.data != nullptr;
+        wants_x_ = p_.grad_x.data || p_.grad_scale_k;
         wants_ds_ = shrunk_ > 0 && (wants_A_ || wants_x_);
     }
 
@@ -286,6 +295,9 @@ public:
         int dropping = 0;
         for (int a = 0; a < p_.num_adapters; ++a) dropping += drops(p_.adapters[a]);
         keep_ = arena.take<uint8_t>(wants_ds_ ? dropping * p_.m * keep_bytes(p_.k) : 0);
+        const int64_t row_blocks = divide_up(p_.m, kRowBlock);
+        sums_k_ = arena.take<float>(p_.grad_scale_k ? row_blocks * p_.k : 0);
+        sums_n_ = arena.take<float>(p_.grad_scale_n ? row_blocks * p_.n : 0);
         const int64_t worker_bytes = Scratch(nullptr, *this).bytes;
         char* workers = arena.take<char>(p_.threads * worker_bytes);
         if (!p_.workspace) {
@@ -296,9 +308,10 @@ public:
         if (wants_ds_) make_shrink_strips(&LoraAdapter::lora_B, false);
         for (int64_t first = 0; first < p_.m; first += chunk_rows()) {
             const int64_t rows = min_of(chunk_rows(), p_.m - first);
-            for_each_row_block(first, rows, wants_ds_, [&](int64_t row, int64_t count, int worker) {
+            for_each_row_block(first, rows, wants_ds_ || p_.grad_scale_n, [&](int64_t row, int64_t count, int worker) {
                 convert_rows(first, row, count);
                 if (wants_ds_) make_ds(row, count, scratch(worker));
+                if (p_.grad_scale_n) sum_n(row, count);
             });
             if (!wants_x_) continue;
             for_each_task(first, rows, [&](int64_t k0, int64_t outputs, int64_t row, int64_t count, int worker) {
@@ -313,6 +326,8 @@ public:
             else
                 make_grad_B((task - tasks_A) * kTaskOutputs, scratch(worker));
         });
+        if (p_.grad_scale_k) add_row_blocks(sums_k_, p_.k, p_.grad_scale_k);
+        if (p_.grad_scale_n) add_row_blocks(sums_n_, p_.n, p_.grad_scale_n);
     }
 
 private:
@@ -365,7 +380,41 @@ private:
         }
     }
 
-    // dx = dy W + mask ⊙ (ds A) for some columns of some rows
+    // The gradients of the scales are sums over all rows. Those of each block of rows are kept apart and added up at
+    // the end, so that neither the order of the tasks nor their number changes a bit.
+
+    // Σ over some rows of dy ⊙ unscaled
+    void sum_n(int64_t row, int64_t rows) const {
+        dispatch_dtype(p_.grad_y.dtype, [&](auto* type) {
+            using T = Pointee<decltype(type)>;
+            dispatch_dtype(p_.unscaled.dtype, [&](auto* other) {
+                column_dots(static_cast<const T*>(row_of(p_.grad_y, row)), p_.grad_y.stride,
+                            static_cast<const Pointee<decltype(other)>*>(row_of(p_.unscaled, row)), p_.unscaled.stride,
+                            rows, p_.n, sums_n_ + row / kRowBlock * p_.n);
+            });
+        });
+    }
+
+    // Σ over some rows of x ⊙ (dy W), for some columns
+    void sum_k(int64_t row, int64_t rows, int64_t k0, int64_t columns, const float* tile) const {
+        dispatch_dtype(p_.x.dtype, [&](auto* type) {
+            column_dots(static_cast<const Pointee<decltype(type)>*>(row_of(p_.x, row, k0)), p_.x.stride, tile,
+                        kTaskOutputs, rows, columns, sums_k_ + row / kRowBlock * p_.k + k0);
+        });
+    }
+
+    void add_row_blocks(const float* sums, int64_t columns, float* out) const {
+        memcpy(out, sums, columns * sizeof(float));
+        for (int64_t row = kRowBlock; row < p_.m; row += kRowBlock) {
+            sums += columns;
+            for (int64_t column = 0; column < columns; column += kLanes) {
+                const int64_t count = columns - column;
+                store_some(out + column, load_some(out + column, count) + load_some(sums + column, count), count);
+            }
+        }
+    }
+
+    // dx = dy W + mask ⊙ (ds A), or dx = scale_k ⊙ (dy W), for some columns of some rows
     void make_grad_x(int64_t first, int64_t k0, int64_t outputs, int64_t row0, int64_t rows,
                      const Scratch& scratch) const {
         uint32_t* strips_A = scratch.strips_A;
@@ -378,8 +427,10 @@ private:
             using T = Pointee<decltype(type)>;
             constexpr int kElements = kStepElements<decltype(arithmetic)>;
             const int64_t n0 = step * kElements;
-            decode_strips_transposed<T, kElements>(rounded_once(*p_.weight, p_.compute_dtype), k0, outputs, n0,
-                                                   min_of(steps * kElements, p_.n - n0), strips);
+            dispatch_weight(p_, [&](const auto& weight) {
+                decode_strips_transposed<T, kElements>(weight, k0, outputs, n0, min_of(steps * kElements, p_.n - n0),
+                                                       strips);
+            });
         };
         const auto finish = [&](int64_t row, int64_t count, float* tile) {
             const uint32_t* strips = scratch.strips_A;
@@ -394,10 +445,13 @@ private:
                 strips += strips_for(outputs) * kLanes * rank;
                 ds += rank;
             }
+            if (p_.grad_scale_k) sum_k(row, count, k0, outputs, tile);
+            if (!p_.grad_x.data) return;
             dispatch_dtype(p_.grad_x.dtype, [&](auto* type) {
                 using T = Pointee<decltype(type)>;
                 const T* add = p_.add.data ? static_cast<const T*>(row_of(p_.add, row, k0)) : nullptr;
                 store_rows(tile, kTaskOutputs, count, outputs, nullptr, add, p_.add.stride,
+                           p_.scale_k ? p_.scale_k + k0 : nullptr,
                            static_cast<T*>(p_.grad_x.data) + row * p_.grad_x.stride + k0, p_.grad_x.stride);
             });
         };
@@ -464,6 +518,8 @@ private:
     bool wants_A_ = false, wants_B_ = false, wants_x_ = false, wants_ds_ = false;
     float* ds_ = nullptr;      // [m, total_rank]
     uint8_t* keep_ = nullptr;  // [dropping adapter][m][keep_bytes(k)]
+    float* sums_k_ = nullptr;  // [row block][k]
+    float* sums_n_ = nullptr;  // [row block][n]
 };
 
 }  // namespace

@@ -1,7 +1,8 @@
 """The fused functions, one module a family."""
 
+from .ia3_attention import ia3_attention
 from .ia3_linear import ia3_linear
 from .lora_linear import lora_linear
 from .nf4 import NF4Weight, dequantize_4bit, quantize_4bit
 
-__all__ = ["NF4Weight", "dequantize_4bit", "ia3_linear", "lora_linear", "quantize_4bit"]
+__all__ = ["NF4Weight", "dequantize_4bit", "ia3_attention", "ia3_linear", "lora_linear", "quantize_4bit"]

@@ -26,9 +26,9 @@ from torch import nn
 
 from .. import cpu
 
-# Packages whose layers can be fused, each with a module of the same name here. None of them is imported before a
-# model that is made of its layers has imported it.
-_PACKAGES = ("bitsandbytes", "peft")
+# Packages whose layers can be fused, with the modules here that fuse them. None of them is imported before a model
+# that is made of its layers has imported it.
+_PACKAGES = {"bitsandbytes": ("bitsandbytes",), "peft": ("peft", "peft_ia3")}
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -51,6 +51,9 @@ class FusedLayer:
     def prepare(self) -> str:
         """Runs once when the layer has become a fused one; a remark for the report."""
         return ""
+
+    def release(self) -> None:
+        """Undoes what the layer has done outside of itself; `restore` calls it first."""
 
     def why_stock(self) -> str | None:
         """Why the next forward would take the stock path, so far as it can be known without the input."""
@@ -230,6 +233,7 @@ def restore(model: nn.Module) -> None:
     _check_module(model)
     for module in model.modules():
         if isinstance(module, FusedLayer):
+            module.release()
             for name in module.own_state:
                 vars(module).pop(name, None)
             _change_class(module, module.stock)
@@ -241,9 +245,9 @@ def _check_module(model: Any) -> None:
 
 
 def _load_packages() -> None:
-    for package in _PACKAGES:
-        if package in sys.modules:
-            importlib.import_module(f"{__package__}.{package}")
+    for package, modules in _PACKAGES.items():
+        for module in modules if package in sys.modules else ():
+            importlib.import_module(f"{__package__}.{module}")
 
 
 def _why_not(fused: type[FusedLayer], module: nn.Module) -> str | None:

@@ -108,6 +108,16 @@ inline void comb_row(const BFloat16* natural, int64_t count, BFloat16* out) {
     }
 }
 
+template <class Weight>
+void comb_rows(const Weight& w, int64_t n0, int64_t rows, int64_t k0, int64_t depth, BFloat16* panel) {
+    alignas(64) BFloat16 natural[kPackDepth];
+    for (int64_t row = 0; row < rows; ++row) {
+        prefetch_weight(w, n0 + row, k0 + kPackDepth);
+        decode(w, n0 + row, k0, depth, natural);
+        comb_row(natural, depth, left_row(panel, row));
+    }
+}
+
 // A left panel of rows [n0, n0 + rows) of W and elements [k0, k0 + depth) of each; k0 is a multiple of kPackDepth, and
 // depth at most that. `absmax` has [row of the panel][run of the row], where blocks are aligned.
 inline void decode_left(const Nf4Weight& w, int64_t n0, int64_t rows, int64_t k0, int64_t depth, const float* absmax,
@@ -124,55 +134,75 @@ inline void decode_left(const Nf4Weight& w, int64_t n0, int64_t rows, int64_t k0
         }
         return;
     }
-    alignas(64) BFloat16 natural[kPackDepth];
-    for (int64_t row = 0; row < rows; ++row) {
-        decode(w, (n0 + row) * w.k + k0, depth, natural);
-        comb_row(natural, depth, left_row(panel, row));
-    }
+    comb_rows(w, n0, rows, k0, depth, panel);
+}
+inline void decode_left(const ConstMatrix& w, int64_t n0, int64_t rows, int64_t k0, int64_t depth, const float*,
+                        BFloat16* panel) {
+    comb_rows(w, n0, rows, k0, depth, panel);
 }
 
-// All of the reduction; `absmax` has room for [row of the panel][run of a row].
-inline void decode_panel(const Nf4Weight& w, int64_t n0, int64_t rows, BFloat16* panel, float* absmax) {
+inline void absmax_of_rows(const Nf4Weight& w, int64_t n0, int64_t rows, float* absmax) {
     if (has_aligned_blocks(w)) runs_absmax(w, n0 * w.k, rows * w.k / kBlock, absmax);
-    for (int64_t k = 0; k < w.k; k += kPackDepth)
-        decode_left(w, n0, rows, k, min_of(kPackDepth, w.k - k), absmax, panel + k * kPanelSide);
+}
+inline void absmax_of_rows(const ConstMatrix&, int64_t, int64_t, float*) {}
+
+// All of the reduction; `absmax` has room for [row of the panel][run of a row].
+template <class Weight>
+void decode_panel(const Weight& w, int64_t n0, int64_t rows, int64_t depth, BFloat16* panel, float* absmax) {
+    absmax_of_rows(w, n0, rows, absmax);
+    for (int64_t k = 0; k < depth; k += kPackDepth)
+        decode_left(w, n0, rows, k, min_of(kPackDepth, depth - k), absmax, panel + k * kPanelSide);
+}
+
+// Elements [k0, k0 + kPanelSide) of two neighbouring rows of W, side by side, in the two tiles of a right panel that
+// `out` is a pair of; and whether a weight has this short way.
+inline bool decodes_pairs(const Nf4Weight& w) { return has_aligned_blocks(w); }
+inline void decode_pair(const Nf4Weight& w, int64_t row, int64_t k0, BFloat16* out) {
+    const __m512i odd_row = _mm512_set1_epi32(16 << 16);
+    const auto absmax = [&](int64_t i) { return block_absmax(w.absmax, (i * w.k + k0) >> w.log2_blocksize); };
+    const auto codes = [&](int64_t i) {
+        return _mm_loadu_si128(reinterpret_cast<const __m128i*>(w.codes + (i * w.k + k0) / 2));
+    };
+    const __m512i table = table_of_two(w, _mm512_load_ps(codebook(w.quant_type)), absmax(row), absmax(row + 1));
+    const __m128i first_codes = codes(row), second_codes = codes(row + 1);
+    const auto put = [&](BFloat16* to, __m128i bytes) {
+        // Eight quadwords with a byte of each row: words of (first, second) row, high nibbles first.
+        const __m512i indices =
+            _mm512_multishift_epi64_epi8(_mm512_set1_epi64(0x0008'0000'000C'0004), _mm512_cvtepu16_epi64(bytes));
+        _mm512_store_si512(to, lookup_two(table, indices, odd_row));
+    };
+    put(out, _mm_unpacklo_epi8(first_codes, second_codes));
+    put(out + kTileElements, _mm_unpackhi_epi8(first_codes, second_codes));
+}
+
+inline bool decodes_pairs(const ConstMatrix& w) { return w.dtype == DType::kBFloat16; }
+inline void decode_pair(const ConstMatrix& w, int64_t row, int64_t k0, BFloat16* out) {
+    Bf16Vector low, high;
+    interleave(_mm512_loadu_si512(row_of(w, row, k0)), _mm512_loadu_si512(row_of(w, row + 1, k0)), low, high);
+    _mm512_store_si512(out, low);
+    _mm512_store_si512(out + kTileElements, high);
 }
 
 // A right panel of columns [k0, k0 + columns) of W, at most kPanelSide, in natural order; its reduction runs over rows
 // [n0, n0 + count).
-inline void decode_right(const Nf4Weight& w, int64_t k0, int64_t columns, int64_t n0, int64_t count, BFloat16* panel) {
-    const bool aligned = has_aligned_blocks(w) && columns == kPanelSide;
-    const __m512 values = _mm512_load_ps(codebook(w.quant_type));
-    const __m512i odd_row = _mm512_set1_epi32(16 << 16);
+template <class Weight>
+void decode_right(const Weight& w, int64_t k0, int64_t columns, int64_t n0, int64_t count, BFloat16* panel) {
+    const bool fast = decodes_pairs(w) && columns == kPanelSide;
+    constexpr int64_t kAhead = 16;
     alignas(64) BFloat16 natural[2][kPanelSide] = {};
     for (int64_t n = 0; n < count; n += kTileDepth, panel += kPanelStep)
         for (int64_t pair = 0; pair < kTileSide; ++pair) {
             const int64_t first = n0 + n + 2 * pair;
             BFloat16* out = panel + pair * kTileDepth;
-            if (aligned && n + 2 * pair + 1 < count) {
-                constexpr int64_t kAhead = 16;
-                prefetch_codes(w, (first + kAhead) * w.k + k0);
-                const auto absmax = [&](int64_t row) {
-                    return block_absmax(w.absmax, (row * w.k + k0) >> w.log2_blocksize);
-                };
-                const auto codes = [&](int64_t row) {
-                    return _mm_loadu_si128(reinterpret_cast<const __m128i*>(w.codes + (row * w.k + k0) / 2));
-                };
-                const __m512i table = table_of_two(w, values, absmax(first), absmax(first + 1));
-                const __m128i first_codes = codes(first), second_codes = codes(first + 1);
-                const auto put = [&](BFloat16* to, __m128i bytes) {
-                    // Eight quadwords with a byte of each row: words of (first, second) row, high nibbles first.
-                    const __m512i indices = _mm512_multishift_epi64_epi8(_mm512_set1_epi64(0x0008'0000'000C'0004),
-                                                                         _mm512_cvtepu16_epi64(bytes));
-                    _mm512_store_si512(to, lookup_two(table, indices, odd_row));
-                };
-                put(out, _mm_unpacklo_epi8(first_codes, second_codes));
-                put(out + kTileElements, _mm_unpackhi_epi8(first_codes, second_codes));
+            if (fast && n + 2 * pair + 1 < count) {
+                prefetch_weight(w, first + kAhead, k0);
+                prefetch_weight(w, first + kAhead + 1, k0);
+                decode_pair(w, first, k0, out);
                 continue;
             }
             for (int64_t i = 0; i < 2; ++i) {
                 if (n + 2 * pair + i < count)
-                    decode(w, (first + i) * w.k + k0, columns, natural[i]);
+                    decode(w, first + i, k0, columns, natural[i]);
                 else
                     memset(natural[i], 0, sizeof natural[i]);
             }

@@ -2,8 +2,7 @@
 // For sources that are compiled once per instruction set, and only for those.
 #pragma once
 
-#include "common/parallel_for.h"
-#include "lora_linear/lora_linear_operands.h"
+#include "lora_linear/lora_linear_scales.h"
 
 namespace peft_kernels {
 namespace PEFT_KERNELS_ISA {
@@ -257,16 +256,7 @@ private:
                 strips += strips_for(outputs) * kLanes * rank;
                 s += rank;
             }
-            dispatch_dtype(p_.y.dtype, [&](auto* type) {
-                using T = Pointee<decltype(type)>;
-                const T* add = p_.add.data ? static_cast<const T*>(row_of(p_.add, row, n0)) : nullptr;
-                const auto store = [&](const float* scale, const Matrix& out) {
-                    store_rows(tile, kTaskOutputs, count, outputs, p_.bias.data ? scratch.bias : nullptr, add,
-                               p_.add.stride, scale, static_cast<T*>(out.data) + row * out.stride + n0, out.stride);
-                };
-                if (p_.unscaled.data) store(nullptr, p_.unscaled);
-                store(p_.scale_n ? p_.scale_n + n0 : nullptr, p_.y);
-            });
+            store_y(p_, tile, kTaskOutputs, row, count, n0, outputs, p_.bias.data ? scratch.bias : nullptr);
         };
         multiply_base(first, outputs, row0, rows, scratch.strips, scratch.tile, decode, finish);
     }
@@ -279,7 +269,8 @@ public:
     explicit StripBackward(const LoraLinearBackwardParams& params)
         : StripProduct(params, params.grad_y, params.scale_n, params.n, params.k,
                        has_weight(params) && (params.grad_x.data || params.grad_scale_k)),
-          p_(params) {
+          p_(params),
+          scales_(params, kRowBlock) {
         for (int a = 0; a < p_.num_adapters; ++a) {
             wants_A_ |= p_.adapters[a].grad_A != nullptr;
             wants_B_ |= p_.adapters[a].grad_B != nullptr;
@@ -295,9 +286,7 @@ public:
         int dropping = 0;
         for (int a = 0; a < p_.num_adapters; ++a) dropping += drops(p_.adapters[a]);
         keep_ = arena.take<uint8_t>(wants_ds_ ? dropping * p_.m * keep_bytes(p_.k) : 0);
-        const int64_t row_blocks = divide_up(p_.m, kRowBlock);
-        sums_k_ = arena.take<float>(p_.grad_scale_k ? row_blocks * p_.k : 0);
-        sums_n_ = arena.take<float>(p_.grad_scale_n ? row_blocks * p_.n : 0);
+        scales_.lay_out(arena);
         const int64_t worker_bytes = Scratch(nullptr, *this).bytes;
         char* workers = arena.take<char>(p_.threads * worker_bytes);
         if (!p_.workspace) {
@@ -311,7 +300,7 @@ public:
             for_each_row_block(first, rows, wants_ds_ || p_.grad_scale_n, [&](int64_t row, int64_t count, int worker) {
                 convert_rows(first, row, count);
                 if (wants_ds_) make_ds(row, count, scratch(worker));
-                if (p_.grad_scale_n) sum_n(row, count);
+                scales_.add_grad_y(row, count);
             });
             if (!wants_x_) continue;
             for_each_task(first, rows, [&](int64_t k0, int64_t outputs, int64_t row, int64_t count, int worker) {
@@ -326,8 +315,7 @@ public:
             else
                 make_grad_B((task - tasks_A) * kTaskOutputs, scratch(worker));
         });
-        if (p_.grad_scale_k) add_row_blocks(sums_k_, p_.k, p_.grad_scale_k);
-        if (p_.grad_scale_n) add_row_blocks(sums_n_, p_.n, p_.grad_scale_n);
+        scales_.finish();
     }
 
 private:
@@ -380,40 +368,6 @@ private:
         }
     }
 
-    // The gradients of the scales are sums over all rows. Those of each block of rows are kept apart and added up at
-    // the end, so that neither the order of the tasks nor their number changes a bit.
-
-    // Σ over some rows of dy ⊙ unscaled
-    void sum_n(int64_t row, int64_t rows) const {
-        dispatch_dtype(p_.grad_y.dtype, [&](auto* type) {
-            using T = Pointee<decltype(type)>;
-            dispatch_dtype(p_.unscaled.dtype, [&](auto* other) {
-                column_dots(static_cast<const T*>(row_of(p_.grad_y, row)), p_.grad_y.stride,
-                            static_cast<const Pointee<decltype(other)>*>(row_of(p_.unscaled, row)), p_.unscaled.stride,
-                            rows, p_.n, sums_n_ + row / kRowBlock * p_.n);
-            });
-        });
-    }
-
-    // Σ over some rows of x ⊙ (dy W), for some columns
-    void sum_k(int64_t row, int64_t rows, int64_t k0, int64_t columns, const float* tile) const {
-        dispatch_dtype(p_.x.dtype, [&](auto* type) {
-            column_dots(static_cast<const Pointee<decltype(type)>*>(row_of(p_.x, row, k0)), p_.x.stride, tile,
-                        kTaskOutputs, rows, columns, sums_k_ + row / kRowBlock * p_.k + k0);
-        });
-    }
-
-    void add_row_blocks(const float* sums, int64_t columns, float* out) const {
-        memcpy(out, sums, columns * sizeof(float));
-        for (int64_t row = kRowBlock; row < p_.m; row += kRowBlock) {
-            sums += columns;
-            for (int64_t column = 0; column < columns; column += kLanes) {
-                const int64_t count = columns - column;
-                store_some(out + column, load_some(out + column, count) + load_some(sums + column, count), count);
-            }
-        }
-    }
-
     // dx = dy W + mask ⊙ (ds A), or dx = scale_k ⊙ (dy W), for some columns of some rows
     void make_grad_x(int64_t first, int64_t k0, int64_t outputs, int64_t row0, int64_t rows,
                      const Scratch& scratch) const {
@@ -445,7 +399,7 @@ private:
                 strips += strips_for(outputs) * kLanes * rank;
                 ds += rank;
             }
-            if (p_.grad_scale_k) sum_k(row, count, k0, outputs, tile);
+            scales_.add_grad_x(tile, kTaskOutputs, row, count, k0, outputs);
             if (!p_.grad_x.data) return;
             dispatch_dtype(p_.grad_x.dtype, [&](auto* type) {
                 using T = Pointee<decltype(type)>;
@@ -507,8 +461,7 @@ private:
     bool wants_A_ = false, wants_B_ = false, wants_x_ = false, wants_ds_ = false;
     float* ds_ = nullptr;      // [m, total_rank]
     uint8_t* keep_ = nullptr;  // [dropping adapter][m][keep_bytes(k)]
-    float* sums_k_ = nullptr;  // [row block][k]
-    float* sums_n_ = nullptr;  // [row block][n]
+    ScaleGradients scales_;
 };
 
 }  // namespace

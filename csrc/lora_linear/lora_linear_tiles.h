@@ -11,8 +11,8 @@
 // A dropped adapter's part of dx is a product of its own, because the mask is applied to it.
 #pragma once
 
-#include "common/parallel_for.h"
 #include "lora_linear/lora_linear_panels.h"
+#include "lora_linear/lora_linear_scales.h"
 
 namespace peft_kernels {
 namespace PEFT_KERNELS_ISA {
@@ -98,6 +98,24 @@ protected:
         });
     }
 
+    // Rows of the input as the product takes them: where they lie, or scaled and rounded, in a buffer of dense rows.
+    struct Bf16Rows {
+        const BFloat16* data;
+        int64_t stride;
+    };
+    Bf16Rows scaled(int64_t row, int64_t rows, const float* scale, BFloat16* buffer) const {
+        if (!scale) return {bf16_row(input_, row), input_.stride};
+        for (int64_t i = 0; i < rows; ++i) {
+            const BFloat16* from = bf16_row(input_, row + i);
+            BFloat16* to = buffer + i * reduction_;
+            for (int64_t column = 0; column < reduction_; column += kLanes) {
+                const int64_t count = reduction_ - column;
+                store_some(to + column, load_some(from + column, count) * load_some(scale + column, count), count);
+            }
+        }
+        return {buffer, reduction_};
+    }
+
     // values[rank][kPanelSide] = scale · Σ terms of sums[term · rank][kPanelSide], the smallest first.
     static void add_terms(const float* sums, int64_t rank, int terms, float scale, float* values) {
         for (int64_t i = 0; i < rank * kPanelSide; i += kLanes) {
@@ -124,7 +142,7 @@ protected:
 class TileForward : TileProduct {
 public:
     explicit TileForward(const LoraLinearForwardParams& params)
-        : TileProduct(params, params.x, params.k, params.n, params.weight != nullptr, &LoraAdapter::lora_A,
+        : TileProduct(params, params.x, params.k, params.n, has_weight(params), &LoraAdapter::lora_A,
                       &LoraAdapter::lora_B),
           p_(params) {}
 
@@ -145,7 +163,8 @@ public:
             const int64_t rows = min_of(chunk_rows(), p_.m - first);
             for_each_panel(first, rows, [&](int64_t row, int64_t count, int worker) {
                 BFloat16* panel = input_panel(first, row);
-                pack_combed_columns(bf16_row(p_.x, row), p_.x.stride, count, p_.k, nullptr, 0, panel);
+                const Bf16Rows x = scaled(row, count, p_.scale_k, scratch(worker).scaled);
+                pack_combed_columns(x.data, x.stride, count, p_.k, nullptr, 0, panel);
                 make_s(row, count, panel, scratch(worker));
             });
             for_each_task(first, rows, [&](int64_t n0, int64_t outputs, int64_t row, int64_t count, int worker) {
@@ -168,6 +187,7 @@ private:
             tile = arena.take<float>(max_of<int64_t>(kPanelSide, f.shrink_rows_) * kPanelSide);
             bias = arena.take<float>(f.plan_.task_outputs);
             terms = arena.take<BFloat16>(3 * kPackDepth);
+            scaled = arena.take<BFloat16>(f.p_.scale_k ? kPanelSide * f.p_.k : 0);
             bytes = arena.used();
         }
         BFloat16* weight;   // left panels of W and B
@@ -178,6 +198,7 @@ private:
         float* tile;
         float* bias;
         BFloat16* terms;
+        BFloat16* scaled;  // rows of x
         int64_t bytes;
     };
 
@@ -259,7 +280,7 @@ private:
         }
     }
 
-    // y = x Wᵀ + b + scaling s Bᵀ for some outputs of some rows
+    // y = x Wᵀ + b + scaling s Bᵀ, or y = scale_n ⊙ (x Wᵀ + b), for some outputs of some rows
     void make_y(int64_t first, int64_t n0, int64_t outputs, int64_t row0, int64_t rows, const Scratch& scratch) const {
         const int64_t steps = base_steps() + branch_steps_;
         if (p_.bias.data)
@@ -267,11 +288,13 @@ private:
                 const auto* bias = static_cast<const Pointee<decltype(type)>*>(p_.bias.data);
                 widen_rows(bias + n0, 0, 1, outputs, nullptr, 0, scratch.bias, 0);
             });
-        const Nf4Weight weight = has_base_ ? rounded_once(*p_.weight, p_.compute_dtype) : Nf4Weight{};
         for (int64_t n = 0; n < outputs; n += kPanelSide) {
             const int64_t some = min_of<int64_t>(kPanelSide, outputs - n);
             BFloat16* panel = scratch.weight + n / kPanelSide * panel_elements(steps);
-            if (has_base_) decode_panel(weight, n0 + n, some, panel, scratch.absmax);
+            if (has_base_)
+                dispatch_weight(p_, [&](const auto& weight) {
+                    decode_panel(weight, n0 + n, some, p_.k, panel, scratch.absmax);
+                });
             pack_B(n0 + n, some, panel + panel_elements(base_steps()));
         }
         for (int64_t row = 0; row < rows; row += kPanelSide) {
@@ -280,15 +303,15 @@ private:
             for (int64_t n = 0; n < outputs; n += kPanelSide) {
                 multiply_panels(scratch.weight + n / kPanelSide * panel_elements(steps), outputs - n, x, count, steps,
                                 scratch.sums, kPanelSide, false);
-                store_y(row0 + row, count, n0 + n, min_of<int64_t>(kPanelSide, outputs - n),
-                        p_.bias.data ? scratch.bias + n : nullptr, scratch);
+                transpose_sums(count, scratch);
+                store_y(p_, scratch.tile, kPanelSide, row0 + row, count, n0 + n,
+                        min_of<int64_t>(kPanelSide, outputs - n), p_.bias.data ? scratch.bias + n : nullptr);
             }
         }
     }
 
     // sums holds yᵀ.
-    void store_y(int64_t row, int64_t rows, int64_t n, int64_t outputs, const float* bias,
-                 const Scratch& scratch) const {
+    static void transpose_sums(int64_t rows, const Scratch& scratch) {
         for (int i = 0; i < kPanelSide; i += kTileSide)
             for (int j = 0; j < min_of<int64_t>(rows, kPanelSide); j += kTileSide) {
                 U32 square[kLanes];
@@ -296,12 +319,6 @@ private:
                 transpose(square);
                 for (int l = 0; l < kLanes; ++l) store_vector(scratch.tile + (j + l) * kPanelSide + i, square[l]);
             }
-        dispatch_dtype(p_.y.dtype, [&](auto* type) {
-            using T = Pointee<decltype(type)>;
-            const T* add = p_.add.data ? static_cast<const T*>(row_of(p_.add, row, n)) : nullptr;
-            store_rows(scratch.tile, kPanelSide, rows, outputs, bias, add, p_.add.stride,
-                       static_cast<T*>(p_.y.data) + row * p_.y.stride + n, p_.y.stride);
-        });
     }
 
     const LoraLinearForwardParams& p_;
@@ -310,16 +327,18 @@ private:
 class TileBackward : TileProduct {
 public:
     explicit TileBackward(const LoraLinearBackwardParams& params)
-        : TileProduct(params, params.grad_y, params.n, params.k, params.weight && params.grad_x.data,
-                      &LoraAdapter::lora_B, &LoraAdapter::lora_A),
-          p_(params) {
+        : TileProduct(params, params.grad_y, params.n, params.k,
+                      has_weight(params) && (params.grad_x.data || params.grad_scale_k), &LoraAdapter::lora_B,
+                      &LoraAdapter::lora_A),
+          p_(params),
+          scales_(params, kPanelSide) {
         for (int a = 0; a < p_.num_adapters; ++a) {
             wants_A_ |= adapter(a).grad_A != nullptr;
             wants_B_ |= adapter(a).grad_B != nullptr;
             reduce_panels_ += divide_up(reduce_rows(a), kPanelSide);
             reduce_rows_ = max_of(reduce_rows_, reduce_rows(a));
         }
-        wants_x_ = p_.grad_x.data != nullptr;
+        wants_x_ = p_.grad_x.data || p_.grad_scale_k;
         wants_ds_ = p_.num_adapters > 0 && (wants_A_ || wants_x_);
     }
 
@@ -333,6 +352,7 @@ public:
         const int64_t reduce = reduce_panels_ * panel_elements(row_steps());
         reduce_A_ = arena.take<BFloat16>(wants_A_ ? reduce : 0);
         reduce_B_ = arena.take<BFloat16>(wants_B_ ? reduce : 0);
+        scales_.lay_out(arena);
         const int64_t worker_bytes = Scratch(nullptr, *this).bytes;
         char* workers = arena.take<char>(p_.threads * worker_bytes);
         if (!p_.workspace) {
@@ -348,7 +368,8 @@ public:
             for_each_panel(first, rows, [&](int64_t row, int64_t count, int worker) {
                 if (wants_ds_ || wants_x_) {
                     BFloat16* panel = input_panel(first, row);
-                    pack_left_panel(bf16_row(p_.grad_y, row), p_.grad_y.stride, count, p_.n, panel);
+                    const Bf16Rows grad_y = scaled(row, count, p_.scale_n, scratch(worker).scaled);
+                    pack_left_panel(grad_y.data, grad_y.stride, count, p_.n, panel);
                     // The reduction of the base product is padded to whole blocks.
                     const int64_t packed = divide_up(p_.n, kTileDepth);
                     memset(static_cast<void*>(panel + panel_elements(packed)), 0,
@@ -357,6 +378,7 @@ public:
                 }
                 if (wants_A_) pack_reduced(row, count, ds_, reduce_A_, scratch(worker));
                 if (wants_B_) pack_reduced(row, count, p_.s, reduce_B_, scratch(worker));
+                scales_.add_grad_y(row, count);
             });
             if (!wants_x_) continue;
             for_each_task(first, rows, [&](int64_t k0, int64_t outputs, int64_t row, int64_t count, int worker) {
@@ -372,6 +394,7 @@ public:
             else
                 make_grad_B((task - tasks_A) * kPanelSide, scratch(worker));
         });
+        scales_.finish();
     }
 
 private:
@@ -385,6 +408,7 @@ private:
             sums = arena.take<float>(max_of<int64_t>(kPanelSide, reduce_rows) * kPanelSide);
             tile = arena.take<float>(max_of<int64_t>(kPanelSide, reduce_rows) * kPanelSide);
             terms = arena.take<BFloat16>(2 * reduce_rows + kPanelSide);
+            scaled = arena.take<BFloat16>(b.p_.scale_n ? kPanelSide * b.p_.n : 0);
             bytes = arena.used();
         }
         BFloat16* weight;  // right panels of W and A
@@ -392,6 +416,7 @@ private:
         float* sums;
         float* tile;
         BFloat16* terms;
+        BFloat16* scaled;  // rows of dy
         int64_t bytes;
     };
 
@@ -487,19 +512,19 @@ private:
         }
     }
 
-    // dx = dy W + mask ⊙ (ds A) for some columns of some rows
+    // dx = dy W + mask ⊙ (ds A), or dx = scale_k ⊙ (dy W), for some columns of some rows
     void make_grad_x(int64_t first, int64_t k0, int64_t outputs, int64_t row0, int64_t rows,
                      const Scratch& scratch) const {
         const int64_t steps = base_steps() + branch_steps_;
-        if (has_base_) {
-            const Nf4Weight weight = rounded_once(*p_.weight, p_.compute_dtype);
+        if (has_base_)
             // A line of codes holds the columns of four panels.
             for (int64_t n = 0; n < p_.n; n += kPackDepth)
                 for (int64_t k = 0; k < outputs; k += kPanelSide)
-                    decode_right(weight, k0 + k, min_of<int64_t>(kPanelSide, outputs - k), n,
-                                 min_of(kPackDepth, p_.n - n),
-                                 scratch.weight + k / kPanelSide * panel_elements(steps) + n * kPanelSide);
-        }
+                    dispatch_weight(p_, [&](const auto& weight) {
+                        decode_right(weight, k0 + k, min_of<int64_t>(kPanelSide, outputs - k), n,
+                                     min_of(kPackDepth, p_.n - n),
+                                     scratch.weight + k / kPanelSide * panel_elements(steps) + n * kPanelSide);
+                    });
         for (int64_t k = 0; k < outputs; k += kPanelSide) {
             BFloat16* panel = scratch.weight + k / kPanelSide * panel_elements(steps);
             const int64_t packed = divide_up(p_.n, kTileDepth);
@@ -544,10 +569,13 @@ private:
             started = true;
             step += branch_steps_of(a);
         }
+        scales_.add_grad_x(sums, kPanelSide, row, rows, k, columns);
+        if (!p_.grad_x.data) return;
         dispatch_dtype(p_.grad_x.dtype, [&](auto* type) {
             using T = Pointee<decltype(type)>;
             const T* add = p_.add.data ? static_cast<const T*>(row_of(p_.add, row, k)) : nullptr;
             store_rows(sums, kPanelSide, rows, columns, nullptr, add, p_.add.stride,
+                       p_.scale_k ? p_.scale_k + k : nullptr,
                        static_cast<T*>(p_.grad_x.data) + row * p_.grad_x.stride + k, p_.grad_x.stride);
         });
     }
@@ -598,6 +626,7 @@ private:
     }
 
     const LoraLinearBackwardParams& p_;
+    ScaleGradients scales_;
     bool wants_A_ = false, wants_B_ = false, wants_x_ = false, wants_ds_ = false;
     int64_t reduce_panels_ = 0;     // of all adapters
     int64_t reduce_rows_ = 0;       // the most that an adapter has: term · rank

@@ -113,6 +113,19 @@ def test_empty(shape, base):
         assert error(value, wanted[name]) <= tolerances.FP32_SUM, name
 
 
+@pytest.mark.parametrize("sides", SIDES, ids=side_id)
+@pytest.mark.parametrize("x_dtype", DTYPES, ids=short)
+@pytest.mark.parametrize("base", ["nf4", "dense"])
+def test_without_gradients(base, x_dtype, sides):
+    for rows in (2, 30):
+        case = make_case(rows, 40, 128, sides, x_dtype, base=base)
+        with torch.no_grad():
+            y = ia3_linear(case.x, case.weight, case.bias, case.l_in, case.l_out)
+        assert y.dtype == x_dtype
+        tolerance = tolerances.product(x_dtype, x_dtype) + 2 * tolerances.ROUNDING[x_dtype]
+        assert_close(y, expected(case)["y"], tolerance)
+
+
 def test_leading_dimensions():
     case = make_case(12, 40, 128)
     wanted = run(case)

@@ -77,17 +77,20 @@ struct TileSums {
         if constexpr (kLeft == 2) _tile_stored(2, sums + kTileSide * stride, stride * 4);
         if constexpr (kLeft == 2 && kRight == 2) _tile_stored(3, sums + kTileSide * stride + kTileSide, stride * 4);
     }
-    // Adds the product of one step of two panels, whose second tiles are not read where they are not wanted.
-    static void add_step(const BFloat16* left, const BFloat16* right) {
-        _tile_loadd(4, left, 64);
-        _tile_loadd(6, right, 64);
+    // Adds the product of one step. The second tiles, which are not read where they are not wanted, are 16 rows below
+    // the first one (left) and `next_right` bytes after it (right); strides are in bytes.
+    static void add_step(const void* left, int64_t left_stride, const void* right, int64_t right_stride,
+                         int64_t next_right) {
+        const char *left_bytes = static_cast<const char*>(left), *right_bytes = static_cast<const char*>(right);
+        _tile_loadd(4, left_bytes, left_stride);
+        _tile_loadd(6, right_bytes, right_stride);
         _tile_dpbf16ps(0, 4, 6);
         if constexpr (kRight == 2) {
-            _tile_loadd(7, right + kTileElements, 64);
+            _tile_loadd(7, right_bytes + next_right, right_stride);
             _tile_dpbf16ps(1, 4, 7);
         }
         if constexpr (kLeft == 2) {
-            _tile_loadd(5, left + kTileElements, 64);
+            _tile_loadd(5, left_bytes + kTileSide * left_stride, left_stride);
             _tile_dpbf16ps(2, 5, 6);
         }
         if constexpr (kLeft == 2 && kRight == 2) _tile_dpbf16ps(3, 5, 7);
@@ -103,7 +106,7 @@ inline void multiply_panels(const BFloat16* left, const BFloat16* right, int64_t
     else
         Sums::zero();
     for (int64_t step = 0; step < steps; ++step, left += kPanelStep, right += kPanelStep)
-        Sums::add_step(left, right);
+        Sums::add_step(left, 64, right, 64, kTileElements * sizeof(BFloat16));
     Sums::store(sums, stride);
 }
 

@@ -88,6 +88,18 @@ inline float horizontal_sum(F32 v) {
     return lanes[0];
 }
 
+// Whether a comparison holds in some lane.
+inline bool any(I32 comparison) {
+#if defined(__AVX512F__)
+    return _mm512_test_epi32_mask((__m512i)comparison, (__m512i)comparison);
+#else
+    int32_t lanes[kLanes], some = 0;
+    memcpy(lanes, &comparison, sizeof lanes);
+    for (int32_t lane : lanes) some |= lane;
+    return some;
+#endif
+}
+
 // ---- Conversions --------------------------------------------------------------------------------------------------
 
 inline F32 widen_bf16(U16 bits) { return (F32)(__builtin_convertvector(bits, U32) << 16); }

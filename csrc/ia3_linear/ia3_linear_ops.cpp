@@ -67,7 +67,7 @@ std::tuple<Tensor, Tensor> forward(Tensor x, std::optional<Tensor> dense, std::o
     if (params.m == 0 || params.n == 0) return {y, unscaled};
     params.y = {y.mutable_data_ptr(), check_float_dtype(y, "out_dtype"), params.n};
     if (keeps_unscaled) params.unscaled = {unscaled.mutable_data_ptr(), params.y.dtype, params.n};
-    run_with_workspace(&dispatch::lora_linear_forward, params, x);
+    run_cpu(&dispatch::lora_linear_forward, params, x);
     return {y, unscaled};
 }
 
@@ -114,7 +114,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(Tensor grad_y, std::optional<Tensor>
     if (grad_l_in.numel() > 0) params.grad_scale_k = static_cast<float*>(grad_l_in.mutable_data_ptr());
     if (grad_l_out.numel() > 0) params.grad_scale_n = static_cast<float*>(grad_l_out.mutable_data_ptr());
     if (params.grad_x.data || params.grad_scale_k || params.grad_scale_n)
-        run_with_workspace(&dispatch::lora_linear_backward, params, grad_y);
+        run_cpu(&dispatch::lora_linear_backward, params, grad_y);
     return {grad_x, grad_l_in, grad_l_out};
 }
 

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "common/microkernel.h"
+#include "common/workspace.h"
 #include "lora_linear/lora_linear.h"
 #include "lora_linear/lora_linear_plan.h"
 #include "nf4/nf4_decode.h"
@@ -10,28 +11,6 @@
 namespace peft_kernels {
 namespace PEFT_KERNELS_ISA {
 namespace {
-
-// Hands out aligned parts of a workspace; with a null base it only counts.
-class Arena {
-public:
-    explicit Arena(void* base) : base_(static_cast<char*>(base)) {}
-
-    template <class T>
-    T* take(int64_t count) {
-        char* p = base_ ? base_ + used_ : nullptr;
-        used_ += divide_up(count * static_cast<int64_t>(sizeof(T)), 64) * 64;
-        return reinterpret_cast<T*>(p);
-    }
-    int64_t used() const { return used_; }
-
-private:
-    char* base_;
-    int64_t used_ = 0;
-};
-
-inline const void* row_of(const ConstMatrix& matrix, int64_t row, int64_t column = 0) {
-    return static_cast<const char*>(matrix.data) + (row * matrix.stride + column) * size_of(matrix.dtype);
-}
 
 inline Dropout dropout_of(const LoraAdapter& adapter) { return {adapter.seed, adapter.dropout}; }
 

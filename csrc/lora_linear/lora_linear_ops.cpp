@@ -100,7 +100,7 @@ std::tuple<Tensor, Tensor> forward(Tensor x, std::optional<Tensor> codes, std::o
     if (!params.weight && params.num_adapters == 0) bad_argument("codes", "none", "a weight, or at least one adapter");
     params.y = {y.mutable_data_ptr(), check_float_dtype(y, "out_dtype"), params.n};
     params.s = static_cast<float*>(s.mutable_data_ptr());
-    run_with_workspace(&dispatch::lora_linear_forward, params, x);
+    run_cpu(&dispatch::lora_linear_forward, params, x);
     return {y, s};
 }
 
@@ -174,8 +174,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(Tensor grad_y, std::optional<Tensor>
         return {grad_x, grad_A, grad_B};
     }
     if (wants_x) params.grad_x = {grad_x.mutable_data_ptr(), check_float_dtype(grad_x, "x_dtype"), params.k};
-    if ((wants_x && params.k > 0) || size_A > 0 || size_B > 0)
-        run_with_workspace(&dispatch::lora_linear_backward, params, grad_y);
+    if ((wants_x && params.k > 0) || size_A > 0 || size_B > 0) run_cpu(&dispatch::lora_linear_backward, params, grad_y);
     return {grad_x, grad_A, grad_B};
 }
 

@@ -6,13 +6,14 @@ FlashAttention's: Dao et al. 2022 (arXiv:2205.14135).
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from .. import _extension  # noqa: F401
-from ..testing.reference.ia3_attention import ia3_attention as _reference
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -62,13 +63,116 @@ def ia3_attention(
         ValueError: a shape, dtype, device or number that does not fit; it names the argument, what it got and what it
             wanted.
     """
+    if q.device.type != "meta" and torch.is_autocast_enabled(q.device.type):
+        q, k, v = (x.to(torch.get_autocast_dtype(q.device.type)) for x in (q, k, v))
     _check(q, k, v, l_q, l_k, l_v, scale, window, key_padding_mask, attn_mask, prefix_k, prefix_v, rope)
-    dtype = torch.float64 if q.dtype is torch.float64 else torch.float32
-    out = _reference(
-        q, k, v, l_q, l_k, l_v, scale=scale, causal=causal, window=window, key_padding_mask=key_padding_mask,
-        attn_mask=attn_mask, prefix_k=prefix_k, prefix_v=prefix_v, rope=rope, dtype=dtype,
+    if attn_mask is not None:
+        attn_mask = attn_mask.expand(*q.shape[:3], k.shape[2])
+    cos, sin = (None, None) if rope is None else (_angles(part) for part in rope)
+    call = _Call(
+        float(q.shape[3] ** -0.5 if scale is None else scale), causal, window or 0,
+        None if key_padding_mask is None else key_padding_mask.contiguous(), attn_mask, cos, sin,
     )  # fmt: skip
-    return out.to(q.dtype).transpose(1, 2).contiguous().transpose(1, 2)
+    tensors = *(_dense(x) for x in (q, k, v)), l_q, l_k, l_v, prefix_k, prefix_v
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors):
+        out = _IA3Attention.apply(call, *tensors)
+    else:
+        out, _, _ = call.forward(*_prepared(tensors))
+    return out.transpose(1, 2)
+
+
+def _dense(x: Tensor | None) -> Tensor | None:
+    """The kernels take rows at any distance, but no gaps within them."""
+    return x if x is None or x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+def _angles(part: Tensor) -> Tensor:
+    """[B or 1, S_k, R]."""
+    return (part if part.dim() == 3 else part[None]).float().contiguous()
+
+
+def _prepared(tensors: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
+    """q, k, v, l_q, l_k, l_v, prefix_k, prefix_v as the ops take them."""
+    q, k, v, *scales, prefix_k, prefix_v = tensors
+    scales = (None if l is None else l.float().reshape(-1) for l in scales)  # noqa: E741
+    return q, k, v, *scales, _dense(prefix_k), _dense(prefix_v)
+
+
+@dataclass(frozen=True)
+class _Call:
+    """What one call shares between its forward and its backward, tensors with gradients apart."""
+
+    scale: float
+    causal: bool
+    window: int
+    key_padding_mask: Tensor | None
+    attn_mask: Tensor | None
+    cos: Tensor | None
+    sin: Tensor | None
+
+    def arguments(self, q, k, v, l_q, l_k, l_v, prefix_k, prefix_v) -> tuple:
+        """The arguments that both ops have."""
+        return (
+            q, k, v, l_q, l_k, l_v, self.scale, self.causal, self.window, self.key_padding_mask, self.attn_mask,
+            prefix_k, prefix_v, self.cos, self.sin,
+        )  # fmt: skip
+
+    def forward(self, *tensors: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Returns out and the real keys' share of it before l_v, [B, S_q, H, D], and the log-sum-exp [B, H, S_q]."""
+        return torch.ops.peft_kernels.ia3_attention_forward(*self.arguments(*tensors))
+
+
+class _IA3Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, call, *tensors):
+        prepared = _prepared(tensors)
+        out, out_real, lse = call.forward(*prepared)
+        l_v, prefix_k = prepared[5:7]
+        # l_v's gradient wants the output before it, the softmax's wants the whole: with a prefix they are two.
+        keeps_out, keeps_real = l_v is None or prefix_k is not None, l_v is not None
+        ctx.save_for_backward(*prepared, out if keeps_out else None, out_real if keeps_real else None, lse)
+        ctx.call = call
+        ctx.originals = [None if x is None else (x.shape, x.dtype) for x in tensors]
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_out):
+        *prepared, out, out_real, lse = ctx.saved_tensors
+        wants = list(ctx.needs_input_grad[1:])
+        grads = torch.ops.peft_kernels.ia3_attention_backward(
+            _dense(grad_out).transpose(1, 2), *ctx.call.arguments(*prepared), out, out_real, lse, wants
+        )
+        grads = [*(grad.transpose(1, 2) for grad in grads[:3]), *grads[3:]]
+        return None, *(
+            grad.reshape(original[0]).to(original[1]) if want else None
+            for grad, original, want in zip(grads, ctx.originals, wants, strict=True)
+        )
+
+
+@torch.library.register_fake("peft_kernels::ia3_attention_forward")
+def _(q, k, v, l_q, l_k, l_v, scale, causal, window, key_padding_mask, attn_mask, prefix_k, prefix_v, cos, sin):
+    batch, heads, num_queries, head_dim = q.shape
+    out = q.new_empty((batch, num_queries, heads, head_dim))
+    real = q.new_empty((0 if l_v is None else batch, num_queries, heads, head_dim))
+    return out, real, q.new_empty((batch, heads, num_queries), dtype=torch.float32)
+
+
+@torch.library.register_fake("peft_kernels::ia3_attention_backward")
+def _(grad_out, q, k, v, l_q, l_k, l_v, scale, causal, window, key_padding_mask, attn_mask, prefix_k, prefix_v, cos,
+      sin, out, out_real, lse, wants):  # fmt: skip
+    def rows(x, want):
+        batch, heads, length, head_dim = x.shape
+        return x.new_empty((batch if want else 0, length, heads, head_dim))
+
+    length = 0 if prefix_k is None else prefix_k.shape[1]
+    kv_heads, head_dim = k.shape[1], q.shape[3]
+    counts = (q.shape[1] * head_dim, kv_heads * head_dim, kv_heads * head_dim)
+    return (
+        *(rows(x, want) for x, want in zip((q, k, v), wants[:3], strict=True)),
+        *(q.new_empty((n if want else 0,), dtype=torch.float32) for n, want in zip(counts, wants[3:6], strict=True)),
+        *(q.new_empty((kv_heads if want else 0, length, head_dim), dtype=torch.float32) for want in wants[6:]),
+    )
 
 
 def _check(q, k, v, l_q, l_k, l_v, scale, window, key_padding_mask, attn_mask, prefix_k, prefix_v, rope) -> None:

@@ -28,7 +28,11 @@ from .. import cpu
 
 # Packages whose layers can be fused, with the modules here that fuse them. None of them is imported before a model
 # that is made of its layers has imported it.
-_PACKAGES = {"bitsandbytes": ("bitsandbytes",), "peft": ("peft", "peft_ia3")}
+_PACKAGES = {
+    "bitsandbytes": ("bitsandbytes",),
+    "transformers": ("transformers",),
+    "peft": ("peft", "peft_ia3", "peft_prefix"),
+}
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -42,6 +46,11 @@ class FusedLayer:
     stock: ClassVar[type[nn.Module]]
     # Attributes that exist only on a fused instance, and that `restore` drops.
     own_state: ClassVar[tuple[str, ...]] = ()
+
+    @classmethod
+    def applies(cls, layer: nn.Module) -> bool:
+        """Whether the stock layer does what can be fused at all; the report passes over one that does not."""
+        return True
 
     @classmethod
     def why_not(cls, layer: nn.Module) -> str | None:
@@ -198,7 +207,7 @@ def accelerate(model: nn.Module) -> Report:
     remarks: dict[nn.Module, str] = {}
     for module in model.modules():
         fused = _table.get(type(module))
-        if fused is None:
+        if fused is None or not fused.applies(module):
             continue
         reasons[module] = reason = _why_not(fused, module)
         if reason is None:
@@ -247,7 +256,9 @@ def _check_module(model: Any) -> None:
 def _load_packages() -> None:
     for package, modules in _PACKAGES.items():
         for module in modules if package in sys.modules else ():
-            importlib.import_module(f"{__package__}.{module}")
+            loaded = importlib.import_module(f"{__package__}.{module}")
+            if hasattr(loaded, "register_loaded"):  # a package whose layers' modules come one by one
+                loaded.register_loaded()
 
 
 def _why_not(fused: type[FusedLayer], module: nn.Module) -> str | None:

@@ -56,9 +56,10 @@ class Backward {
 public:
     explicit Backward(const Ia3AttentionBackwardParams& params)
         : p_(params),
-          problem_(params),
+          arena_(params.workspace),
           plan_(ia3_attention_plan(params)),
           dim_(round_up(params.head_dim, Products::kMultiple)),
+          problem_(params, dim_, arena_),
           blocks_(divide_up(params.num_queries, kQueries)),
           key_blocks_(divide_up(params.num_keys, kAttentionKeys)),
           split_keys_(divide_up(key_blocks_, plan_.key_splits) * kAttentionKeys),
@@ -72,28 +73,28 @@ public:
         Arena counting(nullptr);
         Scratch{counting, *this, 0};
         const int64_t scratch_bytes = counting.used();
-        Arena arena(p_.workspace);
-        char* scratches = arena.take<char>(scratch_bytes * p_.threads);
-        // Sums of the scales' gradients, by what was made of them in one order: [slot][head][dim].
+        char* scratches = arena_.take<char>(scratch_bytes * p_.threads);
+        const auto take = [&](bool wanted, int64_t count) { return wanted ? arena_.take<float>(count) : nullptr; };
+        // Sums of the scales' gradients, by what was added up in one order: [slot][head][dim].
         const int64_t sums = slots_ * p_.heads * dim_;
         const int64_t key_slots = plan_.batch_parts * plan_.key_splits;
-        float* cleared = arena.take<float>(0);
-        l_q_sums_ = arena.take<float>(p_.grad_l_q ? sums : 0);
-        l_k_sums_ = arena.take<float>(p_.grad_l_k ? (p_.rope.cos ? key_slots * p_.kv_heads * dim_ : sums) : 0);
-        l_v_sums_ = arena.take<float>(p_.grad_l_v ? plan_.batch_parts * p_.heads * dim_ : 0);
-        const char* cleared_end = arena.take<char>(0);
+        char* cleared = arena_.take<char>(0);
+        l_q_sums_ = take(p_.grad_l_q, sums);
+        l_k_sums_ = take(p_.grad_l_k, p_.rope.cos ? key_slots * p_.kv_heads * dim_ : sums);
+        l_v_sums_ = take(p_.grad_l_v, plan_.batch_parts * p_.heads * dim_);
+        const char* cleared_end = arena_.take<char>(0);
         // Of each part of the batch: [part][kv_head][prefix_length][head_dim].
         const int64_t prefix = plan_.batch_parts * p_.kv_heads * p_.prefix_length * p_.head_dim;
-        prefix_k_sums_ = arena.take<float>(p_.grad_prefix_k ? prefix : 0);
-        prefix_v_sums_ = arena.take<float>(p_.grad_prefix_v ? prefix : 0);
+        prefix_k_sums_ = take(p_.grad_prefix_k, prefix);
+        prefix_v_sums_ = take(p_.grad_prefix_v, prefix);
         // The queries' gradients by each split of the keys, where there are several.
-        split_sums_ = arena.take<float>(
-            plan_.key_splits > 1 && wants_q_ ? plan_.key_splits * p_.batch * p_.heads * blocks_ * query_sums() : 0);
+        split_sums_ = take(plan_.key_splits > 1 && wants_q_,
+                           plan_.key_splits * p_.batch * p_.heads * blocks_ * query_sums());
         if (!p_.workspace) {
-            *p_.workspace_bytes = arena.used();
+            *p_.workspace_bytes = arena_.used();
             return;
         }
-        memset(cleared, 0, cleared_end - reinterpret_cast<char*>(cleared));
+        memset(cleared, 0, cleared_end - cleared);
         parallel_for_each(p_.kv_heads * plan_.batch_parts * plan_.key_splits, [&](int64_t task, int worker) {
             Arena own(scratches + worker * scratch_bytes);
             const int64_t split = task % plan_.key_splits, kv_head = task / plan_.key_splits % p_.kv_heads;
@@ -220,9 +221,9 @@ private:
             pack_steps<Products>(scratch.rows, dim_, row / Products::kStepElements, kSteps, packed.steps);
         };
         const HeadRows grad = problem_.plain(p_.grad_out, batch, head, p_.num_queries);
-        const HeadRows out =
-            problem_.plain(p_.l_v && !p_.prefix_length ? p_.out_real : p_.out, batch, head, p_.num_queries);
-        const float* l_v = problem_.scale(p_.l_v, head / problem_.group);
+        const HeadRows out_real = problem_.plain(p_.out_real, batch, head, p_.num_queries);
+        const HeadRows out = problem_.plain(p_.out, batch, head, p_.num_queries);
+        const float* l_v = problem_.scale(problem_.l_v, head / problem_.group);
         for (int64_t row = 0; row < kQueries; row += kRows) {
             problem_.queries(batch, head).fetch(query + row, kRows, dim_, scratch.rows);
             pack(row, scratch.q);
@@ -231,27 +232,34 @@ private:
                 pack(row, scratch.prefix_q);
             }
             grad.fetch(query + row, kRows, dim_, scratch.rows);
-            if (l_v_sums) {
-                problem_.plain(p_.out_real, batch, head, p_.num_queries)
-                    .fetch(query + row, kRows, dim_, scratch.other_rows);
-                for (int64_t i = 0; i < kRows; ++i)
-                    for (int64_t c = 0; c < dim_; ++c)
-                        l_v_sums[c] += scratch.rows[i * dim_ + c] * scratch.other_rows[i * dim_ + c];
-            }
             if (l_v && has_prefix) pack(row, scratch.prefix_grad);
-            out.fetch(query + row, kRows, dim_, scratch.other_rows);
-            if (p_.prefix_length) sum_rows(scratch, row);
-            if (l_v)
-                for (int64_t i = 0; i < kRows; ++i)
-                    for (int64_t c = 0; c < p_.head_dim; ++c) {
-                        float& value = scratch.rows[i * dim_ + c];
-                        value = Products::round(value * l_v[c]);
-                    }
-            if (!p_.prefix_length) sum_rows(scratch, row);
+            if (!l_v || p_.prefix_length) {
+                out.fetch(query + row, kRows, dim_, scratch.other_rows);
+                sum_rows(scratch, row);
+            }
+            if (l_v) {
+                out_real.fetch(query + row, kRows, dim_, scratch.other_rows);
+                scale_grad(scratch, l_v, l_v_sums);
+                if (!p_.prefix_length) sum_rows(scratch, row);
+            }
             pack(row, scratch.grad);
         }
         const float* lse = p_.lse + (batch * p_.heads + head) * p_.num_queries + query;
         for (int64_t i = 0; i < kQueries; ++i) scratch.lse[i] = query + i < p_.num_queries ? lse[i] * kLog2E : 0;
+    }
+
+    // Multiplies rows of the output's gradient with l_v, and adds up l_v's gradient if that is wanted.
+    void scale_grad(const Scratch& scratch, const float* l_v, float* l_v_sums) const {
+        for (int64_t c = 0; c < dim_; c += kLanes) {
+            F32 sum{};
+            for (int64_t row = 0; row < Products::kMultiple; ++row) {
+                float* at = scratch.rows + row * dim_ + c;
+                const F32 grad = load(at);
+                sum = fma(grad, load(scratch.other_rows + row * dim_ + c), sum);
+                store(at, Products::round(grad * load(l_v + c)));
+            }
+            if (l_v_sums) store(l_v_sums + c, load(l_v_sums + c) + sum);
+        }
     }
 
     // delta: the output times its gradient, of kMultiple rows. The gradient is the one that the products see: what its
@@ -322,54 +330,74 @@ private:
     void finish_queries(int64_t batch, int64_t head, int64_t query, const float* sums, int64_t slot,
                         const Scratch& scratch) const {
         const int64_t count = min_of<int64_t>(kQueries, p_.num_queries - query);
-        const float* l_q = problem_.scale(p_.l_q, head);
-        const float* l_k = problem_.folds_l_k() ? problem_.scale(p_.l_k, head / problem_.group) : nullptr;
-        float* l_q_sums = l_sums(l_q_sums_, slot, head);
-        float* l_k_sums = problem_.folds_l_k() ? l_sums(l_k_sums_, slot, head) : nullptr;
-        transpose_sums(sums, dim_, kQueries, kQueries, scratch.rows, dim_);
-        if (prefix_apart_) transpose_sums(sums + dim_ * kQueries, dim_, kQueries, kQueries, scratch.other_rows, dim_);
+        const bool folds = problem_.folds_l_k();
+        const float* l_q = problem_.scale(problem_.l_q, head);
+        const float* l_k = folds ? problem_.scale(problem_.l_k, head / problem_.group) : nullptr;
+        float *grads = scratch.rows, *others = scratch.other_rows;
+        transpose_sums(sums, dim_, kQueries, kQueries, grads, dim_);
         const HeadRows q = problem_.plain(p_.q, batch, head, p_.num_queries);
-        const Angles angles = angles_of(p_.rope, batch, p_.num_keys - p_.num_queries);
-        float* q_row = scratch.scores;  // free by now, and large enough for a row
-        for (int64_t row = 0; row < count; ++row) {
-            float* grad = scratch.rows + row * dim_;
-            const float* prefix_grad = scratch.other_rows + row * dim_;
-            if (l_q_sums || l_k_sums) q.fetch(query + row, 1, dim_, q_row);
-            for (int64_t c = 0; c < p_.head_dim; ++c) {
-                grad[c] *= p_.scale;
-                if (l_k_sums) l_k_sums[c] += grad[c] * q_row[c] * (l_q ? l_q[c] : 1.0f);
-                if (l_k) grad[c] *= l_k[c];
-                if (prefix_apart_) grad[c] += prefix_grad[c] * p_.scale;
+        if (folds && l_k_sums_) {
+            q.fetch(query, count, dim_, others);
+            add_column_products(grads, others, count, p_.scale, l_q, l_sums(l_k_sums_, slot, head));
+        }
+        if (prefix_apart_) transpose_sums(sums + dim_ * kQueries, dim_, kQueries, kQueries, others, dim_);
+        for (int64_t i = 0; i < count * dim_; i += kLanes) {
+            F32 grad = load(grads + i);
+            if (l_k) grad *= load(l_k + i % dim_);
+            if (prefix_apart_) grad += load(others + i);
+            store(grads + i, grad * p_.scale);
+        }
+        if (const Angles angles = angles_of(p_.rope, batch, p_.num_keys - p_.num_queries); angles.cos)
+            for (int64_t row = 0; row < count; ++row) rotate(angles, query + row, true, grads + row * dim_);
+        if (l_q_sums_) {
+            q.fetch(query, count, dim_, others);
+            add_column_products(grads, others, count, 1.0f, nullptr, l_sums(l_q_sums_, slot, head));
+        }
+        if (l_q) multiply_rows(grads, count, l_q);
+        if (p_.grad_q.data) store_head_rows(grads, count, dim_, p_.head_dim, p_.grad_q, batch, head, query);
+    }
+
+    // The same for the keys of a task.
+    void finish_keys(int64_t batch, int64_t kv_head, int64_t count, int64_t slot, const Scratch& scratch) const {
+        const BackwardKeys<Products>& keys = scratch.keys;
+        const Angles angles = angles_of(p_.rope, batch, 0);
+        for (int64_t i = 0; i < count * dim_; i += kLanes)
+            store(keys.grad_rows + i, load(keys.grad_rows + i) * p_.scale);
+        if (angles.cos) {
+            for (int64_t row = 0; row < count; ++row)
+                rotate(angles, keys.first_key + row, true, keys.grad_rows + row * dim_);
+            const HeadRows k = problem_.plain(p_.k, batch, kv_head, p_.num_keys);
+            for (int64_t row = 0; l_k_sums_ && row < count; row += kQueries) {
+                const int64_t rows = min_of<int64_t>(kQueries, count - row);
+                k.fetch(keys.first_key + row, rows, dim_, scratch.rows);
+                add_column_products(keys.grad_rows + row * dim_, scratch.rows, rows, 1.0f, nullptr,
+                                    l_k_sums_ + (slot * p_.kv_heads + kv_head) * dim_);
             }
-            if (angles.cos) rotate(angles, query + row, true, grad);
-            for (int64_t c = 0; c < p_.head_dim; ++c) {
-                if (l_q_sums) l_q_sums[c] += grad[c] * q_row[c];
-                if (l_q) grad[c] *= l_q[c];
-            }
-            if (p_.grad_q.data) store_row(grad, p_.head_dim, p_.grad_q, batch, head, query + row);
+            if (p_.l_k) multiply_rows(keys.grad_rows, count, problem_.scale(problem_.l_k, kv_head));
+        }
+        const auto store_result = [&](const float* rows, const Heads& result) {
+            if (result.data) store_head_rows(rows, count, dim_, p_.head_dim, result, batch, kv_head, keys.first_key);
+        };
+        store_result(keys.grad_rows, p_.grad_k);
+        store_result(keys.grad_values, p_.grad_v);
+    }
+
+    // sums[column] += factor * scales[column] * Σ a[row][column] * b[row][column]; scales may be null.
+    void add_column_products(const float* a, const float* b, int64_t rows, float factor, const float* scales,
+                             float* sums) const {
+        for (int64_t c = 0; c < dim_; c += kLanes) {
+            F32 sum{};
+            for (int64_t row = 0; row < rows; ++row)
+                sum = fma(load(a + row * dim_ + c), load(b + row * dim_ + c), sum);
+            sum *= factor;
+            if (scales) sum *= load(scales + c);
+            store(sums + c, load(sums + c) + sum);
         }
     }
 
-    void finish_keys(int64_t batch, int64_t kv_head, int64_t count, int64_t slot, const Scratch& scratch) const {
-        const BackwardKeys<Products>& keys = scratch.keys;
-        const HeadRows k = problem_.plain(p_.k, batch, kv_head, p_.num_keys);
-        const Angles angles = angles_of(p_.rope, batch, 0);
-        const float* l_k = p_.rope.cos ? problem_.scale(p_.l_k, kv_head) : nullptr;
-        float* l_k_sums = p_.rope.cos && l_k_sums_ ? l_k_sums_ + (slot * p_.kv_heads + kv_head) * dim_ : nullptr;
-        for (int64_t row = 0; row < count; ++row) {
-            float* grad = keys.grad_rows + row * dim_;
-            for (int64_t c = 0; c < p_.head_dim; ++c) grad[c] *= p_.scale;
-            if (angles.cos) rotate(angles, keys.first_key + row, true, grad);
-            if (l_k_sums) {
-                k.fetch(keys.first_key + row, 1, dim_, scratch.rows);
-                for (int64_t c = 0; c < p_.head_dim; ++c) l_k_sums[c] += grad[c] * scratch.rows[c];
-            }
-            if (l_k)
-                for (int64_t c = 0; c < p_.head_dim; ++c) grad[c] *= l_k[c];
-            if (p_.grad_k.data) store_row(grad, p_.head_dim, p_.grad_k, batch, kv_head, keys.first_key + row);
-            if (p_.grad_v.data)
-                store_row(keys.grad_values + row * dim_, p_.head_dim, p_.grad_v, batch, kv_head, keys.first_key + row);
-        }
+    void multiply_rows(float* rows, int64_t count, const float* scales) const {
+        for (int64_t row = 0; row < count; ++row, rows += dim_)
+            for (int64_t c = 0; c < dim_; c += kLanes) store(rows + c, load(rows + c) * load(scales + c));
     }
 
     void finish_prefix(int64_t batch_part, int64_t kv_head, const BackwardKeys<Products>& prefix) const {
@@ -422,9 +450,10 @@ private:
     }
 
     const Ia3AttentionBackwardParams& p_;
-    const Problem problem_;
+    Arena arena_;
     const Ia3AttentionPlan plan_;
-    const int64_t dim_;                      // head_dim, padded
+    const int64_t dim_;  // head_dim, padded
+    const Problem problem_;
     const int64_t blocks_;                   // of queries
     const int64_t key_blocks_, split_keys_;  // blocks of all keys; keys of a split
     const int64_t slots_;                    // of sums over queries

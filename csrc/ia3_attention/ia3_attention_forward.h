@@ -102,21 +102,23 @@ class Forward {
 public:
     explicit Forward(const Ia3AttentionForwardParams& params)
         : p_(params),
-          problem_(params),
+          arena_(params.workspace),
           dim_(round_up(params.head_dim, Products::kMultiple)),
-          blocks_(divide_up(params.num_queries, kQueries)) {}
+          blocks_(divide_up(params.num_queries, kQueries)),
+          problem_(params, dim_, arena_) {}
 
-    void run() const {
+    void run() {
         Arena counting(nullptr);
         Scratch{counting, p_, dim_};
         const int64_t bytes = counting.used();
+        char* scratches = arena_.take<char>(bytes * p_.threads);
         if (!p_.workspace) {
-            *p_.workspace_bytes = bytes * p_.threads;
+            *p_.workspace_bytes = arena_.used();
             return;
         }
         const int64_t parts = ia3_attention_plan(p_).parts, units = problem_.group * blocks_;
         parallel_for_each(p_.batch * p_.kv_heads * parts, [&](int64_t task, int worker) {
-            Arena arena(static_cast<char*>(p_.workspace) + worker * bytes);
+            Arena arena(scratches + worker * bytes);
             Scratch scratch(arena, p_, dim_);
             [[maybe_unused]] const typename Products::Unit unit;
             const int64_t part = task % parts, kv_head = task / parts % p_.kv_heads;
@@ -227,27 +229,38 @@ private:
                     sum == 0 ? __builtin_inff() : (max[i - lane] + __builtin_log2f(sum)) / kLog2E;
             }
         }
-        if (!real.empty) transpose_sums(real.sums, dim_, kQueries, kQueries, scratch.rows, dim_);
+        if (real.empty)
+            memset(scratch.rows, 0, kQueries * dim_ * sizeof(float));
+        else
+            transpose_sums(real.sums, dim_, kQueries, kQueries, scratch.rows, dim_);
         if (!prefix.empty) transpose_sums(prefix.sums, dim_, kQueries, kQueries, scratch.prefix_rows, dim_);
-        const float* l_v = p_.l_v ? p_.l_v + head / problem_.group * p_.head_dim : nullptr;
-        for (int64_t row = 0; row < count; ++row) {
-            float* out = scratch.rows + row * dim_;
-            for (int64_t i = 0; i < dim_; ++i) out[i] = real.empty ? 0 : out[i] * real_share[row];
-            if (l_v) {
-                store_row(out, p_.head_dim, p_.out_real, batch, head, query + row);
-                for (int64_t i = 0; i < p_.head_dim; ++i) out[i] *= l_v[i];
+        const float* l_v = problem_.scale(problem_.l_v, head / problem_.group);
+        for (int64_t row = 0; row < count; ++row)
+            for (int64_t c = 0; c < dim_; c += kLanes) {
+                float* at = scratch.rows + row * dim_ + c;
+                store(at, load(at) * real_share[row]);
             }
-            const float* more = scratch.prefix_rows + row * dim_;
-            if (!prefix.empty)
-                for (int64_t i = 0; i < dim_; ++i) out[i] += more[i] * prefix_share[row];
-            store_row(out, p_.head_dim, p_.out, batch, head, query + row);
-        }
+        const auto store_result = [&](const Heads& result) {
+            store_head_rows(scratch.rows, count, dim_, p_.head_dim, result, batch, head, query);
+        };
+        if (l_v) store_result(p_.out_real);
+        if (l_v || !prefix.empty)
+            for (int64_t row = 0; row < count; ++row)
+                for (int64_t c = 0; c < dim_; c += kLanes) {
+                    float* at = scratch.rows + row * dim_ + c;
+                    F32 value = load(at);
+                    if (l_v) value *= load(l_v + c);
+                    if (!prefix.empty) value += load(scratch.prefix_rows + row * dim_ + c) * prefix_share[row];
+                    store(at, value);
+                }
+        store_result(p_.out);
     }
 
     const Ia3AttentionForwardParams& p_;
-    const Problem problem_;
+    Arena arena_;
     const int64_t dim_;     // head_dim, padded
     const int64_t blocks_;  // of queries
+    const Problem problem_;
 };
 
 }  // namespace

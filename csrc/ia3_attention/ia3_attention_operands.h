@@ -51,7 +51,7 @@ struct HeadRows {
     const char* data;
     DType dtype;
     int64_t row_stride, count, head_dim;
-    const float *scale, *other_scale;  // [head_dim] each, or null
+    const float *scale, *other_scale;  // [dim] each, or null
     Angles angles;
 
     // Rows [first, first + rows) as fp32, [row][dim]: zero behind head_dim and behind the last row.
@@ -59,22 +59,25 @@ struct HeadRows {
         const int64_t present = max_of<int64_t>(0, min_of(rows, count - first));
         dispatch_dtype(dtype, [&](auto* type) {
             using T = Pointee<decltype(type)>;
+            // Rows are often far apart, as are the heads' in [B, S, H, D], and then not fetched ahead by the hardware.
+            constexpr int64_t kAhead = 16;
             const T* from = reinterpret_cast<const T*>(data) + first * row_stride;
-            for (int64_t row = 0; row < present; ++row, from += row_stride)
-                fetch_row(from, first + row, out + row * dim, dim);
+            for (int64_t row = 0; row < present; ++row, from += row_stride) {
+                prefetch_row<false>(from + kAhead * row_stride, head_dim);
+                fetch_row(from, first + row, dim, out + row * dim);
+            }
         });
         if (present < rows) memset(out + present * dim, 0, (rows - present) * dim * sizeof(float));
     }
 
 private:
     template <class T>
-    void fetch_row(const T* from, int64_t row, float* out, int64_t dim) const {
+    void fetch_row(const T* from, int64_t row, int64_t dim, float* out) const {
         for (int64_t channel = 0; channel < dim; channel += kLanes) {
-            const int64_t left = max_of<int64_t>(0, head_dim - channel);
-            const bool whole = left >= kLanes;
-            F32 v = whole ? load(from + channel) : load_partial(from + channel, left);
-            if (scale) v *= whole ? load(scale + channel) : load_partial(scale + channel, left);
-            if (other_scale) v *= whole ? load(other_scale + channel) : load_partial(other_scale + channel, left);
+            const int64_t left = head_dim - channel;
+            F32 v = left >= kLanes ? load(from + channel) : load_partial(from + channel, max_of<int64_t>(0, left));
+            if (scale) v *= load(scale + channel);
+            if (other_scale) v *= load(other_scale + channel);
             store(out + channel, v);
         }
         if (angles.cos) rotate(angles, row, false, out);
@@ -146,18 +149,13 @@ inline void transpose_sums(const float* sums, int64_t rows, int64_t columns, int
         }
 }
 
-// Rounds `count` numbers into a row of any type.
-inline void store_row(const float* x, int64_t count, const Heads& view, int64_t batch, int64_t head, int64_t row) {
+// Rounds rows [row][dim] into those of a head from first_row on.
+inline void store_head_rows(const float* x, int64_t rows, int64_t dim, int64_t head_dim, const Heads& view,
+                            int64_t batch, int64_t head, int64_t first_row) {
     dispatch_dtype(view.dtype, [&](auto* type) {
         using T = Pointee<decltype(type)>;
-        T* out =
-            static_cast<T*>(view.data) + batch * view.batch_stride + head * view.head_stride + row * view.row_stride;
-        for (int64_t i = 0; i < count; i += kLanes) {
-            if (count - i >= kLanes)
-                store(out + i, load(x + i));
-            else
-                store_partial(out + i, load(x + i), count - i);
-        }
+        T* out = reinterpret_cast<T*>(const_cast<char*>(head_of(view, batch, head))) + first_row * view.row_stride;
+        store_rows<T>(x, dim, rows, head_dim, nullptr, nullptr, 0, out, view.row_stride);
     });
 }
 

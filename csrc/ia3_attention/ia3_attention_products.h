@@ -25,7 +25,7 @@ struct F32Products {
     static U32 step(const F32 (&elements)[1]) { return (U32)elements[0]; }
     // Rows of kStepElements vectors each.
     static void store_steps(const F32 (&rows)[1][1], int64_t, float* out) { store(out, rows[0][0]); }
-    static float round(float value) { return value; }
+    static F32 round(F32 value) { return value; }
 
     static void multiply(const Rows& rows, int64_t num_rows, const uint32_t* strips, int64_t num_strips, int64_t steps,
                          float* tile, int64_t stride, bool accumulate) {
@@ -62,7 +62,7 @@ struct Bf16Products {
         store_vector(out, concatenate_bf16(rows[0][0], rows[0][1]));
         store_vector(out + stride, concatenate_bf16(rows[1][0], rows[1][1]));
     }
-    static float round(float value) { return to_float(to_bfloat16(value)); }
+    static F32 round(F32 value) { return widen_bf16(narrow_bf16(value)); }
 
     static void multiply(const Rows& rows, int64_t num_rows, const uint32_t* strips, int64_t num_strips, int64_t steps,
                          float* tile, int64_t stride, bool accumulate) {

@@ -28,10 +28,10 @@ namespace PEFT_KERNELS_ISA {
 namespace {
 
 constexpr int kTileSide = 16;
-constexpr int kTileDepth = 32;                          // elements of the reduction in a step
-constexpr int kTileElements = kTileSide * kTileDepth;   // 1 KB
-constexpr int kPanelSide = 2 * kTileSide;               // rows or columns of a panel
-constexpr int kPanelStep = kPanelSide * kTileDepth;  // of a full panel: 2 KB
+constexpr int kTileDepth = 32;                         // elements of the reduction in a step
+constexpr int kTileElements = kTileSide * kTileDepth;  // 1 KB
+constexpr int kPanelSide = 2 * kTileSide;              // rows or columns of a panel
+constexpr int kPanelStep = kPanelSide * kTileDepth;    // of a full panel: 2 KB
 
 constexpr int64_t panel_elements(int64_t steps) { return steps * kPanelStep; }
 

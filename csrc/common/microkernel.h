@@ -214,7 +214,7 @@ inline void scale_rows(const float* tile, int64_t tile_stride, int64_t rows, int
 // out = (scale ⊙) (tile (+ bias) (+ add)), rounded once. The next as many rows of out are expected to be written soon.
 template <class T>
 inline void store_rows(const float* tile, int64_t tile_stride, int64_t rows, int64_t columns, const float* bias,
-                       const T* add, int64_t add_stride, const float* scale, T* out, int64_t stride) {
+                       const T* add, int64_t add_stride, T* out, int64_t stride, const float* scale = nullptr) {
     for (int64_t row = 0; row < rows; ++row, tile += tile_stride, out += stride) {
         prefetch_row<true>(out + rows * stride, columns);
         for (int64_t column = 0; column < columns; column += kLanes) {

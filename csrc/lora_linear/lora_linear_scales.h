@@ -16,8 +16,8 @@ inline void store_y(const LoraLinearForwardParams& p, const float* tile, int64_t
         using T = Pointee<decltype(type)>;
         const T* add = p.add.data ? static_cast<const T*>(row_of(p.add, row, n)) : nullptr;
         const auto store = [&](const float* scale, const Matrix& out) {
-            store_rows(tile, tile_stride, rows, outputs, bias, add, p.add.stride, scale,
-                       static_cast<T*>(out.data) + row * out.stride + n, out.stride);
+            store_rows(tile, tile_stride, rows, outputs, bias, add, p.add.stride,
+                       static_cast<T*>(out.data) + row * out.stride + n, out.stride, scale);
         };
         if (p.unscaled.data) store(nullptr, p.unscaled);
         store(p.scale_n ? p.scale_n + n : nullptr, p.y);

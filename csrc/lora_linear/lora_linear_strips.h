@@ -405,8 +405,8 @@ private:
                 using T = Pointee<decltype(type)>;
                 const T* add = p_.add.data ? static_cast<const T*>(row_of(p_.add, row, k0)) : nullptr;
                 store_rows(tile, kTaskOutputs, count, outputs, nullptr, add, p_.add.stride,
-                           p_.scale_k ? p_.scale_k + k0 : nullptr,
-                           static_cast<T*>(p_.grad_x.data) + row * p_.grad_x.stride + k0, p_.grad_x.stride);
+                           static_cast<T*>(p_.grad_x.data) + row * p_.grad_x.stride + k0, p_.grad_x.stride,
+                           p_.scale_k ? p_.scale_k + k0 : nullptr);
             });
         };
         multiply_base(first, outputs, row0, rows, scratch.strips, scratch.tile, decode, finish);

@@ -575,8 +575,8 @@ private:
             using T = Pointee<decltype(type)>;
             const T* add = p_.add.data ? static_cast<const T*>(row_of(p_.add, row, k)) : nullptr;
             store_rows(sums, kPanelSide, rows, columns, nullptr, add, p_.add.stride,
-                       p_.scale_k ? p_.scale_k + k : nullptr,
-                       static_cast<T*>(p_.grad_x.data) + row * p_.grad_x.stride + k, p_.grad_x.stride);
+                       static_cast<T*>(p_.grad_x.data) + row * p_.grad_x.stride + k, p_.grad_x.stride,
+                       p_.scale_k ? p_.scale_k + k : nullptr);
         });
     }
 

@@ -198,3 +198,76 @@ if hasattr(ia3, "Linear4bit"):  # bitsandbytes is installed
             vars(layer).pop("_unscaled", None)
         layer.weight, layer.bias = weight, bias
         layer.quant_state = layer.weight.quant_state
+
+    # Modules whose output, times a vector, can be had from the rows of one of their layers: gate · up feeds down, and
+    # ReLU commutes with factors that are not negative.
+    _GATED_MLPS = ("LlamaMLP", "MistralMLP", "Qwen2MLP", "Qwen3MLP")
+
+    def _producer(parent: nn.Module, leaf: str, scale: Tensor) -> nn.Module | str:
+        """The layer whose rows take the vector on the input of another; or why there is none."""
+        kind = type(parent).__name__
+        if kind in _GATED_MLPS and leaf == "down_proj":
+            return parent.up_proj
+        if kind == "OPTDecoderLayer" and leaf == "fc2":
+            if not isinstance(parent.activation_fn, nn.ReLU):
+                return f"its input comes out of a {type(parent.activation_fn).__name__}, through which no factor passes"
+            if (scale < 0).any():
+                return "its input comes out of a ReLU, through which no negative factor passes"
+            return parent.fc1
+        return f"no layer is known whose rows make the input of {leaf!r} in a {kind}"
+
+    def _target(model: nn.Module, name: str, layer: Linear4bit, names: list[str]) -> nn.Module | str:
+        """The 4-bit layer whose rows take a layer's vector; or why there is none."""
+        if not isinstance(layer, Linear4bit):
+            return "it is not fused: call accelerate first"
+        target: nn.Module | str = layer.base_layer
+        if layer.is_feedforward:
+            parent, _, leaf = name.rpartition(".")
+            scale = math.prod(layer.ia3_l[adapter].detach() for adapter in names)
+            target = _producer(model.get_submodule(parent), leaf, scale)
+            if isinstance(target, str):
+                return target
+            if isinstance(target, ia3.IA3Layer):
+                target = target.base_layer
+        if not isinstance(target, Fused4bit):
+            return f"its vector would go into a {type(target).__name__}, which is no fused 4-bit layer"
+        weight = target.nf4_weight()
+        if weight.shape[1] % weight.blocksize:
+            shape, blocksize = list(weight.shape), weight.blocksize
+            return f"its vector would go into a weight {shape} whose blocks of {blocksize} straddle rows"
+        return target
+
+    def merge_ia3(model: nn.Module, adapter_names: list[str] | None = None) -> None:
+        """Merges a model's (IA)³ vectors into its weights, all or none, without quantising a 4-bit weight again.
+
+        A vector on a layer's output scales the rows of its weight: in 4 bits, the statistics of the rows' blocks, which
+        become plain fp32 if they were nested (0.37 bits more a weight). One on a layer's input goes into the rows of
+        the layer that makes the input: the up-projection of a gated MLP, or the layer before a ReLU. Dense layers are
+        merged by PEFT. `model.unmerge_adapter()` puts the 4-bit originals back.
+
+        Args:
+            model: PEFT's, accelerated.
+            adapter_names: by default the active ones.
+
+        Raises:
+            ValueError: layers that this can't be done for, each with the reason; nothing has been merged then.
+        """
+        merges, problems = [], []
+        for name, layer in model.named_modules():
+            if not isinstance(layer, ia3.IA3Layer):
+                continue
+            names = [adapter for adapter in check_adapters_to_merge(layer, adapter_names) if adapter in layer.ia3_l]
+            if not names:
+                continue
+            if isinstance(layer, ia3.Linear):
+                merges.append((layer.merge, (False, names)))
+                continue
+            target = _target(model, name, layer, names)
+            if isinstance(target, str):
+                problems.append(f"{name}: {target}")
+            else:
+                merges.append((layer.merge_into, (target, False, names)))
+        if problems:
+            raise ValueError("model: got (IA)³ that can't be merged without loss\n" + "\n".join(problems))
+        for merge, arguments in merges:
+            merge(*arguments)

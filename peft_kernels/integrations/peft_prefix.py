@@ -51,6 +51,9 @@ class FusedPrefix(FusedLayer):
             if self.applies(self):
                 self.log_stock_path(reason)
             return super().get_prompt(batch_size, task_ids, max_cache_len)
+        return self._prefix_cache(counted=True)
+
+    def _prefix_cache(self, counted: bool) -> PrefixCache:
         config, encoder = self.active_peft_config, self.prompt_encoder[self.active_adapter]
         if config.inference_mode:
             flat = encoder.embedding.weight
@@ -58,12 +61,22 @@ class FusedPrefix(FusedLayer):
             tokens = self.prompt_tokens[self.active_adapter][: config.num_virtual_tokens]
             flat = encoder(tokens.to(encoder.embedding.weight.device))
         prefix = split_prefix(flat, config.num_layers, config.num_attention_heads)
-        return PrefixCache(prefix, backbone_of(self).config)
+        return PrefixCache(prefix, backbone_of(self).config, counted)
 
 
 @register
 class PeftModelForCausalLM(FusedPrefix, peft.PeftModelForCausalLM):
     __doc__ = FusedPrefix.__doc__
+
+    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        # PEFT would put its prompt under a name that transformers, from 5.20 or so on, ignores beside its own cache.
+        if self.why_stock():
+            return super().prepare_inputs_for_generation(*args, **kwargs)
+        inputs = self.base_model_prepare_inputs_for_generation(*args, **kwargs)
+        name = "cache" if "cache" in inputs else "past_key_values"
+        if not isinstance(inputs.get(name), PrefixCache):
+            inputs[name] = self._prefix_cache(counted=False)
+        return inputs
 
 
 @register

@@ -35,7 +35,7 @@ def attach_prefix(
     beam search and gradient checkpointing among it. Positions begin at P, and lengths of caches count no prefix.
 
     Args:
-        model: a transformers model, or one inside another (PEFT's); of Llama, Mistral, Qwen 2 and 3, GPT-2, OPT or BERT.
+        model: a transformers model, or one inside another (PEFT's): a Llama, Mistral, Qwen 2 or 3, GPT-2, OPT or BERT.
         encoder: by default a new one, which fits the model.
         length, hidden_size: of that new one, see `PrefixEncoder`.
 
@@ -82,7 +82,7 @@ def detach_prefix(model: nn.Module) -> None:
 
 
 class _Attached:
-    """Forward pre-hook of a backbone: its prefix is an encoder's. An object, so that a copied model has a copied one."""
+    """Forward pre-hook of a backbone: its prefix is an encoder's. No closure, so that a copied model has its copy."""
 
     def __init__(self, encoder: PrefixEncoder) -> None:
         self.encoder = encoder
@@ -101,19 +101,22 @@ class _Attached:
 
 
 class PrefixCache(DynamicCache):
-    """A cache of the tokens after a prefix, which it only carries along: the prefix is in no cached tensor."""
+    """A cache of the tokens after a prefix, which it only carries along: the prefix is in no cached tensor.
 
-    def __init__(self, prefix: Prefix, config: Any) -> None:
+    It is `counted` if the masks and the positions that come with it include the prefix.
+    """
+
+    def __init__(self, prefix: Prefix, config: Any, counted: bool) -> None:
         super().__init__(config=config)
-        self.prefix = prefix
+        self.prefix, self.counted = prefix, counted
 
 
 def inject_from_cache(backbone: PreTrainedModel, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict]:
-    """Forward pre-hook of a backbone: a `PrefixCache` brings a prefix that its caller has counted."""
+    """Forward pre-hook of a backbone: a `PrefixCache` brings its prefix along."""
     cache = cache_of(kwargs)
     if not isinstance(cache, PrefixCache):
         return args, kwargs
-    kwargs = inject(backbone, named_arguments(backbone, args, kwargs), cache.prefix, counted=True)
+    kwargs = inject(backbone, named_arguments(backbone, args, kwargs), cache.prefix, cache.counted)
     if not _is_causal(backbone):  # an encoder would copy its keys and values into the cache for nobody
         kwargs.pop("cache", None), kwargs.pop("past_key_values", None)
     return (), kwargs
@@ -162,7 +165,7 @@ def backbone_of(model: nn.Module) -> PreTrainedModel:
     """
     for module in model.modules():
         if isinstance(module, PreTrainedModel):
-            return module.base_model
+            return getattr(module.base_model, "decoder", module.base_model)  # OPT's, which its heads call directly
     raise ValueError(f"model: got a {type(model).__name__}, wanted a transformers.PreTrainedModel, or one inside it")
 
 

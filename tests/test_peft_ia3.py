@@ -185,9 +185,8 @@ def test_merge_of_several_adapters_one_by_one():
     layer.merge(adapter_names=["other"])
     assert layer.merged_adapters == ["default", "other"]
     assert relative_error(model(x), wanted) <= tolerances.FP32_SUM
-    with model.disable_adapter():  # unmerges, as PEFT does
-        assert not layer.merged
-        model(x)
+    with model.disable_adapter():  # whose forward unmerges, as PEFT's dense layer's does
+        assert torch.equal(model(x), layer.base_layer(x)) and not layer.merged
 
 
 def test_restore_unmerges():
@@ -264,7 +263,7 @@ def test_merge_ia3(name):
 @pytest.mark.parametrize(
     ("name", "sizes", "config", "reason"),
     [
-        ("llama", (96, 128), {}, r"k_proj: its vector would go into a weight \[48, 96\] whose blocks of 64 straddle rows"),
+        ("llama", (96, 128), {}, r"k_proj: .* weight \[48, 96\] whose blocks of 64 straddle rows"),
         ("opt", (64, 128), {"activation_function": "gelu"}, "fc2: its input comes out of a GELU"),
         ("opt", (64, 128), {"negative": True}, "fc2: its input comes out of a ReLU, through which no negative factor"),
     ],

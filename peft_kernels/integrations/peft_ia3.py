@@ -159,13 +159,13 @@ if hasattr(ia3, "Linear4bit"):  # bitsandbytes is installed
             if safe_merge and not scale.isfinite().all():
                 raise ValueError(f"adapters {names}: got vectors that are not finite, wanted finite ones")
             _scale_rows(target, self, scale)
-            self._merged_into = target
+            vars(self)["_merged_into"] = target  # not as a submodule
             self.merged_adapters.extend(names)
 
         def unmerge(self) -> None:
             if self._merged_into is not None:
                 _scale_rows(self._merged_into, self, None)
-            self._merged_into = None
+            vars(self).pop("_merged_into", None)
             self.merged_adapters.clear()
 
     def _scale_rows(layer: nn.Module, owner: nn.Module, scale: Tensor | None) -> None:
@@ -175,7 +175,9 @@ if hasattr(ia3, "Linear4bit"):  # bitsandbytes is installed
         if scale is not None:
             scales[owner] = unscaled.scales.get(owner, 1) * scale
         device = layer.weight.device
-        weight, bias = unscaled.weight.to(device), unscaled.bias
+        weight, bias = unscaled.weight, unscaled.bias
+        if weight.device != device:  # the model has moved since
+            weight, bias = weight.to(device), None if bias is None else bias.to(device)
         if scales:
             product = math.prod(value.to(device) for value in scales.values())
             view = NF4Weight.from_params4bit(weight).scale_rows(product)

@@ -53,9 +53,16 @@ class FusedPrefix(FusedLayer):
             return super().get_prompt(batch_size, task_ids, max_cache_len)
         return self._prefix_cache(counted=True)
 
+    def _prefix_tuning_forward(self, **kwargs: Any) -> Any:
+        # PEFT looks for an argument of a name that the models, from transformers 5.20 or so on, have no more.
+        if self.why_stock():
+            return super()._prefix_tuning_forward(**kwargs)
+        return self.base_model(past_key_values=self._prefix_cache(counted=True), **kwargs)
+
     def _prefix_cache(self, counted: bool) -> PrefixCache:
         config, encoder = self.active_peft_config, self.prompt_encoder[self.active_adapter]
-        if config.inference_mode:
+        if config.inference_mode or not encoder.prefix_projection:
+            # Without the look-up, whose graph reentrant checkpointing could go through only once.
             flat = encoder.embedding.weight
         else:
             tokens = self.prompt_tokens[self.active_adapter][: config.num_virtual_tokens]

@@ -117,7 +117,9 @@ def inject_from_cache(backbone: PreTrainedModel, args: tuple, kwargs: dict[str, 
     if not isinstance(cache, PrefixCache):
         return args, kwargs
     kwargs = inject(backbone, named_arguments(backbone, args, kwargs), cache.prefix, cache.counted)
-    if not _is_causal(backbone):  # an encoder would copy its keys and values into the cache for nobody
+    use_cache = kwargs.get("use_cache")
+    if not (backbone.config.use_cache if use_cache is None else use_cache) or not _is_causal(backbone):
+        # It was only to carry the prefix: the layers would copy their keys and values into it for nobody.
         kwargs.pop("cache", None), kwargs.pop("past_key_values", None)
     return (), kwargs
 

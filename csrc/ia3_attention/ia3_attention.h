@@ -58,14 +58,15 @@ struct Ia3AttentionParams {
 
 struct Ia3AttentionForwardParams : Ia3AttentionParams {
     Heads out;
-    Heads out_real;  // the real keys' share of out before l_v; data is null where there is no l_v
+    Heads out_real;  // the real keys' share of out before l_v, for the backward; data is null where it is not wanted
     float* lse;      // [batch, heads, num_queries]: the logarithm of the sum of e^score; infinite if no key is visible
 };
 
 struct Ia3AttentionBackwardParams : Ia3AttentionParams {
     ConstHeads grad_out;
-    ConstHeads out;       // data may be null if there are l_v and no prefix
-    ConstHeads out_real;  // data is null where there is no l_v
+    ConstHeads out;  // data may be null if there are l_v and no prefix
+    ConstHeads
+        out_real;  // the real keys' share of out before l_v, for the backward; data is null where it is not wanted
     const float* lse;
     Heads grad_q, grad_k, grad_v;           // data is null where not wanted
     float *grad_l_q, *grad_l_k, *grad_l_v;  // of l's shapes; null where not wanted

@@ -36,7 +36,7 @@ struct BackwardKeys {
             k.fetch(first_key + row, kRows, dim, scratch);
             pack_rows<Products>(scratch, dim, rows + row * dim);
             const int64_t block = round_down(row, kAttentionKeys);
-            pack_columns<Products>(scratch, dim, row - block, columns + block * dim, kAttentionKeys);
+            pack_columns<Products>(scratch, dim, columns + block * dim + row - block, kAttentionKeys);
             v.fetch(first_key + row, kRows, dim, scratch);
             pack_rows<Products>(scratch, dim, values + row * dim);
         }
@@ -88,8 +88,8 @@ public:
         prefix_k_sums_ = take(p_.grad_prefix_k, prefix);
         prefix_v_sums_ = take(p_.grad_prefix_v, prefix);
         // The queries' gradients by each split of the keys, where there are several.
-        split_sums_ = take(plan_.key_splits > 1 && wants_q_,
-                           plan_.key_splits * p_.batch * p_.heads * blocks_ * query_sums());
+        split_sums_ =
+            take(plan_.key_splits > 1 && wants_q_, plan_.key_splits * p_.batch * p_.heads * blocks_ * query_sums());
         if (!p_.workspace) {
             *p_.workspace_bytes = arena_.used();
             return;
@@ -278,7 +278,9 @@ private:
         if (!f.grad_k && !f.grad_v && !f.grad_q) return;
         constexpr int64_t kStep = Products::kStepElements, kSize = sizeof(typename Products::Element);
         const int64_t first = f.keys.first_key;
-        for_each_key_block<Products>(mask, first, first + count, [&](int64_t key, int64_t keys) {
+        KeyBlocks<Products> key_blocks(mask, first, first + count);
+        for (KeyBlock key_block; key_blocks.next(key_block);) {
+            const int64_t key = key_block.key, keys = key_block.count;
             const int64_t at = key - first, block = round_down(at, kAttentionKeys);
             Products::multiply({f.keys.rows + at * dim_, dim_ * kSize, 4}, keys, f.q.lanes, kTileStrips, dim_ / kStep,
                                scratch.scores, kQueries, false);
@@ -295,7 +297,7 @@ private:
             if (f.grad_q)
                 Products::multiply({f.keys.columns + block * dim_ + at - block, kAttentionKeys * kSize, 4}, dim_,
                                    scratch.grad_score_strips, kTileStrips, keys / kStep, f.grad_q, kQueries, true);
-        });
+        }
     }
 
     // The weights of scores times factor, and the gradients of the scores by those of the weights.
@@ -387,8 +389,7 @@ private:
                              float* sums) const {
         for (int64_t c = 0; c < dim_; c += kLanes) {
             F32 sum{};
-            for (int64_t row = 0; row < rows; ++row)
-                sum = fma(load(a + row * dim_ + c), load(b + row * dim_ + c), sum);
+            for (int64_t row = 0; row < rows; ++row) sum = fma(load(a + row * dim_ + c), load(b + row * dim_ + c), sum);
             sum *= factor;
             if (scales) sum *= load(scales + c);
             store(sums + c, load(sums + c) + sum);

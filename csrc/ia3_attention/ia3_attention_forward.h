@@ -26,74 +26,94 @@ struct Attended {
 // What is subtracted from scores: their maximum, or anything finite when they all are hidden.
 inline F32 subtrahend(F32 max) { return max == kHidden ? F32{} : max; }
 
-// Turns scores [key][kQueries] times factor into weights, strips whose steps are the keys, and takes them into account
-// in `attended`. fp32 weights may take the scores' place.
-template <class Products>
-inline void softmax_block(const float* scores, int64_t keys, float factor, int64_t dim, Attended& attended,
-                          uint32_t* weights) {
-    F32 max[kTileStrips], sum[kTileStrips], rescale[kTileStrips];
+// The scores of a block of keys, and what becomes of them.
+struct Stage {
+    float* scores;      // [key][kQueries]
+    uint32_t* weights;  // the same as strips whose steps are the keys
+    float* rescale;     // [kQueries]: what the sums so far have to be multiplied with, where the maximum grew
+    KeyBlock block;
+    bool first, grew;
+};
+
+// Takes the maximum of a stage's scores times factor into account.
+inline void raise_max(float factor, Stage& stage, Attended& attended) {
+    F32 max[kTileStrips];
 #pragma GCC unroll 4
-    for (int strip = 0; strip < kTileStrips; ++strip) max[strip] = load(scores + strip * kLanes);
-    for (int64_t key = 1; key < keys; ++key)
+    for (int strip = 0; strip < kTileStrips; ++strip) max[strip] = load(stage.scores + strip * kLanes);
+    for (int64_t key = 1; key < stage.block.count; ++key)
 #pragma GCC unroll 4
         for (int strip = 0; strip < kTileStrips; ++strip) {
-            const F32 score = load(scores + key * kQueries + strip * kLanes);
+            const F32 score = load(stage.scores + key * kQueries + strip * kLanes);
             max[strip] = score > max[strip] ? score : max[strip];
         }
-    bool grew = false;
+    stage.first = attended.empty;
+    stage.grew = attended.empty = false;
     for (int strip = 0; strip < kTileStrips; ++strip) {
-        const F32 before = load(attended.max + strip * kLanes), here = max[strip] * factor;
+        float *max_at = attended.max + strip * kLanes, *weight_at = attended.weight + strip * kLanes;
+        const F32 before = load(max_at), here = max[strip] * factor;
         const F32 now = here > before ? here : before;
-        store(attended.max + strip * kLanes, now);
-        max[strip] = subtrahend(now);
-        rescale[strip] = exp2(before - max[strip]);
-        sum[strip] = load(attended.weight + strip * kLanes) * rescale[strip];
-        grew = grew || any(now > before);
+        const F32 rescale = exp2(before - subtrahend(now));
+        store(max_at, now);
+        store(weight_at, load(weight_at) * rescale);
+        store(stage.rescale + strip * kLanes, rescale);
+        stage.grew = stage.grew || any(now > before);
     }
-    if (grew && !attended.empty)
-        for (int64_t row = 0; row < dim; ++row)
-#pragma GCC unroll 4
-            for (int strip = 0; strip < kTileStrips; ++strip) {
-                float* at = attended.sums + row * kQueries + strip * kLanes;
-                store(at, load(at) * rescale[strip]);
-            }
+}
+
+// Turns the scores, times factor, of keys [begin, end) of a stage into weights. fp32 weights may take their place.
+template <class Products>
+inline void make_weights(float factor, const Stage& stage, int64_t begin, int64_t end, Attended& attended) {
     constexpr int kStep = Products::kStepElements;
-    for (int64_t key = 0; key < keys; key += kStep)
+    F32 max[kTileStrips], sum[kTileStrips];
+#pragma GCC unroll 4
+    for (int strip = 0; strip < kTileStrips; ++strip) {
+        max[strip] = subtrahend(load(attended.max + strip * kLanes));
+        sum[strip] = load(attended.weight + strip * kLanes);
+    }
+    for (int64_t key = begin; key < end; key += kStep)
 #pragma GCC unroll 4
         for (int strip = 0; strip < kTileStrips; ++strip) {
             F32 step[kStep];
 #pragma GCC unroll 2
             for (int i = 0; i < kStep; ++i) {
-                const F32 score = load(scores + (key + i) * kQueries + strip * kLanes);
+                const F32 score = load(stage.scores + (key + i) * kQueries + strip * kLanes);
                 step[i] = exp2(fma(score, broadcast(factor), -max[strip]));
                 sum[strip] += step[i];
             }
-            store_vector(weights + (key / kStep * kTileStrips + strip) * kLanes, Products::step(step));
+            store_vector(stage.weights + (key / kStep * kTileStrips + strip) * kLanes, Products::step(step));
         }
 #pragma GCC unroll 4
     for (int strip = 0; strip < kTileStrips; ++strip) store(attended.weight + strip * kLanes, sum[strip]);
 }
 
-// The keys of one head as the forward's products want them.
+// The keys of some heads as the forward's products want them.
 template <class Products>
 struct ForwardKeys {
     using Element = typename Products::Element;
-    Element* rows;    // [key][dim]
-    Element* values;  // [block of kAttentionKeys][dim][key]
+    int64_t dim, rows_size, values_size;  // of a head
+    Element* rows;                        // [head][key][dim]
+    Element* values;                      // [head][block of kAttentionKeys][dim][key]
 
-    ForwardKeys(Arena& arena, int64_t count, int64_t dim)
-        : rows(arena.take<Element>(round_up(count, Products::kMultiple) * dim)),
-          values(arena.take<Element>(round_up(count, kAttentionKeys) * dim)) {}
+    ForwardKeys(Arena& arena, int64_t heads, int64_t count, int64_t dim)
+        : dim(dim),
+          rows_size(round_up(count, Products::kMultiple) * dim),
+          values_size(round_up(count, kAttentionKeys) * dim),
+          rows(arena.take<Element>(heads * rows_size)),
+          values(arena.take<Element>(heads * values_size)) {}
 
-    void pack(const HeadRows& k, const HeadRows& v, int64_t begin, int64_t end, int64_t dim, float* scratch) const {
-        constexpr int64_t kRows = Products::kMultiple;
-        for (int64_t row = round_down(begin, kRows); row < end; row += kRows) {
-            k.fetch(row, kRows, dim, scratch);
-            pack_rows<Products>(scratch, dim, rows + row * dim);
-            v.fetch(row, kRows, dim, scratch);
-            const int64_t block = round_down(row, kAttentionKeys);
-            pack_columns<Products>(scratch, dim, row - block, values + block * dim, kAttentionKeys);
-        }
+    const Element* rows_at(int64_t head, int64_t key) const { return rows + head * rows_size + key * dim; }
+    // The values of a key and of those behind it in its block: columns of [dim][kAttentionKeys].
+    Element* values_at(int64_t head, int64_t key) const {
+        const int64_t block = round_down(key, kAttentionKeys);
+        return values + head * values_size + block * dim + key - block;
+    }
+
+    // kMultiple rows from `row` on.
+    void pack(int64_t head, const HeadRows& k, const HeadRows& v, int64_t row, float* scratch) const {
+        k.fetch(row, Products::kMultiple, dim, scratch);
+        pack_rows<Products>(scratch, dim, rows + head * rows_size + row * dim);
+        v.fetch(row, Products::kMultiple, dim, scratch);
+        pack_columns<Products>(scratch, dim, values_at(head, row), kAttentionKeys);
     }
 };
 
@@ -103,26 +123,28 @@ public:
     explicit Forward(const Ia3AttentionForwardParams& params)
         : p_(params),
           arena_(params.workspace),
+          plan_(ia3_attention_plan(params)),
           dim_(round_up(params.head_dim, Products::kMultiple)),
           blocks_(divide_up(params.num_queries, kQueries)),
           problem_(params, dim_, arena_) {}
 
     void run() {
         Arena counting(nullptr);
-        Scratch{counting, p_, dim_};
+        Scratch{counting, *this};
         const int64_t bytes = counting.used();
         char* scratches = arena_.take<char>(bytes * p_.threads);
         if (!p_.workspace) {
             *p_.workspace_bytes = arena_.used();
             return;
         }
-        const int64_t parts = ia3_attention_plan(p_).parts, units = problem_.group * blocks_;
-        parallel_for_each(p_.batch * p_.kv_heads * parts, [&](int64_t task, int worker) {
+        const int64_t sets = p_.kv_heads / plan_.heads, units = blocks_ * plan_.heads * problem_.group;
+        parallel_for_each(p_.batch * sets * plan_.parts, [&](int64_t task, int worker) {
             Arena arena(scratches + worker * bytes);
-            Scratch scratch(arena, p_, dim_);
+            Scratch scratch(arena, *this);
             [[maybe_unused]] const typename Products::Unit unit;
-            const int64_t part = task % parts, kv_head = task / parts % p_.kv_heads;
-            attend(task / parts / p_.kv_heads, kv_head, units * part / parts, units * (part + 1) / parts, scratch);
+            const int64_t part = task % plan_.parts, set = task / plan_.parts % sets;
+            attend(task / plan_.parts / sets, set * plan_.heads, units * part / plan_.parts,
+                   units * (part + 1) / plan_.parts, scratch);
         });
     }
 
@@ -133,54 +155,70 @@ private:
         float* prefix_rows;  // of the prefix's share of the results
         uint32_t* queries;   // strips whose lanes are the queries
         uint32_t* prefix_queries;
-        float* scores;      // [key][kQueries]
-        uint32_t* weights;  // the same as strips whose steps are the keys
-        float* bias;        // see ScoreMask
+        Stage stages[2];
+        float* bias;  // see ScoreMask
         ForwardKeys<Products> keys, prefix_keys;
         Attended real, prefix;
 
-        Scratch(Arena& arena, const Ia3AttentionParams& p, int64_t dim)
-            : rows(arena.take<float>(max_of<int64_t>(Products::kMultiple, kQueries) * dim)),
-              prefix_rows(arena.take<float>(p.prefix_length ? kQueries * dim : 0)),
-              queries(arena.take<uint32_t>(kQueries * dim / Products::kStepElements)),
-              prefix_queries(arena.take<uint32_t>(p.prefix_length ? kQueries * dim / Products::kStepElements : 0)),
-              scores(arena.take<float>(kAttentionKeys * kQueries)),
-              weights(Products::kStepElements == 1
-                          ? reinterpret_cast<uint32_t*>(scores)
-                          : arena.take<uint32_t>(kAttentionKeys * kQueries / Products::kStepElements)),
-              bias(arena.take<float>(p.attn_mask.data ? ScoreMask::kScratch : 0)),
-              keys(arena, p.num_keys, dim),
-              prefix_keys(arena, p.prefix_length, dim),
-              real(attended(arena, dim)),
-              prefix(attended(arena, p.prefix_length ? dim : 0)) {}
+        Scratch(Arena& arena, const Forward& f)
+            : rows(arena.take<float>(max_of<int64_t>(Products::kMultiple, kQueries) * f.dim_)),
+              prefix_rows(arena.take<float>(f.p_.prefix_length ? kQueries * f.dim_ : 0)),
+              queries(arena.take<uint32_t>(kQueries * f.dim_ / Products::kStepElements)),
+              prefix_queries(
+                  arena.take<uint32_t>(f.p_.prefix_length ? kQueries * f.dim_ / Products::kStepElements : 0)),
+              stages{stage(arena), stage(arena)},
+              bias(arena.take<float>(f.p_.attn_mask.data ? ScoreMask::kScratch : 0)),
+              keys(arena, f.plan_.heads, f.p_.num_keys, f.dim_),
+              prefix_keys(arena, f.plan_.heads, f.p_.prefix_length, f.dim_),
+              real(attended(arena, f.dim_)),
+              prefix(attended(arena, f.p_.prefix_length ? f.dim_ : 0)) {}
+
+        static Stage stage(Arena& arena) {
+            constexpr int64_t kScores = kAttentionKeys * kQueries;
+            Stage stage{};
+            stage.scores = arena.take<float>(kScores);
+            stage.weights = Products::kStepElements == 1 ? reinterpret_cast<uint32_t*>(stage.scores)
+                                                         : arena.take<uint32_t>(kScores / Products::kStepElements);
+            stage.rescale = arena.take<float>(kQueries);
+            return stage;
+        }
 
         static Attended attended(Arena& arena, int64_t dim) {
             return {arena.take<float>(dim * kQueries), arena.take<float>(kQueries), arena.take<float>(kQueries), true};
         }
     };
 
-    // Blocks [first, end) of the queries of a key head's group: those of its first query head, of its second, ...
-    void attend(int64_t batch, int64_t kv_head, int64_t first, int64_t end, Scratch& scratch) const {
+    // Units [first, end) of a set of key heads: a unit is a block of queries of one head; those of all heads of the set
+    // that are at the same place follow each other. So do the heads where rows are packed: in [B, S, H, D] their rows
+    // share a page of memory, and looking up pages took a quarter of the time (H = 32, D = 64) with one head at a time.
+    void attend(int64_t batch, int64_t first_head, int64_t first, int64_t end, Scratch& scratch) const {
+        const int64_t heads = plan_.heads * problem_.group;
         int64_t first_key = p_.num_keys, end_key = 0;
-        for (int64_t unit = first; unit < end; ++unit) {
-            const ScoreMask mask(p_, batch, 0, unit % blocks_ * kQueries, nullptr);
+        for (int64_t unit = first; unit < end; unit += 1) {
+            const ScoreMask mask(p_, batch, 0, unit / heads * kQueries, nullptr);
             first_key = min_of(first_key, mask.begin());
             end_key = max_of(end_key, mask.end());
         }
-        scratch.keys.pack(problem_.keys(batch, kv_head), problem_.values(batch, kv_head), first_key, end_key, dim_,
-                          scratch.rows);
-        scratch.prefix_keys.pack(problem_.prefix_keys(kv_head), problem_.prefix_values(kv_head), 0, p_.prefix_length,
-                                 dim_, scratch.rows);
+        for (int64_t row = round_down(first_key, Products::kMultiple); row < end_key; row += Products::kMultiple)
+            for (int64_t i = 0; i < plan_.heads; ++i)
+                scratch.keys.pack(i, problem_.keys(batch, first_head + i), problem_.values(batch, first_head + i), row,
+                                  scratch.rows);
+        for (int64_t row = 0; row < p_.prefix_length; row += Products::kMultiple)
+            for (int64_t i = 0; i < plan_.heads; ++i)
+                scratch.prefix_keys.pack(i, problem_.prefix_keys(first_head + i),
+                                         problem_.prefix_values(first_head + i), row, scratch.rows);
         for (int64_t unit = first; unit < end; ++unit) {
-            const int64_t head = kv_head * problem_.group + unit / blocks_, query = unit % blocks_ * kQueries;
+            const int64_t head = first_head * problem_.group + unit % heads, query = unit / heads * kQueries;
+            const int64_t kv_head = head / problem_.group - first_head;  // in the set
             pack_queries(problem_.queries(batch, head), query, scratch.rows, scratch.queries);
             const ScoreMask mask(p_, batch, head, query, scratch.bias);
-            attend_keys(scratch.keys, scratch.queries, mask, scratch, scratch.real);
+            attend_keys(scratch.keys, kv_head, scratch.queries, mask, scratch, scratch.real);
             scratch.prefix.clear();
             if (p_.prefix_length) {
                 if (problem_.folds_l_k())
                     pack_queries(problem_.prefix_queries(batch, head), query, scratch.rows, scratch.prefix_queries);
-                attend_keys(scratch.prefix_keys, problem_.folds_l_k() ? scratch.prefix_queries : scratch.queries,
+                attend_keys(scratch.prefix_keys, kv_head,
+                            problem_.folds_l_k() ? scratch.prefix_queries : scratch.queries,
                             ScoreMask(p_.prefix_length), scratch, scratch.prefix);
             }
             finish(batch, head, query, scratch);
@@ -194,20 +232,76 @@ private:
         }
     }
 
-    void attend_keys(const ForwardKeys<Products>& keys, const uint32_t* queries, const ScoreMask& mask,
+    // A pipeline: while the weights of one block of keys are made, which is work for the vector units, the products for
+    // the scores of the next block and for the sums of the one before are made in between, which is work for the tile
+    // unit. The processor reorders instructions over a few hundred of them, so they have to take turns that often.
+    void attend_keys(const ForwardKeys<Products>& keys, int64_t kv_head, const uint32_t* queries, const ScoreMask& mask,
                      const Scratch& scratch, Attended& attended) const {
-        constexpr int64_t kStep = Products::kStepElements, kSize = sizeof(typename Products::Element);
         attended.clear();
-        for_each_key_block<Products>(mask, 0, mask.end(), [&](int64_t key, int64_t count) {
-            const int64_t block = round_down(key, kAttentionKeys);
-            Products::multiply({keys.rows + key * dim_, dim_ * kSize, 4}, count, queries, kTileStrips, dim_ / kStep,
-                               scratch.scores, kQueries, false);
-            const float factor = mask.apply(scratch.scores, key, count, problem_.factor);
-            softmax_block<Products>(scratch.scores, count, factor, dim_, attended, scratch.weights);
-            Products::multiply({keys.values + block * dim_ + key - block, kAttentionKeys * kSize, 4}, dim_,
-                               scratch.weights, kTileStrips, count / kStep, attended.sums, kQueries, !attended.empty);
-            attended.empty = false;
-        });
+        KeyBlocks<Products> blocks(mask, 0, mask.end());
+        Stage stages[2] = {scratch.stages[0], scratch.stages[1]};
+        if (!blocks.next(stages[0].block)) return;
+        add_scores(keys, kv_head, queries, stages[0].block, 0, 1, stages[0].scores);
+        bool has_next = true;
+        for (int turn = 0; has_next; turn = 1 - turn) {
+            Stage &stage = stages[turn], &other = stages[1 - turn];  // `other` is the one before, then the next one
+            const bool has_previous = !attended.empty;
+            const float factor = mask.apply(stage.scores, stage.block.key, stage.block.count, problem_.factor);
+            raise_max(factor, stage, attended);
+            if (has_previous) rescale_sums(other, attended);
+            KeyBlock next{};
+            has_next = blocks.next(next);
+            const int64_t parts = divide_up(stage.block.count, Products::kTurn);
+            for (int64_t part = 0; part < parts; ++part) {
+                make_weights<Products>(factor, stage, part * Products::kTurn,
+                                       min_of((part + 1) * Products::kTurn, stage.block.count), attended);
+                if (has_previous) add_values(keys, kv_head, other, part, parts, attended);
+                if (has_next) add_scores(keys, kv_head, queries, next, part, parts, other.scores);
+            }
+            other.block = next;
+            if (!has_next) {
+                rescale_sums(stage, attended);
+                add_values(keys, kv_head, stage, 0, 1, attended);
+            }
+        }
+    }
+
+    // One of `parts` parts of the products for the scores of a block.
+    void add_scores(const ForwardKeys<Products>& keys, int64_t kv_head, const uint32_t* queries, const KeyBlock& block,
+                    int64_t part, int64_t parts, float* scores) const {
+        constexpr int64_t kStep = Products::kStepElements, kSize = sizeof(typename Products::Element);
+        const int64_t turns = divide_up(block.count, Products::kTurn);
+        const int64_t begin = turns * part / parts * Products::kTurn;
+        const int64_t end = min_of(turns * (part + 1) / parts * Products::kTurn, block.count);
+        Products::multiply({keys.rows_at(kv_head, block.key + begin), dim_ * kSize, 4}, end - begin, queries,
+                           kTileStrips, dim_ / kStep, scores + begin * kQueries, kQueries, false);
+    }
+
+    // Brings the sums so far to the maximum that a stage's weights are relative to.
+    void rescale_sums(const Stage& stage, const Attended& attended) const {
+        if (stage.first || !stage.grew) return;
+        F32 rescale[kTileStrips];
+#pragma GCC unroll 4
+        for (int strip = 0; strip < kTileStrips; ++strip) rescale[strip] = load(stage.rescale + strip * kLanes);
+        for (int64_t row = 0; row < dim_; ++row)
+#pragma GCC unroll 4
+            for (int strip = 0; strip < kTileStrips; ++strip) {
+                float* at = attended.sums + row * kQueries + strip * kLanes;
+                store(at, load(at) * rescale[strip]);
+            }
+    }
+
+    // One of `parts` parts of the products of a stage's weights and the values.
+    void add_values(const ForwardKeys<Products>& keys, int64_t kv_head, const Stage& stage, int64_t part, int64_t parts,
+                    const Attended& attended) const {
+        constexpr int64_t kStep = Products::kStepElements, kSize = sizeof(typename Products::Element);
+        const int64_t turns = divide_up(dim_, Products::kTurn);
+        const int64_t begin = turns * part / parts * Products::kTurn;
+        const int64_t end = min_of(turns * (part + 1) / parts * Products::kTurn, dim_);
+        Products::multiply({keys.values_at(kv_head, stage.block.key) + begin * kAttentionKeys, kAttentionKeys * kSize,
+                            4},
+                           end - begin, stage.weights, kTileStrips, stage.block.count / kStep,
+                           attended.sums + begin * kQueries, kQueries, !stage.first);
     }
 
     // Puts the shares of the real keys and of the prefix together, and stores the block's results.
@@ -243,7 +337,7 @@ private:
         const auto store_result = [&](const Heads& result) {
             store_head_rows(scratch.rows, count, dim_, p_.head_dim, result, batch, head, query);
         };
-        if (l_v) store_result(p_.out_real);
+        if (p_.out_real.data) store_result(p_.out_real);
         if (l_v || !prefix.empty)
             for (int64_t row = 0; row < count; ++row)
                 for (int64_t c = 0; c < dim_; c += kLanes) {
@@ -258,6 +352,7 @@ private:
 
     const Ia3AttentionForwardParams& p_;
     Arena arena_;
+    const Ia3AttentionPlan plan_;
     const int64_t dim_;     // head_dim, padded
     const int64_t blocks_;  // of queries
     const Problem problem_;

@@ -122,18 +122,37 @@ private:
     int64_t begin_, end_;
 };
 
-// Calls body(key, count) for the keys of [first, end) that the mask may let through, kAttentionKeys at most at a time.
-// Blocks are counted from `first`; they begin and end at multiples of what the products want, if need be behind `end`.
-template <class Products, class Body>
-inline void for_each_key_block(const ScoreMask& mask, int64_t first, int64_t end, const Body& body) {
-    const int64_t begin = round_down(max_of<int64_t>(0, mask.begin() - first), Products::kMultiple);
-    end = min_of(end, mask.end()) - first;
-    for (int64_t key = begin, next; key < end; key = next) {
-        next = min_of(end, round_down(key, kAttentionKeys) + kAttentionKeys);
-        const int64_t count = round_up(next - key, Products::kMultiple);
-        if (!mask.hides(first + key, count)) body(first + key, count);
+struct KeyBlock {
+    int64_t key, count;
+};
+
+// The blocks of the keys [first, end) that the mask may let through, kAttentionKeys at most each. They are counted from
+// `first`, and begin and end at multiples of what the products want, if need be behind `end`.
+template <class Products>
+class KeyBlocks {
+public:
+    KeyBlocks(const ScoreMask& mask, int64_t first, int64_t end)
+        : mask_(mask),
+          first_(first),
+          at_(round_down(max_of<int64_t>(0, mask.begin() - first), Products::kMultiple)),
+          end_(min_of(end, mask.end()) - first) {}
+
+    // False when there are no more.
+    bool next(KeyBlock& block) {
+        while (at_ < end_) {
+            const int64_t after = min_of(end_, round_down(at_, kAttentionKeys) + kAttentionKeys);
+            block = {first_ + at_, round_up(after - at_, Products::kMultiple)};
+            at_ = after;
+            if (!mask_.hides(block.key, block.count)) return true;
+        }
+        return false;
     }
-}
+
+private:
+    const ScoreMask& mask_;
+    const int64_t first_;
+    int64_t at_, end_;
+};
 
 }  // namespace
 }  // namespace PEFT_KERNELS_ISA

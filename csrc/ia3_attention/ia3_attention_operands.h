@@ -122,16 +122,15 @@ inline void pack_steps(const float* x, int64_t dim, int64_t first_step, int64_t 
                          Products::step_across(x + step * Products::kStepElements * dim + strip * kLanes, dim));
 }
 
-// The transpose of the rows, which are columns of out from first_row on: out [dim][stride].
+// The transpose of the rows: out [dim][stride].
 template <class Products>
-inline void pack_columns(const float* x, int64_t dim, int64_t first_row, typename Products::Element* out,
-                         int64_t stride) {
+inline void pack_columns(const float* x, int64_t dim, typename Products::Element* out, int64_t stride) {
     for (int64_t channel = 0; channel < dim; channel += kLanes) {
         U32 square[kLanes];
         for (int64_t step = 0; step < kLanes; ++step)
             square[step] = Products::step_across(x + step * Products::kStepElements * dim + channel, dim);
         transpose(square);
-        for (int64_t i = 0; i < kLanes; ++i) store_vector(out + (channel + i) * stride + first_row, square[i]);
+        for (int64_t i = 0; i < kLanes; ++i) store_vector(out + (channel + i) * stride, square[i]);
     }
 }
 

@@ -138,17 +138,18 @@ ConstHeads heads_of(const Tensor& saved, const char* name, const Ia3AttentionPar
     return {heads.data, heads.dtype, heads.batch_stride, heads.head_stride, heads.row_stride};
 }
 
-// -> out [B, S_q, H, D], out_real [B, S_q, H, D] (no elements without l_v), lse [B, H, S_q]
+// -> out [B, S_q, H, D], out_real [B, S_q, H, D] (no elements unless `training` with l_v), lse [B, H, S_q]
 std::tuple<Tensor, Tensor, Tensor> forward(Tensor q, Tensor k, Tensor v, MaybeTensor l_q, MaybeTensor l_k,
                                            MaybeTensor l_v, double scale, bool causal, int64_t window,
                                            MaybeTensor key_padding_mask, MaybeTensor attn_mask, MaybeTensor prefix_k,
-                                           MaybeTensor prefix_v, MaybeTensor cos, MaybeTensor sin) {
+                                           MaybeTensor prefix_v, MaybeTensor cos, MaybeTensor sin, bool training) {
     Ia3AttentionForwardParams params{};
     check_call(params, q, k, v, l_q, l_k, l_v, scale, causal, window, key_padding_mask, attn_mask, prefix_k, prefix_v,
                cos, sin);
     const ScalarType dtype = q.scalar_type();
     Tensor out = empty(q, {params.batch, params.num_queries, params.heads, params.head_dim}, dtype);
-    Tensor out_real = empty(q, {l_v ? params.batch : 0, params.num_queries, params.heads, params.head_dim}, dtype);
+    Tensor out_real =
+        empty(q, {training && l_v ? params.batch : 0, params.num_queries, params.heads, params.head_dim}, dtype);
     Tensor lse = empty(q, {params.batch, params.heads, params.num_queries}, ScalarType::Float);
     if (out.numel() == 0) return {out, out_real, lse};
     params.out = heads_of(out);
@@ -231,7 +232,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(peft_kernels, m) {
     m.def(
         "ia3_attention_forward(Tensor q, Tensor k, Tensor v, Tensor? l_q, Tensor? l_k, Tensor? l_v, float scale, "
         "bool causal, int window, Tensor? key_padding_mask, Tensor? attn_mask, Tensor? prefix_k, Tensor? prefix_v, "
-        "Tensor? cos, Tensor? sin) -> (Tensor out, Tensor out_real, Tensor lse)");
+        "Tensor? cos, Tensor? sin, bool training) -> (Tensor out, Tensor out_real, Tensor lse)");
     m.def(
         "ia3_attention_backward(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor? l_q, Tensor? l_k, Tensor? l_v, "
         "float scale, bool causal, int window, Tensor? key_padding_mask, Tensor? attn_mask, Tensor? prefix_k, "

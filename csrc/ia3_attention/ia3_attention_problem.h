@@ -10,9 +10,9 @@ namespace {
 
 struct Problem {
     const Ia3AttentionParams& p;
-    const int64_t group;  // query heads of a key head
-    const int64_t dim;    // head_dim, padded
-    const float factor;   // of scores, in units of the base-2 logarithm
+    const int64_t group;     // query heads of a key head
+    const int64_t dim;       // head_dim, padded
+    const float factor;      // of scores, in units of the base-2 logarithm
     float *l_q, *l_k, *l_v;  // [head][dim], padded; null where not given
 
     Problem(const Ia3AttentionParams& params, int64_t dim, Arena& arena)
@@ -54,9 +54,7 @@ struct Problem {
     HeadRows prefix_keys(int64_t kv_head) const { return plain(p.prefix_k, 0, kv_head, p.prefix_length); }
     HeadRows prefix_values(int64_t kv_head) const { return plain(p.prefix_v, 0, kv_head, p.prefix_length); }
 
-    const float* scale(const float* scales, int64_t head) const {
-        return scales ? scales + head * dim : nullptr;
-    }
+    const float* scale(const float* scales, int64_t head) const { return scales ? scales + head * dim : nullptr; }
 
     template <class View>
     HeadRows plain(const View& view, int64_t batch, int64_t head, int64_t count) const {

@@ -14,6 +14,7 @@ struct F32Products {
     using Element = float;
     static constexpr int kStepElements = 1;       // of the reduction, in a step of 32 bits
     static constexpr int64_t kMultiple = kLanes;  // every dimension of an operand is padded to
+    static constexpr int64_t kTurn = 1 << 20;     // rows to be multiplied before other work takes its turn
 
     struct Unit {};  // what a task has to hold while it multiplies
 
@@ -52,6 +53,7 @@ struct Bf16Products {
     using Element = BFloat16;
     static constexpr int kStepElements = 2;
     static constexpr int64_t kMultiple = 2 * kLanes;
+    static constexpr int64_t kTurn = 1 << 20;
 
     struct Unit {};
 
@@ -77,6 +79,7 @@ struct Bf16Products {
 // dimension is a multiple of two tiles.
 struct TileProducts : Bf16Products {
     using Unit = TileUnit;
+    static constexpr int64_t kTurn = 2 * kTileSide;
 
     static void multiply(const Rows& rows, int64_t num_rows, const uint32_t* strips, int64_t num_strips, int64_t steps,
                          float* tile, int64_t stride, bool accumulate) {

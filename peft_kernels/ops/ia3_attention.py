@@ -77,7 +77,7 @@ def ia3_attention(
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors):
         out = _IA3Attention.apply(call, *tensors)
     else:
-        out, _, _ = call.forward(*_prepared(tensors))
+        out, _, _ = call.forward(_prepared(tensors), training=False)
     return out.transpose(1, 2)
 
 
@@ -117,16 +117,19 @@ class _Call:
             prefix_k, prefix_v, self.cos, self.sin,
         )  # fmt: skip
 
-    def forward(self, *tensors: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        """Returns out and the real keys' share of it before l_v, [B, S_q, H, D], and the log-sum-exp [B, H, S_q]."""
-        return torch.ops.peft_kernels.ia3_attention_forward(*self.arguments(*tensors))
+    def forward(self, tensors: tuple[Tensor | None, ...], training: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """Returns out and the real keys' share of it before l_v, [B, S_q, H, D], and the log-sum-exp [B, H, S_q].
+
+        The share has no elements unless it is for a backward with l_v.
+        """
+        return torch.ops.peft_kernels.ia3_attention_forward(*self.arguments(*tensors), training)
 
 
 class _IA3Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, call, *tensors):
         prepared = _prepared(tensors)
-        out, out_real, lse = call.forward(*prepared)
+        out, out_real, lse = call.forward(prepared, training=True)
         l_v, prefix_k = prepared[5:7]
         # l_v's gradient wants the output before it, the softmax's wants the whole: with a prefix they are two.
         keeps_out, keeps_real = l_v is None or prefix_k is not None, l_v is not None
@@ -151,10 +154,11 @@ class _IA3Attention(torch.autograd.Function):
 
 
 @torch.library.register_fake("peft_kernels::ia3_attention_forward")
-def _(q, k, v, l_q, l_k, l_v, scale, causal, window, key_padding_mask, attn_mask, prefix_k, prefix_v, cos, sin):
+def _(q, k, v, l_q, l_k, l_v, scale, causal, window, key_padding_mask, attn_mask, prefix_k, prefix_v, cos, sin,
+      training):  # fmt: skip
     batch, heads, num_queries, head_dim = q.shape
     out = q.new_empty((batch, num_queries, heads, head_dim))
-    real = q.new_empty((0 if l_v is None else batch, num_queries, heads, head_dim))
+    real = q.new_empty((batch if training and l_v is not None else 0, num_queries, heads, head_dim))
     return out, real, q.new_empty((batch, heads, num_queries), dtype=torch.float32)
 
 

@@ -54,15 +54,10 @@ inline uint32_t* strip_at(uint32_t* strips, int64_t num_strips, int64_t steps, i
 template <class Multiply, int kRows, int kStrips>
 inline void multiply_tile(const Rows& rows, int64_t first_row, const uint32_t* strips, int64_t steps, float* tile,
                           int64_t tile_stride, bool accumulate) {
-    F32 sum[kRows][kStrips];
+    F32 sum[kRows][kStrips] = {};
     const char* at[kRows];
 #pragma GCC unroll 6
-    for (int row = 0; row < kRows; ++row) {
-        at[row] = rows.row(first_row + row);
-#pragma GCC unroll 4
-        for (int strip = 0; strip < kStrips; ++strip)
-            sum[row][strip] = accumulate ? load(tile + row * tile_stride + strip * kLanes) : F32{};
-    }
+    for (int row = 0; row < kRows; ++row) at[row] = rows.row(first_row + row);
     int64_t offset = 0;
     for (int64_t step = 0; step < steps; ++step, offset += rows.step_stride, strips += kStrips * kLanes) {
         U32 vectors[kStrips];
@@ -77,10 +72,14 @@ inline void multiply_tile(const Rows& rows, int64_t first_row, const uint32_t* s
                 sum[row][strip] = Multiply::add_product(sum[row][strip], vectors[strip], broadcast(value));
         }
     }
+    // What was there comes last: added to first, it would make each of the additions above round like the whole sum.
 #pragma GCC unroll 6
     for (int row = 0; row < kRows; ++row)
 #pragma GCC unroll 4
-        for (int strip = 0; strip < kStrips; ++strip) store(tile + row * tile_stride + strip * kLanes, sum[row][strip]);
+        for (int strip = 0; strip < kStrips; ++strip) {
+            float* out = tile + row * tile_stride + strip * kLanes;
+            store(out, accumulate ? load(out) + sum[row][strip] : sum[row][strip]);
+        }
 }
 
 template <class Multiply, int kStrips>

@@ -59,7 +59,7 @@ struct Ia3AttentionParams {
 struct Ia3AttentionForwardParams : Ia3AttentionParams {
     Heads out;
     Heads out_real;  // the real keys' share of out before l_v, for the backward; data is null where it is not wanted
-    float* lse;      // [batch, heads, num_queries]: the logarithm of the sum of e^score; infinite if no key is visible
+    float* lse;      // [batch, heads, num_queries]: log2 of the sum of e^score; infinite where no key is visible
 };
 
 struct Ia3AttentionBackwardParams : Ia3AttentionParams {

@@ -2,7 +2,6 @@
 // For sources that are compiled once per instruction set, and only for those.
 #pragma once
 
-#include "common/exp2.h"
 #include "common/parallel_for.h"
 #include "ia3_attention/ia3_attention_problem.h"
 
@@ -245,7 +244,7 @@ private:
             pack(row, scratch.grad);
         }
         const float* lse = p_.lse + (batch * p_.heads + head) * p_.num_queries + query;
-        for (int64_t i = 0; i < kQueries; ++i) scratch.lse[i] = query + i < p_.num_queries ? lse[i] * kLog2E : 0;
+        for (int64_t i = 0; i < kQueries; ++i) scratch.lse[i] = query + i < p_.num_queries ? lse[i] : 0;
     }
 
     // Multiplies rows of the output's gradient with l_v, and adds up l_v's gradient if that is wanted.
@@ -312,8 +311,8 @@ private:
 #pragma GCC unroll 2
                     for (int j = 0; j < kStep; ++j) {
                         const int64_t lane = (strip + j) * kLanes, at = (key + i) * kQueries + lane;
-                        weights[i][j] =
-                            exp2(fma(load(scratch.scores + at), broadcast(factor), -load(scratch.lse + lane)));
+                        weights[i][j] = Products::exp2(
+                            fma(load(scratch.scores + at), broadcast(factor), -load(scratch.lse + lane)));
                         grads[i][j] = weights[i][j] * (load(scratch.grad_weights + at) - load(scratch.delta + lane));
                     }
                 Products::store_steps(weights, kQueries, scratch.weights + key * kQueries + strip * kLanes);

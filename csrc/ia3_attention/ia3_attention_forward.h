@@ -2,7 +2,6 @@
 // For sources that are compiled once per instruction set, and only for those.
 #pragma once
 
-#include "common/exp2.h"
 #include "common/parallel_for.h"
 #include "ia3_attention/ia3_attention_problem.h"
 
@@ -36,6 +35,7 @@ struct Stage {
 };
 
 // Takes the maximum of a stage's scores times factor into account.
+template <class Products>
 inline void raise_max(float factor, Stage& stage, Attended& attended) {
     F32 max[kTileStrips];
 #pragma GCC unroll 4
@@ -52,7 +52,7 @@ inline void raise_max(float factor, Stage& stage, Attended& attended) {
         float *max_at = attended.max + strip * kLanes, *weight_at = attended.weight + strip * kLanes;
         const F32 before = load(max_at), here = max[strip] * factor;
         const F32 now = here > before ? here : before;
-        const F32 rescale = exp2(before - subtrahend(now));
+        const F32 rescale = Products::exp2(before - subtrahend(now));
         store(max_at, now);
         store(weight_at, load(weight_at) * rescale);
         store(stage.rescale + strip * kLanes, rescale);
@@ -77,7 +77,7 @@ inline void make_weights(float factor, const Stage& stage, int64_t begin, int64_
 #pragma GCC unroll 2
             for (int i = 0; i < kStep; ++i) {
                 const F32 score = load(stage.scores + (key + i) * kQueries + strip * kLanes);
-                step[i] = exp2(fma(score, broadcast(factor), -max[strip]));
+                step[i] = Products::exp2(fma(score, broadcast(factor), -max[strip]));
                 sum[strip] += step[i];
             }
             store_vector(stage.weights + (key / kStep * kTileStrips + strip) * kLanes, Products::step(step));
@@ -247,7 +247,7 @@ private:
             Stage &stage = stages[turn], &other = stages[1 - turn];  // `other` is the one before, then the next one
             const bool has_previous = !attended.empty;
             const float factor = mask.apply(stage.scores, stage.block.key, stage.block.count, problem_.factor);
-            raise_max(factor, stage, attended);
+            raise_max<Products>(factor, stage, attended);
             if (has_previous) rescale_sums(other, attended);
             KeyBlock next{};
             has_next = blocks.next(next);
@@ -312,7 +312,7 @@ private:
         for (int64_t lane = 0; lane < kQueries; lane += kLanes) {
             const F32 real_max = load(real.max + lane), prefix_max = load(prefix.max + lane);
             const F32 max = subtrahend(real_max > prefix_max ? real_max : prefix_max);
-            const F32 real_scale = exp2(real_max - max), prefix_scale = exp2(prefix_max - max);
+            const F32 real_scale = Products::exp2(real_max - max), prefix_scale = Products::exp2(prefix_max - max);
             const F32 total = load(real.weight + lane) * real_scale + load(prefix.weight + lane) * prefix_scale;
             const F32 inverse = total == 0.0f ? F32{} : 1.0f / total;
             store(real_share + lane, real_scale * inverse);
@@ -320,7 +320,7 @@ private:
             for (int64_t i = lane; i < min_of(count, lane + kLanes); ++i) {
                 const float sum = total[i - lane];
                 p_.lse[(batch * p_.heads + head) * p_.num_queries + query + i] =
-                    sum == 0 ? __builtin_inff() : (max[i - lane] + __builtin_log2f(sum)) / kLog2E;
+                    sum == 0 ? __builtin_inff() : max[i - lane] + __builtin_log2f(sum);
             }
         }
         if (real.empty)

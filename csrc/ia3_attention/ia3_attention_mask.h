@@ -70,6 +70,23 @@ public:
         return 1.0f;
     }
 
+    // The same for the scores [key] of one query of the block, times factor; those from `count` to `padded` are hidden.
+    void apply_to_row(float* scores, int64_t query, int64_t first_key, int64_t count, int64_t padded,
+                      float factor) const {
+        const auto lowest = static_cast<int32_t>(position_ + query - behind_ - first_key);
+        const auto highest = static_cast<int32_t>(min_of(position_ + query + ahead_ - first_key, count - 1));
+        for (int64_t key = 0; key < padded; key += kLanes) {
+            const I32 number = (I32)(lane_index() + static_cast<uint32_t>(key));
+            F32 score = load(scores + key) * factor;
+            if (mask_.data)
+                score += load_mask(mask_offset_ + (first_query_ + query) * mask_.query_stride, first_key + key);
+            const I32 seen = (number >= lowest) & (number <= highest);
+            store(scores + key, seen ? score : broadcast(kHidden));
+        }
+        for (int64_t key = 0; padding_ && key < count; ++key)
+            if (!padding_[first_key + key]) scores[key] = kHidden;
+    }
+
 private:
     // Whether something hides one of these keys from a query, or is added to its score.
     bool touches(int64_t first_key, int64_t count) const {

@@ -4,6 +4,7 @@
 #pragma once
 
 #include "common/amx.h"
+#include "common/exp2.h"
 #include "common/microkernel.h"
 
 namespace peft_kernels {
@@ -27,6 +28,7 @@ struct F32Products {
     // Rows of kStepElements vectors each.
     static void store_steps(const F32 (&rows)[1][1], int64_t, float* out) { store(out, rows[0][0]); }
     static F32 round(F32 value) { return value; }
+    static F32 exp2(F32 x) { return PEFT_KERNELS_ISA::exp2<6>(x); }
 
     static void multiply(const Rows& rows, int64_t num_rows, const uint32_t* strips, int64_t num_strips, int64_t steps,
                          float* tile, int64_t stride, bool accumulate) {
@@ -65,6 +67,7 @@ struct Bf16Products {
         store_vector(out + stride, concatenate_bf16(rows[1][0], rows[1][1]));
     }
     static F32 round(F32 value) { return widen_bf16(narrow_bf16(value)); }
+    static F32 exp2(F32 x) { return PEFT_KERNELS_ISA::exp2<4>(x); }
 
     static void multiply(const Rows& rows, int64_t num_rows, const uint32_t* strips, int64_t num_strips, int64_t steps,
                          float* tile, int64_t stride, bool accumulate) {

@@ -63,6 +63,9 @@ def ia3_attention(
         ValueError: a shape, dtype, device or number that does not fit; it names the argument, what it got and what it
             wanted.
     """
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if not isinstance(x, Tensor) or x.dim() != 4 or x.dtype not in _DTYPES or x.shape[3] == 0:
+            _bad(name, x, "a float32, bfloat16 or float16 tensor [B, heads, S, D]")
     if q.device.type != "meta" and torch.is_autocast_enabled(q.device.type):
         q, k, v = (x.to(torch.get_autocast_dtype(q.device.type)) for x in (q, k, v))
     _check(q, k, v, l_q, l_k, l_v, scale, window, key_padding_mask, attn_mask, prefix_k, prefix_v, rope)
@@ -180,10 +183,7 @@ def _(grad_out, q, k, v, l_q, l_k, l_v, scale, causal, window, key_padding_mask,
 
 
 def _check(q, k, v, l_q, l_k, l_v, scale, window, key_padding_mask, attn_mask, prefix_k, prefix_v, rope) -> None:
-    """Everything that can be wrong with a call; the texts are made only on failure, since it runs at every one."""
-    for name, x in (("q", q), ("k", k), ("v", v)):
-        if not isinstance(x, Tensor) or x.dim() != 4 or x.dtype not in _DTYPES or x.shape[3] == 0:
-            _bad(name, x, "a float32, bfloat16 or float16 tensor [B, heads, S, D]")
+    """Everything else that can be wrong; the texts are made only on failure, since it runs at every call."""
     batch, heads, num_queries, head_dim = q.shape
     kv_heads, num_keys = k.shape[1:3]
     if k.shape[0] != batch or k.shape[3] != head_dim or k.dtype != q.dtype:

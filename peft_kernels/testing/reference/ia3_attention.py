@@ -30,7 +30,7 @@ def ia3_attention(
     kv_heads, num_keys = k.shape[1:3]
     q, k, v = (scaled(x.to(dtype), factors) for x, factors in ((q, l_q), (k, l_k), (v, l_v)))
     if rope is not None:
-        cos, sin = (part.to(dtype).reshape(-1, 1, *part.shape[-2:]) for part in rope)
+        cos, sin = (part.to(dtype).unsqueeze(-3) for part in rope)
         k = rotate(k, cos, sin)
         q = rotate(q, cos[..., num_keys - num_queries :, :], sin[..., num_keys - num_queries :, :])
 

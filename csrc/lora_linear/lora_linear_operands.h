@@ -84,9 +84,8 @@ void decode(const ConstMatrix& w, int64_t row, int64_t column, int64_t count, T*
 
 // The strips are decoded a cache line a row, and the rows are far apart: the hardware does not get ahead of that by
 // itself (M = 32, 4096 x 4096: a third of the decoding was waiting).
-inline void prefetch_weight(const Nf4Weight& w, int64_t row, int64_t column) {
-    __builtin_prefetch(w.codes + (row * w.k + column) / 2);
-}
+inline void prefetch_codes(const Nf4Weight& w, int64_t element) { __builtin_prefetch(w.codes + element / 2); }
+inline void prefetch_weight(const Nf4Weight& w, int64_t row, int64_t column) { prefetch_codes(w, row * w.k + column); }
 inline void prefetch_weight(const ConstMatrix& w, int64_t row, int64_t column) {
     __builtin_prefetch(row_of(w, row, column));
 }

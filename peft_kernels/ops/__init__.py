@@ -3,6 +3,7 @@
 from .adapter import ACTIVATIONS, AdapterWeights, adapter, adapter_grouped, bottleneck
 from .fusion import fusion, fusion_of_bottlenecks
 from .ia3_attention import ia3_attention
+from .ia3_linear import ia3_linear
 from .lora_linear import lora_linear
 from .nf4 import NF4Weight, dequantize_4bit, quantize_4bit
 
@@ -17,6 +18,7 @@ __all__ = [
     "fusion",
     "fusion_of_bottlenecks",
     "ia3_attention",
+    "ia3_linear",
     "lora_linear",
     "quantize_4bit",
 ]

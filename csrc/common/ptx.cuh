@@ -1,0 +1,91 @@
+// Each PTX instruction that C++ has no spelling for, once.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <cstdint>
+
+namespace peft_kernels::cuda {
+
+__device__ inline uint32_t shared_address(const void* pointer) {
+    return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
+}
+
+// ---- bits ---------------------------------------------------------------------------------------------------------
+
+// Four bytes out of the eight of a (0 to 3) and b (4 to 7), by the nibbles of the selector; bit 3 of a nibble asks for
+// eight copies of the byte's sign.
+__device__ inline uint32_t byte_permute(uint32_t a, uint32_t b, uint32_t selector) {
+    uint32_t result;
+    asm("prmt.b32 %0, %1, %2, %3;" : "=r"(result) : "r"(a), "r"(b), "r"(selector));
+    return result;
+}
+
+// Bits of a where the mask is 0, bits of b where it is 1.
+__device__ inline uint32_t select_bits(uint32_t a, uint32_t b, uint32_t mask) {
+    uint32_t result;
+    asm("lop3.b32 %0, %1, %2, %3, 0xD8;" : "=r"(result) : "r"(a), "r"(b), "r"(mask));
+    return result;
+}
+
+// Two floats rounded to nearest even into one word, the first in the low half.
+__device__ inline uint32_t pack(float low, float high, __nv_bfloat16) {
+    uint32_t result;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(result) : "f"(high), "f"(low));
+    return result;
+}
+__device__ inline uint32_t pack(float low, float high, __half) {
+    uint32_t result;
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(result) : "f"(high), "f"(low));
+    return result;
+}
+
+// ---- copies from global to shared memory --------------------------------------------------------------------------
+
+// 16 bytes past the L1; the bytes after the first `bytes` become zeros, and are not read.
+__device__ inline void copy_async16(uint32_t shared, const void* global, int bytes) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared), "l"(global), "r"(bytes) : "memory");
+}
+
+__device__ inline void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+
+// Waits for this thread's copies, the last kGroups groups apart.
+template <int kGroups>
+__device__ inline void wait_for_copies() {
+    asm volatile("cp.async.wait_group %0;" ::"n"(kGroups) : "memory");
+}
+
+// ---- matrix unit --------------------------------------------------------------------------------------------------
+
+// Four 8 x 8 matrices of 16-bit elements; lane i has the address of row i % 8 of matrix i / 8. Each lane gets two
+// neighbours of row lane / 4 of each matrix, or with kTranspose of column lane / 4.
+template <bool kTranspose>
+__device__ inline void load_matrices(uint32_t (&r)[4], uint32_t shared) {
+    if constexpr (kTranspose)
+        asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                     : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                     : "r"(shared)
+                     : "memory");
+    else
+        asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                     : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                     : "r"(shared)
+                     : "memory");
+}
+
+// c [16, 8] += a [16, 16] · b [16, 8] in fp32, by a warp.
+__device__ inline void multiply(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, __nv_bfloat16) {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+        "{%0, %1, %2, %3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+__device__ inline void multiply(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, __half) {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+        "{%0, %1, %2, %3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+}  // namespace peft_kernels::cuda

@@ -9,7 +9,7 @@ from . import _extension  # noqa: F401
 
 
 def isa() -> str:
-    """The instruction set in use: 'portable', 'avx2', 'avx512' or 'avx512_bf16'.
+    """The instruction set in use: 'portable', 'avx2', 'avx512', 'avx512_bf16' or 'amx'.
 
     The fastest one that the processor has, unless the environment variable PEFT_KERNELS_CPU_ISA names another.
     """

@@ -43,7 +43,7 @@ def threads():
     return torch.set_num_threads
 
 
-ISAS = ["portable", "avx2", "avx512", "avx512_bf16"]
+ISAS = ["portable", "avx2", "avx512", "avx512_bf16", "amx"]
 
 
 @pytest.fixture(params=ISAS)

@@ -4,8 +4,19 @@
 #include <stdexcept>
 #include <string>
 
+#if defined(__x86_64__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 namespace peft_kernels {
 namespace {
+
+#if defined(__x86_64__)
+// The kernel keeps the tile registers of a process only after it has asked for them: ARCH_REQ_XCOMP_PERM for
+// XFEATURE_XTILEDATA. Kernels before 5.16 refuse.
+bool tiles_permitted() { return syscall(SYS_arch_prctl, 0x1023, 18) == 0; }
+#endif
 
 std::vector<Isa> detect() {
     std::vector<Isa> isas{Isa::kPortable};
@@ -18,7 +29,10 @@ std::vector<Isa> detect() {
         !__builtin_cpu_supports("avx512dq") || !__builtin_cpu_supports("avx512vl"))
         return isas;
     isas.push_back(Isa::kAvx512);
-    if (__builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vbmi")) isas.push_back(Isa::kAvx512Bf16);
+    if (!__builtin_cpu_supports("avx512bf16") || !__builtin_cpu_supports("avx512vbmi")) return isas;
+    isas.push_back(Isa::kAvx512Bf16);
+    if (__builtin_cpu_supports("amx-tile") && __builtin_cpu_supports("amx-bf16") && tiles_permitted())
+        isas.push_back(Isa::kAmx);
 #endif
     return isas;
 }
@@ -51,6 +65,7 @@ const char* isa_name(Isa isa) {
         case Isa::kAvx2: return "avx2";
         case Isa::kAvx512: return "avx512";
         case Isa::kAvx512Bf16: return "avx512_bf16";
+        case Isa::kAmx: return "amx";
     }
     return "unknown";
 }

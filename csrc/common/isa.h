@@ -10,7 +10,7 @@
 
 namespace peft_kernels {
 
-enum class Isa : int { kPortable, kAvx2, kAvx512, kAvx512Bf16 };
+enum class Isa : int { kPortable, kAvx2, kAvx512, kAvx512Bf16, kAmx };
 
 const char* isa_name(Isa isa);
 
@@ -41,16 +41,18 @@ void set_isa(const char* name);
     }
 
 #if defined(__x86_64__)
-#define PEFT_KERNELS_DECLARE_EACH_(name, Params)  \
-    PEFT_KERNELS_DECLARE_(portable, name, Params) \
-    PEFT_KERNELS_DECLARE_(avx2, name, Params)     \
-    PEFT_KERNELS_DECLARE_(avx512, name, Params)   \
-    PEFT_KERNELS_DECLARE_(avx512_bf16, name, Params)
-#define PEFT_KERNELS_CALL_EACH_(name)                   \
-    case Isa::kPortable: return portable::name(params); \
-    case Isa::kAvx2: return avx2::name(params);         \
-    case Isa::kAvx512: return avx512::name(params);     \
-    case Isa::kAvx512Bf16: return avx512_bf16::name(params);
+#define PEFT_KERNELS_DECLARE_EACH_(name, Params)     \
+    PEFT_KERNELS_DECLARE_(portable, name, Params)    \
+    PEFT_KERNELS_DECLARE_(avx2, name, Params)        \
+    PEFT_KERNELS_DECLARE_(avx512, name, Params)      \
+    PEFT_KERNELS_DECLARE_(avx512_bf16, name, Params) \
+    PEFT_KERNELS_DECLARE_(amx, name, Params)
+#define PEFT_KERNELS_CALL_EACH_(name)                        \
+    case Isa::kPortable: return portable::name(params);      \
+    case Isa::kAvx2: return avx2::name(params);              \
+    case Isa::kAvx512: return avx512::name(params);          \
+    case Isa::kAvx512Bf16: return avx512_bf16::name(params); \
+    case Isa::kAmx: return amx::name(params);
 #else
 #define PEFT_KERNELS_DECLARE_EACH_(name, Params) PEFT_KERNELS_DECLARE_(portable, name, Params)
 #define PEFT_KERNELS_CALL_EACH_(name) \

@@ -52,4 +52,42 @@ static_assert(lora_linear_plan(1024, 576, 2).task_rows == 528);
 static_assert(lora_linear_plan(1024, 4096, 16).task_rows == 1056);
 static_assert(lora_linear_plan(8, 4096, 2).dot && !lora_linear_plan(9, 4096, 2).dot);
 
+// The same for products on tiles (common/amx.h), whose panels have 32 rows or columns.
+struct LoraLinearTilePlan {
+    int64_t chunk_rows;    // rows of the activation packed at a time
+    int64_t task_outputs;  // outputs that a task decodes the weight for
+    int64_t task_rows;     // rows that it multiplies with them
+};
+
+constexpr LoraLinearTilePlan lora_linear_tile_plan(int64_t m, int64_t outputs, int64_t reduction, int threads) {
+    constexpr int64_t kSide = 32;
+    // Packed rows are read again for every task: 16 MB at most, which an L3 cache holds. The weight's panels stay in L2
+    // (of 2 MB on every processor with AMX so far), where up to 1 MB leaves room for what streams by.
+    const int64_t row_bytes = 2 * (reduction > 0 ? reduction : 1);
+    const int64_t most_rows = (16 << 20) / row_bytes / kSide * kSide;
+    LoraLinearTilePlan plan{most_rows > kSide ? most_rows : kSide, kSide, kSide};
+    const int64_t rows = m < plan.chunk_rows ? m : plan.chunk_rows;
+    const int64_t blocks = (rows + kSide - 1) / kSide;
+    int64_t most_outputs = (1 << 20) / row_bytes / kSide * kSide;
+    most_outputs = most_outputs > 128 ? 128 : most_outputs < kSide ? kSide : most_outputs;
+    // All tasks take the same time, so the last round of them should be as full as the others; and each decodes the
+    // weight, which costs as much as 25 rows.
+    int64_t least = INT64_MAX;
+    for (int64_t width = most_outputs; width > 0; width -= kSide)
+        for (int64_t split = 1; split <= blocks && split <= threads; ++split) {
+            const int64_t share = (blocks + split - 1) / split * kSide;
+            const int64_t tasks = (outputs + width - 1) / width * ((rows + share - 1) / share);
+            const int64_t cost = (tasks + threads - 1) / threads * width * (share + 25);
+            if (cost >= least) continue;
+            least = cost;
+            plan.task_outputs = width;
+            plan.task_rows = share;
+        }
+    return plan;
+}
+
+// A wide layer takes the widest panels; 576 outputs are six panels of 96, which two threads share evenly.
+static_assert(lora_linear_tile_plan(512, 4096, 4096, 2).task_outputs == 128);
+static_assert(lora_linear_tile_plan(1024, 576, 576, 2).task_outputs == 96);
+
 }  // namespace peft_kernels

@@ -14,6 +14,8 @@ constexpr int kRankTile = 16;       // ranks of an mma tile
 constexpr int kExpandColumns = 64;  // of an output tile
 
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+// For numbers of tiles: an empty matrix has one, so that no plan divides by zero.
+constexpr int64_t count_tiles(int64_t size, int64_t tile) { return size == 0 ? 1 : ceil_div(size, tile); }
 constexpr int64_t clamp(int64_t value, int64_t low, int64_t high) {
     return value < low ? low : value > high ? high : value;
 }
@@ -48,8 +50,8 @@ struct ShrinkPlan {
 // and one of less than 2 tiles would spend its time on filling the pipeline.
 constexpr ShrinkPlan plan_shrink(int64_t m, int64_t columns, int64_t element_size, RankGroups ranks,
                                  int multiprocessors) {
-    ShrinkPlan plan{ranks, ceil_div(m, kBranchRows), 1, 0};
-    const int64_t tiles = ceil_div(columns * element_size, kBranchRowBytes);
+    ShrinkPlan plan{ranks, count_tiles(m, kBranchRows), 1, 0};
+    const int64_t tiles = count_tiles(columns * element_size, kBranchRowBytes);
     const int64_t wanted = ceil_div(multiprocessors, plan.row_blocks * ranks.groups);
     plan.tiles_per_split = ceil_div(tiles, clamp(wanted, 1, clamp(tiles / 2, 1, 16)));
     plan.splits = static_cast<int>(ceil_div(tiles, plan.tiles_per_split));
@@ -72,7 +74,7 @@ struct ExpandPlan {
 // A CTA that goes on to more columns keeps its rows of s; two CTAs a multiprocessor are left, to even out the last wave.
 constexpr ExpandPlan plan_expand(int64_t m, int64_t columns, RankGroups ranks, int multiprocessors) {
     ExpandPlan plan{ranks, ceil_div(m, kBranchRows), 0, 1};
-    const int64_t tiles = ceil_div(columns, kExpandColumns);
+    const int64_t tiles = count_tiles(columns, kExpandColumns);
     plan.tiles_per_cta = static_cast<int>(clamp(plan.row_blocks * tiles / (2 * multiprocessors), 1, 8));
     plan.column_blocks = ceil_div(tiles, plan.tiles_per_cta);
     return plan;
@@ -88,8 +90,8 @@ struct XPassPlan {
 };
 
 constexpr XPassPlan plan_x_pass(int64_t m, int64_t k, int64_t element_size, RankGroups ranks, int multiprocessors) {
-    XPassPlan plan{ranks, ceil_div(k * element_size, kBranchRowBytes * XPassPlan::kColumnTiles), 1, 0};
-    const int64_t row_blocks = ceil_div(m, kBranchRows);
+    XPassPlan plan{ranks, count_tiles(k * element_size, kBranchRowBytes * XPassPlan::kColumnTiles), 1, 0};
+    const int64_t row_blocks = count_tiles(m, kBranchRows);
     const int64_t wanted = ceil_div(multiprocessors, plan.column_blocks * ranks.groups);
     plan.row_blocks_per_split = ceil_div(row_blocks, clamp(wanted, 1, row_blocks));
     plan.splits = static_cast<int>(ceil_div(row_blocks, plan.row_blocks_per_split));

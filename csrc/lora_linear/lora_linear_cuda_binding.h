@@ -8,6 +8,7 @@
 
 #include <torch/csrc/stable/ops.h>
 
+#include <algorithm>
 #include <array>
 #include <vector>
 
@@ -43,7 +44,9 @@ public:
         : params_(params), like_(input), scope_(input.get_device_index()) {
         check_cuda(cuda::query_device(device_), "lora_linear");
         for (int first = 0; first < params.num_adapters; first += Branch::kMaxAdapters) add_branch(first);
-        for (const Branch& branch : branches_) ranks_.groups += group_ranks(branch).groups;
+        int groups = 0;
+        for (const Branch& branch : branches_) groups += group_ranks(branch).groups;
+        ranks_.groups = std::max(groups, 1);
     }
 
     void forward(const LoraLinearForwardParams& p, const Tensor& x, Tensor& y, Tensor& s) {
@@ -52,7 +55,7 @@ public:
             if (p.total_rank > 0) torch::stable::zero_(s);
         }
         const bool has_base = p.weight && p.k > 0;
-        const LoraLinearCudaPlan plan = plan_of(has_base, false);
+        const LoraLinearCudaPlan plan = plan_of(p.x.dtype, p.y.dtype, has_base, false);
 
         Tensor parts = s;
         int splits = 1;
@@ -89,7 +92,7 @@ public:
         const bool wants_A = grad_A.numel() > 0, wants_B = grad_B.numel() > 0, wants_x = p.grad_x.data != nullptr;
         const bool wants_ds = !branches_.empty() && (wants_A || wants_x);
         const bool has_base = p.weight && wants_x;
-        const LoraLinearCudaPlan plan = plan_of(has_base, true);
+        const LoraLinearCudaPlan plan = plan_of(p.x.dtype, p.grad_y.dtype, has_base, true);
         const int row_blocks = static_cast<int>(plan.dy_pass.row_blocks);
 
         SumPartsParams sums{};
@@ -174,11 +177,11 @@ private:
         branches_.push_back(branch);
     }
 
-    LoraLinearCudaPlan plan_of(bool has_base, bool transposed) const {
+    LoraLinearCudaPlan plan_of(DType x, DType dy, bool has_base, bool transposed) const {
         LoraLinearProblem problem{};
         problem.m = params_.m, problem.n = params_.n, problem.k = params_.k;
         problem.ranks = ranks_;
-        problem.element_size = size_of(params_.compute_dtype);
+        problem.x_size = size_of(x), problem.dy_size = size_of(dy);
         problem.has_base = has_base, problem.transposed = transposed;
         return plan_lora_linear_cuda(problem, device_);
     }
@@ -251,7 +254,7 @@ private:
         if (!p.grad_x.data || p.k == 0) return;
         branches_.clear();
         ExpandParams expand{};
-        expand.plan = plan_of(false, true).expand;
+        expand.plan = plan_of(p.x.dtype, p.grad_y.dtype, false, true).expand;
         expand.transposed = true;
         expand.add = p.add;
         expand.out = p.grad_x;
@@ -270,7 +273,7 @@ private:
     const CudaScope scope_;
     DeviceProperties device_{};
     std::vector<Branch> branches_;  // of up to Branch::kMaxAdapters adapters each; most often one
-    RankGroups ranks_{1, 0};
+    RankGroups ranks_{1, 1};  // for plans
 };
 
 }  // namespace peft_kernels

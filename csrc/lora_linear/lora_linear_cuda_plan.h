@@ -11,7 +11,7 @@ namespace peft_kernels {
 struct LoraLinearProblem {
     int64_t m, n, k;
     RankGroups ranks;
-    int64_t element_size;  // of x and dy
+    int64_t x_size, dy_size;  // of an element
     bool has_base;         // the weight is in 4 bits; else the caller made the base product
     bool transposed;       // backward
 };
@@ -27,9 +27,9 @@ struct LoraLinearCudaPlan {
 constexpr LoraLinearCudaPlan plan_lora_linear_cuda(const LoraLinearProblem& p, const DeviceProperties& device) {
     LoraLinearCudaPlan plan{};
     const int sms = device.multiprocessors;
-    plan.shrink = plan_shrink(p.m, p.k, p.element_size, p.ranks, sms);
-    plan.dy_pass = plan_dy_pass(p.m, p.n, p.element_size, p.ranks, sms);
-    plan.x_pass = plan_x_pass(p.m, p.k, p.element_size, p.ranks, sms);
+    plan.shrink = plan_shrink(p.m, p.k, p.x_size, p.ranks, sms);
+    plan.dy_pass = plan_dy_pass(p.m, p.n, p.dy_size, p.ranks, sms);
+    plan.x_pass = plan_x_pass(p.m, p.k, p.x_size, p.ranks, sms);
     plan.expand = plan_expand(p.m, p.transposed ? p.k : p.n, p.ranks, sms);
     plan.panel_rows = p.n;
     return plan;

@@ -7,6 +7,7 @@ struct DeviceProperties {
     int compute_capability;  // 80 for sm_80
     int multiprocessors;
     int shared_bytes;  // that one CTA can have, after opting in
+    int l2_bytes;
 };
 
 namespace cuda {

@@ -5,8 +5,24 @@
 #include <cuda_fp16.h>
 
 #include <cstdint>
+#include <utility>
 
 namespace peft_kernels::cuda {
+
+// A number as a type. (std::integral_constant's conversion is the host's alone.)
+template <int kIndex>
+struct Index {
+    static constexpr int value = kIndex;
+    __device__ constexpr operator int() const { return kIndex; }
+};
+
+// Calls body with Index<0>, ..., Index<kCount - 1>: for immediates, which a loop's variable cannot be.
+template <int kCount, class Body>
+__device__ __forceinline__ void unroll(const Body& body) {
+    [&]<int... kIndices>(std::integer_sequence<int, kIndices...>) {
+        (body(Index<kIndices>{}), ...);
+    }(std::make_integer_sequence<int, kCount>{});
+}
 
 __device__ inline uint32_t shared_address(const void* pointer) {
     return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
@@ -43,9 +59,13 @@ __device__ inline uint32_t pack(float low, float high, __half) {
 
 // ---- copies from global to shared memory --------------------------------------------------------------------------
 
-// 16 bytes past the L1; the bytes after the first `bytes` become zeros, and are not read.
+// 16 bytes past the L1; the bytes after the first `bytes` become zeros, and are not read. Offsets that are known at
+// compile time cost no instruction.
+template <int kSharedOffset = 0, int kGlobalOffset = 0>
 __device__ inline void copy_async16(uint32_t shared, const void* global, int bytes) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared), "l"(global), "r"(bytes) : "memory");
+    asm volatile("cp.async.cg.shared.global [%0 + %3], [%1 + %4], 16, %2;" ::"r"(shared), "l"(global), "r"(bytes),
+                 "n"(kSharedOffset), "n"(kGlobalOffset)
+                 : "memory");
 }
 
 __device__ inline void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
@@ -56,21 +76,35 @@ __device__ inline void wait_for_copies() {
     asm volatile("cp.async.wait_group %0;" ::"n"(kGroups) : "memory");
 }
 
+template <int kOffset = 0>
+__device__ inline void load_shared(uint32_t (&words)[4], uint32_t shared) {
+    asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4 + %5];"
+                 : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
+                 : "r"(shared), "n"(kOffset)
+                 : "memory");
+}
+template <int kOffset = 0>
+__device__ inline void store_shared(uint32_t shared, const uint32_t (&words)[4]) {
+    asm volatile("st.shared.v4.u32 [%0 + %5], {%1, %2, %3, %4};" ::"r"(shared), "r"(words[0]), "r"(words[1]),
+                 "r"(words[2]), "r"(words[3]), "n"(kOffset)
+                 : "memory");
+}
+
 // ---- matrix unit --------------------------------------------------------------------------------------------------
 
 // Four 8 x 8 matrices of 16-bit elements; lane i has the address of row i % 8 of matrix i / 8. Each lane gets two
 // neighbours of row lane / 4 of each matrix, or with kTranspose of column lane / 4.
-template <bool kTranspose>
+template <bool kTranspose, int kOffset = 0>
 __device__ inline void load_matrices(uint32_t (&r)[4], uint32_t shared) {
     if constexpr (kTranspose)
-        asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+        asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4 + %5];"
                      : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-                     : "r"(shared)
+                     : "r"(shared), "n"(kOffset)
                      : "memory");
     else
-        asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+        asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4 + %5];"
                      : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-                     : "r"(shared)
+                     : "r"(shared), "n"(kOffset)
                      : "memory");
 }
 

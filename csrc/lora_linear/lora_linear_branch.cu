@@ -7,7 +7,6 @@
 //   x-pass      float, bfloat16, float16    16, 32
 #include <cuda_runtime.h>
 
-#include "common/cuda_device.h"
 #include "lora_linear/lora_linear_branch_kernel.cuh"
 
 namespace peft_kernels::cuda {
@@ -42,21 +41,6 @@ dim3 grid_of(const ShrinkPlan& plan) {
 }
 
 }  // namespace
-
-int query_device(DeviceProperties& properties) {
-    int device = 0, major = 0, minor = 0;
-    cudaError_t error = cudaGetDevice(&device);
-    const auto query = [&](int& value, cudaDeviceAttr attribute) {
-        if (error == cudaSuccess) error = cudaDeviceGetAttribute(&value, attribute, device);
-    };
-    query(major, cudaDevAttrComputeCapabilityMajor);
-    query(minor, cudaDevAttrComputeCapabilityMinor);
-    query(properties.multiprocessors, cudaDevAttrMultiProcessorCount);
-    query(properties.shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin);
-    query(properties.l2_bytes, cudaDevAttrL2CacheSize);
-    properties.compute_capability = 10 * major + minor;
-    return error;
-}
 
 int lora_shrink(const ShrinkParams& params, void* stream) {
     return dispatch(params.x.dtype, params.plan.ranks, [&](auto* type, auto ranks) {

@@ -90,6 +90,30 @@ __device__ inline void store_shared(uint32_t shared, const uint32_t (&words)[4])
                  : "memory");
 }
 
+// ---- global memory ------------------------------------------------------------------------------------------------
+
+// One store: beside a branch that stores element by element the compiler would break up a vector's.
+__device__ inline void store_global8(float* target, float first, float second) {
+    asm volatile("st.global.v2.f32 [%0], {%1, %2};" ::"l"(target), "f"(first), "f"(second) : "memory");
+}
+__device__ inline void store_global16(void* target, uint4 v) {
+    asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(target), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w)
+                 : "memory");
+}
+
+// ---- shared memory ------------------------------------------------------------------------------------------------
+
+// One access of 16 bytes: from C++ the compiler makes two of 8 where it needs the halves at different times, and those
+// meet in the same banks.
+__device__ inline float4 load_shared16(uint32_t shared) {
+    float4 v;
+    asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
+                 : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
+                 : "r"(shared)
+                 : "memory");
+    return v;
+}
+
 // ---- matrix unit --------------------------------------------------------------------------------------------------
 
 // Four 8 x 8 matrices of 16-bit elements; lane i has the address of row i % 8 of matrix i / 8. Each lane gets two

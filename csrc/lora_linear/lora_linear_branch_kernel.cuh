@@ -75,7 +75,7 @@ __device__ inline void store_projection(const SplitSum& sum, float scale, float*
         float* const target = out + row * branch.total_rank + group.column() + rank;
         const float first = sum.value(2 * half) * scale, second = sum.value(2 * half + 1) * scale;
         if (paired) {
-            *reinterpret_cast<float2*>(target) = {first, second};
+            store_global8(target, first, second);
         } else {
             if (rank < group.left()) target[0] = first;
             if (rank + 1 < group.left()) target[1] = second;
@@ -276,15 +276,12 @@ __device__ inline void store_vector(const float (&values)[16 / sizeof(T)], const
                                     int64_t column, int64_t columns) {
     constexpr int kVector = 16 / sizeof(T);
     T* const target = static_cast<T*>(matrix.data) + row * matrix.stride + column;
-    alignas(16) T elements[kVector];
-#pragma unroll
-    for (int j = 0; j < kVector; ++j) narrow(values[j], elements[j]);
     if (column + kVector <= columns && reinterpret_cast<uint64_t>(target) % 16 == 0) {
-        *reinterpret_cast<uint4*>(target) = *reinterpret_cast<const uint4*>(elements);
+        store_global16(target, narrow(values, T{}));
     } else {
 #pragma unroll
         for (int j = 0; j < kVector; ++j)
-            if (column + j < columns) target[j] = elements[j];
+            if (column + j < columns) narrow(values[j], target[j]);
     }
 }
 
@@ -504,7 +501,7 @@ __device__ inline void accumulate_grad_A(const XPassParams& params, int64_t cta,
                 float* const target = out + rank * branch.k + column;
                 const float first = sums[j][i].value(2 * half), second = sums[j][i].value(2 * half + 1);
                 if (column + 1 < branch.k && reinterpret_cast<uint64_t>(target) % 8 == 0) {
-                    *reinterpret_cast<float2*>(target) = {first, second};
+                    store_global8(target, first, second);
                 } else {
                     target[0] = first;
                     if (column + 1 < branch.k) target[1] = second;

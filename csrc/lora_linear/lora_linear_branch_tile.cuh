@@ -36,6 +36,15 @@ __device__ inline void narrow(float value, float& out) { out = value; }
 __device__ inline void narrow(float value, __nv_bfloat16& out) { out = __float2bfloat16_rn(value); }
 __device__ inline void narrow(float value, __half& out) { out = __float2half_rn(value); }
 
+// A vector of 16 bytes.
+__device__ inline uint4 narrow(const float (&v)[4], float) {
+    return {__float_as_uint(v[0]), __float_as_uint(v[1]), __float_as_uint(v[2]), __float_as_uint(v[3])};
+}
+template <class T>
+__device__ inline uint4 narrow(const float (&v)[8], T type) {
+    return {pack(v[0], v[1], type), pack(v[2], v[3], type), pack(v[4], v[5], type), pack(v[6], v[7], type)};
+}
+
 // The two elements of a 32-bit word of a 16-bit type.
 template <class T>
 __device__ inline void widen_pair(uint32_t word, float& low, float& high) {
@@ -167,6 +176,11 @@ struct SplitTile {
         return reinterpret_cast<SplitPair*>(tile)[row * kPairs + (pair ^ swizzle)];
     }
 
+    __device__ static SplitPair load(char* tile, int row, int pair) {
+        const float4 v = load_shared16(shared_address(&at(tile, row, pair)));
+        return {v.x, v.y, v.z, v.w};
+    }
+
     // Which pair a thread stages in its i-th turn. Lanes go along whatever is dense in memory: pairs, or rows.
     template <bool kAlongRows>
     __device__ static void place(int i, int& row, int& pair) {
@@ -267,7 +281,7 @@ __device__ inline void project(char* x, char* p, SplitSum (&sums)[kRanks / 8]) {
             const int pair = 4 * (vector / kStepVectors + step) + lane % 4;
 #pragma unroll
             for (int i = 0; i < kRanks / 8; ++i)
-                multiply_split<sizeof(T) == 2>(sums[i], a, Factor::at(p, 8 * i + lane / 4, pair));
+                multiply_split<sizeof(T) == 2>(sums[i], a, Factor::load(p, 8 * i + lane / 4, pair));
         }
     }
 }
@@ -301,7 +315,7 @@ __device__ inline void accumulate(char* x, char* q, int rows, SplitSum (&sums)[k
 #pragma unroll
             for (int i = 0; i < kRanks / 16; ++i) {
                 float a[4], rest[4];
-                left_operand(Factor::at(q, 16 * i + lane / 4, pair), Factor::at(q, 16 * i + 8 + lane / 4, pair), a,
+                left_operand(Factor::load(q, 16 * i + lane / 4, pair), Factor::load(q, 16 * i + 8 + lane / 4, pair), a,
                              rest);
                 multiply_tf32(sums[i].main, a, b[0], b[1]);
                 multiply_tf32(sums[i].rest, rest, b[0], b[1]);
@@ -337,14 +351,14 @@ __device__ inline void outer(char* q, char* p, SplitSum (&sums)[OutputTile<T>::k
     for (int step = 0; step < kRanks / 8; ++step) {
         const int pair = 4 * step + lane % 4;
         float a[4], rest[4];
-        left_operand(SplitTile<kBranchRows, kRanks / 2>::at(q, row, pair),
-                     SplitTile<kBranchRows, kRanks / 2>::at(q, row + 8, pair), a, rest);
+        left_operand(SplitTile<kBranchRows, kRanks / 2>::load(q, row, pair),
+                     SplitTile<kBranchRows, kRanks / 2>::load(q, row + 8, pair), a, rest);
 #pragma unroll
         for (int group = 0; group < Output::kGroups; ++group)
 #pragma unroll
             for (int tile = 0; tile < Output::kTiles; ++tile) {
                 const SplitPair b =
-                    SplitTile<kExpandColumns, kRanks / 2>::at(p, Output::factor_column(group, tile, lane), pair);
+                    SplitTile<kExpandColumns, kRanks / 2>::load(p, Output::factor_column(group, tile, lane), pair);
                 SplitSum& sum = sums[group][tile];
                 multiply_tf32(sum.main, a, b.first, b.second);
                 if constexpr (!kFirstOnly) {

@@ -322,8 +322,12 @@ __device__ inline void expand(const ExpandParams& params, int64_t cta, char* sha
                 }
             }
             if (params.sum && first_column) {
-                params.sum[i] = value.x;
-                if (both) params.sum[i + 1] = value.y;
+                if (together) {
+                    store_global8(params.sum + i, value.x, value.y);
+                } else {
+                    params.sum[i] = value.x;
+                    if (both) params.sum[i + 1] = value.y;
+                }
             }
             return value;
         });

@@ -10,6 +10,13 @@
 
 #include <algorithm>
 #include <array>
+#include <cstdio>
+#include <cstdlib>
+#include <map>
+#include <mutex>
+#include <set>
+#include <string>
+#include <tuple>
 #include <vector>
 
 #include "common/checks.h"
@@ -19,6 +26,7 @@
 #include "lora_linear/lora_linear.h"
 #include "lora_linear/lora_linear_branch.h"
 #include "lora_linear/lora_linear_cuda_plan.h"
+#include "lora_linear/lora_linear_gemm.h"
 
 namespace peft_kernels {
 
@@ -31,12 +39,57 @@ inline ScalarType scalar_type(DType dtype) {
     return ScalarType::Float;
 }
 
-// The tensors that a call's parameters point into, for torch's part of the work.
-struct CudaTensors {
-    const Tensor& input;  // x, or grad_y
-    Tensor& output;       // y, or grad_x
-    Tensor& s;            // of the forward
+// ---- plans --------------------------------------------------------------------------------------------------------
+
+// What `python -m peft_kernels.tune` measured, by the names of devices.
+struct TunedCrossovers {
+    std::mutex mutex;
+    std::map<std::string, Crossover> by_name;
+    std::map<std::tuple<int, int, int>, std::string> names;  // of devices; asking the driver takes a millisecond
+
+    static TunedCrossovers& instance() {
+        static TunedCrossovers tuned;
+        return tuned;
+    }
 };
+
+inline void set_crossover(std::string device_name, int64_t forward, int64_t backward) {
+    TunedCrossovers& tuned = TunedCrossovers::instance();
+    const std::lock_guard lock(tuned.mutex);
+    tuned.by_name[device_name] = {forward, backward};
+}
+
+// Of the current device.
+inline Crossover crossover_of(const DeviceProperties& device) {
+    TunedCrossovers& tuned = TunedCrossovers::instance();
+    const std::lock_guard lock(tuned.mutex);
+    if (tuned.by_name.empty()) return default_crossover(device.compute_capability);
+    int index = 0;
+    check_cuda(cudaGetDevice(&index), "cudaGetDevice");
+    std::string& name = tuned.names[{index, device.compute_capability, device.multiprocessors}];
+    if (name.empty()) {
+        cudaDeviceProp properties{};
+        check_cuda(cudaGetDeviceProperties(&properties, index), "cudaGetDeviceProperties");
+        name = properties.name;
+    }
+    const auto found = tuned.by_name.find(name);
+    return found != tuned.by_name.end() ? found->second : default_crossover(device.compute_capability);
+}
+
+inline bool prints_plans() {
+    const char* value = std::getenv("PEFT_KERNELS_PRINT_PLANS");
+    return value && std::string(value) == "1";
+}
+
+// Each plan once.
+inline void print_plan(const std::string& plan) {
+    static std::mutex mutex;
+    static std::set<std::string> printed;
+    const std::lock_guard lock(mutex);
+    if (printed.insert(plan).second) fprintf(stderr, "peft_kernels: %s\n", plan.c_str());
+}
+
+// ---- a call -------------------------------------------------------------------------------------------------------
 
 class LoraLinearOnCuda {
 public:
@@ -55,7 +108,10 @@ public:
             if (p.total_rank > 0) torch::stable::zero_(s);
         }
         const bool has_base = p.weight && p.k > 0;
-        const LoraLinearCudaPlan plan = plan_of(p.x.dtype, p.y.dtype, has_base, false);
+        const Tensor converted = has_base ? in_compute_dtype(x) : x;
+        LoraLinearGemmParams gemm{};
+        if (has_base) gemm = gemm_of(p, converted);
+        const LoraLinearCudaPlan plan = plan_of(false, p.x.dtype, p.y.dtype, has_base, refusal_of(gemm));
 
         Tensor parts = s;
         int splits = 1;
@@ -66,6 +122,11 @@ public:
             if (splits > 1 && &branch == &branches_.front()) parts = floats(splits * p.m * p.total_rank);
             shrink.s = static_cast<float*>(parts.mutable_data_ptr());
             run(cuda::lora_shrink(shrink, scope_.stream()), "the shrink");
+        }
+
+        if (plan.base == BaseProduct::kFused) {
+            if (splits > 1) add_up(parts, s, splits);
+            return run_gemm(gemm);
         }
 
         const bool accumulates = has_base && p.y.dtype == p.compute_dtype;
@@ -79,11 +140,11 @@ public:
         expand.out = p.y;
         if (has_base && !accumulates) {
             base = empty({p.m, p.n}, p.compute_dtype);
-            multiply(plan, x, base, false, false);
+            multiply(plan, converted, base, false, false);
             expand.base = {base.const_data_ptr(), p.compute_dtype, p.n};
         }
         const bool is_written = run_expand(expand);
-        if (accumulates) multiply(plan, x, y, false, is_written);
+        if (accumulates) multiply(plan, converted, y, false, is_written);
     }
 
     void backward(const LoraLinearBackwardParams& p, const Tensor& grad_y, Tensor& grad_x, Tensor& grad_A,
@@ -92,7 +153,9 @@ public:
         const bool wants_A = grad_A.numel() > 0, wants_B = grad_B.numel() > 0, wants_x = p.grad_x.data != nullptr;
         const bool wants_ds = !branches_.empty() && (wants_A || wants_x);
         const bool has_base = p.weight && wants_x;
-        const LoraLinearCudaPlan plan = plan_of(p.x.dtype, p.grad_y.dtype, has_base, true);
+        const Tensor converted = has_base ? in_compute_dtype(grad_y) : grad_y;
+        const LoraLinearCudaPlan plan =
+            plan_of(true, p.x.dtype, p.grad_y.dtype, has_base, "there is no kernel for it yet");
         const int row_blocks = static_cast<int>(plan.dy_pass.row_blocks);
 
         SumPartsParams sums{};
@@ -135,7 +198,7 @@ public:
         Tensor base;
         if (has_base && !accumulates) {
             base = empty({p.m, p.k}, p.compute_dtype);
-            multiply(plan, grad_y, base, true, false);
+            multiply(plan, converted, base, true, false);
             expand.base = {base.const_data_ptr(), p.compute_dtype, p.k};
         }
         if (wants_x) expand.out = p.grad_x;
@@ -149,7 +212,7 @@ public:
             continue_on(expand);
         }
         if (wants_x && !is_written) is_written = run_expand(expand);
-        if (accumulates) multiply(plan, grad_y, grad_x, true, is_written);
+        if (accumulates) multiply(plan, converted, grad_x, true, is_written);
         if (sums.segments[0].count + sums.segments[1].count > 0)
             run(cuda::lora_sum_parts(sums, scope_.stream()), "the sum of parts");
     }
@@ -177,14 +240,53 @@ private:
         branches_.push_back(branch);
     }
 
-    LoraLinearCudaPlan plan_of(DType x, DType dy, bool has_base, bool transposed) const {
-        LoraLinearProblem problem{};
-        problem.m = params_.m, problem.n = params_.n, problem.k = params_.k;
-        problem.ranks = ranks_;
-        problem.x_size = size_of(x), problem.dy_size = size_of(dy);
-        problem.has_base = has_base, problem.transposed = transposed;
-        return plan_lora_linear_cuda(problem, device_);
+    LoraLinearCudaPlan plan_of(bool backward, DType x, DType dy, bool has_base, const char* refusal) const {
+        const LoraLinearProblem problem{
+            backward, params_.m, params_.n, params_.k, params_.total_rank, ranks_, x, dy, params_.compute_dtype,
+            has_base, refusal};
+        const LoraLinearCudaPlan plan = plan_lora_linear_cuda(problem, device_, crossover_of(device_));
+        if (prints_plans()) print_plan(describe(problem, plan, device_));
+        return plan;
     }
+
+    // ---- the fused base product -----------------------------------------------------------------------------------
+
+    LoraLinearGemmParams gemm_of(const LoraLinearForwardParams& p, const Tensor& x) const {
+        LoraLinearGemmParams gemm{};
+        gemm.weight = p.weight;
+        gemm.m = p.m;
+        gemm.x = {x.const_data_ptr(), p.compute_dtype, x.stride(0)};
+        gemm.bias = p.bias;
+        gemm.add = p.add;
+        gemm.s = {p.s, DType::kFloat32, p.total_rank};
+        gemm.num_terms = branches_.empty() ? 0 : p.num_adapters;
+        for (int a = 0; a < std::min(gemm.num_terms, LoraLinearGemmParams::kMaxTerms); ++a)
+            gemm.terms[a] = {p.adapters[a].lora_B, p.adapters[a].rank, p.adapters[a].scaling};
+        gemm.out = p.y;
+        return gemm;
+    }
+
+    static const char* refusal_of(const LoraLinearGemmParams& gemm) {
+        if (!gemm.weight) return nullptr;
+        if (gemm.m > kDecodeTokens) return "there is no kernel for so many rows yet";
+        return cuda::lora_linear_gemm_refusal(gemm);
+    }
+
+    void run_gemm(LoraLinearGemmParams& gemm) {
+        const int64_t bytes = cuda::lora_linear_gemm_workspace(gemm);
+        const Tensor workspace = floats(ceil_div(bytes, 4));
+        gemm.workspace = workspace.mutable_data_ptr();
+        run(cuda::lora_linear_gemm(gemm, scope_.stream()), "the base product");
+    }
+
+    void add_up(const Tensor& parts, Tensor& sum, int splits) {
+        SumPartsParams params{};
+        params.segments[0] = {static_cast<const float*>(parts.const_data_ptr()),
+                              static_cast<float*>(sum.mutable_data_ptr()), sum.numel(), splits};
+        run(cuda::lora_sum_parts(params, scope_.stream()), "the sum of parts");
+    }
+
+    // ---- torch's base product -------------------------------------------------------------------------------------
 
     // Writes out = add + bias + base + branches; false if there is nothing to write.
     bool run_expand(ExpandParams& expand) {
@@ -210,14 +312,16 @@ private:
         expand.bias = expand.base = {};
     }
 
+    Tensor in_compute_dtype(const Tensor& input) const {
+        if (input.scalar_type() == scalar_type(params_.compute_dtype)) return input;
+        Tensor converted = empty({input.size(0), input.size(1)}, params_.compute_dtype);
+        torch::stable::copy_(converted, input);
+        return converted;
+    }
+
     // out (+)= input · Wᵀ, transposed: input · W, in compute_dtype.
     void multiply(const LoraLinearCudaPlan& plan, const Tensor& input, Tensor& out, bool transposed, bool accumulate) {
         const int64_t n = params_.n, k = params_.k, rows = plan.panel_rows;
-        Tensor converted = input;
-        if (input.scalar_type() != scalar_type(params_.compute_dtype)) {
-            converted = empty({input.size(0), input.size(1)}, params_.compute_dtype);
-            torch::stable::copy_(converted, input);
-        }
         Tensor panel = empty({rows, k}, params_.compute_dtype);
         for (int64_t n0 = 0; n0 < n; n0 += rows) {
             const int64_t count = std::min(rows, n - n0);
@@ -230,11 +334,12 @@ private:
             dequantize.out_dtype = params_.compute_dtype;
             run(cuda::nf4_dequantize(dequantize, scope_.stream()), "nf4_dequantize");
             if (transposed) {
-                Tensor part = torch::stable::narrow(converted, 1, n0, count);
+                Tensor all = input;
+                const Tensor part = torch::stable::narrow(all, 1, n0, count);
                 linear(part, torch::stable::transpose(weight, 0, 1), out, accumulate || n0 > 0);
             } else {
                 Tensor part = torch::stable::narrow(out, 1, n0, count);
-                linear(converted, weight, part, accumulate);
+                linear(input, weight, part, accumulate);
             }
         }
     }
@@ -254,7 +359,7 @@ private:
         if (!p.grad_x.data || p.k == 0) return;
         branches_.clear();
         ExpandParams expand{};
-        expand.plan = plan_of(p.x.dtype, p.grad_y.dtype, false, true).expand;
+        expand.plan = plan_of(true, p.x.dtype, p.grad_y.dtype, false, nullptr).expand;
         expand.transposed = true;
         expand.add = p.add;
         expand.out = p.grad_x;
@@ -273,7 +378,7 @@ private:
     const CudaScope scope_;
     DeviceProperties device_{};
     std::vector<Branch> branches_;  // of up to Branch::kMaxAdapters adapters each; most often one
-    RankGroups ranks_{1, 1};  // for plans
+    RankGroups ranks_{1, 1};        // for plans
 };
 
 }  // namespace peft_kernels

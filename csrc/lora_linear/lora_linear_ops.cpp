@@ -253,6 +253,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(PEFT_KERNELS_NAMESPACE, m) {
         "ScalarType compute_dtype, ScalarType x_dtype, Tensor? add, Tensor[] lora_A, Tensor[] lora_B, "
         "float[] scaling, float[] dropout, Tensor? seeds, bool wants_x, bool[] wants_A, bool[] wants_B) "
         "-> (Tensor grad_x, Tensor grad_A, Tensor grad_B)");
+#if defined(PEFT_KERNELS_CUDA)
+    m.def("lora_linear_set_crossover(str device_name, int forward, int backward) -> ()");
+#endif
 }
 
 #if !defined(PEFT_KERNELS_EMULATED)
@@ -263,6 +266,10 @@ STABLE_TORCH_LIBRARY_IMPL(peft_kernels, CPU, m) {
 #endif
 
 #if defined(PEFT_KERNELS_CUDA)
+STABLE_TORCH_LIBRARY_IMPL(PEFT_KERNELS_NAMESPACE, CompositeExplicitAutograd, m) {
+    m.impl("lora_linear_set_crossover", TORCH_BOX(&peft_kernels::set_crossover));
+}
+
 STABLE_TORCH_LIBRARY_IMPL(PEFT_KERNELS_NAMESPACE, PEFT_KERNELS_CUDA_KEY, m) {
     m.impl("lora_linear_forward", TORCH_BOX(&peft_kernels::forward));
     m.impl("lora_linear_backward", TORCH_BOX(&peft_kernels::backward));

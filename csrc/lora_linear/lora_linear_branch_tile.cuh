@@ -181,6 +181,21 @@ struct SplitTile {
         return {v.x, v.y, v.z, v.w};
     }
 
+    // What a lane reads of one row, and of rows a multiple of 8 further: pairs 4 step + lane % 4. The address depends on
+    // a step that is known only by whether it is even; the rest of it is a constant of the instruction.
+    struct Reader {
+        uint32_t address[2];
+
+        __device__ Reader(char* tile, int row) {
+            address[0] = shared_address(&at(tile, row, threadIdx.x % 4));
+            address[1] = address[0] ^ 64;
+        }
+        __device__ SplitPair load(int step, int further_rows) const {
+            const float4 v = load_shared16(address[step % 2] + step / 2 * 128 + further_rows * kPairs * 16);
+            return {v.x, v.y, v.z, v.w};
+        }
+    };
+
     // Which pair a thread stages in its i-th turn. Lanes go along whatever is dense in memory: pairs, or rows.
     template <bool kAlongRows>
     __device__ static void place(int i, int& row, int& pair) {
@@ -264,11 +279,12 @@ __device__ inline void project(char* x, char* p, SplitSum (&sums)[kRanks / 8]) {
     using Factor = SplitTile<kRanks, Input::kColumns / 2>;
     constexpr int kStepVectors = sizeof(T) == 2 ? 1 : 2;  // of 8 columns
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    const int row = 16 * warp + lane % 16;
-#pragma unroll 2
+    const uint32_t rows = shared_address(x + Input::offset(16 * warp + lane % 16, lane / 16));
+    const typename Factor::Reader factor(p, lane / 4);
+#pragma unroll
     for (int vector = 0; vector < 8; vector += 2) {
         uint32_t r[4];
-        load_matrices<false>(r, shared_address(x + Input::offset(row, vector + lane / 16)));
+        load_matrices<false>(r, rows ^ vector << 4);
 #pragma unroll
         for (int step = 0; step < 2 / kStepVectors; ++step) {
             float a[4];
@@ -278,10 +294,9 @@ __device__ inline void project(char* x, char* p, SplitSum (&sums)[kRanks / 8]) {
             } else {
                 for (int i = 0; i < 4; ++i) a[i] = __uint_as_float(r[i]);
             }
-            const int pair = 4 * (vector / kStepVectors + step) + lane % 4;
 #pragma unroll
             for (int i = 0; i < kRanks / 8; ++i)
-                multiply_split<sizeof(T) == 2>(sums[i], a, Factor::load(p, 8 * i + lane / 4, pair));
+                multiply_split<sizeof(T) == 2>(sums[i], a, factor.load(vector / kStepVectors + step, 8 * i));
         }
     }
 }
@@ -294,12 +309,16 @@ __device__ inline void accumulate(char* x, char* q, int rows, SplitSum (&sums)[k
     using Factor = SplitTile<kRanks, kBranchRows / 2>;
     const int lane = threadIdx.x % 32, strip = threadIdx.x / 32;
     if (strip >= Input::kStrips) return;
-    for (int row0 = 0; row0 < rows; row0 += 32) {
+    [[maybe_unused]] const uint32_t columns = shared_address(x + Input::offset(lane, strip));
+    const typename Factor::Reader factor(q, lane / 4);
+#pragma unroll
+    for (int row0 = 0; row0 < kBranchRows; row0 += 32) {
+        if (row0 >= rows) break;
         [[maybe_unused]] uint32_t r[4];
-        if constexpr (sizeof(T) == 2) load_matrices<true>(r, shared_address(x + Input::offset(row0 + lane, strip)));
+        if constexpr (sizeof(T) == 2) load_matrices<true>(r, columns + row0 * kBranchRowBytes);
 #pragma unroll
         for (int step = 0; step < 4; ++step) {
-            const int pair = row0 / 2 + 4 * step + lane % 4;
+            [[maybe_unused]] const int pair = row0 / 2 + 4 * step + lane % 4;
             float b[2], low[2] = {};
             if constexpr (sizeof(T) == 2) {
                 widen_pair<T>(r[step], b[0], b[1]);
@@ -315,8 +334,7 @@ __device__ inline void accumulate(char* x, char* q, int rows, SplitSum (&sums)[k
 #pragma unroll
             for (int i = 0; i < kRanks / 16; ++i) {
                 float a[4], rest[4];
-                left_operand(Factor::load(q, 16 * i + lane / 4, pair), Factor::load(q, 16 * i + 8 + lane / 4, pair), a,
-                             rest);
+                left_operand(factor.load(row0 / 8 + step, 16 * i), factor.load(row0 / 8 + step, 16 * i + 8), a, rest);
                 multiply_tf32(sums[i].main, a, b[0], b[1]);
                 multiply_tf32(sums[i].rest, rest, b[0], b[1]);
                 if constexpr (sizeof(T) == 4) multiply_tf32(sums[i].rest, a, low[0], low[1]);

@@ -98,9 +98,11 @@ inline std::string describe(const LoraLinearProblem& p, const LoraLinearCudaPlan
     switch (plan.base) {
         case BaseProduct::kNone: text += "none"; break;
         case BaseProduct::kFused: text += "fused"; break;
-        case BaseProduct::kLibrary:
-            text += "library, " + number(ceil_div(p.n, plan.panel_rows)) + " panels of " + number(plan.panel_rows) +
-                    " rows (" + (p.refusal ? p.refusal : "more rows than the crossover") + ")";
+        case BaseProduct::kLibrary: {
+            const int64_t panels = ceil_div(p.n, plan.panel_rows);
+            text += "library, " + number(panels) + (panels == 1 ? " panel of " : " panels of ") +
+                    number(plan.panel_rows) + " rows (" + (p.refusal ? p.refusal : "more rows than the crossover") + ")";
+        }
     }
     if (p.total_rank == 0) return text;
     const std::string expand = number(plan.expand.row_blocks) + "x" + number(plan.expand.column_blocks) + " CTAs";

@@ -206,7 +206,6 @@ __global__ void __launch_bounds__(kBranchThreads) lora_dy_pass_kernel(const __gr
         RowFactor::template fetch<true>(rows, [&](int rank, int pair) {
             return load_row_pair(s, branch, group, row0 + 2 * pair, rank);
         });
-        RowFactor::template store<true>(row_factor, rows);
     }
     const int lane = threadIdx.x % 32;
     const int64_t warp_row = row0 + 16 * (threadIdx.x / 32);
@@ -304,8 +303,7 @@ __device__ inline void expand(const ExpandParams& params, int64_t cta, char* sha
     const int64_t warp_row = row0 + threadIdx.x / 32 * 16;
 
     const auto stage_rows = [&](const RankGroup& group, bool first_column) {
-        float2 values[RowFactor::kPerThread];
-        RowFactor::template fetch<false>(values, [&](int row, int pair) -> float2 {
+        RowFactor::template stage<false>(row_factor, [&](int row, int pair) -> float2 {
             float2 value{0, 0};
             if (row0 + row >= branch.m || 2 * pair >= group.left()) return value;
             const int64_t i = (row0 + row) * branch.total_rank + group.column() + 2 * pair;
@@ -331,12 +329,10 @@ __device__ inline void expand(const ExpandParams& params, int64_t cta, char* sha
             }
             return value;
         });
-        RowFactor::template store<false>(row_factor, values);
     };
     const auto stage_columns = [&](const RankGroup& group, int64_t column0) {
-        float2 values[ColumnFactor::kPerThread];
         if (params.transposed) {
-            ColumnFactor::template fetch<true>(values, [&](int column, int pair) -> float2 {
+            ColumnFactor::template stage<true>(column_factor, [&](int column, int pair) -> float2 {
                 float2 value{0, 0};
                 const ConstMatrix& a = group.adapter.lora_A;
                 if (column0 + column >= columns) return value;
@@ -345,15 +341,13 @@ __device__ inline void expand(const ExpandParams& params, int64_t cta, char* sha
                     value.y = load_element(a, group.first + 2 * pair + 1, column0 + column);
                 return value;
             });
-            ColumnFactor::template store<true>(column_factor, values);
         } else {
-            ColumnFactor::template fetch<false>(values, [&](int column, int pair) -> float2 {
+            ColumnFactor::template stage<false>(column_factor, [&](int column, int pair) -> float2 {
                 if (column0 + column >= columns) return {0, 0};
                 const BranchAdapter& adapter = group.adapter;
                 const float2 b = load_pair(adapter.lora_B, column0 + column, group.first + 2 * pair, adapter.rank);
                 return {b.x * adapter.scaling, b.y * adapter.scaling};
             });
-            ColumnFactor::template store<false>(column_factor, values);
         }
     };
 
@@ -376,16 +370,23 @@ __device__ inline void expand(const ExpandParams& params, int64_t cta, char* sha
             for (int half = 0; half < 2; ++half)
 #pragma unroll
                 for (int i = 0; i < Output::kGroups; ++i) {
-                    uint32_t kept = ~0u;
-                    if (drops) {
-                        const int64_t column = column0 + Output::first_column(i, lane);
-                        kept = dropout_keep_bits(seed, group.adapter.threshold, warp_row + lane / 4 + 8 * half,
-                                                 static_cast<uint32_t>(column / 8)) >>
-                               column % 8;
-                    }
+                    const auto add_kept = [&](auto kept) {
 #pragma unroll
-                    for (int j = 0; j < Output::kVector; ++j)
-                        if (kept >> j & 1) totals[half][i][j] += sums[i][j / 2].value(2 * half + j % 2);
+                        for (int j = 0; j < Output::kVector; ++j)
+                            if (kept(j))
+                                totals[half][i][j] +=
+                                    sums[i][j / 2].template value<Output::kFirstOnly>(2 * half + j % 2);
+                    };
+                    if (!drops) {
+                        add_kept([](int) { return true; });
+                        continue;
+                    }
+                    const int64_t column = column0 + Output::first_column(i, lane);
+                    const uint32_t kept =
+                        dropout_keep_bits(seed, group.adapter.threshold, warp_row + lane / 4 + 8 * half,
+                                          static_cast<uint32_t>(column / 8)) >>
+                        column % 8;
+                    add_kept([&](int j) { return kept >> j & 1; });
                 }
         }
         if (warp_row >= branch.m) continue;
@@ -400,8 +401,11 @@ __device__ inline void expand(const ExpandParams& params, int64_t cta, char* sha
                 float (&values)[Output::kVector] = totals[half][i];
                 if (params.bias.data) {
 #pragma unroll
-                    for (int j = 0; j < Output::kVector; ++j)
-                        if (column + j < columns) values[j] += load_element(params.bias, 0, column + j);
+                    for (int j = 0; j < Output::kVector; j += 2) {
+                        const float2 bias = load_pair(params.bias, 0, column + j, columns);
+                        values[j] += bias.x;
+                        values[j + 1] += bias.y;
+                    }
                 }
                 if (params.add.data) {
                     float add[Output::kVector];

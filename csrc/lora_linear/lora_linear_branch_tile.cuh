@@ -106,16 +106,20 @@ struct InputTile {
     // Starts the copy of rows [row0, m) and columns [column0, columns); what is past them becomes zero.
     __device__ static void load(char* tile, const ConstMatrix& x, int64_t m, int64_t columns, int64_t row0,
                                 int64_t column0) {
+        constexpr int kTurns = kBranchRows * 8 / kBranchThreads, kTurnRows = kBranchThreads / 8;
         const T* const data = static_cast<const T*>(x.data);
         const bool aligned = (reinterpret_cast<uint64_t>(data) | x.stride * sizeof(T)) % 16 == 0;
+        const int first_row = threadIdx.x / 8, vector = threadIdx.x % 8;
+        const int64_t column = column0 + vector * kVector;
+        const int in_row = static_cast<int>(max(int64_t{0}, min(columns - column, int64_t{kVector})));
+        const int rows_left = static_cast<int>(min(m - row0, int64_t{kBranchRows})) - first_row;
+        const T* row_source = data + (row0 + first_row) * x.stride + column;
+        const uint32_t row_target = offset(first_row, vector);  // rows a multiple of 8 further are permuted alike
 #pragma unroll
-        for (int i = 0; i < kBranchRows * 8 / kBranchThreads; ++i) {
-            const int row = (threadIdx.x + i * kBranchThreads) / 8, vector = threadIdx.x % 8;
-            const int64_t column = column0 + vector * kVector;
-            const int64_t left = row0 + row < m ? columns - column : 0;
-            const int count = static_cast<int>(left < 0 ? 0 : left < kVector ? left : kVector);
-            const T* source = count > 0 ? data + (row0 + row) * x.stride + column : data;
-            char* const target = tile + offset(row, vector);
+        for (int i = 0; i < kTurns; ++i, row_source += kTurnRows * x.stride) {
+            const int count = i * kTurnRows < rows_left ? in_row : 0;
+            const T* const source = count > 0 ? row_source : data;
+            char* const target = tile + row_target + i * kTurnRows * kBranchRowBytes;
             if (aligned) {
                 copy_async16(shared_address(target), source, count * sizeof(T));
             } else {  // rows begin anywhere: slower, but x need not be copied first
@@ -215,6 +219,17 @@ struct SplitTile {
         }
     }
 
+    // Both, some at a time, which takes fewer registers.
+    template <bool kAlongRows, class Load>
+    __device__ static void stage(char* tile, const Load& load) {
+#pragma unroll 2
+        for (int i = 0; i < kPerThread; ++i) {
+            int row, pair;
+            place<kAlongRows>(i, row, pair);
+            at(tile, row, pair) = split(load(row, pair));
+        }
+    }
+
     template <bool kAlongRows>
     __device__ static void store(char* tile, const float2 (&values)[kPerThread]) {
 #pragma unroll
@@ -232,7 +247,11 @@ struct SplitTile {
 struct SplitSum {
     float main[4] = {}, rest[4] = {};
 
-    __device__ float value(int i) const { return fabsf(main[i]) <= 3.402823466e38f ? main[i] + rest[i] : main[i]; }
+    template <bool kFirstOnly = false>
+    __device__ float value(int i) const {
+        if constexpr (kFirstOnly) return main[i];
+        return fabsf(main[i]) <= 3.402823466e38f ? main[i] + rest[i] : main[i];
+    }
 };
 
 // sum += a · b of [16, 8] x [8, 8], where b0 and b1 are a pair and a is one number of tf32 (kExactA) or two.
@@ -350,6 +369,8 @@ struct OutputTile {
     static constexpr int kVector = 16 / sizeof(T);
     static constexpr int kGroups = kExpandColumns / (4 * kVector);
     static constexpr int kTiles = kVector / 2;  // mma of a group
+    // A result in bf16 is rounded to 8 bits, beside which the errors of products of 11 vanish.
+    static constexpr bool kFirstOnly = std::is_same_v<T, __nv_bfloat16>;
 
     __device__ static int first_column(int group, int lane) { return group * 4 * kVector + lane % 4 * kVector; }
     // The column that an mma's right operand has for its column `lane / 4`.
@@ -359,11 +380,9 @@ struct OutputTile {
 };
 
 // sums[group][tile] [16 rows of the warp, 8 columns] = Q · P. Q: SplitTile<128, ranks / 2>, P: SplitTile<64, ranks / 2>.
-// A result in bf16 is rounded to 8 bits, beside which the products' errors vanish: the first numbers of tf32 will do.
 template <class T, int kRanks>
 __device__ inline void outer(char* q, char* p, SplitSum (&sums)[OutputTile<T>::kGroups][OutputTile<T>::kTiles]) {
     using Output = OutputTile<T>;
-    constexpr bool kFirstOnly = std::is_same_v<T, __nv_bfloat16>;
     const int lane = threadIdx.x % 32, row = threadIdx.x / 32 * 16 + lane / 4;
 #pragma unroll
     for (int step = 0; step < kRanks / 8; ++step) {
@@ -379,7 +398,7 @@ __device__ inline void outer(char* q, char* p, SplitSum (&sums)[OutputTile<T>::k
                     SplitTile<kExpandColumns, kRanks / 2>::load(p, Output::factor_column(group, tile, lane), pair);
                 SplitSum& sum = sums[group][tile];
                 multiply_tf32(sum.main, a, b.first, b.second);
-                if constexpr (!kFirstOnly) {
+                if constexpr (!Output::kFirstOnly) {
                     multiply_tf32(sum.rest, a, b.first_rest, b.second_rest);
                     multiply_tf32(sum.rest, rest, b.first, b.second);
                 }

@@ -154,8 +154,9 @@ public:
         const bool wants_ds = !branches_.empty() && (wants_A || wants_x);
         const bool has_base = p.weight && wants_x;
         const Tensor converted = has_base ? in_compute_dtype(grad_y) : grad_y;
-        const LoraLinearCudaPlan plan =
-            plan_of(true, p.x.dtype, p.grad_y.dtype, has_base, "there is no kernel for it yet");
+        LoraLinearGemmParams gemm{};
+        if (has_base) gemm = gemm_of(p, converted);
+        const LoraLinearCudaPlan plan = plan_of(true, p.x.dtype, p.grad_y.dtype, has_base, refusal_of(gemm));
         const int row_blocks = static_cast<int>(plan.dy_pass.row_blocks);
 
         SumPartsParams sums{};
@@ -194,9 +195,10 @@ public:
         expand.transposed = true;
         expand.s = x.ds;
         expand.add = p.add;
-        const bool accumulates = has_base && p.grad_x.dtype == p.compute_dtype;
+        const bool is_fused = plan.base == BaseProduct::kFused;
+        const bool accumulates = has_base && !is_fused && p.grad_x.dtype == p.compute_dtype;
         Tensor base;
-        if (has_base && !accumulates) {
+        if (has_base && !is_fused && !accumulates) {
             base = empty({p.m, p.k}, p.compute_dtype);
             multiply(plan, converted, base, true, false);
             expand.base = {base.const_data_ptr(), p.compute_dtype, p.k};
@@ -211,7 +213,12 @@ public:
             is_written = wants_x;
             continue_on(expand);
         }
-        if (wants_x && !is_written) is_written = run_expand(expand);
+        if (is_fused) {
+            if (is_written) gemm.add = expand.add;
+            run_gemm(gemm);
+        } else if (wants_x && !is_written) {
+            is_written = run_expand(expand);
+        }
         if (accumulates) multiply(plan, converted, grad_x, true, is_written);
         if (sums.segments[0].count + sums.segments[1].count > 0)
             run(cuda::lora_sum_parts(sums, scope_.stream()), "the sum of parts");
@@ -266,9 +273,20 @@ private:
         return gemm;
     }
 
+    // The branch, whose masks it does not know, is added to it.
+    static LoraLinearGemmParams gemm_of(const LoraLinearBackwardParams& p, const Tensor& grad_y) {
+        LoraLinearGemmParams gemm{};
+        gemm.weight = p.weight;
+        gemm.transposed = true;
+        gemm.m = p.m;
+        gemm.x = {grad_y.const_data_ptr(), p.compute_dtype, grad_y.stride(0)};
+        gemm.add = p.add;
+        gemm.out = p.grad_x;
+        return gemm;
+    }
+
     static const char* refusal_of(const LoraLinearGemmParams& gemm) {
         if (!gemm.weight) return nullptr;
-        if (gemm.m > kDecodeTokens) return "there is no kernel for so many rows yet";
         return cuda::lora_linear_gemm_refusal(gemm);
     }
 

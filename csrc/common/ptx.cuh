@@ -24,6 +24,12 @@ __device__ __forceinline__ void unroll(const Body& body) {
     }(std::make_integer_sequence<int, kCount>{});
 }
 
+// Hides where a value comes from, so that the compiler keeps it in a register: in loops that it sees to be short of
+// registers it would make addresses anew from the number of the thread, by ten instructions each.
+__device__ inline void keep(uint32_t& value) { asm volatile("" : "+r"(value)); }
+__device__ inline void keep(int& value) { asm volatile("" : "+r"(value)); }
+__device__ inline void keep(const char*& pointer) { asm volatile("" : "+l"(pointer)); }
+
 __device__ inline uint32_t shared_address(const void* pointer) {
     return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
@@ -88,6 +94,15 @@ __device__ inline void store_shared(uint32_t shared, const uint32_t (&words)[4])
     asm volatile("st.shared.v4.u32 [%0 + %5], {%1, %2, %3, %4};" ::"r"(shared), "r"(words[0]), "r"(words[1]),
                  "r"(words[2]), "r"(words[3]), "n"(kOffset)
                  : "memory");
+}
+
+__device__ inline float load_shared_float(uint32_t shared) {
+    float value;
+    asm volatile("ld.shared.f32 %0, [%1];" : "=f"(value) : "r"(shared) : "memory");
+    return value;
+}
+__device__ inline void store_shared_float(uint32_t shared, float value) {
+    asm volatile("st.shared.f32 [%0], %1;" ::"r"(shared), "f"(value) : "memory");
 }
 
 // ---- matrix unit --------------------------------------------------------------------------------------------------

@@ -46,7 +46,7 @@ struct DecodeTraits {
             WarpBuffers warps[kWarps];
             float sums[kWarps][kTokens * kSumPitch];
         };
-        float nested_code[kNestedCodeWords];
+        float nested_code[256];
         float factor[kRankStep * kFactorPitch];
         float s[kTokens * kTokenPitch];
         float absmax[1];  // [kRows][absmax_pitch]

@@ -57,7 +57,7 @@ struct GemmTraits {
             Stage stages[2];
             float sums[kThreads / 32][16 * kSumPitch];
         };
-        float nested_code[kNestedCodeWords];
+        float nested_code[256];
         float absmax[kTransposed ? 1 : 2][kTransposed ? 1 : kSpan][kTransposed ? 1 : kSpanPitch];
         bool is_last;
     };
@@ -175,8 +175,9 @@ public:
                                      : first_output * pitch_ + first_step),
           absmax_(params.weight.absmax, first_ >> shift_),
           within_(static_cast<int>(first_) & ((1 << shift_) - 1)) {
-        // In spans that some step will read, and by the 128 threads that there are places for.
-        filled_steps_ = threadIdx.x < 128 ? (steps - 1) / Traits::kSpan * Traits::kSpan : -Traits::kSpan;
+        // Up to the last span in which a step is the thread's, of the 128 that take part.
+        const int last_step = steps - 1 - static_cast<int>(threadIdx.x % Traits::kSpan);
+        filled_steps_ = threadIdx.x < 128 ? last_step / Traits::kSpan * Traits::kSpan : -Traits::kSpan;
         const int64_t last = params.weight.n * pitch_ - 1 - first_;
         last_ = static_cast<int>(min(last, int64_t{INT32_MAX}));
         const int block = threadIdx.x / Traits::kParts;

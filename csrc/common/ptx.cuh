@@ -82,6 +82,21 @@ __device__ inline void wait_for_copies() {
     asm volatile("cp.async.wait_group %0;" ::"n"(kGroups) : "memory");
 }
 
+// ---- global memory ------------------------------------------------------------------------------------------------
+
+// One store: beside a branch that stores element by element the compiler would break up a vector's.
+__device__ inline void store_global8(float* target, float first, float second) {
+    asm volatile("st.global.v2.f32 [%0], {%1, %2};" ::"l"(target), "f"(first), "f"(second) : "memory");
+}
+__device__ inline void store_global16(void* target, uint4 v) {
+    asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(target), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w)
+                 : "memory");
+}
+
+// ---- shared memory ------------------------------------------------------------------------------------------------
+
+// One access of 16 bytes: from C++ the compiler makes two of 8 where it needs the halves at different times, and those
+// meet in the same banks. An offset that is known at compile time costs no instruction.
 template <int kOffset = 0>
 __device__ inline void load_shared(uint32_t (&words)[4], uint32_t shared) {
     asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4 + %5];"
@@ -94,6 +109,12 @@ __device__ inline void store_shared(uint32_t shared, const uint32_t (&words)[4])
     asm volatile("st.shared.v4.u32 [%0 + %5], {%1, %2, %3, %4};" ::"r"(shared), "r"(words[0]), "r"(words[1]),
                  "r"(words[2]), "r"(words[3]), "n"(kOffset)
                  : "memory");
+}
+__device__ inline float4 load_shared16(uint32_t shared) {
+    uint32_t words[4];
+    load_shared(words, shared);
+    return make_float4(__uint_as_float(words[0]), __uint_as_float(words[1]), __uint_as_float(words[2]),
+                       __uint_as_float(words[3]));
 }
 
 __device__ inline float load_shared_float(uint32_t shared) {
@@ -135,6 +156,22 @@ __device__ inline void multiply(float (&c)[4], const uint32_t (&a)[4], uint32_t 
         "{%0, %1, %2, %3};"
         : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+// The nearest number of tf32, which has the exponent of fp32 and 11 significant bits; ties away from zero.
+__device__ inline float round_to_tf32(float value) {
+    uint32_t result;
+    asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(result) : "f"(value));
+    return __uint_as_float(result);
+}
+
+// c [16, 8] += a [16, 8] · b [8, 8] by a warp, with operands that are numbers of tf32, in fp32.
+__device__ inline void multiply_tf32(float (&c)[4], const float (&a)[4], float b0, float b1) {
+    asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+        "{%0, %1, %2, %3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(__float_as_uint(a[0])), "r"(__float_as_uint(a[1])), "r"(__float_as_uint(a[2])),
+          "r"(__float_as_uint(a[3])), "r"(__float_as_uint(b0)), "r"(__float_as_uint(b1)));
 }
 
 }  // namespace peft_kernels::cuda

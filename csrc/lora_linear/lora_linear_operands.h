@@ -33,7 +33,9 @@ inline const void* row_of(const ConstMatrix& matrix, int64_t row, int64_t column
     return static_cast<const char*>(matrix.data) + (row * matrix.stride + column) * size_of(matrix.dtype);
 }
 
-inline Dropout dropout_of(const LoraAdapter& adapter) { return {adapter.seed, adapter.dropout}; }
+inline Dropout dropout_of(const LoraAdapter& adapter) {
+    return {adapter.seed ? static_cast<uint64_t>(*adapter.seed) : 0, adapter.dropout};
+}
 
 inline int64_t strips_for(int64_t outputs) { return divide_up(outputs, kLanes); }
 

@@ -24,6 +24,12 @@ __device__ __forceinline__ void unroll(const Body& body) {
     }(std::make_integer_sequence<int, kCount>{});
 }
 
+// Hides where a value comes from, so that the compiler keeps it in a register: in loops that it sees to be short of
+// registers it would make addresses anew from the number of the thread, by ten instructions each.
+__device__ inline void keep(uint32_t& value) { asm volatile("" : "+r"(value)); }
+__device__ inline void keep(int& value) { asm volatile("" : "+r"(value)); }
+__device__ inline void keep(const char*& pointer) { asm volatile("" : "+l"(pointer)); }
+
 __device__ inline uint32_t shared_address(const void* pointer) {
     return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
@@ -76,20 +82,6 @@ __device__ inline void wait_for_copies() {
     asm volatile("cp.async.wait_group %0;" ::"n"(kGroups) : "memory");
 }
 
-template <int kOffset = 0>
-__device__ inline void load_shared(uint32_t (&words)[4], uint32_t shared) {
-    asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4 + %5];"
-                 : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
-                 : "r"(shared), "n"(kOffset)
-                 : "memory");
-}
-template <int kOffset = 0>
-__device__ inline void store_shared(uint32_t shared, const uint32_t (&words)[4]) {
-    asm volatile("st.shared.v4.u32 [%0 + %5], {%1, %2, %3, %4};" ::"r"(shared), "r"(words[0]), "r"(words[1]),
-                 "r"(words[2]), "r"(words[3]), "n"(kOffset)
-                 : "memory");
-}
-
 // ---- global memory ------------------------------------------------------------------------------------------------
 
 // One store: beside a branch that stores element by element the compiler would break up a vector's.
@@ -104,14 +96,34 @@ __device__ inline void store_global16(void* target, uint4 v) {
 // ---- shared memory ------------------------------------------------------------------------------------------------
 
 // One access of 16 bytes: from C++ the compiler makes two of 8 where it needs the halves at different times, and those
-// meet in the same banks.
-__device__ inline float4 load_shared16(uint32_t shared) {
-    float4 v;
-    asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
-                 : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
-                 : "r"(shared)
+// meet in the same banks. An offset that is known at compile time costs no instruction.
+template <int kOffset = 0>
+__device__ inline void load_shared(uint32_t (&words)[4], uint32_t shared) {
+    asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4 + %5];"
+                 : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
+                 : "r"(shared), "n"(kOffset)
                  : "memory");
-    return v;
+}
+template <int kOffset = 0>
+__device__ inline void store_shared(uint32_t shared, const uint32_t (&words)[4]) {
+    asm volatile("st.shared.v4.u32 [%0 + %5], {%1, %2, %3, %4};" ::"r"(shared), "r"(words[0]), "r"(words[1]),
+                 "r"(words[2]), "r"(words[3]), "n"(kOffset)
+                 : "memory");
+}
+__device__ inline float4 load_shared16(uint32_t shared) {
+    uint32_t words[4];
+    load_shared(words, shared);
+    return make_float4(__uint_as_float(words[0]), __uint_as_float(words[1]), __uint_as_float(words[2]),
+                       __uint_as_float(words[3]));
+}
+
+__device__ inline float load_shared_float(uint32_t shared) {
+    float value;
+    asm volatile("ld.shared.f32 %0, [%1];" : "=f"(value) : "r"(shared) : "memory");
+    return value;
+}
+__device__ inline void store_shared_float(uint32_t shared, float value) {
+    asm volatile("st.shared.f32 [%0], %1;" ::"r"(shared), "f"(value) : "memory");
 }
 
 // ---- matrix unit --------------------------------------------------------------------------------------------------

@@ -32,7 +32,7 @@ struct DecodeTraits {
     static constexpr int kLaneRows = 2 * kRowTiles;  // rows of which a lane decodes a block
     static constexpr int kOutputs = (kRows * kTokens + kThreads - 1) / kThreads;  // of a thread
     static constexpr int kSpan = kDecodeSpan;  // chunks whose absmax lies in shared memory
-    static constexpr int kRankStep = 32;
+    static constexpr int kRankStep = 16, kFactorPitch = kRows + 2, kTokenPitch = kRankStep + 1;
 
     // Rows of the partial sums: writes of a fragment and reads of 32 neighbours are without conflicts.
     static constexpr int kSumPitch = kRows + 4;
@@ -47,8 +47,8 @@ struct DecodeTraits {
             float sums[kWarps][kTokens * kSumPitch];
         };
         float nested_code[256];
-        float factor[kRankStep * (kRows + 1)];
-        float s[kTokens * (kRankStep + 1)];
+        float factor[kRankStep * kFactorPitch];
+        float s[kTokens * kTokenPitch];
         float absmax[1];  // [kRows][absmax_pitch]
     };
 
@@ -215,22 +215,22 @@ __device__ inline void locate_output(int index, int& row, int& token) {
     if constexpr (Traits::kRows == 16) token = token / 8 * 8 + token % 2 * 4 + token / 2 % 4;
 }
 
-// Ranks `rank` and following of a term to shared memory.
+// Ranks `rank` and following of a term to shared memory; lanes run along the ranks.
 template <class Traits>
 __device__ void stage_term(const LoraLinearGemmKernelParams& params, typename Traits::Shared& shared,
                            const LoraTerm& term, int64_t s_column, int64_t rank, int64_t first_row) {
     constexpr int kStep = Traits::kRankStep;
-    const int lane = threadIdx.x % 32;  // along the ranks
-    const bool inside = rank + lane < term.rank;
-    for (int row = threadIdx.x / 32; row < Traits::kRows; row += Traits::kWarps) {
+    const int r = threadIdx.x % kStep;
+    const bool inside = rank + r < term.rank;
+    for (int row = threadIdx.x / kStep; row < Traits::kRows; row += Traits::kThreads / kStep) {
         const bool exists = inside && first_row + row < params.outputs;
-        shared.factor[lane * (Traits::kRows + 1) + row] =
-            exists ? load_element(term.factor, first_row + row, rank + lane) : 0;
+        shared.factor[r * Traits::kFactorPitch + row] =
+            exists ? load_element(term.factor, first_row + row, rank + r) : 0;
     }
-    for (int token = threadIdx.x / 32; token < Traits::kTokens; token += Traits::kWarps) {
+    for (int token = threadIdx.x / kStep; token < Traits::kTokens; token += Traits::kThreads / kStep) {
         const bool exists = inside && token < params.operands.m;
-        shared.s[token * (kStep + 1) + lane] =
-            exists ? term.scaling * load_element(params.operands.s, token, s_column + rank + lane) : 0;
+        shared.s[token * Traits::kTokenPitch + r] =
+            exists ? term.scaling * load_element(params.operands.s, token, s_column + rank + r) : 0;
     }
 }
 
@@ -242,7 +242,7 @@ __device__ void add_term(const typename Traits::Shared& shared, float (&outputs)
         locate_output<Traits>(i, row, token);
         if (token >= Traits::kTokens) break;
         for (int r = 0; r < ranks; ++r)
-            outputs[i] += shared.s[token * (Traits::kRankStep + 1) + r] * shared.factor[r * (Traits::kRows + 1) + row];
+            outputs[i] += shared.s[token * Traits::kTokenPitch + r] * shared.factor[r * Traits::kFactorPitch + row];
     }
 }
 

@@ -9,6 +9,7 @@
 #include "common/cuda_device.h"
 #include "lora_linear/lora_linear_decode_kernel.cuh"
 #include "lora_linear/lora_linear_gemm.h"
+#include "lora_linear/lora_linear_gemm_kernel.cuh"
 #include "lora_linear/lora_linear_gemm_plan.h"
 #include "nf4/nf4_codebook.h"
 
@@ -27,6 +28,11 @@ Problem plan_of(const LoraLinearGemmParams& params, const DeviceProperties& devi
     return problem;
 }
 
+// Two counters for each tile, to a multiple of 16 bytes.
+int64_t bytes_of_arrivals(const LoraLinearGemmPlan& plan) {
+    return plan.splits > 1 ? ceil_divide(plan.tiles, 2) * 16 : 0;
+}
+
 template <class Kernel>
 int launch_kernel(Kernel kernel, uint32_t grid, int threads, int shared_bytes, const LoraLinearGemmKernelParams& params,
                   cudaStream_t stream) {
@@ -43,12 +49,30 @@ int launch_decode(const LoraLinearGemmKernelParams& params, const LoraLinearGemm
                          Traits::shared_bytes(params.reduction), params, stream);
 }
 
+template <class T, int kTileM, bool kTransposed>
+int launch_gemm(const LoraLinearGemmKernelParams& params, const LoraLinearGemmPlan& plan, cudaStream_t stream) {
+    using Traits = GemmTraits<T, kTileM, kTransposed>;
+    if (plan.splits > 1) {
+        const cudaError_t error = cudaMemsetAsync(params.arrivals, 0, bytes_of_arrivals(plan), stream);
+        if (error != cudaSuccess) return error;
+    }
+    return launch_kernel(lora_linear_gemm_kernel<Traits>, static_cast<uint32_t>(plan.tiles * plan.splits),
+                         Traits::kThreads, sizeof(typename Traits::Shared), params, stream);
+}
+
 template <class T>
 int launch(const LoraLinearGemmKernelParams& params, const LoraLinearGemmPlan& plan, cudaStream_t stream) {
+    if (params.operands.transposed) {
+        if (plan.tile_m == 64) return launch_gemm<T, 64, true>(params, plan, stream);
+        return launch_gemm<T, 128, true>(params, plan, stream);
+    }
     switch (plan.tile_m) {
         case 8: return launch_decode<T, 8>(params, plan, stream);
         case 16: return launch_decode<T, 16>(params, plan, stream);
-        default: return launch_decode<T, 32>(params, plan, stream);
+        case 32: return launch_decode<T, 32>(params, plan, stream);
+        case 64: return launch_gemm<T, 64, false>(params, plan, stream);
+        case 128: return launch_gemm<T, 128, false>(params, plan, stream);
+        default: return launch_gemm<T, 256, false>(params, plan, stream);
     }
 }
 
@@ -66,12 +90,22 @@ const char* lora_linear_gemm_refusal(const LoraLinearGemmParams& params) {
     if (weight.log2_blocksize < 6) return "a block has fewer than 64 elements, of which a thread has a table";
     if (weight.k % 64 != 0) return "K is no multiple of 64: blocks would begin within a thread's elements";
     if (!aligned(weight.codes)) return "the codes do not begin at a multiple of 16 bytes";
+    if (params.transposed && weight.n % 8 != 0) return "N is no multiple of 8: dy would end within 16 bytes";
+    if (weight.n >= INT32_MAX / 64 || weight.k >= INT32_MAX / 64)
+        return "N or K is too large for 32-bit indices of a tile";
     if (!aligned(params.x.data) || params.x.stride % 8 != 0) return "x's rows do not begin at multiples of 16 bytes";
     if (params.num_terms > LoraLinearGemmParams::kMaxTerms) return "there are more than 4 adapters";
     return nullptr;
 }
 
-int64_t lora_linear_gemm_workspace(const LoraLinearGemmParams&) { return 0; }
+int64_t lora_linear_gemm_workspace(const LoraLinearGemmParams& params) {
+    DeviceProperties device{};
+    if (query_device(device) != cudaSuccess) return 0;  // the launch will tell
+    const LoraLinearGemmPlan plan = plan_of(params, device).plan;
+    if (plan.splits == 1) return 0;
+    return bytes_of_arrivals(plan) +
+           plan.tiles * plan.splits * plan.tile_m * kTileN * static_cast<int64_t>(sizeof(float));
+}
 
 int lora_linear_gemm(const LoraLinearGemmParams& params, void* stream_handle) {
     DeviceProperties device{};
@@ -83,6 +117,13 @@ int lora_linear_gemm(const LoraLinearGemmParams& params, void* stream_handle) {
     for (int code = 0; code < 16; ++code) kernel_params.codebook[code] = codebook(params.weight->quant_type)[code];
     kernel_params.outputs = problem.outputs;
     kernel_params.reduction = problem.reduction;
+    kernel_params.tiles_m = ceil_divide(params.m, problem.plan.tile_m);
+    kernel_params.steps = static_cast<int32_t>(ceil_divide(problem.reduction, kTileStep));
+    kernel_params.splits = problem.plan.splits;
+    kernel_params.split_steps = static_cast<int32_t>(problem.plan.split_steps);
+    kernel_params.arrivals = static_cast<uint32_t*>(params.workspace);
+    kernel_params.partial_sums =
+        reinterpret_cast<float*>(static_cast<char*>(params.workspace) + bytes_of_arrivals(problem.plan));
 
     const cudaStream_t stream = static_cast<cudaStream_t>(stream_handle);
     if (params.x.dtype == DType::kBFloat16) return launch<__nv_bfloat16>(kernel_params, problem.plan, stream);

@@ -13,11 +13,15 @@ struct LoraLinearGemmKernelParams {
     Nf4Weight weight;
     float codebook[16];
     int64_t outputs, reduction;  // n and k, transposed k and n
+    int64_t tiles_m;             // of out, that share their columns
+    int32_t steps;               // of 64, of the reduction
     int32_t splits;              // CTAs that share a tile of out, each with a part of the reduction
     int32_t split_steps;         // steps of the reduction that one of them takes
     float* partial_sums;         // [tiles, splits, tile]
-    uint32_t* arrivals;          // [tiles], zeros
+    uint32_t* arrivals;          // [tiles, 2], zeros: CTAs that have their sums, and that have written them
 };
+
+__device__ inline int bytes_of(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
 
 // Element (i, j), or zero where there is no matrix.
 __device__ inline float load_element(const ConstMatrix& matrix, int64_t i, int64_t j) {

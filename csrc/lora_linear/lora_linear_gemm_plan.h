@@ -47,16 +47,18 @@ constexpr LoraLinearGemmPlan plan_lora_linear_gemm(int64_t m, int64_t outputs, i
         plan.split_steps = ceil_divide(reduction, kTileStep);
         return plan;
     }
-    // 256 rows decode the weight half as often as 128, but need 150 KB of shared memory. dx has them less often: above
-    // the crossover the weight is dequantised.
-    plan.tile_m = m <= 64 ? 64 : m <= 128 || transposed || device.shared_bytes < (150 << 10) ? 128 : 256;
+    // 256 rows decode the weight half as often as 128, and need 122 KB of shared memory, which sm_86 and sm_89 lack. On
+    // sm_90 dequantisation and the library's GEMM are faster before there are so many; so they are for dx.
+    const bool has_256 = device.compute_capability == 80 && !transposed;
+    plan.tile_m = m <= 64 ? 64 : m < 256 || !has_256 ? 128 : 256;
     plan.tiles = ceil_divide(m, plan.tile_m) * ceil_divide(outputs, kTileN);
     const int64_t steps = ceil_divide(reduction, kTileStep);
     // Tiles that leave multiprocessors idle are split, as long as a part has 8 steps: fewer would not repay the pass
-    // over its sums.
+    // over its sums, which takes the last CTA as long as one step for each part: so at most 4, or 3 of 128 KB.
     int64_t splits = device.multiprocessors / plan.tiles;
     splits = splits < steps / 8 ? splits : steps / 8;
-    splits = splits < 1 ? 1 : splits > 4 ? 4 : splits;
+    const int64_t most = plan.tile_m > 128 ? 3 : 4;
+    splits = splits < 1 ? 1 : splits > most ? most : splits;
     plan.split_steps = ceil_divide(steps, splits);
     plan.splits = static_cast<int>(ceil_divide(steps, plan.split_steps));
     return plan;

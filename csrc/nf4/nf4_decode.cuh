@@ -48,36 +48,45 @@ __device__ inline void decode(const Planes& planes, uint32_t codes, uint32_t (&p
     }
 }
 
-// absmax of a run of blocks. The lookups of nested statistics go anywhere in the table of 256, so that the caller keeps
-// a copy in shared memory.
-class BlockAbsmax {
-public:
-    __device__ BlockAbsmax(const Absmax& a, int64_t first_block)
-        : absmax_(a.absmax ? a.absmax + first_block : nullptr),
-          nested_codes_(a.nested_codes + first_block),
-          nested_absmax_(a.nested_absmax + (first_block >> a.log2_nested_blocksize)),
-          within_(static_cast<int>(first_block & ((1 << a.log2_nested_blocksize) - 1))),
-          log2_nested_blocksize_(a.log2_nested_blocksize),
-          offset_(a.absmax ? 0.0f : __ldg(a.nested_offset)) {}
-
-    // Of block first_block + block.
-    __device__ float load(const float* nested_code, int block) const {
-        if (absmax_) return __ldg(absmax_ + block);
-        const float scale = __ldg(nested_absmax_ + ((within_ + block) >> log2_nested_blocksize_));
-        return __fadd_rn(__fmul_rn(nested_code[__ldg(nested_codes_ + block)], scale), offset_);
-    }
-
-private:
-    const float* absmax_;
-    const uint8_t* nested_codes_;
-    const float* nested_absmax_;
-    int within_, log2_nested_blocksize_;
-    float offset_;
-};
-
-__device__ inline void load_nested_code(const Absmax& a, float* nested_code) {
+// The lookups of nested statistics go anywhere in the table of 256 numbers, so that the caller keeps it in shared memory.
+// They meet in banks, three or so at a time: one lookup for 64 weights, it does not matter.
+__device__ inline void load_nested_code(const Absmax& a, float (&nested_code)[256]) {
     if (a.absmax) return;
     for (int i = threadIdx.x; i < 256; i += blockDim.x) nested_code[i] = __ldg(a.nested_code + i);
 }
+
+// absmax of a run of blocks.
+class BlockAbsmax {
+public:
+    __device__ BlockAbsmax(const Absmax& a, int64_t first_block)
+        : statistics_(a.absmax ? reinterpret_cast<const char*>(a.absmax + first_block)
+                               : reinterpret_cast<const char*>(a.nested_codes + first_block)),
+          nested_absmax_(reinterpret_cast<const char*>(a.nested_absmax + (first_block >> a.log2_nested_blocksize))),
+          is_nested_(a.absmax == nullptr),
+          log2_nested_blocksize_(a.log2_nested_blocksize),
+          within_(static_cast<int>(first_block & ((1 << a.log2_nested_blocksize) - 1))),
+          offset_(a.absmax ? 0.0f : __ldg(a.nested_offset)) {
+        keep(statistics_);
+        keep(nested_absmax_);
+        keep(within_);
+    }
+
+    // Of block first_block + block.
+    __device__ float load(const float (&nested_code)[256], int block) const {
+        if (!is_nested_) return __ldg(reinterpret_cast<const float*>(statistics_) + block);
+        const uint8_t code = __ldg(reinterpret_cast<const uint8_t*>(statistics_) + block);
+        const float* const scale =
+            reinterpret_cast<const float*>(nested_absmax_) + ((within_ + block) >> log2_nested_blocksize_);
+        return __fadd_rn(__fmul_rn(nested_code[code], __ldg(scale)), offset_);
+    }
+
+private:
+    const char* statistics_;  // absmax, or its codes
+    const char* nested_absmax_;
+    const bool is_nested_;
+    const int log2_nested_blocksize_;
+    int within_;
+    float offset_;
+};
 
 }  // namespace peft_kernels::cuda

@@ -24,7 +24,7 @@ namespace PEFT_KERNELS_ISA {
 
 void lora_linear_forward(const LoraLinearForwardParams& params) {
 #if defined(__AMX_BF16__)
-    if (suits_tiles(params, params.x)) return TileForward(params).run();
+    if (suits_tiles(params)) return TileForward(params).run();
 #endif
     const LoraLinearPlan plan = lora_linear_plan(params.m, params.n, params.threads);
     if (!plan.dot || !suits_dot(params)) return StripForward(params).run();
@@ -36,8 +36,7 @@ void lora_linear_forward(const LoraLinearForwardParams& params) {
 
 void lora_linear_backward(const LoraLinearBackwardParams& params) {
 #if defined(__AMX_BF16__)
-    if (suits_tiles(params, params.grad_y) && (!params.x.data || params.x.dtype == DType::kBFloat16))
-        return TileBackward(params).run();
+    if (suits_tiles(params)) return TileBackward(params).run();
 #endif
     StripBackward(params).run();
 }

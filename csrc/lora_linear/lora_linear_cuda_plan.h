@@ -101,7 +101,8 @@ inline std::string describe(const LoraLinearProblem& p, const LoraLinearCudaPlan
         case BaseProduct::kLibrary: {
             const int64_t panels = ceil_div(p.n, plan.panel_rows);
             text += "library, " + number(panels) + (panels == 1 ? " panel of " : " panels of ") +
-                    number(plan.panel_rows) + " rows (" + (p.refusal ? p.refusal : "more rows than the crossover") + ")";
+                    number(plan.panel_rows) + " rows (" + (p.refusal ? p.refusal : "more rows than the crossover") +
+                    ")";
         }
     }
     if (p.total_rank == 0) return text;

@@ -1,4 +1,4 @@
-// lora_linear on AMX: bf16 activations, products in bf16. See lora_linear_panels.h for the operands.
+// lora_linear on AMX: base products in bf16. See lora_linear_panels.h for the operands.
 // For sources that are compiled once per instruction set, and only for those.
 //
 //   forward    sᵀ   = A drop(x)ᵀ                 left A (its terms)        right x, dropped      per 32 rows of x
@@ -23,13 +23,34 @@ constexpr int64_t kShrinkDepth = 1024;
 // Rows of x or dy that the gradients of A and B take at a time: a panel of 1024 x 32 x 2 bytes = 64 KB.
 constexpr int64_t kReduceDepth = 1024;
 
-inline const BFloat16* bf16_row(const ConstMatrix& matrix, int64_t row, int64_t column = 0) {
-    return static_cast<const BFloat16*>(row_of(matrix, row, column));
-}
-
 // Whether the tile unit can take a call: it multiplies bf16 only.
-inline bool suits_tiles(const LoraLinearParams& params, const ConstMatrix& input) {
-    return input.dtype == DType::kBFloat16 && params.compute_dtype == DType::kBFloat16;
+inline bool suits_tiles(const LoraLinearParams& params) { return params.compute_dtype == DType::kBFloat16; }
+
+// Rows of x or dy in bf16: where they lie, or dense rows in a buffer.
+struct Bf16Rows {
+    const BFloat16* data;
+    int64_t stride;
+};
+
+// A part of a matrix, rounded to bf16 (kRounded), or one of the terms that it is the sum of; scaled if `scale` is given.
+constexpr int kRounded = -1;
+inline Bf16Rows bf16_rows(const ConstMatrix& matrix, int64_t row, int64_t rows, int64_t column, int64_t columns,
+                          int term, const float* scale, BFloat16* buffer) {
+    if (matrix.dtype == DType::kBFloat16 && !scale)
+        return {static_cast<const BFloat16*>(row_of(matrix, row, column)), matrix.stride};
+    dispatch_dtype(matrix.dtype, [&](auto* type) {
+        for (int64_t i = 0; i < rows; ++i) {
+            const auto* from = static_cast<Pointee<decltype(type)> const*>(row_of(matrix, row + i, column));
+            BFloat16* to = buffer + i * columns;
+            for (int64_t c = 0; c < columns; c += kLanes) {
+                F32 value = load_some(from + c, columns - c);
+                if (scale) value *= load_some(scale + column + c, columns - c);
+                for (int before = 0; before < term; ++before) take_term(value);
+                store_some(to + c, term == kRounded ? value : (F32)take_term(value), columns - c);
+            }
+        }
+    });
+    return {buffer, columns};
 }
 
 // What the two directions share.
@@ -98,22 +119,11 @@ protected:
         });
     }
 
-    // Rows of the input as the product takes them: where they lie, or scaled and rounded, in a buffer of dense rows.
-    struct Bf16Rows {
-        const BFloat16* data;
-        int64_t stride;
-    };
-    Bf16Rows scaled(int64_t row, int64_t rows, const float* scale, BFloat16* buffer) const {
-        if (!scale) return {bf16_row(input_, row), input_.stride};
-        for (int64_t i = 0; i < rows; ++i) {
-            const BFloat16* from = bf16_row(input_, row + i);
-            BFloat16* to = buffer + i * reduction_;
-            for (int64_t column = 0; column < reduction_; column += kLanes) {
-                const int64_t count = reduction_ - column;
-                store_some(to + column, load_some(from + column, count) * load_some(scale + column, count), count);
-            }
-        }
-        return {buffer, reduction_};
+    int input_terms() const { return terms_of(input_.dtype); }
+    // How many rows (or columns) of the shrunk parameter's terms are multiplied with a term of the input: those whose
+    // product is above fp32's precision.
+    int64_t shrink_rows(int a, int input_term) const {
+        return min_of(shrink_terms(a), 3 - input_term) * adapter(a).rank;
     }
 
     // The base product of one task, and of the branch what stands behind it in the panels (`tail` steps):
@@ -229,7 +239,7 @@ public:
             const int64_t rows = min_of(chunk_rows(), p_.m - first);
             for_each_panel(first, rows, [&](int64_t row, int64_t count, int worker) {
                 BFloat16* panel = input_panel(first, row);
-                const Bf16Rows x = scaled(row, count, p_.scale_k, scratch(worker).scaled);
+                const Bf16Rows x = bf16_rows(p_.x, row, count, 0, p_.k, kRounded, p_.scale_k, scratch(worker).rows);
                 pack_combed_columns(x.data, x.stride, count, p_.k, nullptr, 0, panel);
                 make_s(row, count, panel, scratch(worker));
             });
@@ -253,7 +263,7 @@ private:
             tile = arena.take<float>(max_of<int64_t>(kPanelSide, f.shrink_rows_) * kPanelSide);
             bias = arena.take<float>(f.plan_.task_outputs);
             terms = arena.take<BFloat16>(3 * kPackDepth);
-            scaled = arena.take<BFloat16>(f.p_.scale_k ? kPanelSide * f.p_.k : 0);
+            rows = arena.take<BFloat16>(f.p_.scale_k || f.input_terms() > 1 ? kPanelSide * f.p_.k : 0);
             bytes = arena.used();
         }
         BFloat16* weight;   // left panels of W and B
@@ -264,7 +274,7 @@ private:
         float* tile;
         float* bias;
         BFloat16* terms;
-        BFloat16* scaled;  // rows of x
+        BFloat16* rows;  // of x, in bf16
         int64_t bytes;
     };
 
@@ -301,26 +311,29 @@ private:
         for (int a = 0; a < p_.num_adapters; ++a) {
             const int64_t rank = adapter(a).rank;
             const Dropout dropout = dropout_of(adapter(a));
-            const bool drops = dropout.threshold > 0;
-            const int64_t depth = drops ? kShrinkDepth : max_of<int64_t>(p_.k, 1);
+            const bool drops = dropout.threshold > 0, packs = drops || input_terms() > 1;
+            const int64_t depth = packs ? kShrinkDepth : max_of<int64_t>(p_.k, 1);
             for (int64_t column = 0; column == 0 || column < p_.k; column += depth) {
-                const int64_t columns = min_of(depth, p_.k - column);
+                const int64_t columns = min_of(depth, p_.k - column), stride = keep_bytes(kShrinkDepth);
                 const int64_t step = column / kTileDepth;
-                const BFloat16* right = panel + panel_elements(step);
-                if (drops) {
-                    const int64_t stride = keep_bytes(kShrinkDepth);
-                    for (int64_t i = 0; i < rows; ++i)
-                        dropout_keep_bits(dropout, row + i, column, columns, scratch.bits + i * stride);
-                    pack_combed_columns(bf16_row(p_.x, row, column), p_.x.stride, rows, columns, scratch.bits, stride,
-                                        scratch.dropped);
-                    right = scratch.dropped;
+                for (int64_t i = 0; drops && i < rows; ++i)
+                    dropout_keep_bits(dropout, row + i, column, columns, scratch.bits + i * stride);
+                for (int term = 0; term < input_terms(); ++term) {
+                    const BFloat16* right = panel + panel_elements(step);
+                    if (packs) {
+                        const Bf16Rows x = bf16_rows(p_.x, row, rows, column, columns, term, nullptr, scratch.rows);
+                        pack_combed_columns(x.data, x.stride, rows, columns, drops ? scratch.bits : nullptr, stride,
+                                            scratch.dropped);
+                        right = scratch.dropped;
+                    }
+                    for (int64_t r = 0; r < shrink_rows(a, term); r += kPanelSide)
+                        multiply_panels<Streams::kLeft>(lora_A + r / kPanelSide * panel_elements(steps_) +
+                                                            panel_elements(step),
+                                                        shrink_rows(a, term) - r, right, rows,
+                                                        divide_up(columns, kBlock) * kBlockSteps,
+                                                        scratch.sums + r * kPanelSide, kPanelSide,
+                                                        column > 0 || term > 0);
                 }
-                for (int64_t r = 0; r < shrink_rows(a); r += kPanelSide)
-                    multiply_panels<Streams::kLeft>(lora_A + r / kPanelSide * panel_elements(steps_) +
-                                                        panel_elements(step),
-                                                    shrink_rows(a) - r, right, rows,
-                                                    divide_up(columns, kBlock) * kBlockSteps,
-                                                    scratch.sums + r * kPanelSide, kPanelSide, column > 0);
             }
             float* values = scratch.tile;  // [rank][kPanelSide]
             add_terms(scratch.sums, rank, shrink_terms(a), dropout.keep_scale, values);
@@ -438,12 +451,7 @@ public:
             for_each_panel(first, rows, [&](int64_t row, int64_t count, int worker) {
                 if (wants_ds_ || wants_x_) {
                     BFloat16* panel = input_panel(first, row);
-                    const Bf16Rows grad_y = scaled(row, count, p_.scale_n, scratch(worker).scaled);
-                    pack_left_panel(grad_y.data, grad_y.stride, count, p_.n, panel);
-                    // The reduction of the base product is padded to whole blocks.
-                    const int64_t packed = divide_up(p_.n, kTileDepth);
-                    memset(static_cast<void*>(panel + panel_elements(packed)), 0,
-                           panel_elements(steps_ - packed) * sizeof *panel);
+                    pack_grad_y(row, count, kRounded, p_.scale_n, panel, scratch(worker));
                     if (wants_ds_) make_ds(row, count, panel, scratch(worker));
                 }
                 if (wants_A_) pack_reduced(row, count, ds_, reduce_A_, scratch(worker));
@@ -479,7 +487,9 @@ private:
             sums = arena.take<float>(max_of(b.plan_.task_rows * b.plan_.task_outputs, reduce_rows * kPanelSide));
             tile = arena.take<float>(max_of<int64_t>(kPanelSide, reduce_rows) * kPanelSide);
             terms = arena.take<BFloat16>(2 * reduce_rows + kPanelSide);
-            scaled = arena.take<BFloat16>(b.p_.scale_n ? kPanelSide * b.p_.n : 0);
+            rows = arena.take<BFloat16>(
+                b.p_.scale_n || b.reduces_terms() ? max_of(kPanelSide * b.p_.n, kReduceDepth * kPanelSide) : 0);
+            term = arena.take<BFloat16>(b.input_terms() > 1 ? panel_elements(b.steps_) : 0);
             bytes = arena.used();
         }
         BFloat16* weight;  // right panels of W and A
@@ -488,11 +498,14 @@ private:
         float* sums;
         float* tile;
         BFloat16* terms;
-        BFloat16* scaled;  // rows of dy
+        BFloat16* rows;  // of x or dy, in bf16
+        BFloat16* term;  // a left panel of dy
         int64_t bytes;
     };
 
     int64_t reduce_rows(int a) const { return 3 * adapter(a).rank; }
+    // Whether x or dy is made of several terms.
+    bool reduces_terms() const { return input_terms() > 1 || (p_.x.data && p_.x.dtype != DType::kBFloat16); }
     int64_t row_steps() const { return divide_up(p_.m, kTileDepth); }
     bool drops(int a) const { return dropout_of(adapter(a)).threshold > 0; }
 
@@ -502,6 +515,15 @@ private:
         int index = 0;
         for (int before = 0; before < a; ++before) index += drops(before);
         return keep_ + (index * p_.m + row) * keep_bytes(p_.k) + column / 8;
+    }
+
+    // A left panel of dy, padded to the whole blocks of the base product's reduction.
+    void pack_grad_y(int64_t row, int64_t rows, int term, const float* scale, BFloat16* panel,
+                     const Scratch& scratch) const {
+        const Bf16Rows grad_y = bf16_rows(p_.grad_y, row, rows, 0, p_.n, term, scale, scratch.rows);
+        pack_left_panel(grad_y.data, grad_y.stride, rows, p_.n, panel);
+        const int64_t packed = divide_up(p_.n, kTileDepth);
+        memset(static_cast<void*>(panel + panel_elements(packed)), 0, panel_elements(steps_ - packed) * sizeof *panel);
     }
 
     // Right panels of the terms of B: column term · rank + j, the reduction runs over B's rows.
@@ -545,9 +567,18 @@ private:
             const int64_t rank = adapter(a).rank, columns = shrink_rows(a);
             const Dropout dropout = dropout_of(adapter(a));
             const int64_t stride = divide_up(columns, kPanelSide) * kPanelSide;
-            for (int64_t c = 0; c < columns; c += kPanelSide, lora_B += panel_elements(steps_))
-                multiply_panels<Streams::kRight>(panel, rows, lora_B, columns - c, steps_, scratch.sums + c, stride,
-                                                 false);
+            for (int term = 0; term < input_terms(); ++term) {
+                const BFloat16* left = panel;
+                if (input_terms() > 1) {
+                    pack_grad_y(row, rows, term, nullptr, scratch.term, scratch);
+                    left = scratch.term;
+                }
+                for (int64_t c = 0; c < shrink_rows(a, term); c += kPanelSide)
+                    multiply_panels<Streams::kRight>(left, rows, lora_B + c / kPanelSide * panel_elements(steps_),
+                                                     shrink_rows(a, term) - c, steps_, scratch.sums + c, stride,
+                                                     term > 0);
+            }
+            lora_B += stride / kPanelSide * panel_elements(steps_);
             const F32 scale = broadcast(adapter(a).scaling * dropout.keep_scale);
             for (int64_t i = 0; i < rows; ++i) {
                 float* ds = ds_ + (row + i) * p_.total_rank + offset;
@@ -687,13 +718,18 @@ private:
                       const uint8_t* keep, const Scratch& scratch) const {
         for (int64_t row = 0; row == 0 || row < p_.m; row += kReduceDepth) {
             const int64_t rows = min_of(kReduceDepth, p_.m - row);
-            pack_right_panel(bf16_row(matrix, row, first), matrix.stride, rows, columns,
-                             keep ? keep + row * keep_bytes(p_.k) : nullptr, keep_bytes(p_.k), scratch.right);
-            for (int64_t r = 0; r < reduce_rows(a); r += kPanelSide)
-                multiply_panels<Streams::kLeft>(left + r / kPanelSide * panel_elements(row_steps()) +
-                                                    panel_elements(row / kTileDepth),
-                                                reduce_rows(a) - r, scratch.right, columns, divide_up(rows, kTileDepth),
-                                                scratch.sums + r * kPanelSide, kPanelSide, row > 0);
+            for (int term = 0; term < terms_of(matrix.dtype); ++term) {
+                const Bf16Rows part = bf16_rows(matrix, row, rows, first, columns, term, nullptr, scratch.rows);
+                pack_right_panel(part.data, part.stride, rows, columns, keep ? keep + row * keep_bytes(p_.k) : nullptr,
+                                 keep_bytes(p_.k), scratch.right);
+                const int64_t coefficients = (3 - term) * adapter(a).rank;
+                for (int64_t r = 0; r < coefficients; r += kPanelSide)
+                    multiply_panels<Streams::kLeft>(left + r / kPanelSide * panel_elements(row_steps()) +
+                                                        panel_elements(row / kTileDepth),
+                                                    coefficients - r, scratch.right, columns,
+                                                    divide_up(rows, kTileDepth), scratch.sums + r * kPanelSide,
+                                                    kPanelSide, row > 0 || term > 0);
+            }
         }
         add_terms(scratch.sums, adapter(a).rank, 3, 1.0f, scratch.tile);
     }

@@ -10,6 +10,8 @@ import sys
 BENCHMARKS = {
     "demo": "fine-tune a small language model, stock and accelerated, and compare",
     "lora_linear": "LoRA on a 4-bit linear layer: forward, backward and memory",
+    "adapter": "bottleneck adapters: forward, backward and memory",
+    "fusion": "AdapterFusion: forward, backward and memory",
     "nf4": "quantise and dequantise",
     "model": "a small language model: training step, prefill, decoding, and where the time goes",
 }

@@ -1,4 +1,4 @@
-"""`python -m benchmarks lora_linear|nf4|model`: options, checks, targets and files, on tiny problems; no timings."""
+"""`python -m benchmarks lora_linear|adapter|…`: options, checks, targets and files, on tiny problems; no timings."""
 
 import csv
 import math
@@ -15,7 +15,19 @@ from test_demo import tiny_model  # noqa: F401
 from torch import nn
 
 from benchmarks import __main__ as command
-from benchmarks import lora_layers, lora_linear, model, nf4, options, profiling, records, report, timing
+from benchmarks import (
+    adapter,
+    fusion,
+    lora_layers,
+    lora_linear,
+    model,
+    nf4,
+    options,
+    profiling,
+    records,
+    report,
+    timing,
+)
 from benchmarks.lora_layers import DENSE, DENSE_LORA, DEQUANTIZE, FUNCTION, OWN_BASE, STOCK
 from benchmarks.records import FUSED, Below, Faster, Record, Within
 from benchmarks.timing import Contender, Roofline
@@ -24,7 +36,7 @@ from peft_kernels import cpu
 ROOFLINE = Roofline(2, 10e9, 1e12)
 EVAL = lora_linear.Case(3, (64, 128))
 TRAIN = lora_linear.Case(9, (64, 128), training=True, dropout=0.25)
-BENCHMARKS = {"lora_linear": lora_linear, "nf4": nf4, "model": model}
+BENCHMARKS = {"lora_linear": lora_linear, "adapter": adapter, "fusion": fusion, "nf4": nf4, "model": model}
 
 
 def record(contender, *samples, case="eval", phase="forward", **rest):
@@ -269,6 +281,38 @@ def test_report(tmp_path):
     assert {"machine", "torch_isa", "versions", "commit", "date", "isa"} <= fused.keys()
     assert f"torch {torch.__version__}" in fused["versions"]
     assert (tmp_path / "tiny.png").stat().st_size > 5_000
+
+
+# ---- adapter, fusion ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("module", "case", "other"),
+    [
+        (adapter, adapter.Case(9, 64, 8), adapter.EAGER),
+        (adapter, adapter.Case(9, 64, 8, norm=True, activation="relu"), adapter.EAGER),
+        (fusion, fusion.Case(9, 32, 3), fusion.UNFUSED),
+        (fusion, fusion.Case(9, 32, 3, rank=8), fusion.UNFUSED),
+    ],
+    ids=str,
+)
+def test_functions(module, case, other):
+    isas = cpu.isas()[-2:]
+    found = module.run(case, [other], isas, 0.0, shout)
+    phases = ["forward", "backward", "both"]
+    wanted = [(FUSED, isa, phase) for isa in isas for phase in phases] + [(other, "", phase) for phase in phases]
+    assert [(r.contender, r.isa, r.phase) for r in found] == wanted
+    assert all(0 < r.error < module.TOLERANCE for r in found if r.contender == FUSED)
+    saved = {r.contender: r.saved for r in found}
+    assert 0 < saved[FUSED] < saved[other]
+    for size, flops in [(r.size, r.flops) for r in found]:
+        assert size > 0 and flops > 0
+
+
+def test_functions_are_checked(monkeypatch):
+    monkeypatch.setattr(adapter, "TOLERANCE", 1e-9)
+    with pytest.raises(ArithmeticError, match=r"M=9 d=64 r=8, .*: got .* with a relative error of"):
+        adapter.run(adapter.Case(9, 64, 8), [], [cpu.isa()], 0.0, shout)
 
 
 # ---- lora_linear ----------------------------------------------------------------------------------------------------

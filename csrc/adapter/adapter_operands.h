@@ -181,7 +181,7 @@ void fill_columns(const Operand<Product>& operand, int64_t chunk, int64_t part, 
     const auto right = operand.right(chunk, part);
     const int64_t first = chunk * kRightOutputs;
     with_vectors(matrix, part * operand.part_depth, first, right.outputs, [&](auto vector) {
-        fill_from_depth_rows<false>(right, Product::padded_depth(right.depth), [&](int64_t k, int64_t column) {
+        fill_from_depth_rows(right, Product::padded_depth(right.depth), [&](int64_t k, int64_t column) {
             return factors ? vector(k, column) * load(factors + first + column) : vector(k, column);
         });
     });

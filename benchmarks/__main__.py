@@ -9,6 +9,7 @@ import sys
 # A benchmark is a module of this package with a function main(arguments).
 BENCHMARKS = {
     "demo": "fine-tune a small language model, stock and accelerated, and compare",
+    "demo_adapters": "adapters for several tasks on one frozen model, and AdapterFusion over them",
     "lora_linear": "LoRA on a 4-bit linear layer: forward, backward and memory",
     "adapter": "bottleneck adapters: forward, backward and memory",
     "fusion": "AdapterFusion: forward, backward and memory",
@@ -24,7 +25,7 @@ def main() -> None:
         return importlib.import_module("benchmarks.emulated").main(arguments)
     name, arguments = (sys.argv[1:2] or [""])[0], sys.argv[2:]
     if name not in BENCHMARKS:
-        known = "".join(f"\n  {known:12} {purpose}" for known, purpose in BENCHMARKS.items())
+        known = "".join(f"\n  {known:14} {purpose}" for known, purpose in BENCHMARKS.items())
         sys.exit(f"python -m benchmarks NAME [options]: got the name '{name}', wanted {EMULATED}, or one of{known}")
     importlib.import_module(f"benchmarks.{name}").main(arguments)
 

@@ -92,9 +92,13 @@ class BottleneckAdapter(nn.Module):
             if norm is not None:
                 norm.reset_parameters()
 
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        """y for x [..., d]; `residual` [..., d] is added instead of x."""
-        return self._adapt(x, x if residual is None else residual)
+    def forward(self, x: Tensor, residual: Tensor | None = None, norm: nn.LayerNorm | None = None) -> Tensor:
+        """y for x [..., d]; `residual` [..., d] is added instead of x.
+
+        `norm` is a LayerNorm of x that is not the adapter's own, which has no `norm_before` then: Pfeiffer's adapter
+        reads what the block's LayerNorm makes of the sum that it is added to.
+        """
+        return self._adapt(x, x if residual is None else residual, norm)
 
     def weights(self) -> AdapterWeights:
         """What `peft_kernels.ops.adapter_grouped` takes for this adapter; gate and `norm_after` are no part of it."""
@@ -109,7 +113,7 @@ class BottleneckAdapter(nn.Module):
         score = F.linear(x, self.gate.weight.to(x.dtype), self.gate.bias.to(x.dtype))
         return torch.sigmoid(score.float()).mean(dim=-2, keepdim=True)
 
-    def _adapt(self, x: Tensor, residual: Tensor) -> Tensor:
+    def _adapt(self, x: Tensor, residual: Tensor, norm: nn.LayerNorm | None = None) -> Tensor:
         return adapter(
             x,
             self.down.weight,
@@ -120,7 +124,7 @@ class BottleneckAdapter(nn.Module):
             activation=self.activation,
             scale=self.scale,
             gate=self.gate_of(x),
-            layer_norm=_layer_norm(self.norm_before),
+            layer_norm=_layer_norm(self.norm_before if norm is None else norm),
             post_layer_norm=_layer_norm(self.norm_after),
             dropout=self.dropout if self.training else 0.0,
         )

@@ -190,7 +190,7 @@ def _adapters(x, adapters, index, residual, activation, gate, post_layer_norm, d
     if residual is not None:
         residual = flat if series else matrix(residual)
     if gate is not None:
-        gate = gate.expand(*x.shape[:-1], 1).reshape(rows).float()
+        gate = gate.expand(*x.shape[:-1], 1).reshape(rows).float().contiguous()
     run_rows, run_adapters = (rows,), (0,)
     if index is not None:
         each = rows // max(len(index), 1)

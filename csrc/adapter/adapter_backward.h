@@ -321,11 +321,7 @@ private:
         if constexpr (sizeof(Element) == 2)
             if (matrix.dtype == DType::kBFloat16 && right.terms == 1) {
                 const auto* rows = static_cast<const BFloat16*>(row_of(matrix, row0, first));
-                return fill_from_bf16_rows(right, padded, rows, matrix.stride, bits, kStride,
-                                           [&](int64_t k, int64_t strip, F32 even, F32 odd) {
-                                               seen(k, strip, even);
-                                               if (k + 1 < right.depth) seen(k + 1, strip, odd);
-                                           });
+                return fill_from_bf16_rows(right, padded, rows, matrix.stride, bits, kStride, seen);
             }
         with_vectors(matrix, row0, first, right.outputs, [&](auto vector) {
             fill_from_depth_rows(right, padded, [&](int64_t k, int64_t column) {

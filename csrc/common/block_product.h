@@ -235,7 +235,7 @@ void fill_from_depth_rows(const Right& right, int64_t padded_depth, const Vector
 }
 
 // The same of one bf16 term and out of bf16 rows, which need no rounding; where `bits` is given ([row][bits_stride]),
-// only the columns whose bit is set. Shows each pair of vectors to seen(k, strip, even, odd).
+// only the columns whose bit is set. Each vector is shown to seen(k, strip, vector).
 template <class Right, class Seen>
 void fill_from_bf16_rows(const Right& right, int64_t padded_depth, const BFloat16* rows, int64_t stride,
                          const uint8_t* bits, int64_t bits_stride, const Seen& seen) {
@@ -256,7 +256,8 @@ void fill_from_bf16_rows(const Right& right, int64_t padded_depth, const BFloat1
                 odd = keep_where(odd, bits + (k + 1) * bits_stride, column);
             }
             right.store_pairs(strip, k, (U32)even >> 16 | (U32)odd);
-            seen(k, strip, even, odd);
+            if (k < right.depth) seen(k, strip, even);
+            if (k + 1 < right.depth) seen(k + 1, strip, odd);
         }
     }
 }

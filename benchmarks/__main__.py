@@ -13,8 +13,11 @@ BENCHMARKS = {
     "lora_linear": "LoRA on a 4-bit linear layer: forward, backward and memory",
     "adapter": "bottleneck adapters: forward, backward and memory",
     "fusion": "AdapterFusion: forward, backward and memory",
+    "ia3_linear": "(IA)3 on a linear layer, 4-bit or dense: forward, backward and memory",
+    "ia3_attention": "(IA)3 in attention: forward, backward and memory",
+    "prefix": "attention to a trainable prefix: forward, backward and memory",
     "nf4": "quantise and dequantise",
-    "model": "a small language model: training step, prefill, decoding, and where the time goes",
+    "model": "a small language model, fine-tuned in three ways: training step, prefill, decoding, breakdown",
 }
 EMULATED = "--emulated"  # instead of a name or beside it
 

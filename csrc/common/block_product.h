@@ -33,15 +33,12 @@ inline U32 bf16_pairs(F32 even, F32 odd) {
     return __builtin_convertvector(narrow_bf16(even), U32) | __builtin_convertvector(narrow_bf16(odd), U32) << 16;
 }
 
-// The same for numbers that bf16 holds.
-inline U32 exact_bf16_pairs(F32 even, F32 odd) { return (U32)even >> 16 | ((U32)odd & 0xFFFF0000u); }
-
 // ---- On vectors ---------------------------------------------------------------------------------------------------
 
 template <class Multiply, class ElementType>
 struct VectorProduct {
     using Element = ElementType;
-    static constexpr bool kPairs = sizeof(Element) == 2;
+    static constexpr bool kPairs = sizeof(Element) == 2;  // of bf16; else of fp32 numbers one at a time
 
     struct Unit {};  // what a thread has to hold while it multiplies
 
@@ -67,15 +64,16 @@ struct VectorProduct {
         static constexpr int64_t size(int64_t depth, int) { return kRightOutputs * padded_depth(depth); }
         int64_t steps() const { return padded_depth(depth) / (kPairs ? 2 : 1); }
         int64_t strips() const { return divide_up(outputs, kLanes); }
-        template <bool kExact = false>
+        uint32_t* step_at(int64_t strip, int64_t k) const {
+            return strip_at(reinterpret_cast<uint32_t*>(data), strips(), steps(), kPairs ? k / 2 : k, strip);
+        }
+        void store_pairs(int64_t strip, int64_t k, U32 pairs) const { store_vector(step_at(strip, k), pairs); }
         void store(int64_t strip, int64_t k, F32 even, F32 odd) const {
-            uint32_t* steps_at = reinterpret_cast<uint32_t*>(data);
             if constexpr (kPairs) {
-                const U32 pairs = kExact ? exact_bf16_pairs(even, odd) : bf16_pairs(even, odd);
-                store_vector(strip_at(steps_at, strips(), steps(), k / 2, strip), pairs);
+                store_pairs(strip, k, bf16_pairs(even, odd));
             } else {
-                store_vector(strip_at(steps_at, strips(), steps(), k, strip), even);
-                store_vector(strip_at(steps_at, strips(), steps(), k + 1, strip), odd);
+                store_vector(step_at(strip, k), even);
+                store_vector(step_at(strip, k + 1), odd);
             }
         }
     };
@@ -136,11 +134,14 @@ struct TileProduct {
         static constexpr int64_t size(int64_t depth, int terms) {
             return kRightOutputs / kPanelSide * panel(depth) * terms;
         }
-        template <bool kExact = false>
+        Element* pair_at(int64_t strip, int64_t k) const {
+            return data + strip / 2 * panel(depth) * terms + k / kTileDepth * kPanelStep + strip % 2 * kTileElements +
+                   k % kTileDepth * kTileSide;
+        }
+        void store_pairs(int64_t strip, int64_t k, U32 pairs) const { store_vector(pair_at(strip, k), pairs); }
         void store(int64_t strip, int64_t k, F32 even, F32 odd) const {
-            Element* at = data + strip / 2 * panel(depth) * terms + k / kTileDepth * kPanelStep +
-                          strip % 2 * kTileElements + k % kTileDepth * kTileSide;
-            if (terms == 1) return store_vector(at, kExact ? exact_bf16_pairs(even, odd) : bf16_pairs(even, odd));
+            if (terms == 1) return store_pairs(strip, k, bf16_pairs(even, odd));
+            Element* at = pair_at(strip, k);
             for (int term = 0; term < terms; ++term, at += panel(depth))
                 store_vector(at, take_term(even) >> 16 | take_term(odd));
         }
@@ -225,14 +226,41 @@ void fill_from_output_rows(const Right& right, const T* matrix, int64_t stride, 
     }
 }
 
-// Right operands whose depth runs over rows: vector(k, column) gives the kLanes outputs from `column` on. Where they are
-// bf16 numbers already (kExact), an operand of one term need not round them.
-template <bool kExact, class Right, class Vector>
+// Right operands whose depth runs over rows: vector(k, column) gives the kLanes outputs from `column` on.
+template <class Right, class Vector>
 void fill_from_depth_rows(const Right& right, int64_t padded_depth, const Vector& vector) {
     for (int64_t k = 0; k < padded_depth; k += 2)
         for (int64_t strip = 0; strip * kLanes < right.outputs; ++strip)
-            right.template store<kExact>(strip, k, k < right.depth ? vector(k, strip * kLanes) : F32{},
-                                         k + 1 < right.depth ? vector(k + 1, strip * kLanes) : F32{});
+            right.store(strip, k, k < right.depth ? vector(k, strip * kLanes) : F32{},
+                        k + 1 < right.depth ? vector(k + 1, strip * kLanes) : F32{});
+}
+
+// The same of one bf16 term and out of bf16 rows, which need no rounding; where `bits` is given ([row][bits_stride]),
+// only the columns whose bit is set. Each vector is shown to seen(k, strip, vector).
+template <class Right, class Seen>
+void fill_from_bf16_rows(const Right& right, int64_t padded_depth, const BFloat16* rows, int64_t stride,
+                         const uint8_t* bits, int64_t bits_stride, const Seen& seen) {
+    constexpr int64_t kAhead = 16;  // rows that are far apart, which the hardware does not fetch ahead of their use
+    const int64_t strips = divide_up(right.outputs, kLanes);
+    for (int64_t k = 0; k < padded_depth; k += 2) {
+        const BFloat16* row = rows + k * stride;
+        if (k + kAhead + 1 < right.depth) {
+            prefetch_row<false>(row + kAhead * stride, right.outputs);
+            prefetch_row<false>(row + (kAhead + 1) * stride, right.outputs);
+        }
+        for (int64_t strip = 0; strip < strips; ++strip) {
+            const int64_t column = strip * kLanes, count = right.outputs - column;
+            F32 even = k < right.depth ? load_up_to(row + column, count) : F32{};
+            F32 odd = k + 1 < right.depth ? load_up_to(row + stride + column, count) : F32{};
+            if (bits) {
+                even = keep_where(even, bits + k * bits_stride, column);
+                odd = keep_where(odd, bits + (k + 1) * bits_stride, column);
+            }
+            right.store_pairs(strip, k, (U32)even >> 16 | (U32)odd);
+            if (k < right.depth) seen(k, strip, even);
+            if (k + 1 < right.depth) seen(k + 1, strip, odd);
+        }
+    }
 }
 
 // Rows of a left operand out of the columns of fp32 rows ([row][stride]): `count` of them become the depth from `first`

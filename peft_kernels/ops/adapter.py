@@ -199,7 +199,7 @@ def _adapters(x, adapters, index, residual, activation, gate, post_layer_norm, d
     call = _Call(
         run_rows, run_adapters, tuple(w.layer_norm[2] for w in adapters if w.layer_norm is not None),
         None if post_layer_norm is None else post_layer_norm[2], activation, dropout, compute_dtype, out_dtype, series,
-        len(adapters),
+        len(adapters), tuple(None if isinstance(w.scale, Tensor) else float(w.scale) for w in adapters),
     )  # fmt: skip
     norms = [(None, None) if w.layer_norm is None else w.layer_norm[:2] for w in adapters]
     tensors = [
@@ -298,6 +298,7 @@ class _Call:
     out_dtype: torch.dtype
     series: bool  # the residual is x
     num_adapters: int
+    scales: tuple[float | None, ...]  # those that are numbers
 
     def lists(self, tensors: Sequence[Tensor | None]) -> list[list[Tensor]]:
         """down_weight, down_bias, up_weight, up_bias, norm_weight, norm_bias; empty where there are none."""
@@ -364,7 +365,7 @@ class _Adapter(torch.autograd.Function):
             *lists[4:], call.eps, call.activation, call.dropout, seed, call.compute_dtype, ctx.x_dtype, call.series,
             needs[0], ctx.wants_down, wants_up, needs[2],
         )  # fmt: skip
-        grads, grad_scale = _weight_gradients(flat, tensors, scale, needs[8:], bool(call.eps), needs[3])
+        grads, grad_scale = _weight_gradients(flat, tensors, scale, call.scales, needs[8:], bool(call.eps), needs[3])
         return (
             grad_x if needs[0] else None, grad_residual, grad_gate if needs[2] else None, grad_scale, None, None, *post,
             *grads,
@@ -383,7 +384,7 @@ def _layer_norm_backward(grad, x, weight, bias, eps, wanted) -> tuple[Tensor, Te
 
 
 def _weight_gradients(
-    flat, tensors, scale, needs, normalizes, wants_scale
+    flat, tensors, scale, numbers, needs, normalizes, wants_scale
 ) -> tuple[list[Tensor | None], Tensor | None]:
     """The gradients of an op's tensors, and of the scales, out of the sums that the kernel returns (see adapter.h)."""
     n = scale.shape[0]
@@ -407,7 +408,8 @@ def _weight_gradients(
                 weight = down[i].float()
                 grads[4 * n + i], grads[5 * n + i] = (p * weight).sum(0), dz @ weight
         if sums_up[i] is not None:
-            grads[2 * n + i], grads[3 * n + i] = sums_up[i] * scale[i], sums_up_bias[i] * scale[i]
+            factor = scale[i] if numbers[i] is None else numbers[i]
+            grads[2 * n + i], grads[3 * n + i] = sums_up[i] * factor, sums_up_bias[i] * factor
             if wants_scale:
                 total = (sums_up[i] * up[i]).sum()
                 grad_scale.append(total if up_bias[i] is None else total + sums_up_bias[i] @ up_bias[i].float())

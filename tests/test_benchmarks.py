@@ -12,7 +12,6 @@ import ptx_emulator
 import pytest
 import torch
 from rich.console import Console
-from test_demo import tiny_model  # noqa: F401
 from torch import nn
 
 from benchmarks import __main__ as command
@@ -441,7 +440,7 @@ def test_model_with_other_methods(tiny_model, method):  # noqa: F811
 
 
 @pytest.mark.parametrize("phase", ["train", "prefill", "decode"])
-def test_model(tiny_model, phase):  # noqa: F811
+def test_model(tiny_model, phase):
     case = model.Case(phase, 1, 8)
     found, profiles = model.run(case, tiny_model, [STOCK, DENSE_LORA], [cpu.isa()], 0.0, rank=2, least=1)
     assert [r.contender for r in found] == [FUSED, STOCK, DENSE_LORA] and all(r.tokens == 8 for r in found)

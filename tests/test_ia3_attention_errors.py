@@ -45,9 +45,9 @@ CASES = {
     "l_v-dtype": ({"l_v": to(torch.float64)}, r"l_v: got float64 \[16\]"),
     "l_k-number": ({"l_k": 2.0}, "l_k: got 2.0, a float"),
     "l_q-meta": ({"l_q": to("meta")}, "l_q: got a tensor on meta, wanted one on cpu"),
-    "scale-text": ({"scale": "1"}, "scale: got '1', a str, wanted a number"),
-    "scale-nan": ({"scale": float("nan")}, "scale: got nan, wanted a finite float32 number"),
-    "scale-huge": ({"scale": 1e39}, "scale: got 9999.*, wanted a finite float32 number"),
+    "scale-text": ({"scale": "1"}, "scale: got '1', a str, wanted a finite float32 number"),
+    "scale-nan": ({"scale": float("nan")}, "scale: got nan, a float, wanted a finite float32 number"),
+    "scale-huge": ({"scale": 1e39}, "scale: got 1e\\+39, a float, wanted a finite float32 number"),
     "window-zero": ({"window": 0}, "window: got 0, a int, wanted a whole number of at least 1"),
     "window-float": ({"window": 2.0}, "window: got 2.0, a float"),
     "padding-int": (

@@ -63,7 +63,6 @@ public:
           key_blocks_(divide_up(params.num_keys, kAttentionKeys)),
           split_keys_(divide_up(key_blocks_, plan_.key_splits) * kAttentionKeys),
           slots_(plan_.key_splits > 1 ? params.batch : plan_.batch_parts),
-          prefix_apart_(params.prefix_length && problem_.folds_l_k()),
           wants_q_(params.grad_q.data || params.grad_l_q || (params.grad_l_k && problem_.folds_l_k())),
           wants_k_(params.grad_k.data || (params.grad_l_k && params.rope.cos)),
           wants_v_(params.grad_v.data) {}
@@ -127,10 +126,10 @@ private:
             : keys(arena, first_key, b.split_keys_, b.dim_), prefix(arena, 0, b.p_.prefix_length, b.dim_) {
             using Element = typename Products::Element;
             constexpr int64_t kScores = kAttentionKeys * kQueries;
-            rows = arena.take<float>(max_of<int64_t>(Products::kMultiple, kQueries) * b.dim_);
-            other_rows = arena.take<float>(max_of<int64_t>(Products::kMultiple, kQueries) * b.dim_);
+            rows = arena.take<float>(kQueries * b.dim_);
+            other_rows = arena.take<float>(kQueries * b.dim_);
             q = packed(arena, b.dim_);
-            prefix_q = b.prefix_apart_ ? packed(arena, b.dim_) : q;
+            prefix_q = b.problem_.prefix_apart() ? packed(arena, b.dim_) : q;
             grad = packed(arena, b.dim_);
             prefix_grad = b.p_.prefix_length && b.p_.l_v ? packed(arena, b.dim_) : grad;
             lse = arena.take<float>(kQueries);
@@ -165,7 +164,7 @@ private:
         float *grad_k, *grad_v, *grad_q;
     };
 
-    int64_t query_sums() const { return (prefix_apart_ ? 2 : 1) * dim_ * kQueries; }
+    int64_t query_sums() const { return (problem_.prefix_apart() ? 2 : 1) * dim_ * kQueries; }
 
     float* split_sums(int64_t split, int64_t batch, int64_t head, int64_t block) const {
         return split_sums_ + (((split * p_.batch + batch) * p_.heads + head) * blocks_ + block) * query_sums();
@@ -183,8 +182,10 @@ private:
                                 scratch.rows);
         const int64_t end = p_.batch * (batch_part + 1) / plan_.batch_parts;
         for (int64_t batch = p_.batch * batch_part / plan_.batch_parts; batch < end; ++batch) {
-            scratch.keys.pack(problem_.keys(batch, kv_head), problem_.values(batch, kv_head), count, dim_,
-                              scratch.rows);
+            // Nothing may be wanted but the prefix's gradient, as in the first layer of a frozen model.
+            if (wants_q_ || wants_k_ || wants_v_)
+                scratch.keys.pack(problem_.keys(batch, kv_head), problem_.values(batch, kv_head), count, dim_,
+                                  scratch.rows);
             for (int64_t head = kv_head * problem_.group; head < (kv_head + 1) * problem_.group; ++head)
                 for (int64_t block = 0; block < blocks_; ++block) {
                     pack_queries(batch, head, block * kQueries, has_prefix, scratch,
@@ -206,7 +207,8 @@ private:
                     if (plan_.key_splits == 1 && wants_q_)
                         finish_queries(batch, head, block * kQueries, grad_q, batch_part, scratch);
                 }
-            finish_keys(batch, kv_head, count, batch_part * plan_.key_splits + split, scratch);
+            if (wants_k_ || wants_v_)
+                finish_keys(batch, kv_head, count, batch_part * plan_.key_splits + split, scratch);
         }
         if (has_prefix) finish_prefix(batch_part, kv_head, scratch.prefix);
     }
@@ -226,7 +228,7 @@ private:
         for (int64_t row = 0; row < kQueries; row += kRows) {
             problem_.queries(batch, head).fetch(query + row, kRows, dim_, scratch.rows);
             pack(row, scratch.q);
-            if (has_prefix && prefix_apart_) {
+            if (has_prefix && problem_.prefix_apart()) {
                 problem_.prefix_queries(batch, head).fetch(query + row, kRows, dim_, scratch.rows);
                 pack(row, scratch.prefix_q);
             }
@@ -268,7 +270,7 @@ private:
             F32 sum{};
             for (int64_t c = 0; c < dim_; c += kLanes)
                 sum = fma(load(scratch.rows + row * dim_ + c), load(scratch.other_rows + row * dim_ + c), sum);
-            if (first_row + row < kQueries) scratch.delta[first_row + row] = horizontal_sum(sum);
+            scratch.delta[first_row + row] = horizontal_sum(sum);
         }
     }
 
@@ -331,7 +333,7 @@ private:
     void finish_queries(int64_t batch, int64_t head, int64_t query, const float* sums, int64_t slot,
                         const Scratch& scratch) const {
         const int64_t count = min_of<int64_t>(kQueries, p_.num_queries - query);
-        const bool folds = problem_.folds_l_k();
+        const bool folds = problem_.folds_l_k(), apart = problem_.prefix_apart();
         const float* l_q = problem_.scale(problem_.l_q, head);
         const float* l_k = folds ? problem_.scale(problem_.l_k, head / problem_.group) : nullptr;
         float *grads = scratch.rows, *others = scratch.other_rows;
@@ -341,11 +343,11 @@ private:
             q.fetch(query, count, dim_, others);
             add_column_products(grads, others, count, p_.scale, l_q, l_sums(l_k_sums_, slot, head));
         }
-        if (prefix_apart_) transpose_sums(sums + dim_ * kQueries, dim_, kQueries, kQueries, others, dim_);
+        if (apart) transpose_sums(sums + dim_ * kQueries, dim_, kQueries, kQueries, others, dim_);
         for (int64_t i = 0; i < count * dim_; i += kLanes) {
             F32 grad = load(grads + i);
             if (l_k) grad *= load(l_k + i % dim_);
-            if (prefix_apart_) grad += load(others + i);
+            if (apart) grad += load(others + i);
             store(grads + i, grad * p_.scale);
         }
         if (const Angles angles = angles_of(p_.rope, batch, p_.num_keys - p_.num_queries); angles.cos)
@@ -457,7 +459,6 @@ private:
     const int64_t blocks_;                   // of queries
     const int64_t key_blocks_, split_keys_;  // blocks of all keys; keys of a split
     const int64_t slots_;                    // of sums over queries
-    const bool prefix_apart_;                // the prefix sees other queries than the real keys
     const bool wants_q_, wants_k_, wants_v_;
     float *l_q_sums_ = nullptr, *l_k_sums_ = nullptr, *l_v_sums_ = nullptr;
     float *prefix_k_sums_ = nullptr, *prefix_v_sums_ = nullptr, *split_sums_ = nullptr;

@@ -41,7 +41,9 @@ public:
             const int64_t head = task / parts_, part = task % parts_;
             if (part == 0) attend_prefix(head, scratch);
             attend_part(head, part, scratch);
+            if (parts_ == 1) finish(head, scratch);
         });
+        if (parts_ == 1) return;
         parallel_for_each(heads, [&](int64_t head, int worker) {
             Arena arena(scratches + worker * bytes);
             finish(head, Scratch(arena, *this));
@@ -50,7 +52,7 @@ public:
 
 private:
     static constexpr int64_t kKeys = 64;  // read at a time: 64 x 64 x 4 bytes = 16 KB
-    static constexpr int kRows = 4;       // queries that share a load of a key
+    static constexpr int kRows = 4;       // queries that share a load of a value
 
     struct Scratch {
         float* queries;  // [row][dim]
@@ -103,8 +105,8 @@ private:
         for (int64_t key = begin; key < end; key += kKeys) {
             const int64_t count = min_of(kKeys, end - key);
             keys.fetch(key, kKeys, dim_, scratch.keys);
-            for_row_groups([&](int64_t row, auto rows) { score<rows.kValue>(row, scratch); });
             for (int64_t row = 0; row < rows_; ++row) {
+                score(row, scratch);
                 float* scores = scratch.weights + row * kKeys;
                 mask_of(first_head + row / p_.num_queries)
                     .apply_to_row(scores, row % p_.num_queries, key, count, kKeys, problem_.factor);
@@ -122,17 +124,21 @@ private:
         for (; row < rows_; ++row) body(row, Constant<1>{});
     }
 
-    template <int kCount>
+    // kLanes keys at a time: transposed, their sums by lane add up without leaving the vectors.
     void score(int64_t row, const Scratch& scratch) const {
-        for (int64_t key = 0; key < kKeys; ++key) {
-            F32 sums[kCount] = {};
-            for (int64_t c = 0; c < dim_; c += kLanes) {
-                const F32 v = load(scratch.keys + key * dim_ + c);
-#pragma GCC unroll 4
-                for (int i = 0; i < kCount; ++i)
-                    sums[i] = fma(v, load(scratch.queries + (row + i) * dim_ + c), sums[i]);
+        const float* query = scratch.queries + row * dim_;
+        for (int64_t key = 0; key < kKeys; key += kLanes) {
+            U32 sums[kLanes];
+            for (int64_t i = 0; i < kLanes; ++i) {
+                const float* at = scratch.keys + (key + i) * dim_;
+                F32 sum{};
+                for (int64_t c = 0; c < dim_; c += kLanes) sum = fma(load(at + c), load(query + c), sum);
+                sums[i] = (U32)sum;
             }
-            for (int i = 0; i < kCount; ++i) scratch.weights[(row + i) * kKeys + key] = horizontal_sum(sums[i]);
+            transpose(sums);
+            F32 scores{};
+            for (int64_t i = 0; i < kLanes; ++i) scores += (F32)sums[i];
+            store(scratch.weights + row * kKeys + key, scores);
         }
     }
 

@@ -151,21 +151,21 @@ public:
 private:
     // What a worker needs for a task.
     struct Scratch {
-        float* rows;         // fp32: of k, v or q, then of the results
-        float* prefix_rows;  // of the prefix's share of the results
-        uint32_t* queries;   // strips whose lanes are the queries
-        uint32_t* prefix_queries;
+        float* rows;                         // fp32: of k, v or q, then of the results
+        float* prefix_rows;                  // of the prefix's share of the results
+        uint32_t *queries, *prefix_queries;  // strips whose lanes are the queries, for either kind of keys
         Stage stages[2];
         float* bias;  // see ScoreMask
         ForwardKeys<Products> keys, prefix_keys;
         Attended real, prefix;
 
         Scratch(Arena& arena, const Forward& f)
-            : rows(arena.take<float>(max_of<int64_t>(Products::kMultiple, kQueries) * f.dim_)),
+            : rows(arena.take<float>(kQueries * f.dim_)),
               prefix_rows(arena.take<float>(f.p_.prefix_length ? kQueries * f.dim_ : 0)),
               queries(arena.take<uint32_t>(kQueries * f.dim_ / Products::kStepElements)),
-              prefix_queries(
-                  arena.take<uint32_t>(f.p_.prefix_length ? kQueries * f.dim_ / Products::kStepElements : 0)),
+              prefix_queries(f.problem_.prefix_apart()
+                                 ? arena.take<uint32_t>(kQueries * f.dim_ / Products::kStepElements)
+                                 : queries),
               stages{stage(arena), stage(arena)},
               bias(arena.take<float>(f.p_.attn_mask.data ? ScoreMask::kScratch : 0)),
               keys(arena, f.plan_.heads, f.p_.num_keys, f.dim_),
@@ -190,15 +190,13 @@ private:
 
     // Units [first, end) of a set of key heads: a unit is a block of queries of one head; those of all heads of the set
     // that are at the same place follow each other. So do the heads where rows are packed: in [B, S, H, D] their rows
-    // share a page of memory, and looking up pages took a quarter of the time (H = 32, D = 64) with one head at a time.
+    // share a page of memory. With one head at a time, reading and storing rows, which is mostly looking up pages, took a
+    // quarter of the time (H = 16, S = 1024, D = 64).
     void attend(int64_t batch, int64_t first_head, int64_t first, int64_t end, Scratch& scratch) const {
+        if (first == end) return;
         const int64_t heads = plan_.heads * problem_.group;
-        int64_t first_key = p_.num_keys, end_key = 0;
-        for (int64_t unit = first; unit < end; unit += 1) {
-            const ScoreMask mask(p_, batch, 0, unit / heads * kQueries, nullptr);
-            first_key = min_of(first_key, mask.begin());
-            end_key = max_of(end_key, mask.end());
-        }
+        const int64_t first_key = ScoreMask(p_, batch, 0, first / heads * kQueries, nullptr).begin();
+        const int64_t end_key = ScoreMask(p_, batch, 0, (end - 1) / heads * kQueries, nullptr).end();
         for (int64_t row = round_down(first_key, Products::kMultiple); row < end_key; row += Products::kMultiple)
             for (int64_t i = 0; i < plan_.heads; ++i)
                 scratch.keys.pack(i, problem_.keys(batch, first_head + i), problem_.values(batch, first_head + i), row,
@@ -214,13 +212,11 @@ private:
             const ScoreMask mask(p_, batch, head, query, scratch.bias);
             attend_keys(scratch.keys, kv_head, scratch.queries, mask, scratch, scratch.real);
             scratch.prefix.clear();
-            if (p_.prefix_length) {
-                if (problem_.folds_l_k())
-                    pack_queries(problem_.prefix_queries(batch, head), query, scratch.rows, scratch.prefix_queries);
-                attend_keys(scratch.prefix_keys, kv_head,
-                            problem_.folds_l_k() ? scratch.prefix_queries : scratch.queries,
-                            ScoreMask(p_.prefix_length), scratch, scratch.prefix);
-            }
+            if (problem_.prefix_apart())
+                pack_queries(problem_.prefix_queries(batch, head), query, scratch.rows, scratch.prefix_queries);
+            if (p_.prefix_length)
+                attend_keys(scratch.prefix_keys, kv_head, scratch.prefix_queries, ScoreMask(p_.prefix_length), scratch,
+                            scratch.prefix);
             finish(batch, head, query, scratch);
         }
     }

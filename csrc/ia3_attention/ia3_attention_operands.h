@@ -23,6 +23,12 @@ inline const char* head_of(const View& view, int64_t batch, int64_t head) {
            (batch * view.batch_stride + head * view.head_stride) * size_of(view.dtype);
 }
 
+// The rows that are packed at a time make up a block.
+static_assert(kQueries % F32Products::kMultiple == 0);
+#if defined(__AVX512BF16__)
+static_assert(kQueries % Bf16Products::kMultiple == 0);
+#endif
+
 // The angles of consecutive rows: cos and sin, [row][channels].
 struct Angles {
     const float *cos = nullptr, *sin = nullptr;

@@ -69,7 +69,7 @@ void check_call(Ia3AttentionParams& params, const Tensor& q, const Tensor& k, co
         bad_argument("k", std::to_string(params.kv_heads) + " heads",
                      "a number that divides q's " + std::to_string(params.heads));
     for (int64_t rows : {params.num_queries, params.num_keys})
-        if (rows >= int64_t{1} << 30) bad_argument("q", std::to_string(rows) + " positions", "fewer than 2**30");
+        if (rows >= int64_t{1} << 28) bad_argument("q", std::to_string(rows) + " positions", "fewer than 2**28");
     params.l_q = check_scales(l_q, "l_q", params.heads * params.head_dim, q);
     params.l_k = check_scales(l_k, "l_k", params.kv_heads * params.head_dim, q);
     params.l_v = check_scales(l_v, "l_v", params.kv_heads * params.head_dim, q);

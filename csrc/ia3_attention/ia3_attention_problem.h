@@ -33,6 +33,9 @@ struct Problem {
     // l_k multiplies the queries, once for all keys, unless a rotation stands between it and them.
     bool folds_l_k() const { return p.l_k && !p.rope.cos; }
 
+    // Then the prefix, which bypasses l_k, sees other queries than the real keys do.
+    bool prefix_apart() const { return p.prefix_length && folds_l_k(); }
+
     HeadRows queries(int64_t batch, int64_t head) const {
         HeadRows rows = prefix_queries(batch, head);
         if (folds_l_k()) rows.other_scale = scale(l_k, head / group);

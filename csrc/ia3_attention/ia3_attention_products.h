@@ -86,7 +86,7 @@ struct TileProducts : Bf16Products {
 
     static void multiply(const Rows& rows, int64_t num_rows, const uint32_t* strips, int64_t num_strips, int64_t steps,
                          float* tile, int64_t stride, bool accumulate) {
-        using Sums = TileSums<Streams::kRight, 2, 2>;
+        using Sums = TileSums<Streams::kNone, 2, 2>;
         for (int64_t strip = 0; strip < num_strips; strip += 2) {
             const int64_t group = strip / kTileStrips * kTileStrips;
             const int64_t step_lanes = min_of<int64_t>(kTileStrips, num_strips - group) * kLanes;
@@ -95,9 +95,8 @@ struct TileProducts : Bf16Products {
                 float* sums = tile + row * stride + strip * kLanes;
                 Sums::begin(sums, stride, accumulate);
                 for (int64_t step = 0; step < steps; step += kTileSide)
-                    Sums::add_unpacked_step(rows.row(row) + step * 4, rows.row_stride,
-                                            reinterpret_cast<const char*>(right + step * step_lanes), step_lanes * 4,
-                                            kLanes * 4);
+                    Sums::add_step(rows.row(row) + step * 4, rows.row_stride, right + step * step_lanes, step_lanes * 4,
+                                   kLanes * 4);
                 Sums::end(sums, stride);
             }
         }

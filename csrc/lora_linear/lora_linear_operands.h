@@ -191,10 +191,6 @@ inline void adapter_strips(const ConstMatrix& matrix, int64_t rows, int64_t colu
     });
 }
 
-inline ConstMatrix part_of(const ConstMatrix& matrix, int64_t row, int64_t column) {
-    return {row_of(matrix, row, column), matrix.dtype, matrix.stride};
-}
-
 }  // namespace
 }  // namespace PEFT_KERNELS_ISA
 }  // namespace peft_kernels

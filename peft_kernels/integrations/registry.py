@@ -9,9 +9,7 @@ and `restore` is the same assignment the other way round.
 from __future__ import annotations
 
 import importlib
-import io
 import logging
-import re
 import sys
 from collections import Counter
 from collections.abc import Iterator
@@ -20,11 +18,11 @@ from types import MethodType
 from typing import Any, ClassVar, TypeVar
 
 import torch
-from rich.console import Console
 from rich.table import Table
 from torch import nn
 
 from .. import cpu
+from ..printing import PrintedReport, starred
 
 # Packages whose layers can be fused, with the modules here that fuse them. None of them is imported before a model
 # that is made of its layers has imported it.
@@ -118,7 +116,7 @@ class LayerReport:
 
 
 @dataclass(frozen=True, repr=False)
-class Report:
+class Report(PrintedReport):
     """What `accelerate` did, layer by layer. Printed, it is a table in which numbered layers share a row, without the
     base layers that run inside a fused layer.
 
@@ -145,10 +143,7 @@ class Report:
         return len(self.layers)
 
     def __rich__(self) -> Table:
-        rows = Counter(
-            (re.sub(r"(^|\.)\d+(?=\.|$)", r"\1*", layer.name), layer.kind, layer.fused, layer.reason)
-            for layer in self._outer_layers()
-        )
+        rows = Counter((starred(layer.name), layer.kind, layer.fused, layer.reason) for layer in self._outer_layers())
         table = Table(title=self._summary(), caption=f"CPU kernels: {self.isa}", title_justify="left")
         for heading in ("layer", "class", "forward"):
             table.add_column(heading, overflow="fold")
@@ -157,11 +152,6 @@ class Report:
             verdict = "fused" if fused else "left alone"
             table.add_row(name or "(the model)", kind, f"{verdict}: {reason}" if reason else verdict, str(count))
         return table
-
-    def __str__(self) -> str:
-        console = Console(file=io.StringIO(), width=120)
-        console.print(self)
-        return console.file.getvalue()
 
     def __repr__(self) -> str:
         return f"Report({self._summary()}; CPU kernels: {self.isa})"

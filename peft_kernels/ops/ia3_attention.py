@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .. import _extension  # noqa: F401
+from ._attention_by_torch import attention_by_torch
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -69,11 +70,18 @@ def ia3_attention(
     if q.device.type != "meta" and torch.is_autocast_enabled(q.device.type):
         q, k, v = (x.to(torch.get_autocast_dtype(q.device.type)) for x in (q, k, v))
     _check(q, k, v, l_q, l_k, l_v, scale, window, key_padding_mask, attn_mask, prefix_k, prefix_v, rope)
+    scale = float(q.shape[3] ** -0.5 if scale is None else scale)
+    if q.device.type not in ("cpu", "meta"):
+        out = attention_by_torch(
+            q, k, v, l_q, l_k, l_v, prefix_k, prefix_v, scale=scale, causal=causal, window=window,
+            key_padding_mask=key_padding_mask, attn_mask=attn_mask, rope=rope,
+        )  # fmt: skip
+        return out.transpose(1, 2).contiguous().transpose(1, 2)
     if attn_mask is not None:
         attn_mask = attn_mask.expand(*q.shape[:3], k.shape[2])
     cos, sin = (None, None) if rope is None else (_angles(part) for part in rope)
     call = _Call(
-        float(q.shape[3] ** -0.5 if scale is None else scale), causal, window or 0,
+        scale, causal, window or 0,
         None if key_padding_mask is None else key_padding_mask.contiguous(), attn_mask, cos, sin,
     )  # fmt: skip
     tensors = *(_dense(x) for x in (q, k, v)), l_q, l_k, l_v, prefix_k, prefix_v
@@ -200,8 +208,8 @@ def _check(q, k, v, l_q, l_k, l_v, scale, window, key_padding_mask, attn_mask, p
         ):
             wanted = f"a float32, bfloat16 or float16 tensor [{count * head_dim}] or [{count}, {head_dim}]"
             _bad(name, factors, wanted)
-    if scale is not None and not isinstance(scale, (float, int)):
-        _bad("scale", scale, "a number")
+    if scale is not None and not (isinstance(scale, (float, int)) and abs(scale) <= torch.finfo(torch.float32).max):
+        _bad("scale", scale, "a finite float32 number")
     if window is not None and not (isinstance(window, int) and window >= 1):
         _bad("window", window, "a whole number of at least 1")
     if key_padding_mask is not None and not (

@@ -2,7 +2,7 @@
 
 import importlib
 
-from . import _extension, adapters, nn  # noqa: F401  (_extension registers the ops, or says why it cannot)
+from . import _extension, adapters, nn, tuned  # noqa: F401  (_extension registers the ops, or says why it cannot)
 from .adapters import (
     adapter_rows,
     freeze_adapters,
@@ -15,6 +15,8 @@ from .adapters import (
     unfreeze_adapters,
 )
 from .integrations import accelerate, restore
+
+tuned.apply()
 
 # What needs transformers, or PEFT, is imported when it is asked for.
 _OPTIONAL = {"attach_prefix": "prefix", "detach_prefix": "prefix", "merge_ia3": "peft_ia3"}

@@ -16,10 +16,10 @@ struct LoraAdapter {
     ConstMatrix lora_B;  // [n, rank]
     int64_t rank;
     float scaling;
-    double dropout;  // the probability p
-    uint64_t seed;   // of the dropout mask
-    float* grad_A;   // backward: [rank, k], or null
-    float* grad_B;   // backward: [n, rank], or null
+    double dropout;       // the probability p
+    const int64_t* seed;  // [1], of the dropout mask, in the memory of the device; null without dropout
+    float* grad_A;        // backward: [rank, k], or null
+    float* grad_B;        // backward: [n, rank], or null
 };
 
 struct LoraLinearParams {

@@ -12,7 +12,9 @@ namespace peft_kernels {
 namespace PEFT_KERNELS_ISA {
 namespace {
 
-inline Dropout dropout_of(const LoraAdapter& adapter) { return {adapter.seed, adapter.dropout}; }
+inline Dropout dropout_of(const LoraAdapter& adapter) {
+    return {adapter.seed ? static_cast<uint64_t>(*adapter.seed) : 0, adapter.dropout};
+}
 
 inline int64_t strips_for(int64_t outputs) { return divide_up(outputs, kLanes); }
 

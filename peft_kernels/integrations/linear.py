@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from ..cuda import why_not
 from ..ops.nf4 import NF4Weight
 from .registry import FLOAT_DTYPES
 
@@ -19,10 +20,11 @@ def dense_product(base: nn.Module, x: Tensor) -> BaseProduct | str:
     weight, bias = base.weight, base.bias
     if reason := why_not_weight(weight):
         return reason
-    if not x.is_cpu or x.dtype not in FLOAT_DTYPES:
-        return f"x is {x.dtype} on {x.device.type}"
-    if torch.is_autocast_enabled("cpu"):
-        dtype = torch.get_autocast_dtype("cpu")
+    device = x.device
+    if device != weight.device or x.dtype not in FLOAT_DTYPES:
+        return f"x is {x.dtype} on {device.type}"
+    if torch.is_autocast_enabled(device.type):
+        dtype = torch.get_autocast_dtype(device.type)
         return weight, bias, dtype, dtype
     if x.dtype != weight.dtype or (bias is not None and x.dtype != bias.dtype):
         return "x and the base layer differ in dtype"  # which PEFT's forward raises an error for
@@ -38,8 +40,8 @@ def why_not_linear(base: nn.Module) -> str | None:
 def why_not_weight(weight: Tensor) -> str | None:
     if type(weight) not in (nn.Parameter, Tensor):
         return f"its base weight is a {type(weight).__name__}"
-    if not weight.is_cpu:
-        return f"no fused kernel for {weight.device.type}"
+    if not weight.is_cpu and (reason := why_not(weight.device)):
+        return reason
     return None if weight.dtype in FLOAT_DTYPES else f"its base weight is {weight.dtype}"
 
 

@@ -10,6 +10,7 @@ from tiny_models import DECODERS, assert_same, assert_same_steps, step, tiny, to
 from transformers import StaticCache
 
 import peft_kernels
+import peft_kernels.integrations.transformers as integration
 
 
 def lora(model, **config):
@@ -117,6 +118,13 @@ def test_attention_dropout_takes_torchs_attention(caplog):
     assert torch.allclose(got, model(ids, padding).logits, atol=1e-5)
     peft_kernels.accelerate(model.eval())
     assert all(layer.fused for layer in peft_kernels.accelerate(model))
+
+
+def test_older_versions_are_left_alone(monkeypatch):
+    monkeypatch.setattr(integration, "sdpa_mask", lambda batch_size, cache_position: None)
+    model = tiny("llama")
+    assert all("asks for masks in another way" in layer.reason for layer in peft_kernels.accelerate(model))
+    assert model.config._attn_implementation == "sdpa"
 
 
 def test_other_implementations_are_left_alone():

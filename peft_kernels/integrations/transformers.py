@@ -6,6 +6,7 @@ A mask function that is missing from the second registry would have transformers
 from __future__ import annotations
 
 import importlib
+import inspect
 import sys
 from typing import Any
 
@@ -184,6 +185,8 @@ class FusedAttention(FusedLayer):
 
     @classmethod
     def why_not(cls, layer: nn.Module) -> str | None:
+        if "q_length" not in inspect.signature(sdpa_mask).parameters:
+            return "this version of transformers asks for masks in another way: 5.0 or so and later are known"
         implementation = layer.config._attn_implementation
         return None if implementation in ("sdpa", NAME) else f"its attention is {implementation!r}, not 'sdpa'"
 

@@ -26,8 +26,11 @@ class FusedIA3(FusedLayer):
     """
 
     def why_stock(self) -> str | None:
-        if reason := why_not_skip(self.base_layer):
+        base = self.base_layer
+        if reason := why_not_skip(base):
             return f"its base layer has {reason}"
+        if not base.weight.is_cpu:
+            return f"no fused kernel for {base.weight.device.type}"
         scale = self._scale()
         return scale if isinstance(scale, str) else None
 
@@ -49,6 +52,8 @@ class FusedIA3(FusedLayer):
     def _call(self, x: Tensor, args: tuple, kwargs: dict[str, Any]) -> tuple[BaseProduct, Tensor | None] | str:
         if args or kwargs:
             return "further arguments were given"
+        if not x.is_cpu:
+            return f"no fused kernel for {x.device.type}"
         base = self._modules["base_layer"]
         if reason := why_not_skip(base):
             return f"its base layer has {reason}"

@@ -6,6 +6,7 @@ A mask function that is missing from the second registry would have transformers
 from __future__ import annotations
 
 import importlib
+import inspect
 import sys
 from typing import Any
 
@@ -59,10 +60,10 @@ def attention(
     prefix = kwargs.pop(PREFIX, None)
     prefix_k, prefix_v = (None, None) if prefix is None or _is_cross(module) else prefix[module.layer_idx]
     causal = query.shape[2] > 1 and (getattr(module, "is_causal", True) if is_causal is None else is_causal)
-    masks = {"causal": causal, "window": sliding_window}
-    if attention_mask is not None:
-        masks = {**masks, "key_padding_mask": attention_mask} if attention_mask.dim() == 2 else {}
-        masks |= {"attn_mask": attention_mask} if attention_mask.dim() != 2 else {}
+    if attention_mask is None or attention_mask.dim() == 2:
+        masks = {"causal": causal, "window": sliding_window, "key_padding_mask": attention_mask}
+    else:
+        masks = {"attn_mask": attention_mask}
     reason = _why_stock_input(query, value, dropout, kwargs)
     if reason:
         if isinstance(module, FusedAttention):
@@ -184,6 +185,8 @@ class FusedAttention(FusedLayer):
 
     @classmethod
     def why_not(cls, layer: nn.Module) -> str | None:
+        if "q_length" not in inspect.signature(sdpa_mask).parameters:
+            return "this version of transformers asks for masks in another way: 5.0 or so and later are known"
         implementation = layer.config._attn_implementation
         return None if implementation in ("sdpa", NAME) else f"its attention is {implementation!r}, not 'sdpa'"
 

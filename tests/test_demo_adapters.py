@@ -11,7 +11,6 @@ import pytest
 import torch
 from adapter_models import make_model, randomize
 from rich.console import Console
-from torch import nn
 
 import peft_kernels
 from benchmarks import demo_adapters, tasks
@@ -142,7 +141,7 @@ def test_run_trains_its_task():
     model, batch = make_classifier(), make_batch()
     peft_kernels.set_adapter(model, "first")
     before = {name: parameter.clone() for name, parameter in model.named_parameters()}
-    run = TaskRun(model, "first", lr=0.01)
+    run = TaskRun(model, "first", lr=0.01, head_lr=0.01)
     for _ in range(8):
         run.step(batch)
     assert run.losses[-1] < run.losses[0]
@@ -175,7 +174,7 @@ def test_batches_deal_out_every_example_once_an_epoch():
 def test_head_on_separable_features():
     features = torch.randn(60, 8) * torch.logspace(-2, 2, 8)
     labels = (features[:, 0] > 0).long()
-    head = nn.Linear(8, 2)
+    head = demo_adapters.Head(8, 2)
     demo_adapters.fit_head(head, features, labels)
     assert (head(features).argmax(1) == labels).float().mean() > 0.95
 

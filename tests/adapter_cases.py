@@ -126,6 +126,9 @@ def eager(x, down_weight, down_bias, up_weight, up_bias, *, residual, scale, gat
     up = F.linear(ACTIVATIONS[activation](F.linear(z, down_weight, down_bias)), up_weight, up_bias)
     up = F.dropout(up * scale, dropout)
     if gate is not None:
-        up = up * gate
+        up = up * gate.to(up.dtype)
     y = up if residual is None else residual + up
-    return y if post_layer_norm is None else F.layer_norm(y, y.shape[-1:], *post_layer_norm)
+    if post_layer_norm is None:
+        return y
+    # PyTorch has no LayerNorm of one dtype with parameters of another, and autocast may have changed y's.
+    return F.layer_norm(y.to(post_layer_norm[0].dtype), y.shape[-1:], *post_layer_norm)

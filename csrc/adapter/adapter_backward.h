@@ -103,7 +103,8 @@ private:
             t = arena.take<float>(rows * ranks);
             h = arena.take<float>(rows * ranks);
             tile = arena.take<float>(max_of(rows, Product::padded_rows(b.p_.max_rank)) * kRightOutputs);
-            keep = arena.take<uint8_t>(b.p_.dropout > 0 ? max_of(keep_bytes(kPart), kReducedRows * kLanes) : 0);
+            keep = arena.take<uint8_t>(
+                b.p_.dropout > 0 ? max_of(keep_bytes(kPart), kReducedRows * keep_bytes(kReducedColumns)) : 0);
             norm = arena.take<RowNorm>(b.block_);
             bytes = arena.used();
         }

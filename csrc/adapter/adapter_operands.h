@@ -6,8 +6,8 @@
 #include "adapter/adapter_plan.h"
 #include "common/block_product.h"
 #include "common/parallel_for.h"
+#include "common/rows.h"
 #include "common/vector_math.h"
-#include "common/workspace.h"
 
 namespace peft_kernels {
 namespace PEFT_KERNELS_ISA {
@@ -63,15 +63,6 @@ void dispatch_activation(Activation activation, const Body& body) {
 }
 
 // ---- Rows ---------------------------------------------------------------------------------------------------------
-
-// out[column] = row[first + column], in fp32; zeros behind the last one, up to whole vectors.
-inline void read_row(const ConstMatrix& matrix, int64_t row, int64_t first, int64_t columns, float* out) {
-    dispatch_dtype(matrix.dtype, [&](auto* type) {
-        const auto* from = static_cast<const Pointee<decltype(type)>*>(row_of(matrix, row, first));
-        for (int64_t column = 0; column < columns; column += kLanes)
-            store(out + column, load_up_to(from + column, columns - column));
-    });
-}
 
 // A matrix from (row0, first) on: calls body with a function of row and column that gives a vector of it, with zeros
 // behind the last of so many columns. Of an absent matrix all are zeros.

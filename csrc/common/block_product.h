@@ -18,7 +18,7 @@
 
 #include "common/amx.h"
 #include "common/microkernel.h"
-#include "common/workspace.h"
+#include "common/rows.h"
 
 namespace peft_kernels {
 namespace PEFT_KERNELS_ISA {
@@ -122,7 +122,7 @@ struct TileProduct {
         }
         // Terms of a panel stand one behind the other.
         Element* at(int64_t row, int64_t column) const {
-            return data + row / kPanelSide * panel(depth) * terms + column / kTileDepth * kStepElements +
+            return data + row / kPanelSide * panel(depth) * terms + column / kTileDepth * kPanelStep +
                    row % kPanelSide / kTileSide * kTileElements + row % kTileSide * kTileDepth + column % kTileDepth;
         }
         void store(int64_t row, int64_t column, F32 v) const { store_terms(v, at(row, column), panel(depth), terms); }
@@ -138,7 +138,7 @@ struct TileProduct {
         }
         template <bool kExact = false>
         void store(int64_t strip, int64_t k, F32 even, F32 odd) const {
-            Element* at = data + strip / 2 * panel(depth) * terms + k / kTileDepth * kStepElements +
+            Element* at = data + strip / 2 * panel(depth) * terms + k / kTileDepth * kPanelStep +
                           strip % 2 * kTileElements + k % kTileDepth * kTileSide;
             if (terms == 1) return store_vector(at, kExact ? exact_bf16_pairs(even, odd) : bf16_pairs(even, odd));
             for (int term = 0; term < terms; ++term, at += panel(depth))
@@ -187,11 +187,6 @@ constexpr bool kIsBf16 = false;
 template <>
 constexpr bool kIsBf16<BFloat16> = true;
 
-template <class T>
-inline F32 load_up_to(const T* p, int64_t count) {
-    return count >= kLanes ? load(p) : count > 0 ? load_partial(p, count) : F32{};
-}
-
 // Left operands out of the first rows of a matrix, whose columns are the depth.
 template <class Product>
 void fill_left(const typename Product::Left& left, const ConstMatrix& matrix, int64_t rows) {
@@ -210,12 +205,6 @@ void fill_left(const typename Product::Left& left, const ConstMatrix& matrix, in
                 left.store(row, column, load_up_to(from + column, depth - column));
         }
     });
-}
-
-// v with zeros from lane `count` on.
-inline F32 first_lanes(F32 v, int64_t count) {
-    if (count >= kLanes) return v;
-    return (F32)((U32)v & (U32)((I32)lane_index() < static_cast<int32_t>(count)));
 }
 
 // Right operands whose outputs are rows of a matrix, and whose depth is its columns.

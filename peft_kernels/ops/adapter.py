@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,8 +17,18 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .. import _extension  # noqa: F401
-
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+from ._arguments import (
+    DTYPES,
+    any_requires_grad,
+    autocast_dtype,
+    bad,
+    check_dropout,
+    describe,
+    drawn_seed,
+    is_float,
+    matrix,
+    refuse,
+)
 
 LayerNorm = tuple[Tensor | None, Tensor | None, float]  # weight [d], bias [d], eps
 
@@ -129,9 +139,9 @@ def adapter_grouped(
     """
     index = index.tolist() if isinstance(index, Tensor) else list(index)
     if not isinstance(x, Tensor) or x.dim() < 2 or len(index) != x.shape[0]:
-        _bad("index", f"{len(index)} items", f"one for each x[i]; x is {_describe(x)}")
+        refuse("index", f"{len(index)} items", f"one for each x[i]; x is {describe(x)}")
     if not adapters:
-        _bad("adapters", "none", "at least one AdapterWeights")
+        refuse("adapters", "none", "at least one AdapterWeights")
     return _adapters(x, adapters, index, residual, activation, gate, post_layer_norm, dropout, seed, out_dtype)
 
 
@@ -144,7 +154,7 @@ def bottleneck(
     layer_norm: LayerNorm | None = None,
 ) -> Tensor:
     """The first half of `adapter`: `h = σ(W_down LN?(x) + b_down)` [..., r] in x's dtype, or autocast's under it."""
-    dtype = _autocast_dtype(x) or x.dtype
+    dtype = autocast_dtype(x) or x.dtype
     if layer_norm is not None:
         weight, bias, eps = layer_norm
         x = F.layer_norm(x.float(), x.shape[-1:], _float(weight), _float(bias), eps)
@@ -169,17 +179,16 @@ _ACTIVATE = {
 def _adapters(x, adapters, index, residual, activation, gate, post_layer_norm, dropout, seed, out_dtype) -> Tensor:
     activation = activation_name(activation)
     _check(x, adapters, residual, gate, post_layer_norm, dropout, seed, out_dtype)
-    autocast_dtype = _autocast_dtype(x)
+    cast_to = autocast_dtype(x)
     if out_dtype is None:
-        out_dtype = residual.dtype if residual is not None else autocast_dtype or x.dtype
+        out_dtype = residual.dtype if residual is not None else cast_to or x.dtype
     same = all(w.dtype == x.dtype for weights in adapters for w in (weights.down_weight, weights.up_weight))
-    compute_dtype = autocast_dtype or (x.dtype if same else torch.float32)
-    if dropout > 0 and seed is None:
-        seed = torch.randint(torch.iinfo(torch.int64).max, (1,), device=x.device)
-    flat, rows = _matrix(x), x.shape[:-1].numel()
+    compute_dtype = cast_to or (x.dtype if same else torch.float32)
+    seed = drawn_seed(dropout, seed, x.device)
+    flat, rows = matrix(x), x.shape[:-1].numel()
     series = residual is x
     if residual is not None:
-        residual = flat if series else _matrix(residual)
+        residual = flat if series else matrix(residual)
     if gate is not None:
         gate = gate.expand(*x.shape[:-1], 1).reshape(rows).float().contiguous()
     run_rows, run_adapters = (rows,), (0,)
@@ -201,7 +210,7 @@ def _adapters(x, adapters, index, residual, activation, gate, post_layer_norm, d
     post = (None, None) if post_layer_norm is None else post_layer_norm[:2]
     scale = _scales(adapters, x.device)
     given = None if series else residual
-    if torch.is_grad_enabled() and _any_requires_grad(x, given, gate, scale, *post, *tensors):
+    if torch.is_grad_enabled() and any_requires_grad(x, given, gate, scale, *post, *tensors):
         y = _Adapter.apply(flat, given, gate, scale, seed, call, *post, *tensors)
     else:
         y, _, _ = call.forward(flat, given, gate, scale, seed, post, tensors, saves=False)
@@ -210,77 +219,49 @@ def _adapters(x, adapters, index, residual, activation, gate, post_layer_norm, d
 
 def _check(x, adapters, residual, gate, post_layer_norm, dropout, seed, out_dtype) -> None:
     """Refuses what the ops would not see, or would see too late to say what is wrong; the rest is theirs to check."""
-    if not isinstance(x, Tensor) or x.dim() == 0 or x.dtype not in _DTYPES:
-        _bad("x", _describe(x), "a float32, bfloat16 or float16 tensor [..., d]")
+    if not is_float(x) or x.dim() == 0:
+        bad("x", x, "a float32, bfloat16 or float16 tensor [..., d]")
     for weights in adapters:
         if not isinstance(weights, AdapterWeights):
-            _bad("adapters", _describe(weights), "AdapterWeights")
+            bad("adapters", weights, "AdapterWeights")
         for name in ("down_weight", "down_bias", "up_weight", "up_bias"):
             tensor = getattr(weights, name)
             if not isinstance(tensor, Tensor) and (tensor is not None or name.endswith("weight")):
-                _bad(name, _describe(tensor), "a tensor" if name.endswith("weight") else "a tensor or None")
+                bad(name, tensor, "a tensor" if name.endswith("weight") else "a tensor or None")
         if isinstance(weights.scale, Tensor):
-            if weights.scale.numel() != 1 or weights.scale.dtype not in _DTYPES:
-                _bad("scale", _describe(weights.scale), "a number, or a tensor with one element")
+            if weights.scale.numel() != 1 or weights.scale.dtype not in DTYPES:
+                bad("scale", weights.scale, "a number, or a tensor with one element")
         elif not isinstance(weights.scale, (int, float)) or weights.scale != weights.scale:
-            _bad("scale", _describe(weights.scale), "a number, or a tensor with one element")
+            bad("scale", weights.scale, "a number, or a tensor with one element")
         _check_layer_norm("layer_norm", weights.layer_norm)
         if (weights.layer_norm is None) != (adapters[0].layer_norm is None):
-            _bad("layer_norm", "some adapters with one and some without", "all adapters of a call alike")
+            refuse("layer_norm", "some adapters with one and some without", "all adapters of a call alike")
     if residual is not None and (
-        not isinstance(residual, Tensor) or residual.shape != x.shape or residual.dtype not in _DTYPES
+        not isinstance(residual, Tensor) or residual.shape != x.shape or residual.dtype not in DTYPES
     ):
-        _bad("residual", _describe(residual), f"a float32, bfloat16 or float16 tensor {list(x.shape)}, as x is")
+        bad("residual", residual, f"a float32, bfloat16 or float16 tensor {list(x.shape)}, as x is")
     if gate is not None and not (isinstance(gate, Tensor) and _expands(gate.shape, (*x.shape[:-1], 1))):
-        _bad("gate", _describe(gate), f"a tensor that broadcasts to {[*x.shape[:-1], 1]}")
+        bad("gate", gate, f"a tensor that broadcasts to {[*x.shape[:-1], 1]}")
     _check_layer_norm("post_layer_norm", post_layer_norm)
-    if not (isinstance(dropout, (int, float)) and 0 <= dropout < 1):
-        _bad("dropout", _describe(dropout), "a probability in [0, 1)")
-    if seed is not None and not (isinstance(seed, Tensor) and seed.dtype is torch.int64 and seed.shape == (1,)):
-        _bad("seed", _describe(seed), "an int64 tensor [1]")
-    if out_dtype is not None and out_dtype not in _DTYPES:
-        _bad("out_dtype", _describe(out_dtype), "float32, bfloat16 or float16")
+    check_dropout(dropout, seed)
+    if out_dtype is not None and out_dtype not in DTYPES:
+        bad("out_dtype", out_dtype, "float32, bfloat16 or float16")
 
 
 def _check_layer_norm(name: str, value: Any) -> None:
     if value is None:
         return
     if not (isinstance(value, tuple) and len(value) == 3 and isinstance(value[2], float) and value[2] >= 0):
-        _bad(name, _describe(value), "None, or a tuple of a weight, a bias and an eps")
+        bad(name, value, "None, or a tuple of a weight, a bias and an eps")
     for tensor in value[:2]:
         if not (tensor is None or isinstance(tensor, Tensor)):
-            _bad(name, _describe(tensor), "tensors or None as its weight and bias")
-
-
-def _bad(name: str, got: str, wanted: str) -> NoReturn:
-    raise ValueError(f"{name}: got {got}, wanted {wanted}")
-
-
-def _describe(value: Any) -> str:
-    if isinstance(value, Tensor):
-        return f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)}"
-    return f"{value!r}, a {type(value).__name__}"
+            bad(name, tensor, "tensors or None as its weight and bias")
 
 
 def _expands(shape: Sequence[int], to: Sequence[int]) -> bool:
     return len(shape) <= len(to) and all(
         size in (1, wanted) for size, wanted in zip(reversed(shape), reversed(to), strict=False)
     )
-
-
-def _any_requires_grad(*tensors: Tensor | None) -> bool:
-    return any(tensor is not None and tensor.requires_grad for tensor in tensors)
-
-
-def _autocast_dtype(x: Tensor) -> torch.dtype | None:
-    enabled = x.device.type != "meta" and torch.is_autocast_enabled(x.device.type)
-    return torch.get_autocast_dtype(x.device.type) if enabled else None
-
-
-def _matrix(x: Tensor) -> Tensor:
-    """x as rows that are dense; copied only where they are not."""
-    flat = x if x.dim() == 2 else x.reshape(x.shape[:-1].numel(), x.shape[-1])
-    return flat.contiguous() if flat.stride(-1) != 1 and flat.numel() > 0 else flat
 
 
 def _float(tensor: Tensor | None) -> Tensor | None:
@@ -366,7 +347,7 @@ class _Adapter(torch.autograd.Function):
     def backward(ctx, grad_y):
         x, residual, gate, scale, seed, pre, stats, post_weight, post_bias, *tensors = ctx.saved_tensors
         call, needs, n = ctx.call, ctx.needs_input_grad, ctx.call.num_adapters
-        grad_y = _matrix(grad_y)
+        grad_y = matrix(grad_y)
         post = None, None
         if call.post_eps is not None:
             y = call.unnormalized(x, residual, gate, scale, seed, tensors)

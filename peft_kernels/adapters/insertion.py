@@ -12,6 +12,7 @@ import torch
 from rich.table import Table
 from torch import nn
 
+from ..integrations.registry import FLOAT_DTYPES
 from ..nn import AdapterFusion
 from ..printing import PrintedReport, starred
 from .config import AdapterConfig, FusionConfig
@@ -143,11 +144,18 @@ def insert_adapters(
 def insert(model: nn.Module, name: str, config: AdapterConfig, dtype: torch.dtype = torch.float32) -> AdapterReport:
     """`insert_adapters` for a configuration."""
     check_module(model)
-    if not dtype.is_floating_point:
-        raise ValueError(f"dtype: got {dtype}, wanted a floating-point one")
+    if dtype not in FLOAT_DTYPES:
+        raise ValueError(f"dtype: got {dtype}, wanted one of {', '.join(map(str, FLOAT_DTYPES))}")
     setup = find_setup(model)
     check_new_name(setup, name)
     layers = make_layers(model, config, dtype=dtype)
+    for place, _ in layers:
+        site = model.get_submodule(place.path)._modules.get(place.site_name)
+        if site is not None and not place.acts_as(site.place):
+            other = next(iter(site.adapters))
+            raise ValueError(
+                f"targets: got {place.path}, where the adapter {other!r} acts otherwise, wanted other modules"
+            )
     if setup is None:
         setup = Setup()
         setup.frozen = tuple(path for path, parameter in model.named_parameters() if parameter.requires_grad)

@@ -63,6 +63,12 @@ class Place:
         """The name of what is put into the module, at which a series and a parallel adapter may both act."""
         return PARALLEL_SITE if self.seam is Seam.PARALLEL else SITE
 
+    def acts_as(self, other: Place) -> bool:
+        """Whether it does the same as another place at the same module, which may be named from further in or out."""
+        longer, shorter = (self, other) if len(self.path) >= len(other.path) else (other, self)
+        prefix = longer.path.removesuffix(shorter.path)
+        return self.seam is other.seam and (self.seam is not Seam.PARALLEL or longer.start == prefix + shorter.start)
+
 
 @dataclass(frozen=True)
 class Sublayer:

@@ -1,6 +1,8 @@
 """Fused kernels for parameter-efficient fine-tuning."""
 
-from . import _extension, adapters, nn  # noqa: F401  (_extension registers the ops, or says why it cannot)
+import importlib
+
+from . import _extension, adapters, nn, tuned  # noqa: F401  (_extension registers the ops, or says why it cannot)
 from .adapters import (
     adapter_rows,
     freeze_adapters,
@@ -13,6 +15,11 @@ from .adapters import (
     unfreeze_adapters,
 )
 from .integrations import accelerate, restore
+
+tuned.apply()
+
+# What needs transformers, or PEFT, is imported when it is asked for.
+_OPTIONAL = {"attach_prefix": "prefix", "detach_prefix": "prefix", "merge_ia3": "peft_ia3"}
 
 __all__ = [
     "accelerate",
@@ -28,5 +35,12 @@ __all__ = [
     "save_adapter",
     "set_adapter",
     "unfreeze_adapters",
+    *_OPTIONAL,
 ]
 __version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> object:
+    if name in _OPTIONAL:
+        return getattr(importlib.import_module(f"{__name__}.integrations.{_OPTIONAL[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -157,8 +157,9 @@ struct TileProduct {
                 bool adds = accumulate;
                 for (int i = 0; i < left.terms; ++i)
                     for (int j = 0; j < right.terms && i + j < 3; ++j, adds = true)
-                        multiply_panels(of_left + i * size, rows - row, of_right + j * size, right.outputs - output,
-                                        steps, sums + row * stride + output, stride, adds);
+                        multiply_panels<Streams::kNone>(of_left + i * size, rows - row, of_right + j * size,
+                                                        right.outputs - output, steps, sums + row * stride + output,
+                                                        stride, adds);
             }
     }
 };

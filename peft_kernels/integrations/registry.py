@@ -24,9 +24,13 @@ from torch import nn
 from .. import cpu
 from ..printing import PrintedReport, starred
 
-# Packages whose layers can be fused, each with a module of the same name here. None of them is imported before a
-# model that is made of its layers has imported it.
-_PACKAGES = ("bitsandbytes", "peft")
+# Packages whose layers can be fused, with the modules here that fuse them. None of them is imported before a model
+# that is made of its layers has imported it.
+_PACKAGES = {
+    "bitsandbytes": ("bitsandbytes",),
+    "transformers": ("transformers",),
+    "peft": ("peft", "peft_ia3", "peft_prefix"),
+}
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -42,6 +46,11 @@ class FusedLayer:
     own_state: ClassVar[tuple[str, ...]] = ()
 
     @classmethod
+    def applies(cls, layer: nn.Module) -> bool:
+        """Whether the stock layer does what can be fused at all; the report passes over one that does not."""
+        return True
+
+    @classmethod
     def why_not(cls, layer: nn.Module) -> str | None:
         """Why this stock layer can't be fused, whatever its adapters and its input."""
         return None
@@ -49,6 +58,9 @@ class FusedLayer:
     def prepare(self) -> str:
         """Runs once when the layer has become a fused one; a remark for the report."""
         return ""
+
+    def release(self) -> None:
+        """Undoes what the layer has done outside of itself; `restore` calls it first."""
 
     def why_stock(self) -> str | None:
         """Why the next forward would take the stock path, so far as it can be known without the input."""
@@ -160,7 +172,7 @@ class Report(PrintedReport):
 def accelerate(model: nn.Module) -> Report:
     """Gives every layer of a model that has a fused form its fused forward, in place. `restore` undoes it.
 
-    Fused are, on the CPU: PEFT's `lora.Linear` on an `nn.Linear` and `lora.bnb.Linear4bit` (Hu et al. 2021,
+    Fused are, on the CPU and on CUDA devices that the package was built for: PEFT's `lora.Linear` on an `nn.Linear` and `lora.bnb.Linear4bit` (Hu et al. 2021,
     arXiv:2106.09685; Dettmers et al. 2023, arXiv:2305.14314), and bitsandbytes' `Linear4bit`. Parameters, their
     names, state_dict, saving, merging and switching adapters go on as before, and results have the dtype that the
     stock layers return. Whatever can't be fused keeps its stock forward, and the report says why; what only an input
@@ -185,7 +197,7 @@ def accelerate(model: nn.Module) -> Report:
     remarks: dict[nn.Module, str] = {}
     for module in model.modules():
         fused = _table.get(type(module))
-        if fused is None:
+        if fused is None or not fused.applies(module):
             continue
         reasons[module] = reason = _why_not(fused, module)
         if reason is None:
@@ -220,6 +232,7 @@ def restore(model: nn.Module) -> None:
     _check_module(model)
     for module in model.modules():
         if isinstance(module, FusedLayer):
+            module.release()
             for name in module.own_state:
                 vars(module).pop(name, None)
             _change_class(module, module.stock)
@@ -231,9 +244,11 @@ def _check_module(model: Any) -> None:
 
 
 def _load_packages() -> None:
-    for package in _PACKAGES:
-        if package in sys.modules:
-            importlib.import_module(f"{__package__}.{package}")
+    for package, modules in _PACKAGES.items():
+        for module in modules if package in sys.modules else ():
+            loaded = importlib.import_module(f"{__package__}.{module}")
+            if hasattr(loaded, "register_loaded"):  # a package whose layers' modules come one by one
+                loaded.register_loaded()
 
 
 def _why_not(fused: type[FusedLayer], module: nn.Module) -> str | None:

@@ -3,5 +3,6 @@
 from .adapter import BottleneckAdapter, ParallelAdapter
 from .fusion import AdapterFusion
 from .lora_linear import LoRALinear
+from .prefix import PrefixEncoder
 
-__all__ = ["AdapterFusion", "BottleneckAdapter", "LoRALinear", "ParallelAdapter"]
+__all__ = ["AdapterFusion", "BottleneckAdapter", "LoRALinear", "ParallelAdapter", "PrefixEncoder"]

@@ -153,6 +153,8 @@ def test_fusion_that_there_is(model):
     peft_kernels.fuse_adapters(model, ["a", "b"])
     with refused(model, "names: got ['a', 'b'], for which the model has a fusion already"):
         peft_kernels.fuse_adapters(model, ["a", "b"])
+    with refused(model, "dtype: got torch.int8, wanted one of torch.float32"):
+        peft_kernels.fuse_adapters(model, ["b", "a"], dtype=torch.int8)
     with refused(model, "dropout: got 2.0, wanted a probability"):
         peft_kernels.fuse_adapters(model, ["b", "a"], dropout=2.0)
 

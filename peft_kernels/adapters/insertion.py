@@ -144,8 +144,7 @@ def insert_adapters(
 def insert(model: nn.Module, name: str, config: AdapterConfig, dtype: torch.dtype = torch.float32) -> AdapterReport:
     """`insert_adapters` for a configuration."""
     check_module(model)
-    if dtype not in FLOAT_DTYPES:
-        raise ValueError(f"dtype: got {dtype}, wanted one of {', '.join(map(str, FLOAT_DTYPES))}")
+    check_dtype(dtype)
     setup = find_setup(model)
     check_new_name(setup, name)
     layers = make_layers(model, config, dtype=dtype)
@@ -312,6 +311,7 @@ def insert_fusion(model: nn.Module, setup: Setup, config: FusionConfig, dtype: t
     Raises:
         ValueError: it does not fit the model's adapters; the model is then unchanged.
     """
+    check_dtype(dtype)
     chosen = fusion_sites(model, setup, config)
     layers = [AdapterFusion(site.features, **config.options, device=_device_of(site), dtype=dtype) for site in chosen]
     for site, layer in zip(chosen, layers, strict=True):
@@ -421,6 +421,11 @@ def require_setup(model: nn.Module) -> Setup:
 def check_module(model: Any) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: got {type(model).__name__}, wanted a torch.nn.Module")
+
+
+def check_dtype(dtype: torch.dtype) -> None:
+    if dtype not in FLOAT_DTYPES:
+        raise ValueError(f"dtype: got {dtype}, wanted one of {', '.join(map(str, FLOAT_DTYPES))}")
 
 
 def check_known(setup: Setup, name: str) -> None:

@@ -315,7 +315,7 @@ def mixed_batch_cost(model: Classifier, tasks: Sequence[Task], tokenizer: Any, s
             model.features(batch.tokens[begin : begin + each], batch.mask[begin : begin + each])
 
     seconds = compare(model, lambda: model.features(batch.tokens, batch.mask, rows), apart)
-    return Row(f"a batch of {len(rows)} rows of all tasks, forward", "s", seconds[PLAIN], seconds[FUSED])
+    return Row("rows of all tasks: forward, in a pass for each or in one", "s", seconds[PLAIN], seconds[FUSED])
 
 
 # ---- Results --------------------------------------------------------------------------------------------------------
@@ -394,8 +394,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     def new_adapter(task: Task) -> None:
         if reports:
             peft_kernels.freeze_adapters(base)
-        # Such a model's hidden states have a few features of 10⁴ among others of 1, on which an adapter without a
-        # LayerNorm of its own does not learn: 62 % instead of 73 % in 40 steps of the first task.
+        # The hidden states of the first token reach 27,520. After 40 steps of the first task the accuracy was 62 %
+        # without a LayerNorm of the adapter's own, 73 % with it, and 70 % with a head alone.
         options = {"bottleneck": settings.bottleneck, "norm_before": True}
         reports.append(peft_kernels.insert_adapters(base, "pfeiffer", name=task.name, **options))
 
@@ -409,12 +409,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     stage = partial(train_stage, model, tasks, tokenizer, settings, console=console)
     accuracies[ADAPTER] = stage(settings.steps, settings.lr, new_adapter)
     console.print(reports[-1])
-    batch = next(training_batches(tasks[0], tokenizer, settings, 1))
+    last = tasks[-1]
+    batch = next(training_batches(last, tokenizer, settings, 1))
     with console.status("Measuring"):
-        peft_kernels.set_adapter(base, tasks[0].name)
-        peft_kernels.freeze_adapters(base)
-        peft_kernels.unfreeze_adapters(base, tasks[0].name)
-        rows = training_costs("adapter", TaskRun(model, tasks[0].name, settings.lr, settings.lr), batch)
+        rows = training_costs("adapter", TaskRun(model, last.name, settings.lr, settings.lr), batch)
         rows.append(mixed_batch_cost(model, tasks, tokenizer, settings))
     for task in tasks:
         peft_kernels.save_adapter(base, options.output / "adapters" / task.name, task.name)
@@ -422,7 +420,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     console.rule("Training a fusion of the adapters for each task", align="left")
     accuracies[FUSION] = stage(settings.fusion_steps, settings.fusion_lr, new_fusion)
     with console.status("Measuring"):
-        rows += training_costs("fusion", TaskRun(model, tasks[-1].name, settings.fusion_lr, settings.lr), batch)
+        rows += training_costs("fusion", TaskRun(model, last.name, settings.fusion_lr, settings.lr), batch)
     peft_kernels.save_adapter(base, options.output / "adapters" / "fusion", fusion[0])
 
     whole = reports[0].base_parameters

@@ -198,13 +198,13 @@ def test_results(tmp_path):
 
 @pytest.mark.slow
 def test_demo_from_start_to_end(tiny_model, tmp_path):
-    options = {"model": tiny_model, "output": tmp_path, "tasks": "kind,chapter", "train": 40, "test": 20, "steps": 3}
+    options = {"model": tiny_model, "output": tmp_path, "tasks": "chapter,kind", "train": 40, "test": 20, "steps": 3}
     options |= {"fusion-steps": 2, "batch": 4, "length": 16, "bottleneck": 8}
     arguments = [text for name, value in options.items() for text in (f"--{name}", str(value))]
     command = [sys.executable, "-m", "benchmarks", "demo_adapters", *arguments]
     result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert result.returncode == 0, result.stderr
-    assert "adapter 'chapter': 2 layers" in result.stdout and "Accuracy on the test examples" in result.stdout
+    assert "adapter 'kind': 2 layers" in result.stdout and "Accuracy on the test examples" in result.stdout
 
     written = json.loads((tmp_path / "demo_adapters.json").read_text())
     assert set(written["accuracy"]) == {FROZEN, ADAPTER, FUSION}

@@ -68,7 +68,6 @@ class Settings:
     lr: float
     fusion_lr: float
     seed: int
-    norm: bool = False
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -90,9 +89,8 @@ def make_parser() -> argparse.ArgumentParser:
     add("--batch", type=count, default=16, help="examples a step (%(default)s)")
     add("--length", type=number(int, lambda n: n >= 2, "a whole number of at least 2"), default=32,
         help="most tokens of an example (%(default)s)")  # fmt: skip
-    add("--lr", type=rate, default=1e-3, help="learning rate of the adapters (%(default)s)")
-    add("--fusion-lr", type=rate, default=5e-4, help="learning rate of the fusions (%(default)s)")
-    add("--norm", action="store_true")
+    add("--lr", type=rate, default=3e-3, help="learning rate of the adapters and heads (%(default)s)")
+    add("--fusion-lr", type=rate, default=2e-4, help="learning rate of the fusions (%(default)s)")
     add("--model", type=model_path, help="a Hugging Face folder or a GGUF file (SmolLM2-135M-Instruct)")
     add("--output", type=Path, default=Path("demo-output"), help="folder for results (%(default)s)")
     add("--seed", type=seed, default=0, help="of examples, initial values and batches (%(default)s)")
@@ -110,6 +108,24 @@ class Batch(NamedTuple):
     labels: Tensor
 
 
+class Head(nn.Module):
+    """A linear layer on features that are standardised by what they are in the frozen model."""
+
+    def __init__(self, features: int, labels: int) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(features))
+        self.register_buffer("std", torch.ones(features))
+        self.linear = nn.Linear(features, labels)
+
+    def forward(self, features: Tensor) -> Tensor:
+        return self.linear((features - self.mean) / self.std)
+
+    def reset(self) -> None:
+        """Starts the linear layer anew, at zero."""
+        nn.init.zeros_(self.linear.weight)
+        nn.init.zeros_(self.linear.bias)
+
+
 class Classifier(nn.Module):
     """A frozen language model, and for each task a linear head on the mean of its last hidden states.
 
@@ -120,7 +136,7 @@ class Classifier(nn.Module):
     def __init__(self, base: nn.Module, tasks: Sequence[Task]) -> None:
         super().__init__()
         self.base = base.requires_grad_(False)
-        self.heads = nn.ModuleDict({task.name: nn.Linear(base.config.hidden_size, len(task.labels)) for task in tasks})
+        self.heads = nn.ModuleDict({task.name: Head(base.config.hidden_size, len(task.labels)) for task in tasks})
 
     def features(self, tokens: Tensor, mask: Tensor, adapter_names: Sequence[str] | None = None) -> Tensor:
         """[rows, hidden_size] in fp32."""
@@ -136,15 +152,18 @@ class Classifier(nn.Module):
 
 
 class TaskRun(Run):
-    """The training of what a task trains."""
+    """The training of a task's head, and of what is not frozen in the model."""
 
     model: Classifier
 
-    def __init__(self, model: Classifier, task: str, lr: float) -> None:
+    def __init__(self, model: Classifier, task: str, lr: float, head_lr: float) -> None:
         self.task = task
         for name, head in model.heads.items():
             head.requires_grad_(name == task)
         super().__init__(model, lr)
+        rest = [parameter for parameter in model.base.parameters() if parameter.requires_grad]
+        head = {"params": list(model.heads[task].parameters()), "lr": head_lr}
+        self.optimizer = torch.optim.AdamW([{"params": rest}, head], lr=lr)
 
     def loss(self, batch: Batch) -> Tensor:
         return F.cross_entropy(self.model(batch, self.task), batch.labels)
@@ -199,34 +218,28 @@ def accuracy(model: Classifier, task: Task, tokenizer: Any, length: int) -> floa
 # ---- Training -------------------------------------------------------------------------------------------------------
 
 
-def fit_head(head: nn.Linear, features: Tensor, labels: Tensor) -> None:
+def fit_head(head: Head, features: Tensor, labels: Tensor) -> None:
     """Logistic regression on the frozen model's features; a fifth of the examples chooses how the weights decay."""
     held_out = len(features) // 5
-    mean, std = features.mean(0), features.std(0) + 1e-6
-    x = (features - mean) / std
+    head.mean, head.std = features.mean(0), features.std(0) + 1e-6
 
-    def fit(x: Tensor, labels: Tensor, decay: float) -> nn.Linear:
-        linear = nn.Linear(x.shape[1], head.out_features)
-        nn.init.zeros_(linear.weight)
-        optimizer = torch.optim.LBFGS(linear.parameters(), max_iter=200, line_search_fn="strong_wolfe")
+    def fit(features: Tensor, labels: Tensor, decay: float) -> None:
+        head.reset()
+        optimizer = torch.optim.LBFGS(head.parameters(), max_iter=200, line_search_fn="strong_wolfe")
 
         def loss() -> Tensor:
             optimizer.zero_grad()
-            value = F.cross_entropy(linear(x), labels) + decay / 2 * linear.weight.square().sum()
+            value = F.cross_entropy(head(features), labels) + decay / 2 * head.linear.weight.square().sum()
             value.backward()
             return value
 
         optimizer.step(loss)
-        return linear
 
     def score(decay: float) -> float:
-        linear = fit(x[held_out:], labels[held_out:], decay)
-        return (linear(x[:held_out]).argmax(1) == labels[:held_out]).float().mean().item()
+        fit(features[held_out:], labels[held_out:], decay)
+        return (head(features[:held_out]).argmax(1) == labels[:held_out]).float().mean().item()
 
-    best = fit(x, labels, max(DECAYS, key=score))
-    with torch.no_grad():  # the standardisation becomes part of the head
-        head.weight.copy_(best.weight / std)
-        head.bias.copy_(best.bias - head.weight @ mean)
+    fit(features, labels, max(DECAYS, key=score))
 
 
 def train_stage(
@@ -238,8 +251,9 @@ def train_stage(
     with progress(console, steps, [task.name for task in tasks]) as advance:
         for task in tasks:
             torch.manual_seed(settings.seed)
+            model.heads[task.name].reset()  # the fitted one errs on no training example: nothing could be learnt
             prepare(task)
-            run = TaskRun(model, task.name, lr)
+            run = TaskRun(model, task.name, lr, settings.lr)
             for batch in training_batches(task, tokenizer, settings, steps):
                 run.step(batch)
                 advance(task.name, run)
@@ -301,7 +315,7 @@ def mixed_batch_cost(model: Classifier, tasks: Sequence[Task], tokenizer: Any, s
             model.features(batch.tokens[begin : begin + each], batch.mask[begin : begin + each])
 
     seconds = compare(model, lambda: model.features(batch.tokens, batch.mask, rows), apart)
-    return Row(f"a batch of {len(rows)} rows of all tasks, forward", "s", seconds[PLAIN], seconds[FUSED])
+    return Row("rows of all tasks: forward, in a pass for each or in one", "s", seconds[PLAIN], seconds[FUSED])
 
 
 # ---- Results --------------------------------------------------------------------------------------------------------
@@ -380,7 +394,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     def new_adapter(task: Task) -> None:
         if reports:
             peft_kernels.freeze_adapters(base)
-        options = {"bottleneck": settings.bottleneck, "norm_before": settings.norm}
+        # The hidden states of the first token reach 27,520. After 40 steps of the first task the accuracy was 62 %
+        # without a LayerNorm of the adapter's own, 73 % with it, and 70 % with a head alone.
+        options = {"bottleneck": settings.bottleneck, "norm_before": True}
         reports.append(peft_kernels.insert_adapters(base, "pfeiffer", name=task.name, **options))
 
     def new_fusion(task: Task) -> None:
@@ -393,12 +409,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     stage = partial(train_stage, model, tasks, tokenizer, settings, console=console)
     accuracies[ADAPTER] = stage(settings.steps, settings.lr, new_adapter)
     console.print(reports[-1])
-    batch = next(training_batches(tasks[0], tokenizer, settings, 1))
+    last = tasks[-1]
+    batch = next(training_batches(last, tokenizer, settings, 1))
     with console.status("Measuring"):
-        peft_kernels.set_adapter(base, tasks[0].name)
-        peft_kernels.freeze_adapters(base)
-        peft_kernels.unfreeze_adapters(base, tasks[0].name)
-        rows = training_costs("adapter", TaskRun(model, tasks[0].name, settings.lr), batch)
+        rows = training_costs("adapter", TaskRun(model, last.name, settings.lr, settings.lr), batch)
         rows.append(mixed_batch_cost(model, tasks, tokenizer, settings))
     for task in tasks:
         peft_kernels.save_adapter(base, options.output / "adapters" / task.name, task.name)
@@ -406,7 +420,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     console.rule("Training a fusion of the adapters for each task", align="left")
     accuracies[FUSION] = stage(settings.fusion_steps, settings.fusion_lr, new_fusion)
     with console.status("Measuring"):
-        rows += training_costs("fusion", TaskRun(model, tasks[-1].name, settings.fusion_lr), batch)
+        rows += training_costs("fusion", TaskRun(model, last.name, settings.fusion_lr, settings.lr), batch)
     peft_kernels.save_adapter(base, options.output / "adapters" / "fusion", fusion[0])
 
     whole = reports[0].base_parameters

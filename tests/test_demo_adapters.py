@@ -11,7 +11,6 @@ import pytest
 import torch
 from adapter_models import make_model, randomize
 from rich.console import Console
-from torch import nn
 
 import peft_kernels
 from benchmarks import demo_adapters, tasks
@@ -142,7 +141,7 @@ def test_run_trains_its_task():
     model, batch = make_classifier(), make_batch()
     peft_kernels.set_adapter(model, "first")
     before = {name: parameter.clone() for name, parameter in model.named_parameters()}
-    run = TaskRun(model, "first", lr=0.01)
+    run = TaskRun(model, "first", lr=0.01, head_lr=0.01)
     for _ in range(8):
         run.step(batch)
     assert run.losses[-1] < run.losses[0]
@@ -175,7 +174,7 @@ def test_batches_deal_out_every_example_once_an_epoch():
 def test_head_on_separable_features():
     features = torch.randn(60, 8) * torch.logspace(-2, 2, 8)
     labels = (features[:, 0] > 0).long()
-    head = nn.Linear(8, 2)
+    head = demo_adapters.Head(8, 2)
     demo_adapters.fit_head(head, features, labels)
     assert (head(features).argmax(1) == labels).float().mean() > 0.95
 
@@ -199,13 +198,13 @@ def test_results(tmp_path):
 
 @pytest.mark.slow
 def test_demo_from_start_to_end(tiny_model, tmp_path):
-    options = {"model": tiny_model, "output": tmp_path, "tasks": "kind,chapter", "train": 40, "test": 20, "steps": 3}
+    options = {"model": tiny_model, "output": tmp_path, "tasks": "chapter,kind", "train": 40, "test": 20, "steps": 3}
     options |= {"fusion-steps": 2, "batch": 4, "length": 16, "bottleneck": 8}
     arguments = [text for name, value in options.items() for text in (f"--{name}", str(value))]
     command = [sys.executable, "-m", "benchmarks", "demo_adapters", *arguments]
     result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert result.returncode == 0, result.stderr
-    assert "adapter 'chapter': 2 layers" in result.stdout and "Accuracy on the test examples" in result.stdout
+    assert "adapter 'kind': 2 layers" in result.stdout and "Accuracy on the test examples" in result.stdout
 
     written = json.loads((tmp_path / "demo_adapters.json").read_text())
     assert set(written["accuracy"]) == {FROZEN, ADAPTER, FUSION}

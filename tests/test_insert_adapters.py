@@ -209,6 +209,18 @@ def test_import_imports_no_optional_package():
     assert result.stdout == "[]\n"
 
 
+def test_whole_of_a_part_with_adapters():
+    """A second adapter joins the first, though its places have longer names by now."""
+    model, inputs = make_model("bert"), make_inputs("bert")
+    peft_kernels.insert_adapters(model.bert, "parallel", bottleneck=8, name="a")
+    report = peft_kernels.insert_adapters(model, "parallel", bottleneck=8, name="b")
+    assert report.layers[0].name == "bert.encoder.layer.0.output.dropout"
+    randomize(model, "a", "b")
+    got = output(model, inputs)
+    peft_kernels.set_adapter(model, "a")
+    assert not torch.allclose(output(model, inputs), got)
+
+
 # ---- Patterns -------------------------------------------------------------------------------------------------------
 
 
@@ -324,7 +336,7 @@ def test_generation_with_a_cache(name, kind):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["pfeiffer", "parallel"])
 def test_compiled_without_a_break(kind):
     torch._dynamo.reset()
     model, inputs = make_model("bert"), make_inputs("bert")

@@ -56,7 +56,10 @@ def model():
         ({"name": "a,b"}, "name: got 'a,b', wanted a name without dots"),
         ({"name": "__base__"}, "name: got '__base__', wanted a name"),
         ({"name": "keys"}, "name: got 'keys', which torch.nn.ModuleDict has another use for"),
-        ({"dtype": torch.int8}, "dtype: got torch.int8, wanted a floating-point one"),
+        (
+            {"dtype": torch.float64},
+            "dtype: got torch.float64, wanted one of torch.float32, torch.bfloat16, torch.float16",
+        ),
     ],
     ids=lambda value: ",".join(value) if isinstance(value, dict) else "",
 )
@@ -82,6 +85,17 @@ def test_name_used_twice(model):
     with refused(model, "name: got 'default', which the model has already"):
         peft_kernels.insert_adapters(model, "pfeiffer", bottleneck=8)
     assert peft_kernels.adapters.insertion.find_setup(model).active == "default"
+
+
+@pytest.mark.parametrize(
+    ("kind", "module"), [("pfeiffer", "output.LayerNorm"), ("parallel", "output.dropout")], ids=["pfeiffer", "parallel"]
+)
+def test_module_where_another_adapter_acts_otherwise(kind, module):
+    model = make_model("bert")
+    peft_kernels.insert_adapters(model, kind, bottleneck=8)
+    text = f"targets: got bert.encoder.layer.0.{module}, where the adapter 'default' acts otherwise"
+    with refused(model, text):
+        peft_kernels.insert_adapters(model, kind, bottleneck=8, name="other", targets=rf"layer\.\d\.{module}")
 
 
 @pytest.mark.parametrize(
@@ -139,6 +153,8 @@ def test_fusion_that_there_is(model):
     peft_kernels.fuse_adapters(model, ["a", "b"])
     with refused(model, "names: got ['a', 'b'], for which the model has a fusion already"):
         peft_kernels.fuse_adapters(model, ["a", "b"])
+    with refused(model, "dtype: got torch.int8, wanted one of torch.float32"):
+        peft_kernels.fuse_adapters(model, ["b", "a"], dtype=torch.int8)
     with refused(model, "dropout: got 2.0, wanted a probability"):
         peft_kernels.fuse_adapters(model, ["b", "a"], dropout=2.0)
 

@@ -12,6 +12,7 @@ import torch
 from rich.table import Table
 from torch import nn
 
+from ..integrations.registry import FLOAT_DTYPES
 from ..nn import AdapterFusion
 from ..printing import PrintedReport, starred
 from .config import AdapterConfig, FusionConfig
@@ -143,11 +144,17 @@ def insert_adapters(
 def insert(model: nn.Module, name: str, config: AdapterConfig, dtype: torch.dtype = torch.float32) -> AdapterReport:
     """`insert_adapters` for a configuration."""
     check_module(model)
-    if not dtype.is_floating_point:
-        raise ValueError(f"dtype: got {dtype}, wanted a floating-point one")
+    check_dtype(dtype)
     setup = find_setup(model)
     check_new_name(setup, name)
     layers = make_layers(model, config, dtype=dtype)
+    for place, _ in layers:
+        site = model.get_submodule(place.path)._modules.get(place.site_name)
+        if site is not None and not place.acts_as(site.place):
+            other = next(iter(site.adapters))
+            raise ValueError(
+                f"targets: got {place.path}, where the adapter {other!r} acts otherwise, wanted other modules"
+            )
     if setup is None:
         setup = Setup()
         setup.frozen = tuple(path for path, parameter in model.named_parameters() if parameter.requires_grad)
@@ -304,6 +311,7 @@ def insert_fusion(model: nn.Module, setup: Setup, config: FusionConfig, dtype: t
     Raises:
         ValueError: it does not fit the model's adapters; the model is then unchanged.
     """
+    check_dtype(dtype)
     chosen = fusion_sites(model, setup, config)
     layers = [AdapterFusion(site.features, **config.options, device=_device_of(site), dtype=dtype) for site in chosen]
     for site, layer in zip(chosen, layers, strict=True):
@@ -413,6 +421,11 @@ def require_setup(model: nn.Module) -> Setup:
 def check_module(model: Any) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: got {type(model).__name__}, wanted a torch.nn.Module")
+
+
+def check_dtype(dtype: torch.dtype) -> None:
+    if dtype not in FLOAT_DTYPES:
+        raise ValueError(f"dtype: got {dtype}, wanted one of {', '.join(map(str, FLOAT_DTYPES))}")
 
 
 def check_known(setup: Setup, name: str) -> None:

@@ -63,6 +63,12 @@ class Place:
         """The name of what is put into the module, at which a series and a parallel adapter may both act."""
         return PARALLEL_SITE if self.seam is Seam.PARALLEL else SITE
 
+    def acts_as(self, other: Place) -> bool:
+        """Whether it does the same as another place at the same module, which may be named from further in or out."""
+        longer, shorter = (self, other) if len(self.path) >= len(other.path) else (other, self)
+        prefix = longer.path.removesuffix(shorter.path)
+        return self.seam is other.seam and (self.seam is not Seam.PARALLEL or longer.start == prefix + shorter.start)
+
 
 @dataclass(frozen=True)
 class Sublayer:
@@ -95,7 +101,7 @@ class Architecture:
     hub_names: tuple[str, str] = ("$^", "")
 
     def fits(self, layer: nn.Module) -> bool:
-        return all(_child(layer, path) for path in self.has) and not any(_child(layer, path) for path in self.lacks)
+        return all(_has(layer, path) for path in self.has) and not any(_has(layer, path) for path in self.lacks)
 
 
 def _post_norm(location: str, start: str, output: str) -> Sublayer:
@@ -184,7 +190,7 @@ def find_places(model: nn.Module, config: AdapterConfig) -> list[Place]:
             block = re.sub(r"\.layer\.\d+$", "", path)  # a layer of T5's is a list of such sublayers
             number = numbers.setdefault(block if len(architecture.sublayers) == 1 else path, len(numbers))
             for sublayer in architecture.sublayers:
-                if sublayer.location not in config.locations or not all(_child(layer, need) for need in sublayer.needs):
+                if sublayer.location not in config.locations or not all(_has(layer, need) for need in sublayer.needs):
                     continue
                 present.add(sublayer.location)
                 if config.kind not in sublayer.seams:
@@ -252,10 +258,10 @@ def _place_of(model: nn.Module, name: str, config: AdapterConfig) -> Place:
     return Place(end, Seam.SERIES, "", layer, hub_path=end)
 
 
-def _child(module: nn.Module, path: str) -> nn.Module | None:
+def _has(module: nn.Module | None, path: str) -> bool:
     for name in path.split("."):
-        module = module._modules.get(name) if module is not None else None
-    return module
+        module = None if module is None else module._modules.get(name)
+    return module is not None
 
 
 def _join(*paths: str) -> str:

@@ -132,6 +132,17 @@ inline F32 keep_where(F32 v, const uint8_t* bits, int64_t column) {
 #endif
 }
 
+// tile = (or +=) branch, where it is kept; both have rows `stride` apart, the bits `bits_stride`.
+inline void add_kept(const float* branch, const uint8_t* bits, int64_t bits_stride, int64_t rows, int64_t columns,
+                     int64_t stride, bool accumulate, float* tile) {
+    for (int64_t row = 0; row < rows; ++row, bits += bits_stride)
+        for (int64_t column = 0; column < columns; column += kLanes) {
+            const int64_t at = row * stride + column;
+            const F32 kept = keep_where(load(branch + at), bits, column);
+            store(tile + at, accumulate ? load(tile + at) + kept : kept);
+        }
+}
+
 // fp32 rows out of rows of any type; where `bits` is given ([row][bits_stride]), only the columns whose bit is set.
 template <class T>
 inline void widen_rows(const T* x, int64_t stride, int64_t rows, int64_t columns, const uint8_t* bits,

@@ -15,11 +15,17 @@
 // Decode shapes (lora_linear_dot.h): a few rows; vectors run along k, and nothing is transposed at all.
 #include "lora_linear/lora_linear_dot.h"
 #include "lora_linear/lora_linear_strips.h"
+#if defined(__AMX_BF16__)
+#include "lora_linear/lora_linear_tiles.h"
+#endif
 
 namespace peft_kernels {
 namespace PEFT_KERNELS_ISA {
 
 void lora_linear_forward(const LoraLinearForwardParams& params) {
+#if defined(__AMX_BF16__)
+    if (suits_tiles(params, params.x)) return TileForward(params).run();
+#endif
     const LoraLinearPlan plan = lora_linear_plan(params.m, params.n, params.threads);
     if (!plan.dot || !blocks_begin_with_rows(params.weight)) return StripForward(params).run();
     if (params.m == 1) return forward_dot<1>(params);
@@ -28,7 +34,13 @@ void lora_linear_forward(const LoraLinearForwardParams& params) {
     forward_dot<8>(params);
 }
 
-void lora_linear_backward(const LoraLinearBackwardParams& params) { StripBackward(params).run(); }
+void lora_linear_backward(const LoraLinearBackwardParams& params) {
+#if defined(__AMX_BF16__)
+    if (suits_tiles(params, params.grad_y) && (!params.x.data || params.x.dtype == DType::kBFloat16))
+        return TileBackward(params).run();
+#endif
+    StripBackward(params).run();
+}
 
 }  // namespace PEFT_KERNELS_ISA
 }  // namespace peft_kernels

@@ -390,7 +390,7 @@ private:
                 const bool started = has_base_ || a > 0;
                 multiply<MultiplyF32>({ds, p_.total_rank * 4, 4}, count, strips, strips_for(outputs), rank,
                                       keep ? scratch.branch : tile, kTaskOutputs, started && !keep);
-                if (keep) add_kept(scratch.branch, keep, count, outputs, started, tile);
+                if (keep) add_kept(scratch.branch, keep, keep_bytes(p_.k), count, outputs, kTaskOutputs, started, tile);
                 strips += strips_for(outputs) * kLanes * rank;
                 ds += rank;
             }
@@ -402,17 +402,6 @@ private:
             });
         };
         multiply_base(first, outputs, row0, rows, scratch.strips, scratch.tile, decode, finish);
-    }
-
-    // tile = (or +=) branch, where it is kept
-    void add_kept(const float* branch, const uint8_t* keep, int64_t rows, int64_t columns, bool accumulate,
-                  float* tile) const {
-        for (int64_t row = 0; row < rows; ++row, keep += keep_bytes(p_.k))
-            for (int64_t column = 0; column < columns; column += kLanes) {
-                const int64_t at = row * kTaskOutputs + column;
-                const F32 kept = keep_where(load(branch + at), keep, column);
-                store(tile + at, accumulate ? load(tile + at) + kept : kept);
-            }
     }
 
     // dA = dsᵀ drop(x), for some columns

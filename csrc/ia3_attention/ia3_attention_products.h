@@ -115,10 +115,10 @@ private:
              step += kTileSide, left += kTileSide * 4, right += kTileSide * step_lanes) {
             _tile_loadd(4, left, left_stride);
             _tile_loadd(6, right, step_lanes * 4);
-            _tile_loadd(7, right + kLanes, step_lanes * 4);
-            _tile_loadd(5, left + kTileSide * left_stride, left_stride);
             _tile_dpbf16ps(0, 4, 6);
+            _tile_loadd(7, right + kLanes, step_lanes * 4);
             _tile_dpbf16ps(1, 4, 7);
+            _tile_loadd(5, left + kTileSide * left_stride, left_stride);
             _tile_dpbf16ps(2, 5, 6);
             _tile_dpbf16ps(3, 5, 7);
         }

@@ -14,13 +14,16 @@ export HF_HUB_OFFLINE := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-asan test-gpu bench format clean
+.PHONY: help demo demo-adapters test test-asan test-gpu bench format clean
 
 help:  ## show this list
-	@sed -n 's/^\([a-z-]*\):.*  ## /\1|/p' Makefile | awk -F'|' '{printf "  make %-10s %s\n", $$1, $$2}'
+	@sed -n 's/^\([a-z-]*\):.*  ## /\1|/p' Makefile | awk -F'|' '{printf "  make %-13s %s\n", $$1, $$2}'
 
 demo: $(INSTALLED)  ## fine-tune a small language model with and without the kernels, and compare
 	$(BIN)/python -m benchmarks demo $(ARGS)
+
+demo-adapters: $(INSTALLED)  ## train adapters for several tasks on one frozen model, then fuse them
+	$(BIN)/python -m benchmarks demo_adapters $(ARGS)
 
 test: $(INSTALLED)  ## run every test
 	$(BIN)/pytest $(ARGS)

@@ -9,11 +9,13 @@ import sys
 # A benchmark is a module of this package with a function main(arguments).
 BENCHMARKS = {
     "demo": "fine-tune a small language model, stock and accelerated, and compare",
+    "demo_adapters": "adapters for several tasks on one frozen model, and AdapterFusion over them",
     "lora_linear": "LoRA on a 4-bit linear layer: forward, backward and memory",
+    "ia3_linear": "(IA)3 on a linear layer, 4-bit or dense: forward, backward and memory",
     "ia3_attention": "(IA)3 in attention: forward, backward and memory",
     "prefix": "attention to a trainable prefix: forward, backward and memory",
     "nf4": "quantise and dequantise",
-    "model": "a small language model: training step, prefill, decoding, and where the time goes",
+    "model": "a small language model, fine-tuned in three ways: training step, prefill, decoding, breakdown",
 }
 EMULATED = "--emulated"  # instead of a name or beside it
 

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -31,18 +32,26 @@ class Case(NamedTuple):
 
     family: str
     name: str
-    run: Callable[[], object]
+    prepare: Callable[[], Callable[[], object]]  # makes the operands, and the call
 
 
 def dequantize(shape: tuple[int, int], dtype: str, nested: bool = False) -> Case:
-    def run() -> None:
-        torch.manual_seed(0)
-        quantize_4bit(torch.randn(shape).to(getattr(torch, dtype)), double_quant=nested).dequantize()
+    def prepare() -> Callable[[], object]:
+        return quantize_4bit(torch.randn(shape).to(getattr(torch, dtype)), double_quant=nested).dequantize
 
-    return Case("nf4", f"{shape[0]}x{shape[1]} {dtype}{' nested' if nested else ''}", run)
+    return Case("nf4", f"{shape[0]}x{shape[1]} {dtype}{' nested' if nested else ''}", prepare)
+
+
+def quantize(shape: tuple[int, int], dtype: str, blocksize: int) -> Case:
+    def prepare() -> Callable[[], object]:
+        return functools.partial(quantize_4bit, torch.randn(shape).to(getattr(torch, dtype)), blocksize)
+
+    return Case("nf4", f"quantise {shape[0]}x{shape[1]} {dtype} by {blocksize}", prepare)
 
 
 CASES = (
+    quantize((576, 576), "bfloat16", 64),
+    quantize((576, 576), "float32", 4096),
     dequantize((576, 576), "bfloat16"),
     dequantize((576, 576), "bfloat16", nested=True),
     dequantize((1536, 576), "bfloat16", nested=True),
@@ -53,8 +62,10 @@ CASES = (
 
 def columns(case: Case, card: str, used: dict[str, report.Resources]) -> list[dict[str, str]]:
     """One for each launch."""
+    torch.manual_seed(0)
+    call = case.prepare()
     with ptx_emulator.profile(card), ops.emulated() as launches:
-        case.run()
+        call()
         return [{"case": case.name} | report.row(record, used.get(record["kernel"])) for record in launches()]
 
 

@@ -1,4 +1,5 @@
 import os
+from contextlib import contextmanager, nullcontext
 
 # No test needs the network; without it, a hub that does not answer would cost its time-out.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -55,24 +56,83 @@ def cpu_isa(request):
         yield request.param
 
 
-@pytest.fixture(params=[*ISAS, "cuda", "emulated"])
-def device(request):
-    """Runs the test on the CPU, once for each instruction set; on a GPU; and with the CUDA kernels in the emulator.
-    The device that tensors have to be on: the emulator's are on the CPU."""
-    if request.param == "cuda":
+BACKENDS = [*ISAS, "cuda", "emulated"]
+
+
+@contextmanager
+def running_on(request, backend: str):
+    """Runs with an instruction set of the CPU; on a GPU; or with the CUDA kernels in the emulator. The device that
+    tensors have to be on: the emulator's are on the CPU."""
+    if backend == "cuda":
         if not (torch.cuda.is_available() and peft_kernels._extension.build_info["cuda"]):
             pytest.skip("needs a GPU, and a build with CUDA")
         yield "cuda"
-    elif request.param == "emulated":
+    elif backend == "emulated":
         if reason := ptx_emulator.missing():
             pytest.skip(reason)
         from ptx_emulator.ops import emulated
 
         with emulated() as launches:
             yield "cpu"
-            assert launches(), "the test launched no kernel"
-    elif request.param not in cpu.isas():
-        pytest.skip(f"this processor lacks {request.param}")
+            if not request.node.get_closest_marker("may_launch_nothing"):
+                assert launches(), "the test launched no kernel"
+    elif backend == "cpu":
+        yield "cpu"
+    elif backend not in cpu.isas():
+        pytest.skip(f"this processor lacks {backend}")
     else:
-        with cpu.use_isa(request.param):
+        with cpu.use_isa(backend):
             yield "cpu"
+
+
+@pytest.fixture(params=BACKENDS)
+def device(request):
+    """Runs the test on every backend; the device that tensors have to be moved to."""
+    with running_on(request, request.param) as device:
+        yield device
+
+
+@contextmanager
+def tensors_on(request):
+    with running_on(request, request.param) as device, torch.device(device) if device != "cpu" else nullcontext():
+        yield device
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request):
+    """Runs the test on every backend, with new tensors there; the type of their device."""
+    with tensors_on(request) as device:
+        yield device
+
+
+@pytest.fixture(params=["cpu", "cuda", "emulated"])
+def platform(request):
+    """As `backend`, but on the CPU only once, with its fastest instruction set."""
+    with tensors_on(request) as device:
+        yield device
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory):
+    """A random Llama with a tokenizer of its own, in Hugging Face's format."""
+    import tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    from benchmarks import finetune
+
+    folder = tmp_path_factory.mktemp("tiny")
+    tokenizer = tokenizers.ByteLevelBPETokenizer()
+    tokenizer.train_from_iterator([finetune.language_reference()[:20000]], vocab_size=300)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer._tokenizer).save_pretrained(folder)
+    config = LlamaConfig(
+        vocab_size=300,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+    )
+    torch.manual_seed(0)
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return folder

@@ -12,12 +12,12 @@ import ptx_emulator
 import pytest
 import torch
 from rich.console import Console
-from test_demo import tiny_model  # noqa: F401
 from torch import nn
 
 from benchmarks import __main__ as command
 from benchmarks import (
     ia3_attention,
+    ia3_linear,
     lora_layers,
     lora_linear,
     model,
@@ -37,7 +37,14 @@ from peft_kernels import cpu
 ROOFLINE = Roofline(2, 10e9, 1e12)
 EVAL = lora_linear.Case(3, (64, 128))
 TRAIN = lora_linear.Case(9, (64, 128), training=True, dropout=0.25)
-BENCHMARKS = {"lora_linear": lora_linear, "ia3_attention": ia3_attention, "prefix": prefix, "nf4": nf4, "model": model}
+BENCHMARKS = {
+    "lora_linear": lora_linear,
+    "ia3_linear": ia3_linear,
+    "ia3_attention": ia3_attention,
+    "prefix": prefix,
+    "nf4": nf4,
+    "model": model,
+}
 
 
 def record(contender, *samples, case="eval", phase="forward", **rest):
@@ -403,8 +410,37 @@ def test_ia3_attention_work():
 # ---- model ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("four_bits", [True, False], ids=["nf4", "dense"])
+@pytest.mark.parametrize("feedforward", [False, True], ids=["output", "input"])
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+def test_ia3_linear(training, feedforward, four_bits):
+    case = ia3_linear.Case(9, (64, 128), feedforward, four_bits, training)
+    found = ia3_linear.run(case, ["stock", "dense"], [cpu.isa()], 0.0)
+    assert {r.contender for r in found} == {FUSED, STOCK, ia3_linear.DENSE}
+    assert {r.phase for r in found} == ({"forward", "backward", "both"} if training else {"forward"})
+    if training:
+        (saved,) = {r.saved for r in found if r.contender == FUSED}
+        assert saved == (9 * 128 * 2 if feedforward else 9 * 64 * 2)
+
+
+def test_ia3_linear_checks():
+    problem = ia3_linear.make_problem(ia3_linear.Case(9, (64, 128)))
+    ia3_linear.check(problem, [cpu.isa()])
+    problem.layers[FUSED].ia3_l["default"].data[3] *= 2
+    problem.layers[FUSED].base_layer.weight.data ^= 1
+    with pytest.raises(ArithmeticError, match="y: got an error of"):
+        ia3_linear.check(problem, [cpu.isa()])
+
+
+@pytest.mark.parametrize("method", ["ia3", "prefix"])
+def test_model_with_other_methods(tiny_model, method):  # noqa: F811
+    case = model.Case("train", 1, 8, method=method)
+    found, _ = model.run(case, tiny_model, [STOCK], [cpu.isa()], 0.0, least=1)
+    assert [r.contender for r in found] == [FUSED, STOCK] and str(case) == f"train 1x8 {method}"
+
+
 @pytest.mark.parametrize("phase", ["train", "prefill", "decode"])
-def test_model(tiny_model, phase):  # noqa: F811
+def test_model(tiny_model, phase):
     case = model.Case(phase, 1, 8)
     found, profiles = model.run(case, tiny_model, [STOCK, DENSE_LORA], [cpu.isa()], 0.0, rank=2, least=1)
     assert [r.contender for r in found] == [FUSED, STOCK, DENSE_LORA] and all(r.tokens == 8 for r in found)

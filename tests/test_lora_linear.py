@@ -71,35 +71,35 @@ def check(case, compute_dtype=None, out_dtype=None):
 
 @pytest.mark.parametrize("mode", MODES, ids=mode_id)
 @pytest.mark.parametrize("shape", SHAPES, ids=shape_id)
-def test_shapes(cpu_isa, shape, mode):
+def test_shapes(backend, shape, mode):
     check(make_case(*shape, (5,), *mode, blocksize=32 if shape[2] == 96 else 64))
 
 
 @pytest.mark.parametrize("compute_dtype", DTYPES, ids=short)
 @pytest.mark.parametrize("weight_dtype", DTYPES, ids=short)
 @pytest.mark.parametrize("base", BASES)
-def test_bases(cpu_isa, base, weight_dtype, compute_dtype):
+def test_bases(backend, base, weight_dtype, compute_dtype):
     for rows in (3, 21):
         check(make_case(rows, 50, 128, base=base, weight_dtype=weight_dtype), compute_dtype)
 
 
 @pytest.mark.parametrize("out_dtype", DTYPES, ids=short)
 @pytest.mark.parametrize("base", ["nf4", "dense"])
-def test_output_dtype(base, out_dtype):
+def test_output_dtype(platform, base, out_dtype):
     for rows in (3, 21):
         check(make_case(rows, 50, 128, x_dtype=torch.bfloat16, base=base, out_dtype=out_dtype), out_dtype=out_dtype)
 
 
 @pytest.mark.parametrize("rows", [2, 40])
 @pytest.mark.parametrize("rank", [1, 2, 7, 8, 17, 64, 512])
-def test_ranks(cpu_isa, rank, rows):
+def test_ranks(backend, rank, rows):
     check(make_case(rows, 66, 64, (rank,)))
     check(make_case(rows, 66, 64, (rank,), torch.bfloat16, torch.bfloat16, base="dense"))
 
 
 @pytest.mark.parametrize("rows", [6, 75])
 @pytest.mark.parametrize("base", ["nf4", "dense"])
-def test_several_adapters(cpu_isa, base, rows):
+def test_several_adapters(backend, base, rows):
     case = make_case(rows, 66, 192, (3, 16, 1, 9), base=base, dropout=(0.5, 0.0, 0.1, 0.9))
     case.lora_A[1], case.lora_B[2] = case.lora_A[1].bfloat16(), case.lora_B[2].half()
     case.scaling[1], case.scaling[2] = -0.5, 0.0
@@ -110,8 +110,9 @@ def test_several_adapters(cpu_isa, base, rows):
         assert_close(actual[name], value, tolerances.FP32_SUM + 2 * tolerance, name)
 
 
+@pytest.mark.may_launch_nothing
 @pytest.mark.parametrize("base", ["nf4", "dense"])
-def test_no_adapter(base):
+def test_no_adapter(platform, base):
     for rows in (1, 30):
         case = make_case(rows, 40, 128, (), base=base)
         check(case)
@@ -121,7 +122,7 @@ def test_no_adapter(base):
 
 @pytest.mark.parametrize("bias_dtype", DTYPES, ids=short)
 @pytest.mark.parametrize("base", ["nf4", "dense"])
-def test_bias_dtype(base, bias_dtype):
+def test_bias_dtype(platform, base, bias_dtype):
     for rows in (1, 30):
         case = make_case(rows, 40, 128, base=base)
         case.bias = case.bias.to(bias_dtype)
@@ -147,7 +148,7 @@ def test_large_shapes(shape, mode):
     drops=st.booleans(),
     data_seed=st.integers(0, 2**31),
 )
-def test_random_cases(cpu_isa, shape, ranks, mode, base, weight_dtype, blocksize, drops, data_seed):
+def test_random_cases(backend, shape, ranks, mode, base, weight_dtype, blocksize, drops, data_seed):
     torch.manual_seed(data_seed)
     dropout = (0.3, 0.0, 0.7)[: len(ranks)] if drops else ()
     case = make_case(*shape, ranks, *mode, base, weight_dtype, blocksize, bias=drops, dropout=dropout)
@@ -169,11 +170,14 @@ def test_random_cases(cpu_isa, shape, ranks, mode, base, weight_dtype, blocksize
 @pytest.mark.parametrize("autocast", [False, True], ids=["plain", "autocast"])
 @pytest.mark.parametrize("mode", MODES[:5], ids=mode_id)
 @pytest.mark.parametrize("base", ["nf4", "dense"])
-def test_error_against_stock(base, mode, autocast, rows):
+def test_error_against_stock(platform, base, mode, autocast, rows):
     x_dtype, adapter_dtype = mode
     # Enough elements, so that the ratio of two rms errors is no accident.
     case = make_case(rows, 384, 512, (16,), *mode, base=base, weight_dtype=x_dtype, bias=False)
-    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+    # As in trained models the branch is smaller than the base product. On a GPU the branch is rounded before the base
+    # product is added to it, in stock it is the base product that is.
+    case.scaling[0] /= 4
+    with torch.autocast(platform, torch.bfloat16, enabled=autocast):
         actual, theirs = run(case), run_stock(case)
     wanted = expected(case)
     for name in theirs:
@@ -189,7 +193,7 @@ def test_error_against_stock(base, mode, autocast, rows):
 @pytest.mark.parametrize("special", [float("nan"), float("inf"), float("-inf")], ids=str)
 @pytest.mark.parametrize("base", ["nf4", "dense"])
 @pytest.mark.parametrize("rows", [1, 8, 40])
-def test_nan_and_infinity_propagate(cpu_isa, rows, base, special):
+def test_nan_and_infinity_propagate(backend, rows, base, special):
     case = make_case(rows, 30, 128, (4,), base=base)
     row, column = rows // 2, 77
     case.x[row, column] = special
@@ -221,7 +225,7 @@ def views_of_x(x):
 @pytest.mark.parametrize("view", list(views_of_x(torch.zeros(2, 1))))
 @pytest.mark.parametrize("base", ["nf4", "dense"])
 @pytest.mark.parametrize("rows", [4, 38])
-def test_strided_x(rows, base, view):
+def test_strided_x(platform, rows, base, view):
     case = make_case(rows, 40, 65, base=base)
     wanted = run(case)
     x = views_of_x(case.x)[view].detach().requires_grad_()
@@ -232,7 +236,7 @@ def test_strided_x(rows, base, view):
     assert torch.equal(x.grad.reshape(rows, 65), wanted["x"])
 
 
-def test_expanded_and_one_dimensional_x():
+def test_expanded_and_one_dimensional_x(platform):
     case = make_case(6, 40, 65)
     arguments = case.weight, case.bias, case.lora_A, case.lora_B, case.scaling
     row = case.x[0]
@@ -246,7 +250,7 @@ def test_expanded_and_one_dimensional_x():
 
 
 @pytest.mark.parametrize("base", ["nf4", "dense"])
-def test_strided_grad_y(base):
+def test_strided_grad_y(platform, base):
     case = make_case(20, 40, 65, base=base)
     for grad_y in (case.grad_y.T.contiguous().T, torch.ones(()).expand(20, 40), torch.randn(40).expand(20, 40)):
         case.grad_y = grad_y
@@ -257,8 +261,9 @@ def test_strided_grad_y(base):
 
 
 @pytest.mark.parametrize("shape", [(0, 5, 8), (3, 0, 8), (3, 5, 0), (20, 5, 0), (0, 0, 0)], ids=shape_id)
+@pytest.mark.may_launch_nothing
 @pytest.mark.parametrize("base", ["nf4", "dense"])
-def test_empty(base, shape):
+def test_empty(platform, base, shape):
     for ranks in ((), (4, 2)):
         case = make_case(*shape, ranks, base=base)
         actual, wanted = run(case), expected(case)
@@ -271,12 +276,12 @@ def test_empty(base, shape):
 
 @pytest.mark.parametrize("probability", [1e-9, 1e-3, 0.25, 0.999999])
 @pytest.mark.parametrize("base", ["nf4", "dense"])
-def test_dropout(cpu_isa, base, probability):
+def test_dropout(backend, base, probability):
     for rows in (2, 35):
         check(make_case(rows, 40, 320, dropout=(probability,), base=base))
 
 
-def test_seeds_come_from_torchs_generator():
+def test_seeds_come_from_torchs_generator(platform):
     case = make_case(20, 24, 64, dropout=(0.5,))
     arguments = case.x, case.weight, None, case.lora_A, case.lora_B, case.scaling, case.dropout
     torch.manual_seed(3)
@@ -286,7 +291,7 @@ def test_seeds_come_from_torchs_generator():
     assert not torch.equal(first, second)
 
 
-def test_adapters_drop_independently():
+def test_adapters_drop_independently(platform):
     x, weight = torch.ones(64, 512), quantize_4bit(torch.zeros(1, 512))
     a, b = torch.eye(512), torch.zeros(1, 512)
     forward = torch.ops.peft_kernels.lora_linear_forward

@@ -50,7 +50,7 @@ def frozen_tensors(weight):
 @pytest.mark.parametrize("dropout", [(), (0.1, 0.0)], ids=["plain", "dropout"])
 @pytest.mark.parametrize("base", ["nf4", "dense"])
 @pytest.mark.parametrize("shape", [DECODE, TRAINING], ids=["decode", "training"])
-def test_saves_x_s_and_seeds(shape, base, dropout):
+def test_saves_x_s_and_seeds(platform, shape, base, dropout):
     m, _, k = shape
     case = make_case(*shape, (8, 3), base=base, bias=False, dropout=dropout)
     adapters = [tensor.requires_grad_() for tensor in case.lora_A + case.lora_B]
@@ -80,7 +80,7 @@ def test_saves_x_s_and_seeds(shape, base, dropout):
 
 @pytest.mark.parametrize("autocast", [False, True], ids=["plain", "autocast"])
 @pytest.mark.parametrize("base", ["nf4", "dense"])
-def test_saves_less_than_stock(base, autocast):
+def test_saves_less_than_stock(platform, base, autocast):
     m, k, rank = 64, 512, 8
     case = make_case(m, 96, k, (rank,), torch.bfloat16, base=base, weight_dtype=torch.bfloat16, bias=False,
                      dropout=(0.1,))  # fmt: skip
@@ -91,7 +91,7 @@ def test_saves_less_than_stock(base, autocast):
     theirs += [layer.base_layer.weight, *([] if state is None else [state.absmax])]
     x = case.x.requires_grad_()
     arguments = x, case.weight, None, case.lora_A, case.lora_B, case.scaling, case.dropout
-    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+    with torch.autocast(platform, torch.bfloat16, enabled=autocast):
         ours = saved_for_backward(lambda: lora_linear(*arguments), [x, *adapters, *frozen_tensors(case.weight)])
         stocks = saved_for_backward(lambda: layer(x), [x, *theirs])
     assert sum(ours.values()) == m * rank * 4 + 8
@@ -116,7 +116,7 @@ class Recorder(TorchDispatchMode):
 @pytest.mark.parametrize("wanted", ["x", "lora_A0", "lora_B1", "bias", "weight", "lora_A1 lora_B0", "x bias lora_B0"])
 @pytest.mark.parametrize("base", ["nf4", "dense"])
 @pytest.mark.parametrize("shape", [DECODE, TRAINING], ids=["decode", "training"])
-def test_computes_what_is_asked_for(shape, base, wanted):
+def test_computes_what_is_asked_for(platform, shape, base, wanted):
     case = make_case(*shape, (8, 3), base=base, dropout=(0.2, 0.5))
     leaves, wanted = case.leaves(), wanted.split()
     if base == "nf4" and "weight" in wanted:
@@ -138,7 +138,7 @@ def test_computes_what_is_asked_for(shape, base, wanted):
     assert recorder.results == ([sizes] if any(sizes) else [])
 
 
-def test_nothing_asked_for():
+def test_nothing_asked_for(platform):
     case = make_case(*TRAINING)
     assert not lora_linear(case.x, case.weight, None, case.lora_A, case.lora_B, case.scaling).requires_grad
     with torch.no_grad():
@@ -146,7 +146,7 @@ def test_nothing_asked_for():
     assert not y.requires_grad
 
 
-def test_double_backward_is_refused():
+def test_double_backward_is_refused(platform):
     case = make_case(*TRAINING)
     x = case.x.requires_grad_()
     y = lora_linear(x, case.weight, None, case.lora_A, case.lora_B, case.scaling)
@@ -155,7 +155,7 @@ def test_double_backward_is_refused():
         grad.sum().backward()
 
 
-def test_accumulates_over_micro_batches():
+def test_accumulates_over_micro_batches(platform):
     case = make_case(40, 24, 64, bias=False)
     wanted = expected(case)
     leaves = [tensor.requires_grad_() for tensor in (*case.lora_A, *case.lora_B)]
@@ -170,13 +170,13 @@ def test_accumulates_over_micro_batches():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=short)
 @pytest.mark.parametrize("base", ["nf4", "dense"])
-def test_autocast(base, dtype):
+def test_autocast(platform, base, dtype):
     case = make_case(*TRAINING, base=base)
-    with torch.autocast("cpu", dtype):
+    with torch.autocast(platform, dtype):
         actual = run(case)
     same_results(actual, run(case, compute_dtype=dtype, out_dtype=dtype))
     assert actual["y"].dtype == dtype and actual["x"].dtype == torch.float32
-    with torch.autocast("cpu", dtype):
+    with torch.autocast(platform, dtype):
         assert run(case, out_dtype=torch.float32)["y"].dtype == torch.float32
         chosen = run(case, compute_dtype=torch.float32, out_dtype=torch.float32)
     same_results(chosen, run(case, compute_dtype=torch.float32, out_dtype=torch.float32))
@@ -185,7 +185,7 @@ def test_autocast(base, dtype):
 @pytest.mark.parametrize("reentrant", [False, True], ids=["non-reentrant", "reentrant"])
 @pytest.mark.parametrize("autocast", [False, True], ids=["plain", "autocast"])
 @pytest.mark.parametrize("base", ["nf4", "dense"])
-def test_checkpointing(base, autocast, reentrant):
+def test_checkpointing(platform, base, autocast, reentrant):
     case = make_case(*TRAINING, (8, 3), base=base, dropout=(0.5, 0.1))
     case.seeds = None  # drawn inside, and once more when the segment runs again
 
@@ -195,7 +195,7 @@ def test_checkpointing(base, autocast, reentrant):
 
         return checkpoint(segment, x, use_reentrant=reentrant)
 
-    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+    with torch.autocast(platform, torch.bfloat16, enabled=autocast):
         torch.manual_seed(5)
         wanted = run(case)
         torch.manual_seed(5)
@@ -215,10 +215,14 @@ def compile_and_compare(base, dropout, backend, dynamic):
             assert_close(actual[name], value, tolerances.product(value.dtype, value.dtype), name)
 
 
+not_emulated = pytest.mark.parametrize("platform", ["cpu", "cuda"], indirect=True)  # dynamo passes by dispatch modes
+
+
+@not_emulated
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
 @pytest.mark.parametrize("dropout", [(), (0.5, 0.0)], ids=["plain", "dropout"])
 @pytest.mark.parametrize("base", ["nf4", "dense"])
-def test_compile(base, dropout, dynamic):
+def test_compile(platform, base, dropout, dynamic):
     compile_and_compare(base, dropout, "aot_eager", dynamic)
 
 
@@ -228,7 +232,8 @@ def test_compile_with_inductor(base):
     compile_and_compare(base, (0.5, 0.0), "inductor", None)
 
 
-def test_compile_draws_seeds():
+@not_emulated
+def test_compile_draws_seeds(platform):
     case = make_case(*TRAINING, dropout=(0.5,))
     arguments = case.x, case.weight, None, case.lora_A, case.lora_B, case.scaling, case.dropout
     compiled = torch.compile(lora_linear, fullgraph=True, backend="aot_eager")
@@ -256,7 +261,7 @@ def op_arguments(case, grad_y=None):
 @pytest.mark.parametrize("dropout", [(), (0.5, 0.0)], ids=["plain", "dropout"])
 @pytest.mark.parametrize("base", ["nf4", "nested"])
 @pytest.mark.parametrize("shape", [DECODE, TRAINING, (0, 40, 128)], ids=["decode", "training", "empty"])
-def test_opcheck(shape, base, dropout):
+def test_opcheck(platform, shape, base, dropout):
     case = make_case(*shape, (8, 3), torch.bfloat16, base=base, dropout=dropout)
     torch.library.opcheck(ops.lora_linear_forward.default, op_arguments(case))
     torch.library.opcheck(ops.lora_linear_backward.default, op_arguments(case, case.grad_y))

@@ -11,6 +11,13 @@ from peft_kernels.ops import NF4Weight, lora_linear
 
 ops = torch.ops.peft_kernels
 
+# The bindings of both check alike; on a GPU the texts name its device.
+pytestmark = [
+    pytest.mark.may_launch_nothing,
+    pytest.mark.usefixtures("platform"),
+    pytest.mark.parametrize("platform", ["cpu", "emulated"], indirect=True),
+]
+
 
 def call(base="nf4", **changes):
     """A good call of one adapter with dropout, M = 3, N = 24, K = 128, rank 8, except for the changes."""

@@ -12,7 +12,7 @@ from bitsandbytes.backends.default.ops import _dequantize_4bit_compute
 from hypothesis import given
 from hypothesis import strategies as st
 
-from peft_kernels.ops import NF4Weight, dequantize_4bit, quantize_4bit
+from peft_kernels.ops import NF4Weight, dequantize_4bit, dequantize_4bit_rows, quantize_4bit
 from peft_kernels.testing.reference import nf4 as reference
 
 BLOCKSIZES = [32, 64, 128, 256, 512, 1024, 2048, 4096]
@@ -62,6 +62,19 @@ def dequantize_arguments(weight, dtype):
     return (*fields(weight).values(), dtype)
 
 
+def quantize_on(device, tensor, *arguments):
+    """Quantised on a device, and brought back."""
+    weight = quantize_4bit(tensor.to(device), *arguments)
+    codes, absmax, *nested = (field.cpu() for field in (weight.codes, weight.absmax, *weight.nested))
+    return dataclasses.replace(weight, codes=codes, absmax=absmax, nested=tuple(nested))
+
+
+def statistics(device):
+    """Values of double_quant that a device computes as bitsandbytes' CPU backend does: a GPU sums absmax in another
+    order."""
+    return (False,) if device == "cuda" else (False, True)
+
+
 def assert_same_weight(weight, codes, state):
     same_bits(weight.codes, codes.view(-1))
     same_bits(weight.absmax, state.absmax)
@@ -92,11 +105,12 @@ def tensors(draw):
 
 
 @given(tensors(), st.sampled_from(BLOCKSIZES), st.sampled_from(QUANT_TYPES), st.booleans())
-def test_quantize_equals_bitsandbytes(cpu_isa, tensor, blocksize, quant_type, double_quant):
+def test_quantize_equals_bitsandbytes(device, tensor, blocksize, quant_type, double_quant):
+    double_quant = double_quant and double_quant in statistics(device)
     codes, state = bnb_functional.quantize_4bit(
         tensor, blocksize=blocksize, quant_type=quant_type, compress_statistics=double_quant
     )
-    weight = quantize_4bit(tensor, blocksize, quant_type, double_quant)
+    weight = quantize_on(device, tensor, blocksize, quant_type, double_quant)
     assert_same_weight(weight, codes, state)
     same_bits(weight.dequantize(), bnb_dequantize(codes, state))
 
@@ -104,14 +118,14 @@ def test_quantize_equals_bitsandbytes(cpu_isa, tensor, blocksize, quant_type, do
 @pytest.mark.parametrize("dtype", DTYPES, ids=name)
 @pytest.mark.parametrize("quant_type", QUANT_TYPES)
 @pytest.mark.parametrize("blocksize", BLOCKSIZES)
-def test_every_format(cpu_isa, blocksize, quant_type, dtype):
+def test_every_format(device, blocksize, quant_type, dtype):
     # Two blocks and a part of one, an odd number of elements, more than 256 blocks when they are small.
     tensor = torch.randn(2 * blocksize + 16439).to(dtype)
-    for double_quant in (False, True):
+    for double_quant in statistics(device):
         codes, state = bnb_functional.quantize_4bit(
             tensor, blocksize=blocksize, quant_type=quant_type, compress_statistics=double_quant
         )
-        weight = quantize_4bit(tensor, blocksize, quant_type, double_quant)
+        weight = quantize_on(device, tensor, blocksize, quant_type, double_quant)
         assert_same_weight(weight, codes, state)
         same_bits(weight.dequantize(), bnb_dequantize(codes, state))
 
@@ -174,11 +188,13 @@ def test_strided_input():
 @pytest.mark.parametrize("position", [5, 70], ids=["full-block", "tail"])
 @pytest.mark.parametrize("quant_type", QUANT_TYPES)
 @pytest.mark.parametrize("double_quant", [False, True], ids=["plain", "nested"])
-def test_nan_and_infinity(cpu_isa, special, position, quant_type, double_quant):
+def test_nan_and_infinity(device, special, position, quant_type, double_quant):
+    if double_quant not in statistics(device):
+        pytest.skip("a GPU sums absmax in another order")
     tensor = torch.randn(100)
     tensor[position] = special
     codes, state = bnb_functional.quantize_4bit(tensor, quant_type=quant_type, compress_statistics=double_quant)
-    weight = quantize_4bit(tensor, 64, quant_type, double_quant)
+    weight = quantize_on(device, tensor, 64, quant_type, double_quant)
     assert_same_weight(weight, codes, state)
     values = weight.dequantize()
     same_bits(values, bnb_dequantize(codes, state))
@@ -219,7 +235,7 @@ def test_nested_statistics_round_twice(device):
 
 
 @pytest.mark.parametrize("quant_type", QUANT_TYPES)
-def test_quantize_equals_oracle(cpu_isa, quant_type):
+def test_quantize_equals_oracle(device, quant_type):
     # Includes both zeros, every bound between codes, and their neighbours.
     values = reference.CODEBOOKS[quant_type].sort().values
     bounds = (values[:-1] + values[1:]) / 2
@@ -228,9 +244,25 @@ def test_quantize_equals_oracle(cpu_isa, quant_type):
     full = torch.nn.functional.pad(tail, (0, 128 - tail.numel()))
     for tensor in (tail, full):
         codes, absmax = reference.quantize_4bit(tensor, 128, quant_type)
-        weight = quantize_4bit(tensor, 128, quant_type)
+        weight = quantize_on(device, tensor, 128, quant_type)
         same_bits(weight.codes, codes)
         same_bits(weight.absmax, absmax)
+
+
+@pytest.mark.parametrize("out_dtype", DTYPES, ids=name)
+@pytest.mark.parametrize("double_quant", [False, True], ids=["plain", "nested"])
+@pytest.mark.parametrize(("n", "k"), [(40, 517), (300, 72)], ids=str)
+def test_rows(device, n, k, double_quant, out_dtype):
+    # Panels that begin within a block, that have elements after the last whole vector, that are longer than a tile.
+    weight = quantize_4bit(torch.randn(n, k), 128, double_quant=double_quant)
+    absmax, *nested = (field.to(device) for field in (weight.absmax, *weight.nested))
+    weight = dataclasses.replace(weight, codes=weight.codes.to(device), absmax=absmax, nested=tuple(nested))
+    expected = weight.dequantize(out_dtype)
+    for first, last in ((0, n), (0, 3), (8, 11), (n // 8 * 8 - 16, n), (8, 8)):
+        if 0 <= first <= last <= n:
+            out = torch.empty(last - first, k, dtype=out_dtype, device=device)
+            assert dequantize_4bit_rows(weight, first, out) is out
+            same_bits(out.cpu(), expected[first:last].cpu())
 
 
 # ---- the view ----------------------------------------------------------------------------------------------------
@@ -316,6 +348,8 @@ def test_opcheck(double_quant):
     weight = quantize_4bit(tensor, double_quant=double_quant)
     torch.library.opcheck(ops.nf4_quantize.default, (tensor, 64, "nf4"))
     torch.library.opcheck(ops.nf4_dequantize.default, dequantize_arguments(weight, torch.bfloat16))
+    rows = (*fields(weight).values(), 8, torch.empty(1, 33))
+    torch.library.opcheck(ops.nf4_dequantize_rows.default, rows)
 
 
 def test_compile():
@@ -405,6 +439,29 @@ def test_dequantize_bad_input(change, message):
 def test_dequantize_bad_dtype():
     with pytest.raises(ValueError, match="dtype: got float64, wanted float32, bfloat16 or float16"):
         quantize_4bit(torch.randn(64)).dequantize(torch.float64)
+
+
+@pytest.mark.parametrize(
+    ("first_row", "out", "message"),
+    [
+        (0, torch.empty(3, 98), r"out: got float32 \[3, 98\], wanted some of the rows of a weight \[64, 97\]"),
+        (0, torch.empty(65, 97), r"out: got float32 \[65, 97\]"),
+        (0, torch.empty(97), r"out: got float32 \[97\]"),
+        (0, torch.empty(3, 97, dtype=torch.float64), "out: got float64"),
+        (0, torch.empty(3, 194)[:, ::2], r"out: got strides \[194, 2\], wanted a dense tensor"),
+        (
+            0,
+            torch.empty(3 * 97 + 1)[1:].view(3, 97),
+            "out: got memory at a multiple of 4 bytes, wanted a multiple of 16",
+        ),
+        (-8, torch.empty(3, 97), "first_row: got -8, wanted 0 to 61, for 3 rows of 64"),
+        (62, torch.empty(3, 97), "first_row: got 62"),
+        (3, torch.empty(3, 97), "first_row: got 3, wanted a row that begins at a multiple of 8 elements"),
+    ],
+)
+def test_rows_bad_input(first_row, out, message):
+    with pytest.raises(ValueError, match=message):
+        dequantize_4bit_rows(quantize_4bit(torch.randn(64, 97)), first_row, out)
 
 
 @pytest.mark.parametrize(

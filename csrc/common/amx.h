@@ -58,14 +58,14 @@ public:
 
 // The operand of which another panel comes with each product, while the other one's stays: its tiles are loaded with the
 // hint to leave the L1 cache to the other (from L2, 12 steps: 1.75 instead of 1.52 TFLOP/s a core).
-enum class Streams { kLeft, kRight };
+enum class Streams { kNone, kLeft, kRight };
 
-// A packed tile. The instructions' names for tiles must be literals, so this can't be a function.
-#define PEFT_KERNELS_LOAD_TILE(streams, tile, from) \
-    if constexpr (streams)                          \
-        _tile_stream_loadd(tile, from, 64);         \
-    else                                            \
-        _tile_loadd(tile, from, 64)
+// The instructions' names for tiles must be literals, so this can't be a function.
+#define PEFT_KERNELS_LOAD_TILE(streams, tile, from, stride) \
+    if constexpr (streams)                                  \
+        _tile_stream_loadd(tile, from, stride);             \
+    else                                                    \
+        _tile_loadd(tile, from, stride)
 
 // Sums of kLeft x kRight tiles, at most 2 x 2, that stay in registers from begin to end. A product waits for the last one
 // onto the same sums, 52 cycles against 16 that it takes; so fewer than four tiles of sums are spread over four, which
@@ -74,7 +74,6 @@ template <Streams kStreams, int kLeft, int kRight>
 struct TileSums {
     static constexpr int kTurns = 4 / (kLeft * kRight);
 
-    // sums has room for 2 x 2 tiles in any case.
     static void begin(const float* sums, int64_t stride, bool accumulate) {
         _tile_zero(0);
         _tile_zero(1);
@@ -87,48 +86,58 @@ struct TileSums {
         if constexpr (kLeft == 2 && kRight == 2) _tile_loadd(3, sums + kTileSide * stride + kTileSide, stride * 4);
     }
 
+    // Steps of two panels.
     static void add_steps(const BFloat16* left, const BFloat16* right, int64_t steps) {
-        const auto at = [&](int64_t step) { return step * kPanelStep; };
         int64_t step = 0;
         for (; step + kTurns <= steps; step += kTurns) {
-            add_step<0>(left + at(step), right + at(step));
-            if constexpr (kTurns >= 2) add_step<1>(left + at(step + 1), right + at(step + 1));
+            add_panel_step<0>(left, right, step);
+            if constexpr (kTurns >= 2) add_panel_step<1>(left, right, step + 1);
             if constexpr (kTurns == 4) {
-                add_step<2>(left + at(step + 2), right + at(step + 2));
-                add_step<3>(left + at(step + 3), right + at(step + 3));
+                add_panel_step<2>(left, right, step + 2);
+                add_panel_step<3>(left, right, step + 3);
             }
         }
-        for (; step < steps; ++step) add_step<0>(left + at(step), right + at(step));
+        for (; step < steps; ++step) add_panel_step<0>(left, right, step);
     }
 
     static void end(float* sums, int64_t stride) {
         _tile_stored(0, sums, stride * 4);
-        _tile_stored(1, sums + kTileSide, stride * 4);
-        _tile_stored(2, sums + kTileSide * stride, stride * 4);
-        _tile_stored(3, sums + kTileSide * stride + kTileSide, stride * 4);
-        for (int row = 0; row < kLeft * kTileSide && kTurns > 1; ++row) {
-            float* to = sums + row * stride;
-            const F32 other = load(kLeft == 2 ? to + kTileSide : to + kTileSide * stride);
-            if constexpr (kTurns == 4)
-                store(to, (load(to) + load(to + kTileSide)) + (other + load(to + kTileSide * stride + kTileSide)));
-            else
-                store(to, load(to) + other);
-            if constexpr (kRight == 2)
-                store(to + kTileSide, load(to + kTileSide) + load(to + kTileSide * stride + kTileSide));
+        if constexpr (kRight == 2) _tile_stored(1, sums + kTileSide, stride * 4);
+        if constexpr (kLeft == 2) _tile_stored(2, sums + kTileSide * stride, stride * 4);
+        if constexpr (kTurns == 1) _tile_stored(3, sums + kTileSide * stride + kTileSide, stride * 4);
+        if constexpr (kTurns == 1) return;
+        alignas(64) float others[3][kTileSide * kTileSide];  // tiles 1, 2 and 3, where they are another turn's
+        _tile_stored(1, others[0], 64);
+        _tile_stored(2, others[1], 64);
+        _tile_stored(3, others[2], 64);
+        const auto add = [&](float* to, int other) {
+            for (int row = 0; row < kTileSide; ++row)
+                store(to + row * stride, load(to + row * stride) + load(others[other] + row * kTileSide));
+        };
+        if constexpr (kLeft == 2) {
+            add(sums, 0);
+            add(sums + kTileSide * stride, 2);
+        } else if constexpr (kRight == 2) {
+            add(sums, 1);
+            add(sums + kTileSide, 2);
+        } else {
+            for (int other = 0; other < 3; ++other) add(sums, other);
         }
     }
 
-private:
-    // The product of one step of two panels, whose second tiles are not read where they are not wanted.
-    template <int kTurn>
-    static void add_step(const BFloat16* left, const BFloat16* right) {
-        PEFT_KERNELS_LOAD_TILE(kStreams == Streams::kLeft, 4, left);
-        PEFT_KERNELS_LOAD_TILE(kStreams == Streams::kRight, 6, right);
+    // The product of one step. The second tiles, which are not read where they are not wanted, are 16 rows below the
+    // first one (left) and `next_right` bytes after it (right); strides are in bytes.
+    template <int kTurn = 0>
+    static void add_step(const void* left, int64_t left_stride, const void* right, int64_t right_stride,
+                         int64_t next_right) {
+        const char *left_bytes = static_cast<const char*>(left), *right_bytes = static_cast<const char*>(right);
+        PEFT_KERNELS_LOAD_TILE(kStreams == Streams::kLeft, 4, left_bytes, left_stride);
+        PEFT_KERNELS_LOAD_TILE(kStreams == Streams::kRight, 6, right_bytes, right_stride);
         if constexpr (kLeft == 2) {
-            PEFT_KERNELS_LOAD_TILE(kStreams == Streams::kLeft, 5, left + kTileElements);
+            PEFT_KERNELS_LOAD_TILE(kStreams == Streams::kLeft, 5, left_bytes + kTileSide * left_stride, left_stride);
         }
         if constexpr (kRight == 2) {
-            PEFT_KERNELS_LOAD_TILE(kStreams == Streams::kRight, 7, right + kTileElements);
+            PEFT_KERNELS_LOAD_TILE(kStreams == Streams::kRight, 7, right_bytes + next_right, right_stride);
         }
         if constexpr (kLeft == 2 && kRight == 2) {
             _tile_dpbf16ps(0, 4, 6);
@@ -157,6 +166,12 @@ private:
             _tile_dpbf16ps(3, 4, 6);
         }
     }
+
+private:
+    template <int kTurn>
+    static void add_panel_step(const BFloat16* left, const BFloat16* right, int64_t step) {
+        add_step<kTurn>(left + step * kPanelStep, 64, right + step * kPanelStep, 64, kTileElements * sizeof(BFloat16));
+    }
 };
 
 // Calls body with the sums' type for `rows` of a left panel and `columns` of a right one.
@@ -168,7 +183,7 @@ inline void dispatch_sums(int64_t rows, int64_t columns, const Body& body) {
     body(TileSums<kStreams, 1, 1>{});
 }
 
-// sums[row][column] (+)= left · right, in whole tiles; sums has room for kPanelSide rows and columns.
+// sums[row][column] (+)= left · right, for `rows` of the left panel and `columns` of the right one, in whole tiles.
 template <Streams kStreams>
 inline void multiply_panels(const BFloat16* left, int64_t rows, const BFloat16* right, int64_t columns, int64_t steps,
                             float* sums, int64_t stride, bool accumulate) {

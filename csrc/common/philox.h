@@ -5,14 +5,13 @@
 // round(p * 65536). Any part of a mask can thus be made again, in any order.
 #pragma once
 
+#include "common/dropout.h"
 #include "common/simd.h"
 
 namespace peft_kernels {
 
 struct Dropout {
-    Dropout(uint64_t seed, double p)
-        : threshold(static_cast<uint32_t>(__builtin_nearbyint(p * 65536))),
-          keep_scale(threshold < 65536 ? static_cast<float>(1 / (1 - p)) : 0.0f) {
+    Dropout(uint64_t seed, double p) : threshold(dropout_threshold(p)), keep_scale(dropout_keep_scale(p)) {
         uint32_t low = static_cast<uint32_t>(seed), high = static_cast<uint32_t>(seed >> 32);
         for (auto& key : keys) {
             key[0] = low;

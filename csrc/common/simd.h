@@ -169,6 +169,19 @@ inline void store_partial(T* p, F32 v, int64_t count) {
     memcpy(p, lanes, count * sizeof(T));
 }
 
+// As many of kLanes elements as there are.
+template <class T>
+inline F32 load_some(const T* p, int64_t count) {
+    return count >= kLanes ? load(p) : load_partial(p, count);
+}
+template <class T>
+inline void store_some(T* p, F32 v, int64_t count) {
+    if (count >= kLanes)
+        store(p, v);
+    else
+        store_partial(p, v, count);
+}
+
 // Calls body with a typed null pointer that carries dtype's C++ type; Pointee names that type.
 template <class Body>
 inline void dispatch_dtype(DType dtype, const Body& body) {

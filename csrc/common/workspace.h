@@ -31,6 +31,10 @@ inline const void* row_of(const ConstMatrix& matrix, int64_t row, int64_t column
     return static_cast<const char*>(matrix.data) + (row * matrix.stride + column) * size_of(matrix.dtype);
 }
 
+inline ConstMatrix part_of(const ConstMatrix& matrix, int64_t row, int64_t column) {
+    return {row_of(matrix, row, column), matrix.dtype, matrix.stride};
+}
+
 inline void* row_of(const Matrix& matrix, int64_t row, int64_t column = 0) {
     return static_cast<char*>(matrix.data) + (row * matrix.stride + column) * size_of(matrix.dtype);
 }

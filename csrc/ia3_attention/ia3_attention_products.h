@@ -78,54 +78,28 @@ struct Bf16Products {
 #endif
 
 #if defined(__AMX_BF16__)
-// The tile unit takes rows and strips as they are: 16 rows of 16 steps, and 16 steps of a strip of 16 lanes. Two by two
-// tiles of sums as in common/amx.h, whose panels would have to be packed; every dimension is a multiple of two tiles.
+// The tile unit takes rows and strips as they are: 16 rows of 16 steps, and 16 steps of a strip of 16 lanes. Every
+// dimension is a multiple of two tiles.
 struct TileProducts : Bf16Products {
     using Unit = TileUnit;
     static constexpr int64_t kTurn = 2 * kTileSide;
 
     static void multiply(const Rows& rows, int64_t num_rows, const uint32_t* strips, int64_t num_strips, int64_t steps,
                          float* tile, int64_t stride, bool accumulate) {
+        using Sums = TileSums<Streams::kNone, 2, 2>;
         for (int64_t strip = 0; strip < num_strips; strip += 2) {
             const int64_t group = strip / kTileStrips * kTileStrips;
             const int64_t step_lanes = min_of<int64_t>(kTileStrips, num_strips - group) * kLanes;
             const uint32_t* right = strips + (group * steps + strip - group) * kLanes;
-            for (int64_t row = 0; row < num_rows; row += 2 * kTileSide)
-                multiply_tiles(rows.row(row), rows.row_stride, right, step_lanes, steps,
-                               tile + row * stride + strip * kLanes, stride, accumulate);
+            for (int64_t row = 0; row < num_rows; row += 2 * kTileSide) {
+                float* sums = tile + row * stride + strip * kLanes;
+                Sums::begin(sums, stride, accumulate);
+                for (int64_t step = 0; step < steps; step += kTileSide)
+                    Sums::add_step(rows.row(row) + step * 4, rows.row_stride, right + step * step_lanes, step_lanes * 4,
+                                   kLanes * 4);
+                Sums::end(sums, stride);
+            }
         }
-    }
-
-private:
-    static void multiply_tiles(const char* left, int64_t left_stride, const uint32_t* right, int64_t step_lanes,
-                               int64_t steps, float* sums, int64_t stride, bool accumulate) {
-        float *top = sums, *bottom = sums + kTileSide * stride;
-        if (accumulate) {
-            _tile_loadd(0, top, stride * 4);
-            _tile_loadd(1, top + kTileSide, stride * 4);
-            _tile_loadd(2, bottom, stride * 4);
-            _tile_loadd(3, bottom + kTileSide, stride * 4);
-        } else {
-            _tile_zero(0);
-            _tile_zero(1);
-            _tile_zero(2);
-            _tile_zero(3);
-        }
-        for (int64_t step = 0; step < steps;
-             step += kTileSide, left += kTileSide * 4, right += kTileSide * step_lanes) {
-            _tile_loadd(4, left, left_stride);
-            _tile_loadd(6, right, step_lanes * 4);
-            _tile_dpbf16ps(0, 4, 6);
-            _tile_loadd(7, right + kLanes, step_lanes * 4);
-            _tile_dpbf16ps(1, 4, 7);
-            _tile_loadd(5, left + kTileSide * left_stride, left_stride);
-            _tile_dpbf16ps(2, 5, 6);
-            _tile_dpbf16ps(3, 5, 7);
-        }
-        _tile_stored(0, top, stride * 4);
-        _tile_stored(1, top + kTileSide, stride * 4);
-        _tile_stored(2, bottom, stride * 4);
-        _tile_stored(3, bottom + kTileSide, stride * 4);
     }
 };
 #endif

@@ -1,16 +1,18 @@
 // The lora_linear ops: schemas, checks, allocation. See lora_linear.h for what they compute.
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
 
 #include <cmath>
 #include <optional>
 #include <tuple>
 #include <vector>
 
-#include "common/checks.h"
-#include "common/launch.h"
-#include "lora_linear/lora_linear.h"
-#include "nf4/nf4_binding.h"
+#include "lora_linear/lora_linear_binding.h"
+
+#if defined(PEFT_KERNELS_CUDA)
+#include "lora_linear/lora_linear_cuda_binding.h"
+#else
+#define PEFT_KERNELS_NAMESPACE peft_kernels
+#endif
 
 namespace peft_kernels {
 namespace {
@@ -62,23 +64,12 @@ Adapters check_adapters(const Tensors& lora_A, const Tensors& lora_B, const Numb
         adapter.scaling = static_cast<float>(scaling[i]);
         if (drops) {
             adapter.dropout = dropout[i];
-            adapter.seed = static_cast<uint64_t>(seed_values[i]);
+            adapter.seed = seed_values + i;
         }
         adapters.list.push_back(adapter);
         adapters.total_rank += adapter.rank;
     }
     return adapters;
-}
-
-// The 4-bit weight [n, k] of an op, or nothing where the caller makes the base product.
-std::optional<Nf4Weight> check_weight(const std::optional<Tensor>& codes, const std::optional<Tensor>& absmax,
-                                      const Tensors& nested, int64_t nested_blocksize, int64_t n, int64_t k,
-                                      int64_t blocksize, const std::string& quant_type, ScalarType dtype,
-                                      const Tensor& reference) {
-    if (!codes) return std::nullopt;
-    if (!absmax) bad_argument("absmax", "none", "the statistics of the 4-bit weight");
-    check_device(*codes, "codes", reference);
-    return check_nf4_weight(*codes, *absmax, {n, k}, dtype, blocksize, quant_type, nested, nested_blocksize);
 }
 
 // -> y [m, n], s [m, Σ rank]
@@ -96,15 +87,10 @@ std::tuple<Tensor, Tensor> forward(Tensor x, std::optional<Tensor> codes, std::o
     params.x = check_matrix(x, "x", params.m, params.k, x);
     params.compute_dtype = check_float_dtype(compute_dtype, "compute_dtype");
 
-    const std::optional<Nf4Weight> weight = check_weight(codes, absmax, nested, nested_blocksize, params.n, params.k,
-                                                         blocksize, quant_type, weight_dtype, x);
+    const std::optional<Nf4Weight> weight = check_optional_weight(codes, absmax, nested, nested_blocksize, params.n,
+                                                                  params.k, blocksize, quant_type, weight_dtype, x);
     params.weight = weight ? &*weight : nullptr;
-    if (bias) {
-        const ScalarType dtype = bias->scalar_type();
-        check_shape(*bias, "bias", {params.n});
-        check_array(*bias, "bias", dtype, params.n, x);
-        params.bias = {bias->const_data_ptr(), check_float_dtype(dtype, "bias"), params.n};
-    }
+    if (bias) params.bias = check_bias(*bias, params.n, x);
     if (add) {
         check_dtype(*add, "add", out_dtype);
         params.add = check_matrix(*add, "add", params.m, params.n, x);
@@ -120,6 +106,12 @@ std::tuple<Tensor, Tensor> forward(Tensor x, std::optional<Tensor> codes, std::o
     if (!params.weight && params.num_adapters == 0) bad_argument("codes", "none", "a weight, or at least one adapter");
     params.y = {y.mutable_data_ptr(), check_float_dtype(y, "out_dtype"), params.n};
     params.s = static_cast<float*>(s.mutable_data_ptr());
+#if defined(PEFT_KERNELS_CUDA)
+    if (runs_on_cuda(x)) {
+        LoraLinearOnCuda(params, x).forward(params, x, y, s);
+        return {y, s};
+    }
+#endif
     run_cpu(&dispatch::lora_linear_forward, params, x);
     return {y, s};
 }
@@ -142,8 +134,9 @@ std::tuple<Tensor, Tensor, Tensor> backward(Tensor grad_y, std::optional<Tensor>
     params.grad_y = check_matrix(grad_y, "grad_y", params.m, params.n, grad_y);
     params.compute_dtype = check_float_dtype(compute_dtype, "compute_dtype");
 
-    const std::optional<Nf4Weight> weight = check_weight(codes, absmax, nested, nested_blocksize, params.n, params.k,
-                                                         blocksize, quant_type, weight_dtype, grad_y);
+    const std::optional<Nf4Weight> weight =
+        check_optional_weight(codes, absmax, nested, nested_blocksize, params.n, params.k, blocksize, quant_type,
+                              weight_dtype, grad_y);
     params.weight = weight ? &*weight : nullptr;
     if (add) {
         check_dtype(*add, "add", x_dtype);
@@ -193,6 +186,12 @@ std::tuple<Tensor, Tensor, Tensor> backward(Tensor grad_y, std::optional<Tensor>
         return {grad_x, grad_A, grad_B};
     }
     if (wants_x) params.grad_x = {grad_x.mutable_data_ptr(), check_float_dtype(grad_x, "x_dtype"), params.k};
+#if defined(PEFT_KERNELS_CUDA)
+    if (runs_on_cuda(grad_y)) {
+        LoraLinearOnCuda(params, grad_y).backward(params, grad_y, grad_x, grad_A, grad_B);
+        return {grad_x, grad_A, grad_B};
+    }
+#endif
     if ((wants_x && params.k > 0) || size_A > 0 || size_B > 0) run_cpu(&dispatch::lora_linear_backward, params, grad_y);
     return {grad_x, grad_A, grad_B};
 }
@@ -200,7 +199,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(Tensor grad_y, std::optional<Tensor>
 }  // namespace
 }  // namespace peft_kernels
 
-STABLE_TORCH_LIBRARY_FRAGMENT(peft_kernels, m) {
+STABLE_TORCH_LIBRARY_FRAGMENT(PEFT_KERNELS_NAMESPACE, m) {
     m.def(
         "lora_linear_forward(Tensor x, Tensor? codes, Tensor? absmax, Tensor[] nested, int nested_blocksize, "
         "int out_features, int blocksize, str quant_type, ScalarType weight_dtype, ScalarType compute_dtype, "
@@ -212,9 +211,25 @@ STABLE_TORCH_LIBRARY_FRAGMENT(peft_kernels, m) {
         "ScalarType compute_dtype, ScalarType x_dtype, Tensor? add, Tensor[] lora_A, Tensor[] lora_B, "
         "float[] scaling, float[] dropout, Tensor? seeds, bool wants_x, bool[] wants_A, bool[] wants_B) "
         "-> (Tensor grad_x, Tensor grad_A, Tensor grad_B)");
+#if defined(PEFT_KERNELS_CUDA)
+    m.def("lora_linear_set_crossover(str device_name, int forward, int backward) -> ()");
+#endif
 }
 
+#if !defined(PEFT_KERNELS_EMULATED)
 STABLE_TORCH_LIBRARY_IMPL(peft_kernels, CPU, m) {
     m.impl("lora_linear_forward", TORCH_BOX(&peft_kernels::forward));
     m.impl("lora_linear_backward", TORCH_BOX(&peft_kernels::backward));
 }
+#endif
+
+#if defined(PEFT_KERNELS_CUDA)
+STABLE_TORCH_LIBRARY_IMPL(PEFT_KERNELS_NAMESPACE, CompositeExplicitAutograd, m) {
+    m.impl("lora_linear_set_crossover", TORCH_BOX(&peft_kernels::set_crossover));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(PEFT_KERNELS_NAMESPACE, PEFT_KERNELS_CUDA_KEY, m) {
+    m.impl("lora_linear_forward", TORCH_BOX(&peft_kernels::forward));
+    m.impl("lora_linear_backward", TORCH_BOX(&peft_kernels::backward));
+}
+#endif

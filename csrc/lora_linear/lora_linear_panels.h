@@ -129,7 +129,7 @@ inline void decode_left(const Nf4Weight& w, int64_t n0, int64_t rows, int64_t k0
         for (int64_t row = 0; row < rows; row += aligned ? 2 : 1) {
             const int64_t begin = (n0 + row) * w.k + k;
             if (!aligned) {
-                decode(w, begin, count, natural);
+                decode(w, n0 + row, k, count, natural);
                 comb_row(natural, count, left_row(panel, row));
                 continue;
             }
@@ -141,6 +141,36 @@ inline void decode_left(const Nf4Weight& w, int64_t n0, int64_t rows, int64_t k0
             decode_combed(w, codes, codes + next * w.k / 2, of_row, of_row + next * runs, count / kBlock,
                           left_row(panel, row));
         }
+    }
+}
+
+// Elements of a row of a dense weight in bf16: where they lie, or converted.
+inline const BFloat16* bf16_elements(const ConstMatrix& w, int64_t row, int64_t column, int64_t count,
+                                     BFloat16* buffer) {
+    if (w.dtype == DType::kBFloat16) return static_cast<const BFloat16*>(row_of(w, row, column));
+    decode(w, row, column, count, buffer);
+    return buffer;
+}
+inline void decode_left(const ConstMatrix& w, int64_t n0, int64_t rows, int64_t k0, int64_t depth, const float*,
+                        int64_t, BFloat16* panel) {
+    alignas(64) BFloat16 buffer[kPackDepth];
+    for (int64_t k = k0; k < k0 + depth; k += kPackDepth, panel += kPackDepth * kPanelSide) {
+        const int64_t count = min_of(kPackDepth, k0 + depth - k);
+        for (int64_t row = 0; row < rows; ++row) {
+            for (int64_t ahead = k + kPackDepth; ahead < k + 2 * kPackDepth; ahead += kTileDepth)
+                prefetch_weight(w, n0 + row, ahead);
+            comb_row(bf16_elements(w, n0 + row, k, count, buffer), count, left_row(panel, row));
+        }
+    }
+}
+
+// Two rows of up to 64 elements, side by side, in right panels.
+inline void interleave_rows(const BFloat16 (&natural)[2][kBlock], int64_t columns, BFloat16* out, int64_t stride) {
+    for (int64_t k = 0; k < columns; k += kPanelSide, out += stride) {
+        Bf16Vector low, high;
+        interleave(_mm512_load_si512(natural[0] + k), _mm512_load_si512(natural[1] + k), low, high);
+        _mm512_store_si512(out, low);
+        _mm512_store_si512(out + kTileElements, high);
     }
 }
 
@@ -180,16 +210,40 @@ inline void decode_right(const Nf4Weight& w, int64_t k0, int64_t columns, int64_
         }
         for (int64_t i = 0; i < 2; ++i) {
             if (n + i < count)
-                decode(w, begin + i * w.k, columns, natural[i]);
+                decode(w, n0 + n + i, k0, columns, natural[i]);
             else
                 memset(natural[i], 0, sizeof natural[i]);
         }
-        for (int64_t k = 0; k < columns; k += kPanelSide, out += stride) {
-            Bf16Vector low, high;
-            interleave(_mm512_load_si512(natural[0] + k), _mm512_load_si512(natural[1] + k), low, high);
-            _mm512_store_si512(out, low);
-            _mm512_store_si512(out + kTileElements, high);
+        interleave_rows(natural, columns, out, stride);
+    }
+}
+inline void decode_right(const ConstMatrix& w, int64_t k0, int64_t columns, int64_t n0, int64_t count, int64_t steps,
+                         const float*, BFloat16* panel, int64_t stride) {
+    constexpr int64_t kAhead = 32;
+    const bool whole = w.dtype == DType::kBFloat16 && columns % kPanelSide == 0;
+    alignas(64) BFloat16 natural[2][kBlock] = {};
+    for (int64_t n = 0; n < steps * kTileDepth; n += 2) {
+        for (int64_t i = 0; i < 2; ++i)
+            for (int64_t k = 0; k < columns; k += kPanelSide) prefetch_weight(w, n0 + n + i + kAhead, k0 + k);
+        if (whole && n + 1 < count) {
+            BFloat16* out = panel + n / kTileDepth * kPanelStep + n % kTileDepth / 2 * kTileDepth;
+            for (int64_t k = 0; k < columns; k += kPanelSide, out += stride) {
+                Bf16Vector low, high;
+                interleave(_mm512_loadu_si512(row_of(w, n0 + n, k0 + k)),
+                           _mm512_loadu_si512(row_of(w, n0 + n + 1, k0 + k)), low, high);
+                _mm512_store_si512(out, low);
+                _mm512_store_si512(out + kTileElements, high);
+            }
+            continue;
         }
+        for (int64_t i = 0; i < 2; ++i) {
+            if (n + i < count)
+                decode(w, n0 + n + i, k0, columns, natural[i]);
+            else
+                memset(natural[i], 0, sizeof natural[i]);
+        }
+        interleave_rows(natural, columns, panel + n / kTileDepth * kPanelStep + n % kTileDepth / 2 * kTileDepth,
+                        stride);
     }
 }
 

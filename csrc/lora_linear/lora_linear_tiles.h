@@ -11,8 +11,8 @@
 // A dropped adapter's part of dx is a product of its own, because the mask is applied to it.
 #pragma once
 
-#include "common/parallel_for.h"
 #include "lora_linear/lora_linear_panels.h"
+#include "lora_linear/lora_linear_scales.h"
 
 namespace peft_kernels {
 namespace PEFT_KERNELS_ISA {
@@ -96,6 +96,24 @@ protected:
             body(output, min_of(plan_.task_outputs, outputs_ - output), first + row,
                  min_of(plan_.task_rows, rows - row), worker);
         });
+    }
+
+    // Rows of the input as the product takes them: where they lie, or scaled and rounded, in a buffer of dense rows.
+    struct Bf16Rows {
+        const BFloat16* data;
+        int64_t stride;
+    };
+    Bf16Rows scaled(int64_t row, int64_t rows, const float* scale, BFloat16* buffer) const {
+        if (!scale) return {bf16_row(input_, row), input_.stride};
+        for (int64_t i = 0; i < rows; ++i) {
+            const BFloat16* from = bf16_row(input_, row + i);
+            BFloat16* to = buffer + i * reduction_;
+            for (int64_t column = 0; column < reduction_; column += kLanes) {
+                const int64_t count = reduction_ - column;
+                store_some(to + column, load_some(from + column, count) * load_some(scale + column, count), count);
+            }
+        }
+        return {buffer, reduction_};
     }
 
     // The base product of one task, and of the branch what stands behind it in the panels (`tail` steps):
@@ -190,7 +208,7 @@ protected:
 class TileForward : TileProduct {
 public:
     explicit TileForward(const LoraLinearForwardParams& params)
-        : TileProduct(params, params.x, params.k, params.n, params.weight != nullptr, true, &LoraAdapter::lora_A,
+        : TileProduct(params, params.x, params.k, params.n, has_weight(params), true, &LoraAdapter::lora_A,
                       &LoraAdapter::lora_B),
           p_(params) {}
 
@@ -211,7 +229,8 @@ public:
             const int64_t rows = min_of(chunk_rows(), p_.m - first);
             for_each_panel(first, rows, [&](int64_t row, int64_t count, int worker) {
                 BFloat16* panel = input_panel(first, row);
-                pack_combed_columns(bf16_row(p_.x, row), p_.x.stride, count, p_.k, nullptr, 0, panel);
+                const Bf16Rows x = scaled(row, count, p_.scale_k, scratch(worker).scaled);
+                pack_combed_columns(x.data, x.stride, count, p_.k, nullptr, 0, panel);
                 make_s(row, count, panel, scratch(worker));
             });
             for_each_task(first, rows, [&](int64_t n0, int64_t outputs, int64_t row, int64_t count, int worker) {
@@ -234,6 +253,7 @@ private:
             tile = arena.take<float>(max_of<int64_t>(kPanelSide, f.shrink_rows_) * kPanelSide);
             bias = arena.take<float>(f.plan_.task_outputs);
             terms = arena.take<BFloat16>(3 * kPackDepth);
+            scaled = arena.take<BFloat16>(f.p_.scale_k ? kPanelSide * f.p_.k : 0);
             bytes = arena.used();
         }
         BFloat16* weight;   // left panels of W and B
@@ -244,6 +264,7 @@ private:
         float* tile;
         float* bias;
         BFloat16* terms;
+        BFloat16* scaled;  // rows of x
         int64_t bytes;
     };
 
@@ -327,34 +348,36 @@ private:
         }
     }
 
-    // y = x Wᵀ + b + scaling s Bᵀ for some outputs of some rows
+    // y = x Wᵀ + b + scaling s Bᵀ, or y = scale_n ⊙ (x Wᵀ + b), for some outputs of some rows
     void make_y(int64_t first, int64_t n0, int64_t outputs, int64_t row0, int64_t rows, const Scratch& scratch) const {
         if (p_.bias.data)
             dispatch_dtype(p_.bias.dtype, [&](auto* type) {
                 const auto* bias = static_cast<const Pointee<decltype(type)>*>(p_.bias.data);
                 widen_rows(bias + n0, 0, 1, outputs, nullptr, 0, scratch.bias, 0);
             });
-        const Nf4Weight weight = has_base_ ? rounded_once(*p_.weight, p_.compute_dtype) : Nf4Weight{};
         const int64_t runs = p_.k / kBlock;
-        if (has_base_ && has_aligned_blocks(weight)) runs_absmax(weight, n0 * p_.k, outputs * runs, scratch.absmax);
+        if (p_.weight && has_aligned_blocks(*p_.weight))
+            runs_absmax(*p_.weight, n0 * p_.k, outputs * runs, scratch.absmax);
         const auto make = [&](int64_t step, int64_t steps, int64_t count, BFloat16* panel, int64_t stride) {
             const int64_t k = step * kTileDepth;
-            for (int64_t n = 0; n < count; n += kPanelSide, panel += stride)
-                decode_left(weight, n0 + n, min_of<int64_t>(kPanelSide, count - n), k,
-                            min_of(steps * kTileDepth, p_.k - k), scratch.absmax + n * runs,
-                            plan_.task_outputs * p_.threads, panel);
+            dispatch_weight(p_, [&](const auto& weight) {
+                for (int64_t n = 0; n < count; n += kPanelSide, panel += stride)
+                    decode_left(weight, n0 + n, min_of<int64_t>(kPanelSide, count - n), k,
+                                min_of(steps * kTileDepth, p_.k - k), scratch.absmax + n * runs,
+                                plan_.task_outputs * p_.threads, panel);
+            });
         };
         const auto make_tail = [&](int64_t n, int64_t some, BFloat16* panel) { pack_B(n0 + n, some, panel); };
         const auto finish = [&](int64_t row, int64_t count, int64_t n, int64_t some, const float* sums) {
-            store_y(row, count, n0 + n, some, p_.bias.data ? scratch.bias + n : nullptr, sums, scratch.tile);
+            transpose_sums(count, sums, scratch.tile);
+            store_y(p_, scratch.tile, kPanelSide, row, count, n0 + n, some, p_.bias.data ? scratch.bias + n : nullptr);
         };
         multiply_base<Streams::kLeft>(first, outputs, row0, rows, branch_steps_, scratch.weight, scratch.sums, make,
                                       make_tail, finish);
     }
 
     // sums holds yᵀ.
-    void store_y(int64_t row, int64_t rows, int64_t n, int64_t outputs, const float* bias, const float* sums,
-                 float* tile) const {
+    static void transpose_sums(int64_t rows, const float* sums, float* tile) {
         for (int i = 0; i < kPanelSide; i += kTileSide)
             for (int j = 0; j < min_of<int64_t>(rows, kPanelSide); j += kTileSide) {
                 U32 square[kLanes];
@@ -362,12 +385,6 @@ private:
                 transpose(square);
                 for (int l = 0; l < kLanes; ++l) store_vector(tile + (j + l) * kPanelSide + i, square[l]);
             }
-        dispatch_dtype(p_.y.dtype, [&](auto* type) {
-            using T = Pointee<decltype(type)>;
-            const T* add = p_.add.data ? static_cast<const T*>(row_of(p_.add, row, n)) : nullptr;
-            store_rows(tile, kPanelSide, rows, outputs, bias, add, p_.add.stride,
-                       static_cast<T*>(p_.y.data) + row * p_.y.stride + n, p_.y.stride);
-        });
     }
 
     const LoraLinearForwardParams& p_;
@@ -376,23 +393,25 @@ private:
 class TileBackward : TileProduct {
 public:
     explicit TileBackward(const LoraLinearBackwardParams& params)
-        : TileProduct(params, params.grad_y, params.n, params.k, params.weight && params.grad_x.data, false,
-                      &LoraAdapter::lora_B, &LoraAdapter::lora_A),
-          p_(params) {
+        : TileProduct(params, params.grad_y, params.n, params.k,
+                      has_weight(params) && (params.grad_x.data || params.grad_scale_k), false, &LoraAdapter::lora_B,
+                      &LoraAdapter::lora_A),
+          p_(params),
+          scales_(params, kPanelSide) {
         for (int a = 0; a < p_.num_adapters; ++a) {
             wants_A_ |= adapter(a).grad_A != nullptr;
             wants_B_ |= adapter(a).grad_B != nullptr;
             reduce_panels_ += divide_up(reduce_rows(a), kPanelSide);
             reduce_rows_ = max_of(reduce_rows_, reduce_rows(a));
         }
-        wants_x_ = p_.grad_x.data != nullptr;
+        wants_x_ = p_.grad_x.data || p_.grad_scale_k;
         wants_ds_ = p_.num_adapters > 0 && (wants_A_ || wants_x_);
     }
 
     void run() {
         Arena arena(p_.workspace);
         lay_out(arena);
-        if (has_base_ && has_aligned_blocks(*p_.weight)) absmax_ = arena.take<float>(p_.n * p_.k / kBlock);
+        if (has_base_ && p_.weight && has_aligned_blocks(*p_.weight)) absmax_ = arena.take<float>(p_.n * p_.k / kBlock);
         ds_ = arena.take<float>(wants_ds_ ? p_.m * p_.total_rank : 0);
         int dropping = 0;
         for (int a = 0; a < p_.num_adapters; ++a) dropping += drops(a);
@@ -400,6 +419,7 @@ public:
         const int64_t reduce = reduce_panels_ * panel_elements(row_steps());
         reduce_A_ = arena.take<BFloat16>(wants_A_ ? reduce : 0);
         reduce_B_ = arena.take<BFloat16>(wants_B_ ? reduce : 0);
+        scales_.lay_out(arena);
         const int64_t worker_bytes = Scratch(nullptr, *this).bytes;
         char* workers = arena.take<char>(p_.threads * worker_bytes);
         if (!p_.workspace) {
@@ -418,7 +438,8 @@ public:
             for_each_panel(first, rows, [&](int64_t row, int64_t count, int worker) {
                 if (wants_ds_ || wants_x_) {
                     BFloat16* panel = input_panel(first, row);
-                    pack_left_panel(bf16_row(p_.grad_y, row), p_.grad_y.stride, count, p_.n, panel);
+                    const Bf16Rows grad_y = scaled(row, count, p_.scale_n, scratch(worker).scaled);
+                    pack_left_panel(grad_y.data, grad_y.stride, count, p_.n, panel);
                     // The reduction of the base product is padded to whole blocks.
                     const int64_t packed = divide_up(p_.n, kTileDepth);
                     memset(static_cast<void*>(panel + panel_elements(packed)), 0,
@@ -427,6 +448,7 @@ public:
                 }
                 if (wants_A_) pack_reduced(row, count, ds_, reduce_A_, scratch(worker));
                 if (wants_B_) pack_reduced(row, count, p_.s, reduce_B_, scratch(worker));
+                scales_.add_grad_y(row, count);
             });
             if (!wants_x_) continue;
             for_each_task(first, rows, [&](int64_t k0, int64_t outputs, int64_t row, int64_t count, int worker) {
@@ -442,6 +464,7 @@ public:
             else
                 make_grad_B((task - tasks_A) * kPanelSide, scratch(worker));
         });
+        scales_.finish();
     }
 
 private:
@@ -456,6 +479,7 @@ private:
             sums = arena.take<float>(max_of(b.plan_.task_rows * b.plan_.task_outputs, reduce_rows * kPanelSide));
             tile = arena.take<float>(max_of<int64_t>(kPanelSide, reduce_rows) * kPanelSide);
             terms = arena.take<BFloat16>(2 * reduce_rows + kPanelSide);
+            scaled = arena.take<BFloat16>(b.p_.scale_n ? kPanelSide * b.p_.n : 0);
             bytes = arena.used();
         }
         BFloat16* weight;  // right panels of W and A
@@ -464,6 +488,7 @@ private:
         float* sums;
         float* tile;
         BFloat16* terms;
+        BFloat16* scaled;  // rows of dy
         int64_t bytes;
     };
 
@@ -560,17 +585,18 @@ private:
         }
     }
 
-    // dx = dy W + mask ⊙ (ds A) for some columns of some rows
+    // dx = dy W + mask ⊙ (ds A), or dx = scale_k ⊙ (dy W), for some columns of some rows
     void make_grad_x(int64_t first, int64_t k0, int64_t outputs, int64_t row0, int64_t rows,
                      const Scratch& scratch) const {
-        const Nf4Weight weight = has_base_ ? rounded_once(*p_.weight, p_.compute_dtype) : Nf4Weight{};
         const auto make = [&](int64_t step, int64_t steps, int64_t count, BFloat16* panel, int64_t stride) {
             const int64_t n = step * kTileDepth;
             for (int64_t k = 0; k < count;) {
                 const int64_t some =
                     (k0 + k) % kBlock == 0 ? min_of(kBlock, count - k) : min_of<int64_t>(kPanelSide, count - k);
-                decode_right(weight, k0 + k, some, n, min_of(steps * kTileDepth, p_.n - n), steps, absmax_, panel,
-                             stride);
+                dispatch_weight(p_, [&](const auto& weight) {
+                    decode_right(weight, k0 + k, some, n, min_of(steps * kTileDepth, p_.n - n), steps, absmax_, panel,
+                                 stride);
+                });
                 k += some;
                 panel += divide_up(some, kPanelSide) * stride;
             }
@@ -585,11 +611,14 @@ private:
             if (tail == 0)
                 add_branch(input_panel(first, row) + panel_elements(steps_), row, count, k0 + k, some,
                            scratch.branch + k / kPanelSide * panel_elements(branch_steps_), sums, scratch.tile);
+            scales_.add_grad_x(sums, kPanelSide, row, count, k0 + k, some);
+            if (!p_.grad_x.data) return;
             dispatch_dtype(p_.grad_x.dtype, [&](auto* type) {
                 using T = Pointee<decltype(type)>;
                 const T* add = p_.add.data ? static_cast<const T*>(row_of(p_.add, row, k0 + k)) : nullptr;
                 store_rows(sums, kPanelSide, count, some, nullptr, add, p_.add.stride,
-                           static_cast<T*>(p_.grad_x.data) + row * p_.grad_x.stride + k0 + k, p_.grad_x.stride);
+                           static_cast<T*>(p_.grad_x.data) + row * p_.grad_x.stride + k0 + k, p_.grad_x.stride,
+                           p_.scale_k ? p_.scale_k + k0 + k : nullptr);
             });
         };
         multiply_base<Streams::kRight>(first, outputs, row0, rows, tail, scratch.weight, scratch.sums, make, make_tail,
@@ -670,6 +699,7 @@ private:
     }
 
     const LoraLinearBackwardParams& p_;
+    ScaleGradients scales_;
     bool wants_A_ = false, wants_B_ = false, wants_x_ = false, wants_ds_ = false;
     int64_t reduce_panels_ = 0;     // of all adapters
     int64_t reduce_rows_ = 0;       // the most that an adapter has: term · rank

@@ -1,15 +1,16 @@
 // The instances of the nf4 kernels and their launch.
 //
-//   T              codes aligned to a vector's     codes at any address
-//   float          yes                             yes
-//   __nv_bfloat16  yes                             yes
-//   __half         yes                             yes
+//   T              dequantise, codes aligned to a vector's     dequantise, codes at any address     quantise
+//   float          yes                                         yes                                  yes
+//   __nv_bfloat16  yes                                         yes                                  yes
+//   __half         yes                                         yes                                  yes
 #include <cuda_runtime.h>
 
 #include "nf4/nf4.h"
 #include "nf4/nf4_codebook.h"
 #include "nf4/nf4_kernel.cuh"
 #include "nf4/nf4_plan.h"
+#include "nf4/nf4_quantize_kernel.cuh"
 
 namespace peft_kernels::cuda {
 namespace {
@@ -31,9 +32,9 @@ int nf4_dequantize(const Nf4DequantizeParams& params, void* stream_handle) {
     if (error != cudaSuccess) return error;
 
     const Nf4DequantizePlan plan =
-        plan_nf4_dequantize(params.weight.n * params.weight.k, size_of(params.out_dtype),
-                            reinterpret_cast<uint64_t>(params.weight.codes), multiprocessors);
-    Nf4DequantizeKernelParams kernel_params{params.weight, params.out, plan.tiles, {}};
+        plan_nf4_dequantize(params.count, size_of(params.out_dtype),
+                            reinterpret_cast<uint64_t>(params.weight.codes) + params.first / 2, multiprocessors);
+    Nf4DequantizeKernelParams kernel_params{params.weight, params.first, params.count, params.out, plan.tiles, {}};
     for (int code = 0; code < 16; ++code) kernel_params.codebook[code] = codebook(params.weight.quant_type)[code];
 
     const cudaStream_t stream = static_cast<cudaStream_t>(stream_handle);
@@ -41,6 +42,22 @@ int nf4_dequantize(const Nf4DequantizeParams& params, void* stream_handle) {
         case DType::kFloat32: launch<float>(plan, kernel_params, stream); break;
         case DType::kBFloat16: launch<__nv_bfloat16>(plan, kernel_params, stream); break;
         case DType::kFloat16: launch<__half>(plan, kernel_params, stream); break;
+    }
+    return cudaGetLastError();
+}
+
+int nf4_quantize(const Nf4QuantizeParams& params, void* stream_handle) {
+    using Tile = Nf4QuantizeTile;
+    const Nf4QuantizeKernelParams kernel_params{params, make_quantizer(params.quant_type)};
+    const int64_t tiles = params.count / Tile::kElements + (params.count % Tile::kElements != 0);
+    const uint32_t grid = static_cast<uint32_t>(tiles);  // the largest grid has 2^31 tiles, 8 TB of bf16
+    const cudaStream_t stream = static_cast<cudaStream_t>(stream_handle);
+    switch (params.dtype) {
+        case DType::kFloat32: nf4_quantize_kernel<float><<<grid, Tile::kThreads, 0, stream>>>(kernel_params); break;
+        case DType::kBFloat16:
+            nf4_quantize_kernel<__nv_bfloat16><<<grid, Tile::kThreads, 0, stream>>>(kernel_params);
+            break;
+        case DType::kFloat16: nf4_quantize_kernel<__half><<<grid, Tile::kThreads, 0, stream>>>(kernel_params); break;
     }
     return cudaGetLastError();
 }

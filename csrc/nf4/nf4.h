@@ -35,7 +35,8 @@ struct Nf4Weight {
 
 struct Nf4DequantizeParams {
     Nf4Weight weight;
-    void* out;  // [n * k], in out_dtype
+    int64_t first, count;  // the elements wanted, such as a panel of rows
+    void* out;             // [count], in out_dtype
     DType out_dtype;
 };
 
@@ -54,8 +55,9 @@ PEFT_KERNELS_CPU_KERNEL(nf4_quantize, Nf4QuantizeParams)
 
 namespace cuda {
 
-// Enqueues the kernel on `stream` (a cudaStream_t) of the current device. Returns a cudaError_t.
+// Enqueue the kernel on `stream` (a cudaStream_t) of the current device. Return a cudaError_t.
 int nf4_dequantize(const Nf4DequantizeParams& params, void* stream);
+int nf4_quantize(const Nf4QuantizeParams& params, void* stream);
 
 }  // namespace cuda
 }  // namespace peft_kernels

@@ -1,4 +1,4 @@
-// The 16 values of each 4-bit format, by code.
+// The 16 values of each 4-bit format, by code, and how a number finds its code.
 #pragma once
 
 #include "nf4/nf4.h"
@@ -33,6 +33,29 @@ alignas(64) static constexpr float kFp4Codebook[16] = {
 
 static constexpr const float* codebook(QuantType quant_type) {
     return quant_type == QuantType::kNf4 ? kNf4Codebook : kFp4Codebook;
+}
+
+// The codes in ascending order of their values, and the bounds between neighbours: a value that equals a bound
+// takes the lower code. Both of FP4's zeros are in use: code 0 for values just below zero, code 8 just above.
+struct Quantizer {
+    uint8_t order[16];
+    float bounds[15];
+};
+
+// An odd element's missing neighbour counts as zero: of this rank, the lower of FP4's two.
+static constexpr uint8_t kRankOfPadding = 7;
+
+// Keeps the reciprocal of an all-zero block's absmax finite.
+static constexpr float kSmallestScale = 1e-38f;
+
+static inline Quantizer make_quantizer(QuantType quant_type) {
+    constexpr uint8_t kFp4Order[16] = {11, 10, 13, 12, 15, 14, 9, 0, 8, 1, 6, 7, 4, 5, 2, 3};
+    const float* values = codebook(quant_type);
+    Quantizer quantizer;
+    for (int i = 0; i < 16; ++i) quantizer.order[i] = quant_type == QuantType::kNf4 ? i : kFp4Order[i];
+    for (int i = 0; i < 15; ++i)
+        quantizer.bounds[i] = (values[quantizer.order[i]] + values[quantizer.order[i + 1]]) / 2;
+    return quantizer;
 }
 
 }  // namespace peft_kernels

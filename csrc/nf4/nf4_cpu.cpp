@@ -14,30 +14,11 @@ int64_t chunks(int64_t count) { return (count + kChunk - 1) / kChunk; }
 int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
 template <class T>
-void dequantize(const Nf4Weight& weight, T* out) {
-    const int64_t count = weight.n * weight.k;
-    parallel_for_each(chunks(count), [&](int64_t chunk, int) {
+void dequantize(const Nf4DequantizeParams& params, T* out) {
+    parallel_for_each(chunks(params.count), [&](int64_t chunk, int) {
         const int64_t begin = chunk * kChunk;
-        decode_range(weight, begin, smaller(kChunk, count - begin), out + begin);
+        decode_range(params.weight, params.first + begin, smaller(kChunk, params.count - begin), out + begin);
     });
-}
-
-// The codes in ascending order of their values, and the bounds between neighbours: a value that equals a bound
-// takes the lower code. Both of FP4's zeros are in use: code 0 for values just below zero, code 8 just above.
-struct Quantizer {
-    uint8_t order[16];
-    float bounds[15];
-};
-
-Quantizer make_quantizer(QuantType quant_type) {
-    constexpr uint8_t kNf4Order[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-    constexpr uint8_t kFp4Order[16] = {11, 10, 13, 12, 15, 14, 9, 0, 8, 1, 6, 7, 4, 5, 2, 3};
-    const float* values = codebook(quant_type);
-    Quantizer quantizer;
-    std::memcpy(quantizer.order, quant_type == QuantType::kNf4 ? kNf4Order : kFp4Order, 16);
-    for (int i = 0; i < 15; ++i)
-        quantizer.bounds[i] = (values[quantizer.order[i]] + values[quantizer.order[i + 1]]) / 2;
-    return quantizer;
 }
 
 // |x| as an integer orders as |x| does and puts NaN above infinity, so one NaN makes the block's absmax NaN; unlike
@@ -58,14 +39,13 @@ void encode(const Quantizer& quantizer, const float* normalized, int count, uint
         for (int bound = 0; bound < 15; ++bound) rank += !(normalized[i] <= quantizer.bounds[bound]);  // NaN: 15
         ranks[i] = static_cast<uint8_t>(rank);
     }
-    ranks[count] = 7;  // an odd element's missing neighbour counts as zero
+    ranks[count] = kRankOfPadding;
     for (int i = 0; i < count; i += 2)
         codes[i / 2] = static_cast<uint8_t>(quantizer.order[ranks[i]] << 4 | quantizer.order[ranks[i + 1]]);
 }
 
 template <class T>
 void quantize(const Nf4QuantizeParams& params) {
-    constexpr float kSmallest = 1e-38f;  // keeps the reciprocal of an all-zero block's absmax finite
     const Quantizer quantizer = make_quantizer(params.quant_type);
     const T* input = static_cast<const T*>(params.input);
     const int64_t blocksize = int64_t{1} << params.log2_blocksize;
@@ -81,7 +61,7 @@ void quantize(const Nf4QuantizeParams& params) {
             // partial block at the end and stores absmax clamped. The products and quotients lie within [-1, 1] or
             // beyond the outermost bounds, so its clamp to [-1, 1] changes no code.
             float absmax = absolute_maximum(values, count);
-            const float scale = absmax < kSmallest ? kSmallest : absmax;
+            const float scale = absmax < kSmallestScale ? kSmallestScale : absmax;
             if (count == blocksize) {
                 const float reciprocal = 1.0f / scale;
                 for (int i = 0; i < count; ++i) values[i] *= reciprocal;
@@ -99,9 +79,9 @@ void quantize(const Nf4QuantizeParams& params) {
 
 void nf4_dequantize(const Nf4DequantizeParams& params) {
     switch (params.out_dtype) {
-        case DType::kFloat32: return dequantize(params.weight, static_cast<float*>(params.out));
-        case DType::kBFloat16: return dequantize(params.weight, static_cast<BFloat16*>(params.out));
-        case DType::kFloat16: return dequantize(params.weight, static_cast<Float16*>(params.out));
+        case DType::kFloat32: return dequantize(params, static_cast<float*>(params.out));
+        case DType::kBFloat16: return dequantize(params, static_cast<BFloat16*>(params.out));
+        case DType::kFloat16: return dequantize(params, static_cast<Float16*>(params.out));
     }
 }
 

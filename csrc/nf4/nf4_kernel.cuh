@@ -27,7 +27,8 @@ namespace peft_kernels::cuda {
 
 struct Nf4DequantizeKernelParams {
     Nf4Weight weight;
-    void* out;  // T [n * k]
+    int64_t begin, count;  // elements; begin is a multiple of kVector
+    void* out;             // T [count]
     int64_t tiles;
     float codebook[16];
 };
@@ -39,30 +40,37 @@ struct Nf4DequantizeTraits {
     static constexpr int kVector = 16 / sizeof(T);  // elements of a 16-byte store
     static constexpr int kThreads = Nf4DequantizePlan::kThreads;
     static constexpr int kUnroll = Nf4DequantizePlan::kUnroll;
+    static constexpr int kTile = kThreads * kVector * kUnroll;
 };
 
 __device__ inline void store_rounded(float value, float* out) { *out = value; }
 __device__ inline void store_rounded(float value, __nv_bfloat16* out) { *out = __float2bfloat16_rn(value); }
 __device__ inline void store_rounded(float value, __half* out) { *out = __float2half_rn(value); }
 
-// absmax of kCount blocks. All loads of a stage are issued before the first one's value is used.
+// absmax of the blocks first_block + block[u]. All loads of a stage are issued before the first one's value is used.
+// first_block is the same for the whole CTA, so that 64-bit indices cost no thread a register.
 template <int kCount>
-__device__ inline void load_absmax(const Absmax& a, const int64_t (&block)[kCount], float (&absmax)[kCount]) {
+__device__ inline void load_absmax(const Absmax& a, int64_t first_block, const int (&block)[kCount],
+                                   float (&absmax)[kCount]) {
     if (a.absmax) {
+        const float* const base = a.absmax + first_block;
 #pragma unroll
-        for (int u = 0; u < kCount; ++u) absmax[u] = __ldg(a.absmax + block[u]);
+        for (int u = 0; u < kCount; ++u) absmax[u] = __ldg(base + block[u]);
         return;
     }
-    const float offset = __ldg(a.nested_offset);
+    const uint8_t* const codes = a.nested_codes + first_block;
+    const float* const scales = a.nested_absmax + (first_block >> a.log2_nested_blocksize);
+    const int within = static_cast<int>(first_block & ((1 << a.log2_nested_blocksize) - 1));
     uint8_t code[kCount];
     float scale[kCount];
 #pragma unroll
     for (int u = 0; u < kCount; ++u) {
-        code[u] = __ldg(a.nested_codes + block[u]);
-        scale[u] = __ldg(a.nested_absmax + (block[u] >> a.log2_nested_blocksize));
+        code[u] = __ldg(codes + block[u]);
+        scale[u] = __ldg(scales + ((within + block[u]) >> a.log2_nested_blocksize));
     }
 #pragma unroll
     for (int u = 0; u < kCount; ++u) absmax[u] = __ldg(a.nested_code + code[u]);
+    const float offset = __ldg(a.nested_offset);
 #pragma unroll
     for (int u = 0; u < kCount; ++u) absmax[u] = __fadd_rn(__fmul_rn(absmax[u], scale[u]), offset);
 }
@@ -95,36 +103,47 @@ __device__ inline void round_to_weight_dtype(DType dtype, float (&values)[kCount
     }
 }
 
+// The plan counts on as many threads as a multiprocessor takes: at most 32 registers each, or 40 on sm_86 and sm_89.
+#if defined(__CUDA_ARCH__) && (__CUDA_ARCH__ == 860 || __CUDA_ARCH__ == 890)
+constexpr int kResidentThreads = 1536;
+#else
+constexpr int kResidentThreads = 2048;
+#endif
+
 template <class Traits>
-__global__ void __launch_bounds__(Traits::kThreads)
+__global__ void __launch_bounds__(Traits::kThreads, kResidentThreads / Traits::kThreads)
     nf4_dequantize_kernel(const __grid_constant__ Nf4DequantizeKernelParams params) {
     using T = typename Traits::T;
     constexpr int kVector = Traits::kVector, kThreads = Traits::kThreads, kUnroll = Traits::kUnroll;
-    constexpr int64_t kRow = int64_t{kThreads} * kVector;
+    constexpr int kRow = kThreads * kVector;
 
     __shared__ float codebook[16];
     if (threadIdx.x < 16) codebook[threadIdx.x] = params.codebook[threadIdx.x];
     __syncthreads();
 
     const Nf4Weight& weight = params.weight;
-    T* const out = static_cast<T*>(params.out);
-    const int64_t count = weight.n * weight.k;
-    const int64_t whole = count / kVector * kVector;  // elements in whole vectors
+    const int within_block = (1 << weight.log2_blocksize) - 1;
+    const int64_t whole = params.count / kVector * kVector;  // elements in whole vectors
 
     for (int64_t tile = blockIdx.x; tile < params.tiles && whole > 0; tile += gridDim.x) {
-        const int64_t first = tile * kRow * kUnroll + int64_t{threadIdx.x} * kVector;
+        const int64_t tile_begin = tile * Traits::kTile, begin = params.begin + tile_begin;
+        const uint8_t* const tile_codes = weight.codes + begin / 2;
+        T* const out = static_cast<T*>(params.out) + tile_begin;
+        const int elements = static_cast<int>(min(int64_t{Traits::kTile}, whole - tile_begin));
+        const int first = threadIdx.x * kVector;
 
         // load. Past the end the last vector is read again, so that no branch keeps the loads apart.
-        int64_t block[kUnroll];
+        int block[kUnroll];
         uint32_t codes[kUnroll];
         float absmax[kUnroll];
 #pragma unroll
         for (int u = 0; u < kUnroll; ++u) {
-            const int64_t i = min(first + u * kRow, whole - kVector);
-            codes[u] = load_codes<Traits>(weight.codes + i / 2);
-            block[u] = i >> weight.log2_blocksize;  // a vector lies within one block
+            const int i = min(first + u * kRow, elements - kVector);
+            codes[u] = load_codes<Traits>(tile_codes + i / 2);
+            // A vector lies within one block.
+            block[u] = ((static_cast<int>(begin) & within_block) + i) >> weight.log2_blocksize;
         }
-        load_absmax(weight.absmax, block, absmax);
+        load_absmax(weight.absmax, begin >> weight.log2_blocksize, block, absmax);
 
 #pragma unroll
         for (int u = 0; u < kUnroll; ++u) {
@@ -141,21 +160,21 @@ __global__ void __launch_bounds__(Traits::kThreads)
             alignas(16) T vector[kVector];
 #pragma unroll
             for (int j = 0; j < kVector; ++j) store_rounded(values[j], &vector[j]);
-            const int64_t i = first + u * kRow;
-            if (i < whole) *reinterpret_cast<uint4*>(out + i) = *reinterpret_cast<const uint4*>(vector);
+            const int i = first + u * kRow;
+            if (i < elements) *reinterpret_cast<uint4*>(out + i) = *reinterpret_cast<const uint4*>(vector);
         }
     }
 
     // The elements after the last whole vector, one a thread.
     const int64_t i = whole + threadIdx.x;
-    if (blockIdx.x == 0 && i < count) {
-        const int64_t block[1] = {i >> weight.log2_blocksize};
+    if (blockIdx.x == 0 && i < params.count) {
+        const int block[1] = {0};
         float absmax[1];
-        load_absmax(weight.absmax, block, absmax);
-        const uint32_t byte = __ldg(weight.codes + i / 2);
+        load_absmax(weight.absmax, (params.begin + i) >> weight.log2_blocksize, block, absmax);
+        const uint32_t byte = __ldg(weight.codes + (params.begin + i) / 2);
         float value[1] = {__fmul_rn(codebook[byte >> (i % 2 ? 0 : 4) & 0xF], absmax[0])};
         round_to_weight_dtype<T>(weight.dtype, value);
-        store_rounded(value[0], out + i);
+        store_rounded(value[0], static_cast<T*>(params.out) + i);
     }
 }
 

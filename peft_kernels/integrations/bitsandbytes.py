@@ -12,12 +12,11 @@ import torch
 from bitsandbytes.functional import QuantState
 from torch import Tensor
 
+from ..cuda import why_not
 from ..ops.lora_linear import lora_linear
 from ..ops.nf4 import NF4Weight
+from .linear import BaseProduct
 from .registry import FLOAT_DTYPES, FusedLayer, mention, register
-
-# The arguments of `lora_linear` for the frozen layer: weight, bias, compute_dtype and out_dtype.
-BaseProduct = tuple[Tensor | NF4Weight, Tensor | None, torch.dtype | None, torch.dtype | None]
 
 mention(bnb.nn.Linear4bit)
 mention(bnb.nn.Linear8bitLt)
@@ -43,8 +42,8 @@ class Fused4bit(FusedLayer):
         return "its statistics were already bf16: bitsandbytes had repacked the weight, and it was converted back"
 
     def why_stock(self) -> str | None:
-        if not self.weight.is_cpu:
-            return f"no fused kernel for {self.weight.device.type}"
+        if reason := why_not(self.weight.device):
+            return reason
         if getattr(self.weight, "quant_state", None) is None and self.quant_state is None:
             return "not quantised yet: bitsandbytes does so when the layer is moved to a device"
         return None
@@ -59,16 +58,17 @@ class Fused4bit(FusedLayer):
 
     def base_product(self, x: Tensor) -> BaseProduct | str:
         """What `lora_linear` is to be called with; or why this input has to take the stock path."""
-        if not x.is_cpu:
+        if not x.is_cpu and (reason := why_not(x.device)):
             self._view = None  # the weight has moved: let go of the memory that it had
-            return f"no fused kernel for {x.device.type}"
+            return reason
         if x.dtype not in FLOAT_DTYPES:
             return f"x is {x.dtype}"
         if not self.compute_type_is_set:
             self.set_compute_type(x)
             self.compute_type_is_set = True
-        autocast = torch.is_autocast_enabled("cpu")
-        compute_dtype = torch.get_autocast_dtype("cpu") if autocast else self.compute_dtype or x.dtype
+        device_type = x.device.type
+        autocast = torch.is_autocast_enabled(device_type)
+        compute_dtype = torch.get_autocast_dtype(device_type) if autocast else self.compute_dtype or x.dtype
         if compute_dtype not in FLOAT_DTYPES:
             return f"the compute dtype is {compute_dtype}"
         weight = self.nf4_weight()

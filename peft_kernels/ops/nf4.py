@@ -6,7 +6,7 @@ the blocks' absmax in the 8-bit dynamic type of Dettmers et al. 2021 (arXiv:2110
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -199,6 +199,33 @@ class NF4Weight:
             }
         return state
 
+    def scale_rows(self, scale: Tensor) -> NF4Weight:
+        """`scale ⊙ W`, row by row, without quantising again: the codes stay, each block's absmax takes the factor.
+
+        Nested statistics become plain ones, since 8 bits can't hold the factors. An absmax may become negative or
+        zero, which decodes as it should, here and in bitsandbytes.
+
+        Args:
+            scale: [N].
+
+        Raises:
+            ValueError: `scale` is not of that shape; W is no matrix; or blocks straddle its rows.
+        """
+        if len(self.shape) != 2 or self.shape[1] % self.blocksize:
+            raise ValueError(
+                f"weight: got shape {list(self.shape)}, wanted rows of a multiple of the blocksize {self.blocksize}: "
+                "a block that straddles rows has one absmax for both"
+            )
+        if scale.shape != self.shape[:1]:
+            raise ValueError(f"scale: got {_describe(scale)}, wanted [{self.shape[0]}]")
+        absmax = self.absmax
+        if self.nested:
+            code, nested_absmax, offset = self.nested
+            steps = nested_absmax.repeat_interleave(self.nested_blocksize)[: absmax.numel()]
+            absmax = code[absmax.long()] * steps + offset
+        absmax = (absmax.view(self.shape[0], -1).double() * scale[:, None].double()).float().view(-1)
+        return replace(self, absmax=absmax, nested=())
+
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """See `dequantize_4bit`."""
         return dequantize_4bit(self, dtype)
@@ -209,12 +236,16 @@ def quantize_4bit(
 ) -> NF4Weight:
     """Quantises a tensor to 4 bits; equal to bitsandbytes' CPU result bit for bit.
 
+    On a CUDA device too, apart from the mean of absmax that `double_quant` subtracts, which torch sums in another order
+    there.
+
     A NaN makes every element of its block NaN. An infinity makes its block's absmax infinite, and all of the block's
     elements NaN or infinite. With `double_quant` one non-finite absmax makes the mean of all of them non-finite, and
     with it the whole tensor: check for finite values first where that matters.
 
     Args:
-        tensor: fp32, bf16 or fp16, of any shape, on the CPU. Not differentiable.
+        tensor: fp32, bf16 or fp16, of any shape, on the CPU, or on a CUDA device when the library was built for it. Not
+            differentiable.
         blocksize: flattened elements that share one absmax: a power of two from 32 to 4096.
         quant_type: 'nf4' or 'fp4'.
         double_quant: store absmax in 8 bits, in blocks of 256, after subtracting its mean.
@@ -261,9 +292,43 @@ def dequantize_4bit(weight: NF4Weight, dtype: torch.dtype | None = None) -> Tens
     )
 
 
+def dequantize_4bit_rows(weight: NF4Weight, first_row: int, out: Tensor) -> Tensor:
+    """A panel of a weight `[N, K]`, into memory that can be used again for the next one.
+
+    Args:
+        weight: on the CPU, or on a CUDA device when the library was built for it.
+        first_row: first_row * K must be a multiple of 8.
+        out: [rows, K], fp32, bf16 or fp16; rows first_row to first_row + rows - 1, as `dequantize_4bit` makes them.
+
+    Returns:
+        out.
+
+    Raises:
+        ValueError: a field of `weight`, first_row or out does not fit; it names what.
+    """
+    torch.ops.peft_kernels.nf4_dequantize_rows(
+        weight.codes,
+        weight.absmax,
+        weight.shape,
+        weight.dtype,
+        weight.blocksize,
+        weight.quant_type,
+        weight.nested,
+        weight.nested_blocksize,
+        first_row,
+        out,
+    )
+    return out
+
+
 @torch.library.register_fake("peft_kernels::nf4_dequantize")
 def _(codes, absmax, shape, weight_dtype, blocksize, quant_type, nested, nested_blocksize, dtype):
     return codes.new_empty(shape, dtype=dtype)
+
+
+@torch.library.register_fake("peft_kernels::nf4_dequantize_rows")
+def _(codes, absmax, shape, weight_dtype, blocksize, quant_type, nested, nested_blocksize, first_row, out):
+    return None
 
 
 @torch.library.register_fake("peft_kernels::nf4_quantize")

@@ -40,6 +40,11 @@ class _Allocations(TorchDispatchMode):
         return out
 
 
+def _has_memory(tensor: torch.Tensor) -> bool:
+    """Whether it is more than the shape of a tensor: not on meta, not one of those that torch traces with."""
+    return tensor.device.type == "cpu" and type(tensor) in (torch.Tensor, torch.nn.Parameter)
+
+
 class _EmulatedOps(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -47,7 +52,8 @@ class _EmulatedOps(TorchDispatchMode):
         has_kernel = func.namespace == "peft_kernels" and torch._C._dispatch_has_kernel_for_dispatch_key(
             f"{NAMESPACE}::{operation}", "CPU"
         )
-        if not has_kernel:
+        tensors = [value for value in tree_leaves((args, kwargs)) if isinstance(value, torch.Tensor)]
+        if not has_kernel or not all(map(_has_memory, tensors)):
             return func(*args, **kwargs)
         emulated_op = getattr(getattr(torch.ops, NAMESPACE), operation).default
         given = dict(zip((argument.name for argument in func._schema.arguments), args, strict=False)) | kwargs

@@ -277,7 +277,11 @@ void read_global(Warp& w, uint32_t mask, const LaneAddresses& addresses, int byt
     for_each_global(w, mask, addresses, bytes, "read", [&](Allocation& allocation, uint64_t address, int count) {
         return global.read(allocation, address, count, w.block.global_access(strong));
     });
-    count_global(&w.block.launch.counters.global_load, mask, addresses, bytes);
+    GlobalTraffic& traffic = w.block.launch.counters.global_load;
+    const uint64_t before = traffic.sectors;
+    count_global(&traffic, mask, addresses, bytes);
+    if (Allocation* allocation = global.find(addresses.lane[__builtin_ctz(mask)]))
+        allocation->sectors_read += traffic.sectors - before;
     copy_from_host(mask, addresses, bytes, data);
 }
 

@@ -164,7 +164,7 @@ void Device::launch(LoadedModule& module, const std::string& kernel, const Launc
     launch.counters.unique_bytes_read = global.unique_read;
     launch.counters.unique_bytes_written = global.unique_written;
 
-    LaunchRecord record{program.name, request.grid, request.threads, launch.counters, {}};
+    LaunchRecord record{program.name, request.grid, request.threads, launch.counters, {}, global.sectors_read()};
     for (size_t i = 0; i < program.code.size(); ++i) {
         if (!launch.executed[i]) continue;
         record.counters.warp_instructions[static_cast<int>(program.code[i].kind)] += launch.executed[i];

@@ -1,6 +1,7 @@
 // The device: which card it plays, its memory, loaded modules, and launches.
 #pragma once
 
+#include <map>
 #include <memory>
 #include <mutex>
 #include <string>
@@ -60,6 +61,7 @@ struct LaunchRecord {
     Dim3 grid, threads;
     Counters counters;
     std::vector<std::pair<int, uint64_t>> lines;  // PTX line and how often warps ran it
+    std::map<std::string, uint64_t> sectors_read;  // by the names of what they are in
 };
 
 struct LaunchRequest {

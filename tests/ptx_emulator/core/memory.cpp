@@ -45,8 +45,17 @@ void GlobalMemory::mark_written(uint64_t address, uint64_t bytes) {
 
 void GlobalMemory::begin_launch() {
     unique_read = unique_written = 0;
-    for (auto& [base, allocation] : allocations_)
+    for (auto& [base, allocation] : allocations_) {
         for (std::unique_ptr<ShadowPage>& page : allocation.shadow) page.reset();
+        allocation.sectors_read = 0;
+    }
+}
+
+std::map<std::string, uint64_t> GlobalMemory::sectors_read() const {
+    std::map<std::string, uint64_t> sectors;
+    for (const auto& [base, allocation] : allocations_)
+        if (allocation.sectors_read) sectors[allocation.name] += allocation.sectors_read;
+    return sectors;
 }
 
 namespace {

@@ -51,6 +51,7 @@ struct Allocation {
     std::string name;
     std::vector<uint8_t> written;  // a byte for each; empty: all of it counts as written
     std::vector<std::unique_ptr<ShadowPage>> shadow;
+    uint64_t sectors_read = 0;  // in this launch
 
     bool holds(uint64_t address, uint64_t size) const {
         return address >= base && size <= bytes && address - base <= bytes - size;
@@ -70,6 +71,7 @@ public:
     Allocation* find(uint64_t address);
     void mark_written(uint64_t address, uint64_t bytes);
     void begin_launch();
+    std::map<std::string, uint64_t> sectors_read() const;  // in this launch, by the names of allocations
 
     // Any number of bytes within `allocation`. What is a hazard leaves no trace, so that a caller can ask again for
     // parts.

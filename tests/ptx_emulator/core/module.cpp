@@ -50,6 +50,7 @@ py::dict record_of(const LaunchRecord& record) {
     out["thread_instructions"] = counters.thread_instructions;
     out["global_load"] = traffic(counters.global_load);
     out["global_store"] = traffic(counters.global_store);
+    out["sectors_read"] = record.sectors_read;
     out["unique_bytes_read"] = counters.unique_bytes_read;
     out["unique_bytes_written"] = counters.unique_bytes_written;
     out["shared_load"] = traffic(counters.shared_load);

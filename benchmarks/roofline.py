@@ -1,0 +1,175 @@
+"""A MODEL, not a measurement: what limits each CUDA kernel on each card, from counts of the emulator.
+
+Each launch of a call is counted in the tests' emulator at a shape that it runs in seconds. The counts are scaled to the
+shape asked for, by the rows and, for what reads the weight, by its size; a card's published rates turn them into the
+least time for each resource: DRAM (distinct bytes), L2 (all sectors, as if the L1 never hit), the matrix unit, shared
+memory (wavefronts), and the issue of instructions (PTX's, which are not quite the machine's). The longest is the
+prediction; what a real kernel loses to latency and to the last wave is not in it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from benchmarks.emulated import ops, ptx_emulator, report
+from benchmarks.report import make_console
+from peft_kernels.ops import lora_linear, quantize_4bit
+
+
+@dataclass(frozen=True)
+class Card:
+    """Published rates. Tensor cores: multiply-adds a clock of a multiprocessor by mma.sync in bf16 with fp32 sums; tf32
+    has half of it, and half the depth of an mma, so that every mma takes the same time."""
+
+    name: str
+    multiprocessors: int
+    gigahertz: float
+    gigabytes: float  # a second, of DRAM
+    l2_bytes_per_clock: int  # of the whole device
+    multiply_adds: int
+    library_teraflops: float  # of the library's bf16 product, dense: nine tenths of the peak
+
+    def limits(self, counts: Counts) -> dict[str, float]:
+        """Seconds for each resource alone."""
+        clock = self.gigahertz * 1e9
+        per_multiprocessor = self.multiprocessors * clock
+        return {
+            "dram": counts.dram / (self.gigabytes * 1e9),
+            "l2": counts.l2 / (self.l2_bytes_per_clock * clock),
+            "mma": counts.mma * 16 * 8 * 16 / self.multiply_adds / per_multiprocessor,
+            "shared": counts.wavefronts / per_multiprocessor,
+            "issue": counts.instructions / 4 / per_multiprocessor,
+        }
+
+
+CARDS = {
+    "sm_80": Card("A100 SXM 40 GB", 108, 1.41, 1555, 5120, 1024, 280),
+    "sm_86": Card("GeForce RTX 3090", 82, 1.70, 936, 2048, 256, 64),
+    "sm_89": Card("GeForce RTX 4090", 128, 2.52, 1008, 2048, 256, 148),
+    "sm_90": Card("H100 SXM", 132, 1.755, 3350, 5120, 1280, 890),  # mma.sync has five eighths of wgmma's rate
+}
+LAUNCH_SECONDS = 2e-6  # between kernels of one stream
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Of one launch."""
+
+    kernel: str
+    dram: float
+    l2: float
+    mma: float
+    wavefronts: float
+    instructions: float
+
+    @classmethod
+    def of(cls, record: dict, scale: float) -> Counts:
+        wavefronts, _ = report.shared_wavefronts(record)
+        return cls(
+            report.plain_name(record["kernel"]).removesuffix("_kernel"),
+            scale * report.compulsory_bytes(record),
+            scale * report.moved_bytes(record),
+            scale * record["mma"],
+            scale * wavefronts,
+            scale * record["warp_instructions"],
+        )
+
+
+@dataclass(frozen=True)
+class Shape:
+    m: int
+    n: int
+    k: int
+    rank: int = 16
+
+    def counted(self) -> Shape:
+        """The part of it that is run in the emulator."""
+        return Shape(min(self.m, 256), min(self.n, 512), min(self.k, 512), self.rank)
+
+
+def count(shape: Shape, card: str, backward: bool, dropout: float = 0.0) -> list[Counts]:
+    """The launches of a forward, or of a backward, in bf16 with fp32 adapters on an NF4 weight."""
+    small = shape.counted()
+    torch.manual_seed(0)
+    weight = quantize_4bit(torch.randn(small.n, small.k, dtype=torch.bfloat16))
+    adapters = [torch.randn(small.rank, small.k).requires_grad_()], [torch.randn(small.n, small.rank).requires_grad_()]
+    x = torch.randn(small.m, small.k, dtype=torch.bfloat16).requires_grad_()
+    grad_y = torch.randn(small.m, small.n, dtype=torch.bfloat16)
+    with ptx_emulator.profile(card), ops.emulated() as launches:
+        # The route is that of the full shape's rows.
+        rows = 0 if small.m < shape.m else 2**31
+        torch.ops.peft_kernels_emulated.lora_linear_set_crossover(card, rows, rows)
+        y = lora_linear(x, weight, None, *adapters, (1.0,), (dropout,) if dropout else ())
+        forward = launches()
+        if backward:
+            y.backward(grad_y)
+        records = launches() if backward else forward
+    rows = shape.m / small.m
+    weights = shape.n * shape.k / (small.n * small.k)
+    columns = {"lora_shrink": shape.k / small.k, "lora_expand": shape.n / small.n, "lora_dy_pass": shape.n / small.n,
+               "lora_x_pass": shape.k / small.k, "lora_sum_parts": shape.k / small.k}  # fmt: skip
+    result = []
+    for record in records:
+        kernel = report.plain_name(record["kernel"]).removesuffix("_kernel")
+        scale = weights if kernel == "nf4_dequantize" else rows * columns.get(kernel, weights)
+        result.append(Counts.of(record, scale))
+    return result
+
+
+def product(shape: Shape, card: Card) -> float:
+    """Seconds of the library's product: its operands are read and its result is read and written."""
+    size = 2 * (shape.n * shape.k + shape.m * shape.k + 2 * shape.m * shape.n)
+    return max(2 * shape.m * shape.n * shape.k / card.library_teraflops / 1e12, size / card.gigabytes / 1e9)
+
+
+def predict(counts: Sequence[Counts], card: Card) -> float:
+    return sum(max(card.limits(each).values()) + LAUNCH_SECONDS for each in counts)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks roofline", description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    add("--rows", nargs="+", type=int, default=(1, 16, 128, 4096), metavar="M", help="(1 16 128 4096)")
+    add("--weight", nargs=2, type=int, default=(4096, 4096), metavar=("N", "K"), help="(4096 4096)")
+    add("--rank", type=int, default=16, help="(16)")
+    add("--dropout", type=float, default=0.0, help="(0)")
+    add("--card", nargs="+", choices=CARDS, default=tuple(CARDS), help="(all)")
+    given = parser.parse_args(arguments)
+    if reason := ptx_emulator.missing():
+        sys.exit(f"python -m benchmarks roofline: {reason}")
+    console = make_console()
+    console.print(__doc__.splitlines()[0])
+    for name in given.card:
+        for m in given.rows:
+            show(Shape(m, *given.weight, given.rank), name, given.dropout, console.print)
+
+
+def show(shape: Shape, name: str, dropout: float, say: Callable[[str], None]) -> None:
+    """The launches of both directions, with the least time of each resource in microseconds."""
+    card = CARDS[name]
+    for backward in (False, True):
+        counts = count(shape, name, backward, dropout)
+        total = predict(counts, card)
+        is_library = any(each.kernel == "nf4_dequantize" for each in counts)
+        if is_library:
+            total += product(shape, card) + LAUNCH_SECONDS
+        say(
+            f"\nMODEL of {card.name} ({name}), {'backward' if backward else 'forward'}, {shape.m} rows, weight "
+            f"{shape.n} x {shape.k}, rank {shape.rank}: {total * 1e6:.1f} µs"
+        )
+        for each in counts:
+            limits = card.limits(each)
+            longest = max(limits, key=limits.__getitem__)
+            times = ", ".join(f"{resource} {seconds * 1e6:.1f}" for resource, seconds in limits.items())
+            say(f"  {each.kernel:20} {times}: {longest}")
+        if is_library:
+            say(f"  {'the product':20} {product(shape, card) * 1e6:.1f}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,402 @@
+// lora_linear on a GPU: which kernels and which of torch's products make a forward or a backward, and their memory.
+//
+// The base product of many rows is torch's own: a panel of the weight is dequantised into memory that stays in the L2,
+// and multiplied. It is called here, not in Python, so that the op means the same on every device: whoever calls it,
+// traces it or compiles it sees one op. The stable ABI passes no Scalar, so addmm cannot be called; linear with a matrix
+// for its bias is the same product, with beta = 1.
+#pragma once
+
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+#include <array>
+#include <cstdio>
+#include <cstdlib>
+#include <map>
+#include <mutex>
+#include <set>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "common/checks.h"
+#include "common/cuda_check.h"
+#include "common/cuda_device.h"
+#include "common/dropout.h"
+#include "lora_linear/lora_linear.h"
+#include "lora_linear/lora_linear_branch.h"
+#include "lora_linear/lora_linear_cuda_plan.h"
+#include "lora_linear/lora_linear_gemm.h"
+
+namespace peft_kernels {
+
+inline ScalarType scalar_type(DType dtype) {
+    switch (dtype) {
+        case DType::kBFloat16: return ScalarType::BFloat16;
+        case DType::kFloat16: return ScalarType::Half;
+        case DType::kFloat32: break;
+    }
+    return ScalarType::Float;
+}
+
+// ---- plans --------------------------------------------------------------------------------------------------------
+
+// What `python -m peft_kernels.tune` measured, by the names of devices.
+struct TunedCrossovers {
+    std::mutex mutex;
+    std::map<std::string, Crossover> by_name;
+    std::map<std::tuple<int, int, int>, std::string> names;  // of devices; asking the driver takes a millisecond
+
+    static TunedCrossovers& instance() {
+        static TunedCrossovers tuned;
+        return tuned;
+    }
+};
+
+inline void set_crossover(std::string device_name, int64_t forward, int64_t backward) {
+    TunedCrossovers& tuned = TunedCrossovers::instance();
+    const std::lock_guard lock(tuned.mutex);
+    tuned.by_name[device_name] = {forward, backward};
+}
+
+// Of the current device.
+inline Crossover crossover_of(const DeviceProperties& device) {
+    TunedCrossovers& tuned = TunedCrossovers::instance();
+    const std::lock_guard lock(tuned.mutex);
+    if (tuned.by_name.empty()) return default_crossover(device.compute_capability);
+    int index = 0;
+    check_cuda(cudaGetDevice(&index), "cudaGetDevice");
+    std::string& name = tuned.names[{index, device.compute_capability, device.multiprocessors}];
+    if (name.empty()) {
+        cudaDeviceProp properties{};
+        check_cuda(cudaGetDeviceProperties(&properties, index), "cudaGetDeviceProperties");
+        name = properties.name;
+    }
+    const auto found = tuned.by_name.find(name);
+    return found != tuned.by_name.end() ? found->second : default_crossover(device.compute_capability);
+}
+
+inline bool prints_plans() {
+    const char* value = std::getenv("PEFT_KERNELS_PRINT_PLANS");
+    return value && std::string(value) == "1";
+}
+
+// Each plan once.
+inline void print_plan(const std::string& plan) {
+    static std::mutex mutex;
+    static std::set<std::string> printed;
+    const std::lock_guard lock(mutex);
+    if (printed.insert(plan).second) fprintf(stderr, "peft_kernels: %s\n", plan.c_str());
+}
+
+// ---- a call -------------------------------------------------------------------------------------------------------
+
+class LoraLinearOnCuda {
+public:
+    explicit LoraLinearOnCuda(const LoraLinearParams& params, const Tensor& input)
+        : params_(params), like_(input), scope_(input.get_device_index()) {
+        check_cuda(cuda::query_device(device_), "lora_linear");
+        for (int first = 0; first < params.num_adapters; first += Branch::kMaxAdapters) add_branch(first);
+        int groups = 0;
+        for (const Branch& branch : branches_) groups += group_ranks(branch).groups;
+        ranks_.groups = std::max(groups, 1);
+    }
+
+    void forward(const LoraLinearForwardParams& p, const Tensor& x, Tensor& y, Tensor& s) {
+        if (p.k == 0) {
+            branches_.clear();
+            if (p.total_rank > 0) torch::stable::zero_(s);
+        }
+        const bool has_base = p.weight && p.k > 0;
+        const Tensor converted = has_base ? in_compute_dtype(x) : x;
+        LoraLinearGemmParams gemm{};
+        if (has_base) gemm = gemm_of(p, converted);
+        const LoraLinearCudaPlan plan = plan_of(false, p.x.dtype, p.y.dtype, has_base, refusal_of(gemm));
+
+        Tensor parts = s;
+        int splits = 1;
+        for (Branch& branch : branches_) {
+            ShrinkParams shrink{branch, plan.shrink, p.x, p.s};
+            shrink.plan.ranks = group_ranks(branch);
+            splits = shrink.plan.splits;
+            if (splits > 1 && &branch == &branches_.front()) parts = floats(splits * p.m * p.total_rank);
+            shrink.s = static_cast<float*>(parts.mutable_data_ptr());
+            run(cuda::lora_shrink(shrink, scope_.stream()), "the shrink");
+        }
+
+        if (plan.base == BaseProduct::kFused) {
+            if (splits > 1) add_up(parts, s, splits);
+            return run_gemm(gemm);
+        }
+
+        const bool accumulates = has_base && p.y.dtype == p.compute_dtype;
+        Tensor base;
+        ExpandParams expand{};
+        expand.plan = plan.expand;
+        expand.s = {static_cast<const float*>(parts.const_data_ptr()), p.m * p.total_rank, splits};
+        expand.sum = splits > 1 ? p.s : nullptr;
+        expand.bias = p.bias;
+        expand.add = p.add;
+        expand.out = p.y;
+        if (has_base && !accumulates) {
+            base = empty({p.m, p.n}, p.compute_dtype);
+            multiply(plan, converted, base, false, false);
+            expand.base = {base.const_data_ptr(), p.compute_dtype, p.n};
+        }
+        const bool is_written = run_expand(expand);
+        if (accumulates) multiply(plan, converted, y, false, is_written);
+    }
+
+    void backward(const LoraLinearBackwardParams& p, const Tensor& grad_y, Tensor& grad_x, Tensor& grad_A,
+                  Tensor& grad_B) {
+        if (p.n == 0 || p.k == 0) return backward_of_nothing(p, grad_x, grad_A, grad_B);
+        const bool wants_A = grad_A.numel() > 0, wants_B = grad_B.numel() > 0, wants_x = p.grad_x.data != nullptr;
+        const bool wants_ds = !branches_.empty() && (wants_A || wants_x);
+        const bool has_base = p.weight && wants_x;
+        const Tensor converted = has_base ? in_compute_dtype(grad_y) : grad_y;
+        LoraLinearGemmParams gemm{};
+        if (has_base) gemm = gemm_of(p, converted);
+        const LoraLinearCudaPlan plan = plan_of(true, p.x.dtype, p.grad_y.dtype, has_base, refusal_of(gemm));
+        const int row_blocks = static_cast<int>(plan.dy_pass.row_blocks);
+
+        SumPartsParams sums{};
+        const auto gradient = [&](Tensor& result, int splits, Tensor& parts, SumPartsParams::Segment& segment) {
+            const bool one = splits == 1 || result.numel() == 0;
+            parts = one ? result : floats(splits * result.numel());
+            if (!one)
+                segment = {static_cast<const float*>(parts.const_data_ptr()),
+                           static_cast<float*>(result.mutable_data_ptr()), result.numel(), splits};
+            return result.numel() == 0 ? nullptr : static_cast<float*>(parts.mutable_data_ptr());
+        };
+        Tensor ds, parts_A, parts_B;
+        if (wants_ds) ds = floats(plan.dy_pass.splits * p.m * p.total_rank);
+        DyPassParams dy{};
+        dy.plan = plan.dy_pass;
+        dy.grad_y = p.grad_y;
+        dy.s = p.s;
+        dy.ds = wants_ds ? static_cast<float*>(ds.mutable_data_ptr()) : nullptr;
+        dy.grad_B = gradient(grad_B, row_blocks, parts_B, sums.segments[1]);
+        dy.grad_B_size = grad_B.numel();
+        for (const Branch& branch : branches_) {
+            if (!dy.ds && !dy.grad_B) break;
+            dy.branch = branch;
+            dy.plan.ranks = group_ranks(branch);
+            run(cuda::lora_dy_pass(dy, scope_.stream()), "the dy-pass");
+        }
+
+        XPassParams x{};
+        x.plan = plan.x_pass;
+        x.x = p.x;
+        x.ds = {dy.ds, p.m * p.total_rank, plan.dy_pass.splits};
+        x.grad_A = gradient(grad_A, plan.x_pass.splits, parts_A, sums.segments[0]);
+        x.grad_A_size = grad_A.numel();
+        ExpandParams& expand = x.expand;
+        expand.plan = plan.expand;
+        expand.transposed = true;
+        expand.s = x.ds;
+        expand.add = p.add;
+        const bool is_fused = plan.base == BaseProduct::kFused;
+        const bool accumulates = has_base && !is_fused && p.grad_x.dtype == p.compute_dtype;
+        Tensor base;
+        if (has_base && !is_fused && !accumulates) {
+            base = empty({p.m, p.k}, p.compute_dtype);
+            multiply(plan, converted, base, true, false);
+            expand.base = {base.const_data_ptr(), p.compute_dtype, p.k};
+        }
+        if (wants_x) expand.out = p.grad_x;
+        bool is_written = false;
+        for (const Branch& branch : branches_) {
+            if (!wants_ds) break;
+            x.branch = expand.branch = branch;
+            x.plan.ranks = expand.plan.ranks = group_ranks(branch);
+            run(cuda::lora_x_pass(x, scope_.stream()), "the x-pass");
+            is_written = wants_x;
+            continue_on(expand);
+        }
+        if (is_fused) {
+            if (is_written) gemm.add = expand.add;
+            run_gemm(gemm);
+        } else if (wants_x && !is_written) {
+            is_written = run_expand(expand);
+        }
+        if (accumulates) multiply(plan, converted, grad_x, true, is_written);
+        if (sums.segments[0].count + sums.segments[1].count > 0)
+            run(cuda::lora_sum_parts(sums, scope_.stream()), "the sum of parts");
+    }
+
+private:
+    void add_branch(int first) {
+        Branch branch{};
+        branch.m = params_.m, branch.n = params_.n, branch.k = params_.k, branch.total_rank = params_.total_rank;
+        int64_t column = 0, grad_A = 0, grad_B = 0;
+        for (int a = 0; a < params_.num_adapters && a < first + Branch::kMaxAdapters; ++a) {
+            const LoraAdapter& from = params_.adapters[a];
+            BranchAdapter to{};
+            to.lora_A = from.lora_A, to.lora_B = from.lora_B, to.rank = from.rank, to.column = column;
+            to.threshold = dropout_threshold(from.dropout);
+            to.seed = to.threshold > 0 ? from.seed : nullptr;
+            to.keep_scale = dropout_keep_scale(from.dropout);
+            to.scaling = from.scaling;
+            to.grad_A = from.grad_A ? grad_A : -1;
+            to.grad_B = from.grad_B ? grad_B : -1;
+            column += from.rank;
+            if (from.grad_A) grad_A += from.rank * params_.k;
+            if (from.grad_B) grad_B += from.rank * params_.n;
+            if (a >= first) branch.adapters[branch.num_adapters++] = to;
+        }
+        branches_.push_back(branch);
+    }
+
+    LoraLinearCudaPlan plan_of(bool backward, DType x, DType dy, bool has_base, const char* refusal) const {
+        const LoraLinearProblem problem{
+            backward, params_.m, params_.n, params_.k, params_.total_rank, ranks_, x, dy, params_.compute_dtype,
+            has_base, refusal};
+        const LoraLinearCudaPlan plan = plan_lora_linear_cuda(problem, device_, crossover_of(device_));
+        if (prints_plans()) print_plan(describe(problem, plan, device_));
+        return plan;
+    }
+
+    // ---- the fused base product -----------------------------------------------------------------------------------
+
+    LoraLinearGemmParams gemm_of(const LoraLinearForwardParams& p, const Tensor& x) const {
+        LoraLinearGemmParams gemm{};
+        gemm.weight = p.weight;
+        gemm.m = p.m;
+        gemm.x = {x.const_data_ptr(), p.compute_dtype, x.stride(0)};
+        gemm.bias = p.bias;
+        gemm.add = p.add;
+        gemm.s = {p.s, DType::kFloat32, p.total_rank};
+        gemm.num_terms = branches_.empty() ? 0 : p.num_adapters;
+        for (int a = 0; a < std::min(gemm.num_terms, LoraLinearGemmParams::kMaxTerms); ++a)
+            gemm.terms[a] = {p.adapters[a].lora_B, p.adapters[a].rank, p.adapters[a].scaling};
+        gemm.out = p.y;
+        return gemm;
+    }
+
+    // The branch, whose masks it does not know, is added to it.
+    static LoraLinearGemmParams gemm_of(const LoraLinearBackwardParams& p, const Tensor& grad_y) {
+        LoraLinearGemmParams gemm{};
+        gemm.weight = p.weight;
+        gemm.transposed = true;
+        gemm.m = p.m;
+        gemm.x = {grad_y.const_data_ptr(), p.compute_dtype, grad_y.stride(0)};
+        gemm.add = p.add;
+        gemm.out = p.grad_x;
+        return gemm;
+    }
+
+    static const char* refusal_of(const LoraLinearGemmParams& gemm) {
+        if (!gemm.weight) return nullptr;
+        return cuda::lora_linear_gemm_refusal(gemm);
+    }
+
+    void run_gemm(LoraLinearGemmParams& gemm) {
+        const int64_t bytes = cuda::lora_linear_gemm_workspace(gemm);
+        const Tensor workspace = floats(ceil_div(bytes, 4));
+        gemm.workspace = workspace.mutable_data_ptr();
+        run(cuda::lora_linear_gemm(gemm, scope_.stream()), "the base product");
+    }
+
+    void add_up(const Tensor& parts, Tensor& sum, int splits) {
+        SumPartsParams params{};
+        params.segments[0] = {static_cast<const float*>(parts.const_data_ptr()),
+                              static_cast<float*>(sum.mutable_data_ptr()), sum.numel(), splits};
+        run(cuda::lora_sum_parts(params, scope_.stream()), "the sum of parts");
+    }
+
+    // ---- torch's base product -------------------------------------------------------------------------------------
+
+    // Writes out = add + bias + base + branches; false if there is nothing to write.
+    bool run_expand(ExpandParams& expand) {
+        const Branch* branch = branches_.data();
+        Branch none{};
+        if (branches_.empty()) {
+            if (!expand.bias.data && !expand.add.data && !expand.base.data) return false;
+            none.m = params_.m, none.n = params_.n, none.k = params_.k;
+            branch = &none;
+        }
+        for (size_t i = 0; i < std::max<size_t>(branches_.size(), 1); ++i) {
+            expand.branch = branch[i];
+            expand.plan.ranks = group_ranks(branch[i]);
+            run(cuda::lora_expand(expand, scope_.stream()), "the expand");
+            continue_on(expand);
+        }
+        return true;
+    }
+
+    // What further adapters, beyond those of one launch, are added to.
+    static void continue_on(ExpandParams& expand) {
+        expand.add = {expand.out.data, expand.out.dtype, expand.out.stride};
+        expand.bias = expand.base = {};
+    }
+
+    Tensor in_compute_dtype(const Tensor& input) const {
+        if (input.scalar_type() == scalar_type(params_.compute_dtype)) return input;
+        Tensor converted = empty({input.size(0), input.size(1)}, params_.compute_dtype);
+        torch::stable::copy_(converted, input);
+        return converted;
+    }
+
+    // out (+)= input · Wᵀ, transposed: input · W, in compute_dtype.
+    void multiply(const LoraLinearCudaPlan& plan, const Tensor& input, Tensor& out, bool transposed, bool accumulate) {
+        const int64_t n = params_.n, k = params_.k, rows = plan.panel_rows;
+        Tensor panel = empty({rows, k}, params_.compute_dtype);
+        for (int64_t n0 = 0; n0 < n; n0 += rows) {
+            const int64_t count = std::min(rows, n - n0);
+            Tensor weight = torch::stable::narrow(panel, 0, 0, count);
+            Nf4DequantizeParams dequantize{};
+            dequantize.weight = *params_.weight;
+            dequantize.first = n0 * k;
+            dequantize.count = count * k;
+            dequantize.out = weight.mutable_data_ptr();
+            dequantize.out_dtype = params_.compute_dtype;
+            run(cuda::nf4_dequantize(dequantize, scope_.stream()), "nf4_dequantize");
+            if (transposed) {
+                Tensor all = input;
+                const Tensor part = torch::stable::narrow(all, 1, n0, count);
+                linear(part, torch::stable::transpose(weight, 0, 1), out, accumulate || n0 > 0);
+            } else {
+                Tensor part = torch::stable::narrow(out, 1, n0, count);
+                linear(input, weight, part, accumulate);
+            }
+        }
+    }
+
+    // out (+)= input · weightᵀ
+    static void linear(const Tensor& input, const Tensor& weight, Tensor& out, bool accumulate) {
+        const std::optional<Tensor> bias = accumulate ? std::optional<Tensor>(out) : std::nullopt;
+        std::array<StableIValue, 4> stack{torch::stable::detail::from(input), torch::stable::detail::from(weight),
+                                          torch::stable::detail::from(bias), torch::stable::detail::from(out)};
+        STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::linear", "out", stack.data(), TORCH_ABI_VERSION));
+        torch::stable::detail::to<Tensor>(stack[0]);
+    }
+
+    void backward_of_nothing(const LoraLinearBackwardParams& p, Tensor& grad_x, Tensor& grad_A, Tensor& grad_B) {
+        torch::stable::zero_(grad_A);
+        torch::stable::zero_(grad_B);
+        if (!p.grad_x.data || p.k == 0) return;
+        branches_.clear();
+        ExpandParams expand{};
+        expand.plan = plan_of(true, p.x.dtype, p.grad_y.dtype, false, nullptr).expand;
+        expand.transposed = true;
+        expand.add = p.add;
+        expand.out = p.grad_x;
+        if (!run_expand(expand)) torch::stable::zero_(grad_x);
+    }
+
+    Tensor empty(std::vector<int64_t> sizes, DType dtype) const {
+        return torch::stable::new_empty(like_, sizes, scalar_type(dtype));
+    }
+    Tensor floats(int64_t count) const { return empty({count}, DType::kFloat32); }
+
+    void run(int status, const char* what) const { check_cuda(status, what); }
+
+    const LoraLinearParams& params_;
+    const Tensor& like_;
+    const CudaScope scope_;
+    DeviceProperties device_{};
+    std::vector<Branch> branches_;  // of up to Branch::kMaxAdapters adapters each; most often one
+    RankGroups ranks_{1, 1};        // for plans
+};
+
+}  // namespace peft_kernels

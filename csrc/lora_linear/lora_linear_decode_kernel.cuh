@@ -1,0 +1,353 @@
+// G0: the forward base product for few tokens (m <= 32), bound by reading the codes once.
+//
+//   out [m, n] = x · Wᵀ + bias + add + Σᵢ scalingᵢ · sᵢ · lora_Bᵢᵀ
+//
+// A CTA makes kRows columns of out, for all tokens; its warps share the reduction and meet in shared memory at the end,
+// so that no sum goes through global memory. The weight is the left operand of the matrix unit, whose 16 rows it fills;
+// tokens are the 8 columns. A warp goes through k in chunks of 256, every kWarps-th one. In a chunk lane 4 g + t owns
+// block t of rows g and g + 8, of 64 elements each, and decodes it with one pair of planes a row:
+//
+//              k:   0 ... 63 | 64 ... 127 | 128 ... 191 | 192 ... 255         the matrix unit takes 4 elements of each
+//     row g         lane 4 g | lane 4 g + 1 | 4 g + 2   | 4 g + 3             of the 4 blocks as its 16 steps: an order
+//     row g + 8     lane 4 g | ...                                            of k that x, the right operand, follows
+//
+// Codes and x come by cp.async, into buffers of the warp's own: codes a chunk ahead, x a quarter of one (16 elements of
+// each block). Both are whole sectors of global memory.
+#pragma once
+
+#include "lora_linear/lora_linear_gemm_operands.cuh"
+#include "lora_linear/lora_linear_gemm_plan.h"
+#include "nf4/nf4_decode.cuh"
+
+namespace peft_kernels::cuda {
+
+template <class T_, int kTokens_>
+struct DecodeTraits {
+    using T = T_;
+    static constexpr int kTokens = kTokens_;            // 8, 16 or 32
+    static constexpr int kRows = decode_rows(kTokens);  // of the weight
+    static constexpr int kWarps = decode_warps(kTokens);
+    static constexpr int kThreads = 32 * kWarps;
+    static constexpr int kTokenTiles = kTokens / 8, kRowTiles = kRows / 16;
+    static constexpr int kLaneRows = 2 * kRowTiles;  // rows of which a lane decodes a block
+    static constexpr int kOutputs = (kRows * kTokens + kThreads - 1) / kThreads;  // of a thread
+    static constexpr int kSpan = kDecodeSpan;  // chunks whose absmax lies in shared memory
+    static constexpr int kRankStep = 16, kFactorPitch = kRows + 2, kTokenPitch = kRankStep + 1;
+
+    // Rows of the partial sums: writes of a fragment and reads of 32 neighbours are without conflicts.
+    static constexpr int kSumPitch = kRows + 4;
+
+    struct WarpBuffers {
+        uint4 codes[2][kRows * 8];  // [kRows][128 bytes]
+        uint4 x[2][kTokens * 8];    // [kTokens][4 blocks][16 elements]
+    };
+    struct Shared {
+        union {
+            WarpBuffers warps[kWarps];
+            float sums[kWarps][kTokens * kSumPitch];
+        };
+        float nested_code[256];
+        float factor[kRankStep * kFactorPitch];
+        float s[kTokens * kTokenPitch];
+        float absmax[1];  // [kRows][absmax_pitch]
+    };
+
+    // Blocks of a row whose absmax is kept, and 4: 8 rows of 4 blocks are then in 32 banks.
+    __host__ __device__ static constexpr int absmax_pitch(int64_t k) {
+        const int64_t chunks = (k / 64 + 3) / 4;
+        return static_cast<int>((chunks < kSpan ? chunks : kSpan) + 7) / 8 * 32 + 4;
+    }
+    static constexpr int shared_bytes(int64_t k) {
+        return static_cast<int>(sizeof(Shared)) + kRows * absmax_pitch(k) * 4;
+    }
+};
+
+// Where unit `unit` of 16 bytes of a row of 128 bytes lies, in bytes. The 8 lanes of a wavefront meet 8 different banks
+// when they have a pair of units of 4 rows, every second unit of 2 rows, or a whole row.
+__device__ inline uint32_t swap_units(int row, int unit) { return row * 128 + (unit ^ (row % 4 * 2 + row % 2)) * 16; }
+
+template <class Traits>
+class DecodeWarp {
+public:
+    using T = typename Traits::T;
+    static constexpr int kTokens = Traits::kTokens, kRows = Traits::kRows, kLaneRows = Traits::kLaneRows;
+    // A copy of x takes a sector (16 elements) of one block of this many tokens, or of two blocks of 8.
+    static constexpr int kCopyTokens = kTokens < 16 ? kTokens : 16;
+    static constexpr int kBlocksAtOnce = 16 / kCopyTokens;
+
+    __device__ DecodeWarp(const LoraLinearGemmKernelParams& params, typename Traits::WarpBuffers& buffers,
+                          int64_t first_row)
+        : blocks_(static_cast<int>(params.reduction / 64)),
+          rows_(static_cast<int>(min(params.outputs - first_row, int64_t{kRows}))) {
+        const int lane = threadIdx.x % 32;
+        // Copies of codes: unit lane % 8 of rows lane / 8, lane / 8 + 4, ...
+        code_pitch_ = params.reduction / 2;
+        codes_ = params.weight.codes + (first_row + lane / 8) * code_pitch_ + lane % 8 * 16;
+        write_codes_ = shared_address(buffers.codes) + swap_units(lane / 8, lane % 8);
+        // Copies of x: half lane % 2 of a sector.
+        const int token = lane / 2 % kCopyTokens, first_block = lane / 2 / kCopyTokens;
+        const ConstMatrix& x = params.operands.x;
+        x_step_ = kCopyTokens * x.stride * sizeof(T);
+        x_ = static_cast<const char*>(x.data) + token * x.stride * sizeof(T) + first_block * 128 + lane % 2 * 16;
+#pragma unroll
+        for (int i = 0; i < 4 / kBlocksAtOnce; ++i)
+            write_x_[i] =
+                shared_address(buffers.x) + swap_units(token, (first_block + i * kBlocksAtOnce) * 2 + lane % 2);
+#pragma unroll
+        for (int i = 0; i < kTokens / kCopyTokens; ++i)
+            token_bytes_[i] = token + i * kCopyTokens < params.operands.m ? 16 : 0;
+        // The product: row or token lane / 4 of eight, block lane % 4.
+        read_codes_ = shared_address(buffers.codes) + swap_units(lane / 4, lane % 4 * 2);
+        read_x_ = shared_address(buffers.x) + swap_units(lane / 4, lane % 4 * 2);
+    }
+
+    // The codes of a chunk. Rows and blocks that the weight does not have become zeros.
+    __device__ void copy_codes(int chunk, int slot) const {
+        const int lane = threadIdx.x % 32;
+        const int rows = 4 * chunk + lane % 8 / 2 < blocks_ ? rows_ - lane / 8 : 0;
+        const uint8_t* from = codes_ + int64_t{chunk} * 128;
+        const uint32_t to = write_codes_ + slot * kRows * 128;
+        unroll<kRows / 4>([&](auto i) {
+            copy_async16<decltype(i)::value * 512>(to, from, 4 * i < rows ? 16 : 0);
+            from += 4 * code_pitch_;
+        });
+    }
+
+    // Which of a chunk's blocks the copies of x will find.
+    __device__ void look_for_blocks(int chunk) {
+        const int left = blocks_ - 4 * chunk - static_cast<int>(threadIdx.x) % 32 / 2 / kCopyTokens;
+#pragma unroll
+        for (int i = 0; i < 4 / kBlocksAtOnce; ++i)
+#pragma unroll
+            for (int group = 0; group < kTokens / kCopyTokens; ++group)
+                bytes_[group][i] = i * kBlocksAtOnce < left ? token_bytes_[group] : 0;
+    }
+
+    // Elements 16 kQuarter to 16 kQuarter + 15 of each block of a chunk.
+    template <int kQuarter>
+    __device__ void copy_x(int chunk) const {
+        const char* from = x_ + int64_t{chunk} * 512;
+        unroll<kTokens / kCopyTokens>([&](auto group) {
+            unroll<4 / kBlocksAtOnce>([&](auto i) {
+                constexpr int kTo = (kQuarter % 2 * kTokens + decltype(group)::value * kCopyTokens) * 128;
+                constexpr int kFrom = kQuarter * 32 + decltype(i)::value * kBlocksAtOnce * 128;
+                copy_async16<kTo, kFrom>(write_x_[i], from, bytes_[group][i]);
+            });
+            from += x_step_;
+        });
+    }
+
+    // absmax: of this lane's block of row lane / 4; `pitch` floats further on of the row below.
+    __device__ void make_planes_of_chunk(const float (&codebook)[16], const float* absmax, int pitch) {
+#pragma unroll
+        for (int i = 0; i < kLaneRows; ++i) planes_[i] = make_planes<T>(codebook, absmax[8 * i * pitch]);
+    }
+
+    // Two quarters' codes of this lane's blocks.
+    __device__ void load_codes(int slot, int half) {
+        const uint32_t from = (read_codes_ ^ half * 16) + slot * kRows * 128;
+        unroll<kLaneRows>([&](auto i) { load_shared<decltype(i)::value * 1024>(lane_codes_[i], from); });
+    }
+
+    template <int kQuarter>
+    __device__ void multiply_quarter() {
+#pragma unroll
+        for (int word = 0; word < 2; ++word) {
+            uint32_t x[Traits::kTokenTiles][4];
+            unroll<Traits::kTokenTiles>([&](auto tile) {
+                constexpr int kFrom = kQuarter % 2 * kTokens * 128 + decltype(tile)::value * 1024;
+                load_shared<kFrom>(x[tile], read_x_ ^ word * 16);
+            });
+#pragma unroll
+            for (int row_tile = 0; row_tile < Traits::kRowTiles; ++row_tile) {
+                uint32_t upper[4], lower[4];
+                constexpr int kFirstWord = kQuarter % 2 * 2;
+                decode(planes_[2 * row_tile], lane_codes_[2 * row_tile][kFirstWord + word], upper);
+                decode(planes_[2 * row_tile + 1], lane_codes_[2 * row_tile + 1][kFirstWord + word], lower);
+                const uint32_t first[4] = {upper[0], lower[0], upper[1], lower[1]};
+                const uint32_t second[4] = {upper[2], lower[2], upper[3], lower[3]};
+#pragma unroll
+                for (int tile = 0; tile < Traits::kTokenTiles; ++tile) {
+                    multiply(sums[row_tile][tile], first, x[tile][0], x[tile][1], T{});
+                    multiply(sums[row_tile][tile], second, x[tile][2], x[tile][3], T{});
+                }
+            }
+        }
+    }
+
+    float sums[Traits::kRowTiles][Traits::kTokenTiles][4] = {};
+
+private:
+    const int blocks_, rows_;
+    int64_t code_pitch_, x_step_;
+    const uint8_t* codes_;
+    const char* x_;
+    uint32_t write_codes_, write_x_[4 / kBlocksAtOnce], read_codes_, read_x_;
+    int token_bytes_[kTokens / kCopyTokens], bytes_[kTokens / kCopyTokens][4 / kBlocksAtOnce];
+    Planes planes_[kLaneRows];
+    uint32_t lane_codes_[kLaneRows][4];
+};
+
+// absmax of all rows for the chunks of a span. Lanes run along a row: whole sectors.
+template <class Traits>
+__device__ void stage_absmax(const LoraLinearGemmKernelParams& params, typename Traits::Shared& shared,
+                             int64_t first_row, int first_block, int pitch) {
+    const Absmax& absmax = params.weight.absmax;
+    const int blocks = min(static_cast<int>(params.reduction / 64) - first_block, 4 * Traits::kSpan);
+    const int lane = threadIdx.x % 32, shift = params.weight.log2_blocksize - 6;
+    for (int row = threadIdx.x / 32; row < Traits::kRows; row += Traits::kWarps) {
+        // In blocks of 64, of which several may share a block of the weight.
+        const int64_t first = min(first_row + row, params.outputs - 1) * (params.reduction / 64) + first_block;
+        const BlockAbsmax of_row(absmax, first >> shift);
+        const int within = static_cast<int>(first) & ((1 << shift) - 1);
+        for (int i = lane; i < pitch - 4; i += 32)
+            shared.absmax[row * pitch + i] = i < blocks ? of_row.load(shared.nested_code, (within + i) >> shift) : 0.0f;
+    }
+}
+
+// Outputs of a thread: `row` runs along the lanes. With 16 rows the other half of a warp takes the token 4 further on,
+// which is in other banks.
+template <class Traits>
+__device__ inline void locate_output(int index, int& row, int& token) {
+    const int i = threadIdx.x + index * Traits::kThreads;
+    row = i % Traits::kRows;
+    token = i / Traits::kRows;
+    if constexpr (Traits::kRows == 16) token = token / 8 * 8 + token % 2 * 4 + token / 2 % 4;
+}
+
+// Ranks `rank` and following of a term to shared memory; lanes run along the ranks.
+template <class Traits>
+__device__ void stage_term(const LoraLinearGemmKernelParams& params, typename Traits::Shared& shared,
+                           const LoraTerm& term, int64_t s_column, int64_t rank, int64_t first_row) {
+    constexpr int kStep = Traits::kRankStep;
+    const int r = threadIdx.x % kStep;
+    const bool inside = rank + r < term.rank;
+    for (int row = threadIdx.x / kStep; row < Traits::kRows; row += Traits::kThreads / kStep) {
+        const bool exists = inside && first_row + row < params.outputs;
+        shared.factor[r * Traits::kFactorPitch + row] =
+            exists ? load_element(term.factor, first_row + row, rank + r) : 0;
+    }
+    for (int token = threadIdx.x / kStep; token < Traits::kTokens; token += Traits::kThreads / kStep) {
+        const bool exists = inside && token < params.operands.m;
+        shared.s[token * Traits::kTokenPitch + r] =
+            exists ? term.scaling * load_element(params.operands.s, token, s_column + rank + r) : 0;
+    }
+}
+
+template <class Traits>
+__device__ void add_term(const typename Traits::Shared& shared, float (&outputs)[Traits::kOutputs], int ranks) {
+#pragma unroll
+    for (int i = 0; i < Traits::kOutputs; ++i) {
+        int row, token;
+        locate_output<Traits>(i, row, token);
+        if (token >= Traits::kTokens) break;
+        for (int r = 0; r < ranks; ++r)
+            outputs[i] += shared.s[token * Traits::kTokenPitch + r] * shared.factor[r * Traits::kFactorPitch + row];
+    }
+}
+
+template <class Traits>
+__global__ void __launch_bounds__(Traits::kThreads, Traits::kTokens == 8 ? 3 : 2)
+    lora_linear_decode_kernel(const __grid_constant__ LoraLinearGemmKernelParams params) {
+#if __CUDA_ARCH__ >= 800
+    constexpr int kWarps = Traits::kWarps;
+    extern __shared__ __align__(128) unsigned char memory[];
+    typename Traits::Shared& shared = *reinterpret_cast<typename Traits::Shared*>(memory);
+    const LoraLinearGemmParams& operands = params.operands;
+    const int64_t first_row = int64_t{blockIdx.x} * Traits::kRows;
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    const int chunks = static_cast<int>((params.reduction / 64 + 3) / 4);
+    const int pitch = Traits::absmax_pitch(params.reduction);
+
+    // load: the first chunk is under way while the small operands are worked on.
+    DecodeWarp<Traits> tile(params, shared.warps[warp], first_row);
+    tile.copy_codes(warp, 0);
+    tile.look_for_blocks(warp);
+    tile.template copy_x<0>(warp);
+    commit_copies();
+
+    // The small terms, in fp32: they are as exact as the adapters' own dtype.
+    load_nested_code(params.weight.absmax, shared.nested_code);
+    if (operands.num_terms > 0) stage_term<Traits>(params, shared, operands.terms[0], 0, 0, first_row);
+    float outputs[Traits::kOutputs];
+#pragma unroll
+    for (int i = 0; i < Traits::kOutputs; ++i) {
+        int row, token;
+        locate_output<Traits>(i, row, token);
+        outputs[i] = 0;
+        if (token < operands.m && first_row + row < params.outputs)
+            outputs[i] =
+                load_element(operands.bias, 0, first_row + row) + load_element(operands.add, token, first_row + row);
+    }
+    int64_t s_column = 0;
+    for (int term = 0; term < operands.num_terms; ++term) {
+        const int64_t rank = operands.terms[term].rank;
+        for (int64_t r = 0; r < rank; r += Traits::kRankStep) {
+            if (term > 0 || r > 0) {
+                __syncthreads();
+                stage_term<Traits>(params, shared, operands.terms[term], s_column, r, first_row);
+            }
+            __syncthreads();
+            add_term<Traits>(shared, outputs, static_cast<int>(min(rank - r, int64_t{Traits::kRankStep})));
+        }
+        s_column += rank;
+    }
+
+    // compute
+    for (int first_chunk = 0; first_chunk < chunks; first_chunk += Traits::kSpan) {
+        __syncthreads();
+        stage_absmax<Traits>(params, shared, first_row, 4 * first_chunk, pitch);
+        __syncthreads();
+        const float* absmax = &shared.absmax[lane / 4 * pitch + 4 * warp + lane % 4];
+        const int end = min(first_chunk + Traits::kSpan, chunks);
+        int slot = 0;
+        for (int chunk = first_chunk + warp; chunk - warp < end; chunk += kWarps, slot ^= 1, absmax += 4 * kWarps) {
+            tile.make_planes_of_chunk(params.codebook, absmax, pitch);
+            unroll<4>([&](auto quarter) {
+                constexpr int kQuarter = decltype(quarter)::value;
+                // At quarter 1 the next chunk's codes were asked for last, and may take until quarter 2.
+                wait_for_copies<kQuarter == 1 ? 1 : 0>();
+                __syncwarp();
+                if constexpr (kQuarter == 3) tile.look_for_blocks(chunk + kWarps);
+                tile.template copy_x<(kQuarter + 1) % 4>(kQuarter == 3 ? chunk + kWarps : chunk);
+                commit_copies();
+                if constexpr (kQuarter == 0) {
+                    tile.copy_codes(chunk + kWarps, slot ^ 1);
+                    commit_copies();
+                }
+                if constexpr (kQuarter % 2 == 0) tile.load_codes(slot, kQuarter / 2);
+                tile.template multiply_quarter<kQuarter>();
+            });
+        }
+    }
+
+    // reduce, in the order of the warps
+    wait_for_copies<0>();
+    __syncthreads();
+#pragma unroll
+    for (int row_tile = 0; row_tile < Traits::kRowTiles; ++row_tile)
+#pragma unroll
+        for (int tile_index = 0; tile_index < Traits::kTokenTiles; ++tile_index)
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                const int row = 16 * row_tile + lane / 4 + i / 2 * 8;
+                const int token = 8 * tile_index + lane % 4 * 2 + i % 2;
+                shared.sums[warp][token * Traits::kSumPitch + row] = tile.sums[row_tile][tile_index][i];
+            }
+    __syncthreads();
+
+    // store
+#pragma unroll
+    for (int i = 0; i < Traits::kOutputs; ++i) {
+        int row, token;
+        locate_output<Traits>(i, row, token);
+        if (token >= operands.m || first_row + row >= params.outputs) continue;
+        float sum = 0;
+#pragma unroll
+        for (int w = 0; w < kWarps; ++w) sum += shared.sums[w][token * Traits::kSumPitch + row];
+        store_element(operands.out, token, first_row + row, sum + outputs[i]);
+    }
+#endif
+}
+
+}  // namespace peft_kernels::cuda

@@ -1,0 +1,133 @@
+// The instances of the base products' kernels and their launch.
+//
+//                      tokens of a tile
+//   G0 (decode)        8, 16, 32
+//   G1                 64, 128, 256
+//   G1 transposed      64, 128            each for __nv_bfloat16 and __half
+#include <cuda_runtime.h>
+
+#include "common/cuda_device.h"
+#include "lora_linear/lora_linear_decode_kernel.cuh"
+#include "lora_linear/lora_linear_gemm.h"
+#include "lora_linear/lora_linear_gemm_kernel.cuh"
+#include "lora_linear/lora_linear_gemm_plan.h"
+#include "nf4/nf4_codebook.h"
+
+namespace peft_kernels::cuda {
+namespace {
+
+struct Problem {
+    int64_t outputs, reduction;
+    LoraLinearGemmPlan plan;
+};
+
+Problem plan_of(const LoraLinearGemmParams& params, const DeviceProperties& device) {
+    Problem problem{params.weight->n, params.weight->k, {}};
+    if (params.transposed) problem = {params.weight->k, params.weight->n, {}};
+    problem.plan = plan_lora_linear_gemm(params.m, problem.outputs, problem.reduction, params.transposed, device);
+    return problem;
+}
+
+// Two counters for each tile, to a multiple of 16 bytes.
+int64_t bytes_of_arrivals(const LoraLinearGemmPlan& plan) {
+    return plan.splits > 1 ? ceil_divide(plan.tiles, 2) * 16 : 0;
+}
+
+template <class Kernel>
+int launch_kernel(Kernel kernel, uint32_t grid, int threads, int shared_bytes, const LoraLinearGemmKernelParams& params,
+                  cudaStream_t stream) {
+    const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
+    if (error != cudaSuccess) return error;
+    kernel<<<grid, threads, shared_bytes, stream>>>(params);
+    return cudaGetLastError();
+}
+
+template <class T, int kTokens>
+int launch_decode(const LoraLinearGemmKernelParams& params, const LoraLinearGemmPlan& plan, cudaStream_t stream) {
+    using Traits = DecodeTraits<T, kTokens>;
+    return launch_kernel(lora_linear_decode_kernel<Traits>, static_cast<uint32_t>(plan.tiles), Traits::kThreads,
+                         Traits::shared_bytes(params.reduction), params, stream);
+}
+
+template <class T, int kTileM, bool kTransposed>
+int launch_gemm(const LoraLinearGemmKernelParams& params, const LoraLinearGemmPlan& plan, cudaStream_t stream) {
+    using Traits = GemmTraits<T, kTileM, kTransposed>;
+    if (plan.splits > 1) {
+        const cudaError_t error = cudaMemsetAsync(params.arrivals, 0, bytes_of_arrivals(plan), stream);
+        if (error != cudaSuccess) return error;
+    }
+    return launch_kernel(lora_linear_gemm_kernel<Traits>, static_cast<uint32_t>(plan.tiles * plan.splits),
+                         Traits::kThreads, sizeof(typename Traits::Shared), params, stream);
+}
+
+template <class T>
+int launch(const LoraLinearGemmKernelParams& params, const LoraLinearGemmPlan& plan, cudaStream_t stream) {
+    if (params.operands.transposed) {
+        if (plan.tile_m == 64) return launch_gemm<T, 64, true>(params, plan, stream);
+        return launch_gemm<T, 128, true>(params, plan, stream);
+    }
+    switch (plan.tile_m) {
+        case 8: return launch_decode<T, 8>(params, plan, stream);
+        case 16: return launch_decode<T, 16>(params, plan, stream);
+        case 32: return launch_decode<T, 32>(params, plan, stream);
+        case 64: return launch_gemm<T, 64, false>(params, plan, stream);
+        case 128: return launch_gemm<T, 128, false>(params, plan, stream);
+        default: return launch_gemm<T, 256, false>(params, plan, stream);
+    }
+}
+
+}  // namespace
+
+const char* lora_linear_gemm_refusal(const LoraLinearGemmParams& params) {
+    const auto aligned = [](const void* pointer) { return reinterpret_cast<uint64_t>(pointer) % 16 == 0; };
+    const Nf4Weight& weight = *params.weight;
+    DeviceProperties device{};
+    if (query_device(device) != cudaSuccess || device.compute_capability < 80)
+        return "the device is older than sm_80: it has no cp.async and no products of bf16";
+    if (params.x.dtype == DType::kFloat32) return "x is fp32";
+    if (weight.dtype != params.x.dtype && weight.dtype != DType::kFloat32)
+        return "the weight is rounded to another 16-bit dtype than x's first";
+    if (weight.log2_blocksize < 6) return "a block has fewer than 64 elements, of which a thread has a table";
+    if (weight.k % 64 != 0) return "K is no multiple of 64: blocks would begin within a thread's elements";
+    if (!aligned(weight.codes)) return "the codes do not begin at a multiple of 16 bytes";
+    if (params.transposed && weight.n % 8 != 0) return "N is no multiple of 8: dy would end within 16 bytes";
+    if (weight.n >= INT32_MAX / 64 || weight.k >= INT32_MAX / 64)
+        return "N or K is too large for 32-bit indices of a tile";
+    if (!aligned(params.x.data) || params.x.stride % 8 != 0) return "x's rows do not begin at multiples of 16 bytes";
+    if (params.num_terms > LoraLinearGemmParams::kMaxTerms) return "there are more than 4 adapters";
+    return nullptr;
+}
+
+int64_t lora_linear_gemm_workspace(const LoraLinearGemmParams& params) {
+    DeviceProperties device{};
+    if (query_device(device) != cudaSuccess) return 0;  // the launch will tell
+    const LoraLinearGemmPlan plan = plan_of(params, device).plan;
+    if (plan.splits == 1) return 0;
+    return bytes_of_arrivals(plan) +
+           plan.tiles * plan.splits * plan.tile_m * kTileN * static_cast<int64_t>(sizeof(float));
+}
+
+int lora_linear_gemm(const LoraLinearGemmParams& params, void* stream_handle) {
+    DeviceProperties device{};
+    if (const int error = query_device(device)) return error;
+    const Problem problem = plan_of(params, device);
+    LoraLinearGemmKernelParams kernel_params{};
+    kernel_params.operands = params;
+    kernel_params.weight = *params.weight;
+    for (int code = 0; code < 16; ++code) kernel_params.codebook[code] = codebook(params.weight->quant_type)[code];
+    kernel_params.outputs = problem.outputs;
+    kernel_params.reduction = problem.reduction;
+    kernel_params.tiles_m = ceil_divide(params.m, problem.plan.tile_m);
+    kernel_params.steps = static_cast<int32_t>(ceil_divide(problem.reduction, kTileStep));
+    kernel_params.splits = problem.plan.splits;
+    kernel_params.split_steps = static_cast<int32_t>(problem.plan.split_steps);
+    kernel_params.arrivals = static_cast<uint32_t*>(params.workspace);
+    kernel_params.partial_sums =
+        reinterpret_cast<float*>(static_cast<char*>(params.workspace) + bytes_of_arrivals(problem.plan));
+
+    const cudaStream_t stream = static_cast<cudaStream_t>(stream_handle);
+    if (params.x.dtype == DType::kBFloat16) return launch<__nv_bfloat16>(kernel_params, problem.plan, stream);
+    return launch<__half>(kernel_params, problem.plan, stream);
+}
+
+}  // namespace peft_kernels::cuda

@@ -1,0 +1,56 @@
+// The base products of lora_linear on a GPU, with everything that is added to them:
+//
+//   forward:     out [m, n] = x [m, k] · Wᵀ + bias + add + Σᵢ scalingᵢ · sᵢ · lora_Bᵢᵀ
+//   transposed:  out [m, k] = x [m, n] · W         + add + Σᵢ scalingᵢ · sᵢ · lora_Aᵢ
+//
+// where x is the activation, or the gradient of y, and sᵢ is dropout(x) Aᵢᵀ, or that gradient times lora_Bᵢ. The weight
+// stays in 4 bits in memory; its elements are those that nf4_dequantize would write, bit for bit. Sums are in fp32, in
+// an order that the shape and the device decide; out is rounded once.
+// Plain data only: no torch, no CUDA headers.
+#pragma once
+
+#include <cstdint>
+
+#include "common/dtype.h"
+#include "nf4/nf4.h"
+
+namespace peft_kernels {
+
+// scaling · s · factorᵀ (forward), or scaling · s · factor (transposed).
+struct LoraTerm {
+    ConstMatrix factor;  // forward: lora_B [n, rank]; transposed: lora_A [rank, k]; fp32, bf16 or fp16
+    int64_t rank;
+    float scaling;
+};
+
+struct LoraLinearGemmParams {
+    static constexpr int kMaxTerms = 4;
+
+    const Nf4Weight* weight;  // [n, k]
+    bool transposed;
+    int64_t m;
+    ConstMatrix x;     // [m, k], transposed [m, n]; bf16 or fp16
+    ConstMatrix bias;  // forward: [1, n]; fp32, bf16 or fp16; data may be null
+    ConstMatrix add;   // [m, n], transposed [m, k]; of out's dtype; data may be null, and may be out's
+    ConstMatrix s;     // [m, Σ rankᵢ] fp32: the terms' s side by side; data may be null when there is no term
+    LoraTerm terms[kMaxTerms];
+    int32_t num_terms;
+    Matrix out;       // [m, n], transposed [m, k]; fp32, bf16 or fp16
+    void* workspace;  // lora_linear_gemm_workspace bytes, aligned to 16; may be null when that is 0
+};
+
+namespace cuda {
+
+// Why no kernel takes these operands on the current device, for a printed plan; null if one does. The caller then
+// dequantises the weight. It looks at shapes, dtypes, strides, addresses and the device.
+const char* lora_linear_gemm_refusal(const LoraLinearGemmParams& params);
+
+// Bytes of scratch memory that the launch wants, for partial sums over the reduction. Its contents do not matter.
+int64_t lora_linear_gemm_workspace(const LoraLinearGemmParams& params);
+
+// Enqueues one kernel, and where partial sums are needed a memset before it, on `stream` (a cudaStream_t) of the
+// current device. Returns a cudaError_t. The operands must not be refused; m, n and k must not be 0.
+int lora_linear_gemm(const LoraLinearGemmParams& params, void* stream);
+
+}  // namespace cuda
+}  // namespace peft_kernels

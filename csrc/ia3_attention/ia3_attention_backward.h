@@ -71,7 +71,9 @@ public:
         Arena counting(nullptr);
         Scratch{counting, *this, 0};
         const int64_t scratch_bytes = counting.used();
-        char* scratches = arena_.take<char>(scratch_bytes * p_.threads);
+        const int64_t tasks = p_.kv_heads * plan_.batch_parts * plan_.key_splits;
+        const int64_t add_tasks = plan_.key_splits > 1 && wants_q_ ? p_.batch * p_.heads : 0;
+        char* scratches = arena_.take<char>(scratch_bytes * min_of<int64_t>(p_.threads, max_of(tasks, add_tasks)));
         const auto take = [&](bool wanted, int64_t count) { return wanted ? arena_.take<float>(count) : nullptr; };
         // Sums of the scales' gradients, by what was added up in one order: [slot][head][dim].
         const int64_t sums = slots_ * p_.heads * dim_;
@@ -93,18 +95,17 @@ public:
             return;
         }
         memset(cleared, 0, cleared_end - cleared);
-        parallel_for_each(p_.kv_heads * plan_.batch_parts * plan_.key_splits, [&](int64_t task, int worker) {
+        parallel_for_each(tasks, [&](int64_t task, int worker) {
             Arena own(scratches + worker * scratch_bytes);
             const int64_t split = task % plan_.key_splits, kv_head = task / plan_.key_splits % p_.kv_heads;
             Scratch scratch(own, *this, split * split_keys_);
             [[maybe_unused]] const typename Products::Unit unit;
             differentiate(task / plan_.key_splits / p_.kv_heads, kv_head, split, scratch);
         });
-        if (plan_.key_splits > 1 && wants_q_)
-            parallel_for_each(p_.batch * p_.heads, [&](int64_t task, int worker) {
-                Arena own(scratches + worker * scratch_bytes);
-                add_splits(task / p_.heads, task % p_.heads, Scratch(own, *this, 0));
-            });
+        parallel_for_each(add_tasks, [&](int64_t task, int worker) {
+            Arena own(scratches + worker * scratch_bytes);
+            add_splits(task / p_.heads, task % p_.heads, Scratch(own, *this, 0));
+        });
         add_slots();
     }
 

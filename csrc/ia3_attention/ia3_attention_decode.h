@@ -26,7 +26,7 @@ public:
         Arena counting(nullptr);
         Scratch{counting, *this};
         const int64_t bytes = counting.used();
-        char* scratches = arena_.take<char>(bytes * p_.threads);
+        char* scratches = arena_.take<char>(bytes * min_of<int64_t>(p_.threads, heads * parts_));
         // Of the prefix, then of each part of the keys: [head][1 + parts][row].
         sums_ = arena_.take<float>(heads * (1 + parts_) * rows_ * dim_);
         max_ = arena_.take<float>(heads * (1 + parts_) * rows_);

@@ -132,13 +132,14 @@ public:
         Arena counting(nullptr);
         Scratch{counting, *this};
         const int64_t bytes = counting.used();
-        char* scratches = arena_.take<char>(bytes * p_.threads);
+        const int64_t sets = p_.kv_heads / plan_.heads, units = blocks_ * plan_.heads * problem_.group;
+        const int64_t tasks = p_.batch * sets * plan_.parts;
+        char* scratches = arena_.take<char>(bytes * min_of<int64_t>(p_.threads, tasks));
         if (!p_.workspace) {
             *p_.workspace_bytes = arena_.used();
             return;
         }
-        const int64_t sets = p_.kv_heads / plan_.heads, units = blocks_ * plan_.heads * problem_.group;
-        parallel_for_each(p_.batch * sets * plan_.parts, [&](int64_t task, int worker) {
+        parallel_for_each(tasks, [&](int64_t task, int worker) {
             Arena arena(scratches + worker * bytes);
             Scratch scratch(arena, *this);
             [[maybe_unused]] const typename Products::Unit unit;

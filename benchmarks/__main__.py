@@ -11,6 +11,7 @@ BENCHMARKS = {
     "demo": "fine-tune a small language model, stock and accelerated, and compare",
     "lora_linear": "LoRA on a 4-bit linear layer: forward, backward and memory",
     "nf4": "quantise and dequantise",
+    "roofline": "a model of the CUDA kernels' times on several cards, from counts; nothing is measured",
     "model": "a small language model: training step, prefill, decoding, and where the time goes",
 }
 EMULATED = "--emulated"  # instead of a name or beside it

@@ -40,14 +40,16 @@ def test_default_path(monkeypatch, tmp_path):
     assert tuned.path() == tmp_path / "peft_kernels" / "tuned.json"
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"lora_linear": {"A": 3}}', '{"lora_linear": {"A": {"forward": 3}}}'])
+@pytest.mark.parametrize(
+    "text", ["", "[]", "{}", '{"lora_linear": {"A": 3}}', '{"lora_linear": {"A": {"forward": 3}}}']
+)
 def test_bad_file(monkeypatch, text):
     tuned.path().parent.mkdir()
     tuned.path().write_text(text)
-    with pytest.raises(ValueError, match="tuned.json: got no crossovers of devices, wanted what peft_kernels.tune"):
+    with pytest.raises(ValueError, match=r"tuned\.json: got no crossovers of devices, wanted what peft_k"):
         tuned.load()
     monkeypatch.setitem(_extension.build_info, "cuda", True)
-    with pytest.warns(UserWarning, match="tuned.json.*its thresholds are not used"):
+    with pytest.warns(UserWarning, match=r"tuned\.json.*its thresholds are not used"):
         tuned.apply()
     tuned.save("Card A", ENTRY)
     assert json.loads(tuned.path().read_text()) == {"lora_linear": {"Card A": ENTRY}}

@@ -88,8 +88,10 @@ class Shape:
     rank: int = 16
 
     def counted(self) -> Shape:
-        """The part of it that is run in the emulator."""
-        return Shape(min(self.m, 256), min(self.n, 512), min(self.k, 512), self.rank)
+        """The part of it that is run in the emulator: large enough that what a CTA does once weighs little."""
+        if self.m <= 32:
+            return Shape(self.m, min(self.n, 128), min(self.k, 4096), self.rank)
+        return Shape(min(self.m, 1024), min(self.n, 512), min(self.k, 512), self.rank)
 
 
 def count(shape: Shape, card: str, backward: bool, dropout: float = 0.0) -> list[Counts]:

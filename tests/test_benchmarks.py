@@ -463,7 +463,7 @@ def test_ia3_linear_checks():
 
 
 @pytest.mark.parametrize("method", ["ia3", "prefix"])
-def test_model_with_other_methods(tiny_model, method):  # noqa: F811
+def test_model_with_other_methods(tiny_model, method):
     case = model.Case("train", 1, 8, method=method)
     found, _ = model.run(case, tiny_model, [STOCK], [cpu.isa()], 0.0, least=1)
     assert [r.contender for r in found] == [FUSED, STOCK] and str(case) == f"train 1x8 {method}"

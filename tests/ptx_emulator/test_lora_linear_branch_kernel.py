@@ -117,7 +117,7 @@ def test_new_seeds_need_no_new_launch_parameters(emulated):
 
 
 def test_panels(emulated):
-    """A weight of more than half of the L2 is dequantised in panels; this one has rows that the fused product refuses."""
+    """A weight of more than half of the L2 is dequantised in panels. Rows of 1090 are not for the fused product."""
     case = make_case(40, 1537, 1090, (4,), torch.bfloat16, base="nested", bias=False)
     emulated()
     with ptx_emulator.profile("sm_86"):  # 6 MB of L2: 3.3 MB are two panels

@@ -361,19 +361,20 @@ __device__ inline void expand(const ExpandParams& params, int64_t cta, char* sha
             stage_columns(group, column0);
             __syncthreads();
             if (warp_row >= branch.m) continue;
+            SplitSum sums[Output::kGroups][Output::kTiles];
+            outer<T, kRanks>(row_factor, column_factor, sums);
             const bool drops = params.transposed && group.drops();
             const uint64_t seed = drops ? static_cast<uint64_t>(*group.adapter.seed) : 0;
 #pragma unroll
-            for (int i = 0; i < Output::kGroups; ++i) {
-                SplitSum sums[Output::kTiles];
-                outer<T, kRanks>(row_factor, column_factor, i, sums);
+            for (int half = 0; half < 2; ++half)
 #pragma unroll
-                for (int half = 0; half < 2; ++half) {
+                for (int i = 0; i < Output::kGroups; ++i) {
                     const auto add_kept = [&](auto kept) {
 #pragma unroll
                         for (int j = 0; j < Output::kVector; ++j)
                             if (kept(j))
-                                totals[half][i][j] += sums[j / 2].template value<Output::kFirstOnly>(2 * half + j % 2);
+                                totals[half][i][j] +=
+                                    sums[i][j / 2].template value<Output::kFirstOnly>(2 * half + j % 2);
                     };
                     if (!drops) {
                         add_kept([](int) { return true; });
@@ -386,7 +387,6 @@ __device__ inline void expand(const ExpandParams& params, int64_t cta, char* sha
                         column % 8;
                     add_kept([&](int j) { return kept >> j & 1; });
                 }
-            }
         }
         if (warp_row >= branch.m) continue;
 #pragma unroll

@@ -379,27 +379,30 @@ struct OutputTile {
     }
 };
 
-// sums[tile] [16 rows of the warp, 8 columns] += Q · P for one group of columns. Q: SplitTile<128, ranks / 2>,
-// P: SplitTile<64, ranks / 2>.
+// sums[group][tile] [16 rows of the warp, 8 columns] = Q · P. Q: SplitTile<128, ranks / 2>, P: SplitTile<64, ranks / 2>.
 template <class T, int kRanks>
-__device__ inline void outer(char* q, char* p, int group, SplitSum (&sums)[OutputTile<T>::kTiles]) {
+__device__ inline void outer(char* q, char* p, SplitSum (&sums)[OutputTile<T>::kGroups][OutputTile<T>::kTiles]) {
     using Output = OutputTile<T>;
     const int lane = threadIdx.x % 32, row = threadIdx.x / 32 * 16 + lane / 4;
-    const typename SplitTile<kBranchRows, kRanks / 2>::Reader rows(q, row);
 #pragma unroll
     for (int step = 0; step < kRanks / 8; ++step) {
+        const int pair = 4 * step + lane % 4;
         float a[4], rest[4];
-        left_operand(rows.load(step, 0), rows.load(step, 8), a, rest);
+        left_operand(SplitTile<kBranchRows, kRanks / 2>::load(q, row, pair),
+                     SplitTile<kBranchRows, kRanks / 2>::load(q, row + 8, pair), a, rest);
 #pragma unroll
-        for (int tile = 0; tile < Output::kTiles; ++tile) {
-            const SplitPair b = SplitTile<kExpandColumns, kRanks / 2>::load(p, Output::factor_column(group, tile, lane),
-                                                                            4 * step + lane % 4);
-            multiply_tf32(sums[tile].main, a, b.first, b.second);
-            if constexpr (!Output::kFirstOnly) {
-                multiply_tf32(sums[tile].rest, a, b.first_rest, b.second_rest);
-                multiply_tf32(sums[tile].rest, rest, b.first, b.second);
+        for (int group = 0; group < Output::kGroups; ++group)
+#pragma unroll
+            for (int tile = 0; tile < Output::kTiles; ++tile) {
+                const SplitPair b =
+                    SplitTile<kExpandColumns, kRanks / 2>::load(p, Output::factor_column(group, tile, lane), pair);
+                SplitSum& sum = sums[group][tile];
+                multiply_tf32(sum.main, a, b.first, b.second);
+                if constexpr (!Output::kFirstOnly) {
+                    multiply_tf32(sum.rest, a, b.first_rest, b.second_rest);
+                    multiply_tf32(sum.rest, rest, b.first, b.second);
+                }
             }
-        }
     }
 }
 

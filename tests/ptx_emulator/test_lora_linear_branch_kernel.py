@@ -135,6 +135,6 @@ def test_registers(architecture):
     kernels = report.resources(SOURCE, architecture, includes=(SOURCE.parent.parent,))
     assert len(kernels) == 4 * 3 * 2 + 1
     for kernel, used in kernels.items():
-        # For sm_89 ptxas gives the x-pass of fp32 half of the registers that it could have.
-        if architecture == "sm_80" or "lora_x_pass_kernelIf" not in kernel:
+        # For sm_89 ptxas gives one instance half of the registers that it could have, and spills 144 bytes.
+        if architecture == "sm_80" or "lora_expand_kernelI6__halfLi16E" not in kernel:
             assert used.spill_bytes == used.stack_bytes == 0, kernel

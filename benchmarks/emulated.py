@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 
 from benchmarks.options import expression, names
-from peft_kernels.ops import quantize_4bit
+from peft_kernels.ops import lora_linear, quantize_4bit
 
 ROOT = Path(__file__).parent.parent
 sys.path.append(str(ROOT / "tests"))
@@ -49,6 +49,22 @@ def quantize(shape: tuple[int, int], dtype: str, blocksize: int) -> Case:
     return Case("nf4", f"quantise {shape[0]}x{shape[1]} {dtype} by {blocksize}", prepare)
 
 
+def layer(rows: int, n: int, k: int, rank: int = 16, training: bool = False, dropout: float = 0.0) -> Case:
+    """A 4-bit layer with one adapter in fp32, on bf16: its forward, or its forward and backward."""
+
+    def run() -> None:
+        torch.manual_seed(0)
+        weight = quantize_4bit(torch.randn(n, k, dtype=torch.bfloat16), double_quant=True)
+        a, b = torch.randn(rank, k).requires_grad_(training), torch.randn(n, rank).requires_grad_(training)
+        x = torch.randn(rows, k, dtype=torch.bfloat16).requires_grad_(training)
+        y = lora_linear(x, weight, None, [a], [b], [1.0], [dropout] if dropout else [])
+        if training:
+            y.backward(torch.ones_like(y))
+
+    extras = f" dropout {dropout:g}" if dropout else ""
+    return Case("lora_linear", f"{'train' if training else 'eval'} M={rows} {n}x{k} r{rank}{extras}", run)
+
+
 CASES = (
     quantize((576, 576), "bfloat16", 64),
     quantize((576, 576), "float32", 4096),
@@ -57,6 +73,10 @@ CASES = (
     dequantize((1536, 576), "bfloat16", nested=True),
     dequantize((576, 576), "float32"),
     dequantize((33, 517), "float16"),
+    layer(1, 512, 1024),
+    layer(32, 512, 1024),
+    layer(128, 512, 1024),
+    layer(1024, 256, 512, training=True, dropout=0.05),
 )
 
 
@@ -87,7 +107,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(f"python -m benchmarks --emulated: {reason}")
     for card in given.card:
         for family in dict.fromkeys(case.family for case in cases):
-            used = report.resources(ROOT / f"csrc/{family}/{family}.cu", card, (ROOT / "csrc",))
+            used = {}
+            for source in sorted((ROOT / "csrc" / family).glob("*.cu")):
+                used |= report.resources(source, card, (ROOT / "csrc",))
             chosen = [case for case in cases if case.family == family]
             print(f"\n{family} on {card}\n")
             print(report.table([column for case in chosen for column in columns(case, card, used)]))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -73,14 +73,20 @@ class Problem:
     make: dict[str, Callable[[], Layer]]
 
 
-def make_problem(case: Case) -> Problem:
+def make_problem(case: Case, device: str = "cpu") -> Problem:
+    """Its tensors, and those of its layers, are on the device."""
+    with torch.device(device):
+        return _make_problem(case, device)
+
+
+def _make_problem(case: Case, device: str) -> Problem:
     n, k = case.shape
     torch.manual_seed(0)
     linear = bnb.nn.Linear4bit(k, n, bias=False, compute_dtype=torch.bfloat16, quant_type="nf4")
     linear.weight = bnb.nn.Params4bit(
         (torch.randn(n, k) / k**0.5).bfloat16(), requires_grad=False, quant_type="nf4", compress_statistics=True
     )
-    linear = linear.to("cpu")  # quantises it
+    linear = linear.to(device)  # quantises it
     weight = NF4Weight.from_params4bit(copy.deepcopy(linear.weight))
     lora_A, lora_B = torch.randn(RANK, k) / k**0.5, torch.randn(n, RANK) / RANK**0.5
 
@@ -133,15 +139,16 @@ def make_problem(case: Case) -> Problem:
 
 def make_contender(problem: Problem, name: str, layer: Layer, isa: str = "") -> Contender:
     """Calls of a layer in the mode of the case."""
-    case = problem.case
+    case, device = problem.case, problem.x.device.type
 
     def forward(x: Tensor) -> Tensor:
-        with torch.autocast("cpu", torch.bfloat16) if case.autocast else nullcontext():
+        with torch.autocast(problem.x.device.type, torch.bfloat16) if case.autocast else nullcontext():
             return layer(x)
 
     if not case.training:
         call = partial(forward if case.autocast else layer, problem.x)
-        return Contender(name, {"forward": call}, isa=isa, repeat=case.repeat, grad=False)
+        repeat = case.repeat if device == "cpu" else max(case.repeat, 20)  # calls for each wait
+        return Contender(name, {"forward": call}, isa=isa, repeat=repeat, grad=False, device=device)
     x = problem.x.detach().requires_grad_()
     results = []
 
@@ -153,7 +160,21 @@ def make_contender(problem: Problem, name: str, layer: Layer, isa: str = "") -> 
         "forward": lambda: results.append(forward(x)),
         "backward": lambda: results.pop().backward(problem.grad_y),
     }
-    return Contender(name, phases, reset, isa)
+    return Contender(name, phases, reset, isa, device=device)
+
+
+def in_graph(contender: Contender) -> Contender:
+    """The same calls in a CUDA graph: without the host's time, which is most of it where rows are few."""
+    (call,) = contender.phases.values()
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.no_grad(), torch.cuda.stream(stream):
+        call()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.no_grad(), torch.cuda.graph(graph):
+        call()
+    return replace(contender, name=f"{contender.name}, in a graph", phases={"forward": graph.replay})
 
 
 def stored_bytes(weight: NF4Weight) -> int:
@@ -164,7 +185,7 @@ def stored_bytes(weight: NF4Weight) -> int:
 def saved_by(problem: Problem, layer: nn.Module) -> int:
     """Bytes that a forward keeps for its backward; x itself counts, for it would be freed otherwise."""
     x = problem.x.detach().requires_grad_()
-    with torch.autocast("cpu", torch.bfloat16) if problem.case.autocast else nullcontext():
+    with torch.autocast(x.device.type, torch.bfloat16) if problem.case.autocast else nullcontext():
         return saved_bytes(layer, lambda: layer(x))
 
 
@@ -195,10 +216,10 @@ def actual(problem: Problem, layer: nn.Module) -> tuple[dict[str, Tensor], Tenso
     case = problem.case
     x = problem.x.detach().requires_grad_(case.training)
     torch.manual_seed(1)
-    with torch.autocast("cpu", torch.bfloat16) if case.autocast else nullcontext():
+    with torch.autocast(problem.x.device.type, torch.bfloat16) if case.autocast else nullcontext():
         y = layer(x)
     torch.manual_seed(1)
-    seeds = torch.randint(torch.iinfo(torch.int64).max, (1,))
+    seeds = torch.randint(torch.iinfo(torch.int64).max, (1,), device=x.device)
     if not case.training:
         return {"y": y.detach()}, seeds
     y.backward(problem.grad_y)

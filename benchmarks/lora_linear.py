@@ -23,6 +23,7 @@ from benchmarks.lora_layers import (
     RANK,
     STOCK,
     check,
+    in_graph,
     make_contender,
     make_problem,
     saved_by,
@@ -129,10 +130,17 @@ def work(case: Case, phase: str, weight_bytes: int, lora: bool) -> tuple[int, in
     return size, 2 * m * (n * k + 2 * adapter)
 
 
-def run(case: Case, vs: Sequence[str], isas: Sequence[str], seconds: float, say: Callable[[str], None]) -> list[Record]:
+def run(
+    case: Case,
+    vs: Sequence[str],
+    isas: Sequence[str],
+    seconds: float,
+    say: Callable[[str], None],
+    device: str = "cpu",
+) -> list[Record]:
     """Checks and then times a case."""
     torch.compiler.reset()  # past a number of compiled layers torch would silently stop compiling
-    problem = make_problem(case)
+    problem = make_problem(case, device)
     layer = problem.make[FUSED]()
     errors = check(problem, layer, isas)
     names = [OWN_BASE, *(name for group in vs for name in BASELINES[group])]
@@ -142,26 +150,29 @@ def run(case: Case, vs: Sequence[str], isas: Sequence[str], seconds: float, say:
     others = [make_contender(problem, name, layers[name], isas[0]) for name in names]
     contenders = [make_contender(problem, FUSED, layer, isa) for isa in isas]
     contenders += timing.runnable(others, BASELINES["compiled"], say)
+    if device == "cuda" and not case.training and case.rows <= 32:
+        contenders += [in_graph(contender) for contender in contenders if contender.name in (FUSED, STOCK, DENSE)]
     samples = timing.interleaved(contenders, seconds)
 
     dense_bytes, nf4_bytes = 2 * case.shape[0] * case.shape[1], stored_bytes(problem.weight)
     records = []
     for contender, taken in zip(contenders, samples, strict=True):
         name = contender.name
-        fused = name == FUSED
+        name = name.removesuffix(", in a graph")
+        fused = contender.name == FUSED
         dense, lora = name in (DENSE, DENSE_LORA, COMPILED_DENSE), name not in (DENSE, DEQUANTIZE, OWN_BASE)
         peak = saved = None
         if case.repeat == 1:
-            peak = timing.peak_memory(contender.run)
+            peak = timing.peak_memory(contender.run, device)
         if case.training and not name.startswith("compiled"):
             saved = saved_by(problem, layer if fused else layers[name])
         for phase, values in taken.items():
             size, flops = work(case, phase, dense_bytes if dense else nf4_bytes, lora)
             records.append(
                 Record(
-                    str(case), phase, name, contender.isa if fused else "", values, size, flops,
+                    str(case), phase, contender.name, contender.isa if fused else "", values, size, flops,
                     errors[contender.isa] if fused else None, peak, saved,
-                    wanted=case.targets(phase, contender.isa) if fused else (),
+                    wanted=case.targets(phase, contender.isa) if fused and device == "cpu" else (),
                 )
             )  # fmt: skip
     return records
@@ -170,12 +181,14 @@ def run(case: Case, vs: Sequence[str], isas: Sequence[str], seconds: float, say:
 def main(arguments: Sequence[str] | None = None) -> None:
     console = make_console()
     chosen, cases = options.parse(
-        "lora_linear", __doc__.splitlines()[0], arguments, CASES, list(BASELINES), ["compiled"], console
-    )
+        "lora_linear", __doc__.splitlines()[0], arguments, CASES, list(BASELINES), ["compiled"], console,
+        devices=("cpu", "cuda"),
+    )  # fmt: skip
     results = Report.begin("lora_linear", chosen, console)
+    isas = chosen.isas if chosen.device == "cpu" else chosen.isas[:1]
     for case in cases:
         with console.status(str(case)):
-            records = run(case, chosen.vs, chosen.isas, chosen.seconds, console.print)
+            records = run(case, chosen.vs, isas, chosen.seconds, console.print, chosen.device)
         results.add(records)
     results.finish()
 

@@ -14,6 +14,7 @@ from rich.console import Console
 
 from benchmarks.demo import number
 from peft_kernels import cpu
+from peft_kernels._extension import build_info
 
 RESULTS = Path(__file__).parent / "results"
 # Every name that a build of the kernels may know. A processor need not have them all.
@@ -34,6 +35,7 @@ class Options:
             its own, unless ATEN_CPU_CAPABILITY and ONEDNN_MAX_CPU_ISA hold it to less.
         threads: of torch.
         output: a folder.
+        device: "cpu", or "cuda" for the current card.
     """
 
     quick: bool
@@ -42,6 +44,7 @@ class Options:
     isas: tuple[str, ...]
     threads: int
     output: Path
+    device: str = "cpu"
 
     @property
     def seconds(self) -> float:
@@ -77,6 +80,7 @@ def parse(
     baselines: Sequence[str],
     left_out: Sequence[str] = (),
     console: Console | None = None,
+    devices: Sequence[str] = ("cpu",),
 ) -> tuple[Options, list[Case]]:
     """Reads the command line, and sets torch's threads.
 
@@ -85,6 +89,7 @@ def parse(
         left_out: those of them that --quick leaves out, unless --vs names them.
         cases: everything that there is, by the names that --filter sees; a `large` one is not for --quick.
         console: where to say what is skipped.
+        devices: what the benchmark can run on, of cpu and cuda.
 
     Returns:
         The options, and the cases to be run.
@@ -99,7 +104,12 @@ def parse(
     add("--isa", type=names(known_isas), default=(cpu.isa(),), metavar="NAMES", help=f"of {','.join(known_isas)}")
     add("--threads", type=count, default=torch.get_num_threads(), metavar="N", help="of torch (%(default)s)")
     add("--output", type=Path, default=RESULTS, metavar="DIR", help="folder for the results (benchmarks/results)")
+    add("--device", choices=devices, default=devices[0], help=f"of {','.join(devices)} ({devices[0]})")
     given = parser.parse_args(arguments)
+    if given.device == "cuda" and not (torch.cuda.is_available() and build_info["cuda"]):
+        parser.error(
+            "argument --device: got 'cuda', wanted cpu: there is no CUDA device, or no build with CUDA kernels"
+        )
     vs = given.vs or tuple(name for name in baselines if not (given.quick and name in left_out))
     isas = tuple(isa for isa in given.isa if isa in cpu.isas())
     for isa in given.isa:
@@ -113,5 +123,5 @@ def parse(
         texts = ", ".join(f"'{case}'" for case in everything[:3])
         parser.error(f"argument --filter: got '{given.filter.pattern}', wanted one that some case matches: {texts}, …")
     torch.set_num_threads(given.threads)
-    options = Options(given.quick, given.filter, vs, isas, given.threads, given.output)
+    options = Options(given.quick, given.filter, vs, isas, given.threads, given.output, given.device)
     return options, chosen

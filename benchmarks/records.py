@@ -151,10 +151,10 @@ def rate(record: Record, roofline: Roofline) -> tuple[float, float, float]:
 # ---- Machine --------------------------------------------------------------------------------------------------------
 
 
-def describe_run() -> dict[str, str]:
+def describe_run(device: str = "cpu") -> dict[str, str]:
     """Machine, versions, commit and date."""
     return {
-        "machine": describe_machine("cpu"),
+        "machine": describe_machine(device),
         "torch_isa": torch_isa(),
         "versions": describe_versions(),
         "commit": commit(),

@@ -47,12 +47,14 @@ class Report:
         A quick run's files have names of their own, and never replace a thorough one's.
         """
         with console.status("Measuring the roofline"):
-            rooflines = {threads: measure_roofline(threads) for threads in sorted({1, options.threads})}
-        run = {"benchmark": benchmark, "threads": str(options.threads), **describe_run()}
+            counts = sorted({1, options.threads}) if options.device == "cpu" else [options.threads]
+            rooflines = {threads: measure_roofline(threads, device=options.device) for threads in counts}
+        run = {"benchmark": benchmark, "threads": str(options.threads), **describe_run(options.device)}
         run["roofline"] = "; ".join(map(str, rooflines.values()))
         console.print(f"{run['machine']}; {run['versions']}", *map(str, rooflines.values()), sep="\n", highlight=False)
         options.output.mkdir(parents=True, exist_ok=True)
-        path = options.output / (benchmark + ("-quick" if options.quick else ""))
+        device = "" if options.device == "cpu" else f"-{options.device}"
+        path = options.output / (benchmark + device + ("-quick" if options.quick else ""))
         return cls(path, options.threads, rooflines, run, console)
 
     @property

@@ -88,8 +88,11 @@ class Shape:
     rank: int = 16
 
     def counted(self) -> Shape:
-        """The part of it that is run in the emulator."""
-        return Shape(min(self.m, 256), min(self.n, 512), min(self.k, 512), self.rank)
+        """The part of it that is run in the emulator: large enough that what a CTA does once weighs little, and on the
+        same side of every card's crossover."""
+        if self.m <= 32:
+            return Shape(self.m, min(self.n, 128), min(self.k, 4096), self.rank)
+        return Shape(min(self.m, 1024), min(self.n, 512), min(self.k, 512), self.rank)
 
 
 def count(shape: Shape, card: str, backward: bool, dropout: float = 0.0) -> list[Counts]:
@@ -101,9 +104,6 @@ def count(shape: Shape, card: str, backward: bool, dropout: float = 0.0) -> list
     x = torch.randn(small.m, small.k, dtype=torch.bfloat16).requires_grad_()
     grad_y = torch.randn(small.m, small.n, dtype=torch.bfloat16)
     with ptx_emulator.profile(card), ops.emulated() as launches:
-        # The route is that of the full shape's rows.
-        rows = 0 if small.m < shape.m else 2**31
-        torch.ops.peft_kernels_emulated.lora_linear_set_crossover(card, rows, rows)
         y = lora_linear(x, weight, None, *adapters, (1.0,), (dropout,) if dropout else ())
         forward = launches()
         if backward:

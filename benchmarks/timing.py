@@ -22,6 +22,12 @@ def nothing() -> None:
     """What a contender does between its calls unless it has something to put back."""
 
 
+def wait_for(device: str) -> None:
+    """Until the work that the device was given is done; a CPU does it at once."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
 @dataclass(frozen=True)
 class Contender:
     """One of the things that are timed against each other.
@@ -33,6 +39,7 @@ class Contender:
         isa: the instruction set of this package's kernels meanwhile; the one in use if empty.
         repeat: calls of each phase that make one sample; for calls of a few microseconds.
         grad: whether autograd is on.
+        device: where it runs; the host waits for a "cuda" before it reads the clock.
     """
 
     name: str
@@ -41,6 +48,7 @@ class Contender:
     isa: str = ""
     repeat: int = 1
     grad: bool = True
+    device: str = "cpu"
 
     def run(self) -> Samples:
         """Calls everything once, and returns the seconds for each phase."""
@@ -49,9 +57,11 @@ class Contender:
         # Entered once, not in each call, where it would add microseconds.
         with kernels, torch.set_grad_enabled(self.grad):
             for phase, call in self.phases.items():
+                wait_for(self.device)
                 begin = time.perf_counter()
                 for _ in range(self.repeat):
                     call()
+                wait_for(self.device)
                 seconds[phase] = (time.perf_counter() - begin) / self.repeat
             self.reset()
         return seconds
@@ -104,11 +114,19 @@ def interleaved(contenders: Sequence[Contender], seconds: float, least: int = 3,
 # ---- Memory ---------------------------------------------------------------------------------------------------------
 
 
-def peak_memory(call: Callable[[], object]) -> int | None:
+def peak_memory(call: Callable[[], object], device: str = "cpu") -> int | None:
     """Bytes by which the process's resident memory rises at most during a call, as Linux counts it; elsewhere None.
 
-    What malloc keeps for later is given back first: memory that is already there would not be seen to be used.
+    What malloc keeps for later is given back first: memory that is already there would not be seen to be used. On a
+    CUDA device it is what torch hands out of it.
     """
+    if device == "cuda":
+        wait_for(device)
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        call()
+        wait_for(device)
+        return torch.cuda.max_memory_allocated() - before
     gc.collect()
     try:
         ctypes.CDLL(None).malloc_trim(0)
@@ -130,11 +148,12 @@ def _status_bytes(field: str) -> int:
 
 @dataclass(frozen=True)
 class Roofline:
-    """The most that this machine was seen to do with so many threads."""
+    """The most that this machine was seen to do with so many threads, or that its CUDA device was."""
 
     threads: int
     bytes_per_second: float  # read from memory
     flops_per_second: float  # of torch's bf16 matrix product
+    device: str = "cpu"
 
     def seconds(self, size: float, flops: float) -> float:
         """The least time for work that moves `size` bytes and takes that many operations."""
@@ -142,29 +161,30 @@ class Roofline:
 
     def __str__(self) -> str:
         plural = "s" if self.threads > 1 else ""
-        return (
-            f"{self.threads} thread{plural}: {self.bytes_per_second / 1e9:.1f} GB/s read, "
-            f"{self.flops_per_second / 1e12:.3g} TFLOP/s bf16"
-        )
+        source = torch.cuda.get_device_name() if self.device == "cuda" else f"{self.threads} thread{plural}"
+        return f"{source}: {self.bytes_per_second / 1e9:.1f} GB/s read, {self.flops_per_second / 1e12:.3g} TFLOP/s bf16"
 
 
-def measure_roofline(threads: int, megabytes: int = 256, side: int = 2048) -> Roofline:
+def measure_roofline(threads: int, megabytes: int = 256, side: int = 2048, device: str = "cpu") -> Roofline:
     """Streams through more memory than caches hold, and multiplies matrices that caches hold; best of several.
 
     Reading is timed by more than one reduction, since which of them is limited by memory alone depends on the machine.
     """
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
+    if device == "cuda":
+        megabytes, side = 4 * megabytes, 4 * side  # for a card this is little
     try:
-        stream = torch.ones(megabytes << 18)
+        stream = torch.ones(megabytes << 18, device=device)
         left, right = stream.chunk(2)
-        read = min(_best(stream.sum), _best(stream.max), _best(lambda: torch.dot(left, right)))
-        a, b = torch.ones(side, side, dtype=torch.bfloat16), torch.ones(side, side, dtype=torch.bfloat16)
-        multiply = _best(lambda: F.linear(a, b))
+        reductions = (stream.sum, stream.max, lambda: torch.dot(left, right))
+        read = min(_best(reduction, device) for reduction in reductions)
+        a, b = (torch.ones(side, side, dtype=torch.bfloat16, device=device) for _ in range(2))
+        multiply = _best(lambda: F.linear(a, b), device)
     finally:
         torch.set_num_threads(before)
-    return Roofline(threads, stream.nbytes / read, 2 * side**3 / multiply)
+    return Roofline(threads, stream.nbytes / read, 2 * side**3 / multiply, device)
 
 
-def _best(call: Callable[[], object], rounds: int = 6) -> float:
-    return min(Contender("", {"": call}).run()[""] for _ in range(rounds))
+def _best(call: Callable[[], object], device: str, rounds: int = 6) -> float:
+    return min(Contender("", {"": call}, device=device).run()[""] for _ in range(rounds))

@@ -29,6 +29,7 @@ from benchmarks import (
     profiling,
     records,
     report,
+    roofline,
     timing,
 )
 from benchmarks.lora_layers import DENSE, DENSE_LORA, DEQUANTIZE, FUNCTION, OWN_BASE, STOCK
@@ -125,7 +126,7 @@ def test_every_benchmark_can_be_run_by_its_name(name, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("arguments", "wanted"),
     [
-        (["lora_layers", "--emulated"], "got the family 'lora_layers', wanted one with CUDA kernels: nf4"),
+        (["lora_layers", "--emulated"], "got the family 'lora_layers', wanted one with CUDA kernels: nf4, lora_linear"),
         (
             ["--emulated", "--filter", "no such case"],
             "argument --filter: got 'no such case', wanted one that some case",
@@ -150,6 +151,35 @@ def test_emulated_counters(monkeypatch, capsys):
     assert re.findall(r"^nf4 on (.*)$", text, re.MULTILINE) == ["sm_80", "sm_90"]
     assert len(re.findall(r"^\| spill bytes +\| 0 ", text, re.MULTILINE)) == 2
     assert "| 33x517 float16 " in text and "| nf4_dequantize_kernel " in text
+
+
+def test_roofline_is_a_model(capsys):
+    if reason := ptx_emulator.missing():
+        pytest.skip(reason)
+    roofline.main(["--rows", "8", "600", "--weight", "128", "128", "--card", "sm_80"])
+    text = capsys.readouterr().out
+    assert text.startswith("A MODEL, not a measurement")
+    assert re.findall(r"MODEL of A100.*, (\w+), (\d+) rows", text) == [
+        ("forward", "8"), ("backward", "8"), ("forward", "600"), ("backward", "600")
+    ]  # fmt: skip
+    assert "lora_linear_decode" in text and text.count("the product") == 2
+
+
+def test_roofline_of_one_resource():
+    card = roofline.CARDS["sm_80"]
+    counts = roofline.Counts("copy", dram=1.555e9, l2=3e9, mma=0, wavefronts=0, instructions=1e6)
+    assert max(card.limits(counts).values()) == card.limits(counts)["dram"] == pytest.approx(1e-3)
+    assert roofline.predict([counts], card) == pytest.approx(1e-3 + roofline.LAUNCH_SECONDS)
+
+
+def test_device_without_a_card(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit):
+        lora_linear.main(["--device", "cuda"])
+    assert "argument --device: got 'cuda', wanted cpu: there is no CUDA device" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        nf4.main(["--device", "cuda"])
+    assert "argument --device" in capsys.readouterr().err
 
 
 def test_quick_and_a_large_case(capsys):

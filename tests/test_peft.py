@@ -8,6 +8,7 @@ import pickle
 import warnings
 
 import bitsandbytes as bnb
+import ptx_emulator
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -390,6 +391,22 @@ def test_hooks_inside_a_layer_are_called(kind, part, caplog):
     assert len(calls) == 1 and message.endswith("has hooks")
     handle.remove()
     assert stock_path_reasons(model, caplog, torch.randn(3, IN_FEATURES)) == []
+
+
+@pytest.mark.parametrize("kind", ["4bit", "dense"])
+def test_layers_on_the_cuda_kernels(kind):
+    if reason := ptx_emulator.missing():
+        pytest.skip(reason)
+    from ptx_emulator.ops import emulated
+
+    layer = layer_of(fused_model(kind))
+    x = torch.randn(40, IN_FEATURES, requires_grad=True)
+    with emulated() as launches:
+        y = layer(x)
+        y.backward(torch.ones_like(y))
+        kernels = " ".join(record["kernel"] for record in launches())
+    assert relative_error(y, oracle(layer, x)) < 1e-5
+    assert all(name in kernels for name in ("lora_shrink", "lora_expand", "lora_dy_pass", "lora_x_pass"))
 
 
 def test_other_devices_are_left_to_stock():

@@ -49,7 +49,7 @@ def test_bad_file(monkeypatch, text):
     with pytest.raises(ValueError, match=r"tuned\.json: got no crossovers of devices, wanted what peft_kernels\.tune"):
         tuned.load()
     monkeypatch.setitem(_extension.build_info, "cuda", True)
-    with pytest.warns(UserWarning, match="tuned.json.*its thresholds are not used"):
+    with pytest.warns(UserWarning, match=r"tuned\.json.*its thresholds are not used"):
         tuned.apply()
     tuned.save("Card A", ENTRY)
     assert json.loads(tuned.path().read_text()) == {"lora_linear": {"Card A": ENTRY}}

@@ -202,8 +202,7 @@ __global__ void __launch_bounds__(kBranchThreads) lora_dy_pass_kernel(const __gr
     fetch(0);
     if (wants_B) {
         const Parts s{params.s, 0, 1};
-        float2 rows[RowFactor::kPerThread];
-        RowFactor::template fetch<true>(rows, [&](int rank, int pair) {
+        RowFactor::template stage<true>(row_factor, [&](int rank, int pair) {
             return load_row_pair(s, branch, group, row0 + 2 * pair, rank);
         });
     }

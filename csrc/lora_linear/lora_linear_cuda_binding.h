@@ -156,7 +156,8 @@ public:
         const Tensor converted = has_base ? in_compute_dtype(grad_y) : grad_y;
         LoraLinearGemmParams gemm{};
         if (has_base) gemm = gemm_of(p, converted);
-        const LoraLinearCudaPlan plan = plan_of(true, p.x.dtype, p.grad_y.dtype, has_base, refusal_of(gemm));
+        const DType x_dtype = p.x.data ? p.x.dtype : p.grad_x.dtype;
+        const LoraLinearCudaPlan plan = plan_of(true, x_dtype, p.grad_y.dtype, has_base, refusal_of(gemm));
         const int row_blocks = static_cast<int>(plan.dy_pass.row_blocks);
 
         SumPartsParams sums{};

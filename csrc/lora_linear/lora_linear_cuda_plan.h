@@ -18,16 +18,16 @@ struct Crossover {
     int64_t forward, backward;
 };
 
-// Of cards that were not tuned, by compute capability: where the roofline model (benchmarks/roofline.py) has both at
-// the same time for 4096 x 4096 in bf16. Not measured on a card; `python -m peft_kernels.tune` is for that.
+// Of cards that were not tuned, by compute capability: estimates for 4096 x 4096 in bf16 from published rates, not
+// measurements; `python -m peft_kernels.tune` makes those.
 struct CardCrossover {
     int compute_capability;
     Crossover crossover;
 };
 constexpr CardCrossover kCrossovers[] = {
-    {80, {352, 352}},  // A100: 312 TFLOP/s, 1.56 TB/s
-    {86, {512, 512}},  // A40, 3090: little bandwidth for its tensor cores
-    {89, {896, 896}},  // 4090, L40S: less still
+    {80, {352, 352}},  // A100: 312 TFLOP/s and 1.6 TB/s
+    {86, {512, 512}},  // 3090: tensor cores so slow that decoding hides beside them, but dequantising is slow too
+    {89, {896, 896}},  // 4090: the same, with more of both and no more bandwidth
     {90, {160, 160}},  // H100: the library has wgmma, which the fused product has not
 };
 

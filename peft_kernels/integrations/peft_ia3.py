@@ -60,6 +60,8 @@ class FusedIA3(FusedLayer):
         product = self.base_product(base, x)
         if isinstance(product, str):
             return product
+        if not x.is_cpu:
+            return f"no fused kernel for {x.device.type}"
         scale = self._scale()
         return scale if isinstance(scale, str) else (product, scale)
 
@@ -72,6 +74,8 @@ class FusedIA3(FusedLayer):
             vector = vectors[name]
             if vector.dtype not in FLOAT_DTYPES:
                 return f"adapter {name!r} is {vector.dtype}"
+            if not vector.is_cpu:
+                return f"no fused kernel for {vector.device.type}"
             scale = vector.flatten() if scale is None else scale * vector.flatten()
         return scale
 

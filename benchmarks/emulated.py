@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 
 from benchmarks.options import expression, names
-from peft_kernels.ops import quantize_4bit
+from peft_kernels.ops import lora_linear, quantize_4bit
 
 ROOT = Path(__file__).parent.parent
 sys.path.append(str(ROOT / "tests"))
@@ -49,6 +49,29 @@ def quantize(shape: tuple[int, int], dtype: str, blocksize: int) -> Case:
     return Case("nf4", f"quantise {shape[0]}x{shape[1]} {dtype} by {blocksize}", prepare)
 
 
+def product(m: int, n: int, k: int, rank: int = 0) -> Case:
+    """A bf16 linear on nested NF4, with or without an adapter."""
+
+    def prepare() -> Callable[[], object]:
+        weight = quantize_4bit(torch.randn(n, k).bfloat16(), double_quant=True)
+        lora_A, lora_B = [torch.randn(rank, k)] * bool(rank), [torch.randn(n, rank)] * bool(rank)
+        x = torch.randn(m, k).bfloat16()
+        return functools.partial(lora_linear, x, weight, None, lora_A, lora_B, [1.0] * bool(rank))
+
+    return Case("lora_linear", f"m={m} n={n} k={k}" + f" rank={rank}" * bool(rank), prepare)
+
+
+def product_backward(m: int, n: int, k: int) -> Case:
+    """dx of a bf16 linear on nested NF4."""
+
+    def prepare() -> Callable[[], object]:
+        weight = quantize_4bit(torch.randn(n, k).bfloat16(), double_quant=True)
+        y = lora_linear(torch.randn(m, k).bfloat16().requires_grad_(), weight)
+        return functools.partial(y.backward, torch.randn_like(y))
+
+    return Case("lora_linear", f"m={m} n={n} k={k} backward", prepare)
+
+
 CASES = (
     quantize((576, 576), "bfloat16", 64),
     quantize((576, 576), "float32", 4096),
@@ -57,6 +80,10 @@ CASES = (
     dequantize((1536, 576), "bfloat16", nested=True),
     dequantize((576, 576), "float32"),
     dequantize((33, 517), "float16"),
+    *(product(m, 1024, 4096) for m in (1, 8, 32, 64, 128, 256)),
+    product(1, 576, 576, rank=16),
+    product(96, 576, 576, rank=16),
+    product_backward(128, 1024, 1024),
 )
 
 
@@ -87,7 +114,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(f"python -m benchmarks --emulated: {reason}")
     for card in given.card:
         for family in dict.fromkeys(case.family for case in cases):
-            used = report.resources(ROOT / f"csrc/{family}/{family}.cu", card, (ROOT / "csrc",))
+            used = {}
+            for source in sorted((ROOT / "csrc" / family).glob("*.cu")):
+                used |= report.resources(source, card, (ROOT / "csrc",))
             chosen = [case for case in cases if case.family == family]
             print(f"\n{family} on {card}\n")
             print(report.table([column for case in chosen for column in columns(case, card, used)]))

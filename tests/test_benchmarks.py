@@ -101,7 +101,7 @@ def test_every_benchmark_can_be_run_by_its_name(name, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("arguments", "wanted"),
     [
-        (["lora_layers", "--emulated"], "got the family 'lora_layers', wanted one with CUDA kernels: nf4"),
+        (["lora_layers", "--emulated"], "got the family 'lora_layers', wanted one with CUDA kernels: nf4, lora_linear"),
         (
             ["--emulated", "--filter", "no such case"],
             "argument --filter: got 'no such case', wanted one that some case",

@@ -223,7 +223,7 @@ __device__ inline void locate_output(int index, int& row, int& token) {
 
 // Ranks `rank` and following of a term to shared memory; lanes run along the ranks.
 template <class Traits>
-__device__ void stage_term(const LoraLinearGemmKernelParams& params, typename Traits::Shared& shared,
+__device__ void stage_ranks(const LoraLinearGemmKernelParams& params, typename Traits::Shared& shared,
                            const LoraTerm& term, int64_t s_column, int64_t rank, int64_t first_row) {
     constexpr int kStep = Traits::kRankStep;
     const int r = threadIdx.x % kStep;
@@ -241,7 +241,7 @@ __device__ void stage_term(const LoraLinearGemmKernelParams& params, typename Tr
 }
 
 template <class Traits>
-__device__ void add_term(const typename Traits::Shared& shared, float (&outputs)[Traits::kOutputs], int ranks) {
+__device__ void add_ranks(const typename Traits::Shared& shared, float (&outputs)[Traits::kOutputs], int ranks) {
 #pragma unroll
     for (int i = 0; i < Traits::kOutputs; ++i) {
         int row, token;
@@ -274,7 +274,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kTokens == 8 ? 3 : 2
 
     // The small terms, in fp32: they are as exact as the adapters' own dtype.
     load_nested_code(params.weight.absmax, shared.nested_code);
-    if (operands.num_terms > 0) stage_term<Traits>(params, shared, operands.terms[0], 0, 0, first_row);
+    if (operands.num_terms > 0) stage_ranks<Traits>(params, shared, operands.terms[0], 0, 0, first_row);
     float outputs[Traits::kOutputs];
 #pragma unroll
     for (int i = 0; i < Traits::kOutputs; ++i) {
@@ -291,10 +291,10 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kTokens == 8 ? 3 : 2
         for (int64_t r = 0; r < rank; r += Traits::kRankStep) {
             if (term > 0 || r > 0) {
                 __syncthreads();
-                stage_term<Traits>(params, shared, operands.terms[term], s_column, r, first_row);
+                stage_ranks<Traits>(params, shared, operands.terms[term], s_column, r, first_row);
             }
             __syncthreads();
-            add_term<Traits>(shared, outputs, static_cast<int>(min(rank - r, int64_t{Traits::kRankStep})));
+            add_ranks<Traits>(shared, outputs, static_cast<int>(min(rank - r, int64_t{Traits::kRankStep})));
         }
         s_column += rank;
     }

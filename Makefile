@@ -14,13 +14,16 @@ export HF_HUB_OFFLINE := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-asan test-gpu bench format clean
+.PHONY: help demo demo-adapters test test-asan test-gpu bench format clean
 
 help:  ## show this list
-	@sed -n 's/^\([a-z-]*\):.*  ## /\1|/p' Makefile | awk -F'|' '{printf "  make %-10s %s\n", $$1, $$2}'
+	@sed -n 's/^\([a-z-]*\):.*  ## /\1|/p' Makefile | awk -F'|' '{printf "  make %-13s %s\n", $$1, $$2}'
 
 demo: $(INSTALLED)  ## fine-tune a small language model with and without the kernels, and compare
 	$(BIN)/python -m benchmarks demo $(ARGS)
+
+demo-adapters: $(INSTALLED)  ## train adapters for several tasks on one frozen model, then fuse them
+	$(BIN)/python -m benchmarks demo_adapters $(ARGS)
 
 test: $(INSTALLED)  ## run every test
 	$(BIN)/pytest $(ARGS)
@@ -37,7 +40,7 @@ test-asan: $(INSTALLED)  ## run the kernels' tests under the address and undefin
 	    LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so) $$($${CXX:-c++} -print-file-name=libubsan.so)" \
 	    ASAN_OPTIONS=detect_leaks=0:halt_on_error=1:detect_stack_use_after_return=0 \
 	    UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
-	    $(BIN)/pytest -m "not slow" -k "not emulated" -o pythonpath= --capture=sys tests/test_nf4.py $(wildcard tests/test_lora_linear*.py) $(ARGS)
+	    $(BIN)/pytest -m "not slow" -k "not emulated" -o pythonpath= --capture=sys tests/test_nf4.py $(wildcard tests/test_lora_linear*.py tests/test_ia3_attention*.py) $(ARGS)
 
 test-gpu: export PEFT_KERNELS_CUDA := 1
 test-gpu: $(INSTALLED)  ## run every test with the CUDA kernels built in, on a machine with a CUDA device

@@ -9,9 +9,13 @@ import sys
 # A benchmark is a module of this package with a function main(arguments).
 BENCHMARKS = {
     "demo": "fine-tune a small language model, stock and accelerated, and compare",
+    "demo_adapters": "adapters for several tasks on one frozen model, and AdapterFusion over them",
     "lora_linear": "LoRA on a 4-bit linear layer: forward, backward and memory",
+    "ia3_linear": "(IA)3 on a linear layer, 4-bit or dense: forward, backward and memory",
+    "ia3_attention": "(IA)3 in attention: forward, backward and memory",
+    "prefix": "attention to a trainable prefix: forward, backward and memory",
     "nf4": "quantise and dequantise",
-    "model": "a small language model: training step, prefill, decoding, and where the time goes",
+    "model": "a small language model, fine-tuned in three ways: training step, prefill, decoding, breakdown",
 }
 EMULATED = "--emulated"  # instead of a name or beside it
 
@@ -22,7 +26,7 @@ def main() -> None:
         return importlib.import_module("benchmarks.emulated").main(arguments)
     name, arguments = (sys.argv[1:2] or [""])[0], sys.argv[2:]
     if name not in BENCHMARKS:
-        known = "".join(f"\n  {known:12} {purpose}" for known, purpose in BENCHMARKS.items())
+        known = "".join(f"\n  {known:14} {purpose}" for known, purpose in BENCHMARKS.items())
         sys.exit(f"python -m benchmarks NAME [options]: got the name '{name}', wanted {EMULATED}, or one of{known}")
     importlib.import_module(f"benchmarks.{name}").main(arguments)
 

@@ -35,6 +35,7 @@ from benchmarks import finetune
 from benchmarks.finetune import Run, Settings
 
 STOCK, ACCELERATED = "stock", "accelerated"
+COLORS = ("#9aa5b1", "#1f6feb")  # of the two
 AGREEMENT_STEPS = 8
 AVERAGED = 5  # steps whose mean stands for the loss at the start and at the end
 GENERATED = 48
@@ -219,10 +220,14 @@ def result_rows(
     ]
 
 
-def result_table(rows: Sequence[Row]) -> Table:
-    table = Table(title="Stock PEFT and bitsandbytes, and the same accelerated", title_justify="left")
+def result_table(
+    rows: Sequence[Row],
+    title: str = "Stock PEFT and bitsandbytes, and the same accelerated",
+    headings: tuple[str, str] = (STOCK, ACCELERATED),
+) -> Table:
+    table = Table(title=title, title_justify="left")
     table.add_column("")
-    for heading in (STOCK, ACCELERATED, "ratio"):
+    for heading in (*headings, "ratio"):
         table.add_column(heading, justify="right")
     for row in rows:
         values = [f"{readable(value)} {row.unit}".rstrip() for value in (row.stock, row.accelerated)]
@@ -232,23 +237,29 @@ def result_table(rows: Sequence[Row]) -> Table:
 
 def draw(runs: dict[str, Run], rows: Sequence[Row], machine: str, path: Path) -> None:
     """The loss curves, and a pair of bars for each compared row."""
+    with two_panels(rows, machine, path) as left:
+        curves = left.subplots()
+        for (name, run), color, width in zip(runs.items(), COLORS, (3.5, 1.5), strict=True):
+            curves.plot(range(1, len(run.losses) + 1), run.losses, color=color, linewidth=width, label=name)
+        curves.set(title="Loss", xlabel="step")
+        curves.legend(frameon=False)
+
+
+@contextmanager
+def two_panels(rows: Sequence[Row], machine: str, path: Path) -> Iterator[Any]:
+    """A figure whose right half has a pair of bars for each compared row; yields the left half, to be drawn into."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    colors = {STOCK: "#9aa5b1", ACCELERATED: "#1f6feb"}
     compared = [row for row in rows if row.compared]
     with pyplot.rc_context({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}):
-        figure = pyplot.figure(figsize=(11, 4.6), layout="constrained")
+        figure = pyplot.figure(figsize=(11, max(4.6, 0.7 * len(compared))), layout="constrained")
         left, right = figure.subfigures(1, 2, width_ratios=[1.1, 1])
-        curves = left.subplots()
-        for (name, run), width in zip(runs.items(), (3.5, 1.5), strict=True):
-            curves.plot(range(1, len(run.losses) + 1), run.losses, color=colors[name], linewidth=width, label=name)
-        curves.set(title="Loss", xlabel="step")
-        curves.legend(frameon=False)
+        yield left
         for axes, row in zip(right.subplots(len(compared), 1), compared, strict=True):
-            bars = axes.barh([1, 0], [row.stock, row.accelerated], color=[colors[STOCK], colors[ACCELERATED]])
+            bars = axes.barh([1, 0], [row.stock, row.accelerated], color=COLORS)
             labels = [readable(row.stock), f"{readable(row.accelerated)} ({row.change})"]
             axes.bar_label(bars, labels, padding=3, fontsize=8)
             axes.set_title(f"{row.name} [{row.unit}]", loc="left", fontsize=9)

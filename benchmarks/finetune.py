@@ -20,7 +20,7 @@ from typing import Any
 
 import psutil
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GgufConfig
 from transformers.utils import logging
@@ -91,9 +91,7 @@ def load_4bit(settings: Settings, dtype: torch.dtype = torch.bfloat16) -> Any:
 
 
 def load_with_lora(settings: Settings, dropout: float, dtype: torch.dtype = torch.bfloat16) -> PeftModel:
-    """The 4-bit model with fresh LoRA adapters on every linear layer; the seed makes them the same each time."""
-    base = load_4bit(settings, dtype)
-    torch.manual_seed(settings.seed)
+    """The 4-bit model with fresh LoRA adapters on every linear layer."""
     config = LoraConfig(
         r=settings.rank,
         lora_alpha=2 * settings.rank,
@@ -101,6 +99,13 @@ def load_with_lora(settings: Settings, dropout: float, dtype: torch.dtype = torc
         target_modules="all-linear",
         task_type="CAUSAL_LM",
     )
+    return load_with_peft(settings, config, dtype)
+
+
+def load_with_peft(settings: Settings, config: PeftConfig, dtype: torch.dtype = torch.bfloat16) -> PeftModel:
+    """The 4-bit model with a fresh adapter of any kind; the seed makes it the same each time."""
+    base = load_4bit(settings, dtype)
+    torch.manual_seed(settings.seed)
     return get_peft_model(base, config)
 
 
@@ -144,6 +149,7 @@ class Run:
 
     model: PeftModel
     lr: float
+    autocast: bool = False  # to bf16
     losses: list[float] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
 
@@ -154,7 +160,8 @@ class Run:
     def loss(self, batch: Tensor) -> Tensor:
         """The loss on [batch, length] tokens."""
         batch = batch.to(self.model.device)
-        return self.model(input_ids=batch, labels=batch).loss
+        with torch.autocast(batch.device.type, torch.bfloat16, enabled=self.autocast):
+            return self.model(input_ids=batch, labels=batch).loss
 
     def step(self, batch: Tensor) -> None:
         """One step of training."""

@@ -39,7 +39,7 @@ TOLERANCES = {"y": 4e-3, "x": 4e-3, "lora_A": 1e-5, "lora_B": 1e-5}
 # ---- Layers ---------------------------------------------------------------------------------------------------------
 
 
-class _OneLinear(nn.Module):
+class OneLinear(nn.Module):
     """The model that PEFT wants around the layer."""
 
     def __init__(self, linear: nn.Module) -> None:
@@ -95,7 +95,7 @@ def make_problem(case: Case) -> Problem:
         config = LoraConfig(
             r=RANK, lora_alpha=int(SCALING * RANK), lora_dropout=case.dropout, target_modules=["linear"]
         )
-        layer = get_peft_model(_OneLinear(base), config).base_model.model.linear
+        layer = get_peft_model(OneLinear(base), config).base_model.model.linear
         layer.lora_A["default"].weight = nn.Parameter(lora_A.clone())
         layer.lora_B["default"].weight = nn.Parameter(lora_B.clone())
         return layer.train(case.training)

@@ -1,9 +1,46 @@
 """Fused kernels for parameter-efficient fine-tuning."""
 
-from . import _extension, nn, tuned  # noqa: F401  (_extension registers the ops, or says why it cannot)
+import importlib
+
+from . import _extension, adapters, nn, tuned  # noqa: F401  (_extension registers the ops, or says why it cannot)
+from .adapters import (
+    adapter_rows,
+    freeze_adapters,
+    fuse_adapters,
+    insert_adapters,
+    load_adapter,
+    remove_adapters,
+    save_adapter,
+    set_adapter,
+    unfreeze_adapters,
+)
 from .integrations import accelerate, restore
 
 tuned.apply()
 
-__all__ = ["accelerate", "nn", "restore"]
+# What needs transformers, or PEFT, is imported when it is asked for.
+_OPTIONAL = {"attach_prefix": "prefix", "detach_prefix": "prefix", "merge_ia3": "peft_ia3"}
+
+__all__ = [
+    "accelerate",
+    "adapter_rows",
+    "adapters",
+    "freeze_adapters",
+    "fuse_adapters",
+    "insert_adapters",
+    "load_adapter",
+    "nn",
+    "remove_adapters",
+    "restore",
+    "save_adapter",
+    "set_adapter",
+    "unfreeze_adapters",
+    *_OPTIONAL,
+]
 __version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> object:
+    if name in _OPTIONAL:
+        return getattr(importlib.import_module(f"{__name__}.integrations.{_OPTIONAL[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -4,6 +4,7 @@ from dataclasses import dataclass, replace
 
 import bitsandbytes as bnb
 import torch
+from comparison import DTYPES, assert_close, error, rms, short  # noqa: F401
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
@@ -11,13 +12,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from peft_kernels.ops import NF4Weight, lora_linear, quantize_4bit
 from peft_kernels.testing.reference.lora_linear import lora_linear as oracle
 
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 BASES = ["nf4", "fp4", "nested", "dense"]
-
-
-def short(dtype: torch.dtype) -> str:
-    """A dtype as it stands in test ids: fp32, bf16, fp16."""
-    return {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype]
 
 
 @dataclass
@@ -109,25 +104,6 @@ def magnitudes(case: Case) -> dict[str, Tensor]:
     case.bias = None if case.bias is None else case.bias.abs()
     case.lora_A, case.lora_B = [a.abs() for a in case.lora_A], [b.abs() for b in case.lora_B]
     return expected(replace(case, weight=weight))
-
-
-def rms(tensor: Tensor) -> float:
-    return tensor.double().square().mean().sqrt().item()
-
-
-def error(actual: Tensor, expected: Tensor) -> float:
-    """Relative rms error; zero for empty tensors."""
-    assert actual.shape == expected.shape
-    if actual.numel() == 0:
-        return 0.0
-    difference, scale = rms(actual.double() - expected.double()), rms(expected)
-    return difference / scale if scale > 0 else difference
-
-
-def assert_close(actual: Tensor, expected: Tensor, tolerance: float, what: str = "") -> None:
-    assert actual.isfinite().all(), f"{what}: not finite"
-    measured = error(actual, expected)
-    assert measured <= tolerance, f"{what}: relative rms error {measured:.3g}, wanted at most {tolerance:.3g}"
 
 
 class _OneLinear(nn.Module):

@@ -1,9 +1,10 @@
-"""`python -m benchmarks lora_linear|nf4|model`: options, checks, targets and files, on tiny problems; no timings."""
+"""The benchmarks: options, checks, targets and files, on tiny problems; no timings."""
 
 import csv
 import math
 import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,11 +12,23 @@ import ptx_emulator
 import pytest
 import torch
 from rich.console import Console
-from test_demo import tiny_model  # noqa: F401
 from torch import nn
 
 from benchmarks import __main__ as command
-from benchmarks import lora_layers, lora_linear, model, nf4, options, profiling, records, report, timing
+from benchmarks import (
+    ia3_attention,
+    ia3_linear,
+    lora_layers,
+    lora_linear,
+    model,
+    nf4,
+    options,
+    prefix,
+    profiling,
+    records,
+    report,
+    timing,
+)
 from benchmarks.lora_layers import DENSE, DENSE_LORA, DEQUANTIZE, FUNCTION, OWN_BASE, STOCK
 from benchmarks.records import FUSED, Below, Faster, Record, Within
 from benchmarks.timing import Contender, Roofline
@@ -24,7 +37,14 @@ from peft_kernels import cpu
 ROOFLINE = Roofline(2, 10e9, 1e12)
 EVAL = lora_linear.Case(3, (64, 128))
 TRAIN = lora_linear.Case(9, (64, 128), training=True, dropout=0.25)
-BENCHMARKS = {"lora_linear": lora_linear, "nf4": nf4, "model": model}
+BENCHMARKS = {
+    "lora_linear": lora_linear,
+    "ia3_linear": ia3_linear,
+    "ia3_attention": ia3_attention,
+    "prefix": prefix,
+    "nf4": nf4,
+    "model": model,
+}
 
 
 def record(contender, *samples, case="eval", phase="forward", **rest):
@@ -357,11 +377,70 @@ def test_nf4_finds_a_difference():
         nf4.check(case, other, nf4.quantize_stock(case, tensor))
 
 
+# ---- ia3_attention and prefix ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("queries", "training"), [(0, True), (0, False), (1, False)], ids=["train", "eval", "decode"])
+@pytest.mark.parametrize("prefix_length", [0, 5])
+def test_ia3_attention(prefix_length, queries, training):
+    case = ia3_attention.Case(2, 4, 2, 40, 16, queries, prefix=prefix_length, training=training)
+    isas = [cpu.isas()[0], cpu.isas()[-1]]
+    found = ia3_attention.run(case, ["stock", "plain"], isas, 0.0, shout)
+    phases = ["forward", "backward", "both"] if training else ["forward"]
+    assert [r.phase for r in found] == phases * 4
+    names = [FUSED, FUSED, ia3_attention.STOCK, ia3_attention.PLAIN]
+    assert [r.contender for r in found] == [name for name in names for _ in phases]
+    assert all((r.saved is not None) == training for r in found)
+    assert all(0 < r.error < 0.01 for r in found if r.contender == FUSED)
+
+
+def test_ia3_attention_finds_a_difference(monkeypatch):
+    monkeypatch.setattr(ia3_attention, "fused", lambda p: 1.01 * ia3_attention.stock(p))
+    with pytest.raises(ArithmeticError, match="out: got an error of"):
+        ia3_attention.run(ia3_attention.Case(1, 2, 2, 20, 16), [], [cpu.isa()], 0.0, shout)
+
+
+def test_ia3_attention_work():
+    case = ia3_attention.Case(2, 4, 2, 3, 8, prefix=1)
+    seen = 1 + 2 + 3 + 3
+    assert ia3_attention.work(case, "forward", True) == (2 * 2 * 8 * (2 * 4 * 3 + 2 * 2 * 3), 4 * 2 * 4 * 8 * seen)
+    assert ia3_attention.work(replace(case, queries=1), "forward", False)[1] == 4 * 2 * 4 * 8 * 3
+
+
 # ---- model ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("four_bits", [True, False], ids=["nf4", "dense"])
+@pytest.mark.parametrize("feedforward", [False, True], ids=["output", "input"])
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+def test_ia3_linear(training, feedforward, four_bits):
+    case = ia3_linear.Case(9, (64, 128), feedforward, four_bits, training)
+    found = ia3_linear.run(case, ["stock", "dense"], [cpu.isa()], 0.0)
+    assert {r.contender for r in found} == {FUSED, STOCK, ia3_linear.DENSE}
+    assert {r.phase for r in found} == ({"forward", "backward", "both"} if training else {"forward"})
+    if training:
+        (saved,) = {r.saved for r in found if r.contender == FUSED}
+        assert saved == (9 * 128 * 2 if feedforward else 9 * 64 * 2)
+
+
+def test_ia3_linear_checks():
+    problem = ia3_linear.make_problem(ia3_linear.Case(9, (64, 128)))
+    ia3_linear.check(problem, [cpu.isa()])
+    problem.layers[FUSED].ia3_l["default"].data[3] *= 2
+    problem.layers[FUSED].base_layer.weight.data ^= 1
+    with pytest.raises(ArithmeticError, match="y: got an error of"):
+        ia3_linear.check(problem, [cpu.isa()])
+
+
+@pytest.mark.parametrize("method", ["ia3", "prefix"])
+def test_model_with_other_methods(tiny_model, method):  # noqa: F811
+    case = model.Case("train", 1, 8, method=method)
+    found, _ = model.run(case, tiny_model, [STOCK], [cpu.isa()], 0.0, least=1)
+    assert [r.contender for r in found] == [FUSED, STOCK] and str(case) == f"train 1x8 {method}"
+
+
 @pytest.mark.parametrize("phase", ["train", "prefill", "decode"])
-def test_model(tiny_model, phase):  # noqa: F811
+def test_model(tiny_model, phase):
     case = model.Case(phase, 1, 8)
     found, profiles = model.run(case, tiny_model, [STOCK, DENSE_LORA], [cpu.isa()], 0.0, rank=2, least=1)
     assert [r.contender for r in found] == [FUSED, STOCK, DENSE_LORA] and all(r.tokens == 8 for r in found)

@@ -7,11 +7,10 @@ import sys
 from pathlib import Path
 
 import pytest
-import tokenizers
 import torch
 from rich.console import Console
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks import demo, finetune
 from benchmarks.demo import ACCELERATED, STOCK, Row
@@ -162,27 +161,6 @@ def test_large_numbers_have_no_exponent():
 
 
 # ---- The whole ------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def tiny_model(tmp_path_factory):
-    """A random Llama with a tokenizer of its own, in Hugging Face's format."""
-    folder = tmp_path_factory.mktemp("tiny")
-    tokenizer = tokenizers.ByteLevelBPETokenizer()
-    tokenizer.train_from_iterator([finetune.language_reference()[:20000]], vocab_size=300)
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer._tokenizer).save_pretrained(folder)
-    config = LlamaConfig(
-        vocab_size=300,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=128,
-    )
-    torch.manual_seed(0)
-    LlamaForCausalLM(config).save_pretrained(folder)
-    return folder
 
 
 def test_length_beyond_the_model(tiny_model, tmp_path, capsys):

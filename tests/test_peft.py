@@ -442,7 +442,7 @@ def tiny_llama(quantized: bool = False) -> nn.Module:
     """A Llama with random weights, its linear layers in 4 bits or dense."""
     config = LlamaConfig(
         hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-        vocab_size=128, attn_implementation="eager",
+        vocab_size=128,
     )  # fmt: skip
     model = LlamaForCausalLM(config)
     if quantized:
@@ -473,7 +473,7 @@ def test_language_model(kind):
     stock = tiny_lora_llama(kind == "4bit")
     fused = copy.deepcopy(stock)
     report = peft_kernels.accelerate(fused)
-    assert len(report.fused) == (28 if kind == "4bit" else 14) and not report.left_alone
+    assert len(report.fused) == (28 if kind == "4bit" else 14) + 2 and not report.left_alone  # 2: the attention
     tokens = torch.randint(128, (2, 9))
     results = []
     for model in (stock, fused):

@@ -30,3 +30,8 @@ def product(compute_dtype: torch.dtype, out_dtype: torch.dtype) -> float:
 def adapter_gradient(adapter_dtype: torch.dtype) -> float:
     """For grad_A and grad_B: made of fp32 products, whatever x is, and rounded once to the parameter's dtype."""
     return FP32_SUM + 2 * ROUNDING[adapter_dtype]
+
+
+def attention(dtype: torch.dtype) -> float:
+    """For ia3_attention's results: queries, weights, gradients of weights and of scores, and the result are rounded."""
+    return FP32_SUM + 6 * ROUNDING[dtype]

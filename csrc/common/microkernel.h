@@ -54,15 +54,10 @@ inline uint32_t* strip_at(uint32_t* strips, int64_t num_strips, int64_t steps, i
 template <class Multiply, int kRows, int kStrips>
 inline void multiply_tile(const Rows& rows, int64_t first_row, const uint32_t* strips, int64_t steps, float* tile,
                           int64_t tile_stride, bool accumulate) {
-    F32 sum[kRows][kStrips];
+    F32 sum[kRows][kStrips] = {};
     const char* at[kRows];
 #pragma GCC unroll 6
-    for (int row = 0; row < kRows; ++row) {
-        at[row] = rows.row(first_row + row);
-#pragma GCC unroll 4
-        for (int strip = 0; strip < kStrips; ++strip)
-            sum[row][strip] = accumulate ? load(tile + row * tile_stride + strip * kLanes) : F32{};
-    }
+    for (int row = 0; row < kRows; ++row) at[row] = rows.row(first_row + row);
     int64_t offset = 0;
     for (int64_t step = 0; step < steps; ++step, offset += rows.step_stride, strips += kStrips * kLanes) {
         U32 vectors[kStrips];
@@ -77,10 +72,14 @@ inline void multiply_tile(const Rows& rows, int64_t first_row, const uint32_t* s
                 sum[row][strip] = Multiply::add_product(sum[row][strip], vectors[strip], broadcast(value));
         }
     }
+    // What was there comes last: added to first, it would make each of the additions above round like the whole sum.
 #pragma GCC unroll 6
     for (int row = 0; row < kRows; ++row)
 #pragma GCC unroll 4
-        for (int strip = 0; strip < kStrips; ++strip) store(tile + row * tile_stride + strip * kLanes, sum[row][strip]);
+        for (int strip = 0; strip < kStrips; ++strip) {
+            float* out = tile + row * tile_stride + strip * kLanes;
+            store(out, accumulate ? load(out) + sum[row][strip] : sum[row][strip]);
+        }
 }
 
 template <class Multiply, int kStrips>
@@ -211,26 +210,35 @@ inline void scale_rows(const float* tile, int64_t tile_stride, int64_t rows, int
             store_partial(out + column, load(tile + column) * scale, min_of<int64_t>(kLanes, columns - column));
 }
 
-// out = tile (+ bias) (+ add), rounded once. The next as many rows of out are expected to be written soon.
+// out = (scale ⊙) (tile (+ bias) (+ add)), rounded once. The next as many rows of out are expected to be written soon.
 template <class T>
 inline void store_rows(const float* tile, int64_t tile_stride, int64_t rows, int64_t columns, const float* bias,
-                       const T* add, int64_t add_stride, T* out, int64_t stride) {
+                       const T* add, int64_t add_stride, T* out, int64_t stride, const float* scale = nullptr) {
     for (int64_t row = 0; row < rows; ++row, tile += tile_stride, out += stride) {
         prefetch_row<true>(out + rows * stride, columns);
         for (int64_t column = 0; column < columns; column += kLanes) {
             const int64_t count = columns - column;
             F32 value = load(tile + column);
             if (bias) value += load(bias + column);
-            if (add) {
-                const T* from = add + row * add_stride + column;
-                value += count >= kLanes ? load(from) : load_partial(from, count);
-            }
-            if (count >= kLanes)
-                store(out + column, value);
-            else
-                store_partial(out + column, value, count);
+            if (add) value += load_some(add + row * add_stride + column, count);
+            if (scale) value *= load_some(scale + column, count);
+            store_some(out + column, value, count);
         }
     }
+}
+
+// out[column] = Σ over rows of a[row][column] · b[row][column]. Row by row, which is how a and b lie in memory.
+template <class A, class B>
+inline void column_dots(const A* a, int64_t a_stride, const B* b, int64_t b_stride, int64_t rows, int64_t columns,
+                        float* out) {
+    memset(out, 0, columns * sizeof(float));
+    for (int64_t row = 0; row < rows; ++row, a += a_stride, b += b_stride)
+        for (int64_t column = 0; column < columns; column += kLanes) {
+            const int64_t count = columns - column;
+            store_some(out + column,
+                       fma(load_some(a + column, count), load_some(b + column, count), load_some(out + column, count)),
+                       count);
+        }
 }
 
 }  // namespace

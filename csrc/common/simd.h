@@ -88,6 +88,18 @@ inline float horizontal_sum(F32 v) {
     return lanes[0];
 }
 
+// Whether a comparison holds in some lane.
+inline bool any(I32 comparison) {
+#if defined(__AVX512F__)
+    return _mm512_test_epi32_mask((__m512i)comparison, (__m512i)comparison);
+#else
+    int32_t lanes[kLanes], some = 0;
+    memcpy(lanes, &comparison, sizeof lanes);
+    for (int32_t lane : lanes) some |= lane;
+    return some;
+#endif
+}
+
 // ---- Conversions --------------------------------------------------------------------------------------------------
 
 inline F32 widen_bf16(U16 bits) { return (F32)(__builtin_convertvector(bits, U32) << 16); }
@@ -155,6 +167,19 @@ inline void store_partial(T* p, F32 v, int64_t count) {
     T lanes[kLanes];
     store(lanes, v);
     memcpy(p, lanes, count * sizeof(T));
+}
+
+// As many of kLanes elements as there are.
+template <class T>
+inline F32 load_some(const T* p, int64_t count) {
+    return count >= kLanes ? load(p) : load_partial(p, count);
+}
+template <class T>
+inline void store_some(T* p, F32 v, int64_t count) {
+    if (count >= kLanes)
+        store(p, v);
+    else
+        store_partial(p, v, count);
 }
 
 // Calls body with a typed null pointer that carries dtype's C++ type; Pointee names that type.

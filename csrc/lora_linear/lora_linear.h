@@ -1,4 +1,5 @@
-// y = x Wᵀ + b + Σᵢ scalingᵢ · dropoutᵢ(x) Aᵢᵀ Bᵢᵀ and its gradients: parameters and launchers.
+// y = x Wᵀ + b + Σᵢ scalingᵢ · dropoutᵢ(x) Aᵢᵀ Bᵢᵀ and its gradients: parameters and launchers. Without adapters, also
+// y = scale_n ⊙ ((scale_k ⊙ x) Wᵀ + b), which is ia3_linear.
 // Plain data only: no torch, no CUDA headers.
 #pragma once
 
@@ -23,11 +24,14 @@ struct LoraAdapter {
 
 struct LoraLinearParams {
     int64_t m, n, k;
-    const Nf4Weight* weight;  // [n, k], or null: the caller made the base product and passes it as `add`
-    DType compute_dtype;      // of the base product
+    const Nf4Weight* weight;   // [n, k], or null: see `dense`
+    const ConstMatrix* dense;  // [n, k], or null as well: the caller made the base product and passes it as `add`
+    DType compute_dtype;       // of the base product
     const LoraAdapter* adapters;
     int32_t num_adapters;
-    int64_t total_rank;  // Σ rankᵢ
+    int64_t total_rank;    // Σ rankᵢ
+    const float* scale_k;  // [k], or null; only without adapters
+    const float* scale_n;  // [n], or null; only without adapters
     int32_t threads;
 
     void* workspace;  // null: only workspace_bytes is set
@@ -40,14 +44,18 @@ struct LoraLinearForwardParams : LoraLinearParams {
     ConstMatrix add;   // [m, n] of y's dtype; data may be null
     float* s;          // [m, total_rank]: dropoutᵢ(x) Aᵢᵀ side by side; null when no adapter is given
     Matrix y;          // [m, n]
+    Matrix unscaled;   // [m, n] of y's dtype: y / scale_n; data may be null
 };
 
 struct LoraLinearBackwardParams : LoraLinearParams {
-    ConstMatrix grad_y;  // [m, n]
-    ConstMatrix x;       // [m, k]; data may be null when no adapter wants grad_A
-    const float* s;      // [m, total_rank]; may be null when no adapter wants grad_B
-    ConstMatrix add;     // [m, k] of grad_x's dtype; data may be null
-    Matrix grad_x;       // [m, k]; data may be null
+    ConstMatrix grad_y;    // [m, n]
+    ConstMatrix x;         // [m, k]; data may be null when neither grad_scale_k nor any grad_A is wanted
+    const float* s;        // [m, total_rank]; may be null when no adapter wants grad_B
+    ConstMatrix add;       // [m, k] of grad_x's dtype; data may be null
+    Matrix grad_x;         // [m, k]; data may be null
+    ConstMatrix unscaled;  // [m, n]; data may be null when grad_scale_n is
+    float* grad_scale_k;   // [k], or null
+    float* grad_scale_n;   // [n], or null
 };
 
 PEFT_KERNELS_CPU_KERNEL(lora_linear_forward, LoraLinearForwardParams)

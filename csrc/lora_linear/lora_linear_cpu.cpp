@@ -27,7 +27,7 @@ void lora_linear_forward(const LoraLinearForwardParams& params) {
     if (suits_tiles(params, params.x)) return TileForward(params).run();
 #endif
     const LoraLinearPlan plan = lora_linear_plan(params.m, params.n, params.threads);
-    if (!plan.dot || !blocks_begin_with_rows(params.weight)) return StripForward(params).run();
+    if (!plan.dot || !suits_dot(params)) return StripForward(params).run();
     if (params.m == 1) return forward_dot<1>(params);
     if (params.m == 2) return forward_dot<2>(params);
     if (params.m <= 4) return forward_dot<4>(params);

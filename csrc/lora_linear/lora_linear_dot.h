@@ -87,7 +87,7 @@ void forward_dot(const LoraLinearForwardParams& p) {
     dispatch_dtype(p.x.dtype, [&](auto* type) {
         using T = Pointee<decltype(type)>;
         for (int64_t i = 0; i < p.m; ++i)
-            convert_row(static_cast<const T*>(row_of(p.x, i)), p.k, elements, x_steps + i * steps);
+            convert_row(static_cast<const T*>(row_of(p.x, i)), p.scale_k, p.k, elements, x_steps + i * steps);
     });
 
     int64_t offset = 0, rank = 0;
@@ -159,6 +159,9 @@ void forward_dot(const LoraLinearForwardParams& p) {
                 dispatch_dtype(p.y.dtype, [&](auto* type) {
                     using T = Pointee<decltype(type)>;
                     if (p.add.data) value += to_float(static_cast<const T*>(row_of(p.add, i))[n]);
+                    if (p.unscaled.data)
+                        store_rounded(value, static_cast<T*>(p.unscaled.data) + i * p.unscaled.stride + n);
+                    if (p.scale_n) value *= p.scale_n[n];
                     store_rounded(value, static_cast<T*>(p.y.data) + i * p.y.stride + n);
                 });
             }
@@ -187,8 +190,10 @@ void forward_dot(const LoraLinearForwardParams& p) {
     });
 }
 
-inline bool blocks_begin_with_rows(const Nf4Weight* weight) {
-    return !weight || weight->k % (int64_t{1} << weight->log2_blocksize) == 0;
+// Whether the rows of W begin blocks of a 4-bit weight, or there is no W.
+inline bool suits_dot(const LoraLinearParams& params) {
+    const Nf4Weight* weight = params.weight;
+    return !params.dense && (!weight || weight->k % (int64_t{1} << weight->log2_blocksize) == 0);
 }
 
 }  // namespace

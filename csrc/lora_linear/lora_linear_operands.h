@@ -3,6 +3,7 @@
 #pragma once
 
 #include "common/microkernel.h"
+#include "common/workspace.h"
 #include "lora_linear/lora_linear.h"
 #include "lora_linear/lora_linear_plan.h"
 #include "nf4/nf4_decode.h"
@@ -10,28 +11,6 @@
 namespace peft_kernels {
 namespace PEFT_KERNELS_ISA {
 namespace {
-
-// Hands out aligned parts of a workspace; with a null base it only counts.
-class Arena {
-public:
-    explicit Arena(void* base) : base_(static_cast<char*>(base)) {}
-
-    template <class T>
-    T* take(int64_t count) {
-        char* p = base_ ? base_ + used_ : nullptr;
-        used_ += divide_up(count * static_cast<int64_t>(sizeof(T)), 64) * 64;
-        return reinterpret_cast<T*>(p);
-    }
-    int64_t used() const { return used_; }
-
-private:
-    char* base_;
-    int64_t used_ = 0;
-};
-
-inline const void* row_of(const ConstMatrix& matrix, int64_t row, int64_t column = 0) {
-    return static_cast<const char*>(matrix.data) + (row * matrix.stride + column) * size_of(matrix.dtype);
-}
 
 inline Dropout dropout_of(const LoraAdapter& adapter) {
     return {adapter.seed ? static_cast<uint64_t>(*adapter.seed) : 0, adapter.dropout};
@@ -74,21 +53,49 @@ inline Nf4Weight rounded_once(const Nf4Weight& weight, DType compute_dtype) {
     return result;
 }
 
-// ---- Strips of the weight -----------------------------------------------------------------------------------------
+// Whether there is a weight to multiply with, 4-bit or dense.
+inline bool has_weight(const LoraLinearParams& params) { return params.weight || params.dense; }
 
-template <class T>
-void decode(const Nf4Weight& w, int64_t begin, int64_t count, T* out) {
-    decode_range<T, make_product_table<T>>(w, begin, count, out);
+inline DType weight_dtype(const LoraLinearParams& params) {
+    return params.weight ? params.weight->dtype : params.dense->dtype;
 }
 
-// The strips are decoded a cache line of codes a row, and the rows are far apart: the hardware does not get ahead of
-// that by itself (M = 32, 4096 x 4096: a third of the decoding was waiting).
+// Calls body with the weight as decode_strips takes it.
+template <class Body>
+void dispatch_weight(const LoraLinearParams& params, const Body& body) {
+    if (params.weight)
+        body(rounded_once(*params.weight, params.compute_dtype));
+    else
+        body(*params.dense);
+}
+
+// ---- Strips of the weight -----------------------------------------------------------------------------------------
+
+// Elements [column, column + count) of a row of the weight.
+template <class T>
+void decode(const Nf4Weight& w, int64_t row, int64_t column, int64_t count, T* out) {
+    decode_range<T, make_product_table<T>>(w, row * w.k + column, count, out);
+}
+template <class T>
+void decode(const ConstMatrix& w, int64_t row, int64_t column, int64_t count, T* out) {
+    dispatch_dtype(w.dtype, [&](auto* type) {
+        const auto* from = static_cast<const Pointee<decltype(type)>*>(row_of(w, row, column));
+        for (int64_t i = 0; i < count; i += kLanes) store_some(out + i, load_some(from + i, count - i), count - i);
+    });
+}
+
+// The strips are decoded a cache line a row, and the rows are far apart: the hardware does not get ahead of that by
+// itself (M = 32, 4096 x 4096: a third of the decoding was waiting).
 inline void prefetch_codes(const Nf4Weight& w, int64_t element) { __builtin_prefetch(w.codes + element / 2); }
+inline void prefetch_weight(const Nf4Weight& w, int64_t row, int64_t column) { prefetch_codes(w, row * w.k + column); }
+inline void prefetch_weight(const ConstMatrix& w, int64_t row, int64_t column) {
+    __builtin_prefetch(row_of(w, row, column));
+}
 
 // Outputs are rows [n0, n0 + outputs) of W, the reduction runs over elements [k0, k0 + count) of each: the vectors
 // that are decoded run along k, so they are transposed, kLanes rows at a time.
-template <class T, int kElements>
-void decode_strips(const Nf4Weight& w, int64_t n0, int64_t outputs, int64_t k0, int64_t count, uint32_t* strips) {
+template <class T, int kElements, class Weight>
+void decode_strips(const Weight& w, int64_t n0, int64_t outputs, int64_t k0, int64_t count, uint32_t* strips) {
     constexpr int64_t kBlock = 2 * 64;  // elements decoded before they are transposed: the rows stay in L1
     const int64_t num_strips = strips_for(outputs), steps = divide_up(count, kElements);
     T rows[kLanes][kBlock + 32];  // + 32: rows a power of two apart would share their cache sets
@@ -98,8 +105,8 @@ void decode_strips(const Nf4Weight& w, int64_t n0, int64_t outputs, int64_t k0, 
         for (int64_t k = 0; k < count; k += kBlock) {
             const int64_t some = min_of(kBlock, count - k);
             for (int64_t row = 0; row < valid; ++row) {
-                prefetch_codes(w, (first + row) * w.k + k0 + k + kBlock);
-                decode(w, (first + row) * w.k + k0 + k, some, rows[row]);
+                prefetch_weight(w, first + row, k0 + k + kBlock);
+                decode(w, first + row, k0 + k, some, rows[row]);
                 if (some % kElements) rows[row][some] = {};
             }
             for (int64_t element = 0; element < some; element += kLanes * kElements) {
@@ -117,8 +124,8 @@ void decode_strips(const Nf4Weight& w, int64_t n0, int64_t outputs, int64_t k0, 
 }
 
 // Outputs are columns [k0, k0 + outputs) of W, the reduction runs over its rows [n0, n0 + count).
-template <class T, int kElements>
-void decode_strips_transposed(const Nf4Weight& w, int64_t k0, int64_t outputs, int64_t n0, int64_t count,
+template <class T, int kElements, class Weight>
+void decode_strips_transposed(const Weight& w, int64_t k0, int64_t outputs, int64_t n0, int64_t count,
                               uint32_t* strips) {
     const int64_t num_strips = strips_for(outputs), steps = divide_up(count, kElements);
     constexpr int64_t kAhead = 16;
@@ -126,9 +133,9 @@ void decode_strips_transposed(const Nf4Weight& w, int64_t k0, int64_t outputs, i
     for (int64_t step = 0; step < steps; ++step) {
         for (int e = 0; e < kElements; ++e) {
             const int64_t row = step * kElements + e;
-            prefetch_codes(w, (n0 + row + kAhead) * w.k + k0);
+            prefetch_weight(w, n0 + row + kAhead, k0);
             if (row < count)
-                decode(w, (n0 + row) * w.k + k0, outputs, rows[e]);
+                decode(w, n0 + row, k0, outputs, rows[e]);
             else
                 memset(rows[e], 0, sizeof rows[e]);
         }
@@ -155,18 +162,20 @@ inline Rows rows_of(const ConstMatrix& matrix, int64_t first_row) {
     return {row_of(matrix, first_row), matrix.stride * size_of(matrix.dtype), 4};
 }
 
-// One row in 32-bit steps, padded with zeros to whole steps.
+// One row, times `scale` [columns] if there is one, in 32-bit steps, padded with zeros to whole steps.
 template <class T>
-void convert_row(const T* x, int64_t columns, int64_t elements, uint32_t* out) {
-    if (elements == 1) return widen_rows(x, 0, 1, columns, nullptr, 0, reinterpret_cast<float*>(out), 0);
+void convert_row(const T* x, const float* scale, int64_t columns, int64_t elements, uint32_t* out) {
+    const auto convert = [&](auto* to) {
+        for (int64_t column = 0; column < columns; column += kLanes) {
+            const int64_t count = columns - column;
+            F32 value = load_some(x + column, count);
+            if (scale) value *= load_some(scale + column, count);
+            store_some(to + column, value, count);
+        }
+    };
+    if (elements == 1) return convert(reinterpret_cast<float*>(out));
     BFloat16* pairs = reinterpret_cast<BFloat16*>(out);
-    for (int64_t column = 0; column < columns; column += kLanes) {
-        const int64_t count = columns - column;
-        if (count >= kLanes)
-            store(pairs + column, load(x + column));
-        else
-            store_partial(pairs + column, load_partial(x + column, count), count);
-    }
+    convert(pairs);
     if (columns % 2) pairs[columns] = {};
 }
 
@@ -182,10 +191,6 @@ inline void adapter_strips(const ConstMatrix& matrix, int64_t rows, int64_t colu
         else
             strips_of_rows(data, matrix.stride, rows, columns, nullptr, 0, scale, strips);
     });
-}
-
-inline ConstMatrix part_of(const ConstMatrix& matrix, int64_t row, int64_t column) {
-    return {row_of(matrix, row, column), matrix.dtype, matrix.stride};
 }
 
 }  // namespace

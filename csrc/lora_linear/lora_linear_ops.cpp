@@ -1,16 +1,12 @@
 // The lora_linear ops: schemas, checks, allocation. See lora_linear.h for what they compute.
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
 
 #include <cmath>
 #include <optional>
 #include <tuple>
 #include <vector>
 
-#include "common/checks.h"
-#include "common/parallel_for.h"
-#include "lora_linear/lora_linear.h"
-#include "nf4/nf4_binding.h"
+#include "lora_linear/lora_linear_binding.h"
 
 #if defined(PEFT_KERNELS_CUDA)
 #include "lora_linear/lora_linear_cuda_binding.h"
@@ -76,40 +72,6 @@ Adapters check_adapters(const Tensors& lora_A, const Tensors& lora_B, const Numb
     return adapters;
 }
 
-// The 4-bit weight [n, k] of an op, or nothing where the caller makes the base product.
-std::optional<Nf4Weight> check_weight(const std::optional<Tensor>& codes, const std::optional<Tensor>& absmax,
-                                      const Tensors& nested, int64_t nested_blocksize, int64_t n, int64_t k,
-                                      int64_t blocksize, const std::string& quant_type, ScalarType dtype,
-                                      const Tensor& reference) {
-    if (!codes) return std::nullopt;
-    if (!absmax) bad_argument("absmax", "none", "the statistics of the 4-bit weight");
-    check_device(*codes, "codes", reference);
-    return check_nf4_weight(*codes, *absmax, {n, k}, dtype, blocksize, quant_type, nested, nested_blocksize);
-}
-
-// Runs a launcher with a workspace of the size that it asks for.
-template <class Params>
-void run(void (*launch)(const Params&), Params& params, const Tensor& like) {
-    int64_t bytes = 0;
-    params.threads = num_threads();
-    params.workspace = nullptr;
-    params.workspace_bytes = &bytes;
-    launch(params);
-    alignas(64) char small[16384];  // enough for decode shapes, where an allocation would cost as much as 10 rows of W
-    if (bytes <= static_cast<int64_t>(sizeof small)) {
-        params.workspace = small;
-        launch(params);
-        return;
-    }
-    const Tensor workspace = torch::stable::new_empty(like, {bytes}, ScalarType::Byte);
-    params.workspace = workspace.mutable_data_ptr();
-    launch(params);
-}
-
-Tensor empty(const Tensor& like, std::initializer_list<int64_t> sizes, ScalarType dtype) {
-    return torch::stable::new_empty(like, std::vector<int64_t>(sizes), dtype);
-}
-
 // -> y [m, n], s [m, Σ rank]
 std::tuple<Tensor, Tensor> forward(Tensor x, std::optional<Tensor> codes, std::optional<Tensor> absmax, Tensors nested,
                                    int64_t nested_blocksize, int64_t out_features, int64_t blocksize,
@@ -125,15 +87,10 @@ std::tuple<Tensor, Tensor> forward(Tensor x, std::optional<Tensor> codes, std::o
     params.x = check_matrix(x, "x", params.m, params.k, x);
     params.compute_dtype = check_float_dtype(compute_dtype, "compute_dtype");
 
-    const std::optional<Nf4Weight> weight = check_weight(codes, absmax, nested, nested_blocksize, params.n, params.k,
-                                                         blocksize, quant_type, weight_dtype, x);
+    const std::optional<Nf4Weight> weight = check_optional_weight(codes, absmax, nested, nested_blocksize, params.n,
+                                                                  params.k, blocksize, quant_type, weight_dtype, x);
     params.weight = weight ? &*weight : nullptr;
-    if (bias) {
-        const ScalarType dtype = bias->scalar_type();
-        check_shape(*bias, "bias", {params.n});
-        check_array(*bias, "bias", dtype, params.n, x);
-        params.bias = {bias->const_data_ptr(), check_float_dtype(dtype, "bias"), params.n};
-    }
+    if (bias) params.bias = check_bias(*bias, params.n, x);
     if (add) {
         check_dtype(*add, "add", out_dtype);
         params.add = check_matrix(*add, "add", params.m, params.n, x);
@@ -155,7 +112,7 @@ std::tuple<Tensor, Tensor> forward(Tensor x, std::optional<Tensor> codes, std::o
         return {y, s};
     }
 #endif
-    run(&dispatch::lora_linear_forward, params, x);
+    run_cpu(&dispatch::lora_linear_forward, params, x);
     return {y, s};
 }
 
@@ -177,8 +134,9 @@ std::tuple<Tensor, Tensor, Tensor> backward(Tensor grad_y, std::optional<Tensor>
     params.grad_y = check_matrix(grad_y, "grad_y", params.m, params.n, grad_y);
     params.compute_dtype = check_float_dtype(compute_dtype, "compute_dtype");
 
-    const std::optional<Nf4Weight> weight = check_weight(codes, absmax, nested, nested_blocksize, params.n, params.k,
-                                                         blocksize, quant_type, weight_dtype, grad_y);
+    const std::optional<Nf4Weight> weight =
+        check_optional_weight(codes, absmax, nested, nested_blocksize, params.n, params.k, blocksize, quant_type,
+                              weight_dtype, grad_y);
     params.weight = weight ? &*weight : nullptr;
     if (add) {
         check_dtype(*add, "add", x_dtype);
@@ -234,7 +192,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(Tensor grad_y, std::optional<Tensor>
         return {grad_x, grad_A, grad_B};
     }
 #endif
-    if ((wants_x && params.k > 0) || size_A > 0 || size_B > 0) run(&dispatch::lora_linear_backward, params, grad_y);
+    if ((wants_x && params.k > 0) || size_A > 0 || size_B > 0) run_cpu(&dispatch::lora_linear_backward, params, grad_y);
     return {grad_x, grad_A, grad_B};
 }
 

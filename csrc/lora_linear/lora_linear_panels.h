@@ -108,79 +108,143 @@ inline void comb_row(const BFloat16* natural, int64_t count, BFloat16* out) {
     }
 }
 
-// A left panel of rows [n0, n0 + rows) of W and elements [k0, k0 + depth) of each; k0 is a multiple of kPackDepth, and
-// depth at most that. `absmax` has [row of the panel][run of the row], where blocks are aligned.
+// Asks for the codes of `count` elements of a row ahead of their use: the hardware does not see the order in which
+// parts of many rows are read. At the end of a row the codes are the ones that the thread's next task begins with,
+// `next_rows` further on.
+inline void prefetch_row_codes(const Nf4Weight& w, int64_t row, int64_t k, int64_t count, int64_t next_rows) {
+    const int64_t ahead = k + min_of<int64_t>(1024, w.k);
+    const int64_t element = ahead < w.k ? row * w.k + ahead : (row + next_rows) * w.k + ahead - w.k;
+    for (int64_t line = 0; line < count / 2; line += 64) __builtin_prefetch(w.codes + element / 2 + line, 0, 2);
+}
+
+// A left panel of rows [n0, n0 + rows) of W and elements [k0, k0 + depth) of each, up to whole blocks; k0 begins a block.
+// absmax [row][run of the row], of these rows.
 inline void decode_left(const Nf4Weight& w, int64_t n0, int64_t rows, int64_t k0, int64_t depth, const float* absmax,
-                        BFloat16* panel) {
-    const int64_t blocks = divide_up(depth, kBlock);
-    if (has_aligned_blocks(w)) {
-        const int64_t runs = w.k / kBlock;
-        for (int64_t row = 0; row < rows; row += 2) {
-            const int64_t next = min_of(row + 1, rows - 1);  // an odd last row is decoded twice; nobody reads the copy
-            const uint8_t* codes = w.codes + k0 / 2;
-            decode_combed(w, codes + (n0 + row) * w.k / 2, codes + (n0 + next) * w.k / 2,
-                          absmax + row * runs + k0 / kBlock, absmax + next * runs + k0 / kBlock, blocks,
-                          left_row(panel, row));
-        }
-        return;
-    }
+                        int64_t next_rows, BFloat16* panel) {
+    const bool aligned = has_aligned_blocks(w);
+    const int64_t runs = w.k / kBlock;
     alignas(64) BFloat16 natural[kPackDepth];
-    for (int64_t row = 0; row < rows; ++row) {
-        decode(w, (n0 + row) * w.k + k0, depth, natural);
-        comb_row(natural, depth, left_row(panel, row));
-    }
-}
-
-// All of the reduction; `absmax` has room for [row of the panel][run of a row].
-inline void decode_panel(const Nf4Weight& w, int64_t n0, int64_t rows, BFloat16* panel, float* absmax) {
-    if (has_aligned_blocks(w)) runs_absmax(w, n0 * w.k, rows * w.k / kBlock, absmax);
-    for (int64_t k = 0; k < w.k; k += kPackDepth)
-        decode_left(w, n0, rows, k, min_of(kPackDepth, w.k - k), absmax, panel + k * kPanelSide);
-}
-
-// A right panel of columns [k0, k0 + columns) of W, at most kPanelSide, in natural order; its reduction runs over rows
-// [n0, n0 + count).
-inline void decode_right(const Nf4Weight& w, int64_t k0, int64_t columns, int64_t n0, int64_t count, BFloat16* panel) {
-    const bool aligned = has_aligned_blocks(w) && columns == kPanelSide;
-    const __m512 values = _mm512_load_ps(codebook(w.quant_type));
-    const __m512i odd_row = _mm512_set1_epi32(16 << 16);
-    alignas(64) BFloat16 natural[2][kPanelSide] = {};
-    for (int64_t n = 0; n < count; n += kTileDepth, panel += kPanelStep)
-        for (int64_t pair = 0; pair < kTileSide; ++pair) {
-            const int64_t first = n0 + n + 2 * pair;
-            BFloat16* out = panel + pair * kTileDepth;
-            if (aligned && n + 2 * pair + 1 < count) {
-                constexpr int64_t kAhead = 16;
-                prefetch_codes(w, (first + kAhead) * w.k + k0);
-                const auto absmax = [&](int64_t row) {
-                    return block_absmax(w.absmax, (row * w.k + k0) >> w.log2_blocksize);
-                };
-                const auto codes = [&](int64_t row) {
-                    return _mm_loadu_si128(reinterpret_cast<const __m128i*>(w.codes + (row * w.k + k0) / 2));
-                };
-                const __m512i table = table_of_two(w, values, absmax(first), absmax(first + 1));
-                const __m128i first_codes = codes(first), second_codes = codes(first + 1);
-                const auto put = [&](BFloat16* to, __m128i bytes) {
-                    // Eight quadwords with a byte of each row: words of (first, second) row, high nibbles first.
-                    const __m512i indices = _mm512_multishift_epi64_epi8(_mm512_set1_epi64(0x0008'0000'000C'0004),
-                                                                         _mm512_cvtepu16_epi64(bytes));
-                    _mm512_store_si512(to, lookup_two(table, indices, odd_row));
-                };
-                put(out, _mm_unpacklo_epi8(first_codes, second_codes));
-                put(out + kTileElements, _mm_unpackhi_epi8(first_codes, second_codes));
+    for (int64_t k = k0; k < k0 + depth; k += kPackDepth, panel += kPackDepth * kPanelSide) {
+        const int64_t count = min_of(kPackDepth, k0 + depth - k);
+        for (int64_t row = 0; row < rows; row += aligned ? 2 : 1) {
+            const int64_t begin = (n0 + row) * w.k + k;
+            if (!aligned) {
+                decode(w, n0 + row, k, count, natural);
+                comb_row(natural, count, left_row(panel, row));
                 continue;
             }
-            for (int64_t i = 0; i < 2; ++i) {
-                if (n + 2 * pair + i < count)
-                    decode(w, (first + i) * w.k + k0, columns, natural[i]);
-                else
-                    memset(natural[i], 0, sizeof natural[i]);
-            }
-            Bf16Vector low, high;
-            interleave(_mm512_load_si512(natural[0]), _mm512_load_si512(natural[1]), low, high);
-            _mm512_store_si512(out, low);
-            _mm512_store_si512(out + kTileElements, high);
+            const int64_t next = row + 1 < rows ? 1 : 0;  // an odd last row is decoded twice; nobody reads the copy
+            prefetch_row_codes(w, n0 + row, k, count, next_rows);
+            prefetch_row_codes(w, n0 + row + 1, k, count, next_rows);
+            const uint8_t* codes = w.codes + begin / 2;
+            const float* of_row = absmax + row * runs + k / kBlock;
+            decode_combed(w, codes, codes + next * w.k / 2, of_row, of_row + next * runs, count / kBlock,
+                          left_row(panel, row));
         }
+    }
+}
+
+// Elements of a row of a dense weight in bf16: where they lie, or converted.
+inline const BFloat16* bf16_elements(const ConstMatrix& w, int64_t row, int64_t column, int64_t count,
+                                     BFloat16* buffer) {
+    if (w.dtype == DType::kBFloat16) return static_cast<const BFloat16*>(row_of(w, row, column));
+    decode(w, row, column, count, buffer);
+    return buffer;
+}
+inline void decode_left(const ConstMatrix& w, int64_t n0, int64_t rows, int64_t k0, int64_t depth, const float*,
+                        int64_t, BFloat16* panel) {
+    alignas(64) BFloat16 buffer[kPackDepth];
+    for (int64_t k = k0; k < k0 + depth; k += kPackDepth, panel += kPackDepth * kPanelSide) {
+        const int64_t count = min_of(kPackDepth, k0 + depth - k);
+        for (int64_t row = 0; row < rows; ++row) {
+            for (int64_t ahead = k + kPackDepth; ahead < k + 2 * kPackDepth; ahead += kTileDepth)
+                prefetch_weight(w, n0 + row, ahead);
+            comb_row(bf16_elements(w, n0 + row, k, count, buffer), count, left_row(panel, row));
+        }
+    }
+}
+
+// Two rows of up to 64 elements, side by side, in right panels.
+inline void interleave_rows(const BFloat16 (&natural)[2][kBlock], int64_t columns, BFloat16* out, int64_t stride) {
+    for (int64_t k = 0; k < columns; k += kPanelSide, out += stride) {
+        Bf16Vector low, high;
+        interleave(_mm512_load_si512(natural[0] + k), _mm512_load_si512(natural[1] + k), low, high);
+        _mm512_store_si512(out, low);
+        _mm512_store_si512(out + kTileElements, high);
+    }
+}
+
+// Right panels of columns [k0, k0 + columns) of W, at most 64, in natural order; their reduction runs over rows
+// [n0, n0 + count), and zeros up to `steps` steps. absmax [row of W][run of the row].
+inline void decode_right(const Nf4Weight& w, int64_t k0, int64_t columns, int64_t n0, int64_t count, int64_t steps,
+                         const float* absmax, BFloat16* panel, int64_t stride) {
+    constexpr int64_t kAhead = 384;  // rows: what is decoded next, while these are multiplied
+    const int64_t runs = w.k / kBlock;
+    const bool aligned = has_aligned_blocks(w) && columns % kPanelSide == 0;
+    const __m512 values = _mm512_load_ps(codebook(w.quant_type));
+    const __m512i odd_row = _mm512_set1_epi32(16 << 16);
+    alignas(64) BFloat16 natural[2][kBlock] = {};
+    for (int64_t n = 0; n < steps * kTileDepth; n += 2) {
+        BFloat16* out = panel + n / kTileDepth * kPanelStep + n % kTileDepth / 2 * kTileDepth;
+        const int64_t begin = (n0 + n) * w.k + k0;
+        if (aligned && n + 1 < count) {
+            prefetch_codes(w, begin + kAhead * w.k);
+            prefetch_codes(w, begin + (kAhead + 1) * w.k);
+            const float* of_row = absmax + (n0 + n) * runs + k0 / kBlock;
+            const __m512i table = table_of_two(w, values, of_row[0], of_row[runs]);
+            const auto put = [&](BFloat16* to, __m128i bytes) {
+                // Eight quadwords with a byte of each row: words of (first, second) row, high nibbles first.
+                const __m512i indices = _mm512_multishift_epi64_epi8(_mm512_set1_epi64(0x0008'0000'000C'0004),
+                                                                     _mm512_cvtepu16_epi64(bytes));
+                _mm512_store_si512(to, lookup_two(table, indices, odd_row));
+            };
+            for (int64_t k = 0; k < columns; k += kPanelSide, out += stride) {
+                const auto codes = [&](int64_t element) {
+                    return _mm_loadu_si128(reinterpret_cast<const __m128i*>(w.codes + element / 2));
+                };
+                const __m128i first = codes(begin + k), second = codes(begin + w.k + k);
+                put(out, _mm_unpacklo_epi8(first, second));
+                put(out + kTileElements, _mm_unpackhi_epi8(first, second));
+            }
+            continue;
+        }
+        for (int64_t i = 0; i < 2; ++i) {
+            if (n + i < count)
+                decode(w, n0 + n + i, k0, columns, natural[i]);
+            else
+                memset(natural[i], 0, sizeof natural[i]);
+        }
+        interleave_rows(natural, columns, out, stride);
+    }
+}
+inline void decode_right(const ConstMatrix& w, int64_t k0, int64_t columns, int64_t n0, int64_t count, int64_t steps,
+                         const float*, BFloat16* panel, int64_t stride) {
+    constexpr int64_t kAhead = 32;
+    const bool whole = w.dtype == DType::kBFloat16 && columns % kPanelSide == 0;
+    alignas(64) BFloat16 natural[2][kBlock] = {};
+    for (int64_t n = 0; n < steps * kTileDepth; n += 2) {
+        for (int64_t i = 0; i < 2; ++i)
+            for (int64_t k = 0; k < columns; k += kPanelSide) prefetch_weight(w, n0 + n + i + kAhead, k0 + k);
+        if (whole && n + 1 < count) {
+            BFloat16* out = panel + n / kTileDepth * kPanelStep + n % kTileDepth / 2 * kTileDepth;
+            for (int64_t k = 0; k < columns; k += kPanelSide, out += stride) {
+                Bf16Vector low, high;
+                interleave(_mm512_loadu_si512(row_of(w, n0 + n, k0 + k)),
+                           _mm512_loadu_si512(row_of(w, n0 + n + 1, k0 + k)), low, high);
+                _mm512_store_si512(out, low);
+                _mm512_store_si512(out + kTileElements, high);
+            }
+            continue;
+        }
+        for (int64_t i = 0; i < 2; ++i) {
+            if (n + i < count)
+                decode(w, n0 + n + i, k0, columns, natural[i]);
+            else
+                memset(natural[i], 0, sizeof natural[i]);
+        }
+        interleave_rows(natural, columns, panel + n / kTileDepth * kPanelStep + n % kTileDepth / 2 * kTileDepth,
+                        stride);
+    }
 }
 
 // ---- x ------------------------------------------------------------------------------------------------------------

@@ -2,8 +2,7 @@
 // For sources that are compiled once per instruction set, and only for those.
 #pragma once
 
-#include "common/parallel_for.h"
-#include "lora_linear/lora_linear_operands.h"
+#include "lora_linear/lora_linear_scales.h"
 
 namespace peft_kernels {
 namespace PEFT_KERNELS_ISA {
@@ -17,17 +16,18 @@ constexpr int64_t kReduceRows = 256;
 // What the two directions share: the operand ("input": x, or dy), its rows in 32-bit steps, and the shrunk rows.
 class StripProduct {
 protected:
-    StripProduct(const LoraLinearParams& params, const ConstMatrix& input, int64_t reduction, int64_t outputs,
-                 bool has_base)
+    StripProduct(const LoraLinearParams& params, const ConstMatrix& input, const float* input_scale, int64_t reduction,
+                 int64_t outputs, bool has_base)
         : params_(params),
           input_(input),
+          input_scale_(input_scale),
           reduction_(reduction),
           outputs_(outputs),
           has_base_(has_base),
           plan_(lora_linear_plan(params.m, outputs, params.threads)),
           elements_(step_elements(params.compute_dtype)),
           steps_(divide_up(reduction, elements_)),
-          in_place_(!has_base || reads_in_place(input, reduction, elements_)) {
+          in_place_(!has_base || (!input_scale && reads_in_place(input, reduction, elements_))) {
         for (int a = 0; a < params.num_adapters; ++a) shrunk_ += strips_for(params.adapters[a].rank) * kLanes;
     }
 
@@ -54,10 +54,10 @@ protected:
             }
     }
 
-    // What is done to the input's rows before the tasks: conversion and, if wanted, the shrink.
+    // What is done to the input's rows before the tasks: conversion and, if `reduces`, the shrink or sums over rows.
     template <class Body>
-    void for_each_row_block(int64_t first, int64_t rows, bool shrinks, const Body& body) const {
-        if (in_place_ && !shrinks) return;
+    void for_each_row_block(int64_t first, int64_t rows, bool reduces, const Body& body) const {
+        if (in_place_ && !reduces) return;
         parallel_for_each(divide_up(rows, kRowBlock), [&](int64_t task, int worker) {
             const int64_t row = task * kRowBlock;
             body(first + row, min_of(kRowBlock, rows - row), worker);
@@ -82,7 +82,7 @@ protected:
         dispatch_dtype(input_.dtype, [&](auto* type) {
             using T = Pointee<decltype(type)>;
             for (int64_t row = 0; row < rows; ++row)
-                convert_row(static_cast<const T*>(row_of(input_, first_row + row)), reduction_, elements_,
+                convert_row(static_cast<const T*>(row_of(input_, first_row + row)), input_scale_, reduction_, elements_,
                             out + row * steps_);
         });
     }
@@ -137,7 +137,7 @@ protected:
                 body(row0 + row, min_of(kRowBlock, rows - row), tile + row * kTaskOutputs);
         };
         if (!has_base_) return blocks(finish);
-        dispatch_compute(params_.compute_dtype, params_.weight->dtype, [&](auto* type, auto arithmetic) {
+        dispatch_compute(params_.compute_dtype, weight_dtype(params_), [&](auto* type, auto arithmetic) {
             const int64_t block = strip_steps(steps_);
             for (int64_t step = 0; step == 0 || step < steps_; step += block) {
                 const int64_t some = min_of(block, steps_ - step);
@@ -153,6 +153,7 @@ protected:
 
     const LoraLinearParams& params_;
     const ConstMatrix& input_;
+    const float* const input_scale_;  // [reduction], or null
     const int64_t reduction_, outputs_;
     const bool has_base_;
     const LoraLinearPlan plan_;
@@ -166,7 +167,7 @@ protected:
 class StripForward : StripProduct {
 public:
     explicit StripForward(const LoraLinearForwardParams& params)
-        : StripProduct(params, params.x, params.k, params.n, params.weight != nullptr), p_(params) {}
+        : StripProduct(params, params.x, params.scale_k, params.k, params.n, has_weight(params)), p_(params) {}
 
     void run() {
         Arena arena(p_.workspace);
@@ -224,7 +225,7 @@ private:
         }
     }
 
-    // y = x Wᵀ + b + scaling s Bᵀ for some outputs of some rows
+    // y = x Wᵀ + b + scaling s Bᵀ, or y = scale_n ⊙ (x Wᵀ + b), for some outputs of some rows
     void make_y(int64_t first, int64_t n0, int64_t outputs, int64_t row0, int64_t rows, const Scratch& scratch) const {
         uint32_t* strips_B = scratch.strips_B;
         for (int a = 0; a < p_.num_adapters; ++a) {
@@ -241,8 +242,9 @@ private:
             using T = Pointee<decltype(type)>;
             constexpr int kElements = kStepElements<decltype(arithmetic)>;
             const int64_t k0 = step * kElements;
-            decode_strips<T, kElements>(rounded_once(*p_.weight, p_.compute_dtype), n0, outputs, k0,
-                                        min_of(steps * kElements, p_.k - k0), strips);
+            dispatch_weight(p_, [&](const auto& weight) {
+                decode_strips<T, kElements>(weight, n0, outputs, k0, min_of(steps * kElements, p_.k - k0), strips);
+            });
         };
         const auto finish = [&](int64_t row, int64_t count, float* tile) {
             const uint32_t* strips = scratch.strips_B;
@@ -254,12 +256,7 @@ private:
                 strips += strips_for(outputs) * kLanes * rank;
                 s += rank;
             }
-            dispatch_dtype(p_.y.dtype, [&](auto* type) {
-                using T = Pointee<decltype(type)>;
-                const T* add = p_.add.data ? static_cast<const T*>(row_of(p_.add, row, n0)) : nullptr;
-                store_rows(tile, kTaskOutputs, count, outputs, p_.bias.data ? scratch.bias : nullptr, add,
-                           p_.add.stride, static_cast<T*>(p_.y.data) + row * p_.y.stride + n0, p_.y.stride);
-            });
+            store_y(p_, tile, kTaskOutputs, row, count, n0, outputs, p_.bias.data ? scratch.bias : nullptr);
         };
         multiply_base(first, outputs, row0, rows, scratch.strips, scratch.tile, decode, finish);
     }
@@ -270,12 +267,15 @@ private:
 class StripBackward : StripProduct {
 public:
     explicit StripBackward(const LoraLinearBackwardParams& params)
-        : StripProduct(params, params.grad_y, params.n, params.k, params.weight && params.grad_x.data), p_(params) {
+        : StripProduct(params, params.grad_y, params.scale_n, params.n, params.k,
+                       has_weight(params) && (params.grad_x.data || params.grad_scale_k)),
+          p_(params),
+          scales_(params, kRowBlock) {
         for (int a = 0; a < p_.num_adapters; ++a) {
             wants_A_ |= p_.adapters[a].grad_A != nullptr;
             wants_B_ |= p_.adapters[a].grad_B != nullptr;
         }
-        wants_x_ = p_.grad_x.data != nullptr;
+        wants_x_ = p_.grad_x.data || p_.grad_scale_k;
         wants_ds_ = shrunk_ > 0 && (wants_A_ || wants_x_);
     }
 
@@ -286,6 +286,7 @@ public:
         int dropping = 0;
         for (int a = 0; a < p_.num_adapters; ++a) dropping += drops(p_.adapters[a]);
         keep_ = arena.take<uint8_t>(wants_ds_ ? dropping * p_.m * keep_bytes(p_.k) : 0);
+        scales_.lay_out(arena);
         const int64_t worker_bytes = Scratch(nullptr, *this).bytes;
         char* workers = arena.take<char>(p_.threads * worker_bytes);
         if (!p_.workspace) {
@@ -296,9 +297,10 @@ public:
         if (wants_ds_) make_shrink_strips(&LoraAdapter::lora_B, false);
         for (int64_t first = 0; first < p_.m; first += chunk_rows()) {
             const int64_t rows = min_of(chunk_rows(), p_.m - first);
-            for_each_row_block(first, rows, wants_ds_, [&](int64_t row, int64_t count, int worker) {
+            for_each_row_block(first, rows, wants_ds_ || p_.grad_scale_n, [&](int64_t row, int64_t count, int worker) {
                 convert_rows(first, row, count);
                 if (wants_ds_) make_ds(row, count, scratch(worker));
+                scales_.add_grad_y(row, count);
             });
             if (!wants_x_) continue;
             for_each_task(first, rows, [&](int64_t k0, int64_t outputs, int64_t row, int64_t count, int worker) {
@@ -313,6 +315,7 @@ public:
             else
                 make_grad_B((task - tasks_A) * kTaskOutputs, scratch(worker));
         });
+        scales_.finish();
     }
 
 private:
@@ -365,7 +368,7 @@ private:
         }
     }
 
-    // dx = dy W + mask ⊙ (ds A) for some columns of some rows
+    // dx = dy W + mask ⊙ (ds A), or dx = scale_k ⊙ (dy W), for some columns of some rows
     void make_grad_x(int64_t first, int64_t k0, int64_t outputs, int64_t row0, int64_t rows,
                      const Scratch& scratch) const {
         uint32_t* strips_A = scratch.strips_A;
@@ -378,8 +381,10 @@ private:
             using T = Pointee<decltype(type)>;
             constexpr int kElements = kStepElements<decltype(arithmetic)>;
             const int64_t n0 = step * kElements;
-            decode_strips_transposed<T, kElements>(rounded_once(*p_.weight, p_.compute_dtype), k0, outputs, n0,
-                                                   min_of(steps * kElements, p_.n - n0), strips);
+            dispatch_weight(p_, [&](const auto& weight) {
+                decode_strips_transposed<T, kElements>(weight, k0, outputs, n0, min_of(steps * kElements, p_.n - n0),
+                                                       strips);
+            });
         };
         const auto finish = [&](int64_t row, int64_t count, float* tile) {
             const uint32_t* strips = scratch.strips_A;
@@ -394,11 +399,14 @@ private:
                 strips += strips_for(outputs) * kLanes * rank;
                 ds += rank;
             }
+            scales_.add_grad_x(tile, kTaskOutputs, row, count, k0, outputs);
+            if (!p_.grad_x.data) return;
             dispatch_dtype(p_.grad_x.dtype, [&](auto* type) {
                 using T = Pointee<decltype(type)>;
                 const T* add = p_.add.data ? static_cast<const T*>(row_of(p_.add, row, k0)) : nullptr;
                 store_rows(tile, kTaskOutputs, count, outputs, nullptr, add, p_.add.stride,
-                           static_cast<T*>(p_.grad_x.data) + row * p_.grad_x.stride + k0, p_.grad_x.stride);
+                           static_cast<T*>(p_.grad_x.data) + row * p_.grad_x.stride + k0, p_.grad_x.stride,
+                           p_.scale_k ? p_.scale_k + k0 : nullptr);
             });
         };
         multiply_base(first, outputs, row0, rows, scratch.strips, scratch.tile, decode, finish);
@@ -453,6 +461,7 @@ private:
     bool wants_A_ = false, wants_B_ = false, wants_x_ = false, wants_ds_ = false;
     float* ds_ = nullptr;      // [m, total_rank]
     uint8_t* keep_ = nullptr;  // [dropping adapter][m][keep_bytes(k)]
+    ScaleGradients scales_;
 };
 
 }  // namespace

@@ -11,8 +11,8 @@
 // A dropped adapter's part of dx is a product of its own, because the mask is applied to it.
 #pragma once
 
-#include "common/parallel_for.h"
 #include "lora_linear/lora_linear_panels.h"
+#include "lora_linear/lora_linear_scales.h"
 
 namespace peft_kernels {
 namespace PEFT_KERNELS_ISA {
@@ -39,7 +39,7 @@ protected:
 
     // `added` is the parameter of the product that is added to the base product: B in the forward, A in the backward.
     TileProduct(const LoraLinearParams& params, const ConstMatrix& input, int64_t reduction, int64_t outputs,
-                bool has_base, ParameterOf shrunk, ParameterOf added)
+                bool has_base, bool by_rows, ParameterOf shrunk, ParameterOf added)
         : params_(params),
           input_(input),
           reduction_(reduction),
@@ -48,7 +48,7 @@ protected:
           shrunk_(shrunk),
           added_(added),
           steps_(divide_up(reduction, kBlock) * kBlockSteps),
-          plan_(lora_linear_tile_plan(params.m, outputs, reduction, params.threads)) {
+          plan_(lora_linear_tile_plan(params.m, outputs, reduction, params.threads, by_rows)) {
         for (int a = 0; a < params.num_adapters; ++a) {
             branch_steps_ += branch_steps(adapter(a), (adapter(a).*added).dtype);
             shrink_panels_ += divide_up(shrink_rows(a), kPanelSide);
@@ -98,6 +98,90 @@ protected:
         });
     }
 
+    // Rows of the input as the product takes them: where they lie, or scaled and rounded, in a buffer of dense rows.
+    struct Bf16Rows {
+        const BFloat16* data;
+        int64_t stride;
+    };
+    Bf16Rows scaled(int64_t row, int64_t rows, const float* scale, BFloat16* buffer) const {
+        if (!scale) return {bf16_row(input_, row), input_.stride};
+        for (int64_t i = 0; i < rows; ++i) {
+            const BFloat16* from = bf16_row(input_, row + i);
+            BFloat16* to = buffer + i * reduction_;
+            for (int64_t column = 0; column < reduction_; column += kLanes) {
+                const int64_t count = reduction_ - column;
+                store_some(to + column, load_some(from + column, count) * load_some(scale + column, count), count);
+            }
+        }
+        return {buffer, reduction_};
+    }
+
+    // The base product of one task, and of the branch what stands behind it in the panels (`tail` steps):
+    //
+    //   make(step, steps, outputs, weight, stride)     decodes a part of the weight into panels, `stride` apart
+    //   make_tail(output, outputs, panel)              the same for the tail of one of them
+    //   finish(row, rows, output, outputs, sums)       stores a block of 32 x 32 sums
+    //
+    // The reduction is cut into parts of plan_.depth_steps. The weight's part of a task stays in L2 while the rows of
+    // the activation stream by; the part of one panel of rows stays in L1 while the weight's panels pass it.
+    template <Streams kWeight, class Make, class MakeTail, class Finish>
+    void multiply_base(int64_t first, int64_t outputs, int64_t row0, int64_t rows, int64_t tail, BFloat16* weight,
+                       float* sums, const Make& make, const MakeTail& make_tail, const Finish& finish) const {
+        const auto each_panel = [](int64_t count, const auto& body) {
+            for (int64_t i = 0; i < count; i += kPanelSide) body(i, min_of<int64_t>(kPanelSide, count - i));
+        };
+        const int64_t depth = plan_.depth_steps;
+        if (rows <= kPanelSide && outputs <= kPanelSide) {
+            // The weight is decoded while the tile unit multiplies.
+            const BFloat16* input = input_panel(first, row0) + panel_elements(steps_ - base_steps());
+            constexpr bool kLeft = kWeight == Streams::kLeft;
+            dispatch_sums<kWeight>(kLeft ? outputs : rows, kLeft ? rows : outputs, [&](auto tiles) {
+                using Sums = decltype(tiles);
+                const auto add = [&](int64_t steps) {
+                    Sums::add_steps(kLeft ? weight : input, kLeft ? input : weight, steps);
+                    input += panel_elements(steps);
+                };
+                Sums::begin(sums, kPanelSide, false);
+                for (int64_t step = 0; step < base_steps(); step += depth) {
+                    const int64_t steps = min_of(depth, base_steps() - step);
+                    make(step, steps, outputs, weight, 0);
+                    add(steps);
+                }
+                if (tail > 0) {
+                    make_tail(0, outputs, weight);
+                    add(tail);
+                }
+                Sums::end(sums, kPanelSide);
+            });
+            return finish(row0, rows, 0, outputs, sums);
+        }
+        for (int64_t step = 0; step == 0 || step < base_steps(); step += depth) {
+            const int64_t base = min_of(depth, base_steps() - step);
+            const bool last = step + base >= base_steps();
+            const int64_t steps = base + (last ? tail : 0);
+            const int64_t stride = panel_elements(depth + tail);
+            if (base > 0) make(step, base, outputs, weight, stride);
+            if (last && tail > 0)
+                each_panel(outputs, [&](int64_t output, int64_t some) {
+                    make_tail(output, some, weight + output / kPanelSide * stride + panel_elements(base));
+                });
+            each_panel(rows, [&](int64_t row, int64_t count) {
+                const BFloat16* input = input_panel(first, row0 + row) + panel_elements(steps_ - base_steps() + step);
+                each_panel(outputs, [&](int64_t output, int64_t some) {
+                    const BFloat16* panel = weight + output / kPanelSide * stride;
+                    float* block = sums + row * outputs_side() + output * kPanelSide;
+                    if constexpr (kWeight == Streams::kLeft)
+                        multiply_panels<kWeight>(panel, some, input, count, steps, block, kPanelSide, step > 0);
+                    else
+                        multiply_panels<kWeight>(input, count, panel, some, steps, block, kPanelSide, step > 0);
+                    if (last) finish(row0 + row, count, output, some, block);
+                });
+            });
+        }
+    }
+    // Of the blocks of sums of a task, [panel of rows][panel of outputs][32][32].
+    int64_t outputs_side() const { return plan_.task_outputs; }
+
     // values[rank][kPanelSide] = scale · Σ terms of sums[term · rank][kPanelSide], the smallest first.
     static void add_terms(const float* sums, int64_t rank, int terms, float scale, float* values) {
         for (int64_t i = 0; i < rank * kPanelSide; i += kLanes) {
@@ -124,7 +208,7 @@ protected:
 class TileForward : TileProduct {
 public:
     explicit TileForward(const LoraLinearForwardParams& params)
-        : TileProduct(params, params.x, params.k, params.n, params.weight != nullptr, &LoraAdapter::lora_A,
+        : TileProduct(params, params.x, params.k, params.n, has_weight(params), true, &LoraAdapter::lora_A,
                       &LoraAdapter::lora_B),
           p_(params) {}
 
@@ -145,7 +229,8 @@ public:
             const int64_t rows = min_of(chunk_rows(), p_.m - first);
             for_each_panel(first, rows, [&](int64_t row, int64_t count, int worker) {
                 BFloat16* panel = input_panel(first, row);
-                pack_combed_columns(bf16_row(p_.x, row), p_.x.stride, count, p_.k, nullptr, 0, panel);
+                const Bf16Rows x = scaled(row, count, p_.scale_k, scratch(worker).scaled);
+                pack_combed_columns(x.data, x.stride, count, p_.k, nullptr, 0, panel);
                 make_s(row, count, panel, scratch(worker));
             });
             for_each_task(first, rows, [&](int64_t n0, int64_t outputs, int64_t row, int64_t count, int worker) {
@@ -157,27 +242,29 @@ public:
 private:
     struct Scratch {  // of one worker
         Scratch(char* base, const TileForward& f) {
-            const int64_t panels = f.plan_.task_outputs / kPanelSide, runs = divide_up(f.p_.k, kBlock);
+            const int64_t panels = f.plan_.task_outputs / kPanelSide;
             Arena arena(base);
-            weight = arena.take<BFloat16>(panels * panel_elements(f.base_steps() + f.branch_steps_));
-            absmax = arena.take<float>(f.has_base_ ? kPanelSide * runs : 0);
+            weight = arena.take<BFloat16>(panels * panel_elements(f.plan_.depth_steps + f.branch_steps_));
+            absmax = arena.take<float>(f.has_base_ ? f.plan_.task_outputs * (f.p_.k / kBlock) : 0);
             dropped = arena.take<BFloat16>(panel_elements(kShrinkDepth / kTileDepth));
             bits = arena.take<uint8_t>(kPanelSide * keep_bytes(kShrinkDepth));
-            sums = arena.take<float>(max_of<int64_t>(kPanelSide, divide_up(f.shrink_rows_, kPanelSide) * kPanelSide) *
-                                     kPanelSide);
+            sums = arena.take<float>(max_of(f.plan_.task_rows * f.plan_.task_outputs,
+                                            divide_up(f.shrink_rows_, kPanelSide) * kPanelSide * kPanelSide));
             tile = arena.take<float>(max_of<int64_t>(kPanelSide, f.shrink_rows_) * kPanelSide);
             bias = arena.take<float>(f.plan_.task_outputs);
             terms = arena.take<BFloat16>(3 * kPackDepth);
+            scaled = arena.take<BFloat16>(f.p_.scale_k ? kPanelSide * f.p_.k : 0);
             bytes = arena.used();
         }
         BFloat16* weight;   // left panels of W and B
-        float* absmax;      // [row of a panel][run of 64 elements]
+        float* absmax;      // [output of the task][run of 64 elements]
         BFloat16* dropped;  // a right panel of x
         uint8_t* bits;
         float* sums;
         float* tile;
         float* bias;
         BFloat16* terms;
+        BFloat16* scaled;  // rows of x
         int64_t bytes;
     };
 
@@ -229,9 +316,11 @@ private:
                     right = scratch.dropped;
                 }
                 for (int64_t r = 0; r < shrink_rows(a); r += kPanelSide)
-                    multiply_panels(lora_A + r / kPanelSide * panel_elements(steps_) + panel_elements(step),
-                                    shrink_rows(a) - r, right, rows, divide_up(columns, kBlock) * kBlockSteps,
-                                    scratch.sums + r * kPanelSide, kPanelSide, column > 0);
+                    multiply_panels<Streams::kLeft>(lora_A + r / kPanelSide * panel_elements(steps_) +
+                                                        panel_elements(step),
+                                                    shrink_rows(a) - r, right, rows,
+                                                    divide_up(columns, kBlock) * kBlockSteps,
+                                                    scratch.sums + r * kPanelSide, kPanelSide, column > 0);
             }
             float* values = scratch.tile;  // [rank][kPanelSide]
             add_terms(scratch.sums, rank, shrink_terms(a), dropout.keep_scale, values);
@@ -259,49 +348,43 @@ private:
         }
     }
 
-    // y = x Wᵀ + b + scaling s Bᵀ for some outputs of some rows
+    // y = x Wᵀ + b + scaling s Bᵀ, or y = scale_n ⊙ (x Wᵀ + b), for some outputs of some rows
     void make_y(int64_t first, int64_t n0, int64_t outputs, int64_t row0, int64_t rows, const Scratch& scratch) const {
-        const int64_t steps = base_steps() + branch_steps_;
         if (p_.bias.data)
             dispatch_dtype(p_.bias.dtype, [&](auto* type) {
                 const auto* bias = static_cast<const Pointee<decltype(type)>*>(p_.bias.data);
                 widen_rows(bias + n0, 0, 1, outputs, nullptr, 0, scratch.bias, 0);
             });
-        const Nf4Weight weight = has_base_ ? rounded_once(*p_.weight, p_.compute_dtype) : Nf4Weight{};
-        for (int64_t n = 0; n < outputs; n += kPanelSide) {
-            const int64_t some = min_of<int64_t>(kPanelSide, outputs - n);
-            BFloat16* panel = scratch.weight + n / kPanelSide * panel_elements(steps);
-            if (has_base_) decode_panel(weight, n0 + n, some, panel, scratch.absmax);
-            pack_B(n0 + n, some, panel + panel_elements(base_steps()));
-        }
-        for (int64_t row = 0; row < rows; row += kPanelSide) {
-            const int64_t count = min_of<int64_t>(kPanelSide, rows - row);
-            const BFloat16* x = input_panel(first, row0 + row) + panel_elements(steps_ - base_steps());
-            for (int64_t n = 0; n < outputs; n += kPanelSide) {
-                multiply_panels(scratch.weight + n / kPanelSide * panel_elements(steps), outputs - n, x, count, steps,
-                                scratch.sums, kPanelSide, false);
-                store_y(row0 + row, count, n0 + n, min_of<int64_t>(kPanelSide, outputs - n),
-                        p_.bias.data ? scratch.bias + n : nullptr, scratch);
-            }
-        }
+        const int64_t runs = p_.k / kBlock;
+        if (p_.weight && has_aligned_blocks(*p_.weight))
+            runs_absmax(*p_.weight, n0 * p_.k, outputs * runs, scratch.absmax);
+        const auto make = [&](int64_t step, int64_t steps, int64_t count, BFloat16* panel, int64_t stride) {
+            const int64_t k = step * kTileDepth;
+            dispatch_weight(p_, [&](const auto& weight) {
+                for (int64_t n = 0; n < count; n += kPanelSide, panel += stride)
+                    decode_left(weight, n0 + n, min_of<int64_t>(kPanelSide, count - n), k,
+                                min_of(steps * kTileDepth, p_.k - k), scratch.absmax + n * runs,
+                                plan_.task_outputs * p_.threads, panel);
+            });
+        };
+        const auto make_tail = [&](int64_t n, int64_t some, BFloat16* panel) { pack_B(n0 + n, some, panel); };
+        const auto finish = [&](int64_t row, int64_t count, int64_t n, int64_t some, const float* sums) {
+            transpose_sums(count, sums, scratch.tile);
+            store_y(p_, scratch.tile, kPanelSide, row, count, n0 + n, some, p_.bias.data ? scratch.bias + n : nullptr);
+        };
+        multiply_base<Streams::kLeft>(first, outputs, row0, rows, branch_steps_, scratch.weight, scratch.sums, make,
+                                      make_tail, finish);
     }
 
     // sums holds yᵀ.
-    void store_y(int64_t row, int64_t rows, int64_t n, int64_t outputs, const float* bias,
-                 const Scratch& scratch) const {
+    static void transpose_sums(int64_t rows, const float* sums, float* tile) {
         for (int i = 0; i < kPanelSide; i += kTileSide)
             for (int j = 0; j < min_of<int64_t>(rows, kPanelSide); j += kTileSide) {
                 U32 square[kLanes];
-                for (int l = 0; l < kLanes; ++l) square[l] = load_vector<U32>(scratch.sums + (i + l) * kPanelSide + j);
+                for (int l = 0; l < kLanes; ++l) square[l] = load_vector<U32>(sums + (i + l) * kPanelSide + j);
                 transpose(square);
-                for (int l = 0; l < kLanes; ++l) store_vector(scratch.tile + (j + l) * kPanelSide + i, square[l]);
+                for (int l = 0; l < kLanes; ++l) store_vector(tile + (j + l) * kPanelSide + i, square[l]);
             }
-        dispatch_dtype(p_.y.dtype, [&](auto* type) {
-            using T = Pointee<decltype(type)>;
-            const T* add = p_.add.data ? static_cast<const T*>(row_of(p_.add, row, n)) : nullptr;
-            store_rows(scratch.tile, kPanelSide, rows, outputs, bias, add, p_.add.stride,
-                       static_cast<T*>(p_.y.data) + row * p_.y.stride + n, p_.y.stride);
-        });
     }
 
     const LoraLinearForwardParams& p_;
@@ -310,29 +393,33 @@ private:
 class TileBackward : TileProduct {
 public:
     explicit TileBackward(const LoraLinearBackwardParams& params)
-        : TileProduct(params, params.grad_y, params.n, params.k, params.weight && params.grad_x.data,
-                      &LoraAdapter::lora_B, &LoraAdapter::lora_A),
-          p_(params) {
+        : TileProduct(params, params.grad_y, params.n, params.k,
+                      has_weight(params) && (params.grad_x.data || params.grad_scale_k), false, &LoraAdapter::lora_B,
+                      &LoraAdapter::lora_A),
+          p_(params),
+          scales_(params, kPanelSide) {
         for (int a = 0; a < p_.num_adapters; ++a) {
             wants_A_ |= adapter(a).grad_A != nullptr;
             wants_B_ |= adapter(a).grad_B != nullptr;
             reduce_panels_ += divide_up(reduce_rows(a), kPanelSide);
             reduce_rows_ = max_of(reduce_rows_, reduce_rows(a));
         }
-        wants_x_ = p_.grad_x.data != nullptr;
+        wants_x_ = p_.grad_x.data || p_.grad_scale_k;
         wants_ds_ = p_.num_adapters > 0 && (wants_A_ || wants_x_);
     }
 
     void run() {
         Arena arena(p_.workspace);
         lay_out(arena);
+        if (has_base_ && p_.weight && has_aligned_blocks(*p_.weight)) absmax_ = arena.take<float>(p_.n * p_.k / kBlock);
         ds_ = arena.take<float>(wants_ds_ ? p_.m * p_.total_rank : 0);
         int dropping = 0;
         for (int a = 0; a < p_.num_adapters; ++a) dropping += drops(a);
-        keep_ = arena.take<uint8_t>(wants_ds_ ? dropping * p_.m * keep_bytes(p_.k) : 0);
+        if (wants_ds_ && dropping > 0) keep_ = arena.take<uint8_t>(dropping * p_.m * keep_bytes(p_.k));
         const int64_t reduce = reduce_panels_ * panel_elements(row_steps());
         reduce_A_ = arena.take<BFloat16>(wants_A_ ? reduce : 0);
         reduce_B_ = arena.take<BFloat16>(wants_B_ ? reduce : 0);
+        scales_.lay_out(arena);
         const int64_t worker_bytes = Scratch(nullptr, *this).bytes;
         char* workers = arena.take<char>(p_.threads * worker_bytes);
         if (!p_.workspace) {
@@ -340,15 +427,19 @@ public:
             return;
         }
         const auto scratch = [&](int worker) { return Scratch(workers + worker * worker_bytes, *this); };
-        if (wants_ds_)
-            parallel_for_each(divide_up(p_.n, kPackDepth),
-                              [&](int64_t task, int worker) { pack_B(task * kPackDepth, scratch(worker)); });
+        if (wants_ds_ || absmax_)
+            parallel_for_each(divide_up(p_.n, kPackDepth), [&](int64_t task, int worker) {
+                const int64_t n = task * kPackDepth, runs = p_.k / kBlock;
+                if (wants_ds_) pack_B(n, scratch(worker));
+                if (absmax_) runs_absmax(*p_.weight, n * p_.k, min_of(kPackDepth, p_.n - n) * runs, absmax_ + n * runs);
+            });
         for (int64_t first = 0; first < p_.m; first += chunk_rows()) {
             const int64_t rows = min_of(chunk_rows(), p_.m - first);
             for_each_panel(first, rows, [&](int64_t row, int64_t count, int worker) {
                 if (wants_ds_ || wants_x_) {
                     BFloat16* panel = input_panel(first, row);
-                    pack_left_panel(bf16_row(p_.grad_y, row), p_.grad_y.stride, count, p_.n, panel);
+                    const Bf16Rows grad_y = scaled(row, count, p_.scale_n, scratch(worker).scaled);
+                    pack_left_panel(grad_y.data, grad_y.stride, count, p_.n, panel);
                     // The reduction of the base product is padded to whole blocks.
                     const int64_t packed = divide_up(p_.n, kTileDepth);
                     memset(static_cast<void*>(panel + panel_elements(packed)), 0,
@@ -357,6 +448,7 @@ public:
                 }
                 if (wants_A_) pack_reduced(row, count, ds_, reduce_A_, scratch(worker));
                 if (wants_B_) pack_reduced(row, count, p_.s, reduce_B_, scratch(worker));
+                scales_.add_grad_y(row, count);
             });
             if (!wants_x_) continue;
             for_each_task(first, rows, [&](int64_t k0, int64_t outputs, int64_t row, int64_t count, int worker) {
@@ -372,6 +464,7 @@ public:
             else
                 make_grad_B((task - tasks_A) * kPanelSide, scratch(worker));
         });
+        scales_.finish();
     }
 
 private:
@@ -380,18 +473,22 @@ private:
             const int64_t panels = b.plan_.task_outputs / kPanelSide;
             const int64_t reduce_rows = divide_up(max_of(b.reduce_rows_, b.shrink_rows_), kPanelSide) * kPanelSide;
             Arena arena(base);
-            weight = arena.take<BFloat16>(panels * panel_elements(b.base_steps() + b.branch_steps_));
+            weight = arena.take<BFloat16>(panels * panel_elements(b.plan_.depth_steps + b.branch_steps_));
+            branch = arena.take<BFloat16>(panels * panel_elements(b.branch_steps_));
             right = arena.take<BFloat16>(panel_elements(kReduceDepth / kTileDepth));
-            sums = arena.take<float>(max_of<int64_t>(kPanelSide, reduce_rows) * kPanelSide);
+            sums = arena.take<float>(max_of(b.plan_.task_rows * b.plan_.task_outputs, reduce_rows * kPanelSide));
             tile = arena.take<float>(max_of<int64_t>(kPanelSide, reduce_rows) * kPanelSide);
             terms = arena.take<BFloat16>(2 * reduce_rows + kPanelSide);
+            scaled = arena.take<BFloat16>(b.p_.scale_n ? kPanelSide * b.p_.n : 0);
             bytes = arena.used();
         }
         BFloat16* weight;  // right panels of W and A
+        BFloat16* branch;  // right panels of A, where it can't follow W
         BFloat16* right;   // of x or dy
         float* sums;
         float* tile;
         BFloat16* terms;
+        BFloat16* scaled;  // rows of dy
         int64_t bytes;
     };
 
@@ -449,7 +546,8 @@ private:
             const Dropout dropout = dropout_of(adapter(a));
             const int64_t stride = divide_up(columns, kPanelSide) * kPanelSide;
             for (int64_t c = 0; c < columns; c += kPanelSide, lora_B += panel_elements(steps_))
-                multiply_panels(panel, rows, lora_B, columns - c, steps_, scratch.sums + c, stride, false);
+                multiply_panels<Streams::kRight>(panel, rows, lora_B, columns - c, steps_, scratch.sums + c, stride,
+                                                 false);
             const F32 scale = broadcast(adapter(a).scaling * dropout.keep_scale);
             for (int64_t i = 0; i < rows; ++i) {
                 float* ds = ds_ + (row + i) * p_.total_rank + offset;
@@ -487,32 +585,44 @@ private:
         }
     }
 
-    // dx = dy W + mask ⊙ (ds A) for some columns of some rows
+    // dx = dy W + mask ⊙ (ds A), or dx = scale_k ⊙ (dy W), for some columns of some rows
     void make_grad_x(int64_t first, int64_t k0, int64_t outputs, int64_t row0, int64_t rows,
                      const Scratch& scratch) const {
-        const int64_t steps = base_steps() + branch_steps_;
-        if (has_base_) {
-            const Nf4Weight weight = rounded_once(*p_.weight, p_.compute_dtype);
-            // A line of codes holds the columns of four panels.
-            for (int64_t n = 0; n < p_.n; n += kPackDepth)
-                for (int64_t k = 0; k < outputs; k += kPanelSide)
-                    decode_right(weight, k0 + k, min_of<int64_t>(kPanelSide, outputs - k), n,
-                                 min_of(kPackDepth, p_.n - n),
-                                 scratch.weight + k / kPanelSide * panel_elements(steps) + n * kPanelSide);
-        }
-        for (int64_t k = 0; k < outputs; k += kPanelSide) {
-            BFloat16* panel = scratch.weight + k / kPanelSide * panel_elements(steps);
-            const int64_t packed = divide_up(p_.n, kTileDepth);
-            if (has_base_)
-                memset(static_cast<void*>(panel + panel_elements(packed)), 0,
-                       panel_elements(steps_ - packed) * sizeof *panel);
-            pack_A(k0 + k, min_of<int64_t>(kPanelSide, outputs - k), panel + panel_elements(base_steps()));
-        }
-        for (int64_t row = 0; row < rows; row += kPanelSide)
+        const auto make = [&](int64_t step, int64_t steps, int64_t count, BFloat16* panel, int64_t stride) {
+            const int64_t n = step * kTileDepth;
+            for (int64_t k = 0; k < count;) {
+                const int64_t some =
+                    (k0 + k) % kBlock == 0 ? min_of(kBlock, count - k) : min_of<int64_t>(kPanelSide, count - k);
+                dispatch_weight(p_, [&](const auto& weight) {
+                    decode_right(weight, k0 + k, some, n, min_of(steps * kTileDepth, p_.n - n), steps, absmax_, panel,
+                                 stride);
+                });
+                k += some;
+                panel += divide_up(some, kPanelSide) * stride;
+            }
+        };
+        const auto make_tail = [&](int64_t k, int64_t some, BFloat16* panel) { pack_A(k0 + k, some, panel); };
+        const int64_t tail = keep_ ? 0 : branch_steps_;
+        if (tail == 0)
             for (int64_t k = 0; k < outputs; k += kPanelSide)
-                multiply_grad_x(first, row0 + row, min_of<int64_t>(kPanelSide, rows - row), k0 + k,
-                                min_of<int64_t>(kPanelSide, outputs - k),
-                                scratch.weight + k / kPanelSide * panel_elements(steps), scratch);
+                pack_A(k0 + k, min_of<int64_t>(kPanelSide, outputs - k),
+                       scratch.branch + k / kPanelSide * panel_elements(branch_steps_));
+        const auto finish = [&](int64_t row, int64_t count, int64_t k, int64_t some, float* sums) {
+            if (tail == 0)
+                add_branch(input_panel(first, row) + panel_elements(steps_), row, count, k0 + k, some,
+                           scratch.branch + k / kPanelSide * panel_elements(branch_steps_), sums, scratch.tile);
+            scales_.add_grad_x(sums, kPanelSide, row, count, k0 + k, some);
+            if (!p_.grad_x.data) return;
+            dispatch_dtype(p_.grad_x.dtype, [&](auto* type) {
+                using T = Pointee<decltype(type)>;
+                const T* add = p_.add.data ? static_cast<const T*>(row_of(p_.add, row, k0 + k)) : nullptr;
+                store_rows(sums, kPanelSide, count, some, nullptr, add, p_.add.stride,
+                           static_cast<T*>(p_.grad_x.data) + row * p_.grad_x.stride + k0 + k, p_.grad_x.stride,
+                           p_.scale_k ? p_.scale_k + k0 + k : nullptr);
+            });
+        };
+        multiply_base<Streams::kRight>(first, outputs, row0, rows, tail, scratch.weight, scratch.sums, make, make_tail,
+                                       finish);
     }
 
     // Columns [k0, k0 + columns) of A, behind the panel's columns of W.
@@ -528,28 +638,18 @@ private:
         }
     }
 
-    void multiply_grad_x(int64_t first, int64_t row, int64_t rows, int64_t k, int64_t columns, const BFloat16* right,
-                         const Scratch& scratch) const {
-        const BFloat16* left = input_panel(first, row) + panel_elements(steps_ - base_steps());
-        int64_t step = base_steps();
-        float* sums = scratch.sums;
-        // Adapters that drop nothing go on with the base product's sums, those that do are masked first.
-        bool started = step > 0;
-        if (started) multiply_panels(left, rows, right, columns, step, sums, kPanelSide, false);
+    // sums += mask ⊙ (ds A), adapter by adapter; those that drop nothing go on with the sums themselves.
+    void add_branch(const BFloat16* ds, int64_t row, int64_t rows, int64_t k, int64_t columns, const BFloat16* lora_A,
+                    float* sums, float* tile) const {
         for (int a = 0; a < p_.num_adapters; ++a) {
             const uint8_t* keep = keep_of(a, row, k);
-            multiply_panels(left + panel_elements(step), rows, right + panel_elements(step), columns,
-                            branch_steps_of(a), keep ? scratch.tile : sums, kPanelSide, started && !keep);
-            if (keep) add_kept(scratch.tile, keep, keep_bytes(p_.k), rows, columns, kPanelSide, started, sums);
-            started = true;
-            step += branch_steps_of(a);
+            const bool started = has_base_ || a > 0;
+            multiply_panels<Streams::kLeft>(ds, rows, lora_A, columns, branch_steps_of(a), keep ? tile : sums,
+                                            kPanelSide, started && !keep);
+            if (keep) add_kept(tile, keep, keep_bytes(p_.k), rows, columns, kPanelSide, started, sums);
+            ds += panel_elements(branch_steps_of(a));
+            lora_A += panel_elements(branch_steps_of(a));
         }
-        dispatch_dtype(p_.grad_x.dtype, [&](auto* type) {
-            using T = Pointee<decltype(type)>;
-            const T* add = p_.add.data ? static_cast<const T*>(row_of(p_.add, row, k)) : nullptr;
-            store_rows(sums, kPanelSide, rows, columns, nullptr, add, p_.add.stride,
-                       static_cast<T*>(p_.grad_x.data) + row * p_.grad_x.stride + k, p_.grad_x.stride);
-        });
     }
 
     // dA = dsᵀ drop(x), for some columns
@@ -590,17 +690,20 @@ private:
             pack_right_panel(bf16_row(matrix, row, first), matrix.stride, rows, columns,
                              keep ? keep + row * keep_bytes(p_.k) : nullptr, keep_bytes(p_.k), scratch.right);
             for (int64_t r = 0; r < reduce_rows(a); r += kPanelSide)
-                multiply_panels(left + r / kPanelSide * panel_elements(row_steps()) + panel_elements(row / kTileDepth),
-                                reduce_rows(a) - r, scratch.right, columns, divide_up(rows, kTileDepth),
-                                scratch.sums + r * kPanelSide, kPanelSide, row > 0);
+                multiply_panels<Streams::kLeft>(left + r / kPanelSide * panel_elements(row_steps()) +
+                                                    panel_elements(row / kTileDepth),
+                                                reduce_rows(a) - r, scratch.right, columns, divide_up(rows, kTileDepth),
+                                                scratch.sums + r * kPanelSide, kPanelSide, row > 0);
         }
         add_terms(scratch.sums, adapter(a).rank, 3, 1.0f, scratch.tile);
     }
 
     const LoraLinearBackwardParams& p_;
+    ScaleGradients scales_;
     bool wants_A_ = false, wants_B_ = false, wants_x_ = false, wants_ds_ = false;
     int64_t reduce_panels_ = 0;     // of all adapters
     int64_t reduce_rows_ = 0;       // the most that an adapter has: term · rank
+    float* absmax_ = nullptr;       // [row of W][run of 64 elements], where blocks are aligned
     float* ds_ = nullptr;           // [m, total_rank]
     uint8_t* keep_ = nullptr;       // [dropping adapter][m][keep_bytes(k)]
     BFloat16* reduce_A_ = nullptr;  // left panels of dsᵀ

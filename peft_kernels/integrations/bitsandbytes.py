@@ -15,10 +15,8 @@ from torch import Tensor
 from ..cuda import why_not
 from ..ops.lora_linear import lora_linear
 from ..ops.nf4 import NF4Weight
+from .linear import BaseProduct
 from .registry import FLOAT_DTYPES, FusedLayer, mention, register
-
-# The arguments of `lora_linear` for the frozen layer: weight, bias, compute_dtype and out_dtype.
-BaseProduct = tuple[Tensor | NF4Weight, Tensor | None, torch.dtype | None, torch.dtype | None]
 
 mention(bnb.nn.Linear4bit)
 mention(bnb.nn.Linear8bitLt)

@@ -7,13 +7,12 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-import torch
 from peft.tuners import lora
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from ..cuda import why_not
 from ..ops.lora_linear import lora_linear
+from .linear import BaseProduct, dense_product, why_not_linear, why_not_skip, why_not_weight
 from .registry import FLOAT_DTYPES, FusedLayer, mention, register
 
 mention(BaseTunerLayer)
@@ -27,7 +26,7 @@ class FusedLoRA(FusedLayer):
     """
 
     def why_stock(self) -> str | None:
-        if reason := _why_not_skip(self.base_layer):
+        if reason := why_not_skip(self.base_layer):
             return f"its base layer has {reason}"
         adapters = map(self._adapter, self.active_adapters)
         return next((adapter for adapter in adapters if isinstance(adapter, str)), None)
@@ -42,7 +41,7 @@ class FusedLoRA(FusedLayer):
         (weight, bias, compute_dtype, out_dtype), adapters = call
         return lora_linear(x, weight, bias, *adapters, compute_dtype=compute_dtype, out_dtype=out_dtype)
 
-    def base_product(self, base: nn.Module, x: Tensor) -> tuple | str:
+    def base_product(self, base: nn.Module, x: Tensor) -> BaseProduct | str:
         """What `lora_linear` is to be called with for the base layer; or why this input has to take the stock path."""
         raise NotImplementedError
 
@@ -56,7 +55,7 @@ class FusedLoRA(FusedLayer):
         if args:
             return "further positional arguments were given"
         base = self._modules["base_layer"]
-        if reason := _why_not_skip(base):
+        if reason := why_not_skip(base):
             return f"its base layer has {reason}"
         product = self.base_product(base, x)
         if isinstance(product, str):
@@ -95,19 +94,12 @@ class FusedLoRA(FusedLayer):
             p = dropout.p if dropout.training else 0.0
         elif type(dropout) is not nn.Identity:
             return f"adapter {name!r} has the dropout {dropout}"
-        if reason := _why_not_skip(a) or _why_not_skip(b) or _why_not_skip(dropout):
+        if reason := why_not_skip(a) or why_not_skip(b) or why_not_skip(dropout):
             return f"adapter {name!r} has {reason}"
         weight_A, weight_B = a.weight, b.weight
         if weight_A.dtype not in FLOAT_DTYPES or weight_B.dtype not in FLOAT_DTYPES:
             return f"adapter {name!r} is {weight_A.dtype} and {weight_B.dtype}"
         return weight_A, weight_B, float(self.scaling[name]), p
-
-
-def _why_not_skip(module: nn.Module) -> str | None:
-    """What is attached to a module that the fused path would leave out by not calling it."""
-    if module._forward_pre_hooks or module._forward_hooks or module._backward_pre_hooks or module._backward_hooks:
-        return "hooks"
-    return "a forward that was replaced on the instance" if "forward" in module.__dict__ else None
 
 
 @register
@@ -116,43 +108,16 @@ class Linear(FusedLoRA, lora.Linear):
 
     @classmethod
     def why_not(cls, layer: nn.Module) -> str | None:
-        if reason := _why_not_linear(layer.base_layer):
+        if reason := why_not_linear(layer.base_layer):
             return reason
         return "its base weight is stored transposed (fan_in_fan_out)" if layer.fan_in_fan_out else None
 
     def why_stock(self) -> str | None:
         base = self.base_layer
-        return _why_not_linear(base) or _why_not_weight(base.weight) or super().why_stock()
+        return why_not_linear(base) or why_not_weight(base.weight) or super().why_stock()
 
-    def base_product(self, base: nn.Module, x: Tensor) -> tuple | str:
-        if reason := _why_not_linear(base):
-            return reason
-        weight, bias = base.weight, base.bias
-        if reason := _why_not_weight(weight):
-            return reason
-        device = x.device
-        if device != weight.device or x.dtype not in FLOAT_DTYPES:
-            return f"x is {x.dtype} on {device.type}"
-        if torch.is_autocast_enabled(device.type):
-            dtype = torch.get_autocast_dtype(device.type)
-            return weight, bias, dtype, dtype
-        if x.dtype != weight.dtype or (bias is not None and x.dtype != bias.dtype):
-            return "x and the base layer differ in dtype"  # which PEFT's forward raises an error for
-        return weight, bias, x.dtype, x.dtype
-
-
-def _why_not_linear(base: nn.Module) -> str | None:
-    if type(base).forward is nn.Linear.forward:
-        return None
-    return f"its base layer is a {type(base).__name__}, not a torch.nn.Linear"
-
-
-def _why_not_weight(weight: Tensor) -> str | None:
-    if type(weight) not in (nn.Parameter, Tensor):
-        return f"its base weight is a {type(weight).__name__}"
-    if not weight.is_cpu and (reason := why_not(weight.device)):
-        return reason
-    return None if weight.dtype in FLOAT_DTYPES else f"its base weight is {weight.dtype}"
+    def base_product(self, base: nn.Module, x: Tensor) -> BaseProduct | str:
+        return dense_product(base, x)
 
 
 if hasattr(lora, "Linear4bit"):  # bitsandbytes is installed
@@ -179,7 +144,7 @@ if hasattr(lora, "Linear4bit"):  # bitsandbytes is installed
                 return f"its base layer, a {type(self.base_layer).__name__}, is not fused"
             return self.base_layer.why_stock() or super().why_stock()
 
-        def base_product(self, base: nn.Module, x: Tensor) -> tuple | str:
+        def base_product(self, base: nn.Module, x: Tensor) -> BaseProduct | str:
             return base.base_product(x) if isinstance(base, Fused4bit) else "its base layer is not fused"
 
         def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:

@@ -9,9 +9,7 @@ and `restore` is the same assignment the other way round.
 from __future__ import annotations
 
 import importlib
-import io
 import logging
-import re
 import sys
 from collections import Counter
 from collections.abc import Iterator
@@ -20,15 +18,19 @@ from types import MethodType
 from typing import Any, ClassVar, TypeVar
 
 import torch
-from rich.console import Console
 from rich.table import Table
 from torch import nn
 
 from .. import cpu
+from ..printing import PrintedReport, starred
 
-# Packages whose layers can be fused, each with a module of the same name here. None of them is imported before a
-# model that is made of its layers has imported it.
-_PACKAGES = ("bitsandbytes", "peft")
+# Packages whose layers can be fused, with the modules here that fuse them. None of them is imported before a model
+# that is made of its layers has imported it.
+_PACKAGES = {
+    "bitsandbytes": ("bitsandbytes",),
+    "transformers": ("transformers",),
+    "peft": ("peft", "peft_ia3", "peft_prefix"),
+}
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -44,6 +46,11 @@ class FusedLayer:
     own_state: ClassVar[tuple[str, ...]] = ()
 
     @classmethod
+    def applies(cls, layer: nn.Module) -> bool:
+        """Whether the stock layer does what can be fused at all; the report passes over one that does not."""
+        return True
+
+    @classmethod
     def why_not(cls, layer: nn.Module) -> str | None:
         """Why this stock layer can't be fused, whatever its adapters and its input."""
         return None
@@ -51,6 +58,9 @@ class FusedLayer:
     def prepare(self) -> str:
         """Runs once when the layer has become a fused one; a remark for the report."""
         return ""
+
+    def release(self) -> None:
+        """Undoes what the layer has done outside of itself; `restore` calls it first."""
 
     def why_stock(self) -> str | None:
         """Why the next forward would take the stock path, so far as it can be known without the input."""
@@ -106,7 +116,7 @@ class LayerReport:
 
 
 @dataclass(frozen=True, repr=False)
-class Report:
+class Report(PrintedReport):
     """What `accelerate` did, layer by layer. Printed, it is a table in which numbered layers share a row, without the
     base layers that run inside a fused layer.
 
@@ -133,10 +143,7 @@ class Report:
         return len(self.layers)
 
     def __rich__(self) -> Table:
-        rows = Counter(
-            (re.sub(r"(^|\.)\d+(?=\.|$)", r"\1*", layer.name), layer.kind, layer.fused, layer.reason)
-            for layer in self._outer_layers()
-        )
+        rows = Counter((starred(layer.name), layer.kind, layer.fused, layer.reason) for layer in self._outer_layers())
         table = Table(title=self._summary(), caption=f"CPU kernels: {self.isa}", title_justify="left")
         for heading in ("layer", "class", "forward"):
             table.add_column(heading, overflow="fold")
@@ -145,11 +152,6 @@ class Report:
             verdict = "fused" if fused else "left alone"
             table.add_row(name or "(the model)", kind, f"{verdict}: {reason}" if reason else verdict, str(count))
         return table
-
-    def __str__(self) -> str:
-        console = Console(file=io.StringIO(), width=120)
-        console.print(self)
-        return console.file.getvalue()
 
     def __repr__(self) -> str:
         return f"Report({self._summary()}; CPU kernels: {self.isa})"
@@ -195,7 +197,7 @@ def accelerate(model: nn.Module) -> Report:
     remarks: dict[nn.Module, str] = {}
     for module in model.modules():
         fused = _table.get(type(module))
-        if fused is None:
+        if fused is None or not fused.applies(module):
             continue
         reasons[module] = reason = _why_not(fused, module)
         if reason is None:
@@ -230,6 +232,7 @@ def restore(model: nn.Module) -> None:
     _check_module(model)
     for module in model.modules():
         if isinstance(module, FusedLayer):
+            module.release()
             for name in module.own_state:
                 vars(module).pop(name, None)
             _change_class(module, module.stock)
@@ -241,9 +244,11 @@ def _check_module(model: Any) -> None:
 
 
 def _load_packages() -> None:
-    for package in _PACKAGES:
-        if package in sys.modules:
-            importlib.import_module(f"{__package__}.{package}")
+    for package, modules in _PACKAGES.items():
+        for module in modules if package in sys.modules else ():
+            loaded = importlib.import_module(f"{__package__}.{module}")
+            if hasattr(loaded, "register_loaded"):  # a package whose layers' modules come one by one
+                loaded.register_loaded()
 
 
 def _why_not(fused: type[FusedLayer], module: nn.Module) -> str | None:

@@ -1,5 +1,8 @@
 """Layers for models that use no PEFT library."""
 
+from .adapter import BottleneckAdapter, ParallelAdapter
+from .fusion import AdapterFusion
 from .lora_linear import LoRALinear
+from .prefix import PrefixEncoder
 
-__all__ = ["LoRALinear"]
+__all__ = ["AdapterFusion", "BottleneckAdapter", "LoRALinear", "ParallelAdapter", "PrefixEncoder"]

@@ -1,6 +1,25 @@
 """The fused functions, one module a family."""
 
+from .adapter import ACTIVATIONS, AdapterWeights, adapter, adapter_grouped, bottleneck
+from .fusion import fusion, fusion_of_bottlenecks
+from .ia3_attention import ia3_attention
+from .ia3_linear import ia3_linear
 from .lora_linear import lora_linear
 from .nf4 import NF4Weight, dequantize_4bit, dequantize_4bit_rows, quantize_4bit
 
-__all__ = ["NF4Weight", "dequantize_4bit", "dequantize_4bit_rows", "lora_linear", "quantize_4bit"]
+__all__ = [
+    "ACTIVATIONS",
+    "AdapterWeights",
+    "NF4Weight",
+    "adapter",
+    "adapter_grouped",
+    "bottleneck",
+    "dequantize_4bit",
+    "dequantize_4bit_rows",
+    "fusion",
+    "fusion_of_bottlenecks",
+    "ia3_attention",
+    "ia3_linear",
+    "lora_linear",
+    "quantize_4bit",
+]

@@ -6,7 +6,7 @@ the blocks' absmax in the 8-bit dynamic type of Dettmers et al. 2021 (arXiv:2110
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -198,6 +198,33 @@ class NF4Weight:
                 "nested_offset": offset.item(),
             }
         return state
+
+    def scale_rows(self, scale: Tensor) -> NF4Weight:
+        """`scale ⊙ W`, row by row, without quantising again: the codes stay, each block's absmax takes the factor.
+
+        Nested statistics become plain ones, since 8 bits can't hold the factors. An absmax may become negative or
+        zero, which decodes as it should, here and in bitsandbytes.
+
+        Args:
+            scale: [N].
+
+        Raises:
+            ValueError: `scale` is not of that shape; W is no matrix; or blocks straddle its rows.
+        """
+        if len(self.shape) != 2 or self.shape[1] % self.blocksize:
+            raise ValueError(
+                f"weight: got shape {list(self.shape)}, wanted rows of a multiple of the blocksize {self.blocksize}: "
+                "a block that straddles rows has one absmax for both"
+            )
+        if scale.shape != self.shape[:1]:
+            raise ValueError(f"scale: got {_describe(scale)}, wanted [{self.shape[0]}]")
+        absmax = self.absmax
+        if self.nested:
+            code, nested_absmax, offset = self.nested
+            steps = nested_absmax.repeat_interleave(self.nested_blocksize)[: absmax.numel()]
+            absmax = code[absmax.long()] * steps + offset
+        absmax = (absmax.view(self.shape[0], -1).double() * scale[:, None].double()).float().view(-1)
+        return replace(self, absmax=absmax, nested=())
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """See `dequantize_4bit`."""

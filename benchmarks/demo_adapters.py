@@ -1,0 +1,435 @@
+"""`make demo-adapters`: one frozen SmolLM2-135M, an adapter for each of several tasks, and AdapterFusion over them.
+
+The tasks are made of the standard library's own text. Each has a linear head on the frozen model, as a baseline; an
+adapter of Pfeiffer's kind with a head of its own; and a fusion of all tasks' adapters, which are frozen by then.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import math
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+from transformers import AutoModel, AutoTokenizer
+
+import peft_kernels
+from benchmarks import finetune, timing
+from benchmarks.demo import (
+    COLORS,
+    Row,
+    describe_machine,
+    describe_versions,
+    megabytes,
+    model_path,
+    number,
+    progress,
+    result_table,
+    two_panels,
+)
+from benchmarks.finetune import Run
+from benchmarks.options import names
+from benchmarks.plain_adapters import plain
+from benchmarks.tasks import TASKS, Task, make_tasks
+
+PLAIN, FUSED = "plain PyTorch", "fused"
+FROZEN, ADAPTER, FUSION = "frozen, with a head", "its own adapter", "fusion of all adapters"
+ROUNDS = 5  # of each timing
+EVALUATED = 32  # rows at a time
+DECAYS = (0.001, 0.01, 0.1, 1.0)  # of the weights of a head on the frozen model; validation chooses
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What all runs have in common."""
+
+    model: Path  # a folder in Hugging Face's format
+    tasks: tuple[str, ...]
+    train: int
+    test: int
+    steps: int
+    fusion_steps: int
+    bottleneck: int
+    batch: int
+    length: int
+    lr: float
+    fusion_lr: float
+    seed: int
+    norm: bool = False
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks demo_adapters",
+        description="Trains an adapter for each of several tasks on one frozen model, then a fusion of them for each.",
+    )
+    count = number(int, lambda n: n >= 1, "a whole number of at least 1")
+    few = number(int, lambda n: n >= 20, "a whole number of at least 20")
+    rate = number(float, lambda x: 0 < x < math.inf, "a number above 0")
+    seed = number(int, lambda n: 0 <= n < 2**63, "a whole number from 0 to 2**63 - 1")
+    add = parser.add_argument
+    add("--tasks", type=names(TASKS), default=TASKS, metavar="NAMES", help=f"two or more of {','.join(TASKS)}")
+    add("--train", type=few, default=700, help="examples of each task to train on (%(default)s)")
+    add("--test", type=few, default=300, help="examples of each task to test on (%(default)s)")
+    add("--steps", type=count, default=60, help="of training each adapter (%(default)s)")
+    add("--fusion-steps", type=count, default=40, help="of training each fusion (%(default)s)")
+    add("--bottleneck", type=count, default=48, help="of the adapters (%(default)s)")
+    add("--batch", type=count, default=16, help="examples a step (%(default)s)")
+    add("--length", type=number(int, lambda n: n >= 2, "a whole number of at least 2"), default=32,
+        help="most tokens of an example (%(default)s)")  # fmt: skip
+    add("--lr", type=rate, default=1e-3, help="learning rate of the adapters (%(default)s)")
+    add("--fusion-lr", type=rate, default=5e-4, help="learning rate of the fusions (%(default)s)")
+    add("--norm", action="store_true")
+    add("--model", type=model_path, help="a Hugging Face folder or a GGUF file (SmolLM2-135M-Instruct)")
+    add("--output", type=Path, default=Path("demo-output"), help="folder for results (%(default)s)")
+    add("--seed", type=seed, default=0, help="of examples, initial values and batches (%(default)s)")
+    return parser
+
+
+# ---- The model ------------------------------------------------------------------------------------------------------
+
+
+class Batch(NamedTuple):
+    """Tokens and mask [rows, length], labels [rows]."""
+
+    tokens: Tensor
+    mask: Tensor
+    labels: Tensor
+
+
+class Classifier(nn.Module):
+    """A frozen language model, and for each task a linear head on the mean of its last hidden states.
+
+    The first token is left out of the mean: such a model sends attention there that it has no other use for, and its
+    state says nothing of the text.
+    """
+
+    def __init__(self, base: nn.Module, tasks: Sequence[Task]) -> None:
+        super().__init__()
+        self.base = base.requires_grad_(False)
+        self.heads = nn.ModuleDict({task.name: nn.Linear(base.config.hidden_size, len(task.labels)) for task in tasks})
+
+    def features(self, tokens: Tensor, mask: Tensor, adapter_names: Sequence[str] | None = None) -> Tensor:
+        """[rows, hidden_size] in fp32."""
+        named = {} if adapter_names is None else {"adapter_names": adapter_names}
+        with torch.autocast("cpu", torch.bfloat16):
+            states = self.base(input_ids=tokens, attention_mask=mask, use_cache=False, **named).last_hidden_state
+        weights = mask[:, 1:, None].float()
+        return (states[:, 1:].float() * weights).sum(1) / weights.sum(1)
+
+    def forward(self, batch: Batch, task: str) -> Tensor:
+        """Logits [rows, labels]."""
+        return self.heads[task](self.features(batch.tokens, batch.mask))
+
+
+class TaskRun(Run):
+    """The training of what a task trains."""
+
+    model: Classifier
+
+    def __init__(self, model: Classifier, task: str, lr: float) -> None:
+        self.task = task
+        for name, head in model.heads.items():
+            head.requires_grad_(name == task)
+        super().__init__(model, lr)
+
+    def loss(self, batch: Batch) -> Tensor:
+        return F.cross_entropy(self.model(batch, self.task), batch.labels)
+
+
+def encode(examples: Sequence[tuple[str, int]], tokenizer: Any, length: int) -> Batch:
+    """Rows as long as the longest, with the padding at the end."""
+    rows = [tokenizer(text).input_ids[:length] for text, _ in examples]
+    longest = max(2, *map(len, rows))
+    tokens, mask = (
+        torch.zeros(len(rows), longest, dtype=torch.int64),
+        torch.zeros(len(rows), longest, dtype=torch.int64),
+    )
+    for row, ids in enumerate(rows):
+        tokens[row, : len(ids)] = torch.tensor(ids)
+        mask[row, : max(2, len(ids))] = 1
+    return Batch(tokens, mask, torch.tensor([label for _, label in examples]))
+
+
+def training_batches(task: Task, tokenizer: Any, settings: Settings, steps: int) -> Iterator[Batch]:
+    """Batches of the training examples, shuffled anew each epoch."""
+    generator = torch.Generator().manual_seed(settings.seed)
+    order: list[int] = []
+    for _ in range(steps):
+        while len(order) < settings.batch:
+            order += torch.randperm(len(task.train), generator=generator).tolist()
+        chosen, order = order[: settings.batch], order[settings.batch :]
+        yield encode([task.train[index] for index in chosen], tokenizer, settings.length)
+
+
+@torch.no_grad()
+def all_features(model: Classifier, examples: Sequence[tuple[str, int]], tokenizer: Any, length: int) -> Tensor:
+    """[examples, hidden_size]; the rows are computed by length, so that few of them are padded."""
+    order = sorted(range(len(examples)), key=lambda index: len(examples[index][0]))
+    parts = []
+    model.eval()
+    for begin in range(0, len(order), EVALUATED):
+        batch = encode([examples[index] for index in order[begin : begin + EVALUATED]], tokenizer, length)
+        parts.append(model.features(batch.tokens, batch.mask))
+    features = torch.cat(parts)
+    return features[torch.tensor(order).argsort()]
+
+
+def accuracy(model: Classifier, task: Task, tokenizer: Any, length: int) -> float:
+    """The share of the test examples that get their label."""
+    features = all_features(model, task.test, tokenizer, length)
+    labels = torch.tensor([label for _, label in task.test])
+    with torch.no_grad():
+        return (model.heads[task.name](features).argmax(1) == labels).float().mean().item()
+
+
+# ---- Training -------------------------------------------------------------------------------------------------------
+
+
+def fit_head(head: nn.Linear, features: Tensor, labels: Tensor) -> None:
+    """Logistic regression on the frozen model's features; a fifth of the examples chooses how the weights decay."""
+    held_out = len(features) // 5
+    mean, std = features.mean(0), features.std(0) + 1e-6
+    x = (features - mean) / std
+
+    def fit(x: Tensor, labels: Tensor, decay: float) -> nn.Linear:
+        linear = nn.Linear(x.shape[1], head.out_features)
+        nn.init.zeros_(linear.weight)
+        optimizer = torch.optim.LBFGS(linear.parameters(), max_iter=200, line_search_fn="strong_wolfe")
+
+        def loss() -> Tensor:
+            optimizer.zero_grad()
+            value = F.cross_entropy(linear(x), labels) + decay / 2 * linear.weight.square().sum()
+            value.backward()
+            return value
+
+        optimizer.step(loss)
+        return linear
+
+    def score(decay: float) -> float:
+        linear = fit(x[held_out:], labels[held_out:], decay)
+        return (linear(x[:held_out]).argmax(1) == labels[:held_out]).float().mean().item()
+
+    best = fit(x, labels, max(DECAYS, key=score))
+    with torch.no_grad():  # the standardisation becomes part of the head
+        head.weight.copy_(best.weight / std)
+        head.bias.copy_(best.bias - head.weight @ mean)
+
+
+def train_stage(
+    model: Classifier, tasks: Sequence[Task], tokenizer: Any, settings: Settings, steps: int, lr: float,
+    prepare: Callable[[Task], None], *, console: Console,
+) -> dict[str, float]:  # fmt: skip
+    """Trains what `prepare` puts into the model for each task in turn; returns the accuracies."""
+    accuracies = {}
+    with progress(console, steps, [task.name for task in tasks]) as advance:
+        for task in tasks:
+            torch.manual_seed(settings.seed)
+            prepare(task)
+            run = TaskRun(model, task.name, lr)
+            for batch in training_batches(task, tokenizer, settings, steps):
+                run.step(batch)
+                advance(task.name, run)
+            accuracies[task.name] = accuracy(model, task, tokenizer, settings.length)
+    return accuracies
+
+
+# ---- What it costs --------------------------------------------------------------------------------------------------
+
+
+def compare(
+    model: Classifier, call: Callable[[], Any], plain_call: Callable[[], Any] | None = None
+) -> dict[str, float]:
+    """The median seconds of a call with fused and with plain adapters, taken in turn."""
+    seconds: dict[str, list[float]] = {PLAIN: [], FUSED: []}
+    for turn in range(ROUNDS + 1):
+        for name in (PLAIN, FUSED) if turn % 2 else (FUSED, PLAIN):
+            with plain(model) if name == PLAIN else nullcontext():
+                begin = time.perf_counter()
+                (plain_call or call)() if name == PLAIN else call()
+                seconds[name].append(time.perf_counter() - begin)
+    return {name: statistics.median(values[1:]) for name, values in seconds.items()}
+
+
+def training_costs(what: str, run: TaskRun, batch: Batch) -> list[Row]:
+    """Time and memory of a forward and its backward."""
+    model = run.model.train()
+
+    def step() -> None:
+        run.loss(batch).backward()
+        run.optimizer.zero_grad()
+
+    seconds = compare(model, step)
+    saved, peaks = {}, {}
+    for name in (PLAIN, FUSED):
+        with plain(model) if name == PLAIN else nullcontext():
+            saved[name] = finetune.saved_bytes(model, partial(run.loss, batch))
+            peaks[name] = timing.peak_memory(step)
+    rows = [
+        Row(f"{what}: forward and backward", "s", seconds[PLAIN], seconds[FUSED]),
+        Row(f"{what}: saved for backward", "MB", megabytes(saved[PLAIN]), megabytes(saved[FUSED])),
+    ]
+    if None not in peaks.values():
+        rows.append(Row(f"{what}: peak memory of a step", "MB", megabytes(peaks[PLAIN]), megabytes(peaks[FUSED])))
+    return rows
+
+
+@torch.no_grad()
+def mixed_batch_cost(model: Classifier, tasks: Sequence[Task], tokenizer: Any, settings: Settings) -> Row:
+    """One batch with rows of every task: in one pass with fused adapters, in a pass for each task with plain ones."""
+    model.eval()
+    each = max(settings.batch // len(tasks), 1)
+    batch = encode([example for task in tasks for example in task.test[:each]], tokenizer, settings.length)
+    rows = [task.name for task in tasks for _ in range(each)]
+
+    def apart() -> None:
+        for begin, task in zip(range(0, len(rows), each), tasks, strict=True):
+            peft_kernels.set_adapter(model, task.name)
+            model.features(batch.tokens[begin : begin + each], batch.mask[begin : begin + each])
+
+    seconds = compare(model, lambda: model.features(batch.tokens, batch.mask, rows), apart)
+    return Row(f"a batch of {len(rows)} rows of all tasks, forward", "s", seconds[PLAIN], seconds[FUSED])
+
+
+# ---- Results --------------------------------------------------------------------------------------------------------
+
+
+def accuracy_table(tasks: Sequence[Task], accuracies: dict[str, dict[str, float]]) -> Table:
+    table = Table(title="Accuracy on the test examples", title_justify="left")
+    for heading in ("task", "classes", "examples", "chance", *accuracies):
+        table.add_column(heading, justify="left" if heading == "task" else "right")
+    for task in tasks:
+        values = [f"{by_task[task.name]:.1%}" for by_task in accuracies.values()]
+        counts = str(len(task.labels)), f"{len(task.train)} + {len(task.test)}", f"{1 / len(task.labels):.1%}"
+        table.add_row(f"{task.name}: {task.question}", *counts, *values)
+    means = [f"{statistics.mean(by_task.values()):.1%}" for by_task in accuracies.values()]
+    table.add_row("mean", "", "", "", *means, style="bold")
+    return table
+
+
+def draw(
+    tasks: Sequence[Task], accuracies: dict[str, dict[str, float]], rows: Sequence[Row], machine: str, path: Path
+) -> None:
+    """The accuracies, and a pair of bars for each cost."""
+    with two_panels(rows, machine, path) as left:
+        axes = left.subplots()
+        width = 0.8 / len(accuracies)
+        for number, ((name, by_task), color) in enumerate(
+            zip(accuracies.items(), (COLORS[0], COLORS[1], "#8250df"), strict=True)
+        ):
+            places = [index + (number - 1) * width for index in range(len(tasks))]
+            heights = [100 * by_task[task.name] for task in tasks]
+            axes.bar_label(axes.bar(places, heights, width, color=color, label=name), fmt="%.0f", fontsize=7)
+        for index, task in enumerate(tasks):
+            chance = 100 / len(task.labels)
+            axes.hlines(chance, index - 0.45, index + 0.45, color="black", linewidth=0.8, linestyle=":")
+        axes.set(title="Accuracy [%], and chance", xticks=range(len(tasks)), ylim=(0, 115))
+        axes.set_xticklabels([task.name for task in tasks])
+        axes.legend(frameon=False, ncols=len(accuracies), loc="upper center")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Runs the demo.
+
+    Args:
+        arguments: the command line after the benchmark's name; by default the process's.
+    """
+    parser = make_parser()
+    options = parser.parse_args(arguments)
+    if len(options.tasks) < 2:
+        parser.error(f"argument --tasks: got '{','.join(options.tasks)}', wanted two or more")
+    finetune.quiet()
+    console = Console()
+    options.output.mkdir(parents=True, exist_ok=True)
+    folder = options.model or finetune.bundled_gguf()
+    if folder.is_file():
+        folder = finetune.converted(folder, options.output / "base")
+    shared = {name: value for name, value in vars(options).items() if name != "output"}
+    settings = Settings(**shared | {"model": folder})
+    machine = describe_machine("cpu")
+    console.print(f"{machine}; {describe_versions()}", highlight=False)
+
+    with console.status("Reading the standard library"):
+        tasks = make_tasks(settings.tasks, settings.train, settings.test, settings.seed)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    torch.manual_seed(settings.seed)
+    model = Classifier(AutoModel.from_pretrained(folder, dtype=torch.bfloat16), tasks)
+    accuracies: dict[str, dict[str, float]] = {FROZEN: {}}
+    with console.status("Fitting heads on the frozen model"):
+        for task in tasks:
+            features = all_features(model, task.train, tokenizer, settings.length)
+            fit_head(model.heads[task.name], features, torch.tensor([label for _, label in task.train]))
+            accuracies[FROZEN][task.name] = accuracy(model, task, tokenizer, settings.length)
+
+    base = model.base
+    reports = []
+
+    def new_adapter(task: Task) -> None:
+        if reports:
+            peft_kernels.freeze_adapters(base)
+        options = {"bottleneck": settings.bottleneck, "norm_before": settings.norm}
+        reports.append(peft_kernels.insert_adapters(base, "pfeiffer", name=task.name, **options))
+
+    def new_fusion(task: Task) -> None:
+        if fusion:
+            peft_kernels.remove_adapters(base, fusion.pop())
+        fusion.append(peft_kernels.fuse_adapters(base, [task.name for task in tasks]))
+
+    fusion: list[str] = []
+    console.rule("Training an adapter for each task", align="left")
+    stage = partial(train_stage, model, tasks, tokenizer, settings, console=console)
+    accuracies[ADAPTER] = stage(settings.steps, settings.lr, new_adapter)
+    console.print(reports[-1])
+    batch = next(training_batches(tasks[0], tokenizer, settings, 1))
+    with console.status("Measuring"):
+        peft_kernels.set_adapter(base, tasks[0].name)
+        peft_kernels.freeze_adapters(base)
+        peft_kernels.unfreeze_adapters(base, tasks[0].name)
+        rows = training_costs("adapter", TaskRun(model, tasks[0].name, settings.lr), batch)
+        rows.append(mixed_batch_cost(model, tasks, tokenizer, settings))
+    for task in tasks:
+        peft_kernels.save_adapter(base, options.output / "adapters" / task.name, task.name)
+
+    console.rule("Training a fusion of the adapters for each task", align="left")
+    accuracies[FUSION] = stage(settings.fusion_steps, settings.fusion_lr, new_fusion)
+    with console.status("Measuring"):
+        rows += training_costs("fusion", TaskRun(model, tasks[-1].name, settings.fusion_lr), batch)
+    peft_kernels.save_adapter(base, options.output / "adapters" / "fusion", fusion[0])
+
+    whole = reports[0].base_parameters
+    own = reports[0].parameters
+    fused = sum(parameter.numel() for path, parameter in base.named_parameters() if ".fusions." in path)
+    parameters = {"base": whole, "an adapter": own, "the fusion": fused}
+    console.print(accuracy_table(tasks, accuracies))
+    console.print(result_table(rows, "The same adapters, plain and fused", (PLAIN, FUSED)))
+    for name, size in parameters.items():
+        console.print(f"Parameters of {name}: {size:,}, {size / whole:.1%} of the base", highlight=False)
+    draw(tasks, accuracies, rows, f"{machine}; {describe_versions()}", options.output / "demo_adapters.png")
+    results = {
+        "machine": machine,
+        "versions": describe_versions(),
+        "settings": {**dataclasses.asdict(settings), "model": settings.model.name},
+        "accuracy": accuracies,
+        "parameters": parameters,
+        "costs": [{"name": row.name, "unit": row.unit, PLAIN: row.stock, FUSED: row.accelerated} for row in rows],
+    }
+    path = options.output / "demo_adapters.json"
+    path.write_text(json.dumps(results, indent=2) + "\n")
+    console.print(f"\nSaved: {options.output / 'adapters'}, {path.with_suffix('.png')}, {path}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,17 @@
+"""Attention to a trainable prefix: checked against fp64, then timed against concatenated keys and torch's attention.
+
+Stock expands the prefix over the batch and puts it in front of keys and values, as PEFT's caches do.
+"""
+
+from collections.abc import Sequence
+
+from benchmarks.ia3_attention import PREFIX_CASES as CASES
+from benchmarks.ia3_attention import benchmark
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    benchmark("prefix", __doc__.splitlines()[0], CASES, arguments)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,83 @@
+// y = LN?(residual + gate · scale · dropout(σ(LN?(x) W_downᵀ + b_down) W_upᵀ + b_up)) and its gradients: parameters and
+// launchers. Plain data only: no torch, no CUDA headers.
+#pragma once
+
+#include <cstdint>
+
+#include "common/dtype.h"
+#include "common/isa.h"
+
+namespace peft_kernels {
+
+enum class Activation : int32_t { kNone, kRelu, kGelu, kGeluTanh, kSilu, kTanh, kLeakyRelu };
+
+struct LayerNorm {
+    bool present;
+    ConstMatrix weight, bias;  // [1, d]; data may be null
+    float eps;
+};
+
+struct BottleneckAdapter {
+    int64_t rank;             // r
+    ConstMatrix down_weight;  // [r, d]
+    ConstMatrix down_bias;    // [1, r]; data may be null
+    ConstMatrix up_weight;    // [d, r]
+    ConstMatrix up_bias;      // [1, d]; data may be null
+    float scale;
+    LayerNorm norm;
+
+    // Backward, each null where it is not wanted. With n = (x - μ) rstd or, without a LayerNorm, x itself, dz the
+    // gradient before σ, and g = gate · dropout(grad_y), not scaled:
+    float* grad_down;       // [r, d]: dzᵀ n
+    float* grad_down_bias;  // [r]: Σ dz
+    float* grad_up;         // [d, r]: gᵀ h
+    float* grad_up_bias;    // [d]: Σ g
+};
+
+// Neighbouring rows that go through one adapter; through none, if it is -1.
+struct AdapterRun {
+    int64_t first_row, rows;
+    int64_t adapter;
+};
+
+struct AdapterParams {
+    int64_t m, d;
+    int64_t max_rank;
+    const BottleneckAdapter* adapters;
+    int64_t num_adapters;
+    const AdapterRun* runs;  // all rows, in order
+    int64_t num_runs;
+    Activation activation;
+    bool rounds;        // products may be of numbers that are rounded to bf16
+    double dropout;     // the probability p
+    uint64_t seed;      // of the dropout mask
+    const float* gate;  // [m], or null
+    ConstMatrix x;      // [m, d]
+    int32_t threads;
+
+    void* workspace;  // null: only workspace_bytes is set
+    int64_t* workspace_bytes;
+};
+
+struct AdapterForwardParams : AdapterParams {
+    ConstMatrix residual;  // [m, d]; data may be null
+    LayerNorm post_norm;
+    Matrix pre;    // [m, max_rank]: what goes into σ; data may be null
+    float* stats;  // [m, 2]: μ and rstd of the rows of x; null without a LayerNorm or where they are not wanted
+    Matrix y;      // [m, d]
+};
+
+struct AdapterBackwardParams : AdapterParams {
+    ConstMatrix grad_y;  // [m, d]
+    ConstMatrix pre;     // [m, max_rank]
+    const float* stats;  // [m, 2]; null without a LayerNorm
+    bool adds_grad_y;    // the residual is x: its gradient is part of grad_x
+    bool wants_down, wants_up;
+    Matrix grad_x;     // [m, d]; data may be null
+    float* grad_gate;  // [m], or null
+};
+
+PEFT_KERNELS_CPU_KERNEL(adapter_forward, AdapterForwardParams)
+PEFT_KERNELS_CPU_KERNEL(adapter_backward, AdapterBackwardParams)
+
+}  // namespace peft_kernels

@@ -1,0 +1,399 @@
+// The backward of adapter on a CPU. See adapter_cpu.cpp for the products.
+// For sources that are compiled once per instruction set, and only for those.
+#pragma once
+
+#include "adapter/adapter_operands.h"
+
+namespace peft_kernels {
+namespace PEFT_KERNELS_ISA {
+namespace {
+
+// Rows whose Σ dz is one of the parts that are then added in order: few enough for every block to hold whole ones.
+constexpr int64_t kPartRows = 32;
+
+template <class Product>
+class AdapterBackward {
+public:
+    explicit AdapterBackward(const AdapterBackwardParams& params)
+        : p_(params),
+          block_(adapter_block_rows(params.m, params.d, params.threads)),
+          wants_x_(params.grad_x.data != nullptr),
+          wants_dz_(wants_x_ || params.wants_down) {}
+
+    void run() {
+        Arena arena(p_.workspace);
+        weights_ = arena.take<Weights>(p_.num_adapters);
+        for (int64_t i = 0; i < p_.num_adapters; ++i) {
+            const Weights taken(arena, *this, p_.adapters[i]);
+            if (p_.workspace) weights_[i] = taken;
+        }
+        runs_ = arena.take<Run>(p_.num_runs);
+        int64_t chunks = 0, parts = 0;
+        for (int64_t i = 0; i < p_.num_runs; ++i) {
+            if (p_.workspace) runs_[i] = {chunks, parts};
+            chunks += divide_up(p_.runs[i].rows, kReducedRows);
+            parts += divide_up(p_.runs[i].rows, kPartRows);
+        }
+        h_ = arena.take<Element>(p_.wants_up ? chunks * chunk_size() : 0);
+        dz_ = arena.take<Element>(p_.wants_down ? chunks * chunk_size() : 0);
+        parts_ = arena.take<float>(p_.wants_down ? parts * p_.max_rank : 0);
+        const int64_t worker_bytes = Scratch(nullptr, *this).bytes;
+        char* workers = arena.take<char>(p_.threads * worker_bytes);
+        if (!p_.workspace) {
+            *p_.workspace_bytes = arena.used();
+            return;
+        }
+        const auto scratch = [&](int worker) { return Scratch(workers + worker * worker_bytes, *this); };
+        prepare();
+        if (wants_dz_ || p_.grad_gate || p_.wants_up)
+            for_each_block(p_, [&](int64_t run, int64_t row, int64_t rows, int64_t next, int worker) {
+                adapt(run, row, rows, next, scratch(worker));
+            });
+        const int64_t columns = divide_up(p_.d, kReducedColumns);
+        parallel_for_each(p_.num_adapters * columns * 2, [&](int64_t task, int worker) {
+            const int64_t adapter = task / (columns * 2), column = task % columns * kReducedColumns;
+            if (task / columns % 2 == 0) {
+                if (p_.wants_up) make_grad_up(adapter, column, scratch(worker));
+            } else if (p_.wants_down) {
+                make_grad_down(adapter, column, scratch(worker));
+                if (column == 0) make_grad_down_bias(adapter);
+            }
+        });
+    }
+
+private:
+    using Element = typename Product::Element;
+    using Left = typename Product::Left;
+    using Right = typename Product::Right;
+
+    struct Run {
+        int64_t first_chunk, first_part;
+    };
+
+    struct Weights {  // of one adapter
+        Weights(Arena& arena, const AdapterBackward& b, const BottleneckAdapter& adapter)
+            : up(arena, adapter.rank, b.p_.d, kPart, Product::terms(adapter.up_weight.dtype, b.p_.rounds)),
+              down(arena, b.p_.d, adapter.rank, adapter.rank,
+                   Product::terms(adapter.norm.present ? DType::kFloat32 : adapter.down_weight.dtype, b.p_.rounds)) {
+            up_bias = take_vector(arena, b.p_.d);
+            gamma = take_vector(arena, adapter.norm.present ? b.p_.d : 0);
+            mean_weight = take_vector(arena, adapter.norm.present ? adapter.rank : 0);
+            offset = take_vector(arena, adapter.norm.present ? adapter.rank : 0);
+        }
+        Operand<Product> up, down;  // outputs r, depth d; and the other way round, times gamma
+        float* up_bias;
+        float* gamma;
+        float* mean_weight;  // [r]: what W_down makes of gamma, over d
+        float* offset;       // [r]: b_down and what W_down makes of beta
+    };
+
+    // A row's part in the gradient of its LayerNorm: dx = rstd (dn - mean - n · correlation).
+    struct RowNorm {
+        float mean, correlation;  // of dn; of dn with n
+    };
+
+    struct Scratch {  // of one worker
+        Scratch(char* base, const AdapterBackward& b) {
+            Arena arena(base);
+            const int64_t rows = Product::padded_rows(b.block_);
+            const int64_t ranks = chunks_of(b.p_.max_rank) * kRightOutputs;
+            g = arena.take<Element>(Product::Left::size(b.block_, kPart, b.grad_terms()));
+            dz = arena.take<Element>(Product::Left::size(b.block_, b.p_.max_rank, b.fp32_terms()));
+            right = arena.take<Element>(Product::Right::size(kReducedRows, b.fp32_terms()));
+            t = arena.take<float>(rows * ranks);
+            h = arena.take<float>(rows * ranks);
+            tile = arena.take<float>(max_of(rows, Product::padded_rows(b.p_.max_rank)) * kRightOutputs);
+            keep = arena.take<uint8_t>(
+                b.p_.dropout > 0 ? max_of(keep_bytes(kPart), kReducedRows * keep_bytes(kReducedColumns)) : 0);
+            norm = arena.take<RowNorm>(b.block_);
+            bytes = arena.used();
+        }
+        Element* g;
+        Element* dz;
+        Element* right;
+        float* t;
+        float* h;
+        float* tile;
+        uint8_t* keep;
+        RowNorm* norm;
+        int64_t bytes;
+    };
+
+    int fp32_terms() const { return Product::terms(DType::kFloat32, p_.rounds); }
+    int grad_terms() const { return Product::terms(p_.grad_y.dtype, p_.rounds); }
+    int64_t chunk_size() const { return Product::Left::size(p_.max_rank, kReducedRows, fp32_terms()); }
+
+    // h or dz of some rows, turned: the rank's row and the token's column.
+    Left turned(Element* all, int64_t run, int64_t chunk) const {
+        const int64_t rows = min_of(kReducedRows, p_.runs[run].rows - chunk * kReducedRows);
+        return {all + (runs_[run].first_chunk + chunk) * chunk_size(), rows, fp32_terms()};
+    }
+
+    void prepare() const {
+        const int64_t parts = divide_up(p_.d, kPart), up = chunks_of(p_.max_rank) * parts;
+        const int64_t tasks = up + 1;
+        parallel_for_each(p_.num_adapters * tasks, [&](int64_t task, int) {
+            const BottleneckAdapter& adapter = p_.adapters[task / tasks];
+            const Weights& weights = weights_[task / tasks];
+            const int64_t i = task % tasks;
+            if (i < up) {
+                if (i / parts < weights.up.chunks())
+                    fill_columns(weights.up, i / parts, i % parts, adapter.up_weight, nullptr);
+                return;
+            }
+            widen_vector(adapter.up_bias, p_.d, 0.0f, weights.up_bias);
+            if (adapter.norm.present) prepare_norm(adapter, weights);
+        });
+        if (!wants_x_) return;
+        const int64_t chunks = chunks_of(p_.d);
+        parallel_for_each(p_.num_adapters * chunks, [&](int64_t task, int) {
+            const BottleneckAdapter& adapter = p_.adapters[task / chunks];
+            const Weights& weights = weights_[task / chunks];
+            fill_columns(weights.down, task % chunks, 0, adapter.down_weight,
+                         adapter.norm.present ? weights.gamma : nullptr);
+        });
+    }
+
+    void prepare_norm(const BottleneckAdapter& adapter, const Weights& weights) const {
+        widen_vector(adapter.norm.weight, p_.d, 1.0f, weights.gamma);
+        widen_vector(adapter.down_bias, adapter.rank, 0.0f, weights.offset);
+        widen_vector({}, adapter.rank, 0.0f, weights.mean_weight);
+        for (int64_t r = 0; r < adapter.rank; ++r) {
+            F32 of_gamma{}, of_beta{};
+            for (int64_t first = 0; first < p_.d; first += kRightOutputs) {
+                float row[kRightOutputs] = {}, beta[kRightOutputs] = {};
+                const int64_t columns = min_of(kRightOutputs, p_.d - first);
+                read_row(adapter.down_weight, r, first, columns, row);
+                if (adapter.norm.bias.data) read_row(adapter.norm.bias, 0, first, columns, beta);
+                for (int64_t column = 0; column < columns; column += kLanes) {
+                    of_gamma = fma(load(row + column), load(weights.gamma + first + column), of_gamma);
+                    of_beta = fma(load(row + column), load(beta + column), of_beta);
+                }
+            }
+            weights.mean_weight[r] = horizontal_sum(of_gamma) / static_cast<float>(p_.d);
+            weights.offset[r] += horizontal_sum(of_beta);
+        }
+    }
+
+    // A block of rows from grad_y to grad_x; its h and dz are kept for the gradients of W_up and W_down.
+    void adapt(int64_t run, int64_t row, int64_t rows, int64_t next, const Scratch& scratch) const {
+        [[maybe_unused]] const typename Product::Unit unit;
+        const int64_t row0 = p_.runs[run].first_row + row;
+        if (p_.runs[run].adapter < 0) {
+            for (int64_t i = 0; p_.grad_gate && i < rows; ++i) p_.grad_gate[row0 + i] = 0;
+            if (wants_x_) make_grad_x(nullptr, nullptr, row0, rows, next, {}, scratch);
+            return;
+        }
+        const BottleneckAdapter& adapter = p_.adapters[p_.runs[run].adapter];
+        const Weights& weights = weights_[p_.runs[run].adapter];
+        const int64_t stride = weights.up.chunks() * kRightOutputs;
+        const Dropout dropout(p_.seed, p_.dropout);
+        const Left dz{scratch.dz, adapter.rank, fp32_terms()};
+        if (wants_dz_ || p_.grad_gate) make_t(weights, row0, rows, dropout, scratch);
+        dispatch_activation(p_.activation, [&](auto activation) {
+            for (int64_t i = 0; i < rows; ++i)
+                make_dz<decltype(activation)::kValue>(adapter, weights, row0 + i, dropout.keep_scale, i, dz, scratch);
+        });
+        const int64_t chunk = row / kReducedRows, first = row % kReducedRows;
+        const int64_t end =
+            min_of(first + block_, Product::padded_depth(min_of(kReducedRows, p_.runs[run].rows - row + first)));
+        if (p_.wants_up) store_transposed(turned(h_, run, chunk), first, end, scratch.h, stride, rows, adapter.rank);
+        if (p_.wants_down) {
+            store_transposed(turned(dz_, run, chunk), first, end, scratch.t, stride, rows, adapter.rank);
+            for (int64_t part = 0; part * kPartRows < rows; ++part)
+                for (int64_t column = 0; column < adapter.rank; column += kLanes) {
+                    F32 sum{};
+                    for (int64_t i = part * kPartRows; i < min_of((part + 1) * kPartRows, rows); ++i)
+                        sum += load(scratch.t + i * stride + column);
+                    store_partial(parts_ + (runs_[run].first_part + row / kPartRows + part) * p_.max_rank + column, sum,
+                                  min_of<int64_t>(kLanes, adapter.rank - column));
+                }
+        }
+        if (wants_x_) make_grad_x(&adapter, &weights, row0, rows, next, dz, scratch);
+    }
+
+    // t = g W_up with the dropped rows of grad_y; for the gate's gradient, also the part of b_up in it.
+    void make_t(const Weights& weights, int64_t row0, int64_t rows, const Dropout& dropout,
+                const Scratch& scratch) const {
+        const bool drops = dropout.threshold > 0;
+        for (int64_t i = 0; p_.grad_gate && i < rows; ++i) p_.grad_gate[row0 + i] = 0;
+        multiply_parts(weights.up, scratch.g, grad_terms(), rows, scratch.t, [&](int64_t first, const Left& g) {
+            if (!drops && !p_.grad_gate) return fill_left<Product>(g, part_of(p_.grad_y, row0, first), rows);
+            with_vectors(p_.grad_y, row0, first, g.depth, [&](auto grad_y) {
+                for (int64_t i = 0; i < rows; ++i) {
+                    if (drops) dropout_keep_bits(dropout, row0 + i, first, g.depth, scratch.keep);
+                    F32 of_bias{};
+                    for (int64_t k = 0; k < Product::padded_depth(g.depth); k += kLanes) {
+                        F32 v = grad_y(i, k);
+                        if (drops) v = keep_where(v, scratch.keep, k);
+                        g.store(i, k, v);
+                        if (p_.grad_gate) of_bias = fma(v, load(weights.up_bias + first + k), of_bias);
+                    }
+                    if (p_.grad_gate) p_.grad_gate[row0 + i] += horizontal_sum(of_bias);
+                }
+            });
+        });
+    }
+
+    // t = g W_up becomes dz = scale t ⊙ σ'(z), and h what the gradient of W_up is made with; both with the gate.
+    template <Activation kActivation>
+    void make_dz(const BottleneckAdapter& adapter, const Weights& weights, int64_t row, float keep_scale, int64_t i,
+                 const Left& dz, const Scratch& scratch) const {
+        const int64_t stride = weights.up.chunks() * kRightOutputs;
+        const float gated = keep_scale * (p_.gate ? p_.gate[row] : 1.0f);
+        float* t = scratch.t + i * stride;
+        float* h = scratch.h + i * stride;
+        read_row(p_.pre, row, 0, adapter.rank, h);
+        F32 of_gate{}, mean{}, correlation{};
+        for (int64_t column = 0; column < Product::padded_depth(adapter.rank); column += kLanes) {
+            const int64_t count = adapter.rank - column;
+            const F32 z = first_lanes(load(h + column), count), grad = first_lanes(load(t + column), count);
+            const Activated at = activate<kActivation>(z);
+            of_gate = fma(at.value, grad, of_gate);
+            const F32 value = grad * at.slope * (gated * adapter.scale);
+            store(h + column, at.value * gated);
+            store(t + column, value);
+            if (wants_x_) dz.store(i, column, value);
+            if (!adapter.norm.present) continue;
+            mean = fma(value, load(weights.mean_weight + column), mean);
+            correlation = fma(value, z - load(weights.offset + column), correlation);
+        }
+        if (p_.grad_gate)
+            p_.grad_gate[row] = (p_.grad_gate[row] + horizontal_sum(of_gate)) * keep_scale * adapter.scale;
+        if (adapter.norm.present)
+            scratch.norm[i] = {horizontal_sum(mean), horizontal_sum(correlation) / static_cast<float>(p_.d)};
+    }
+
+    void make_grad_x(const BottleneckAdapter* adapter, const Weights* weights, int64_t row0, int64_t rows, int64_t next,
+                     const Left& dz, const Scratch& scratch) const {
+        for (int64_t chunk = 0; chunk < chunks_of(p_.d); ++chunk) {
+            const int64_t first = chunk * kRightOutputs, columns = min_of(kRightOutputs, p_.d - first);
+            if (adapter) Product::multiply(dz, rows, weights->down.right(chunk, 0), scratch.tile, kRightOutputs, false);
+            prefetch_part(p_.grad_y, row0 + rows, next, first, columns);
+            const ConstMatrix added = p_.adds_grad_y ? p_.grad_y : ConstMatrix{};
+            with_vectors(added, row0, first, columns, [&](auto grad_y) {
+                if (!adapter) return write_part(p_.grad_x, row0, rows, first, columns, grad_y);
+                const auto dn = [tile = scratch.tile](int64_t i, int64_t column) {
+                    return load(tile + i * kRightOutputs + column);
+                };
+                if (!adapter->norm.present)
+                    return write_part(p_.grad_x, row0, rows, first, columns,
+                                      [=](int64_t i, int64_t column) { return grad_y(i, column) + dn(i, column); });
+                const float* stats = p_.stats + 2 * row0;
+                with_vectors(p_.x, row0, first, columns, [&, norm = scratch.norm](auto x) {
+                    write_part(p_.grad_x, row0, rows, first, columns, [=](int64_t i, int64_t column) {
+                        const float mu = stats[2 * i], rstd = stats[2 * i + 1];
+                        const F32 n = (x(i, column) - mu) * rstd;
+                        const F32 part = dn(i, column) - norm[i].mean - n * norm[i].correlation;
+                        return fma(part, broadcast(rstd), grad_y(i, column));
+                    });
+                });
+            });
+        }
+    }
+
+    // tile[r][column] = Σ of coefficients and the rows' vectors; vector(type, row, column) is called for all rows of the
+    // adapter in order, for columns in steps of kLanes, and may change what it is given to what bf16 does not hold unless
+    // kKeepsBf16.
+    template <bool kKeepsBf16, class Begin, class Vector>
+    void reduce(int64_t adapter, Element* coefficients, const ConstMatrix& matrix, int64_t first, int64_t columns,
+                int terms, const Scratch& scratch, const Begin& begin, const Vector& vector) const {
+        [[maybe_unused]] const typename Product::Unit unit;
+        const int64_t rank = p_.adapters[adapter].rank;
+        bool started = false;
+        for (int64_t run = 0; run < p_.num_runs; ++run) {
+            if (p_.runs[run].adapter != adapter) continue;
+            for (int64_t row = 0; row < p_.runs[run].rows; row += kReducedRows, started = true) {
+                const Left left = turned(coefficients, run, row / kReducedRows);
+                const Right right{scratch.right, left.depth, columns, terms};
+                const int64_t row0 = p_.runs[run].first_row + row;
+                begin(row0, left.depth);
+                dispatch_dtype(matrix.dtype, [&](auto* type) {
+                    using T = Pointee<decltype(type)>;
+                    constexpr int64_t kAhead = 16;
+                    const T* data = static_cast<const T*>(row_of(matrix, row0, first));
+                    fill_from_depth_rows<kIsBf16<T> && kKeepsBf16>(
+                        right, Product::padded_depth(left.depth), [&](int64_t k, int64_t column) {
+                            const T* from = data + k * matrix.stride + column;
+                            // The rows are far apart: the hardware does not get ahead of that.
+                            __builtin_prefetch(from + min_of(kAhead, left.depth - 1 - k) * matrix.stride);
+                            return vector(row0, k, column, load_up_to(from, columns - column));
+                        });
+                });
+                Product::multiply(left, rank, right, scratch.tile, kRightOutputs, started);
+            }
+        }
+        if (!started) memset(scratch.tile, 0, Product::padded_rows(rank) * kRightOutputs * sizeof(float));
+    }
+
+    // gᵀ h and Σ g, for some columns of g
+    void make_grad_up(int64_t index, int64_t first, const Scratch& scratch) const {
+        const BottleneckAdapter& adapter = p_.adapters[index];
+        const int64_t columns = min_of(kReducedColumns, p_.d - first);
+        const Dropout dropout(p_.seed, p_.dropout);
+        const bool drops = dropout.threshold > 0;
+        F32 sums[kReducedColumns / kLanes] = {};
+        reduce<true>(
+            index, h_, p_.grad_y, first, columns, grad_terms(), scratch,
+            [&](int64_t row0, int64_t rows) {
+                for (int64_t i = 0; drops && i < rows; ++i)
+                    dropout_keep_bits(dropout, row0 + i, first, columns,
+                                      scratch.keep + i * keep_bytes(kReducedColumns));
+            },
+            [&](int64_t row0, int64_t k, int64_t column, F32 v) {
+                if (drops) v = keep_where(v, scratch.keep + k * keep_bytes(kReducedColumns), column);
+                F32& sum = sums[column / kLanes];
+                sum = p_.gate ? fma(v, broadcast(p_.gate[row0 + k]), sum) : sum + v;
+                return v;
+            });
+        for (int64_t column = 0; column < columns; ++column) {
+            adapter.grad_up_bias[first + column] = sums[column / kLanes][column % kLanes] * dropout.keep_scale;
+            for (int64_t r = 0; r < adapter.rank; ++r)
+                adapter.grad_up[(first + column) * adapter.rank + r] = scratch.tile[r * kRightOutputs + column];
+        }
+    }
+
+    // dzᵀ n, for some columns of n
+    void make_grad_down(int64_t index, int64_t first, const Scratch& scratch) const {
+        const BottleneckAdapter& adapter = p_.adapters[index];
+        const int64_t columns = min_of(kReducedColumns, p_.d - first);
+        const bool norm = adapter.norm.present;
+        const int terms = Product::terms(norm ? DType::kFloat32 : p_.x.dtype, p_.rounds);
+        const auto begin = [](int64_t, int64_t) {};
+        if (norm)
+            reduce<false>(index, dz_, p_.x, first, columns, terms, scratch, begin,
+                          [&](int64_t row0, int64_t k, int64_t, F32 v) {
+                              const float* stats = p_.stats + 2 * (row0 + k);
+                              return (v - stats[0]) * stats[1];
+                          });
+        else
+            reduce<true>(index, dz_, p_.x, first, columns, terms, scratch, begin,
+                         [](int64_t, int64_t, int64_t, F32 v) { return v; });
+        for (int64_t r = 0; r < adapter.rank; ++r)
+            memcpy(adapter.grad_down + r * p_.d + first, scratch.tile + r * kRightOutputs, columns * sizeof(float));
+    }
+
+    void make_grad_down_bias(int64_t index) const {
+        const BottleneckAdapter& adapter = p_.adapters[index];
+        memset(adapter.grad_down_bias, 0, adapter.rank * sizeof(float));
+        for (int64_t run = 0; run < p_.num_runs; ++run) {
+            if (p_.runs[run].adapter != index) continue;
+            for (int64_t part = 0; part * kPartRows < p_.runs[run].rows; ++part)
+                for (int64_t r = 0; r < adapter.rank; ++r)
+                    adapter.grad_down_bias[r] += parts_[(runs_[run].first_part + part) * p_.max_rank + r];
+        }
+    }
+
+    const AdapterBackwardParams& p_;
+    const int64_t block_;
+    const bool wants_x_, wants_dz_;
+    Weights* weights_ = nullptr;
+    Run* runs_ = nullptr;
+    Element* h_ = nullptr;    // [chunk of kReducedRows rows]: left operands of max_rank rows
+    Element* dz_ = nullptr;   // the same
+    float* parts_ = nullptr;  // [part of kPartRows rows][max_rank]: Σ dz
+};
+
+}  // namespace
+}  // namespace PEFT_KERNELS_ISA
+}  // namespace peft_kernels

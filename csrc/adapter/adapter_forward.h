@@ -1,0 +1,241 @@
+// The forward of adapter on a CPU. See adapter_cpu.cpp for the products.
+// For sources that are compiled once per instruction set, and only for those.
+#pragma once
+
+#include "adapter/adapter_operands.h"
+
+namespace peft_kernels {
+namespace PEFT_KERNELS_ISA {
+namespace {
+
+template <class Product>
+class AdapterForward {
+public:
+    explicit AdapterForward(const AdapterForwardParams& params)
+        : p_(params), block_(adapter_block_rows(params.m, params.d, params.threads)) {}
+
+    void run() {
+        Arena arena(p_.workspace);
+        Weights* weights = arena.take<Weights>(p_.num_adapters);
+        for (int64_t i = 0; i < p_.num_adapters; ++i) {
+            const Weights taken(arena, *this, p_.adapters[i]);
+            if (p_.workspace) weights[i] = taken;
+        }
+        post_gamma_ = take_vector(arena, p_.post_norm.present ? p_.d : 0);
+        post_beta_ = take_vector(arena, p_.post_norm.present ? p_.d : 0);
+        const int64_t worker_bytes = Scratch(nullptr, *this).bytes;
+        char* workers = arena.take<char>(p_.threads * worker_bytes);
+        if (!p_.workspace) {
+            *p_.workspace_bytes = arena.used();
+            return;
+        }
+        weights_ = weights;
+        prepare();
+        if (p_.post_norm.present) {
+            widen_vector(p_.post_norm.weight, p_.d, 1.0f, post_gamma_);
+            widen_vector(p_.post_norm.bias, p_.d, 0.0f, post_beta_);
+        }
+        for_each_block(p_, [&](int64_t run, int64_t row, int64_t rows, int64_t next, int worker) {
+            const Scratch scratch(workers + worker * worker_bytes, *this);
+            adapt(p_.runs[run], p_.runs[run].first_row + row, rows, next, scratch);
+        });
+    }
+
+private:
+    using Element = typename Product::Element;
+    using Left = typename Product::Left;
+
+    int x_terms(const BottleneckAdapter& adapter) const {
+        return Product::terms(adapter.norm.present ? DType::kFloat32 : p_.x.dtype, p_.rounds);
+    }
+    int h_terms() const { return Product::terms(DType::kFloat32, p_.rounds); }
+
+    struct Weights {  // of one adapter
+        Weights(Arena& arena, const AdapterForward& f, const BottleneckAdapter& adapter)
+            : down(arena, adapter.rank, f.p_.d, kPart, Product::terms(adapter.down_weight.dtype, f.p_.rounds)),
+              up(arena, f.p_.d, adapter.rank, adapter.rank, Product::terms(adapter.up_weight.dtype, f.p_.rounds)) {
+            down_bias = take_vector(arena, adapter.rank);
+            up_bias = take_vector(arena, f.p_.d);
+            gamma = take_vector(arena, adapter.norm.present ? f.p_.d : 0);
+            beta = take_vector(arena, adapter.norm.present ? f.p_.d : 0);
+        }
+        Operand<Product> down, up;  // outputs r, depth d; and the other way round
+        float* down_bias;
+        float* up_bias;
+        float* gamma;
+        float* beta;
+    };
+
+    struct Scratch {  // of one worker
+        Scratch(char* base, const AdapterForward& f) {
+            Arena arena(base);
+            const int64_t rows = Product::padded_rows(f.block_), d = f.p_.d, rank = f.p_.max_rank;
+            int x_terms = 1;
+            for (int64_t i = 0; i < f.p_.num_adapters; ++i) x_terms = max_of(x_terms, f.x_terms(f.p_.adapters[i]));
+            x = arena.take<Element>(Product::Left::size(f.block_, kPart, x_terms));
+            h = arena.take<Element>(Product::Left::size(f.block_, rank, f.h_terms()));
+            z = arena.take<float>(rows * chunks_of(rank) * kRightOutputs);
+            tile = arena.take<float>(rows * kRightOutputs);
+            stats = arena.take<RowStats>(f.block_);
+            keep = arena.take<uint8_t>(f.p_.dropout > 0 ? f.block_ * keep_bytes(d) : 0);
+            y = arena.take<float>(f.p_.post_norm.present ? f.block_ * chunks_of(d) * kRightOutputs : 0);
+            bytes = arena.used();
+        }
+        Element* x;  // a part of the depth
+        Element* h;
+        float* z;
+        float* tile;
+        RowStats* stats;
+        uint8_t* keep;
+        float* y;
+        int64_t bytes;
+    };
+
+    void prepare() const {
+        const int64_t parts = divide_up(p_.d, kPart), down = chunks_of(p_.max_rank) * parts;
+        const int64_t tasks = down + chunks_of(p_.d) + 1;
+        parallel_for_each(p_.num_adapters * tasks, [&](int64_t task, int) {
+            const BottleneckAdapter& adapter = p_.adapters[task / tasks];
+            const Weights& weights = weights_[task / tasks];
+            const int64_t i = task % tasks;
+            if (i < down) {
+                if (i / parts < weights.down.chunks())
+                    fill_rows(weights.down, i / parts, i % parts, adapter.down_weight);
+            } else if (i < tasks - 1) {
+                fill_rows(weights.up, i - down, 0, adapter.up_weight);
+            } else {
+                widen_vector(adapter.down_bias, adapter.rank, 0.0f, weights.down_bias);
+                widen_vector(adapter.up_bias, p_.d, 0.0f, weights.up_bias);
+                if (!adapter.norm.present) return;
+                widen_vector(adapter.norm.weight, p_.d, 1.0f, weights.gamma);
+                widen_vector(adapter.norm.bias, p_.d, 0.0f, weights.beta);
+            }
+        });
+    }
+
+    // A block of rows from x to y.
+    void adapt(const AdapterRun& run, int64_t row0, int64_t rows, int64_t next, const Scratch& scratch) const {
+        [[maybe_unused]] const typename Product::Unit unit;
+        if (run.adapter < 0) return finish(nullptr, nullptr, row0, rows, next, {}, scratch);
+        const BottleneckAdapter& adapter = p_.adapters[run.adapter];
+        const Weights& weights = weights_[run.adapter];
+        const Left h{scratch.h, adapter.rank, h_terms()};
+        shrink(adapter, weights, row0, rows, scratch);
+        const int64_t stride = weights.down.chunks() * kRightOutputs;
+        dispatch_activation(p_.activation, [&](auto activation) {
+            for (int64_t row = 0; row < rows; ++row) {
+                float* z = scratch.z + row * stride;
+                for (int64_t column = 0; column < Product::padded_depth(adapter.rank); column += kLanes) {
+                    const F32 sum = load(z + column) + load(weights.down_bias + column);
+                    const F32 value = activate<decltype(activation)::kValue>(sum).value;
+                    store(z + column, sum);
+                    h.store(row, column, first_lanes(value, adapter.rank - column));
+                }
+            }
+        });
+        if (p_.pre.data)
+            write_part(p_.pre, row0, rows, 0, adapter.rank,
+                       [&](int64_t row, int64_t column) { return load(scratch.z + row * stride + column); });
+        finish(&adapter, &weights, row0, rows, next, h, scratch);
+    }
+
+    // z without its bias, out of x or of what its LayerNorm makes of it.
+    void shrink(const BottleneckAdapter& adapter, const Weights& weights, int64_t row0, int64_t rows,
+                const Scratch& scratch) const {
+        if (!adapter.norm.present)
+            return multiply_parts(weights.down, scratch.x, x_terms(adapter), rows, scratch.z,
+                                  [&](int64_t first, const Left& left) {
+                                      fill_left<Product>(left, part_of(p_.x, row0, first), rows);
+                                  });
+        with_vectors(p_.x, row0, 0, p_.d, [&](auto x) {
+            for (int64_t row = 0; row < rows; ++row) {
+                scratch.stats[row] = row_stats(p_.d, adapter.norm.eps, [&](int64_t k) { return x(row, k); });
+                if (!p_.stats) continue;
+                p_.stats[2 * (row0 + row)] = scratch.stats[row].mean;
+                p_.stats[2 * (row0 + row) + 1] = scratch.stats[row].rstd;
+            }
+            multiply_parts(weights.down, scratch.x, x_terms(adapter), rows, scratch.z,
+                           [&](int64_t first, const Left& left) {
+                               const float* gamma = weights.gamma + first;
+                               const float* beta = weights.beta + first;
+                               for (int64_t row = 0; row < rows; ++row)
+                                   for (int64_t k = 0; k < Product::padded_depth(left.depth); k += kLanes) {
+                                       const RowStats stats = scratch.stats[row];
+                                       const F32 n = (x(row, first + k) - stats.mean) * stats.rstd;
+                                       const F32 value = fma(n, load(gamma + k), load(beta + k));
+                                       left.store(row, k, first_lanes(value, left.depth - k));
+                                   }
+                           });
+        });
+    }
+
+    // y out of h; out of nothing, if there is no adapter.
+    void finish(const BottleneckAdapter* adapter, const Weights* weights, int64_t row0, int64_t rows, int64_t next,
+                const Left& h, const Scratch& scratch) const {
+        const Dropout dropout(p_.seed, p_.dropout);
+        const bool drops = adapter && dropout.threshold > 0;
+        for (int64_t row = 0; drops && row < rows; ++row)
+            dropout_keep_bits(dropout, row0 + row, 0, p_.d, scratch.keep + row * keep_bytes(p_.d));
+        for (int64_t i = 0; i < chunks_of(p_.d); ++i) {
+            const int64_t first = i * kRightOutputs, columns = min_of(kRightOutputs, p_.d - first);
+            if (adapter) Product::multiply(h, rows, weights->up.right(i, 0), scratch.tile, kRightOutputs, false);
+            prefetch_part(p_.x, row0 + rows, next, first, columns);
+            with_vectors(p_.residual, row0, first, columns, [&](auto residual) {
+                if (!adapter) return write_y(row0, rows, first, columns, scratch, residual);
+                const float* tile = scratch.tile;
+                const float* bias = weights->up_bias + first;
+                const float scale = adapter->scale * (drops ? dropout.keep_scale : 1.0f);
+                const auto up = [=](int64_t row, int64_t column) {
+                    return load(tile + row * kRightOutputs + column) + load(bias + column);
+                };
+                if (!drops && !p_.gate)
+                    return write_y(row0, rows, first, columns, scratch, [=](int64_t row, int64_t column) {
+                        return fma(up(row, column), broadcast(scale), residual(row, column));
+                    });
+                const float* gate = p_.gate ? p_.gate + row0 : nullptr;
+                const uint8_t* keep = scratch.keep + first / 8;
+                const int64_t keep_stride = keep_bytes(p_.d);
+                write_y(row0, rows, first, columns, scratch, [=](int64_t row, int64_t column) {
+                    F32 kept = up(row, column);
+                    if (drops) kept = keep_where(kept, keep + row * keep_stride, column);
+                    return fma(kept, broadcast(gate ? scale * gate[row] : scale), residual(row, column));
+                });
+            });
+        }
+        if (p_.post_norm.present) normalize(row0, rows, scratch.y);
+    }
+
+    // To y; or aside, where a LayerNorm wants whole rows.
+    template <class Vector>
+    void write_y(int64_t row0, int64_t rows, int64_t first, int64_t columns, const Scratch& scratch,
+                 const Vector& vector) const {
+        if (!p_.post_norm.present) return write_part(p_.y, row0, rows, first, columns, vector);
+        const int64_t stride = chunks_of(p_.d) * kRightOutputs;
+        for (int64_t row = 0; row < rows; ++row)
+            for (int64_t column = 0; column < columns; column += kLanes)
+                store(scratch.y + row * stride + first + column, vector(row, column));
+    }
+
+    void normalize(int64_t row0, int64_t rows, const float* y) const {
+        const int64_t stride = chunks_of(p_.d) * kRightOutputs;
+        for (int64_t row = 0; row < rows; ++row, y += stride) {
+            const RowStats stats = row_stats(p_.d, p_.post_norm.eps, [&](int64_t column) {
+                return first_lanes(load(y + column), p_.d - column);
+            });
+            write_part(p_.y, row0 + row, 1, 0, p_.d, [&](int64_t, int64_t column) {
+                const F32 n = (load(y + column) - stats.mean) * stats.rstd;
+                return fma(n, load(post_gamma_ + column), load(post_beta_ + column));
+            });
+        }
+    }
+
+    const AdapterForwardParams& p_;
+    const int64_t block_;
+    const Weights* weights_ = nullptr;
+    float* post_gamma_ = nullptr;
+    float* post_beta_ = nullptr;
+};
+
+}  // namespace
+}  // namespace PEFT_KERNELS_ISA
+}  // namespace peft_kernels

@@ -1,0 +1,233 @@
+// What the CPU kernels of adapter multiply: an adapter's matrices, and blocks of rows of x, of h and of the gradients.
+// For sources that are compiled once per instruction set, and only for those.
+#pragma once
+
+#include "adapter/adapter.h"
+#include "adapter/adapter_plan.h"
+#include "common/block_product.h"
+#include "common/parallel_for.h"
+#include "common/rows.h"
+#include "common/vector_math.h"
+
+namespace peft_kernels {
+namespace PEFT_KERNELS_ISA {
+namespace {
+
+inline int64_t chunks_of(int64_t outputs) { return divide_up(outputs, kRightOutputs); }
+
+// ---- σ ------------------------------------------------------------------------------------------------------------
+
+struct Activated {
+    F32 value, slope;
+};
+
+template <Activation kActivation>
+inline Activated activate(F32 z) {
+    if constexpr (kActivation == Activation::kRelu) {
+        // A NaN stays one, as torch's does.
+        return {z < 0.0f ? F32{} : z, z > 0.0f ? broadcast(1.0f) : F32{}};
+    } else if constexpr (kActivation == Activation::kLeakyRelu) {
+        return {z > 0.0f ? z : z * 0.01f, z > 0.0f ? broadcast(1.0f) : broadcast(0.01f)};
+    } else if constexpr (kActivation == Activation::kGelu) {
+        const Normal at = normal(z);
+        return {z * at.integral, fma(z, at.phi, at.integral)};
+    } else if constexpr (kActivation == Activation::kGeluTanh) {
+        // z (1 + tanh u) / 2 = z sigmoid(2u), with u = √(2/π) (z + 0.044715 z³)
+        constexpr float kScale = 1.59576912f, kCubic = 0.044715f;
+        const F32 square = z * z;
+        const F32 s = sigmoid(kScale * z * fma(square, broadcast(kCubic), broadcast(1.0f)));
+        const F32 inner = kScale * fma(square, broadcast(3 * kCubic), broadcast(1.0f));
+        return {z * s, fma(z * inner, s * (1.0f - s), s)};
+    } else if constexpr (kActivation == Activation::kSilu) {
+        const F32 s = sigmoid(z);
+        return {z * s, s * fma(z, 1.0f - s, broadcast(1.0f))};
+    } else if constexpr (kActivation == Activation::kTanh) {
+        const F32 t = tanh(z);
+        return {t, 1.0f - t * t};
+    } else {
+        return {z, broadcast(1.0f)};
+    }
+}
+
+template <class Body>
+void dispatch_activation(Activation activation, const Body& body) {
+    switch (activation) {
+        case Activation::kNone: return body(Constant<Activation::kNone>{});
+        case Activation::kRelu: return body(Constant<Activation::kRelu>{});
+        case Activation::kGelu: return body(Constant<Activation::kGelu>{});
+        case Activation::kGeluTanh: return body(Constant<Activation::kGeluTanh>{});
+        case Activation::kSilu: return body(Constant<Activation::kSilu>{});
+        case Activation::kTanh: return body(Constant<Activation::kTanh>{});
+        case Activation::kLeakyRelu: return body(Constant<Activation::kLeakyRelu>{});
+    }
+}
+
+// ---- Rows ---------------------------------------------------------------------------------------------------------
+
+// A matrix from (row0, first) on: calls body with a function of row and column that gives a vector of it, with zeros
+// behind the last of so many columns. Of an absent matrix all are zeros.
+template <class Body>
+void with_vectors(const ConstMatrix& matrix, int64_t row0, int64_t first, int64_t columns, const Body& body) {
+    if (!matrix.data) return body([](int64_t, int64_t) { return F32{}; });
+    dispatch_dtype(matrix.dtype, [&](auto* type) {
+        const auto* data = static_cast<const Pointee<decltype(type)>*>(row_of(matrix, row0, first));
+        const int64_t stride = matrix.stride;
+        body([=](int64_t row, int64_t column) { return load_up_to(data + row * stride + column, columns - column); });
+    });
+}
+
+// matrix[row0 + row][first + column] = vector(row, column), for so many of them.
+template <class Vector>
+void write_part(const Matrix& matrix, int64_t row0, int64_t rows, int64_t first, int64_t columns,
+                const Vector& vector) {
+    dispatch_dtype(matrix.dtype, [&](auto* type) {
+        using T = Pointee<decltype(type)>;
+        T* data = static_cast<T*>(row_of(matrix, row0, first));
+        const int64_t stride = matrix.stride;
+        for (int64_t row = 0; row < rows; ++row) {
+            T* out = data + row * stride;
+            // The next columns of a row are written soon, but after those of the other rows: too late for the hardware.
+            prefetch_row<true>(out + columns, columns);
+            int64_t column = 0;
+            for (; column + kLanes <= columns; column += kLanes) store(out + column, vector(row, column));
+            if (column < columns) store_partial(out + column, vector(row, column), columns - column);
+        }
+    });
+}
+
+struct RowStats {
+    float mean, rstd;
+};
+
+// μ and 1/σ of `columns` numbers; vector(column) gives those from `column` on, zeros behind the last. Two passes: the
+// row is in the cache, and nothing cancels.
+template <class Vector>
+inline RowStats row_stats(int64_t columns, float eps, const Vector& vector) {
+    constexpr int kSums = 4;  // an addition takes four cycles
+    F32 sums[kSums] = {};
+    int64_t column = 0;
+    for (; column + (kSums - 1) * kLanes < columns; column += kSums * kLanes)
+        for (int i = 0; i < kSums; ++i) sums[i] += vector(column + i * kLanes);
+    for (; column < columns; column += kLanes) sums[0] += vector(column);
+    const float mean = horizontal_sum((sums[0] + sums[1]) + (sums[2] + sums[3])) / static_cast<float>(columns);
+    for (F32& sum : sums) sum = F32{};
+    for (column = 0; column + kSums * kLanes <= columns; column += kSums * kLanes)
+        for (int i = 0; i < kSums; ++i) {
+            const F32 v = vector(column + i * kLanes) - mean;
+            sums[i] = fma(v, v, sums[i]);
+        }
+    for (; column < columns; column += kLanes) {
+        const F32 inside = first_lanes(vector(column) - mean, columns - column);
+        sums[0] = fma(inside, inside, sums[0]);
+    }
+    const float variance = horizontal_sum((sums[0] + sums[1]) + (sums[2] + sums[3])) / static_cast<float>(columns);
+    return {mean, 1.0f / __builtin_sqrtf(variance + eps)};
+}
+
+// ---- An adapter's vectors and matrices ----------------------------------------------------------------------------
+
+// A vector [count] as fp32, filled up to whole chunks; `otherwise` where it is absent.
+inline void widen_vector(const ConstMatrix& vector, int64_t count, float otherwise, float* out) {
+    if (vector.data)
+        read_row(vector, 0, 0, count, out);
+    else
+        for (int64_t i = 0; i < count; ++i) out[i] = otherwise;
+    for (int64_t i = count; i < chunks_of(count) * kRightOutputs; ++i) out[i] = 0;
+}
+
+inline float* take_vector(Arena& arena, int64_t count) {
+    return arena.take<float>(chunks_of(count) * kRightOutputs + kLanes);
+}
+
+// The depth of d is taken in parts: of 64 rows of x 32 KB as bf16, which stay in L1 between being made and multiplied.
+constexpr int64_t kPart = 256;
+
+// One of an adapter's matrices, turned for a product: kRightOutputs outputs at a time, and a part of the depth at a time.
+template <class Product>
+struct Operand {
+    typename Product::Element* data = nullptr;
+    int64_t outputs = 0, depth = 0, part_depth = 0;
+    int terms = 1;
+
+    Operand() = default;
+    Operand(Arena& arena, int64_t outputs, int64_t depth, int64_t part_depth, int terms)
+        : outputs(outputs), depth(depth), part_depth(part_depth), terms(terms) {
+        data = arena.take<typename Product::Element>(chunks() * parts() * size());
+    }
+    int64_t size() const { return Product::Right::size(part_depth, terms); }
+    int64_t chunks() const { return chunks_of(outputs); }
+    int64_t parts() const { return divide_up(depth, part_depth); }
+    typename Product::Right right(int64_t chunk, int64_t part) const {
+        return {data + (chunk * parts() + part) * size(), min_of(part_depth, depth - part * part_depth),
+                min_of(kRightOutputs, outputs - chunk * kRightOutputs), terms};
+    }
+};
+
+// The outputs are the rows of the matrix, the depth is its columns.
+template <class Product>
+void fill_rows(const Operand<Product>& operand, int64_t chunk, int64_t part, const ConstMatrix& matrix) {
+    const auto right = operand.right(chunk, part);
+    dispatch_dtype(matrix.dtype, [&](auto* type) {
+        const auto* rows = static_cast<const Pointee<decltype(type)>*>(
+            row_of(matrix, chunk * kRightOutputs, part * operand.part_depth));
+        fill_from_output_rows(right, rows, matrix.stride, Product::padded_depth(right.depth));
+    });
+}
+
+// The outputs are the columns of the matrix, the depth is its rows; times factors[column].
+template <class Product>
+void fill_columns(const Operand<Product>& operand, int64_t chunk, int64_t part, const ConstMatrix& matrix,
+                  const float* factors) {
+    const auto right = operand.right(chunk, part);
+    const int64_t first = chunk * kRightOutputs;
+    with_vectors(matrix, part * operand.part_depth, first, right.outputs, [&](auto vector) {
+        fill_from_depth_rows<false>(right, Product::padded_depth(right.depth), [&](int64_t k, int64_t column) {
+            return factors ? vector(k, column) * load(factors + first + column) : vector(k, column);
+        });
+    });
+}
+
+// sums[row][output] of some rows with a matrix whose depth is d; fill(first column, left) makes a part of the rows.
+template <class Product, class Fill>
+void multiply_parts(const Operand<Product>& operand, typename Product::Element* data, int terms, int64_t rows,
+                    float* sums, const Fill& fill) {
+    const int64_t stride = operand.chunks() * kRightOutputs;
+    for (int64_t part = 0; part < operand.parts(); ++part) {
+        const int64_t first = part * operand.part_depth;
+        const typename Product::Left left{data, min_of(operand.part_depth, operand.depth - first), terms};
+        fill(first, left);
+        for (int64_t chunk = 0; chunk < operand.chunks(); ++chunk)
+            Product::multiply(left, rows, operand.right(chunk, part), sums + chunk * kRightOutputs, stride, part > 0);
+    }
+}
+
+// ---- Tasks --------------------------------------------------------------------------------------------------------
+
+// Calls body(run, first row within the run, rows, next, worker) for every block of rows; `next` is how many rows the
+// same thread will take next, right behind these.
+template <class Body>
+void for_each_block(const AdapterParams& p, const Body& body) {
+    const int64_t block = adapter_block_rows(p.m, p.d, p.threads), group = block * adapter_group(p.m, block, p.threads);
+    int64_t groups = 0;
+    for (int64_t i = 0; i < p.num_runs; ++i) groups += divide_up(p.runs[i].rows, group);
+    parallel_for_each(groups, [&](int64_t task, int worker) {
+        int64_t run = 0;
+        for (int64_t some; task >= (some = divide_up(p.runs[run].rows, group)); task -= some) ++run;
+        const int64_t end = min_of((task + 1) * group, p.runs[run].rows);
+        for (int64_t row = task * group; row < end; row += block)
+            body(run, row, min_of(block, end - row), min_of(block, max_of<int64_t>(0, end - row - block)), worker);
+    });
+}
+
+// Fetches a part of a matrix into the L2 cache.
+inline void prefetch_part(const ConstMatrix& matrix, int64_t row0, int64_t rows, int64_t first, int64_t columns) {
+    const int64_t bytes = columns * size_of(matrix.dtype);
+    for (int64_t row = row0; row < row0 + rows; ++row) {
+        const char* at = static_cast<const char*>(row_of(matrix, row, first));
+        for (int64_t byte = 0; byte < bytes; byte += 64) __builtin_prefetch(at + byte, 0, 2);
+    }
+}
+
+}  // namespace
+}  // namespace PEFT_KERNELS_ISA
+}  // namespace peft_kernels

@@ -1,0 +1,71 @@
+// Elementary functions of vectors, and the activations made of them. Errors are a few units in the last place of fp32.
+// For sources that are compiled once per instruction set, and only for those.
+//
+// The polynomials are fits of this project: least maximum of the (relative) error, by iterated weights.
+#pragma once
+
+#include "common/simd.h"
+
+namespace peft_kernels {
+namespace PEFT_KERNELS_ISA {
+namespace {
+
+template <int kTerms>
+inline F32 polynomial(F32 x, const float (&coefficients)[kTerms]) {
+    F32 sum = broadcast(coefficients[kTerms - 1]);
+#pragma GCC unroll 8
+    for (int i = kTerms - 2; i >= 0; --i) sum = fma(sum, x, broadcast(coefficients[i]));
+    return sum;
+}
+
+// e^x; 0 below -87.3, where fp32 becomes subnormal.
+inline F32 exp(F32 x) {
+    constexpr float kRound = 0x1.8p23f;  // adding it leaves a whole number in the low bits
+    F32 bounded = x > 89.0f ? broadcast(89.0f) : x;
+    bounded = bounded < -88.0f ? broadcast(-88.0f) : bounded;
+    const F32 shifted = fma(bounded, broadcast(1.44269504f), broadcast(kRound));
+    const F32 n = shifted - kRound;
+    // ln 2 in two parts, the first of few bits, so that its product with n is exact.
+    const F32 r = fma(n, broadcast(-1.42860677e-6f), fma(n, broadcast(-0.693145752f), bounded));
+    const F32 tail =
+        polynomial(r, {0.5f, 0.166666657f, 0.0416662954f, 0.00833349675f, 0.00139446498f, 0.000197903573f});
+    const F32 power = fma(r * r, tail, r) + 1.0f;
+    // 2^n in two factors: n reaches 128.
+    const U32 exponent = (U32)shifted << 23;
+    const F32 half = (F32)(exponent - (1u << 23) + 0x3F800000u);
+    const F32 value = power * half * 2.0f;
+    return x < -87.3f ? F32{} : x > 88.72f ? broadcast(__builtin_inff()) : value;
+}
+
+inline F32 sigmoid(F32 x) { return 1.0f / (1.0f + exp(-x)); }
+
+inline F32 tanh(F32 x) {
+    const F32 magnitude = x < 0.0f ? -x : x;
+    const F32 large = 1.0f - 2.0f / (exp(2.0f * magnitude) + 1.0f);
+    const F32 square = x * x;
+    const F32 small = fma(x * square,
+                          polynomial(square, {-0.333333308f, 0.133332042f, -0.0539465196f, 0.0216993181f,
+                                              -0.00817385508f, 0.00213961686f}),
+                          x);
+    return magnitude < 0.625f ? small : x < 0.0f ? -large : large;
+}
+
+// The normal distribution: its density φ(x) is e^(-x²/2) / √(2π); Φ(x) is the integral of φ up to x.
+struct Normal {
+    F32 phi, integral;
+};
+
+inline Normal normal(F32 x) {
+    const F32 magnitude = x < 0.0f ? -x : x;
+    const F32 e = exp(-0.5f * x * x);
+    // Φ(-x) e^(x²/2) as a polynomial of t = 1 / (1 + x/4) without a constant term.
+    const F32 t = 1.0f / fma(magnitude, broadcast(0.25f), broadcast(1.0f));
+    const F32 tail = e * t *
+                     polynomial(t, {0.0999043214f, 0.104339112f, 0.048307147f, 0.243935584f, -0.234025169f,
+                                    0.326125193f, -0.0885861923f});
+    return {e * 0.398942280f, x < 0.0f ? tail : 1.0f - tail};
+}
+
+}  // namespace
+}  // namespace PEFT_KERNELS_ISA
+}  // namespace peft_kernels

@@ -1,0 +1,55 @@
+// The attention of AdapterFusion over N adapters, row by row: P = softmax(dropout(aᵢ · tᵢ + eᵢ) / T), pooled = Σ Pᵢ aᵢ.
+// Parameters and launchers. Plain data only: no torch, no CUDA headers.
+//
+// Of adapters' outputs aᵢ [m, d] there is one t and one pooled row of d. Of their bottlenecks aᵢ [m, rᵢ], each has a part
+// of t and of pooled to itself, and these stand side by side.
+#pragma once
+
+#include <cstdint>
+
+#include "common/dtype.h"
+#include "common/isa.h"
+
+namespace peft_kernels {
+
+struct FusedAdapter {
+    ConstMatrix a;  // [m, width]
+    Matrix grad;    // backward: the same; data may be null
+    int64_t width;  // d, or r
+    int64_t first;  // its first column in t and in pooled
+};
+
+struct FusionParams {
+    int64_t m;
+    int64_t columns;  // of t and pooled
+    bool shared;      // all adapters have all columns
+    const FusedAdapter* adapters;
+    int64_t num_adapters;
+    ConstMatrix t;         // [m, columns]
+    const float* offsets;  // [m, num_adapters]: e; or null
+    float temperature;
+    double dropout;  // the probability p
+    uint64_t seed;   // of the scores' dropout mask [m, num_adapters]
+    int32_t threads;
+
+    void* workspace;  // null: only workspace_bytes is set
+    int64_t* workspace_bytes;
+};
+
+struct FusionForwardParams : FusionParams {
+    Matrix pooled;         // [m, columns]
+    float* probabilities;  // [m, num_adapters]
+};
+
+struct FusionBackwardParams : FusionParams {
+    ConstMatrix grad_pooled;          // [m, columns]
+    const float* grad_probabilities;  // [m, num_adapters]; or null
+    const float* probabilities;       // [m, num_adapters]
+    Matrix grad_t;                    // [m, columns]
+    float* grad_offsets;              // [m, num_adapters]
+};
+
+PEFT_KERNELS_CPU_KERNEL(fusion_forward, FusionForwardParams)
+PEFT_KERNELS_CPU_KERNEL(fusion_backward, FusionBackwardParams)
+
+}  // namespace peft_kernels

@@ -1,0 +1,140 @@
+// The ia3_linear ops: y = l_out ⊙ ((l_in ⊙ x) Wᵀ + b) and its gradients; schemas, checks, allocation.
+//
+// The product is lora_linear's, with scales instead of adapters: l_in is applied where the rows of x are converted,
+// l_out where those of y are stored, and the gradients of both are summed on the way. So (IA)³ costs no pass of its
+// own over x, y or their gradients.
+#include <torch/csrc/stable/library.h>
+
+#include <tuple>
+
+#include "lora_linear/lora_linear_binding.h"
+
+namespace peft_kernels {
+namespace {
+
+using Tensors = std::vector<Tensor>;
+
+const float* check_scale(const std::optional<Tensor>& scale, const char* name, int64_t count, const Tensor& reference) {
+    if (!scale) return nullptr;
+    check_shape(*scale, name, {count});
+    check_array(*scale, name, ScalarType::Float, count, reference);
+    return static_cast<const float*>(scale->const_data_ptr());
+}
+
+// A weight [n, k] of either kind.
+struct Weight {
+    std::optional<Nf4Weight> nf4;
+    ConstMatrix dense;
+
+    void give(LoraLinearParams& params) const {
+        params.weight = nf4 ? &*nf4 : nullptr;
+        params.dense = nf4 ? nullptr : &dense;
+    }
+};
+
+Weight check_weight(const std::optional<Tensor>& dense, std::optional<Nf4Weight> nf4, int64_t n, int64_t k,
+                    const Tensor& reference) {
+    if (dense.has_value() == nf4.has_value())
+        bad_argument("dense", dense ? "a dense and a 4-bit weight" : "no weight", "a dense or a 4-bit weight");
+    return {nf4, dense ? check_matrix(*dense, "dense", n, k, reference) : ConstMatrix{}};
+}
+
+// -> y [m, n], and (l_in ⊙ x) Wᵀ + b [m, n], in y's dtype; without elements if it is not to be kept.
+std::tuple<Tensor, Tensor> forward(Tensor x, std::optional<Tensor> dense, std::optional<Tensor> codes,
+                                   std::optional<Tensor> absmax, Tensors nested, int64_t nested_blocksize,
+                                   int64_t out_features, int64_t blocksize, std::string quant_type,
+                                   ScalarType weight_dtype, ScalarType compute_dtype, ScalarType out_dtype,
+                                   std::optional<Tensor> bias, std::optional<Tensor> l_in, std::optional<Tensor> l_out,
+                                   bool keeps_unscaled) {
+    if (x.dim() != 2) bad_argument("x", describe(x), "a matrix [M, K]");
+    LoraLinearForwardParams params{};
+    params.m = x.size(0);
+    params.n = out_features;
+    params.k = x.size(1);
+    params.x = check_matrix(x, "x", params.m, params.k, x);
+    params.compute_dtype = check_float_dtype(compute_dtype, "compute_dtype");
+    const Weight weight = check_weight(dense,
+                                       check_optional_weight(codes, absmax, nested, nested_blocksize, params.n,
+                                                             params.k, blocksize, quant_type, weight_dtype, x),
+                                       params.n, params.k, x);
+    weight.give(params);
+    if (bias) params.bias = check_bias(*bias, params.n, x);
+    params.scale_k = check_scale(l_in, "l_in", params.k, x);
+    params.scale_n = check_scale(l_out, "l_out", params.n, x);
+
+    Tensor y = empty(x, {params.m, params.n}, out_dtype);
+    Tensor unscaled = empty(x, {keeps_unscaled ? params.m : 0, params.n}, out_dtype);
+    if (params.m == 0 || params.n == 0) return {y, unscaled};
+    params.y = {y.mutable_data_ptr(), check_float_dtype(y, "out_dtype"), params.n};
+    if (keeps_unscaled) params.unscaled = {unscaled.mutable_data_ptr(), params.y.dtype, params.n};
+    run_cpu(&dispatch::lora_linear_forward, params, x);
+    return {y, unscaled};
+}
+
+// -> grad_x [m, k], grad_l_in [k], grad_l_out [n]; what is not wanted has no elements.
+std::tuple<Tensor, Tensor, Tensor> backward(Tensor grad_y, std::optional<Tensor> x, std::optional<Tensor> unscaled,
+                                            std::optional<Tensor> dense, std::optional<Tensor> codes,
+                                            std::optional<Tensor> absmax, Tensors nested, int64_t nested_blocksize,
+                                            int64_t in_features, int64_t blocksize, std::string quant_type,
+                                            ScalarType weight_dtype, ScalarType compute_dtype, ScalarType x_dtype,
+                                            std::optional<Tensor> l_in, std::optional<Tensor> l_out, bool wants_x,
+                                            bool wants_l_in, bool wants_l_out) {
+    if (grad_y.dim() != 2) bad_argument("grad_y", describe(grad_y), "a matrix [M, N]");
+    LoraLinearBackwardParams params{};
+    params.m = grad_y.size(0);
+    params.n = grad_y.size(1);
+    params.k = in_features;
+    params.grad_y = check_matrix(grad_y, "grad_y", params.m, params.n, grad_y);
+    params.compute_dtype = check_float_dtype(compute_dtype, "compute_dtype");
+    const Weight weight = check_weight(dense,
+                                       check_optional_weight(codes, absmax, nested, nested_blocksize, params.n,
+                                                             params.k, blocksize, quant_type, weight_dtype, grad_y),
+                                       params.n, params.k, grad_y);
+    weight.give(params);
+    params.scale_k = check_scale(l_in, "l_in", params.k, grad_y);
+    params.scale_n = check_scale(l_out, "l_out", params.n, grad_y);
+    if (wants_l_in) {
+        if (!x) bad_argument("x", "none", "the forward's x, since l_in's gradient is wanted");
+        params.x = check_matrix(*x, "x", params.m, params.k, grad_y);
+    }
+    if (wants_l_out) {
+        if (!unscaled) bad_argument("unscaled", "none", "the forward's, since l_out's gradient is wanted");
+        params.unscaled = check_matrix(*unscaled, "unscaled", params.m, params.n, grad_y);
+    }
+
+    Tensor grad_x = empty(grad_y, {wants_x ? params.m : 0, params.k}, x_dtype);
+    Tensor grad_l_in = empty(grad_y, {wants_l_in ? params.k : 0}, ScalarType::Float);
+    Tensor grad_l_out = empty(grad_y, {wants_l_out ? params.n : 0}, ScalarType::Float);
+    if (params.m == 0) {
+        torch::stable::zero_(grad_l_in);
+        torch::stable::zero_(grad_l_out);
+        return {grad_x, grad_l_in, grad_l_out};
+    }
+    if (grad_x.numel() > 0) params.grad_x = {grad_x.mutable_data_ptr(), check_float_dtype(grad_x, "x_dtype"), params.k};
+    if (grad_l_in.numel() > 0) params.grad_scale_k = static_cast<float*>(grad_l_in.mutable_data_ptr());
+    if (grad_l_out.numel() > 0) params.grad_scale_n = static_cast<float*>(grad_l_out.mutable_data_ptr());
+    if (params.grad_x.data || params.grad_scale_k || params.grad_scale_n)
+        run_cpu(&dispatch::lora_linear_backward, params, grad_y);
+    return {grad_x, grad_l_in, grad_l_out};
+}
+
+}  // namespace
+}  // namespace peft_kernels
+
+STABLE_TORCH_LIBRARY_FRAGMENT(peft_kernels, m) {
+    m.def(
+        "ia3_linear_forward(Tensor x, Tensor? dense, Tensor? codes, Tensor? absmax, Tensor[] nested, "
+        "int nested_blocksize, int out_features, int blocksize, str quant_type, ScalarType weight_dtype, "
+        "ScalarType compute_dtype, ScalarType out_dtype, Tensor? bias, Tensor? l_in, Tensor? l_out, "
+        "bool keeps_unscaled) -> (Tensor y, Tensor unscaled)");
+    m.def(
+        "ia3_linear_backward(Tensor grad_y, Tensor? x, Tensor? unscaled, Tensor? dense, Tensor? codes, "
+        "Tensor? absmax, Tensor[] nested, int nested_blocksize, int in_features, int blocksize, str quant_type, "
+        "ScalarType weight_dtype, ScalarType compute_dtype, ScalarType x_dtype, Tensor? l_in, Tensor? l_out, "
+        "bool wants_x, bool wants_l_in, bool wants_l_out) -> (Tensor grad_x, Tensor grad_l_in, Tensor grad_l_out)");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(peft_kernels, CPU, m) {
+    m.impl("ia3_linear_forward", TORCH_BOX(&peft_kernels::forward));
+    m.impl("ia3_linear_backward", TORCH_BOX(&peft_kernels::backward));
+}

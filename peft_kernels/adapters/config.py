@@ -1,0 +1,105 @@
+"""What an inserted adapter is, and where in a layer it acts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..nn import BottleneckAdapter
+
+ATTENTION, CROSS_ATTENTION, FFN = "attention", "cross_attention", "ffn"
+LOCATIONS = (ATTENTION, CROSS_ATTENTION, FFN)
+
+# The sublayers that have an adapter in the papers, by kind.
+KINDS: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {
+        "houlsby": (ATTENTION, FFN),  # Houlsby et al. 2019, arXiv:1902.00751
+        "pfeiffer": (FFN,),  # Pfeiffer et al. 2021, arXiv:2005.00247
+        "parallel": (FFN,),  # He et al. 2022, arXiv:2110.04366
+    }
+)
+
+
+@dataclass(frozen=True)
+class AdapterConfig:
+    """One adapter of a model, which has a layer at each of its places.
+
+    Attributes:
+        kind: 'houlsby' reads a sublayer's output before it is added to the residual; 'pfeiffer' reads the sum, after
+            the block's LayerNorm where that follows; 'parallel' reads what the sublayer reads. All add to what the
+            sublayer adds to the residual.
+        locations: the sublayers; by default those of the kind's paper.
+        targets: patterns of module names instead, see `insert_adapters`.
+        leave_out: numbers of the layers that get none.
+
+    The others are `peft_kernels.nn.BottleneckAdapter`'s.
+
+    Raises:
+        ValueError: an attribute that does not fit; it names it, what it got and what it wanted.
+    """
+
+    kind: str = "houlsby"
+    bottleneck: int = 64
+    activation: str = "gelu"
+    scale: float | str = 1.0
+    gated: bool = False
+    norm_before: bool = False
+    norm_after: bool = False
+    dropout: float = 0.0
+    locations: tuple[str, ...] | None = None
+    targets: tuple[str, ...] | None = None
+    leave_out: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise ValueError(f"kind: got {self.kind!r}, wanted one of {', '.join(KINDS)}")
+        if self.locations is None:
+            object.__setattr__(self, "locations", KINDS[self.kind])
+        if not self.locations or not set(self.locations) <= set(LOCATIONS):
+            raise ValueError(f"locations: got {self.locations!r}, wanted some of {', '.join(LOCATIONS)}")
+        object.__setattr__(self, "activation", self.make(1, device="meta").activation)  # `make` checks the rest
+
+    def make(self, d: int, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> nn.Module:
+        """The layer for d features, untrained."""
+        return BottleneckAdapter(
+            d,
+            self.bottleneck,
+            self.activation,
+            scale=self.scale,
+            gated=self.gated,
+            norm_before=self.norm_before,
+            norm_after=self.norm_after,
+            dropout=self.dropout,
+            device=device,
+            dtype=dtype,
+        )
+
+
+@dataclass(frozen=True)
+class FusionConfig:
+    """AdapterFusion over adapters of a model, which has a layer wherever they have one.
+
+    Attributes:
+        names: of the adapters.
+        value, temperature, temperature_decay, dropout: `peft_kernels.nn.AdapterFusion`'s.
+    """
+
+    names: tuple[str, ...]
+    value: bool = True
+    temperature: float = 1.0
+    temperature_decay: float = 0.0
+    dropout: float = 0.0
+
+    @property
+    def name(self) -> str:
+        """The fusion's own, as AdapterHub makes it: the adapters' with commas between."""
+        return ",".join(self.names)
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "names"}

@@ -1,0 +1,497 @@
+"""Adapters in a model: inserted, chosen, fused, trained, removed. Each is a call; nothing is patched at import."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from rich.table import Table
+from torch import nn
+
+from ..nn import AdapterFusion
+from ..printing import PrintedReport, starred
+from .config import AdapterConfig, FusionConfig
+from .places import Place, Seam, find_places
+from .sites import BASE, AdapterSite, Setup, one_of
+
+
+@dataclass(frozen=True)
+class PlaceReport:
+    """One layer of an adapter.
+
+    Attributes:
+        name: of the module that is hooked, as `named_modules` has it.
+        kind: that module's class.
+        effect: what the hook makes of its output or input, with A for the adapter.
+        features: d.
+        parameters: of the layer.
+    """
+
+    name: str
+    kind: str
+    effect: str
+    features: int
+    parameters: int
+
+
+@dataclass(frozen=True, repr=False)
+class AdapterReport(PrintedReport):
+    """What `insert_adapters` put where. Printed, it is a table in which numbered layers share a row.
+
+    Attributes:
+        name: the adapter's.
+        layers: in the model's order.
+        base_parameters: of the model without adapters.
+    """
+
+    name: str
+    layers: tuple[PlaceReport, ...]
+    base_parameters: int
+
+    @property
+    def parameters(self) -> int:
+        return sum(layer.parameters for layer in self.layers)
+
+    def __iter__(self) -> Iterator[PlaceReport]:
+        return iter(self.layers)
+
+    def __len__(self) -> int:
+        return len(self.layers)
+
+    def __rich__(self) -> Table:
+        rows = Counter((starred(x.name), x.kind, x.effect, x.features, x.parameters) for x in self.layers)
+        table = Table(title=self._summary(), title_justify="left")
+        for heading in ("module", "class", "becomes"):
+            table.add_column(heading, overflow="fold")
+        for heading in ("d", "parameters", "layers"):
+            table.add_column(heading, justify="right")
+        for (name, kind, effect, features, parameters), count in rows.items():
+            table.add_row(name, kind, effect, str(features), f"{parameters:,}", str(count))
+        return table
+
+    def __repr__(self) -> str:
+        return f"AdapterReport({self._summary()})"
+
+    def _summary(self) -> str:
+        share = self.parameters / max(self.base_parameters, 1)
+        return f"adapter {self.name!r}: {len(self)} layers, {self.parameters:,} parameters, {share:.2%} of the model"
+
+
+# ---- Insertion and removal ------------------------------------------------------------------------------------------
+
+
+def insert_adapters(
+    model: nn.Module,
+    kind: str = "houlsby",
+    bottleneck: int = 64,
+    activation: str = "gelu",
+    targets: str | Sequence[str] | None = None,
+    name: str = "default",
+    *,
+    locations: Sequence[str] | None = None,
+    leave_out: Sequence[int] = (),
+    scale: float | str = 1.0,
+    gated: bool = False,
+    norm_before: bool = False,
+    norm_after: bool = False,
+    dropout: float = 0.0,
+    dtype: torch.dtype = torch.float32,
+) -> AdapterReport:
+    """Puts a new bottleneck adapter into a model, in place, and makes it the active one. `remove_adapters` undoes it.
+
+    Layers are found that are built like those of BERT (RoBERTa, ELECTRA, …), Llama (Mistral, Qwen, …), T5 or ViT;
+    where each kind acts in them is AdapterHub's convention. Elsewhere `targets` says which modules get an adapter.
+
+    The model computes what it did before, bit for bit, until the adapter is trained (an adapter with `norm_after`
+    apart). Its own parameters keep their names and are frozen; the adapter's are trained. Several adapters can be in a
+    model, of which one is active: see `set_adapter`, `fuse_adapters`. The model takes a further argument,
+    `adapter_names`: for each row of the batch the name of its adapter, or None, see `adapter_rows`.
+
+    Args:
+        model: any module.
+        kind: 'houlsby' (Houlsby et al. 2019, arXiv:1902.00751) reads the output of a sublayer, attention and FFN;
+            'pfeiffer' (Pfeiffer et al. 2021, arXiv:2005.00247) reads the sum of the FFN and its residual, after the
+            block's LayerNorm where one follows; 'parallel' (He et al. 2022, arXiv:2110.04366) reads what the FFN
+            reads. Each adds to what the sublayer adds to the residual.
+        bottleneck: r; `activation` is σ, one of `peft_kernels.ops.ACTIVATIONS`, or AdapterHub's name for it.
+        targets: regular expressions of names of modules; each is matched against the whole name or the end of it after
+            a dot. A series adapter changes the module's output, a parallel one reads its input.
+        name: the adapter's; must be new.
+        locations: the sublayers instead of the kind's own, some of 'attention', 'cross_attention', 'ffn'.
+        leave_out: numbers of layers that get no adapter.
+        scale, gated, norm_before, norm_after, dropout: `peft_kernels.nn.BottleneckAdapter`'s.
+        dtype: of the adapter's parameters.
+
+    Returns:
+        An `AdapterReport`: print it to see what was hooked.
+
+    Raises:
+        TypeError: `model` is not a module.
+        ValueError: an argument that does not fit, a name that is taken, or no place; the model is then unchanged.
+    """
+    config = AdapterConfig(
+        kind, bottleneck, activation, scale, gated, norm_before, norm_after, dropout, as_tuple(locations),
+        as_tuple(targets), tuple(leave_out),
+    )  # fmt: skip
+    return insert(model, name, config, dtype)
+
+
+def insert(model: nn.Module, name: str, config: AdapterConfig, dtype: torch.dtype = torch.float32) -> AdapterReport:
+    """`insert_adapters` for a configuration."""
+    check_module(model)
+    if not dtype.is_floating_point:
+        raise ValueError(f"dtype: got {dtype}, wanted a floating-point one")
+    setup = find_setup(model)
+    check_new_name(setup, name)
+    layers = make_layers(model, config, dtype=dtype)
+    if setup is None:
+        setup = Setup()
+        setup.frozen = tuple(path for path, parameter in model.named_parameters() if parameter.requires_grad)
+        model.requires_grad_(False)
+        setup.listen(model)
+    reports = []
+    for place, layer in layers:
+        module = model.get_submodule(place.path)
+        site = module._modules.get(place.site_name)
+        if site is None:
+            site = AdapterSite(setup, place, layer.d)
+            site.attach(model)
+        site.adapters[name] = layer.train(site.training)
+        size = sum(parameter.numel() for parameter in layer.parameters())
+        reports.append(PlaceReport(place.path, type(module).__name__, place.seam.value, layer.d, size))
+    setup.adapters[name] = config
+    setup.active = name
+    own = {id(parameter) for _, site in sites(model) for parameter in site.parameters()}
+    base_parameters = sum(parameter.numel() for parameter in model.parameters() if id(parameter) not in own)
+    return AdapterReport(name, tuple(reports), base_parameters)
+
+
+def make_layers(
+    model: nn.Module, config: AdapterConfig, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+) -> list[tuple[Place, nn.Module]]:
+    """An adapter's untrained layers and where they would act, on the device of the module there or on another.
+
+    Raises:
+        ValueError: there is no place, or the features at one of them can't be known.
+    """
+    places = find_places(model, config)
+    return [(place, config.make(_features(model, place), device or _device(model, place), dtype)) for place in places]
+
+
+def remove_adapters(model: nn.Module, name: str | None = None) -> None:
+    """Takes an adapter or a fusion out of a model, or all of them; with the last one the model is what it was.
+
+    Args:
+        name: the adapter's or the fusion's; by default all go. Without the active one the base runs alone.
+
+    Raises:
+        TypeError: `model` is not a module.
+        ValueError: there is no such adapter, or a fusion needs it; the model is then unchanged.
+    """
+    check_module(model)
+    if name is None and find_setup(model) is None:
+        return
+    setup = require_setup(model)
+    if name is not None:
+        check_known(setup, name)
+        users = [fusion.name for fusion in setup.fusions.values() if name in fusion.names]
+        if users:
+            raise ValueError(
+                f"name: got {name!r}, which the fusion {users[0]!r} needs; wanted that to be removed before"
+            )
+    gone = [*setup.adapters, *setup.fusions] if name is None else [name]
+    for module, site in sites(model):
+        for held in (site.adapters, site.fusions):
+            for one in gone:
+                if one in held:
+                    del held[one]
+        if not site.adapters:
+            site.detach(module)
+    for one in gone:
+        setup.adapters.pop(one, None)
+        setup.fusions.pop(one, None)
+        if setup.active == one:
+            setup.active = None
+    if not setup.adapters:
+        root = setup.root(model)
+        for handle in setup.handles:
+            handle.remove()
+        for parameter_name, parameter in root.named_parameters():
+            if parameter_name in setup.frozen:
+                parameter.requires_grad_(True)
+
+
+# ---- What runs ------------------------------------------------------------------------------------------------------
+
+
+def set_adapter(model: nn.Module, name: str | None) -> None:
+    """Makes an adapter or a fusion the one that runs; None for the base alone. Nothing is copied, frozen or unfrozen.
+
+    Raises:
+        TypeError: `model` is not a module.
+        ValueError: there is no such adapter.
+    """
+    check_module(model)
+    setup = require_setup(model)
+    if name is not None:
+        check_known(setup, name)
+    setup.active = name
+
+
+@contextmanager
+def adapter_rows(model: nn.Module, names: Sequence[str | None]) -> Iterator[None]:
+    """Within it each row of a batch has the adapter of its name; None or '__base__' for none.
+
+    For one call of the model its argument `adapter_names` does the same. This is for several, such as `generate`'s
+    (where beams count as rows), and for calls of the model's parts. The backward of layers that are checkpointed
+    belongs within it, too.
+
+    Raises:
+        TypeError: `model` is not a module.
+        ValueError: there is no such adapter; or, from the model, a batch that does not have as many rows.
+    """
+    check_module(model)
+    setup = require_setup(model)
+    before, setup.rows = setup.rows, setup.checked(names)
+    try:
+        yield
+    finally:
+        setup.rows = before
+
+
+def fuse_adapters(
+    model: nn.Module,
+    names: Sequence[str],
+    *,
+    value: bool = True,
+    temperature: float = 1.0,
+    temperature_decay: float = 0.0,
+    dropout: float = 0.0,
+    dtype: torch.dtype = torch.float32,
+) -> str:
+    """Puts AdapterFusion over adapters of a model (Pfeiffer et al. 2021, arXiv:2005.00247), and makes it what runs.
+
+    The adapters are frozen, the fusion is trained.
+
+    Args:
+        names: of two or more adapters that act at the same places.
+        value, temperature, temperature_decay, dropout: `peft_kernels.nn.AdapterFusion`'s.
+        dtype: of the fusion's parameters.
+
+    Returns:
+        The fusion's name for `set_adapter` and the like: the adapters' with commas between.
+
+    Raises:
+        TypeError: `model` is not a module.
+        ValueError: an argument that does not fit, or a fusion that there is already; the model is then unchanged.
+    """
+    check_module(model)
+    setup = require_setup(model)
+    config = FusionConfig(as_tuple(names), value, temperature, temperature_decay, dropout)
+    insert_fusion(model, setup, config, dtype)
+    freeze_adapters(model, *config.names)
+    setup.active = config.name
+    return config.name
+
+
+def insert_fusion(model: nn.Module, setup: Setup, config: FusionConfig, dtype: torch.dtype = torch.float32) -> None:
+    """A new fusion at every site of its adapters.
+
+    Raises:
+        ValueError: it does not fit the model's adapters; the model is then unchanged.
+    """
+    chosen = fusion_sites(model, setup, config)
+    layers = [AdapterFusion(site.features, **config.options, device=_device_of(site), dtype=dtype) for site in chosen]
+    for site, layer in zip(chosen, layers, strict=True):
+        site.fusions[config.name] = layer.train(site.training)
+    setup.fusions[config.name] = config
+
+
+def fusion_sites(model: nn.Module, setup: Setup, config: FusionConfig) -> list[AdapterSite]:
+    """The sites that a new fusion has a layer at.
+
+    Raises:
+        ValueError: there is such a fusion already; there is no such adapter; or their sites are not the same.
+    """
+    names = config.names
+    for name in names:
+        if name not in setup.adapters:
+            raise ValueError(f"names: got {name!r}, wanted {one_of(setup.adapters)}")
+    if len(set(names)) != len(names) or len(names) < 2:
+        raise ValueError(f"names: got {list(names)}, wanted two or more, each once")
+    if config.name in setup.fusions:
+        raise ValueError(f"names: got {list(names)}, for which the model has a fusion already")
+    chosen = [site for _, site in sites(model) if any(name in site.adapters for name in names)]
+    for site in chosen:
+        for name in names:
+            if name not in site.adapters:
+                raise ValueError(
+                    f"names: got {name!r}, which has no layer at {site.place.path}, wanted the others' places"
+                )
+    return chosen
+
+
+# ---- Training -------------------------------------------------------------------------------------------------------
+
+
+def freeze_adapters(model: nn.Module, *names: str) -> None:
+    """Has adapters or fusions, by default all, keep their values in training.
+
+    Raises:
+        TypeError: `model` is not a module.
+        ValueError: there is no such adapter.
+    """
+    _require_grad(model, names, False)
+
+
+def unfreeze_adapters(model: nn.Module, *names: str) -> None:
+    """Has adapters or fusions, by default all, be trained again.
+
+    Raises:
+        TypeError: `model` is not a module.
+        ValueError: there is no such adapter.
+    """
+    _require_grad(model, names, True)
+
+
+def _require_grad(model: nn.Module, names: Sequence[str], value: bool) -> None:
+    check_module(model)
+    setup = require_setup(model)
+    for name in names:
+        check_known(setup, name)
+    for _, site in sites(model):
+        for held in (site.adapters, site.fusions):
+            for name, layer in held.items():
+                if name in names or not names:
+                    layer.requires_grad_(value)
+
+
+# ---- What is there --------------------------------------------------------------------------------------------------
+
+
+def sites(model: nn.Module) -> list[tuple[nn.Module, AdapterSite]]:
+    """Every site of a model, after the module that it hooks."""
+    return [
+        (module, child)
+        for module in model.modules()
+        for child in list(module._modules.values())
+        if isinstance(child, AdapterSite)
+    ]
+
+
+def find_setup(model: nn.Module) -> Setup | None:
+    """What the model's sites share; None if it has none.
+
+    Raises:
+        ValueError: parts of it were given adapters apart; or it is a part of what was given adapters.
+    """
+    setups = {id(site.setup): site.setup for _, site in sites(model)}
+    kind = type(model).__name__
+    if len(setups) > 1:
+        raise ValueError(
+            f"model: got a {kind} of which {len(setups)} parts were given adapters apart, wanted one of them"
+        )
+    setup = next(iter(setups.values()), None)
+    if setup is not None and setup.root(model) is None:
+        raise ValueError(f"model: got a {kind} that is a part of what was given adapters, wanted the whole")
+    return setup
+
+
+def require_setup(model: nn.Module) -> Setup:
+    setup = find_setup(model)
+    if setup is None:
+        raise ValueError(
+            f"model: got a {type(model).__name__} without adapters, wanted one that `insert_adapters` was given"
+        )
+    return setup
+
+
+def check_module(model: Any) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: got {type(model).__name__}, wanted a torch.nn.Module")
+
+
+def check_known(setup: Setup, name: str) -> None:
+    if name not in setup.adapters and name not in setup.fusions:
+        raise ValueError(f"name: got {name!r}, wanted {one_of([*setup.adapters, *setup.fusions])}")
+
+
+def check_new_name(setup: Setup | None, name: str) -> None:
+    if not isinstance(name, str) or not name or "." in name or "," in name or name == BASE:
+        raise ValueError(f"name: got {name!r}, wanted a name without dots or commas that is not {BASE!r}")
+    if hasattr(nn.ModuleDict(), name):
+        raise ValueError(f"name: got {name!r}, which torch.nn.ModuleDict has another use for; wanted another name")
+    if setup is not None and name in setup.adapters:
+        raise ValueError(
+            f"name: got {name!r}, which the model has already; wanted another than {', '.join(setup.adapters)}"
+        )
+
+
+def as_tuple(value: str | Sequence[Any] | None) -> tuple | None:
+    """A tuple of several, or of one string."""
+    return None if value is None else (value,) if isinstance(value, str) else tuple(value)
+
+
+# ---- Features and devices -------------------------------------------------------------------------------------------
+
+
+def _features(model: nn.Module, place: Place) -> int:
+    """The features that an adapter has at a place."""
+    module = model.get_submodule(place.path)
+    features = _output_features(model, module, place)
+    if place.seam is Seam.PARALLEL:
+        read = getattr(model.get_submodule(place.start), "in_features", features)
+        if read != features:
+            raise ValueError(
+                f"targets: got {place.start}, which reads {read} features and returns {features}, wanted as many: a "
+                "parallel adapter reads the one and adds to the other"
+            )
+    return features
+
+
+def _output_features(model: nn.Module, module: nn.Module, place: Place) -> int:
+    """The module's own, or the model's hidden size."""
+    if place.seam is Seam.NORM:
+        return module.weight.numel()
+    if isinstance(getattr(module, "out_features", None), int):
+        return module.out_features
+    for path in _upwards(place.path):
+        size = hidden_size(model.get_submodule(path))
+        if size is not None:
+            return size
+    raise ValueError(
+        f"targets: got {place.path}, a {type(module).__name__} whose features can't be known, wanted a module with "
+        "`out_features`, or a model whose config has a hidden_size"
+    )
+
+
+def hidden_size(model: nn.Module) -> int | None:
+    """What the model's config says of its hidden states; None if there is no such config."""
+    config = getattr(model, "config", None)
+    if hasattr(config, "get_text_config"):
+        config = config.get_text_config()
+    sizes = (getattr(config, name, None) for name in ("hidden_size", "d_model"))
+    return next((size for size in sizes if isinstance(size, int)), None)
+
+
+def _device(model: nn.Module, place: Place) -> torch.device:
+    """That of the nearest parameters."""
+    for path in _upwards(place.path):
+        for parameter in model.get_submodule(path).parameters():
+            return parameter.device
+    return torch.get_default_device()
+
+
+def _device_of(site: AdapterSite) -> torch.device:
+    return next(site.parameters()).device
+
+
+def _upwards(path: str) -> Iterator[str]:
+    """The path, then those of the modules around it, the model's last."""
+    names = path.split(".")
+    for length in range(len(names), -1, -1):
+        yield ".".join(names[:length])

@@ -1,0 +1,262 @@
+"""Where in a model the adapters of each kind act: known architectures, and patterns of module names.
+
+A layer is known by the modules that it is made of, not by its class: BERT's are those of RoBERTa, ELECTRA, …, Llama's
+those of Mistral, Qwen, …
+
+Where the block's LayerNorm follows the sum (BERT):
+
+    x ──┬── sublayer ── h ──(houlsby: h + A(h))──(parallel: h + A(x))── + ──┬── s ──(pfeiffer: s + A(LN(s)))── LN ──▶
+        └────────────────────────────────────────────────────────────── x ┘
+
+where it comes first (Llama, T5, ViT):
+
+    x ──┬── LN ── sublayer ── h ──(houlsby: h + A(h))──(parallel: h + A(x))── + ── y ──(pfeiffer: y + A(y))──▶
+        └──────────────────────────────────────────────────────────────── x ┘
+
+These are AdapterHub's conventions, and so its checkpoints fit.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import Enum
+
+from torch import nn
+
+from .config import ATTENTION, CROSS_ATTENTION, FFN, AdapterConfig
+
+SITE, PARALLEL_SITE = "adapter_site", "parallel_adapter_site"
+
+
+class Seam(Enum):
+    """What an adapter A does at a module."""
+
+    SERIES = "output + A(output)"
+    NORM = "LayerNorm(s + A(LayerNorm(s)))"
+    PARALLEL = "output + A(input)"
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where one layer of an adapter acts.
+
+    Attributes:
+        path: of the module whose output, or in a LayerNorm whose input, it changes.
+        seam: how.
+        location: the sublayer; empty for a pattern's match.
+        layer: its number in the model.
+        start: for PARALLEL the path of the module whose input it reads; may be `path`.
+        hub_path: the module of AdapterHub's model that holds the same layer.
+    """
+
+    path: str
+    seam: Seam
+    location: str
+    layer: int
+    start: str = ""
+    hub_path: str = ""
+
+    @property
+    def site_name(self) -> str:
+        """The name of what is put into the module, at which a series and a parallel adapter may both act."""
+        return PARALLEL_SITE if self.seam is Seam.PARALLEL else SITE
+
+
+@dataclass(frozen=True)
+class Sublayer:
+    """A sublayer of a known architecture; paths are relative to the layer.
+
+    Attributes:
+        needs: modules without which a layer has no such sublayer.
+        seams: for each kind of adapter the module, how it acts there, and where PARALLEL reads.
+        hub_path: AdapterHub's module that holds its adapters.
+    """
+
+    location: str
+    needs: tuple[str, ...]
+    seams: Mapping[str, tuple[str, Seam, str]]
+    hub_path: str
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """Layers of one make.
+
+    Attributes:
+        has, lacks: modules by which a layer is known.
+        hub_names: what AdapterHub's paths have instead: a regular expression and its replacement.
+    """
+
+    has: tuple[str, ...]
+    sublayers: tuple[Sublayer, ...]
+    lacks: tuple[str, ...] = ()
+    hub_names: tuple[str, str] = ("$^", "")
+
+    def fits(self, layer: nn.Module) -> bool:
+        return all(_child(layer, path) for path in self.has) and not any(_child(layer, path) for path in self.lacks)
+
+
+def _post_norm(location: str, start: str, output: str) -> Sublayer:
+    """BERT's: `output` is dense, dropout and the sum's LayerNorm; `start` is what first reads the sublayer's input."""
+    seams = {
+        "houlsby": (f"{output}.dropout", Seam.SERIES, ""),
+        "pfeiffer": (f"{output}.LayerNorm", Seam.NORM, ""),
+        "parallel": (f"{output}.dropout", Seam.PARALLEL, start),
+    }
+    return Sublayer(location, (f"{output}.dropout", f"{output}.LayerNorm", start), seams, output)
+
+
+def _pre_norm(attention: str, norms: tuple[str, str], hub_ffn: str) -> tuple[Sublayer, Sublayer]:
+    """Llama's and ViT's. Nothing but the next LayerNorm sees the sum after attention: no place for 'pfeiffer' there."""
+    first, second = norms
+    return (
+        Sublayer(
+            ATTENTION,
+            (attention,),
+            {"houlsby": (attention, Seam.SERIES, ""), "parallel": (attention, Seam.PARALLEL, first)},
+            "attention_adapters",
+        ),
+        Sublayer(
+            FFN,
+            ("mlp",),
+            {
+                "houlsby": ("mlp", Seam.SERIES, ""),
+                "pfeiffer": ("", Seam.SERIES, ""),
+                "parallel": ("mlp", Seam.PARALLEL, second),
+            },
+            hub_ffn,
+        ),
+    )
+
+
+def _t5(location: str, module: str) -> Architecture:
+    """A sublayer of T5, which is a module of its own with norm, dropout and sum."""
+    seams = {
+        "houlsby": ("dropout", Seam.SERIES, ""),
+        "pfeiffer": ("", Seam.SERIES, ""),
+        "parallel": ("dropout", Seam.PARALLEL, ""),
+    }
+    return Architecture((module, "layer_norm", "dropout"), (Sublayer(location, (module,), seams, ""),))
+
+
+ARCHITECTURES = (
+    Architecture(  # BERT, RoBERTa, XLM-R, ELECTRA, DeBERTa, …
+        ("attention.output.LayerNorm", "intermediate", "output.LayerNorm"),
+        (
+            _post_norm(ATTENTION, "attention.self", "attention.output"),
+            _post_norm(CROSS_ATTENTION, "crossattention.self", "crossattention.output"),
+            _post_norm(FFN, "intermediate", "output"),
+        ),
+    ),
+    Architecture(  # Llama, Mistral, Qwen, Phi-3, …; Gemma's and OLMo's further norms make them another make
+        ("self_attn", "mlp", "input_layernorm", "post_attention_layernorm"),
+        _pre_norm("self_attn", ("input_layernorm", "post_attention_layernorm"), "output_adapters"),
+        lacks=("pre_feedforward_layernorm", "post_feedforward_layernorm"),
+    ),
+    Architecture(  # ViT, DeiT, …
+        ("attention", "mlp", "layernorm_before", "layernorm_after"),
+        _pre_norm("attention", ("layernorm_before", "layernorm_after"), "output.output_adapters"),
+        hub_names=(r"(^|\.)layers\.", r"\1encoder.layer."),
+    ),
+    _t5(ATTENTION, "SelfAttention"),  # T5, mT5, …
+    _t5(CROSS_ATTENTION, "EncDecAttention"),
+    _t5(FFN, "DenseReluDense"),
+)
+
+
+def find_places(model: nn.Module, config: AdapterConfig) -> list[Place]:
+    """Every place of a model where the adapter is to have a layer, in the model's order.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if config.targets is not None:
+        return _matches(model, config)
+    places: list[Place] = []
+    present, possible = set(), set()  # locations that the model has, and those of them where the kind has a place
+    numbers: dict[str, int] = {}
+    for path, layer in model.named_modules():
+        for architecture in ARCHITECTURES:
+            if not architecture.fits(layer):
+                continue
+            block = re.sub(r"\.layer\.\d+$", "", path)  # a layer of T5's is a list of such sublayers
+            number = numbers.setdefault(block if len(architecture.sublayers) == 1 else path, len(numbers))
+            for sublayer in architecture.sublayers:
+                if sublayer.location not in config.locations or not all(_child(layer, need) for need in sublayer.needs):
+                    continue
+                present.add(sublayer.location)
+                if config.kind not in sublayer.seams:
+                    continue
+                possible.add(sublayer.location)
+                if number not in config.leave_out:
+                    module, seam, start = sublayer.seams[config.kind]
+                    start = _join(path, start) if seam is Seam.PARALLEL else ""
+                    hub_path = re.sub(*architecture.hub_names, _join(path, sublayer.hub_path))
+                    places.append(Place(_join(path, module), seam, sublayer.location, number, start, hub_path))
+    for location in config.locations:
+        if location in present - possible:
+            raise ValueError(
+                f"locations: got {location!r}, where {config.kind!r} has no place in a {type(model).__name__}: no "
+                "module returns the sum that it would read"
+            )
+        if location not in present:
+            raise ValueError(
+                f"model: got a {type(model).__name__} without a known make of layer that has {location!r}, wanted one "
+                "like BERT's, Llama's, T5's or ViT's, or `targets`: patterns of the names of the modules to be adapted"
+            )
+    if not places:
+        raise ValueError(f"leave_out: got {config.leave_out!r}, which are all of the {len(numbers)} layers")
+    return places
+
+
+def _matches(model: nn.Module, config: AdapterConfig) -> list[Place]:
+    """The modules whose whole name, or the end of it after a dot, a target matches."""
+    names = [name for name, _ in model.named_modules() if name and not {SITE, PARALLEL_SITE} & set(name.split("."))]
+    found = set()
+    for target in config.targets:
+        try:
+            pattern = re.compile(rf"(?:.*\.)?(?:{target})")
+        except re.error as error:
+            raise ValueError(f"targets: got {target!r}, wanted a regular expression: {error}") from None
+        matched = {name for name in names if pattern.fullmatch(name)}
+        if not matched:
+            raise ValueError(
+                f"targets: got {target!r}, which matches no module's name; names are such as {', '.join(names[-3:])}"
+            )
+        found |= matched
+    places = {}
+    for name in names:
+        if name in found:
+            place = _place_of(model, name, config)
+            places.setdefault(place.path, place)
+    kept = [place for place in places.values() if place.layer not in config.leave_out]
+    if not kept:
+        raise ValueError(f"leave_out: got {config.leave_out!r}, which are all of the layers that `targets` matches")
+    return kept
+
+
+def _place_of(model: nn.Module, name: str, config: AdapterConfig) -> Place:
+    module, end = model.get_submodule(name), name
+    # A Sequential runs every child that it has, and would run the adapter; its last module returns the same.
+    while isinstance(module, nn.Sequential) and len(module):
+        last = [*module._modules][-1]
+        module, end = module._modules[last], f"{end}.{last}"
+    if isinstance(module, (nn.Sequential, nn.ModuleList, nn.ModuleDict)):
+        raise ValueError(f"targets: got {name}, a {type(module).__name__} that returns nothing, wanted other modules")
+    number = re.search(r"(?:^|\.)(\d+)(?:\.|$)", name)
+    layer = int(number[1]) if number else -1
+    if config.kind == "parallel":
+        return Place(end, Seam.PARALLEL, "", layer, start=name, hub_path=end)
+    return Place(end, Seam.SERIES, "", layer, hub_path=end)
+
+
+def _child(module: nn.Module, path: str) -> nn.Module | None:
+    for name in path.split("."):
+        module = module._modules.get(name) if module is not None else None
+    return module
+
+
+def _join(*paths: str) -> str:
+    return ".".join(path for path in paths if path)

@@ -1,0 +1,235 @@
+"""What is put into a model at each place: the adapters' layers there, and the hook that runs those that are active."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from ..nn import BottleneckAdapter
+from ..ops.adapter import adapter_grouped, bottleneck
+from .config import AdapterConfig, FusionConfig
+from .places import Place, Seam
+
+BASE = "__base__"  # the name of no adapter among a batch's, as in PEFT
+
+
+@dataclass(eq=False)
+class Setup:
+    """What all sites of one model share: what there is, and what runs.
+
+    Attributes:
+        adapters, fusions: by name.
+        active: the name of the adapter or fusion that runs; None for the base alone.
+        rows: instead of it, for each example of a batch the name of its adapter, while `adapter_rows` is entered.
+        frozen: the parameters that insertion froze, by their names in the model that it was given first.
+        handles: of that model's own hooks, which take `adapter_names`.
+    """
+
+    adapters: dict[str, AdapterConfig] = field(default_factory=dict)
+    fusions: dict[str, FusionConfig] = field(default_factory=dict)
+    active: str | None = None
+    rows: tuple[str, ...] | None = None
+    frozen: tuple[str, ...] = ()
+    handles: tuple[RemovableHandle, ...] = ()
+    _rows_of_call: tuple[str, ...] | None = None
+    _in_call: bool = False
+
+    @property
+    def batch(self) -> tuple[str, ...] | None:
+        """The names of the rows of the batch that is being computed, if it has any.
+
+        Those of the model's last call outlive it: a checkpointed layer is computed again in the backward.
+        """
+        if self._rows_of_call is not None and (self._in_call or torch._C._current_graph_task_id() != -1):
+            return self._rows_of_call
+        return self.rows
+
+    def checked(self, names: Iterable[str | None]) -> tuple[str, ...]:
+        """The names of a batch's rows, with `BASE` for those without an adapter.
+
+        Raises:
+            ValueError: one of them is no adapter's.
+        """
+        if isinstance(names, str):
+            raise ValueError(f"adapter_names: got {names!r}, wanted a list with a name for each row of the batch")
+        rows = tuple(BASE if name is None else name for name in names)
+        for name in rows:
+            if name != BASE and name not in self.adapters:
+                raise ValueError(f"adapter_names: got {name!r}, wanted {one_of([*self.adapters, BASE])}")
+        return rows
+
+    def listen(self, model: nn.Module) -> None:
+        """Has the model take the argument `adapter_names`."""
+        self.handles = (
+            model.register_forward_pre_hook(partial(_begin_call, self), with_kwargs=True),
+            model.register_forward_hook(partial(_end_call, self), always_call=True),
+        )
+
+    def root(self, model: nn.Module) -> nn.Module | None:
+        """The module in a model that `listen` was given, if it is there."""
+        hooks = ((module, hook) for module in model.modules() for hook in module._forward_pre_hooks.values())
+        return next(
+            (m for m, hook in hooks if getattr(hook, "func", None) is _begin_call and hook.args[0] is self), None
+        )
+
+
+def _begin_call(setup: Setup, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+    kwargs = dict(kwargs)
+    names = kwargs.pop("adapter_names", None)
+    setup._rows_of_call = None if names is None else setup.checked(names)
+    setup._in_call = True
+    return args, kwargs
+
+
+def _end_call(setup: Setup, model: nn.Module, args: tuple, output: Any) -> None:
+    setup._in_call = False
+
+
+def one_of(names: Iterable[str]) -> str:
+    """`one of 'a', 'b'`, for an error's text."""
+    texts = [repr(name) for name in names]
+    return f"one of {', '.join(texts)}" if texts else "none, since there is none"
+
+
+class AdapterSite(nn.Module):
+    """The layers of every adapter and fusion at one place.
+
+    A child of the module that it hooks, so that its parameters move, are saved and are found with the model's. The
+    hooks are functions of this file that are bound to the site, so that a copied or pickled model has its own.
+    """
+
+    def __init__(self, setup: Setup, place: Place, features: int) -> None:
+        super().__init__()
+        self.setup, self.place, self.features = setup, place, features
+        self.adapters, self.fusions = nn.ModuleDict(), nn.ModuleDict()
+        self.handles: tuple[RemovableHandle, ...] = ()
+        self.input: Tensor | None = None  # what a parallel adapter reads, from the start of its sublayer to the end
+
+    def attach(self, model: nn.Module) -> None:
+        """Becomes a child of its module, and hooks it."""
+        module = model.get_submodule(self.place.path)
+        module.add_module(self.place.site_name, self.train(module.training))
+        # Before other hooks on the output: what they record is then what the module's caller gets.
+        if self.place.seam is Seam.NORM:
+            handles = [module.register_forward_pre_hook(partial(_before_norm, self))]
+        elif self.place.seam is Seam.SERIES:
+            handles = [module.register_forward_hook(partial(_in_series, self), prepend=True)]
+        else:
+            start = model.get_submodule(self.place.start)
+            handles = [
+                start.register_forward_pre_hook(partial(_at_start, self), with_kwargs=True),
+                module.register_forward_hook(partial(_in_parallel, self), prepend=True),
+            ]
+        self.handles = tuple(handles)
+
+    def detach(self, module: nn.Module) -> None:
+        """Undoes `attach`; `module` is the one that it hooks."""
+        for handle in self.handles:
+            handle.remove()
+        delattr(module, self.place.site_name)
+
+    @property
+    def acts(self) -> bool:
+        """Whether anything that is active has a layer here."""
+        rows, active = self.setup.batch, self.setup.active
+        if rows is not None:
+            return any(name in self.adapters for name in rows)
+        return active is not None and (active in self.adapters or active in self.fusions)
+
+    def forward(self, x: Tensor, residual: Tensor, norm: nn.Module | None = None) -> Tensor:
+        """`residual` plus what the active adapters make of x, or of norm(x); x and residual are [batch, ..., d]."""
+        rows, active = self.setup.batch, self.setup.active
+        if rows is not None:
+            return self._of_rows(rows, x, residual, norm)
+        if active in self.fusions:
+            return self._fused(active, x, residual, norm)
+        return _apply(self.adapters[active], x, residual, norm)
+
+    def _fused(self, name: str, x: Tensor, residual: Tensor, norm: nn.Module | None) -> Tensor:
+        """AdapterFusion of the adapters' outputs as they are before gate, dropout and LayerNorm, as in AdapterHub."""
+        x = x if norm is None else norm.forward(x)
+        layers = [self.adapters[part] for part in self.setup.fusions[name].names]
+        weights = [layer.weights() for layer in layers]
+        bottlenecks = [
+            bottleneck(x, w.down_weight, w.down_bias, activation=layer.activation, layer_norm=w.layer_norm)
+            for layer, w in zip(layers, weights, strict=True)
+        ]
+        ups, biases, scales = zip(*((w.up_weight, w.up_bias, w.scale) for w in weights), strict=True)
+        return self.fusions[name].of_bottlenecks(x, bottlenecks, ups, biases, scales, residual)
+
+    def _of_rows(self, rows: Sequence[str], x: Tensor, residual: Tensor, norm: nn.Module | None) -> Tensor:
+        """Each example with its own adapter."""
+        if x.shape[0] != len(rows):
+            raise ValueError(
+                f"adapter_names: got {len(rows)} names, wanted {x.shape[0]}, one for each row of the batch"
+            )
+        grouped: dict[tuple, list[str]] = defaultdict(list)  # by what is the same for all adapters of a call
+        y = residual
+        for name in dict.fromkeys(rows):
+            if name not in self.adapters:
+                continue
+            layer = self.adapters[name]
+            if layer.gate is None and layer.norm_after is None and _fuses(layer, norm):
+                dropout = layer.dropout if layer.training else 0.0
+                grouped[layer.activation, dropout, layer.norm_before is None].append(name)
+            else:  # more than a grouped call can do
+                index = torch.tensor([i for i, row in enumerate(rows) if row == name], device=x.device)
+                y = y.index_copy(0, index, _apply(layer, x[index], residual[index], norm))
+        for (activation, dropout, _), names in grouped.items():
+            weights = [self.adapters[name].weights() for name in names]
+            if norm is not None:
+                weights = [replace(w, layer_norm=(norm.weight, norm.bias, norm.eps)) for w in weights]
+            position = {name: number for number, name in enumerate(names)}
+            index = [position.get(row, -1) for row in rows]
+            y = adapter_grouped(x, weights, index, residual=y, activation=activation, dropout=dropout)
+        return y
+
+
+def _apply(layer: BottleneckAdapter, x: Tensor, residual: Tensor, norm: nn.Module | None) -> Tensor:
+    """`residual` plus the adapter's output for x, or for norm(x)."""
+    if norm is None:
+        return layer(x, residual)
+    return layer(x, residual, norm) if _fuses(layer, norm) else layer(norm.forward(x), residual)
+
+
+def _fuses(layer: BottleneckAdapter, norm: nn.Module | None) -> bool:
+    """Whether a LayerNorm of the block's can be part of the adapter's operation."""
+    return norm is None or (type(norm) is nn.LayerNorm and layer.norm_before is None and layer.gate is None)
+
+
+# ---- Hooks ----------------------------------------------------------------------------------------------------------
+# They return None, and change nothing, where nothing that is active has a layer.
+
+
+def _in_series(site: AdapterSite, module: nn.Module, args: tuple, output: Any) -> Any:
+    if not site.acts:
+        return None
+    x = output[0] if isinstance(output, tuple) else output
+    y = site(x, x)
+    return (y, *output[1:]) if isinstance(output, tuple) else y
+
+
+def _before_norm(site: AdapterSite, module: nn.Module, args: tuple) -> tuple | None:
+    # The LayerNorm is computed here once more, in the adapter's operation: what the adapter adds comes before it.
+    return (site(args[0], args[0], module), *args[1:]) if site.acts else None
+
+
+def _at_start(site: AdapterSite, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+    if site.acts:
+        site.input = args[0] if args else kwargs["hidden_states"]
+
+
+def _in_parallel(site: AdapterSite, module: nn.Module, args: tuple, output: Any) -> Any:
+    if not site.acts:
+        return None
+    x, site.input = site.input, None
+    if isinstance(output, tuple):
+        return (site(x, output[0]), *output[1:])
+    return site(x, output)

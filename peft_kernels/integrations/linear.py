@@ -1,0 +1,52 @@
+"""The frozen layer below an adapter: what the fused operations are called with for it, and why they can't be."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from ..cuda import why_not
+from ..ops.nf4 import NF4Weight
+from .registry import FLOAT_DTYPES
+
+# The arguments of `lora_linear` and `ia3_linear` for the frozen layer: weight, bias, compute_dtype and out_dtype.
+BaseProduct = tuple[Tensor | NF4Weight, Tensor | None, torch.dtype | None, torch.dtype | None]
+
+
+def dense_product(base: nn.Module, x: Tensor) -> BaseProduct | str:
+    """What an `nn.Linear` computes for x, as the fused operations take it; or why x has to take the stock path."""
+    if reason := why_not_linear(base):
+        return reason
+    weight, bias = base.weight, base.bias
+    if reason := why_not_weight(weight):
+        return reason
+    device = x.device
+    if device != weight.device or x.dtype not in FLOAT_DTYPES:
+        return f"x is {x.dtype} on {device.type}"
+    if torch.is_autocast_enabled(device.type):
+        dtype = torch.get_autocast_dtype(device.type)
+        return weight, bias, dtype, dtype
+    if x.dtype != weight.dtype or (bias is not None and x.dtype != bias.dtype):
+        return "x and the base layer differ in dtype"  # which PEFT's forward raises an error for
+    return weight, bias, x.dtype, x.dtype
+
+
+def why_not_linear(base: nn.Module) -> str | None:
+    if type(base).forward is nn.Linear.forward:
+        return None
+    return f"its base layer is a {type(base).__name__}, not a torch.nn.Linear"
+
+
+def why_not_weight(weight: Tensor) -> str | None:
+    if type(weight) not in (nn.Parameter, Tensor):
+        return f"its base weight is a {type(weight).__name__}"
+    if not weight.is_cpu and (reason := why_not(weight.device)):
+        return reason
+    return None if weight.dtype in FLOAT_DTYPES else f"its base weight is {weight.dtype}"
+
+
+def why_not_skip(module: nn.Module) -> str | None:
+    """What is attached to a module that the fused path would leave out by not calling it."""
+    if module._forward_pre_hooks or module._forward_hooks or module._backward_pre_hooks or module._backward_hooks:
+        return "hooks"
+    return "a forward that was replaced on the instance" if "forward" in module.__dict__ else None

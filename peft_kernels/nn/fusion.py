@@ -1,0 +1,106 @@
+"""AdapterFusion: attention over the outputs of several adapters."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from ..ops.fusion import fusion, fusion_of_bottlenecks
+
+
+class AdapterFusion(nn.Module):
+    """`z = residual + Σᵢ softmaxᵢ(dropout(q·kᵢ) / T) vᵢ`: q of a hidden state, kᵢ and vᵢ of adapter i's output.
+
+    Pfeiffer et al. 2021 (arXiv:2005.00247). The value matrix starts as (about) the identity, so that the layer starts
+    as a weighted mean of the adapters.
+
+    Args:
+        d: features.
+        value: whether there is a value matrix.
+        value_bias: whether it has a bias.
+        temperature: T of a new layer's scores.
+        temperature_decay: what T loses at each forward in training, down to 1.
+        dropout: a probability in [0, 1), applied in training to the scores.
+        device, dtype: of the parameters.
+
+    Attributes:
+        query, key, value: nn.Linear(d, d); value may be None.
+
+    Raises:
+        ValueError: an argument that does not fit; it names it, what it got and what it wanted.
+    """
+
+    def __init__(
+        self,
+        d: int,
+        *,
+        value: bool = True,
+        value_bias: bool = False,
+        temperature: float = 1.0,
+        temperature_decay: float = 0.0,
+        dropout: float = 0.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if not (isinstance(d, int) and d > 0):
+            raise ValueError(f"d: got {d!r}, wanted a positive integer")
+        if not 0 <= dropout < 1:
+            raise ValueError(f"dropout: got {dropout!r}, wanted a probability in [0, 1)")
+        if not temperature > 0:
+            raise ValueError(f"temperature: got {temperature!r}, wanted a positive number")
+        if not temperature_decay >= 0:
+            raise ValueError(f"temperature_decay: got {temperature_decay!r}, wanted a number of at least 0")
+        made = {"device": device, "dtype": dtype}
+        self.d, self.dropout = d, dropout
+        self.temperature, self.temperature_decay = temperature, temperature_decay
+        self.query = nn.Linear(d, d, **made)
+        self.key = nn.Linear(d, d, **made)
+        self.value = nn.Linear(d, d, bias=value_bias, **made) if value else None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Starts anew: query and key normal with deviation 0.02, value 1 on its diagonal and 1e-6 elsewhere."""
+        for linear in (self.query, self.key):
+            nn.init.normal_(linear.weight, std=0.02)
+            nn.init.zeros_(linear.bias)
+        if self.value is not None:
+            nn.init.constant_(self.value.weight, 1e-6)
+            with torch.no_grad():
+                self.value.weight.fill_diagonal_(1.0)
+            if self.value.bias is not None:
+                nn.init.zeros_(self.value.bias)
+
+    def forward(self, query_input: Tensor, adapter_outputs: Sequence[Tensor], residual: Tensor | None = None) -> Tensor:
+        """z for the hidden state [..., d] and the outputs of N adapters [..., d] each."""
+        return fusion(query_input, adapter_outputs, *self._matrices(), residual=residual, **self._options())
+
+    def of_bottlenecks(
+        self,
+        query_input: Tensor,
+        bottlenecks: Sequence[Tensor],
+        up_weights: Sequence[Tensor],
+        up_biases: Sequence[Tensor | None],
+        scales: Sequence[float | Tensor],
+        residual: Tensor | None = None,
+    ) -> Tensor:
+        """z for adapters' bottlenecks and what follows them, see `peft_kernels.ops.fusion_of_bottlenecks`."""
+        return fusion_of_bottlenecks(
+            query_input, bottlenecks, up_weights, up_biases, scales, *self._matrices(), residual=residual,
+            **self._options(),
+        )  # fmt: skip
+
+    def _matrices(self) -> tuple[Tensor | None, ...]:
+        value = (None, None) if self.value is None else (self.value.weight, self.value.bias)
+        return self.query.weight, self.query.bias, self.key.weight, self.key.bias, *value
+
+    def _options(self) -> dict[str, float]:
+        temperature = self.temperature
+        if self.training:
+            self.temperature = max(temperature - self.temperature_decay, min(temperature, 1.0))
+        return {"temperature": temperature, "dropout": self.dropout if self.training else 0.0}
+
+    def extra_repr(self) -> str:
+        return f"temperature={self.temperature}, dropout={self.dropout}"

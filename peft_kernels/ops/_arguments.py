@@ -1,0 +1,59 @@
+"""What the functions do alike with their arguments: errors, autocast, rows."""
+
+from __future__ import annotations
+
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def refuse(name: str, got: str, wanted: str) -> NoReturn:
+    raise ValueError(f"{name}: got {got}, wanted {wanted}")
+
+
+def bad(name: str, value: Any, wanted: str) -> NoReturn:
+    refuse(name, describe(value), wanted)
+
+
+def describe(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)}"
+    return f"{value!r}, a {type(value).__name__}"
+
+
+def is_float(value: Any) -> bool:
+    """Whether it is a tensor of a dtype that the kernels read."""
+    return isinstance(value, Tensor) and value.dtype in DTYPES
+
+
+def check_dropout(dropout: Any, seed: Any) -> None:
+    if not (isinstance(dropout, (int, float)) and 0 <= dropout < 1):
+        bad("dropout", dropout, "a probability in [0, 1)")
+    if seed is not None and not (isinstance(seed, Tensor) and seed.dtype is torch.int64 and seed.shape == (1,)):
+        bad("seed", seed, "an int64 tensor [1]")
+
+
+def drawn_seed(dropout: float, seed: Tensor | None, device: torch.device) -> Tensor | None:
+    """The key of a dropout's mask, from torch's generator unless it is given."""
+    if dropout > 0 and seed is None:
+        return torch.randint(torch.iinfo(torch.int64).max, (1,), device=device)
+    return seed
+
+
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """Autocast's dtype on x's device, if it is on."""
+    enabled = x.device.type != "meta" and torch.is_autocast_enabled(x.device.type)
+    return torch.get_autocast_dtype(x.device.type) if enabled else None
+
+
+def matrix(x: Tensor) -> Tensor:
+    """x as rows that are dense; copied only where they are not."""
+    flat = x if x.dim() == 2 else x.reshape(x.shape[:-1].numel(), x.shape[-1])
+    return flat.contiguous() if flat.stride(-1) != 1 and flat.numel() > 0 else flat
+
+
+def any_requires_grad(*tensors: Tensor | None) -> bool:
+    return any(tensor is not None and tensor.requires_grad for tensor in tensors)

@@ -1,0 +1,109 @@
+"""ia3_attention on devices that have no kernel of ours: torch's attention between scalings, differentiable by autograd.
+
+Without a prefix and a rotation no key or value is touched: l_k multiplies the queries, l_v the result. Where only
+`causal` masks and there are as many queries as keys, torch takes its FlashAttention; any other mask is written out.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def attention_by_torch(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    l_q: Tensor | None,
+    l_k: Tensor | None,
+    l_v: Tensor | None,
+    prefix_k: Tensor | None,
+    prefix_v: Tensor | None,
+    *,
+    scale: float,
+    causal: bool,
+    window: int | None,
+    key_padding_mask: Tensor | None,
+    attn_mask: Tensor | None,
+    rope: tuple[Tensor, Tensor] | None,
+) -> Tensor:
+    """The arguments of `ia3_attention`, checked; returns [B, H, S_q, D]."""
+    batch, heads, num_queries, head_dim = q.shape
+    kv_heads, num_keys = k.shape[1:3]
+    group = heads // max(kv_heads, 1)
+    mask = _mask(num_queries, num_keys, causal, window, key_padding_mask, attn_mask, q)
+    factors = [None if x is None else x.reshape(-1, 1, head_dim) for x in (l_q, l_k, l_v)]
+    on_q, on_k, on_v = factors
+    on_out = None
+    if prefix_k is None:
+        on_out, on_v = (None if on_v is None else on_v.repeat_interleave(group, dim=0)), None
+        if on_k is not None and rope is None:
+            folded = on_k.repeat_interleave(group, dim=0)
+            on_q, on_k = (folded if on_q is None else on_q.float() * folded.float()), None
+    q, k, v = _scaled(q, on_q), _scaled(k, on_k), _scaled(v, on_v)
+    if rope is not None:
+        cos, sin = (part.float().unsqueeze(-3) for part in rope)
+        q = _rotate(q, cos[..., num_keys - num_queries :, :], sin[..., num_keys - num_queries :, :])
+        k = _rotate(k, cos, sin)
+    if prefix_k is not None:
+        k, v = (
+            torch.cat([prefix.to(x.dtype).expand(batch, -1, -1, -1), x], dim=2)
+            for prefix, x in ((prefix_k, k), (prefix_v, v))
+        )
+        if mask is None and causal:
+            mask = _band(num_queries, num_keys, True, None, q.device)
+        if mask is not None:
+            mask = F.pad(mask, (prefix_k.shape[1], 0), value=mask.dtype is torch.bool)
+    hidden = None
+    if mask is not None and prefix_k is None:
+        # What a row without a visible key gives depends on the implementation that torch chooses.
+        hidden = ~mask.any(-1, keepdim=True) if mask.dtype is torch.bool else (mask == -torch.inf).all(-1, keepdim=True)
+        mask = mask.masked_fill(hidden, mask.dtype is torch.bool)
+    out = F.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, is_causal=mask is None and causal, scale=scale, enable_gqa=group > 1
+    )
+    if hidden is not None:
+        out = out.masked_fill(hidden, 0)
+    return _scaled(out, on_out)
+
+
+def _scaled(x: Tensor, factors: Tensor | None) -> Tensor:
+    """Rounded once, after the product."""
+    return x if factors is None else (x.float() * factors.float()).to(x.dtype)
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    rotary = cos.shape[-1]
+    turned, rest = x[..., :rotary].float(), x[..., rotary:]
+    first, second = turned.chunk(2, dim=-1)
+    turned = turned * cos + torch.cat([-second, first], dim=-1) * sin
+    return torch.cat([turned.to(x.dtype), rest], dim=-1)
+
+
+def _band(num_queries: int, num_keys: int, causal: bool, window: int | None, device: torch.device) -> Tensor:
+    """bool [S_q, S_k], by position."""
+    behind = torch.arange(num_keys - num_queries, num_keys, device=device)[:, None] - torch.arange(
+        num_keys, device=device
+    )
+    seen = behind >= 0 if causal else torch.ones_like(behind, dtype=torch.bool)
+    return seen if window is None else seen & (behind.abs() < window)
+
+
+def _mask(num_queries, num_keys, causal, window, key_padding_mask, attn_mask, q: Tensor) -> Tensor | None:
+    """All masks as one that broadcasts to [B, H, S_q, S_k]: bool or of q's dtype; None where is_causal says it all."""
+    by_torch = causal and num_queries == num_keys
+    parts = []
+    if window is not None or (causal and not (by_torch and key_padding_mask is None and attn_mask is None)):
+        parts.append(_band(num_queries, num_keys, causal, window, q.device))
+    if key_padding_mask is not None:
+        parts.append(key_padding_mask[:, None, None])
+    if attn_mask is not None and attn_mask.dtype is torch.bool:
+        parts.append(attn_mask)
+    seen = None
+    for part in parts:
+        seen = part if seen is None else seen & part
+    if attn_mask is None or attn_mask.dtype is torch.bool:
+        return seen
+    bias = attn_mask.to(q.dtype)
+    return bias if seen is None else bias.masked_fill(~seen, -torch.inf)

@@ -1,0 +1,446 @@
+"""Bottleneck adapters as one fused operation: `y = LN?(residual + gate · scale · dropout(W_up σ(W_down LN?(x))))`.
+
+Series adapters: Houlsby et al. 2019 (arXiv:1902.00751), Pfeiffer et al. 2021 (arXiv:2005.00247). Parallel adapters, and
+the scale: He et al. 2022 (arXiv:2110.04366).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .. import _extension  # noqa: F401
+from ._arguments import (
+    DTYPES,
+    any_requires_grad,
+    autocast_dtype,
+    bad,
+    check_dropout,
+    describe,
+    drawn_seed,
+    is_float,
+    matrix,
+    refuse,
+)
+
+LayerNorm = tuple[Tensor | None, Tensor | None, float]  # weight [d], bias [d], eps
+
+ACTIVATIONS = ("relu", "gelu", "gelu_tanh", "silu", "tanh", "leaky_relu", "none")
+# Names that AdapterHub and transformers use for the same functions.
+_ALIASES = {"swish": "silu", "gelu_orig": "gelu", "gelu_new": "gelu_tanh", "leakyrelu": "leaky_relu",
+            "linear": "none", "identity": "none"}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class AdapterWeights:
+    """One bottleneck adapter: what may differ from adapter to adapter in a call of `adapter_grouped`.
+
+    Attributes:
+        down_weight, down_bias: [r, d] and [r] (or None).
+        up_weight, up_bias: [d, r] and [d] (or None).
+        scale: a number, or a tensor with one element.
+        layer_norm: weight [d], bias [d] and eps of a LayerNorm of the adapter's input; None for none.
+    """
+
+    down_weight: Tensor
+    down_bias: Tensor | None
+    up_weight: Tensor
+    up_bias: Tensor | None
+    scale: float | Tensor = 1.0
+    layer_norm: LayerNorm | None = None
+
+
+def activation_name(name: str) -> str:
+    """One of `ACTIVATIONS`, for its name here, in AdapterHub or in transformers.
+
+    Raises:
+        ValueError: there is no such activation.
+    """
+    found = _ALIASES.get(name, name) if isinstance(name, str) else None
+    if found not in ACTIVATIONS:
+        raise ValueError(f"activation: got {name!r}, wanted one of {', '.join((*ACTIVATIONS, *_ALIASES))}")
+    return found
+
+
+def adapter(
+    x: Tensor,
+    down_weight: Tensor,
+    down_bias: Tensor | None,
+    up_weight: Tensor,
+    up_bias: Tensor | None,
+    *,
+    residual: Tensor | None = None,
+    activation: str = "gelu",
+    scale: float | Tensor = 1.0,
+    gate: Tensor | None = None,
+    layer_norm: LayerNorm | None = None,
+    post_layer_norm: LayerNorm | None = None,
+    dropout: float = 0.0,
+    seed: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """A bottleneck adapter, with what is added to it.
+
+    Args:
+        x: [..., d], fp32, bf16 or fp16.
+        down_weight, down_bias: [r, d] and [r], in fp32 or x's dtype.
+        up_weight, up_bias: [d, r] and [d].
+        residual: [..., d], added to the adapter's output: x itself for a series adapter; for Pfeiffer's what the block
+            has as its residual; for a parallel one the sublayer's output.
+        activation: one of `ACTIVATIONS`, or AdapterHub's name for it.
+        scale: a number, or a tensor with one element, which may be trained.
+        gate: [..., 1]: a factor for each row, or what broadcasts to it.
+        layer_norm: weight, bias and eps of a LayerNorm of the adapter's input; a weight or bias may be None.
+        post_layer_norm: the same of the result.
+        dropout: the probability with which an element of the adapter's output is dropped before it is added.
+        seed: int64 [1], the key of the dropout's mask; by default drawn from torch's generator on x's device.
+        out_dtype: of y; by default residual's, or else x's (autocast's, under autocast).
+
+    Returns:
+        [..., d].
+
+    Raises:
+        ValueError: a shape, dtype, device, number or name that does not fit; it names the argument, what it got and
+            what it wanted.
+    """
+    weights = AdapterWeights(down_weight, down_bias, up_weight, up_bias, scale, layer_norm)
+    return _adapters(x, (weights,), None, residual, activation, gate, post_layer_norm, dropout, seed, out_dtype)
+
+
+def adapter_grouped(
+    x: Tensor,
+    adapters: Sequence[AdapterWeights],
+    index: Sequence[int] | Tensor,
+    *,
+    residual: Tensor | None = None,
+    activation: str = "gelu",
+    gate: Tensor | None = None,
+    post_layer_norm: LayerNorm | None = None,
+    dropout: float = 0.0,
+    seed: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """A batch in which each example names its adapter, in one pass over x; see `adapter`.
+
+    Args:
+        x: [B, ..., d].
+        adapters: of one d; their r, biases, scales and LayerNorms may differ.
+        index: for each x[i] the position of its adapter in `adapters`, or -1 for none: then y[i] is residual[i], or
+            zero. Examples of one adapter are best side by side.
+
+    The other arguments, the result and the errors are those of `adapter`.
+    """
+    index = index.tolist() if isinstance(index, Tensor) else list(index)
+    if not isinstance(x, Tensor) or x.dim() < 2 or len(index) != x.shape[0]:
+        refuse("index", f"{len(index)} items", f"one for each x[i]; x is {describe(x)}")
+    if not adapters:
+        refuse("adapters", "none", "at least one AdapterWeights")
+    return _adapters(x, adapters, index, residual, activation, gate, post_layer_norm, dropout, seed, out_dtype)
+
+
+def bottleneck(
+    x: Tensor,
+    down_weight: Tensor,
+    down_bias: Tensor | None,
+    *,
+    activation: str = "gelu",
+    layer_norm: LayerNorm | None = None,
+) -> Tensor:
+    """The first half of `adapter`: `h = σ(W_down LN?(x) + b_down)` [..., r] in x's dtype, or autocast's under it."""
+    dtype = autocast_dtype(x) or x.dtype
+    if layer_norm is not None:
+        weight, bias, eps = layer_norm
+        x = F.layer_norm(x.float(), x.shape[-1:], _float(weight), _float(bias), eps)
+    product_dtype = dtype if dtype == down_weight.dtype else torch.promote_types(dtype, down_weight.dtype)
+    bias = None if down_bias is None else down_bias.to(product_dtype)
+    return _ACTIVATE[activation_name(activation)](
+        F.linear(x.to(product_dtype), down_weight.to(product_dtype), bias)
+    ).to(dtype)
+
+
+_ACTIVATE = {
+    "relu": F.relu,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "silu": F.silu,
+    "tanh": torch.tanh,
+    "leaky_relu": F.leaky_relu,
+    "none": lambda x: x,
+}
+
+
+def _adapters(x, adapters, index, residual, activation, gate, post_layer_norm, dropout, seed, out_dtype) -> Tensor:
+    activation = activation_name(activation)
+    _check(x, adapters, residual, gate, post_layer_norm, dropout, seed, out_dtype)
+    cast_to = autocast_dtype(x)
+    if out_dtype is None:
+        out_dtype = residual.dtype if residual is not None else cast_to or x.dtype
+    same = all(w.dtype == x.dtype for weights in adapters for w in (weights.down_weight, weights.up_weight))
+    compute_dtype = cast_to or (x.dtype if same else torch.float32)
+    seed = drawn_seed(dropout, seed, x.device)
+    flat, rows = matrix(x), x.shape[:-1].numel()
+    series = residual is x
+    if residual is not None:
+        residual = flat if series else matrix(residual)
+    if gate is not None:
+        gate = gate.expand(*x.shape[:-1], 1).reshape(rows).float().contiguous()
+    run_rows, run_adapters = (rows,), (0,)
+    if index is not None:
+        each = rows // max(len(index), 1)
+        runs = [(name, each * len(list(group))) for name, group in groupby(index)]
+        run_rows, run_adapters = tuple(count for _, count in runs), tuple(name for name, _ in runs)
+    call = _Call(
+        run_rows, run_adapters, tuple(w.layer_norm[2] for w in adapters if w.layer_norm is not None),
+        None if post_layer_norm is None else post_layer_norm[2], activation, dropout, compute_dtype, out_dtype, series,
+        len(adapters),
+    )  # fmt: skip
+    norms = [(None, None) if w.layer_norm is None else w.layer_norm[:2] for w in adapters]
+    tensors = [
+        *(w.down_weight for w in adapters), *_vectors([w.down_bias for w in adapters], 0.0),
+        *(w.up_weight for w in adapters), *_vectors([w.up_bias for w in adapters], 0.0),
+        *_vectors([weight for weight, _ in norms], 1.0), *_vectors([bias for _, bias in norms], 0.0),
+    ]  # fmt: skip
+    post = (None, None) if post_layer_norm is None else post_layer_norm[:2]
+    scale = _scales(adapters, x.device)
+    given = None if series else residual
+    if torch.is_grad_enabled() and any_requires_grad(x, given, gate, scale, *post, *tensors):
+        y = _Adapter.apply(flat, given, gate, scale, seed, call, *post, *tensors)
+    else:
+        y, _, _ = call.forward(flat, given, gate, scale, seed, post, tensors, saves=False)
+    return y if x.dim() == 2 else y.view(x.shape)
+
+
+def _check(x, adapters, residual, gate, post_layer_norm, dropout, seed, out_dtype) -> None:
+    """Refuses what the ops would not see, or would see too late to say what is wrong; the rest is theirs to check."""
+    if not is_float(x) or x.dim() == 0:
+        bad("x", x, "a float32, bfloat16 or float16 tensor [..., d]")
+    for weights in adapters:
+        if not isinstance(weights, AdapterWeights):
+            bad("adapters", weights, "AdapterWeights")
+        for name in ("down_weight", "down_bias", "up_weight", "up_bias"):
+            tensor = getattr(weights, name)
+            if not isinstance(tensor, Tensor) and (tensor is not None or name.endswith("weight")):
+                bad(name, tensor, "a tensor" if name.endswith("weight") else "a tensor or None")
+        if isinstance(weights.scale, Tensor):
+            if weights.scale.numel() != 1 or weights.scale.dtype not in DTYPES:
+                bad("scale", weights.scale, "a number, or a tensor with one element")
+        elif not isinstance(weights.scale, (int, float)) or weights.scale != weights.scale:
+            bad("scale", weights.scale, "a number, or a tensor with one element")
+        _check_layer_norm("layer_norm", weights.layer_norm)
+        if (weights.layer_norm is None) != (adapters[0].layer_norm is None):
+            refuse("layer_norm", "some adapters with one and some without", "all adapters of a call alike")
+    if residual is not None and (
+        not isinstance(residual, Tensor) or residual.shape != x.shape or residual.dtype not in DTYPES
+    ):
+        bad("residual", residual, f"a float32, bfloat16 or float16 tensor {list(x.shape)}, as x is")
+    if gate is not None and not (isinstance(gate, Tensor) and _expands(gate.shape, (*x.shape[:-1], 1))):
+        bad("gate", gate, f"a tensor that broadcasts to {[*x.shape[:-1], 1]}")
+    _check_layer_norm("post_layer_norm", post_layer_norm)
+    check_dropout(dropout, seed)
+    if out_dtype is not None and out_dtype not in DTYPES:
+        bad("out_dtype", out_dtype, "float32, bfloat16 or float16")
+
+
+def _check_layer_norm(name: str, value: Any) -> None:
+    if value is None:
+        return
+    if not (isinstance(value, tuple) and len(value) == 3 and isinstance(value[2], float) and value[2] >= 0):
+        bad(name, value, "None, or a tuple of a weight, a bias and an eps")
+    for tensor in value[:2]:
+        if not (tensor is None or isinstance(tensor, Tensor)):
+            bad(name, tensor, "tensors or None as its weight and bias")
+
+
+def _expands(shape: Sequence[int], to: Sequence[int]) -> bool:
+    return len(shape) <= len(to) and all(
+        size in (1, wanted) for size, wanted in zip(reversed(shape), reversed(to), strict=False)
+    )
+
+
+def _float(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.float()
+
+
+def _vectors(vectors: list[Tensor | None], otherwise: float) -> list[Tensor | None]:
+    """With all of them, where some adapter has one."""
+    some = next((vector for vector in vectors if vector is not None), None)
+    if some is None:
+        return vectors
+    return [torch.full_like(some, otherwise) if vector is None else vector for vector in vectors]
+
+
+def _scales(adapters: Sequence[AdapterWeights], device: torch.device) -> Tensor:
+    """fp32 [adapters]."""
+    if not any(isinstance(weights.scale, Tensor) for weights in adapters):
+        return torch.tensor([float(weights.scale) for weights in adapters], device=device)
+    scales = [torch.as_tensor(weights.scale, device=device).float().reshape(1) for weights in adapters]
+    return torch.cat(scales)
+
+
+@dataclass(frozen=True)
+class _Call:
+    """What one call shares between its forward and its backward, tensors apart."""
+
+    run_rows: tuple[int, ...]
+    run_adapters: tuple[int, ...]
+    eps: tuple[float, ...]  # of each adapter's LayerNorm; empty for none
+    post_eps: float | None
+    activation: str
+    dropout: float
+    compute_dtype: torch.dtype
+    out_dtype: torch.dtype
+    series: bool  # the residual is x
+    num_adapters: int
+
+    def lists(self, tensors: Sequence[Tensor | None]) -> list[list[Tensor]]:
+        """down_weight, down_bias, up_weight, up_bias, norm_weight, norm_bias; empty where there are none."""
+        n = self.num_adapters
+        return [[t for t in tensors[i : i + n] if t is not None] for i in range(0, len(tensors), n)]
+
+    def forward(self, x, residual, gate, scale, seed, post, tensors, saves) -> tuple[Tensor, Tensor, Tensor]:
+        """Returns y, pre and stats."""
+        *weights, norm_weight, norm_bias = self.lists(tensors)
+        post_weight, post_bias = ([] if t is None else [t] for t in post)
+        return torch.ops.peft_kernels.adapter_forward(
+            x, x if self.series else residual, gate, self.run_rows, self.run_adapters, *weights, scale,
+            norm_weight, norm_bias, self.eps, post_weight, post_bias, self.post_eps, self.activation, self.dropout,
+            seed, self.compute_dtype, self.out_dtype, saves,
+        )  # fmt: skip
+
+    def unnormalized(self, x, residual, gate, scale, seed, tensors) -> Tensor:
+        """What the trailing LayerNorm normalises, in fp32."""
+        *weights, norm_weight, norm_bias = self.lists(tensors)
+        y, _, _ = torch.ops.peft_kernels.adapter_forward(
+            x, x if self.series else residual, gate, self.run_rows, self.run_adapters, *weights, scale,
+            norm_weight, norm_bias, self.eps, [], [], None, self.activation, self.dropout, seed, self.compute_dtype,
+            torch.float32, False,
+        )  # fmt: skip
+        return y
+
+
+class _Adapter(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, residual, gate, scale, seed, call, post_weight, post_bias, *tensors):
+        ctx.branch = any(ctx.needs_input_grad[i] for i in (0, 2, 3)) or any(ctx.needs_input_grad[8:])
+        y, pre, stats = call.forward(
+            x, residual, gate, scale, seed, (post_weight, post_bias), tensors, saves=ctx.branch
+        )
+        normalizes = call.post_eps is not None
+        n = call.num_adapters
+        wants_down = any(ctx.needs_input_grad[8 : 8 + 2 * n]) or any(ctx.needs_input_grad[8 + 4 * n :])
+        keeps_x = normalizes or wants_down or (ctx.branch and bool(call.eps))
+        kept = x if keeps_x else None, residual if normalizes else None
+        ctx.save_for_backward(*kept, gate, scale, seed, pre, stats, post_weight, post_bias, *tensors)
+        ctx.call, ctx.x_dtype, ctx.wants_down = call, x.dtype, wants_down
+        ctx.residual_dtype = None if residual is None else residual.dtype
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_y):
+        x, residual, gate, scale, seed, pre, stats, post_weight, post_bias, *tensors = ctx.saved_tensors
+        call, needs, n = ctx.call, ctx.needs_input_grad, ctx.call.num_adapters
+        grad_y = matrix(grad_y)
+        post = None, None
+        if call.post_eps is not None:
+            y = call.unnormalized(x, residual, gate, scale, seed, tensors)
+            grad_y, *post = _layer_norm_backward(
+                grad_y, y, post_weight, post_bias, call.post_eps, (True, needs[6], needs[7])
+            )
+        grad_residual = grad_y.to(ctx.residual_dtype) if needs[1] else None
+        if not ctx.branch:
+            return None, grad_residual, None, None, None, None, *post, *[None] * len(tensors)
+        wants_up = needs[3] or any(needs[8 + 2 * n : 8 + 4 * n])
+        lists = call.lists(tensors)
+        grad_x, *flat, grad_gate = torch.ops.peft_kernels.adapter_backward(
+            grad_y, x, pre, stats if call.eps else None, gate, call.run_rows, call.run_adapters, *lists[:4], scale,
+            *lists[4:], call.eps, call.activation, call.dropout, seed, call.compute_dtype, ctx.x_dtype, call.series,
+            needs[0], ctx.wants_down, wants_up, needs[2],
+        )  # fmt: skip
+        grads, grad_scale = _weight_gradients(flat, tensors, scale, needs[8:], bool(call.eps), needs[3])
+        return (
+            grad_x if needs[0] else None, grad_residual, grad_gate if needs[2] else None, grad_scale, None, None, *post,
+            *grads,
+        )  # fmt: skip
+
+
+def _layer_norm_backward(grad, x, weight, bias, eps, wanted) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """The gradients of an input in fp32, and of the weight and the bias in their dtypes."""
+    shape, weights = x.shape[-1:], [_float(weight), _float(bias)]
+    _, mean, rstd = torch.ops.aten.native_layer_norm(x, shape, *weights, eps)
+    grads = torch.ops.aten.native_layer_norm_backward(grad.float(), x, shape, mean, rstd, *weights, list(wanted))
+    return grads[0], *(
+        part.to(like.dtype) if want else None
+        for part, like, want in zip(grads[1:], (weight, bias), wanted[1:], strict=True)
+    )
+
+
+def _weight_gradients(
+    flat, tensors, scale, needs, normalizes, wants_scale
+) -> tuple[list[Tensor | None], Tensor | None]:
+    """The gradients of an op's tensors, and of the scales, out of the sums that the kernel returns (see adapter.h)."""
+    n = scale.shape[0]
+    down, _, up, up_bias, norm, norm_bias = (tensors[i : i + n] for i in range(0, 6 * n, n))
+    kinds = (down, [w.shape[0] for w in down], up, [w.shape[0] for w in up])
+    sums_down, sums_down_bias, sums_up, sums_up_bias = (
+        _split(part, like) for part, like in zip(flat, kinds, strict=True)
+    )
+    grads: list[Tensor | None] = [None] * (6 * n)
+    grad_scale = []
+    for i in range(n):
+        p, dz = sums_down[i], sums_down_bias[i]
+        if p is not None:
+            grad = p
+            if normalizes and norm[i] is not None:
+                grad = grad * norm[i]
+            if normalizes and norm_bias[i] is not None:
+                grad = torch.addr(grad, dz, norm_bias[i].float())
+            grads[i], grads[n + i] = grad, dz
+            if normalizes and (needs[4 * n + i] or needs[5 * n + i]):
+                weight = down[i].float()
+                grads[4 * n + i], grads[5 * n + i] = (p * weight).sum(0), dz @ weight
+        if sums_up[i] is not None:
+            grads[2 * n + i], grads[3 * n + i] = sums_up[i] * scale[i], sums_up_bias[i] * scale[i]
+            if wants_scale:
+                total = (sums_up[i] * up[i]).sum()
+                grad_scale.append(total if up_bias[i] is None else total + sums_up_bias[i] @ up_bias[i].float())
+    grads = [grad.to(tensor.dtype) if need else None for grad, tensor, need in zip(grads, tensors, needs, strict=True)]
+    return grads, torch.stack(grad_scale) if wants_scale else None
+
+
+def _split(flat: Tensor, likes: Sequence[Tensor | int]) -> list[Tensor | None]:
+    """Cuts a flat tensor into parts of the shapes of `likes`; None for each if it has no elements."""
+    sizes = [like if isinstance(like, int) else like.numel() for like in likes]
+    if flat.numel() != sum(sizes):
+        return [None] * len(likes)
+    parts = flat.split_with_sizes(sizes)
+    return [part if isinstance(like, int) else part.view(like.shape) for part, like in zip(parts, likes, strict=True)]
+
+
+@torch.library.register_fake("peft_kernels::adapter_forward")
+def _(x, residual, gate, run_rows, run_adapters, down_weight, down_bias, up_weight, up_bias, scale, norm_weight,
+      norm_bias, norm_eps, post_norm_weight, post_norm_bias, post_norm_eps, activation, dropout, seed, compute_dtype,
+      out_dtype, saves):  # fmt: skip
+    m = x.shape[0]
+    pre = x.new_empty((m if saves else 0, max(w.shape[0] for w in down_weight)), dtype=compute_dtype)
+    stats = x.new_empty((m if saves and norm_eps else 0, 2), dtype=torch.float32)
+    return x.new_empty(x.shape, dtype=out_dtype), pre, stats
+
+
+@torch.library.register_fake("peft_kernels::adapter_backward")
+def _(grad_y, x, pre, stats, gate, run_rows, run_adapters, down_weight, down_bias, up_weight, up_bias, scale,
+      norm_weight, norm_bias, norm_eps, activation, dropout, seed, compute_dtype, x_dtype, adds_grad_y, wants_x,
+      wants_down, wants_up, wants_gate):  # fmt: skip
+    m, d = grad_y.shape
+    ranks = sum(w.shape[0] for w in down_weight)
+    sizes = (ranks * d if wants_down else 0, ranks if wants_down else 0, ranks * d if wants_up else 0,
+             len(up_weight) * d if wants_up else 0, m if wants_gate else 0)  # fmt: skip
+    grad_x = grad_y.new_empty((m if wants_x else 0, d), dtype=x_dtype)
+    return grad_x, *(grad_y.new_empty((size,), dtype=torch.float32) for size in sizes)

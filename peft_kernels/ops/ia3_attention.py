@@ -1,0 +1,284 @@
+"""Attention with (IA)³ scales and a shared prefix, as one fused operation.
+
+(IA)³: Liu et al. 2022 (arXiv:2205.05638). Prefix tuning: Li and Liang 2021 (arXiv:2101.00190). The algorithm is
+FlashAttention's: Dao et al. 2022 (arXiv:2205.14135).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .. import _extension  # noqa: F401
+from ._attention_by_torch import attention_by_torch
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def ia3_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    l_q: Tensor | None = None,
+    l_k: Tensor | None = None,
+    l_v: Tensor | None = None,
+    *,
+    scale: float | None = None,
+    causal: bool = False,
+    window: int | None = None,
+    key_padding_mask: Tensor | None = None,
+    attn_mask: Tensor | None = None,
+    prefix_k: Tensor | None = None,
+    prefix_v: Tensor | None = None,
+    rope: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:
+    """`softmax(scale · (l_q⊙q)[P_k; l_k⊙k]ᵀ + mask) [P_v; l_v⊙v]`, with gradients for all but masks and angles.
+
+    The last query stands at the position of the last key, so that with a cache S_q new tokens attend to S_k. A key is
+    visible where every mask that is given says so; the prefix always is. A query that sees no key gets zeros.
+
+    Args:
+        q: [B, H, S_q, D], fp32, bf16 or fp16; like k and v with any strides.
+        k, v: [B, H_kv, S_k, D], of q's dtype. H is a multiple of H_kv: a key head serves H / H_kv query heads.
+        l_q: [H · D] or [H, D], in fp32, bf16 or fp16 like all scales and prefixes.
+        l_k, l_v: [H_kv · D] or [H_kv, D].
+        scale: of the scores; 1 / √D by default.
+        causal: a query sees no key after its own position.
+        window: a query sees only keys less than so many positions away.
+        key_padding_mask: bool [B, S_k], False where a key is hidden from all queries.
+        attn_mask: broadcastable to [B, H, S_q, S_k]: bool, False where a key is hidden, or numbers (fp32, bf16, fp16)
+            that are added to the scores.
+        prefix_k, prefix_v: [H_kv, P, D], keys and values that all of the batch attends to. They bypass l_k, l_v, the
+            masks and the rotary embedding.
+        rope: (cos, sin), each [S_k, R] or [B or 1, S_k, R] with an even R ≤ D: the first R channels of l_q⊙q and l_k⊙k
+            are rotated, channel i with channel i + R/2. Row j is of key j's position, and of the query's that is there.
+
+    Returns:
+        [B, H, S_q, D] of q's dtype, stored as [B, S_q, H, D]: `.transpose(1, 2)` is contiguous.
+
+    Raises:
+        ValueError: a shape, dtype, device or number that does not fit; it names the argument, what it got and what it
+            wanted.
+    """
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if not isinstance(x, Tensor) or x.dim() != 4 or x.dtype not in _DTYPES or x.shape[3] == 0:
+            _bad(name, x, "a float32, bfloat16 or float16 tensor [B, heads, S, D]")
+    if q.device.type != "meta" and torch.is_autocast_enabled(q.device.type):
+        q, k, v = (x.to(torch.get_autocast_dtype(q.device.type)) for x in (q, k, v))
+    _check(q, k, v, l_q, l_k, l_v, scale, window, key_padding_mask, attn_mask, prefix_k, prefix_v, rope)
+    scale = float(q.shape[3] ** -0.5 if scale is None else scale)
+    if q.device.type not in ("cpu", "meta"):
+        out = attention_by_torch(
+            q, k, v, l_q, l_k, l_v, prefix_k, prefix_v, scale=scale, causal=causal, window=window,
+            key_padding_mask=key_padding_mask, attn_mask=attn_mask, rope=rope,
+        )  # fmt: skip
+        return out.transpose(1, 2).contiguous().transpose(1, 2)
+    if attn_mask is not None:
+        attn_mask = attn_mask.expand(*q.shape[:3], k.shape[2])
+    cos, sin = (None, None) if rope is None else (_angles(part) for part in rope)
+    call = _Call(
+        scale, causal, window or 0,
+        None if key_padding_mask is None else key_padding_mask.contiguous(), attn_mask, cos, sin,
+    )  # fmt: skip
+    tensors = *(_dense(x) for x in (q, k, v)), l_q, l_k, l_v, prefix_k, prefix_v
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors):
+        out = _IA3Attention.apply(call, *tensors)
+    else:
+        out, _, _ = call.forward(_prepared(tensors), training=False)
+    return out.transpose(1, 2)
+
+
+def _dense(x: Tensor | None) -> Tensor | None:
+    """The kernels take rows at any distance, but no gaps within them."""
+    return x if x is None or x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+def _angles(part: Tensor) -> Tensor:
+    """[B or 1, S_k, R]."""
+    return (part if part.dim() == 3 else part[None]).float().contiguous()
+
+
+def _prepared(tensors: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
+    """q, k, v, l_q, l_k, l_v, prefix_k, prefix_v as the ops take them."""
+    q, k, v, *scales, prefix_k, prefix_v = tensors
+    scales = (None if l is None else l.float().reshape(-1) for l in scales)  # noqa: E741
+    return q, k, v, *scales, _dense(prefix_k), _dense(prefix_v)
+
+
+@dataclass(frozen=True)
+class _Call:
+    """What one call shares between its forward and its backward, tensors with gradients apart."""
+
+    scale: float
+    causal: bool
+    window: int
+    key_padding_mask: Tensor | None
+    attn_mask: Tensor | None
+    cos: Tensor | None
+    sin: Tensor | None
+
+    def arguments(self, q, k, v, l_q, l_k, l_v, prefix_k, prefix_v) -> tuple:
+        """The arguments that both ops have."""
+        return (
+            q, k, v, l_q, l_k, l_v, self.scale, self.causal, self.window, self.key_padding_mask, self.attn_mask,
+            prefix_k, prefix_v, self.cos, self.sin,
+        )  # fmt: skip
+
+    def forward(self, tensors: tuple[Tensor | None, ...], training: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """Returns out and the real keys' share of it before l_v, [B, S_q, H, D], and the log-sum-exp [B, H, S_q].
+
+        The share has no elements unless it is for a backward with l_v.
+        """
+        return torch.ops.peft_kernels.ia3_attention_forward(*self.arguments(*tensors), training)
+
+
+class _IA3Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, call, *tensors):
+        prepared = _prepared(tensors)
+        out, out_real, lse = call.forward(prepared, training=True)
+        l_v, prefix_k = prepared[5:7]
+        # l_v's gradient wants the output before it, the softmax's wants the whole: with a prefix they are two.
+        keeps_out, keeps_real = l_v is None or prefix_k is not None, l_v is not None
+        ctx.save_for_backward(*prepared, out if keeps_out else None, out_real if keeps_real else None, lse)
+        ctx.call = call
+        ctx.originals = [None if x is None else (x.shape, x.dtype) for x in tensors]
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_out):
+        *prepared, out, out_real, lse = ctx.saved_tensors
+        wants = list(ctx.needs_input_grad[1:])
+        grads = torch.ops.peft_kernels.ia3_attention_backward(
+            _dense(grad_out).transpose(1, 2), *ctx.call.arguments(*prepared), out, out_real, lse, wants
+        )
+        grads = [*(grad.transpose(1, 2) for grad in grads[:3]), *grads[3:]]
+        return None, *(
+            grad.reshape(original[0]).to(original[1]) if want else None
+            for grad, original, want in zip(grads, ctx.originals, wants, strict=True)
+        )
+
+
+@torch.library.register_fake("peft_kernels::ia3_attention_forward")
+def _(q, k, v, l_q, l_k, l_v, scale, causal, window, key_padding_mask, attn_mask, prefix_k, prefix_v, cos, sin,
+      training):  # fmt: skip
+    batch, heads, num_queries, head_dim = q.shape
+    out = q.new_empty((batch, num_queries, heads, head_dim))
+    real = q.new_empty((batch if training and l_v is not None else 0, num_queries, heads, head_dim))
+    return out, real, q.new_empty((batch, heads, num_queries), dtype=torch.float32)
+
+
+@torch.library.register_fake("peft_kernels::ia3_attention_backward")
+def _(grad_out, q, k, v, l_q, l_k, l_v, scale, causal, window, key_padding_mask, attn_mask, prefix_k, prefix_v, cos,
+      sin, out, out_real, lse, wants):  # fmt: skip
+    def rows(x, want):
+        batch, heads, length, head_dim = x.shape
+        return x.new_empty((batch if want else 0, length, heads, head_dim))
+
+    length = 0 if prefix_k is None else prefix_k.shape[1]
+    kv_heads, head_dim = k.shape[1], q.shape[3]
+    counts = (q.shape[1] * head_dim, kv_heads * head_dim, kv_heads * head_dim)
+    return (
+        *(rows(x, want) for x, want in zip((q, k, v), wants[:3], strict=True)),
+        *(q.new_empty((n if want else 0,), dtype=torch.float32) for n, want in zip(counts, wants[3:6], strict=True)),
+        *(q.new_empty((kv_heads if want else 0, length, head_dim), dtype=torch.float32) for want in wants[6:]),
+    )
+
+
+def _check(q, k, v, l_q, l_k, l_v, scale, window, key_padding_mask, attn_mask, prefix_k, prefix_v, rope) -> None:
+    """Everything else that can be wrong; the texts are made only on failure, since it runs at every call."""
+    batch, heads, num_queries, head_dim = q.shape
+    kv_heads, num_keys = k.shape[1:3]
+    if k.shape[0] != batch or k.shape[3] != head_dim or k.dtype != q.dtype:
+        _bad("k", k, f"{_name(q.dtype)} [{batch}, H_kv, S_k, {head_dim}], for q {list(q.shape)}")
+    if v.shape != k.shape or v.dtype != q.dtype:
+        _bad("v", v, f"{_name(q.dtype)} {list(k.shape)}, as k")
+    if heads and (kv_heads == 0 or heads % kv_heads):
+        _bad("k", k, f"a number of heads that divides q's {heads}")
+    for name, factors, count in (("l_q", l_q, heads), ("l_k", l_k, kv_heads), ("l_v", l_v, kv_heads)):
+        if factors is not None and not (
+            isinstance(factors, Tensor)
+            and factors.dtype in _DTYPES
+            and factors.shape in ((count * head_dim,), (count, head_dim))
+        ):
+            wanted = f"a float32, bfloat16 or float16 tensor [{count * head_dim}] or [{count}, {head_dim}]"
+            _bad(name, factors, wanted)
+    if scale is not None and not (isinstance(scale, (float, int)) and abs(scale) <= torch.finfo(torch.float32).max):
+        _bad("scale", scale, "a finite float32 number")
+    if window is not None and not (isinstance(window, int) and window >= 1):
+        _bad("window", window, "a whole number of at least 1")
+    if key_padding_mask is not None and not (
+        isinstance(key_padding_mask, Tensor)
+        and key_padding_mask.dtype is torch.bool
+        and key_padding_mask.shape == (batch, num_keys)
+    ):
+        _bad("key_padding_mask", key_padding_mask, f"a bool tensor [{batch}, {num_keys}]")
+    if attn_mask is not None:
+        full = (batch, heads, num_queries, num_keys)
+        if not (
+            isinstance(attn_mask, Tensor)
+            and attn_mask.dtype in (torch.bool, *_DTYPES)
+            and attn_mask.dim() <= 4
+            and all(n in (1, m) for n, m in zip(reversed(attn_mask.shape), reversed(full), strict=False))
+        ):
+            _bad("attn_mask", attn_mask, f"a bool, float32, bfloat16 or float16 tensor that expands to {list(full)}")
+        if attn_mask.requires_grad:
+            raise ValueError("attn_mask: got one that requires a gradient, wanted one that does not")
+    if (prefix_k is None) != (prefix_v is None):
+        missing, given = ("prefix_k", "prefix_v") if prefix_k is None else ("prefix_v", "prefix_k")
+        raise ValueError(f"{missing}: got None, wanted a tensor, since {given} is one")
+    for name, prefix in (("prefix_k", prefix_k), ("prefix_v", prefix_v)):
+        if prefix is not None and not (
+            isinstance(prefix, Tensor)
+            and prefix.dtype in _DTYPES
+            and prefix.dim() == 3
+            and prefix.shape[::2] == (kv_heads, head_dim)
+            and (name == "prefix_k" or prefix.shape == prefix_k.shape)
+        ):
+            length = "P" if name == "prefix_k" else prefix_k.shape[1]
+            _bad(name, prefix, f"a float32, bfloat16 or float16 tensor [{kv_heads}, {length}, {head_dim}]")
+    if rope is not None:
+        _check_rope(rope, batch, num_queries, num_keys, head_dim)
+    named = {"k": k, "v": v, "l_q": l_q, "l_k": l_k, "l_v": l_v, "key_padding_mask": key_padding_mask,
+             "attn_mask": attn_mask, "prefix_k": prefix_k, "prefix_v": prefix_v}  # fmt: skip
+    if rope is not None:
+        named |= {"rope cos": rope[0], "rope sin": rope[1]}
+    for name, tensor in named.items():
+        if tensor is not None and tensor.device != q.device:
+            raise ValueError(f"{name}: got a tensor on {tensor.device}, wanted one on {q.device}, where q is")
+
+
+def _check_rope(rope, batch: int, num_queries: int, num_keys: int, head_dim: int) -> None:
+    if not (isinstance(rope, (tuple, list)) and len(rope) == 2):
+        _bad("rope", rope, "a pair of tensors (cos, sin)")
+    for name, part in zip(("rope cos", "rope sin"), rope, strict=True):
+        if not (
+            isinstance(part, Tensor)
+            and part.dtype in _DTYPES
+            and part.dim() in (2, 3)
+            and part.shape[-2] == num_keys
+            and part.shape[-1] <= head_dim
+            and part.shape[-1] % 2 == 0
+            and (part.dim() == 2 or part.shape[0] in (1, batch))
+            and part.shape == rope[0].shape
+        ):
+            wanted = f"a float32, bfloat16 or float16 tensor [{num_keys}, R] or [{batch} or 1, {num_keys}, R]"
+            _bad(name, part, f"{wanted} with an even R ≤ {head_dim}, the same for both")
+        if part.requires_grad:
+            raise ValueError(f"{name}: got one that requires a gradient, wanted one that does not")
+    if num_queries > num_keys:
+        raise ValueError(f"q: got {num_queries} positions, wanted at most k's {num_keys}, since rope is given")
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _bad(name: str, got: Any, wanted: str) -> NoReturn:
+    text = f"{_name(got.dtype)} {list(got.shape)}" if isinstance(got, Tensor) else f"{got!r}, a {type(got).__name__}"
+    raise ValueError(f"{name}: got {text}, wanted {wanted}")

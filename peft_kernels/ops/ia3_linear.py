@@ -1,0 +1,190 @@
+"""(IA)³ on a frozen linear, dense or 4-bit, as one fused operation: `y = l_out ⊙ ((l_in ⊙ x) Wᵀ + b)`.
+
+(IA)³: Liu et al. 2022, "Few-Shot Parameter-Efficient Fine-Tuning is Better and Cheaper than In-Context Learning"
+(arXiv:2205.05638): l_out is its l_k or l_v, at the key's or the value's projection, l_in its l_ff, at the projection
+that reads a feed-forward block's hidden.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .. import _extension  # noqa: F401
+from ._linear import (
+    any_requires_grad,
+    as_rows,
+    bad,
+    check_devices,
+    check_product,
+    named,
+    product_dtypes,
+    weight_arguments,
+    without_autocast,
+)
+from .nf4 import NF4Weight
+
+# Decoding with a dense weight: torch reads it 1.7 times as fast as a kernel that packs it first (2048 x 2048 in bf16),
+# and passes over so few rows of x and y cost nothing.
+_FEW_ROWS = 8
+
+
+def ia3_linear(
+    x: Tensor,
+    weight: Tensor | NF4Weight,
+    bias: Tensor | None = None,
+    l_in: Tensor | None = None,
+    l_out: Tensor | None = None,
+    *,
+    compute_dtype: torch.dtype | None = None,
+    out_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """A linear layer whose inputs, or whose outputs, are scaled by a learned vector.
+
+    The product is computed in `compute_dtype` with fp32 accumulation. l_in is applied as x is converted to that dtype,
+    l_out before y is rounded; several adapters are one, with the product of their vectors. Saved for backward: x (only
+    when l_in is trained), and y before l_out, in out_dtype (only when l_out is). Under autocast compute_dtype and
+    out_dtype default to autocast's dtype.
+
+    Args:
+        x: [..., K], fp32, bf16 or fp16.
+        weight: [N, K]; a dense tensor, or an `NF4Weight`, which is frozen.
+        bias: [N].
+        l_in: [K], fp32, bf16 or fp16; None for ones.
+        l_out: [N], the same.
+        compute_dtype: of the product; by default x's.
+        out_dtype: of y; by default x's.
+
+    Returns:
+        [..., N] in out_dtype.
+
+    Raises:
+        ValueError: a shape, dtype or device that does not fit; it names the argument, what it got and what it wanted.
+    """
+    check_product(x, weight, bias, compute_dtype, out_dtype)
+    for name, scale, size in (("l_in", l_in, weight.shape[1]), ("l_out", l_out, weight.shape[0])):
+        if scale is not None and not (
+            isinstance(scale, Tensor) and scale.is_floating_point() and scale.shape == (size,)
+        ):
+            bad(name, scale, f"a floating-point tensor [{size}], for a weight of shape {list(weight.shape)}")
+    check_devices(x, (("l_in", l_in), ("l_out", l_out)))
+    compute_dtype, out_dtype = product_dtypes(x, compute_dtype, out_dtype)
+    call = _Call(weight, compute_dtype, out_dtype)
+    flat = as_rows(x)
+    dense = None if isinstance(weight, NF4Weight) else weight
+    if torch.is_grad_enabled() and any_requires_grad(x, bias, dense, l_in, l_out):
+        y = _IA3Linear.apply(flat, bias, dense, l_in, l_out, call)
+    elif dense is not None and flat.shape[0] <= _FEW_ROWS:
+        y = call.separate_passes(flat, bias, l_in, l_out)
+    else:
+        y, _ = call.forward(flat, bias, l_in, l_out, False)
+    return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[-1])
+
+
+@dataclass(frozen=True)
+class _Call:
+    """What one call shares between its forward and its backward, tensors that need gradients apart."""
+
+    weight: Tensor | NF4Weight
+    compute_dtype: torch.dtype
+    out_dtype: torch.dtype
+
+    def weight_arguments(self, side: int) -> tuple:
+        dense = None
+        if not isinstance(self.weight, NF4Weight):
+            dense = self.weight if self.weight.stride(-1) == 1 else self.weight.contiguous()
+        return dense, *weight_arguments(self.weight, self.weight.shape[side], self.compute_dtype)
+
+    def forward(self, x, bias, l_in, l_out, keeps_unscaled: bool) -> tuple[Tensor, Tensor]:
+        """Returns y [M, N], and y before l_out, if it is to be kept."""
+        return torch.ops.peft_kernels.ia3_linear_forward(
+            x, *self.weight_arguments(0), self.compute_dtype, self.out_dtype, bias, _fp32(l_in), _fp32(l_out),
+            keeps_unscaled,
+        )  # fmt: skip
+
+    def separate_passes(self, x, bias, l_in, l_out) -> Tensor:
+        dtype = self.compute_dtype
+        with without_autocast(x.device.type):
+            x = (x if l_in is None else x * l_in).to(dtype)
+            y = F.linear(x, self.weight.to(dtype), None if bias is None else bias.to(dtype))
+            return (y if l_out is None else y * l_out).to(self.out_dtype)
+
+    def backward(self, grad_y, x, x_dtype, unscaled, l_in, l_out, wants_x, wants_l_in, wants_l_out):
+        """Returns the gradients of x, l_in and l_out, without elements where not wanted."""
+        return torch.ops.peft_kernels.ia3_linear_backward(
+            grad_y, x, unscaled, *self.weight_arguments(1), self.compute_dtype, x_dtype, _fp32(l_in), _fp32(l_out),
+            wants_x, wants_l_in, wants_l_out,
+        )  # fmt: skip
+
+
+def _fp32(scale: Tensor | None) -> Tensor | None:
+    return None if scale is None else scale.to(torch.float32).contiguous()
+
+
+class _IA3Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, bias, weight, l_in, l_out, call):
+        # `weight` repeats call.weight where it is dense, so that autograd sees it.
+        _, _, wants_weight, wants_l_in, wants_l_out, _ = ctx.needs_input_grad
+        y, unscaled = call.forward(x, bias, l_in, l_out, wants_l_out)
+        keeps_x = wants_weight or wants_l_in
+        ctx.save_for_backward(x if keeps_x else None, unscaled if wants_l_out else None, weight, l_in, l_out)
+        ctx.call, ctx.x_dtype = call, x.dtype
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_y):
+        x, unscaled, weight, l_in, l_out = ctx.saved_tensors
+        wants_x, wants_bias, wants_weight, wants_l_in, wants_l_out, _ = ctx.needs_input_grad
+        if grad_y.stride(-1) != 1:
+            grad_y = grad_y.contiguous()
+        grad_x = grad_l_in = grad_l_out = grad_bias = grad_weight = None
+        if wants_x or wants_l_in or wants_l_out:
+            grad_x, grad_l_in, grad_l_out = ctx.call.backward(
+                grad_y, x, ctx.x_dtype, unscaled, l_in, l_out, wants_x, wants_l_in, wants_l_out
+            )
+        if wants_bias:
+            grad_bias = grad_y.sum(0, dtype=torch.float32)
+            grad_bias = (grad_bias if l_out is None else grad_bias * l_out).to(ctx.bias_dtype)
+        if wants_weight:
+            dtype = ctx.call.compute_dtype
+            left, right = (grad_y if l_out is None else grad_y * l_out), (x if l_in is None else x * l_in)
+            with without_autocast(grad_y.device.type):
+                grad_weight = (left.to(dtype).T @ right.to(dtype)).to(weight.dtype)
+        return (
+            grad_x if wants_x else None,
+            grad_bias,
+            grad_weight,
+            grad_l_in.to(l_in.dtype) if wants_l_in else None,
+            grad_l_out.to(l_out.dtype) if wants_l_out else None,
+            None,
+        )
+
+
+@torch.library.register_fake("peft_kernels::ia3_linear_forward")
+def _(x, dense, codes, absmax, nested, nested_blocksize, out_features, blocksize, quant_type, weight_dtype,
+      compute_dtype, out_dtype, bias, l_in, l_out, keeps_unscaled):  # fmt: skip
+    check_devices(x, named(dense=[dense], codes=[codes], absmax=[absmax], nested=nested, bias=[bias], l_in=[l_in],
+                           l_out=[l_out]))  # fmt: skip
+    m = x.shape[0]
+    y = x.new_empty((m, out_features), dtype=out_dtype)
+    return y, x.new_empty((m if keeps_unscaled else 0, out_features), dtype=out_dtype)
+
+
+@torch.library.register_fake("peft_kernels::ia3_linear_backward")
+def _(grad_y, x, unscaled, dense, codes, absmax, nested, nested_blocksize, in_features, blocksize, quant_type,
+      weight_dtype, compute_dtype, x_dtype, l_in, l_out, wants_x, wants_l_in, wants_l_out):  # fmt: skip
+    check_devices(grad_y, named(x=[x], unscaled=[unscaled], dense=[dense], codes=[codes], absmax=[absmax],
+                                nested=nested, l_in=[l_in], l_out=[l_out]))  # fmt: skip
+    m, n = grad_y.shape
+    return (
+        grad_y.new_empty((m if wants_x else 0, in_features), dtype=x_dtype),
+        grad_y.new_empty((in_features if wants_l_in else 0,), dtype=torch.float32),
+        grad_y.new_empty((n if wants_l_out else 0,), dtype=torch.float32),
+    )

@@ -1,0 +1,26 @@
+"""How the package's reports on a model are printed."""
+
+from __future__ import annotations
+
+import io
+import re
+
+from rich.console import Console
+from rich.table import Table
+
+
+class PrintedReport:
+    """A report that prints as its table: by `print`, and in color by rich."""
+
+    def __rich__(self) -> Table:
+        raise NotImplementedError
+
+    def __str__(self) -> str:
+        console = Console(file=io.StringIO(), width=120)
+        console.print(self)
+        return console.file.getvalue()
+
+
+def starred(name: str) -> str:
+    """A module's name with a star for each number, so that a model's layers can share a row."""
+    return re.sub(r"(^|\.)\d+(?=\.|$)", r"\1*", name)

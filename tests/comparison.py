@@ -1,0 +1,30 @@
+"""How the tests of all families compare a result with its oracle's."""
+
+import torch
+from torch import Tensor
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def short(dtype: torch.dtype) -> str:
+    """A dtype as it stands in test ids: fp32, bf16, fp16."""
+    return {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype]
+
+
+def rms(tensor: Tensor) -> float:
+    return tensor.double().square().mean().sqrt().item()
+
+
+def error(actual: Tensor, expected: Tensor) -> float:
+    """Relative rms error; zero for empty tensors."""
+    assert actual.shape == expected.shape
+    if actual.numel() == 0:
+        return 0.0
+    difference, scale = rms(actual.double() - expected.double()), rms(expected)
+    return difference / scale if scale > 0 else difference
+
+
+def assert_close(actual: Tensor, expected: Tensor, tolerance: float, what: str = "") -> None:
+    assert actual.isfinite().all(), f"{what}: not finite"
+    measured = error(actual, expected)
+    assert measured <= tolerance, f"{what}: relative rms error {measured:.3g}, wanted at most {tolerance:.3g}"

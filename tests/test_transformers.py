@@ -1,0 +1,171 @@
+"""The fused attention of transformers' models: masks, caches, generation, and the ways back to torch's."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from tiny_models import DECODERS, assert_same, assert_same_steps, step, tiny, tokens
+from transformers import StaticCache
+
+import peft_kernels
+
+
+def lora(model, **config):
+    targets = {"target_modules": ["c_fc"]} if model.config.model_type == "gpt2" else {"target_modules": "all-linear"}
+    task = "SEQ_CLS" if model.config.model_type == "bert" else "CAUSAL_LM"
+    model = get_peft_model(model, LoraConfig(r=2, task_type=task, init_lora_weights=False, **targets, **config))
+    return model.train()
+
+
+def attention_rows(report):
+    return [layer for layer in report if "Attention" in layer.kind]
+
+
+def accelerated(model):
+    peft_kernels.accelerate(model)
+    return model
+
+
+@pytest.mark.parametrize("name", [*DECODERS, "bert"])
+def test_trains_as_stock_does(name):
+    model = lora(tiny(name))
+    if name == "gpt2":  # whose other layers are no torch.nn.Linear
+        wanted = step(model, *tokens())
+        report = peft_kernels.accelerate(model)
+        torch.manual_seed(0)
+    else:
+        report = assert_same_steps(model, *tokens())
+    assert len(attention_rows(report)) == 2 and all(layer.fused for layer in attention_rows(report))
+    if name == "gpt2":
+        model = lora(tiny(name))
+        ids, padding = tokens()
+        wanted = step(model, ids, padding)
+        peft_kernels.accelerate(model)
+        assert_same(step(model, ids, padding), wanted)
+
+
+@pytest.mark.parametrize("name", DECODERS)
+@pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"use_cache": False}], ids=["greedy", "beams", "no-cache"])
+def test_generates_as_stock_does(name, options):
+    model = tiny(name).eval()
+    ids, padding = tokens()
+    options = {"attention_mask": padding, "max_new_tokens": 8, "do_sample": False, **options}
+    wanted = model.generate(ids, **options)
+    assert torch.equal(accelerated(model).generate(ids, **options), wanted)
+
+
+@pytest.mark.parametrize("window", [3, 5, 30])
+@pytest.mark.parametrize("name", ["mistral", "qwen2"])
+def test_sliding_window(name, window):
+    config = {"use_sliding_window": True, "max_window_layers": 1} if name == "qwen2" else {}
+    model = tiny(name, sliding_window=window, **config).eval()
+    ids, padding = tokens()
+    with torch.no_grad():
+        wanted = [model(ids, mask).logits for mask in (None, padding)]
+        generated = model.generate(ids, attention_mask=padding, max_new_tokens=8, do_sample=False)
+        peft_kernels.accelerate(model)
+        assert torch.allclose(model(ids).logits, wanted[0], atol=1e-5)
+        real = padding.bool()
+        assert torch.allclose(model(ids, padding).logits[real], wanted[1][real], atol=1e-5)
+    assert torch.equal(model.generate(ids, attention_mask=padding, max_new_tokens=8, do_sample=False), generated)
+
+
+def test_masks_of_other_kinds():
+    """Packed sequences, a static cache, prefill in chunks, and masks that the caller made."""
+    model = tiny("llama").eval()
+    ids, padding = tokens()
+    causal = torch.ones(9, 9, dtype=torch.bool).tril()[None, None] & padding.bool()[:, None, None]
+    additive = torch.where(causal, 0.0, torch.finfo(torch.float32).min)
+    packed = torch.tensor([0, 1, 2, 3, 0, 1, 2, 0, 1])[None].expand(3, -1)
+
+    def results():
+        with torch.no_grad():
+            cache = StaticCache(config=model.config, max_cache_len=16)
+            static = [model(part, past_key_values=cache).logits for part in ids.split([5, 1, 1, 2], 1)]
+            outputs = model(ids[:, :4], use_cache=True)
+            chunk = model(ids[:, 4:], past_key_values=outputs.past_key_values, attention_mask=torch.ones(3, 9)).logits
+            real = padding.bool()
+            return [model(ids, position_ids=packed).logits, torch.cat(static, 1), chunk,
+                    model(ids, causal).logits[real], model(ids, additive).logits[real]]  # fmt: skip
+
+    wanted = results()
+    peft_kernels.accelerate(model)
+    for got, want in zip(results(), wanted, strict=True):
+        assert torch.allclose(got, want, atol=1e-5)
+
+
+def test_padding_is_not_dropped():
+    model = accelerated(tiny("llama").eval())
+    ids, padding = tokens()
+    other = torch.where(padding.bool(), ids, 5)
+    with torch.no_grad():
+        assert torch.equal(model(ids, padding).logits[padding.bool()], model(other, padding).logits[padding.bool()])
+        assert not torch.equal(model(ids).logits, model(ids, padding).logits)
+
+
+@pytest.mark.parametrize("reentrant", [False, True], ids=["non-reentrant", "reentrant"])
+def test_gradient_checkpointing(reentrant):
+    model = lora(tiny("llama"))
+    ids, padding = tokens()
+    peft_kernels.accelerate(model)
+    wanted = step(model, ids, padding)
+    model.enable_input_require_grads()
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+    assert_same(step(model, ids, padding), wanted)
+
+
+def test_attention_dropout_takes_torchs_attention(caplog):
+    model = tiny("llama", attention_dropout=0.5)
+    ids, padding = tokens()
+    report = peft_kernels.accelerate(model)
+    assert {layer.reason for layer in report} == {"attention dropout of 0.5"}
+    torch.manual_seed(3)
+    got = model(ids, padding).logits
+    peft_kernels.restore(model)
+    torch.manual_seed(3)
+    assert torch.allclose(got, model(ids, padding).logits, atol=1e-5)
+    peft_kernels.accelerate(model.eval())
+    assert all(layer.fused for layer in peft_kernels.accelerate(model))
+
+
+def test_other_implementations_are_left_alone():
+    model = tiny("llama")
+    model.set_attn_implementation("eager")
+    report = peft_kernels.accelerate(model)
+    assert {layer.reason for layer in report} == {"its attention is 'eager', not 'sdpa'"}
+    assert model.config._attn_implementation == "eager"
+    # Chosen afterwards, it is what counts.
+    model.set_attn_implementation("sdpa")
+    peft_kernels.accelerate(model)
+    model.set_attn_implementation("eager")
+    assert {layer.reason for layer in peft_kernels.accelerate(model)} == {"its attention is now 'eager'"}
+    assert model(tokens()[0], output_attentions=True).attentions[0].shape == (3, 4, 9, 9)
+
+
+def test_restore_copy_pickle_and_save(tmp_path):
+    model = tiny("llama").eval()
+    stock = type(model.model.layers[0].self_attn)
+    ids, padding = tokens()
+    wanted = model(ids, padding).logits
+    peft_kernels.accelerate(model)
+    fused = model(ids, padding).logits
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(other(ids, padding).logits, fused)
+    model.save_pretrained(tmp_path)
+    assert "peft_kernels" not in (tmp_path / "config.json").read_text()
+    peft_kernels.restore(model)
+    assert type(model.model.layers[0].self_attn) is stock and model.config._attn_implementation == "sdpa"
+    assert torch.equal(model(ids, padding).logits, wanted)
+
+
+def test_autocast():
+    model = tiny("llama").eval()
+    ids, padding = tokens()
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        wanted = model(ids, padding).logits
+        got = accelerated(model)(ids, padding).logits
+    assert got.dtype == wanted.dtype
+    real = padding.bool()
+    assert torch.allclose(got[real].float(), wanted[real].float(), atol=2e-2)

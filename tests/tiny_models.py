@@ -1,0 +1,98 @@
+"""Tiny random language models of transformers, and a step of stock compared with one of the accelerated model."""
+
+import torch
+import transformers
+from torch import Tensor, nn
+
+import peft_kernels
+
+VOCABULARY, PADDING, END = 60, 0, 2
+
+# With the names that each configuration gives the sizes; and nothing random in training.
+_GPT2 = {"n_embd": "hidden", "n_inner": "intermediate", "n_layer": 2, "n_head": 4, "n_positions": 64,
+         "attn_pdrop": 0.0, "resid_pdrop": 0.0, "embd_pdrop": 0.0}  # fmt: skip
+_LLAMA = {"hidden_size": "hidden", "intermediate_size": "intermediate", "num_hidden_layers": 2,
+          "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64}  # fmt: skip
+_CONFIGS = {
+    "llama": (transformers.LlamaConfig, _LLAMA),
+    "mistral": (transformers.MistralConfig, {**_LLAMA, "sliding_window": None}),
+    "qwen2": (transformers.Qwen2Config, _LLAMA),
+    "qwen3": (transformers.Qwen3Config, {**_LLAMA, "head_dim": 16}),
+    "gpt2": (transformers.GPT2Config, _GPT2),
+    "opt": (transformers.OPTConfig, {
+        "hidden_size": "hidden", "word_embed_proj_dim": "hidden", "ffn_dim": "intermediate", "num_hidden_layers": 2,
+        "num_attention_heads": 4, "max_position_embeddings": 64, "dropout": 0.0, "attention_dropout": 0.0,
+    }),
+    "bert": (transformers.BertConfig, {
+        "hidden_size": "hidden", "intermediate_size": "intermediate", "num_hidden_layers": 2, "num_attention_heads": 4,
+        "max_position_embeddings": 64, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0,
+    }),
+}  # fmt: skip
+
+DECODERS = [name for name in _CONFIGS if name != "bert"]
+
+
+def tiny(name: str, hidden: int = 32, intermediate: int = 48, **config) -> nn.Module:
+    """A causal language model, or a classifier if it is a BERT; in training mode."""
+    kind, fields = _CONFIGS[name]
+    sizes = {"hidden": hidden, "intermediate": intermediate}
+    fields = {key: sizes.get(value, value) for key, value in fields.items()} | config
+    config = kind(vocab_size=VOCABULARY, pad_token_id=PADDING, bos_token_id=1, eos_token_id=END, **fields)
+    auto = transformers.AutoModelForSequenceClassification if name == "bert" else transformers.AutoModelForCausalLM
+    return auto.from_config(config).train()
+
+
+def tokens(batch: int = 3, length: int = 9) -> tuple[Tensor, Tensor]:
+    """Token ids, and their padding mask: some rows are padded on the left."""
+    ids = torch.randint(3, VOCABULARY, (batch, length))
+    padding = torch.ones_like(ids)
+    padding[0, :4] = 0
+    padding[2, :1] = 0
+    return ids, padding
+
+
+def step(model: nn.Module, ids: Tensor, padding: Tensor | None) -> dict[str, Tensor]:
+    """The loss, the logits of what is no padding, and every gradient, by name."""
+    model.zero_grad()
+    classifies = "SequenceClassification" in type(model.get_base_model()).__name__
+    labels = ids[:, 0] % 2 if classifies else ids
+    outputs = model(input_ids=ids, attention_mask=padding, labels=labels)
+    outputs.loss.backward()
+    logits = outputs.logits.detach()
+    if padding is not None and not classifies:
+        logits = logits[padding.bool()]
+    grads = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    return {"loss": outputs.loss.detach(), "logits": logits, **grads}
+
+
+def assert_same(actual: dict[str, Tensor], wanted: dict[str, Tensor], tolerance: float = 3e-5) -> None:
+    assert actual.keys() == wanted.keys()
+    for name, value in wanted.items():
+        difference = (actual[name] - value).norm()
+        assert difference <= tolerance * value.norm() + 1e-9, f"{name}: {difference / value.norm()}"
+
+
+def assert_same_steps(model: nn.Module, ids: Tensor, padding: Tensor) -> peft_kernels.integrations.Report:
+    """Accelerates a model, and compares its steps with and without padding with stock's, and those after `restore`."""
+    wanted = [step(model, ids, mask) for mask in (padding, None)]
+    report = peft_kernels.accelerate(model)
+    assert not report.left_alone
+    for mask, want in zip((padding, None), wanted, strict=True):
+        assert_same(step(model, ids, mask), want)
+    return report
+
+
+def greedy(model: nn.Module, ids: Tensor, padding: Tensor, count: int) -> Tensor:
+    """Greedy decoding by whole forwards: what generation with any cache has to give."""
+    ended = torch.zeros(len(ids), 1, dtype=torch.bool)
+    with torch.no_grad():
+        for _ in range(count):
+            positions = (padding.cumsum(1) - 1).masked_fill(padding == 0, 0)
+            logits = model(input_ids=ids, attention_mask=padding, position_ids=positions).logits
+            token = logits[:, -1].argmax(-1, keepdim=True).masked_fill(ended, PADDING)
+            ended |= token == END
+            ids = torch.cat([ids, token], 1)
+            padding = torch.cat([padding, torch.ones_like(token)], 1)
+            if ended.all():
+                break
+    return ids

@@ -40,9 +40,7 @@ def test_default_path(monkeypatch, tmp_path):
     assert tuned.path() == tmp_path / "peft_kernels" / "tuned.json"
 
 
-@pytest.mark.parametrize(
-    "text", ["", "[]", "{}", '{"lora_linear": {"A": 3}}', '{"lora_linear": {"A": {"forward": 3}}}']
-)
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"lora_linear": {"A": 3}}', '{"lora_linear": {"A": {"forward": 3}}}'])
 def test_bad_file(monkeypatch, text):
     tuned.path().parent.mkdir()
     tuned.path().write_text(text)

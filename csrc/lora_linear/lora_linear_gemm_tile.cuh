@@ -143,8 +143,8 @@ private:
     uint32_t write_x_, write_codes_;
 };
 
-// absmax of a thread's block, step after step. Blocks that the weight does not have get that of another: what comes of
-// them is not stored, or meets codes that are not decoded or an x of zeros.
+// absmax of a thread's block, step after step. Where the weight has no row or column, that of another block will do: what
+// comes of it is not stored.
 template <class Traits>
 class GemmAbsmax {
 public:
@@ -165,8 +165,7 @@ public:
         const int block = threadIdx.x / Traits::kParts;
         if constexpr (Traits::kTransposed) {
             at_ = block % 64 * pitch_ + block / 64;
-            next_ = load();
-            at_ += 64 * pitch_;
+            next_ = load_next();
         } else {
             const int row = threadIdx.x / Traits::kSpan, place = threadIdx.x % Traits::kSpan;
             at_ = row * pitch_ + place;
@@ -183,8 +182,7 @@ public:
         float absmax;
         if constexpr (Traits::kTransposed) {
             absmax = next_;
-            next_ = load();
-            at_ += 64 * pitch_;
+            next_ = load_next();
         } else {
             fill();
             absmax = load_shared_float(read_ + step_ % (2 * Traits::kSpan) * (Traits::kSpanPitch * 4));
@@ -199,6 +197,14 @@ private:
         int block = (within_ + min(at_, last_)) >> shift_;
         keep(block);
         return absmax_.load(shared_.nested_code, block);
+    }
+
+    // Transposed: of the block 64 rows further down; below the last row x is zero, and absmax must be finite.
+    __device__ float load_next() {
+        const float absmax = load();
+        const bool exists = at_ <= last_;
+        at_ += 64 * pitch_;
+        return exists ? absmax : 0.0f;
     }
 
     // Forward: a sixteenth of the span after the one of this step, 8 rows by 16 lanes each along its steps. The two

@@ -49,20 +49,22 @@ def quantize(shape: tuple[int, int], dtype: str, blocksize: int) -> Case:
     return Case("nf4", f"quantise {shape[0]}x{shape[1]} {dtype} by {blocksize}", prepare)
 
 
-def layer(rows: int, n: int, k: int, rank: int = 16, training: bool = False, dropout: float = 0.0) -> Case:
-    """A 4-bit layer with one adapter in fp32, on bf16: its forward, or its forward and backward."""
+def layer(m: int, n: int, k: int, rank: int = 0, training: bool = False, dropout: float = 0.0) -> Case:
+    """A bf16 linear on nested NF4, with or without an adapter in fp32: its forward, or its forward and backward."""
 
-    def run() -> None:
-        torch.manual_seed(0)
-        weight = quantize_4bit(torch.randn(n, k, dtype=torch.bfloat16), double_quant=True)
-        a, b = torch.randn(rank, k).requires_grad_(training), torch.randn(n, rank).requires_grad_(training)
-        x = torch.randn(rows, k, dtype=torch.bfloat16).requires_grad_(training)
-        y = lora_linear(x, weight, None, [a], [b], [1.0], [dropout] if dropout else [])
-        if training:
-            y.backward(torch.ones_like(y))
+    def prepare() -> Callable[[], object]:
+        weight = quantize_4bit(torch.randn(n, k).bfloat16(), double_quant=True)
+        x = torch.randn(m, k).bfloat16().requires_grad_(training)
+        adapters = range(bool(rank))
+        lora_A = [torch.randn(rank, k).requires_grad_(training) for _ in adapters]
+        lora_B = [torch.randn(n, rank).requires_grad_(training) for _ in adapters]
+        forward = functools.partial(
+            lora_linear, x, weight, None, lora_A, lora_B, [1.0 for _ in adapters], [dropout for _ in adapters]
+        )
+        return (lambda: forward().sum().backward()) if training else forward
 
-    extras = f" dropout {dropout:g}" if dropout else ""
-    return Case("lora_linear", f"{'train' if training else 'eval'} M={rows} {n}x{k} r{rank}{extras}", run)
+    extras = f" rank={rank}" * bool(rank) + f" dropout={dropout:g}" * bool(dropout) + " backward" * training
+    return Case("lora_linear", f"m={m} n={n} k={k}{extras}", prepare)
 
 
 CASES = (
@@ -73,10 +75,11 @@ CASES = (
     dequantize((1536, 576), "bfloat16", nested=True),
     dequantize((576, 576), "float32"),
     dequantize((33, 517), "float16"),
-    layer(1, 512, 1024),
-    layer(32, 512, 1024),
-    layer(128, 512, 1024),
-    layer(1024, 256, 512, training=True, dropout=0.05),
+    *(layer(m, 1024, 4096) for m in (1, 8, 32, 64, 128, 256)),
+    layer(1, 576, 576, rank=16),
+    layer(96, 576, 576, rank=16),
+    layer(128, 1024, 1024, training=True),
+    layer(1024, 256, 512, rank=16, training=True, dropout=0.05),
 )
 
 

@@ -97,7 +97,13 @@ inline std::string describe(const LoraLinearProblem& p, const LoraLinearCudaPlan
                        number(device.multiprocessors) + " multiprocessors: base ";
     switch (plan.base) {
         case BaseProduct::kNone: text += "none"; break;
-        case BaseProduct::kFused: text += "fused"; break;
+        case BaseProduct::kFused: {
+            const LoraLinearGemmPlan gemm = p.backward ? plan_lora_linear_gemm(p.m, p.k, p.n, true, device)
+                                                       : plan_lora_linear_gemm(p.m, p.n, p.k, false, device);
+            text += "fused, " + number(gemm.tiles) + " tiles of " + number(gemm.tile_m) + " rows, " +
+                    number(gemm.splits) + (gemm.splits == 1 ? " CTA each" : " CTAs each");
+            break;
+        }
         case BaseProduct::kLibrary: {
             const int64_t panels = ceil_div(p.n, plan.panel_rows);
             text += "library, " + number(panels) + (panels == 1 ? " panel of " : " panels of ") +

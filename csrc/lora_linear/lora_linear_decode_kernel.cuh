@@ -188,20 +188,26 @@ private:
     uint32_t lane_codes_[kLaneRows][4];
 };
 
-// absmax of all rows for the chunks of a span. Lanes run along a row: whole sectors.
+// absmax of all rows for the chunks of a span. Lanes run along a row: whole sectors. Where the weight has no row, that of
+// its last one will do, for what comes of it is not stored; where it has no block, x is zero and absmax must be finite.
 template <class Traits>
 __device__ void stage_absmax(const LoraLinearGemmKernelParams& params, typename Traits::Shared& shared,
                              int64_t first_row, int first_block, int pitch) {
-    const Absmax& absmax = params.weight.absmax;
-    const int blocks = min(static_cast<int>(params.reduction / 64) - first_block, 4 * Traits::kSpan);
-    const int lane = threadIdx.x % 32, shift = params.weight.log2_blocksize - 6;
-    for (int row = threadIdx.x / 32; row < Traits::kRows; row += Traits::kWarps) {
-        // In blocks of 64, of which several may share a block of the weight.
-        const int64_t first = min(first_row + row, params.outputs - 1) * (params.reduction / 64) + first_block;
-        const BlockAbsmax of_row(absmax, first >> shift);
-        const int within = static_cast<int>(first) & ((1 << shift) - 1);
-        for (int i = lane; i < pitch - 4; i += 32)
-            shared.absmax[row * pitch + i] = i < blocks ? of_row.load(shared.nested_code, (within + i) >> shift) : 0.0f;
+    const int row_blocks = static_cast<int>(params.reduction / 64);  // of 64; several may share a block of the weight
+    const int last_row = static_cast<int>(min(params.outputs - first_row, int64_t{Traits::kRows})) - 1;
+    const int last = min(row_blocks - first_block, 4 * Traits::kSpan) - 1;
+    const int shift = params.weight.log2_blocksize - 6;
+    const int64_t first = first_row * row_blocks + first_block;
+    const BlockAbsmax absmax(params.weight.absmax, first >> shift);
+    const int within = static_cast<int>(first) & ((1 << shift) - 1);
+    for (int column = threadIdx.x % 32; column < pitch - 4; column += 32) {
+        const int block = within + min(column, last);
+#pragma unroll 4
+        for (int row = threadIdx.x / 32; row < Traits::kRows; row += Traits::kWarps) {
+            const int at = (block + min(row, last_row) * row_blocks) >> shift;
+            const float value = absmax.load(shared.nested_code, at);
+            shared.absmax[row * pitch + column] = column <= last ? value : 0.0f;
+        }
     }
 }
 
@@ -217,7 +223,7 @@ __device__ inline void locate_output(int index, int& row, int& token) {
 
 // Ranks `rank` and following of a term to shared memory; lanes run along the ranks.
 template <class Traits>
-__device__ void stage_term(const LoraLinearGemmKernelParams& params, typename Traits::Shared& shared,
+__device__ void stage_ranks(const LoraLinearGemmKernelParams& params, typename Traits::Shared& shared,
                            const LoraTerm& term, int64_t s_column, int64_t rank, int64_t first_row) {
     constexpr int kStep = Traits::kRankStep;
     const int r = threadIdx.x % kStep;
@@ -235,7 +241,7 @@ __device__ void stage_term(const LoraLinearGemmKernelParams& params, typename Tr
 }
 
 template <class Traits>
-__device__ void add_term(const typename Traits::Shared& shared, float (&outputs)[Traits::kOutputs], int ranks) {
+__device__ void add_ranks(const typename Traits::Shared& shared, float (&outputs)[Traits::kOutputs], int ranks) {
 #pragma unroll
     for (int i = 0; i < Traits::kOutputs; ++i) {
         int row, token;
@@ -268,7 +274,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kTokens == 8 ? 3 : 2
 
     // The small terms, in fp32: they are as exact as the adapters' own dtype.
     load_nested_code(params.weight.absmax, shared.nested_code);
-    if (operands.num_terms > 0) stage_term<Traits>(params, shared, operands.terms[0], 0, 0, first_row);
+    if (operands.num_terms > 0) stage_ranks<Traits>(params, shared, operands.terms[0], 0, 0, first_row);
     float outputs[Traits::kOutputs];
 #pragma unroll
     for (int i = 0; i < Traits::kOutputs; ++i) {
@@ -285,10 +291,10 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kTokens == 8 ? 3 : 2
         for (int64_t r = 0; r < rank; r += Traits::kRankStep) {
             if (term > 0 || r > 0) {
                 __syncthreads();
-                stage_term<Traits>(params, shared, operands.terms[term], s_column, r, first_row);
+                stage_ranks<Traits>(params, shared, operands.terms[term], s_column, r, first_row);
             }
             __syncthreads();
-            add_term<Traits>(shared, outputs, static_cast<int>(min(rank - r, int64_t{Traits::kRankStep})));
+            add_ranks<Traits>(shared, outputs, static_cast<int>(min(rank - r, int64_t{Traits::kRankStep})));
         }
         s_column += rank;
     }

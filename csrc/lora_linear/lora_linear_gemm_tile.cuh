@@ -1,0 +1,320 @@
+// The parts of G1's main loop: where its operands lie in shared memory, and who brings, decodes and multiplies them. See
+// lora_linear_gemm_kernel.cuh.
+#pragma once
+
+#include "lora_linear/lora_linear_gemm_operands.cuh"
+#include "lora_linear/lora_linear_gemm_plan.h"
+#include "nf4/nf4_decode.cuh"
+
+namespace peft_kernels::cuda {
+
+template <class T_, int kTileM_, bool kTransposed_>
+struct GemmTraits {
+    using T = T_;
+    static constexpr int kTileM = kTileM_;
+    static constexpr bool kTransposed = kTransposed_;
+    static constexpr int kThreads = kTileM > 128 ? 256 : 128;
+    static constexpr bool kFull = kTileM > 128;  // m is at least kTileM: the last tile of rows overlaps the one before
+    static constexpr int kWarpM = kTileM == 64 ? 32 : 64, kWarpN = 64;
+    static constexpr int kTilesM = kWarpM / 16, kTilesN = kWarpN / 8;  // of the matrix unit, in a warp's tile
+
+    static constexpr int kBlocks = 128;                           // of 64 weights, in a step
+    static constexpr int kParts = kThreads / kBlocks;             // threads that share a block
+    static constexpr int kWords = 8 / kParts;                     // of 8 codes, that a thread decodes in a step
+    static constexpr int kWeightPitch = kTransposed ? 256 : 128;  // bytes of a row of the decoded tile
+
+    // Forward, absmax comes in spans of 16 steps, so that whole sectors are read. 130: writes along the steps of two
+    // rows are in 32 banks.
+    static constexpr int kSpan = 16, kSpanPitch = kBlocks + 2;
+
+    static constexpr int kSumPitch = kWarpN + 8;  // of the tile that goes out: fragments are written without conflicts
+
+    struct Stage {
+        uint4 x[kTileM * 8];        // [kTileM][64]
+        uint4 weight[kBlocks * 8];  // T [128][64], transposed [64][128]
+        uint4 codes[kBlocks * 2];   // [kBlocks][32]
+    };
+    struct Shared {
+        union {
+            Stage stages[2];
+            float sums[kThreads / 32][16 * kSumPitch];
+        };
+        float nested_code[256];
+        float absmax[kTransposed ? 1 : 2][kTransposed ? 1 : kSpan][kTransposed ? 1 : kSpanPitch];
+        bool is_last;
+    };
+};
+
+// A CTA's part of the work.
+struct GemmPlace {
+    int64_t tile;
+    int split;
+    int64_t first_m, stored_m, first_output;  // the rows before stored_m are another tile's
+};
+
+// Tiles of the same weights are neighbours: their codes meet in the L2. It is called before the main loop and again
+// after it, so that the loop need not keep the result in registers.
+template <class Traits>
+__device__ inline GemmPlace find_place(const LoraLinearGemmKernelParams& params) {
+    uint32_t block = blockIdx.x;
+    keep(block);
+    GemmPlace place;
+    place.tile = block / params.splits;
+    place.split = block % params.splits;
+    place.stored_m = place.tile % params.tiles_m * Traits::kTileM;
+    place.first_m = Traits::kFull ? min(place.stored_m, params.operands.m - Traits::kTileM) : place.stored_m;
+    place.first_output = place.tile / params.tiles_m * kTileN;
+    return place;
+}
+
+// Copies of x and of codes from global to shared memory, step after step.
+template <class Traits>
+class GemmLoader {
+public:
+    using T = typename Traits::T;
+    static constexpr int kRowsAtOnce = Traits::kThreads / 8;  // of x, by one copy of each thread
+
+    __device__ GemmLoader(const LoraLinearGemmKernelParams& params, typename Traits::Shared& shared, int64_t first_m,
+                          int64_t first_output, int first_step) {
+        const LoraLinearGemmParams& operands = params.operands;
+        const int row = threadIdx.x / 8, unit = threadIdx.x % 8;
+        x_step_ = kRowsAtOnce * operands.x.stride * sizeof(T);
+        x_ = static_cast<const char*>(operands.x.data) +
+             ((first_m + row) * operands.x.stride + int64_t{64} * first_step) * sizeof(T) + 16 * unit;
+        rows_left_ = static_cast<int>(min(operands.m - first_m, int64_t{Traits::kTileM})) - row;
+        columns_left_ = static_cast<int>(params.reduction) - 64 * first_step - 8 * unit;
+        write_x_ = shared_address(shared.stages[0].x) + row * 128 + (unit ^ (row % 8)) * 16;
+
+        // Two neighbouring lanes have the two halves of a block's codes, a sector. A row or column that the weight does
+        // not have is replaced by its last one: what comes of it is not stored.
+        const int block = threadIdx.x / 2, half = threadIdx.x % 2;
+        const int64_t pitch = params.weight.k / 2;
+        write_codes_ = shared_address(shared.stages[0].codes) + (2 * block + (half ^ (block / 4 % 2))) * 16;
+        if constexpr (Traits::kTransposed) {
+            const int last_column = params.outputs - first_output > 64 ? 1 : 0;
+            const int block_row = block % 64, column = min(block / 64, last_column);
+            codes_ = params.weight.codes + (int64_t{64} * first_step + block_row) * pitch +
+                     (first_output + 64 * column) / 2 + 16 * half;
+            code_step_ = 64 * pitch;
+            second_codes_ = 32 * last_column;
+            code_rows_left_ = columns_left_ + 8 * unit - block_row;
+        } else {
+            const int64_t last = params.outputs - 1, upper = min(first_output + block, last);
+            codes_ = params.weight.codes + upper * pitch + 32 * first_step + 16 * half;
+            code_step_ = 32;
+            second_codes_ = (min(first_output + block + 64, last) - upper) * pitch;
+        }
+        keep(write_x_);
+        keep(write_codes_);
+        keep(rows_left_);
+    }
+
+    // The next step's x, into the stage at this distance from the first; rows and columns that x does not have become
+    // zeros.
+    __device__ void copy_x(uint32_t stage) {
+        const uint32_t to = write_x_ + stage;
+        const int rows = !Traits::kTransposed || columns_left_ > 0 ? rows_left_ : 0;
+        const char* from = x_;
+        unroll<Traits::kTileM / kRowsAtOnce>([&](auto i) {
+            constexpr int kRow = decltype(i)::value * kRowsAtOnce;
+            copy_async16<kRow * 128>(to, from, Traits::kFull || kRow < rows ? 16 : 0);
+            from += x_step_;
+            keep(from);  // rather than a multiplication for each row
+        });
+        x_ += 128;
+        if constexpr (Traits::kTransposed) columns_left_ -= 64;
+    }
+
+    // The next step's codes; transposed, those of rows that the weight does not have become zeros.
+    __device__ void copy_codes(uint32_t stage, bool has_step = true) {
+        const uint32_t to = write_codes_ + stage;
+        const bool exists = has_step && (!Traits::kTransposed || code_rows_left_ > 0);
+        copy_async16(to, codes_, exists ? 16 : 0);
+        if constexpr (Traits::kParts == 1) copy_async16<64 * 32>(to, codes_ + second_codes_, exists ? 16 : 0);
+        codes_ += code_step_;
+        if constexpr (Traits::kTransposed) code_rows_left_ -= 64;
+    }
+
+private:
+    const char* x_;
+    const uint8_t* codes_;
+    int64_t x_step_, code_step_, second_codes_;
+    int rows_left_, columns_left_, code_rows_left_;
+    uint32_t write_x_, write_codes_;
+};
+
+// absmax of a thread's block, step after step. Where the weight has no row or column, that of another block will do: what
+// comes of it is not stored.
+template <class Traits>
+class GemmAbsmax {
+public:
+    __device__ GemmAbsmax(const LoraLinearGemmKernelParams& params, typename Traits::Shared& shared,
+                          int64_t first_output, int first_step, int steps)
+        : shared_(shared),
+          shift_(params.weight.log2_blocksize - 6),
+          pitch_(static_cast<int>(params.weight.k / 64)),
+          first_(Traits::kTransposed ? int64_t{64} * first_step * pitch_ + first_output / 64
+                                     : first_output * pitch_ + first_step),
+          absmax_(params.weight.absmax, first_ >> shift_),
+          within_(static_cast<int>(first_) & ((1 << shift_) - 1)) {
+        // Up to the last span in which a step is the thread's, of the 128 that take part.
+        const int last_step = steps - 1 - static_cast<int>(threadIdx.x % Traits::kSpan);
+        filled_steps_ = threadIdx.x < 128 ? last_step / Traits::kSpan * Traits::kSpan : -Traits::kSpan;
+        const int64_t last = params.weight.n * pitch_ - 1 - first_;
+        last_ = static_cast<int>(min(last, int64_t{INT32_MAX}));
+        const int block = threadIdx.x / Traits::kParts;
+        if constexpr (Traits::kTransposed) {
+            at_ = block % 64 * pitch_ + block / 64;
+            next_ = load_next();
+        } else {
+            const int row = threadIdx.x / Traits::kSpan, place = threadIdx.x % Traits::kSpan;
+            at_ = row * pitch_ + place;
+            write_ = shared_address(shared.absmax) + (place * Traits::kSpanPitch + row) * 4;
+            read_ = shared_address(shared.absmax) + block * 4;
+            for (step_ = -Traits::kSpan; step_ < 0; ++step_) fill();
+            keep(read_);
+        }
+        keep(at_);
+    }
+
+    // Of the next step, with a barrier between one and the next.
+    __device__ float next() {
+        float absmax;
+        if constexpr (Traits::kTransposed) {
+            absmax = next_;
+            next_ = load_next();
+        } else {
+            fill();
+            absmax = load_shared_float(read_ + step_ % (2 * Traits::kSpan) * (Traits::kSpanPitch * 4));
+            ++step_;
+        }
+        return absmax;
+    }
+
+private:
+    // `at_` counts blocks of 64, of which several may share a block of the weight.
+    __device__ float load() const {
+        int block = (within_ + min(at_, last_)) >> shift_;
+        keep(block);
+        return absmax_.load(shared_.nested_code, block);
+    }
+
+    // Transposed: of the block 64 rows further down; below the last row x is zero, and absmax must be finite.
+    __device__ float load_next() {
+        const float absmax = load();
+        const bool exists = at_ <= last_;
+        at_ += 64 * pitch_;
+        return exists ? absmax : 0.0f;
+    }
+
+    // Forward: a sixteenth of the span after the one of this step, 8 rows by 16 lanes each along its steps. The two
+    // spans' buffers take turns.
+    __device__ void fill() {
+        const bool ends = (step_ & (Traits::kSpan - 1)) == Traits::kSpan - 1;
+        if (step_ < filled_steps_) store_shared_float(write_, load());
+        at_ += ends ? Traits::kSpan - 120 * pitch_ : 8 * pitch_;
+        write_ += ends ? turn_ - 15 * 32 : 32;
+        if (ends) turn_ = -turn_;
+    }
+
+    typename Traits::Shared& shared_;
+    const int shift_, pitch_;
+    const int64_t first_;
+    const BlockAbsmax absmax_;
+    const int within_;
+    int at_, last_, step_, filled_steps_, turn_ = Traits::kSpan * Traits::kSpanPitch * 4;
+    float next_;
+    uint32_t write_, read_;
+};
+
+// Decodes a thread's block, or its half of one, into the tile of a step.
+template <class Traits>
+class GemmDecoder {
+public:
+    using T = typename Traits::T;
+
+    __device__ explicit GemmDecoder(typename Traits::Shared& shared) {
+        const int block = threadIdx.x / Traits::kParts, part = threadIdx.x % Traits::kParts;
+        read_ = shared_address(shared.stages[0].codes) + (2 * block + (part ^ (block / 4 % 2))) * 16;
+        const int row = Traits::kTransposed ? block % 64 : block, column = Traits::kTransposed ? block / 64 : 0;
+        write_ = shared_address(shared.stages[0].weight) + row * Traits::kWeightPitch + column * 128 +
+                 (row % 8 ^ part * Traits::kWords) * 16;
+        keep(read_);
+        keep(write_);
+    }
+
+    __device__ void begin(const float (&codebook)[16], float absmax, uint32_t stage) {
+        planes_ = make_planes<T>(codebook, absmax);
+        from_ = read_ + stage;
+        to_ = write_ + stage;
+    }
+
+    // A quarter of the thread's words.
+    template <int kQuarter>
+    __device__ void decode_quarter() {
+        constexpr int kCount = Traits::kWords / 4;
+        if constexpr (kQuarter * kCount % 4 == 0) load_shared(codes_, from_ ^ (kQuarter * kCount / 4 * 16));
+        unroll<kCount>([&](auto i) {
+            constexpr int kWord = kQuarter * kCount + decltype(i)::value;
+            uint32_t pairs[4];
+            decode(planes_, codes_[kWord % 4], pairs);
+            store_shared(to_ ^ (kWord * 16), pairs);
+        });
+    }
+
+private:
+    uint32_t read_, write_, from_, to_;
+    uint32_t codes_[4];
+    Planes planes_;
+};
+
+// A warp's part of the tile: sums += x · weight over 16 of a step, from shared memory.
+template <class Traits>
+class GemmMultiplier {
+public:
+    using T = typename Traits::T;
+
+    __device__ explicit GemmMultiplier(typename Traits::Shared& shared)
+        : first_m(threadIdx.x / 64 * Traits::kWarpM), first_n(threadIdx.x / 32 % 2 * Traits::kWarpN) {
+        const int lane = threadIdx.x % 32;
+        const int row = first_m + lane % 16;
+        x_ = shared_address(shared.stages[0].x) + row * 128 + (lane / 16 ^ row % 8) * 16;
+        if constexpr (Traits::kTransposed)
+            weight_ = shared_address(shared.stages[0].weight) + lane % 16 * Traits::kWeightPitch + first_n * 2 +
+                      (lane / 16 ^ lane % 8) * 16;
+        else
+            weight_ = shared_address(shared.stages[0].weight) +
+                      (first_n + lane / 16 * 8 + lane % 8) * Traits::kWeightPitch + (lane / 8 % 2 ^ lane % 8) * 16;
+        keep(x_);
+        keep(weight_);
+    }
+
+    template <int kSixteen, class Element = T>
+    __device__ void multiply_sixteen(uint32_t stage) {
+        uint32_t a[Traits::kTilesM][4];
+        const uint32_t x = (x_ + stage) ^ (kSixteen * 32);
+        unroll<Traits::kTilesM>([&](auto i) { load_matrices<false, decltype(i)::value * 2048>(a[i], x); });
+        const uint32_t weight = weight_ + stage;
+        unroll<Traits::kTilesN / 2>([&](auto pair) {
+            constexpr int kPair = decltype(pair)::value;
+            uint32_t b[4];
+            if constexpr (Traits::kTransposed)
+                load_matrices<true, kSixteen * 16 * Traits::kWeightPitch>(b, weight ^ (kPair * 32));
+            else
+                load_matrices<false, kPair * 2048>(b, weight ^ (kSixteen * 32));
+#pragma unroll
+            for (int i = 0; i < Traits::kTilesM; ++i) {
+                multiply(sums[i][2 * kPair], a[i], b[0], b[1], Element{});
+                multiply(sums[i][2 * kPair + 1], a[i], b[2], b[3], Element{});
+            }
+        });
+    }
+
+    const int first_m, first_n;  // within the tile
+    float sums[Traits::kTilesM][Traits::kTilesN][4] = {};
+
+private:
+    uint32_t x_, weight_;
+};
+
+}  // namespace peft_kernels::cuda

@@ -1,0 +1,264 @@
+"""The fused base products of lora_linear on the emulated GPU: right for every form of a weight and every shape
+that they take, in any order of CTAs and warps; and what they cost, counted and read from machine code."""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import tolerances
+import torch
+from lora_linear_cases import assert_close, error, short
+
+import ptx_emulator
+from peft_kernels.ops import NF4Weight, lora_linear, quantize_4bit
+from peft_kernels.testing.reference.lora_linear import lora_linear as oracle
+from ptx_emulator import report
+
+CSRC = Path(__file__).parent.parent.parent / "csrc"
+PROFILES = ["sm_80", "sm_89", "sm_90"]
+DECODE, GEMM, DEQUANTIZE = "lora_linear_decode_kernel", "lora_linear_gemm_kernel", "nf4_dequantize_kernel"
+
+pytestmark = pytest.mark.skipif(bool(ptx_emulator.missing()), reason=str(ptx_emulator.missing()))
+
+
+def profiles_for(m):
+    """Where so many rows are fewer than the crossover, from which the weight is dequantised."""
+    return [profile for profile in PROFILES if m <= 160 or profile != "sm_90"]
+
+
+def launched(launches, kernel):
+    return [launch for launch in launches if kernel in launch["kernel"]]
+
+
+@dataclass
+class Product:
+    """A weight and how it is multiplied."""
+
+    m: int
+    n: int
+    k: int
+    dtype: torch.dtype = torch.bfloat16
+    blocksize: int = 64
+    quant_type: str = "nf4"
+    nested: bool = False
+    weight_dtype: torch.dtype | None = None
+    out_dtype: torch.dtype | None = None
+    ranks: tuple[int, ...] = ()
+    adapter_dtype: torch.dtype = torch.float32
+    bias: bool = False
+
+    def __str__(self):
+        parts = [f"m{self.m}-n{self.n}-k{self.k}", short(self.dtype), f"{self.quant_type}-{self.blocksize}"]
+        parts += ["nested"] * self.nested + [f"r{'-'.join(map(str, self.ranks))}"] * bool(self.ranks)
+        return "-".join(parts)
+
+    def weight(self) -> NF4Weight:
+        values = (torch.randn(self.n, self.k) / self.k**0.5).to(self.weight_dtype or self.dtype)
+        return quantize_4bit(values, self.blocksize, self.quant_type, self.nested)
+
+
+# Few rows: one to 32, in each of the three instances; more than a span of absmax; idle warps. Then tiles of 64, 128 and
+# 256 rows, the last of which overlap; parts of a reduction that several CTAs share. Blocks straddle rows wherever K is
+# no multiple of the blocksize.
+FORWARD = [
+    Product(1, 40, 64),
+    Product(1, 33, 576, torch.float16, nested=True, bias=True),
+    Product(5, 1, 320, blocksize=512, ranks=(3,)),
+    Product(8, 50, 8192 + 576, blocksize=128, nested=True),
+    Product(13, 48, 192, torch.float16, blocksize=4096, quant_type="fp4", ranks=(17, 2), bias=True),
+    Product(16, 31, 1024, blocksize=2048, nested=True, weight_dtype=torch.float32),
+    Product(17, 65, 256, blocksize=256, ranks=(40,), adapter_dtype=torch.bfloat16),
+    Product(32, 70, 1152, torch.float16, blocksize=1024, nested=True, out_dtype=torch.float32),
+    Product(40, 130, 576, blocksize=256, nested=True, bias=True),
+    Product(64, 3, 1216, torch.float16, ranks=(5,)),
+    Product(65, 129, 64, blocksize=512, quant_type="fp4", ranks=(3, 16, 33), bias=True),
+    Product(128, 128, 1024, blocksize=4096, out_dtype=torch.float32),
+    Product(130, 72, 2240, torch.float16, blocksize=1024, nested=True, ranks=(16,), adapter_dtype=torch.float16),
+    Product(300, 150, 1280, blocksize=128, nested=True, ranks=(8,), weight_dtype=torch.float32),
+]
+BACKWARD = [
+    Product(3, 200, 192, torch.float16, blocksize=512, ranks=(20,)),
+    Product(64, 136, 64, nested=True),
+    Product(70, 1032, 192, blocksize=128, nested=True, ranks=(7, 9), adapter_dtype=torch.bfloat16),
+    Product(130, 72, 1152, torch.float16, blocksize=4096, quant_type="fp4", weight_dtype=torch.float32),
+]
+
+
+def assert_rounded_once(actual, exact, what):
+    """As near as the exact result is when it is rounded."""
+    assert_close(actual, exact, tolerances.FP32_SUM + 1.02 * error(exact.to(actual.dtype), exact), what)
+
+
+def operands(product: Product, transposed: bool = False):
+    weight, ranks = product.weight(), product.ranks
+    x = torch.randn(product.m, product.n if transposed else product.k).to(product.dtype)
+    lora_A = [(torch.randn(r, product.k) / product.k**0.5).to(product.adapter_dtype) for r in ranks]
+    lora_B = [(torch.randn(product.n, r) / r**0.5).to(product.adapter_dtype) for r in ranks]
+    return x, weight, lora_A, lora_B, [0.5 + i for i in range(len(ranks))]
+
+
+@pytest.mark.parametrize("product", FORWARD, ids=str)
+def test_forward(product):
+    from ptx_emulator.ops import emulated
+
+    x, weight, *adapters = operands(product)
+    bias = torch.randn(product.n) if product.bias else None
+    wanted = oracle(x, weight.dequantize(product.dtype), bias, *adapters)
+    dtype = product.out_dtype or product.dtype
+    results = []
+    for seed, profile in enumerate(profiles_for(product.m)):
+        with ptx_emulator.profile(profile), ptx_emulator.set_checks(seed=seed), emulated() as launches:
+            results.append(lora_linear(x, weight, bias, *adapters, out_dtype=dtype))
+            assert len(launched(launches(), DECODE if product.m <= 32 else GEMM)) == 1
+        assert_rounded_once(results[-1], wanted, profile)
+    if product.m <= 32:  # from G1 on the device decides how the reduction is cut
+        assert all(torch.equal(result, results[0]) for result in results)
+
+
+@pytest.mark.parametrize("product", BACKWARD, ids=str)
+def test_backward(product):
+    from ptx_emulator.ops import emulated
+
+    grad_y, weight, lora_A, lora_B, scaling = operands(product, transposed=True)
+    x = torch.randn(product.m, product.k, dtype=torch.float64, requires_grad=True)
+    oracle(x, weight.dequantize(product.dtype), None, lora_A, lora_B, scaling).backward(grad_y.double())
+    for seed, profile in enumerate(PROFILES):
+        ours = x.detach().to(product.dtype).requires_grad_()
+        with ptx_emulator.profile(profile), ptx_emulator.set_checks(seed=seed), emulated() as launches:
+            lora_linear(ours, weight, None, lora_A, lora_B, scaling).backward(grad_y)
+            assert len(launched(launches(), GEMM)) == (1 if product.m <= 32 else 2)
+        assert_close(ours.grad, x.grad, tolerances.product(product.dtype, product.dtype), profile)
+
+
+@pytest.mark.parametrize("m", [20, 100])
+def test_same_bits_in_any_order(m):
+    from ptx_emulator.ops import emulated
+
+    x, weight, *adapters = operands(Product(m, 130, 2048, nested=True, ranks=(16,)))
+    results = []
+    for seed in range(3):
+        with ptx_emulator.set_checks(seed=seed), emulated() as launches:
+            results.append(lora_linear(x, weight, None, *adapters))
+            (launch,) = launched(launches(), DECODE if m <= 32 else GEMM)
+    assert m <= 32 or launch["grid"][0] == 2 * 4  # two tiles, each shared by four CTAs
+    assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
+
+
+REFUSED = {
+    "x in fp32": (Product(4, 40, 128, torch.float32), lambda x: x),
+    "blocks of 32": (Product(4, 40, 128, blocksize=32), lambda x: x),
+    "k of 96": (Product(4, 40, 96), lambda x: x),
+    "weight in fp16": (Product(4, 40, 128, weight_dtype=torch.float16), lambda x: x),
+    "rows at any address": (Product(4, 40, 128), lambda x: torch.nn.functional.pad(x, (0, 3))[:, :128]),
+}
+
+
+@pytest.mark.parametrize("reason", list(REFUSED))
+def test_refused_operands_are_dequantised(reason):
+    from ptx_emulator.ops import emulated
+
+    product, change = REFUSED[reason]
+    x, weight, *_ = operands(product)
+    with emulated() as launches:
+        y = lora_linear(change(x), weight)
+        done = launches()
+    assert launched(done, DEQUANTIZE) and not launched(done, DECODE)
+    assert_rounded_once(y, oracle(x, weight.dequantize(product.dtype)), reason)
+
+
+# ---- what it costs ------------------------------------------------------------------------------------------------
+
+
+def multiply(m, n=1024, k=4096, nested=True, profile="sm_80"):
+    """The launch of a product in bf16, and the weight."""
+    from ptx_emulator.ops import emulated
+
+    x, weight, *_ = operands(Product(m, n, k, nested=nested))
+    with ptx_emulator.profile(profile), emulated() as launches:
+        lora_linear(x, weight)
+        (launch,) = launches()
+    assert (DECODE if m <= 32 else GEMM) in launch["kernel"]
+    return launch, weight
+
+
+def bytes_of(weight):
+    return sum(tensor.nbytes for tensor in (weight.codes, weight.absmax, *weight.nested))
+
+
+# bitsandbytes 0.50's own GEMM for sm_80 on such an emulator, n = 1024, k = 4096, bf16, nested NF4: warp instructions in
+# millions, sectors over compulsory bytes. And the shares of these that ours may take, with the wavefronts of shared
+# memory for each mma (theirs: 9.0, 5.5, 3.5, 2.75, with 2 to 3 times the wavefronts that their stores need). At 32 rows
+# four of five instructions decode the weight, to the bits of nf4_dequantize; a table of rounded centroids would do with
+# half of them, but the product would be that of another weight.
+BITSANDBYTES = {
+    32: (1.38, 5.3, 0.55, 1.0, 3.0),
+    64: (1.87, 8.5, 0.5, 0.6, 3.0),
+    128: (2.29, 12.3, 0.5, 0.5, 2.0),
+    256: (3.72, 10.5, 0.5, 0.5, 1.5),
+}
+
+
+@pytest.mark.parametrize("m", list(BITSANDBYTES))
+def test_against_bitsandbytes(m):
+    instructions, sectors, share_of_instructions, share_of_sectors, wavefronts_per_mma = BITSANDBYTES[m]
+    launch, weight = multiply(m)
+    assert launch["warp_instructions"] <= share_of_instructions * instructions * 1e6
+    compulsory = 2 * m * 4096 + bytes_of(weight) + 2 * m * 1024
+    assert report.moved_bytes(launch) <= share_of_sectors * sectors * compulsory
+    wavefronts, ideal_wavefronts = report.shared_wavefronts(launch)
+    assert wavefronts <= wavefronts_per_mma * launch["mma"]
+    # Without nested statistics, whose lookups go anywhere in a table, there are no conflicts at all.
+    assert wavefronts <= 1.025 * ideal_wavefronts
+    assert launch["shared_store"]["wavefronts"] == launch["shared_store"]["ideal_wavefronts"]
+
+
+@pytest.mark.parametrize("m", [1, 16, 32, 64, 128, 256])
+def test_no_bank_conflicts(m):
+    launch, _ = multiply(m, 256, 512, nested=False)
+    wavefronts, ideal_wavefronts = report.shared_wavefronts(launch)
+    assert wavefronts == ideal_wavefronts
+
+
+@pytest.mark.parametrize("nested", [False, True], ids=["plain", "nested"])
+@pytest.mark.parametrize("m", [1, 32, 64, 256])
+def test_weight_is_fetched_once(m, nested):
+    launch, weight = multiply(m, nested=nested)
+    # Everything else that is read, as often as it is: x by every column of tiles, the table of nested statistics by
+    # every CTA, and the sums of the CTAs that share a tile.
+    tile_n = {1: 16, 32: 32}.get(m, 128)
+    ctas, columns = launch["grid"][0], 1024 // tile_n
+    others = columns * m * 4096 * 2 + (ctas // columns - 1) * m * 1024 * 4
+    if nested:  # and a sector of the second level for 32 lookups
+        others += ctas * 1024 + weight.absmax.nbytes
+    fetched = 32 * launch["global_load"]["sectors"] - others
+    # At 256 rows the reduction is cut into 22 blocks of 64, 22 and 20, so that parts of absmax begin within sectors.
+    limit = 1.10 if m == 256 else 1.05
+    assert weight.codes.nbytes < fetched <= limit * (weight.codes.nbytes + weight.absmax.nbytes)
+    loads = launch["global_load"]
+    assert loads["sectors"] <= (1.03 if nested else 1.01) * loads["ideal_sectors"]
+    assert launch["global_store"]["sectors"] == launch["global_store"]["ideal_sectors"]
+
+
+@pytest.mark.parametrize(("m", "profile"), [(m, card) for m in (1, 32, 64, 128, 256) for card in profiles_for(m)])
+def test_ctas_fill_the_card(m, profile):
+    launch, _ = multiply(m, 4096, 2048 if m > 32 else 256, profile=profile)
+    multiprocessors = {"sm_80": 108, "sm_89": 128, "sm_90": 132}[profile]
+    assert launch["grid"][0] >= 0.8 * multiprocessors
+
+
+@pytest.fixture(scope="module", params=[pytest.param(name, marks=pytest.mark.slow) for name in PROFILES])
+def resources(request):
+    return report.resources(CSRC / "lora_linear/lora_linear_gemm.cu", request.param, includes=(CSRC,))
+
+
+def test_machine_code(resources):
+    assert len(resources) == 16
+    for kernel, used in resources.items():
+        assert used.spill_bytes == used.stack_bytes == 0, kernel
+        if isinstance(used.mma_share, str):
+            pytest.skip("needs nvdisasm")
+    # G0 decodes exactly, to the bits of nf4_dequantize: a table of pairs of bytes would take a share of 12 %.
+    for part, share in {"DecodeTraits.*Li32E": 0.10, "GemmTraits.*Li128E": 0.25, "GemmTraits.*Li256E": 0.33}.items():
+        chosen = [used for kernel, used in resources.items() if re.search(part, kernel)]
+        assert chosen and all(used.mma_share >= share for used in chosen), part

@@ -213,11 +213,8 @@ inline U32 pair_of(U32 first, U32 second) { return first >> 16 | second; }
 
 // ---- Packing ------------------------------------------------------------------------------------------------------
 
-// Where row `row` of a left panel stands in the tiles of a step; and column `column` of a right one.
+// Where row `row` of a left panel stands in the tiles of a step.
 inline BFloat16* left_row(BFloat16* panel, int64_t row) { return panel + row * kTileDepth; }
-inline BFloat16* right_column(BFloat16* panel, int64_t column) {
-    return panel + column / kTileSide * kTileElements + column % kTileSide * 2;
-}
 
 using Bf16Vector = __m512i;  // 32 bf16
 

@@ -13,10 +13,13 @@
 // the LoRA branch runs in fp32. The forward's dropout mask is made again in the backward, once.
 //
 // Decode shapes (lora_linear_dot.h): a few rows; vectors run along k, and nothing is transposed at all.
+//
+// Where AMX computes in bf16, both kinds of shapes are products of tiles instead (lora_linear_tiles.h).
 #include "lora_linear/lora_linear_dot.h"
 #include "lora_linear/lora_linear_strips.h"
 #if defined(__AMX_BF16__)
-#include "lora_linear/lora_linear_tiles.h"
+#include "lora_linear/lora_linear_tiles_backward.h"
+#include "lora_linear/lora_linear_tiles_forward.h"
 #endif
 
 namespace peft_kernels {

@@ -224,7 +224,7 @@ __device__ inline void locate_output(int index, int& row, int& token) {
 // Ranks `rank` and following of a term to shared memory; lanes run along the ranks.
 template <class Traits>
 __device__ void stage_ranks(const LoraLinearGemmKernelParams& params, typename Traits::Shared& shared,
-                           const LoraTerm& term, int64_t s_column, int64_t rank, int64_t first_row) {
+                            const LoraTerm& term, int64_t s_column, int64_t rank, int64_t first_row) {
     constexpr int kStep = Traits::kRankStep;
     const int r = threadIdx.x % kStep;
     const bool inside = rank + r < term.rank;

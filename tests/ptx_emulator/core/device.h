@@ -60,7 +60,7 @@ struct LaunchRecord {
     std::string kernel;
     Dim3 grid, threads;
     Counters counters;
-    std::vector<std::pair<int, uint64_t>> lines;  // PTX line and how often warps ran it
+    std::vector<std::pair<int, uint64_t>> lines;   // PTX line and how often warps ran it
     std::map<std::string, uint64_t> sectors_read;  // by the names of what they are in
 };
 

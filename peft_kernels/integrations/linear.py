@@ -7,10 +7,27 @@ from torch import Tensor, nn
 
 from ..cuda import why_not
 from ..ops.nf4 import NF4Weight
-from .registry import FLOAT_DTYPES
+from .registry import FLOAT_DTYPES, FusedLayer
 
 # The arguments of `lora_linear` and `ia3_linear` for the frozen layer: weight, bias, compute_dtype and out_dtype.
 BaseProduct = tuple[Tensor | NF4Weight, Tensor | None, torch.dtype | None, torch.dtype | None]
+
+
+class OnLinear(FusedLayer):
+    """An adapter's fused layer whose base layer is an `nn.Linear`; goes before the class of its method."""
+
+    @classmethod
+    def why_not(cls, layer: nn.Module) -> str | None:
+        if reason := why_not_linear(layer.base_layer):
+            return reason
+        return "its base weight is stored transposed (fan_in_fan_out)" if layer.fan_in_fan_out else None
+
+    def why_stock(self) -> str | None:
+        base = self.base_layer
+        return why_not_linear(base) or why_not_weight(base.weight) or super().why_stock()
+
+    def base_product(self, base: nn.Module, x: Tensor) -> BaseProduct | str:
+        return dense_product(base, x)
 
 
 def dense_product(base: nn.Module, x: Tensor) -> BaseProduct | str:

@@ -12,7 +12,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from ..ops.lora_linear import lora_linear
-from .linear import BaseProduct, dense_product, why_not_linear, why_not_skip, why_not_weight
+from .linear import BaseProduct, OnLinear, why_not_skip
 from .registry import FLOAT_DTYPES, FusedLayer, mention, register
 
 mention(BaseTunerLayer)
@@ -103,21 +103,8 @@ class FusedLoRA(FusedLayer):
 
 
 @register
-class Linear(FusedLoRA, lora.Linear):
+class Linear(OnLinear, FusedLoRA, lora.Linear):
     __doc__ = FusedLoRA.__doc__
-
-    @classmethod
-    def why_not(cls, layer: nn.Module) -> str | None:
-        if reason := why_not_linear(layer.base_layer):
-            return reason
-        return "its base weight is stored transposed (fan_in_fan_out)" if layer.fan_in_fan_out else None
-
-    def why_stock(self) -> str | None:
-        base = self.base_layer
-        return why_not_linear(base) or why_not_weight(base.weight) or super().why_stock()
-
-    def base_product(self, base: nn.Module, x: Tensor) -> BaseProduct | str:
-        return dense_product(base, x)
 
 
 if hasattr(lora, "Linear4bit"):  # bitsandbytes is installed

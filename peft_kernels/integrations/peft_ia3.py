@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..ops.ia3_linear import ia3_linear
 from ..ops.nf4 import NF4Weight
-from .linear import BaseProduct, dense_product, why_not_linear, why_not_skip, why_not_weight
+from .linear import BaseProduct, OnLinear, why_not_skip
 from .registry import FLOAT_DTYPES, FusedLayer, register
 
 
@@ -81,21 +81,8 @@ class FusedIA3(FusedLayer):
 
 
 @register
-class Linear(FusedIA3, ia3.Linear):
+class Linear(OnLinear, FusedIA3, ia3.Linear):
     __doc__ = FusedIA3.__doc__
-
-    @classmethod
-    def why_not(cls, layer: nn.Module) -> str | None:
-        if reason := why_not_linear(layer.base_layer):
-            return reason
-        return "its base weight is stored transposed (fan_in_fan_out)" if layer.fan_in_fan_out else None
-
-    def why_stock(self) -> str | None:
-        base = self.base_layer
-        return why_not_linear(base) or why_not_weight(base.weight) or super().why_stock()
-
-    def base_product(self, base: nn.Module, x: Tensor) -> BaseProduct | str:
-        return dense_product(base, x)
 
 
 if hasattr(ia3, "Linear4bit"):  # bitsandbytes is installed

@@ -344,23 +344,29 @@ private:
         Tensor panel = empty({rows, k}, params_.compute_dtype);
         for (int64_t n0 = 0; n0 < n; n0 += rows) {
             const int64_t count = std::min(rows, n - n0);
-            Tensor weight = torch::stable::narrow(panel, 0, 0, count);
+            const Tensor weight = narrow(panel, 0, 0, count);
             Nf4DequantizeParams dequantize{};
             dequantize.weight = *params_.weight;
             dequantize.first = n0 * k;
             dequantize.count = count * k;
-            dequantize.out = weight.mutable_data_ptr();
+            dequantize.out = panel.mutable_data_ptr();
             dequantize.out_dtype = params_.compute_dtype;
             run(cuda::nf4_dequantize(dequantize, scope_.stream()), "nf4_dequantize");
             if (transposed) {
-                Tensor all = input;
-                const Tensor part = torch::stable::narrow(all, 1, n0, count);
-                linear(part, torch::stable::transpose(weight, 0, 1), out, accumulate || n0 > 0);
+                linear(narrow(input, 1, n0, count), torch::stable::transpose(weight, 0, 1), out, accumulate || n0 > 0);
             } else {
-                Tensor part = torch::stable::narrow(out, 1, n0, count);
+                Tensor part = narrow(out, 1, n0, count);
                 linear(input, weight, part, accumulate);
             }
         }
+    }
+
+    // Through the dispatcher: torch::stable::narrow takes a symbol from outside the stable shim.
+    static Tensor narrow(const Tensor& tensor, int64_t dim, int64_t start, int64_t length) {
+        std::array<StableIValue, 4> stack{torch::stable::detail::from(tensor), torch::stable::detail::from(dim),
+                                          torch::stable::detail::from(start), torch::stable::detail::from(length)};
+        STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::narrow", "", stack.data(), TORCH_ABI_VERSION));
+        return torch::stable::detail::to<Tensor>(stack[0]);
     }
 
     // out (+)= input · weightᵀ

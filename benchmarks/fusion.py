@@ -12,10 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks import functions, options
+from benchmarks import functions
 from benchmarks.functions import Problem, Tensors
 from benchmarks.records import FUSED, Faster, Record, Target
-from benchmarks.report import Report, make_console
+from benchmarks.report import benchmark
 from peft_kernels import cpu
 from peft_kernels.ops import fusion, fusion_of_bottlenecks
 from peft_kernels.testing.reference.fusion import fusion as oracle
@@ -120,16 +120,7 @@ def run(case: Case, vs: Sequence[str], isas: Sequence[str], seconds: float, say:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    console = make_console()
-    chosen, cases = options.parse(
-        "fusion", __doc__.splitlines()[0], arguments, CASES, list(BASELINES), ["compiled"], console
-    )
-    results = Report.begin("fusion", chosen, console)
-    for case in cases:
-        with console.status(str(case)):
-            records = run(case, chosen.vs, chosen.isas, chosen.seconds, console.print)
-        results.add(records)
-    results.finish()
+    benchmark("fusion", __doc__.splitlines()[0], CASES, BASELINES, run, arguments)
 
 
 if __name__ == "__main__":

@@ -13,10 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks import options, timing
+from benchmarks import timing
 from benchmarks.finetune import saved_bytes
 from benchmarks.records import FUSED, Faster, Record, Target
-from benchmarks.report import Report, make_console
+from benchmarks.report import benchmark
 from benchmarks.timing import Contender
 from peft_kernels import cpu
 from peft_kernels.ops import ia3_attention
@@ -248,20 +248,8 @@ def run(case: Case, vs: Sequence[str], isas: Sequence[str], seconds: float, say:
     return records
 
 
-def benchmark(name: str, description: str, cases: Sequence[Case], arguments: Sequence[str] | None) -> None:
-    """The command line of a benchmark of some cases."""
-    console = make_console()
-    chosen, cases = options.parse(name, description, arguments, cases, list(BASELINES), ["compiled"], console)
-    results = Report.begin(name, chosen, console)
-    for case in cases:
-        with console.status(str(case)):
-            records = run(case, chosen.vs, chosen.isas, chosen.seconds, console.print)
-        results.add(records)
-    results.finish()
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
-    benchmark("ia3_attention", __doc__.splitlines()[0], CASES, arguments)
+    benchmark("ia3_attention", __doc__.splitlines()[0], CASES, BASELINES, run, arguments)
 
 
 if __name__ == "__main__":

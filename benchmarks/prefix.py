@@ -5,12 +5,13 @@ Stock expands the prefix over the batch and puts it in front of keys and values,
 
 from collections.abc import Sequence
 
+from benchmarks.ia3_attention import BASELINES, run
 from benchmarks.ia3_attention import PREFIX_CASES as CASES
-from benchmarks.ia3_attention import benchmark
+from benchmarks.report import benchmark
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    benchmark("prefix", __doc__.splitlines()[0], CASES, arguments)
+    benchmark("prefix", __doc__.splitlines()[0], CASES, BASELINES, run, arguments)
 
 
 if __name__ == "__main__":

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import plot
+from benchmarks import options, plot
 from benchmarks.options import Options
 from benchmarks.records import FUSED, Record, beside, describe_run, duration, judge, rate
 from benchmarks.timing import Roofline, measure_roofline
@@ -156,3 +157,22 @@ def _row(record: Record, records: Sequence[Record], roofline: Roofline) -> dict[
         "wanted": "; ".join(str(target) for target, _ in verdicts),
         "met": "; ".join("unknown" if met is None else "yes" if met else "no" for _, met in verdicts),
     }
+
+
+def benchmark(
+    name: str,
+    description: str,
+    cases: Sequence[Any],
+    baselines: Collection[str],
+    run: Callable[..., list[Record]],
+    arguments: Sequence[str] | None,
+) -> None:
+    """The command line of a benchmark on the CPU: `run(case, vs, isas, seconds, say)` measures one of the cases."""
+    console = make_console()
+    chosen, cases = options.parse(name, description, arguments, cases, list(baselines), ["compiled"], console)
+    results = Report.begin(name, chosen, console)
+    for case in cases:
+        with console.status(str(case)):
+            records = run(case, chosen.vs, chosen.isas, chosen.seconds, console.print)
+        results.add(records)
+    results.finish()

@@ -3,8 +3,8 @@
 // For sources that are compiled once per instruction set, and only for those.
 #pragma once
 
-#include "common/exp2.h"
 #include "common/parallel_for.h"
+#include "common/vector_math.h"
 #include "ia3_attention/ia3_attention_problem.h"
 
 namespace peft_kernels {

@@ -4,8 +4,8 @@
 #pragma once
 
 #include "common/amx.h"
-#include "common/exp2.h"
 #include "common/microkernel.h"
+#include "common/vector_math.h"
 
 namespace peft_kernels {
 namespace PEFT_KERNELS_ISA {

@@ -10,9 +10,9 @@
 //   sums          [row][column], fp32
 //
 //                    right: 2 tiles        Two by two tiles: four loads feed four products, so that one operand may
-//                    ┌─────┬─────┐         come from the L2 cache (2.4 TFLOP/s a core measured with both in L2, 3.4
-//              step  │  6  │  7  │         with both in L1, of 3.8). Tiles 0-3 are the sums, 4-7 the operands.
-//          left      ├─────┼─────┤
+//                    ┌─────┬─────┐         come from the L2 cache (TFLOP/s a core: with both in L2 2.4, in L1 3.4 of
+//              step  │  6  │  7  │         3.8; these are with zeros, with other numbers L2 gives 1.9). Tiles 0-3
+//          left      ├─────┼─────┤         are the sums, 4-7 the operands.
 //         ┌─────┐    │  0  │  1  │
 //         │  4  │    ├─────┼─────┤
 //         │  5  │    │  2  │  3  │

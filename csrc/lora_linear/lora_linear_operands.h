@@ -16,6 +16,39 @@ inline Dropout dropout_of(const LoraAdapter& adapter) {
     return {adapter.seed ? static_cast<uint64_t>(*adapter.seed) : 0, adapter.dropout};
 }
 
+// The dropout masks of a backward, made once of each row and read by dx and dA.
+class KeptBits {
+public:
+    explicit KeptBits(const LoraLinearParams& params) : p_(params) {}
+
+    void lay_out(Arena& arena) {
+        int64_t dropping = 0;
+        for (int a = 0; a < p_.num_adapters; ++a) dropping += drops(a);
+        if (dropping > 0) bits_ = arena.take<uint8_t>(dropping * p_.m * stride());
+    }
+    bool any() const { return bits_ != nullptr; }
+    int64_t stride() const { return keep_bytes(p_.k); }  // bytes from row to row
+
+    // The bits of an adapter, from a row and a column (a multiple of 8) on; null where it drops nothing.
+    uint8_t* at(int adapter, int64_t row, int64_t column) const {
+        if (!drops(adapter)) return nullptr;
+        int64_t index = 0;
+        for (int a = 0; a < adapter; ++a) index += drops(a);
+        return bits_ + (index * p_.m + row) * stride() + column / 8;
+    }
+    void make(int adapter, int64_t row, int64_t rows) const {
+        if (!drops(adapter)) return;
+        const Dropout dropout = dropout_of(p_.adapters[adapter]);
+        for (int64_t i = 0; i < rows; ++i) dropout_keep_bits(dropout, row + i, 0, p_.k, at(adapter, row + i, 0));
+    }
+
+private:
+    bool drops(int adapter) const { return dropout_of(p_.adapters[adapter]).threshold > 0; }
+
+    const LoraLinearParams& p_;
+    uint8_t* bits_ = nullptr;  // [dropping adapter][m][stride]
+};
+
 inline int64_t strips_for(int64_t outputs) { return divide_up(outputs, kLanes); }
 
 // ---- The base product's arithmetic --------------------------------------------------------------------------------

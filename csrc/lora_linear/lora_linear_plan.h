@@ -63,9 +63,9 @@ struct LoraLinearTilePlan {
 // `by_rows`: the outputs are rows of the weight (forward), not columns.
 constexpr LoraLinearTilePlan lora_linear_tile_plan(int64_t m, int64_t outputs, int64_t reduction, int threads,
                                                    bool by_rows) {
-    // 256 outputs x 12 steps of the weight (192 KB) and 512 rows' sums (512 KB) stay in L2. Measured on 512 x 4096 x
+    // 256 outputs x 12 steps of the weight (192 KB) and 512 rows' sums (512 KB) stay in L2. Products alone, 512 x 4096 x
     // 4096, TFLOP/s a core: 1.75; with 128 outputs 1.5 (packed rows come from L3, at 10 GB/s), with 16 steps 1.73, with
-    // 24 steps 1.4 (a panel's part leaves L1), with 1024 rows 1.7.
+    // 24 steps 1.34 (a panel's part leaves L1), with 256 rows 1.86, but the weight would be decoded twice as often.
     constexpr int64_t kSide = 32, kMostOutputs = 256, kMostRows = 512, kMostSteps = 12;
     LoraLinearTilePlan plan{};
     // Packed rows are read again for every task: 16 MB at most, which an L3 cache holds.

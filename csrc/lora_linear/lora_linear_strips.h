@@ -283,9 +283,7 @@ public:
         Arena arena(p_.workspace);
         lay_out(arena, wants_ds_);
         ds_ = arena.take<float>(wants_ds_ ? p_.m * p_.total_rank : 0);
-        int dropping = 0;
-        for (int a = 0; a < p_.num_adapters; ++a) dropping += drops(p_.adapters[a]);
-        keep_ = arena.take<uint8_t>(wants_ds_ ? dropping * p_.m * keep_bytes(p_.k) : 0);
+        if (wants_ds_) kept_.lay_out(arena);
         scales_.lay_out(arena);
         const int64_t worker_bytes = Scratch(nullptr, *this).bytes;
         char* workers = arena.take<char>(p_.threads * worker_bytes);
@@ -341,16 +339,6 @@ private:
         int64_t bytes;
     };
 
-    static bool drops(const LoraAdapter& adapter) { return dropout_of(adapter).threshold > 0; }
-
-    // The bits of an adapter's mask, from a row and a column (a multiple of 8) on; null where it drops nothing.
-    uint8_t* keep_of(int adapter, int64_t row, int64_t column) const {
-        if (!drops(p_.adapters[adapter])) return nullptr;
-        int index = 0;
-        for (int a = 0; a < adapter; ++a) index += drops(p_.adapters[a]);
-        return keep_ + (index * p_.m + row) * keep_bytes(p_.k) + column / 8;
-    }
-
     // ds = scaling / (1 - p) dy B; and the masks of these rows, which dx and dA read.
     void make_ds(int64_t row, int64_t rows, const Scratch& scratch) const {
         shrink(row, rows, false, scratch.wide, nullptr, scratch.tile);
@@ -360,9 +348,7 @@ private:
             const LoraAdapter& adapter = p_.adapters[a];
             const Dropout dropout = dropout_of(adapter);
             scale_rows(tile, shrunk_, rows, adapter.rank, adapter.scaling * dropout.keep_scale, ds, p_.total_rank);
-            uint8_t* keep = keep_of(a, row, 0);
-            for (int64_t i = 0; keep && i < rows; ++i)
-                dropout_keep_bits(dropout, row + i, 0, p_.k, keep + i * keep_bytes(p_.k));
+            kept_.make(a, row, rows);
             tile += strips_for(adapter.rank) * kLanes;
             ds += adapter.rank;
         }
@@ -391,11 +377,11 @@ private:
             const float* ds = ds_ + row * p_.total_rank;
             for (int a = 0; a < p_.num_adapters; ++a) {
                 const int64_t rank = p_.adapters[a].rank;
-                const uint8_t* keep = keep_of(a, row, k0);
+                const uint8_t* keep = kept_.at(a, row, k0);
                 const bool started = has_base_ || a > 0;
                 multiply<MultiplyF32>({ds, p_.total_rank * 4, 4}, count, strips, strips_for(outputs), rank,
                                       keep ? scratch.branch : tile, kTaskOutputs, started && !keep);
-                if (keep) add_kept(scratch.branch, keep, keep_bytes(p_.k), count, outputs, kTaskOutputs, started, tile);
+                if (keep) add_kept(scratch.branch, keep, kept_.stride(), count, outputs, kTaskOutputs, started, tile);
                 strips += strips_for(outputs) * kLanes * rank;
                 ds += rank;
             }
@@ -449,7 +435,7 @@ private:
             for (int64_t row = 0; row < p_.m; row += kReduceRows) {
                 const int64_t rows = min_of(kReduceRows, p_.m - row);
                 strips_of_rows(static_cast<const T*>(row_of(matrix, row, first)), matrix.stride, rows, columns,
-                               adapter < 0 ? nullptr : keep_of(adapter, row, first), keep_bytes(p_.k), 1.0f,
+                               adapter < 0 ? nullptr : kept_.at(adapter, row, first), kept_.stride(), 1.0f,
                                scratch.strips);
                 multiply<MultiplyF32>({coefficients + row * p_.total_rank, 4, p_.total_rank * 4}, rank, scratch.strips,
                                       strips_for(columns), rows, scratch.tile, kTaskOutputs, row > 0);
@@ -459,8 +445,8 @@ private:
 
     const LoraLinearBackwardParams& p_;
     bool wants_A_ = false, wants_B_ = false, wants_x_ = false, wants_ds_ = false;
-    float* ds_ = nullptr;      // [m, total_rank]
-    uint8_t* keep_ = nullptr;  // [dropping adapter][m][keep_bytes(k)]
+    float* ds_ = nullptr;  // [m, total_rank]
+    KeptBits kept_{p_};
     ScaleGradients scales_;
 };
 

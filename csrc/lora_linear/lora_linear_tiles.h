@@ -174,7 +174,7 @@ protected:
                 const BFloat16* input = input_panel(first, row0 + row) + panel_elements(steps_ - base_steps() + step);
                 each_panel(outputs, [&](int64_t output, int64_t some) {
                     const BFloat16* panel = weight + output / kPanelSide * stride;
-                    float* block = sums + row * outputs_side() + output * kPanelSide;
+                    float* block = sums + row * plan_.task_outputs + output * kPanelSide;  // [row panel][output panel]
                     if constexpr (kWeight == Streams::kLeft)
                         multiply_panels<kWeight>(panel, some, input, count, steps, block, kPanelSide, step > 0);
                     else
@@ -184,8 +184,6 @@ protected:
             });
         }
     }
-    // Of the blocks of sums of a task, [panel of rows][panel of outputs][32][32].
-    int64_t outputs_side() const { return plan_.task_outputs; }
 
     // values[rank][kPanelSide] = scale · Σ terms of sums[term · rank][kPanelSide], the smallest first.
     static void add_terms(const float* sums, int64_t rank, int terms, float scale, float* values) {

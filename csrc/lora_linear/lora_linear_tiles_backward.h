@@ -34,9 +34,7 @@ public:
         lay_out(arena);
         if (has_base_ && p_.weight && has_aligned_blocks(*p_.weight)) absmax_ = arena.take<float>(p_.n * p_.k / kBlock);
         ds_ = arena.take<float>(wants_ds_ ? p_.m * p_.total_rank : 0);
-        int dropping = 0;
-        for (int a = 0; a < p_.num_adapters; ++a) dropping += drops(a);
-        if (wants_ds_ && dropping > 0) keep_ = arena.take<uint8_t>(dropping * p_.m * keep_bytes(p_.k));
+        if (wants_ds_) kept_.lay_out(arena);
         const int64_t reduce = reduce_panels_ * panel_elements(row_steps());
         reduce_A_ = arena.take<BFloat16>(wants_A_ ? reduce : 0);
         reduce_B_ = arena.take<BFloat16>(wants_B_ ? reduce : 0);
@@ -115,16 +113,6 @@ private:
     // Whether x or dy is made of several terms.
     bool reduces_terms() const { return input_terms() > 1 || (p_.x.data && p_.x.dtype != DType::kBFloat16); }
     int64_t row_steps() const { return divide_up(p_.m, kTileDepth); }
-    bool drops(int a) const { return dropout_of(adapter(a)).threshold > 0; }
-
-    // The bits of an adapter's mask, from a row and a column (a multiple of 8) on; null where it drops nothing.
-    uint8_t* keep_of(int a, int64_t row, int64_t column) const {
-        if (!drops(a)) return nullptr;
-        int index = 0;
-        for (int before = 0; before < a; ++before) index += drops(before);
-        return keep_ + (index * p_.m + row) * keep_bytes(p_.k) + column / 8;
-    }
-
     // A left panel of dy, padded to the whole blocks of the base product's reduction.
     void pack_grad_y(int64_t row, int64_t rows, int term, const float* scale, BFloat16* panel,
                      const Scratch& scratch) const {
@@ -198,8 +186,8 @@ private:
                     store_partial(ds + j, sum * scale, count);
                 }
                 pack_branch_row(ds, rank, 1.0f, exact(a) ? Pairs::kTerms : Pairs::kTermsTwice, left_row(branch, i));
-                if (uint8_t* keep = keep_of(a, row + i, 0)) dropout_keep_bits(dropout, row + i, 0, p_.k, keep);
             }
+            kept_.make(a, row, rows);
             branch += panel_elements(branch_steps_of(a));
         }
     }
@@ -241,7 +229,7 @@ private:
             }
         };
         const auto make_tail = [&](int64_t k, int64_t some, BFloat16* panel) { pack_A(k0 + k, some, panel); };
-        const int64_t tail = keep_ ? 0 : branch_steps_;
+        const int64_t tail = kept_.any() ? 0 : branch_steps_;
         if (tail == 0)
             for (int64_t k = 0; k < outputs; k += kPanelSide)
                 pack_A(k0 + k, min_of<int64_t>(kPanelSide, outputs - k),
@@ -281,11 +269,11 @@ private:
     void add_branch(const BFloat16* ds, int64_t row, int64_t rows, int64_t k, int64_t columns, const BFloat16* lora_A,
                     float* sums, float* tile) const {
         for (int a = 0; a < p_.num_adapters; ++a) {
-            const uint8_t* keep = keep_of(a, row, k);
+            const uint8_t* keep = kept_.at(a, row, k);
             const bool started = has_base_ || a > 0;
             multiply_panels<Streams::kLeft>(ds, rows, lora_A, columns, branch_steps_of(a), keep ? tile : sums,
                                             kPanelSide, started && !keep);
-            if (keep) add_kept(tile, keep, keep_bytes(p_.k), rows, columns, kPanelSide, started, sums);
+            if (keep) add_kept(tile, keep, kept_.stride(), rows, columns, kPanelSide, started, sums);
             ds += panel_elements(branch_steps_of(a));
             lora_A += panel_elements(branch_steps_of(a));
         }
@@ -297,7 +285,7 @@ private:
         const BFloat16* left = reduce_A_;
         for (int a = 0; a < p_.num_adapters; ++a) {
             if (float* grad_A = adapter(a).grad_A) {
-                reduce_input(left, a, p_.x, k0, columns, keep_of(a, 0, k0), scratch);
+                reduce_input(left, a, p_.x, k0, columns, kept_.at(a, 0, k0), scratch);
                 for (int64_t r = 0; r < adapter(a).rank; ++r)
                     memcpy(grad_A + r * p_.k + k0, scratch.tile + r * kPanelSide, columns * sizeof(float));
             }
@@ -328,8 +316,8 @@ private:
             const int64_t rows = min_of(kReduceDepth, p_.m - row);
             for (int term = 0; term < terms_of(matrix.dtype); ++term) {
                 const Bf16Rows part = bf16_rows(matrix, row, rows, first, columns, term, nullptr, scratch.rows);
-                pack_right_panel(part.data, part.stride, rows, columns, keep ? keep + row * keep_bytes(p_.k) : nullptr,
-                                 keep_bytes(p_.k), scratch.right);
+                pack_right_panel(part.data, part.stride, rows, columns, keep ? keep + row * kept_.stride() : nullptr,
+                                 kept_.stride(), scratch.right);
                 const int64_t coefficients = (3 - term) * adapter(a).rank;
                 for (int64_t r = 0; r < coefficients; r += kPanelSide)
                     multiply_panels<Streams::kLeft>(left + r / kPanelSide * panel_elements(row_steps()) +
@@ -345,11 +333,11 @@ private:
     const LoraLinearBackwardParams& p_;
     ScaleGradients scales_;
     bool wants_A_ = false, wants_B_ = false, wants_x_ = false, wants_ds_ = false;
-    int64_t reduce_panels_ = 0;     // of all adapters
-    int64_t reduce_rows_ = 0;       // the most that an adapter has: term · rank
-    float* absmax_ = nullptr;       // [row of W][run of 64 elements], where blocks are aligned
-    float* ds_ = nullptr;           // [m, total_rank]
-    uint8_t* keep_ = nullptr;       // [dropping adapter][m][keep_bytes(k)]
+    int64_t reduce_panels_ = 0;  // of all adapters
+    int64_t reduce_rows_ = 0;    // the most that an adapter has: term · rank
+    float* absmax_ = nullptr;    // [row of W][run of 64 elements], where blocks are aligned
+    float* ds_ = nullptr;        // [m, total_rank]
+    KeptBits kept_{p_};
     BFloat16* reduce_A_ = nullptr;  // left panels of dsᵀ
     BFloat16* reduce_B_ = nullptr;  // left panels of sᵀ
 };

@@ -105,29 +105,36 @@ struct RowStats {
     float mean, rstd;
 };
 
-// μ and 1/σ of `columns` numbers; vector(column) gives those from `column` on, zeros behind the last. Two passes: the
-// row is in the cache, and nothing cancels.
+// The sums of v - shift and of its square over `columns` numbers; vector(column) gives those from `column` on.
+template <class Vector>
+inline void shifted_sums(int64_t columns, float shift, const Vector& vector, float& sum, float& squares) {
+    constexpr int kSums = 4;  // an addition takes four cycles
+    F32 sums[kSums] = {}, of_squares[kSums] = {};
+    int64_t column = 0;
+    const auto add = [&](int i, F32 v) {
+        sums[i] += v;
+        of_squares[i] = fma(v, v, of_squares[i]);
+    };
+    for (; column + kSums * kLanes <= columns; column += kSums * kLanes)
+        for (int i = 0; i < kSums; ++i) add(i, vector(column + i * kLanes) - shift);
+    for (; column < columns; column += kLanes) add(0, first_lanes(vector(column) - shift, columns - column));
+    sum = horizontal_sum((sums[0] + sums[1]) + (sums[2] + sums[3]));
+    squares = horizontal_sum((of_squares[0] + of_squares[1]) + (of_squares[2] + of_squares[3]));
+}
+
+// μ and 1/σ of `columns` numbers; vector(column) gives those from `column` on, zeros behind the last. In one pass over
+// their distances from the mean of the first few; in a second one over those from μ, if the first was so far from μ that
+// the variance would have lost two bits of its sum of squares.
 template <class Vector>
 inline RowStats row_stats(int64_t columns, float eps, const Vector& vector) {
-    constexpr int kSums = 4;  // an addition takes four cycles
-    F32 sums[kSums] = {};
-    int64_t column = 0;
-    for (; column + (kSums - 1) * kLanes < columns; column += kSums * kLanes)
-        for (int i = 0; i < kSums; ++i) sums[i] += vector(column + i * kLanes);
-    for (; column < columns; column += kLanes) sums[0] += vector(column);
-    const float mean = horizontal_sum((sums[0] + sums[1]) + (sums[2] + sums[3])) / static_cast<float>(columns);
-    for (F32& sum : sums) sum = F32{};
-    for (column = 0; column + kSums * kLanes <= columns; column += kSums * kLanes)
-        for (int i = 0; i < kSums; ++i) {
-            const F32 v = vector(column + i * kLanes) - mean;
-            sums[i] = fma(v, v, sums[i]);
-        }
-    for (; column < columns; column += kLanes) {
-        const F32 inside = first_lanes(vector(column) - mean, columns - column);
-        sums[0] = fma(inside, inside, sums[0]);
-    }
-    const float variance = horizontal_sum((sums[0] + sums[1]) + (sums[2] + sums[3])) / static_cast<float>(columns);
-    return {mean, 1.0f / __builtin_sqrtf(variance + eps)};
+    const float count = static_cast<float>(columns);
+    const float shift = horizontal_sum(vector(0)) / static_cast<float>(min_of<int64_t>(columns, kLanes));
+    float sum, squares;
+    shifted_sums(columns, shift, vector, sum, squares);
+    const float mean = shift + sum / count;
+    float variance = squares - sum / count * sum;
+    if (!(4 * variance > squares)) shifted_sums(columns, mean, vector, sum, variance);
+    return {mean, 1.0f / __builtin_sqrtf(variance / count + eps)};
 }
 
 // ---- An adapter's vectors and matrices ----------------------------------------------------------------------------

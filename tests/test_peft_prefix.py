@@ -40,7 +40,7 @@ def fused_prefix_model(*args, **kwargs):
 @pytest.mark.parametrize("name", DECODERS)
 def test_trains_as_peft_does(name, projection):
     report = assert_same_steps(prefix_model(name, projection), *tokens())
-    assert report.layers[0].kind == "peft.PeftModelForCausalLM" and len(report) == 3
+    assert report.layers[0].kind == "peft.PeftModelForCausalLM" and len(report) == 4  # loss and attention
 
 
 @pytest.mark.parametrize("projection", [False, True], ids=["direct", "mlp"])

@@ -28,7 +28,7 @@ from ..printing import PrintedReport, starred
 # that is made of its layers has imported it.
 _PACKAGES = {
     "bitsandbytes": ("bitsandbytes",),
-    "transformers": ("transformers",),
+    "transformers": ("transformers", "causal_lm_loss"),
     "peft": ("peft", "peft_ia3", "peft_prefix"),
 }
 
@@ -74,9 +74,34 @@ class FusedLayer:
             _logger.warning("a %s takes its stock forward: %s", describe(type(self)), reason)
 
 
+class Setting:
+    """Something that is set on a module, whose class stays; its methods are given the module."""
+
+    remark: ClassVar[str]  # what is fused by it, for the report
+
+    @classmethod
+    def applies(cls, module: nn.Module) -> bool:
+        """Whether it can be set on the module, or is."""
+        raise NotImplementedError
+
+    @classmethod
+    def is_set(cls, module: nn.Module) -> bool:
+        raise NotImplementedError
+
+    @classmethod
+    def set(cls, module: nn.Module) -> None:
+        raise NotImplementedError
+
+    @classmethod
+    def unset(cls, module: nn.Module) -> None:
+        raise NotImplementedError
+
+
 Fused = TypeVar("Fused", bound=type[FusedLayer])
+AnySetting = TypeVar("AnySetting", bound=type[Setting])
 
 _table: dict[type[nn.Module], type[FusedLayer]] = {}
+_settings: list[type[Setting]] = []
 _mentioned: list[type[nn.Module]] = []
 
 
@@ -85,6 +110,12 @@ def register(fused: Fused) -> Fused:
     fused.stock = fused.__bases__[-1]
     _table[fused.stock] = fused
     return fused
+
+
+def register_setting(setting: AnySetting) -> AnySetting:
+    """Class decorator: has `accelerate` set it where it applies."""
+    _settings.append(setting)
+    return setting
 
 
 def mention(stock: type[nn.Module]) -> None:
@@ -175,11 +206,11 @@ def accelerate(model: nn.Module) -> Report:
     Fused are, on the CPU and, LoRA, on CUDA devices that the package was built for: PEFT's `lora.Linear` on an
     `nn.Linear` and `lora.bnb.Linear4bit` (Hu et al. 2021, arXiv:2106.09685; Dettmers et al. 2023, arXiv:2305.14314),
     `ia3.Linear` and `ia3.bnb.Linear4bit` (Liu et al. 2022, arXiv:2205.05638), PEFT's models with prefix tuning (Li and
-    Liang 2021, arXiv:2101.00190), the attention of transformers' Llama, Mistral, Qwen, GPT-2, OPT and BERT, and
-    bitsandbytes' `Linear4bit`. Parameters, their names, state_dict, saving, merging and switching adapters go on as
-    before, and results have the dtype that the stock layers return. Whatever can't be fused keeps its stock forward,
-    and the report says why; what only an input can tell (its device or dtype, `adapter_names`) is decided at each
-    forward, and logged once.
+    Liang 2021, arXiv:2101.00190), the attention of transformers' Llama, Mistral, Qwen, GPT-2, OPT and BERT, the loss of
+    its causal language models, and bitsandbytes' `Linear4bit`. Parameters, their names, state_dict, saving, merging and
+    switching adapters go on as before, and results have the dtype that the stock layers return. Whatever can't be fused
+    keeps its stock forward, and the report says why; what only an input can tell (its device or dtype,
+    `adapter_names`) is decided at each forward, and logged once.
 
     Differences that are meant: dropout draws other masks; LoRA branches are computed in fp32; a 4-bit weight is never
     repacked for bitsandbytes' own CPU kernels (one that already was is converted back, once); a 4-bit unmerge puts
@@ -201,6 +232,9 @@ def accelerate(model: nn.Module) -> Report:
     reasons: dict[nn.Module, str | None] = {}
     remarks: dict[nn.Module, str] = {}
     for module in model.modules():
+        for setting in _settings:
+            if setting.applies(module):
+                setting.set(module)
         fused = _table.get(type(module))
         if fused is None or not fused.applies(module):
             continue
@@ -212,6 +246,11 @@ def accelerate(model: nn.Module) -> Report:
     # A second walk: whether a layer takes the fused path can depend on the layers inside it.
     layers = []
     for name, module in model.named_modules():
+        layers += [
+            LayerReport(name, describe(type(module)), True, setting.remark)
+            for setting in _settings
+            if setting.is_set(module)
+        ]
         if isinstance(module, FusedLayer):
             reason = module.why_stock()
         elif module in reasons:
@@ -236,6 +275,9 @@ def restore(model: nn.Module) -> None:
     """
     _check_module(model)
     for module in model.modules():
+        for setting in _settings:
+            if setting.is_set(module):
+                setting.unset(module)
         if isinstance(module, FusedLayer):
             module.release()
             for name in module.own_state:

@@ -1,7 +1,8 @@
-// The instances of the fusion kernels and their launch: forward and backward of every pair of
+// The instances of the fusion kernels and their launch: forward and backward with every combination of
 //
-//   A, the adapters'   float, bfloat16, float16
-//   T, of t            float, bfloat16, float16
+//   A, the adapters'           float, bfloat16, float16
+//   T, of t                    float, bfloat16, float16
+//   rows stay in shared memory, or not
 #include <cuda_runtime.h>
 
 #include "common/dropout.h"
@@ -21,13 +22,13 @@ int with_type(DType dtype, const Body& body) {
     return body(static_cast<float*>(nullptr));
 }
 
-template <class A, class T>
+template <class A, class T, bool kKeepsRows>
 constexpr auto kernel_of(const FusionForwardParams&) {
-    return &fusion_forward_kernel<A, T>;
+    return &fusion_forward_kernel<A, T, kKeepsRows>;
 }
-template <class A, class T>
+template <class A, class T, bool kKeepsRows>
 constexpr auto kernel_of(const FusionBackwardParams&) {
-    return &fusion_backward_kernel<A, T>;
+    return &fusion_backward_kernel<A, T, kKeepsRows>;
 }
 
 template <class Params>
@@ -41,18 +42,21 @@ int launch(const Params& problem, int others, void* stream) {
     params.shared = problem.shared;
     params.threshold = dropout_threshold(problem.dropout);
     params.keep_scale = dropout_keep_scale(problem.dropout);
-    int64_t kept_at = 0;
+    int32_t kept_at = 0;
     for (int i = 0; i < params.num_adapters; ++i) {
         const FusedAdapter& from = problem.adapters[i];
-        params.adapters[i] = {from.a, from.grad.data, from.width, from.first, kept_at};
-        kept_at += padded_columns(from.width);
+        const int32_t width = static_cast<int32_t>(from.width);
+        params.adapters[i] = {from.a, from.grad.data, width, static_cast<int32_t>(from.first), kept_at};
+        kept_at += static_cast<int32_t>(padded_columns(width));
     }
     const int shared_bytes = static_cast<int>(params.plan.rows * params.plan.row_bytes);
     const dim3 block(32 * params.plan.warps, params.plan.rows);
     return with_type(problem.adapters[0].a.dtype, [&](auto* a) {
         return with_type(problem.t.dtype, [&](auto* t) -> int {
+            using A = std::remove_pointer_t<decltype(a)>;
+            using T = std::remove_pointer_t<decltype(t)>;
             const auto kernel =
-                kernel_of<std::remove_pointer_t<decltype(a)>, std::remove_pointer_t<decltype(t)>>(problem);
+                params.plan.keeps_rows ? kernel_of<A, T, true>(problem) : kernel_of<A, T, false>(problem);
             const cudaError_t error =
                 cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
             if (error != cudaSuccess) return error;

@@ -28,9 +28,9 @@ namespace peft_kernels::cuda {
 struct FusionKernelAdapter {
     ConstMatrix a;    // A [m, width]
     void* grad;       // A [m, width], dense; or null
-    int64_t width;    // d, or r
-    int64_t first;    // its first column in t and in pooled
-    int64_t kept_at;  // in shared memory, the columns of the adapters before it
+    int32_t width;    // d, or r
+    int32_t first;    // its first column in t and in pooled
+    int32_t kept_at;  // in shared memory, the columns of the adapters before it
 };
 
 struct FusionKernelBase {
@@ -50,23 +50,22 @@ struct FusionKernelParams : FusionKernelBase {
 // ---- vectors of a lane --------------------------------------------------------------------------------------------
 
 // Some columns of a row, in memory and perhaps in shared memory.
-template <class E, int kVector>
+template <class E, int kVector, bool kKept>
 class RowPart {
 public:
     static constexpr int kBytes = kVector * sizeof(E), kWords = kBytes / 4;
 
-    __device__ RowPart(const ConstMatrix& matrix, int64_t row, int64_t first, int64_t width, uint32_t shared, bool kept)
+    __device__ RowPart(const ConstMatrix& matrix, int64_t row, int first, int width, uint32_t shared)
         : data_(static_cast<const E*>(matrix.data) + row * matrix.stride + first),
           width_(width),
           shared_(shared),
-          kept_(kept),
           aligned_(reinterpret_cast<uint64_t>(data_) % kBytes == 0) {}
 
     // Starts the copies of this lane's vectors to shared memory.
     __device__ void copy() const {
-        for (int64_t column = threadIdx.x * kVector; column < width_; column += blockDim.x * kVector) {
-            const uint32_t target = shared_ + static_cast<uint32_t>(column) * sizeof(E);
-            const int bytes = static_cast<int>(min(width_ - column, int64_t{kVector})) * sizeof(E);
+        for (int column = threadIdx.x * kVector; column < width_; column += blockDim.x * kVector) {
+            const uint32_t target = shared_ + column * static_cast<uint32_t>(sizeof(E));
+            const int bytes = min(width_ - column, kVector) * static_cast<int>(sizeof(E));
             if (!aligned_) {
                 uint32_t words[kWords];
                 read(column, words);
@@ -80,10 +79,10 @@ public:
     }
 
     // Zeros past the end.
-    __device__ void load(int64_t column, float (&values)[kVector]) const {
+    __device__ void load(int column, float (&values)[kVector]) const {
         uint32_t words[kWords];
-        if (kept_)
-            load_shared(words, shared_ + static_cast<uint32_t>(column) * sizeof(E));
+        if constexpr (kKept)
+            load_shared(words, shared_ + column * static_cast<uint32_t>(sizeof(E)));
         else
             read(column, words);
         if constexpr (sizeof(E) == 4) {
@@ -96,7 +95,7 @@ public:
     }
 
 private:
-    __device__ void read(int64_t column, uint32_t (&words)[kWords]) const {
+    __device__ void read(int column, uint32_t (&words)[kWords]) const {
         struct alignas(kBytes) Vector {
             E elements[kVector];
         } vector;
@@ -111,14 +110,14 @@ private:
     }
 
     const E* data_;
-    int64_t width_;
+    int width_;
     uint32_t shared_;
-    bool kept_, aligned_;
+    bool aligned_;
 };
 
 // Of a row that has `width` elements.
 template <class E, int kVector>
-__device__ inline void store_vector(const float (&values)[kVector], E* row, int64_t column, int64_t width) {
+__device__ inline void store_vector(const float (&values)[kVector], E* row, int column, int width) {
     E* const target = row + column;
     if (column + kVector > width || reinterpret_cast<uint64_t>(target) % (kVector * sizeof(E)) != 0) {
 #pragma unroll
@@ -146,7 +145,7 @@ __device__ inline float warp_max(float value) {
     return value;
 }
 
-template <class A, class T>
+template <class A, class T, bool kKeepsRows>
 class FusedRow {
 public:
     static constexpr int kVector = 16 / (sizeof(A) > sizeof(T) ? sizeof(A) : sizeof(T));
@@ -159,26 +158,26 @@ public:
           params_(params),
           shared_(shared + threadIdx.y * params.plan.row_bytes) {}
 
-    __device__ RowPart<A, kVector> adapter(int i) const {
+    __device__ RowPart<A, kVector, kKeepsRows> adapter(int i) const {
         const FusionKernelAdapter& from = params_.adapters[i];
         const int64_t at = params_.plan.adapters_at + from.kept_at * sizeof(A);
-        return {from.a, index, 0, from.width, shared_address(shared_ + at), params_.plan.keeps_rows};
+        return {from.a, index, 0, from.width, shared_address(shared_ + at)};
     }
 
     // The columns of adapter i in the row of another matrix, the which-th that is kept.
-    __device__ RowPart<T, kVector> part(const ConstMatrix& matrix, int which, int i) const {
+    __device__ RowPart<T, kVector, kKeepsRows> part(const ConstMatrix& matrix, int which, int i) const {
         const FusionKernelAdapter& of = params_.adapters[i];
         const int64_t at = which * params_.plan.other_bytes + (params_.shared ? 0 : of.kept_at * sizeof(T));
-        return {matrix, index, of.first, of.width, shared_address(shared_ + at), params_.plan.keeps_rows};
+        return {matrix, index, of.first, of.width, shared_address(shared_ + at)};
     }
 
-    // aᵢ · otherᵢ of every i. `also` is a matrix that is only to be kept, if the plan has two.
-    __device__ void multiply(const ConstMatrix& other, const ConstMatrix& also) const {
+    // aᵢ · otherᵢ of every i. `also` is a matrix, or null, that is only to be kept.
+    __device__ void multiply(const ConstMatrix& other, const ConstMatrix* also) const {
         const auto copy = [&](int i) {
-            if (i < params_.num_adapters && params_.plan.keeps_rows) {
+            if (kKeepsRows && i < params_.num_adapters) {
                 if (i == 0 || !params_.shared) {
                     part(other, 0, i).copy();
-                    if (params_.plan.others == 2) part(also, 1, i).copy();
+                    if (also) part(*also, 1, i).copy();
                 }
                 adapter(i).copy();
             }
@@ -188,10 +187,10 @@ public:
         for (int i = 0; i < params_.num_adapters; ++i) {
             copy(i + kRowsAhead);
             wait_for_copies<kRowsAhead>();
-            const RowPart<A, kVector> a = adapter(i);
-            const RowPart<T, kVector> b = part(other, 0, i);
+            const RowPart<A, kVector, kKeepsRows> a = adapter(i);
+            const RowPart<T, kVector, kKeepsRows> b = part(other, 0, i);
             float sums[kVector] = {};
-            for (int64_t column = threadIdx.x * kVector; column < params_.adapters[i].width;
+            for (int column = threadIdx.x * kVector; column < params_.adapters[i].width;
                  column += blockDim.x * kVector) {
                 float x[kVector], y[kVector];
                 a.load(column, x);
@@ -234,8 +233,7 @@ public:
     __device__ void for_each_sum(const Body& body) const {
         const int together = params_.shared ? params_.num_adapters : 1;
         for (int i = 0; i < params_.num_adapters; i += together)
-            for (int64_t column = threadIdx.x * kVector; column < params_.adapters[i].width;
-                 column += blockDim.x * kVector)
+            for (int column = threadIdx.x * kVector; column < params_.adapters[i].width; column += blockDim.x * kVector)
                 body(i, i + together, column);
     }
 
@@ -253,16 +251,16 @@ private:
 
 // ---- kernels ------------------------------------------------------------------------------------------------------
 
-template <class A, class T>
+template <class A, class T, bool kKeepsRows>
 __global__ void __launch_bounds__(32 * FusionPlan::kMaxWarps)
     fusion_forward_kernel(const __grid_constant__ FusionKernelParams<FusionForwardParams> params) {
-    using Row = FusedRow<A, T>;
+    using Row = FusedRow<A, T, kKeepsRows>;
     extern __shared__ __align__(16) char shared[];
     const FusionForwardParams& p = params.problem;
     const Row row(params, shared);
     if (row.index >= p.m) return;
     const int lane = threadIdx.x % 32, n = params.num_adapters;
-    row.multiply(p.t, {});
+    row.multiply(p.t, nullptr);
 
     float scores[Row::kTurns], most = -INFINITY, sum = 0;
 #pragma unroll
@@ -291,7 +289,7 @@ __global__ void __launch_bounds__(32 * FusionPlan::kMaxWarps)
     __syncwarp();
 
     T* const pooled = static_cast<T*>(p.pooled.data) + row.index * p.pooled.stride;
-    row.for_each_sum([&](int first, int end, int64_t column) {
+    row.for_each_sum([&](int first, int end, int column) {
         float sums[Row::kVector] = {};
         for (int i = first; i < end; ++i) {
             float a[Row::kVector];
@@ -304,16 +302,16 @@ __global__ void __launch_bounds__(32 * FusionPlan::kMaxWarps)
     });
 }
 
-template <class A, class T>
+template <class A, class T, bool kKeepsRows>
 __global__ void __launch_bounds__(32 * FusionPlan::kMaxWarps)
     fusion_backward_kernel(const __grid_constant__ FusionKernelParams<FusionBackwardParams> params) {
-    using Row = FusedRow<A, T>;
+    using Row = FusedRow<A, T, kKeepsRows>;
     extern __shared__ __align__(16) char shared[];
     const FusionBackwardParams& p = params.problem;
     const Row row(params, shared);
     if (row.index >= p.m) return;
     const int lane = threadIdx.x % 32, n = params.num_adapters;
-    row.multiply(p.grad_pooled, p.t);
+    row.multiply(p.grad_pooled, params.plan.others == 2 ? &p.t : nullptr);
 
     float probabilities[Row::kTurns], gradients[Row::kTurns], sum = 0;
 #pragma unroll
@@ -337,7 +335,7 @@ __global__ void __launch_bounds__(32 * FusionPlan::kMaxWarps)
     __syncwarp();
 
     T* const grad_t = static_cast<T*>(p.grad_t.data) + row.index * p.grad_t.stride;
-    row.for_each_sum([&](int first, int end, int64_t column) {
+    row.for_each_sum([&](int first, int end, int column) {
         float sums[Row::kVector] = {}, dpooled[Row::kVector], t[Row::kVector];
         if (params.plan.others == 2) {
             row.part(p.grad_pooled, 0, first).load(column, dpooled);

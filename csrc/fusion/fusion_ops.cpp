@@ -65,9 +65,14 @@ std::vector<FusedAdapter> check_common(FusionParams& params, const Tensor& t, co
         params.seed = static_cast<const int64_t*>(seed->const_data_ptr());
     }
 #if defined(PEFT_KERNELS_CUDA)
-    if (runs_on_cuda(t) && params.num_adapters > FusionPlan::kMaxAdapters)
-        bad_argument("adapter_outputs", std::to_string(params.num_adapters) + " tensors",
-                     "at most " + std::to_string(FusionPlan::kMaxAdapters) + " on a GPU");
+    if (runs_on_cuda(t)) {
+        constexpr int64_t kMaxColumns = int64_t{1} << 30;  // int32 counts them
+        if (params.num_adapters > FusionPlan::kMaxAdapters)
+            bad_argument("adapter_outputs", std::to_string(params.num_adapters) + " tensors",
+                         "at most " + std::to_string(FusionPlan::kMaxAdapters) + " on a GPU");
+        if (params.columns > kMaxColumns)
+            bad_argument("t", describe(t), "at most " + std::to_string(kMaxColumns) + " columns on a GPU");
+    }
 #endif
     return fused;
 }

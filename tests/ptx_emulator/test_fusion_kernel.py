@@ -144,7 +144,7 @@ def test_too_many_adapters(emulated):
 )
 def test_registers(architecture):
     kernels = report.resources(SOURCE, architecture, includes=(SOURCE.parent.parent,))
-    assert len(kernels) == 2 * 3 * 3
+    assert len(kernels) == 2 * 3 * 3 * 2
     for kernel, used in kernels.items():
         assert used.spill_bytes == used.stack_bytes == 0, kernel
         # Shared memory, not registers, has to bound how many rows a multiprocessor works on.

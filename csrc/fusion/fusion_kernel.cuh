@@ -14,8 +14,7 @@
 //   a₁       | 0 | 1 | ... | 31 | 0 | ...   copies are four adapters ahead of the products aᵢ · t,
 //   ...                                     whose parts the warps of a row add up behind the only barrier
 //
-// What does not fit is read twice. So are, by way of the L1, sectors of t where only one of t and aᵢ is of 16 bits: a
-// lane then has vectors of four columns.
+// What does not fit is read twice. Where only one of t and aᵢ is of 16 bits, its vectors are of 8 bytes.
 #pragma once
 
 #include "common/elements.cuh"

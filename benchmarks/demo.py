@@ -8,16 +8,11 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import math
-import platform
 import statistics
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
-from importlib.metadata import version
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -25,17 +20,26 @@ from typing import Any
 import torch
 from peft import PeftModel
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
 from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer
 
 import peft_kernels
 from benchmarks import finetune
+from benchmarks.demo_results import (
+    COLORS,
+    Row,
+    describe_machine,
+    describe_versions,
+    megabytes,
+    progress,
+    result_table,
+    save,
+    two_panels,
+)
 from benchmarks.finetune import Run, Settings
+from benchmarks.options import model_path, number
 
 STOCK, ACCELERATED = "stock", "accelerated"
-COLORS = ("#9aa5b1", "#1f6feb")  # of the two
 AGREEMENT_STEPS = 8
 AVERAGED = 5  # steps whose mean stands for the loss at the start and at the end
 GENERATED = 48
@@ -44,28 +48,6 @@ PROMPT = "The with statement is used to"
 
 
 # ---- Options --------------------------------------------------------------------------------------------------------
-
-
-def number(kind: type, accepts: Callable[[Any], bool], wanted: str) -> Callable[[str], Any]:
-    """An argparse type whose errors say what was given and what was wanted."""
-
-    def parse(text: str) -> Any:
-        try:
-            value = kind(text)
-        except ValueError:
-            value = None
-        if value is None or not accepts(value):
-            raise argparse.ArgumentTypeError(f"got '{text}', wanted {wanted}")
-        return value
-
-    return parse
-
-
-def model_path(text: str) -> Path:
-    path = Path(text).expanduser().resolve()
-    if not (path / "config.json").is_file() and not (path.suffix == ".gguf" and path.is_file()):
-        raise argparse.ArgumentTypeError(f"got '{text}', wanted a folder with a config.json, or a .gguf file")
-    return path
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -92,25 +74,6 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 # ---- Stages ---------------------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def progress(console: Console, total: int, names: Sequence[str]) -> Iterator[Callable[[str, Run], None]]:
-    """A live bar for each name; yields the function that moves one on."""
-    columns = [
-        TextColumn("{task.description:12}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("loss {task.fields[loss]:.3f}  {task.fields[seconds]:.2f} s/step"),
-        TimeRemainingColumn(),
-    ]
-    with Progress(*columns, console=console) as bars:
-        tasks = {name: bars.add_task(name, total=total, loss=math.nan, seconds=math.nan) for name in names}
-
-        def advance(name: str, run: Run) -> None:
-            bars.update(tasks[name], advance=1, loss=run.losses[-1], seconds=run.seconds_per_step)
-
-        yield advance
 
 
 def compare_curves(settings: Settings, batches: Tensor, console: Console) -> dict[str, float]:
@@ -175,31 +138,6 @@ def reload_and_generate(settings: Settings, adapter: Path, tokenizer: Any) -> st
 # ---- Results --------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Row:
-    """A line of the results: what was measured, for each model."""
-
-    name: str
-    unit: str
-    stock: float
-    accelerated: float
-    compared: bool = True  # whether the ratio of the two says something
-
-    @property
-    def change(self) -> str:
-        """The accelerated value as a multiple of the stock one."""
-        return f"× {self.accelerated / self.stock:.2f}" if self.compared and self.stock else ""
-
-
-def readable(value: float) -> str:
-    """Four digits, or all of those before the point."""
-    return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.4g}"
-
-
-def megabytes(count: int) -> float:
-    return count / 1e6
-
-
 def result_rows(
     runs: dict[str, Run], tokens_per_step: int, speeds: dict[str, float], saved: dict[str, int], peaks: dict[str, int]
 ) -> list[Row]:
@@ -220,21 +158,6 @@ def result_rows(
     ]
 
 
-def result_table(
-    rows: Sequence[Row],
-    title: str = "Stock PEFT and bitsandbytes, and the same accelerated",
-    headings: tuple[str, str] = (STOCK, ACCELERATED),
-) -> Table:
-    table = Table(title=title, title_justify="left")
-    table.add_column("")
-    for heading in (*headings, "ratio"):
-        table.add_column(heading, justify="right")
-    for row in rows:
-        values = [f"{readable(value)} {row.unit}".rstrip() for value in (row.stock, row.accelerated)]
-        table.add_row(row.name, *values, row.change)
-    return table
-
-
 def draw(runs: dict[str, Run], rows: Sequence[Row], machine: str, path: Path) -> None:
     """The loss curves, and a pair of bars for each compared row."""
     with two_panels(rows, machine, path) as left:
@@ -243,46 +166,6 @@ def draw(runs: dict[str, Run], rows: Sequence[Row], machine: str, path: Path) ->
             curves.plot(range(1, len(run.losses) + 1), run.losses, color=color, linewidth=width, label=name)
         curves.set(title="Loss", xlabel="step")
         curves.legend(frameon=False)
-
-
-@contextmanager
-def two_panels(rows: Sequence[Row], machine: str, path: Path) -> Iterator[Any]:
-    """A figure whose right half has a pair of bars for each compared row; yields the left half, to be drawn into."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    compared = [row for row in rows if row.compared]
-    with pyplot.rc_context({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}):
-        figure = pyplot.figure(figsize=(11, max(4.6, 0.7 * len(compared))), layout="constrained")
-        left, right = figure.subfigures(1, 2, width_ratios=[1.1, 1])
-        yield left
-        for axes, row in zip(right.subplots(len(compared), 1), compared, strict=True):
-            bars = axes.barh([1, 0], [row.stock, row.accelerated], color=COLORS)
-            labels = [readable(row.stock), f"{readable(row.accelerated)} ({row.change})"]
-            axes.bar_label(bars, labels, padding=3, fontsize=8)
-            axes.set_title(f"{row.name} [{row.unit}]", loc="left", fontsize=9)
-            axes.set(xlim=(0, 1.3 * max(row.stock, row.accelerated)), xticks=[], yticks=[])
-            axes.spines["bottom"].set_visible(False)
-        figure.suptitle(machine, x=0.01, ha="left", fontsize=8, color="#57606a")
-        figure.savefig(path, dpi=150)
-        pyplot.close(figure)
-
-
-def describe_machine(device: str) -> str:
-    if device == "cuda":
-        processor = torch.cuda.get_device_name()
-    else:
-        info = Path("/proc/cpuinfo")
-        lines = info.read_text().splitlines() if info.exists() else []
-        names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-        processor = f"{(names or [platform.machine()])[0]}, {torch.get_num_threads()} threads"
-    return f"{processor}, kernels for {peft_kernels.cpu.isa()}"
-
-
-def describe_versions() -> str:
-    return ", ".join(f"{name} {version(name)}" for name in ("torch", "peft", "bitsandbytes", "transformers"))
 
 
 # ---- The whole ------------------------------------------------------------------------------------------------------
@@ -302,9 +185,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     console = Console()
     options.output.mkdir(parents=True, exist_ok=True)
 
-    model = options.model or finetune.bundled_gguf()
-    if model.is_file():
-        model = finetune.converted(model, options.output / "base")
+    model = finetune.base_model(options.model, options.output / "base")
     shared = {name: value for name, value in vars(options).items() if name != "output"}
     settings = Settings(**shared | {"model": model})
     tokenizer = AutoTokenizer.from_pretrained(model)
@@ -339,21 +220,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sample = reload_and_generate(settings, adapter, tokenizer)
 
     rows = result_rows(runs, settings.batch * settings.length, speeds, saved, peaks)
-    console.print(result_table(rows))
+    console.print(result_table(rows, "Stock PEFT and bitsandbytes, and the same accelerated", (STOCK, ACCELERATED)))
     console.print("Largest difference of the loss curves without dropout, between")
     for pair, difference in curves.items():
         console.print(f"  {pair}: {difference:.2g}")
     draw(runs, rows, f"{machine}; {describe_versions()}", options.output / "demo.png")
     results = {
-        "machine": machine,
-        "versions": describe_versions(),
-        "settings": {**dataclasses.asdict(settings), "model": model.name},
         "results": [dataclasses.asdict(row) for row in rows],
         "largest differences without dropout": curves,
         "losses": {name: run.losses for name, run in runs.items()},
         "seconds": {name: run.seconds for name, run in runs.items()},
     }
-    (options.output / "demo.json").write_text(json.dumps(results, indent=2) + "\n")
+    save(results, settings, machine, options.output / "demo.json")
     console.rule("The saved adapter, loaded again on a fresh base and accelerated, writes", align="left")
     console.print(sample, markup=False, highlight=False)
     console.print(f"\nSaved: {adapter}, {options.output / 'demo.png'}, {options.output / 'demo.json'}")

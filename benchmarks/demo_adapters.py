@@ -7,8 +7,6 @@ adapter of Pfeiffer's kind with a head of its own; and a fusion of all tasks' ad
 from __future__ import annotations
 
 import argparse
-import dataclasses
-import json
 import math
 import statistics
 import time
@@ -28,20 +26,19 @@ from transformers import AutoModel, AutoTokenizer
 
 import peft_kernels
 from benchmarks import finetune, timing
-from benchmarks.demo import (
+from benchmarks.demo_results import (
     COLORS,
     Row,
     describe_machine,
     describe_versions,
     megabytes,
-    model_path,
-    number,
     progress,
     result_table,
+    save,
     two_panels,
 )
 from benchmarks.finetune import Run
-from benchmarks.options import names
+from benchmarks.options import model_path, names, number
 from benchmarks.plain_adapters import plain
 from benchmarks.tasks import TASKS, Task, make_tasks
 
@@ -368,9 +365,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     finetune.quiet()
     console = Console()
     options.output.mkdir(parents=True, exist_ok=True)
-    folder = options.model or finetune.bundled_gguf()
-    if folder.is_file():
-        folder = finetune.converted(folder, options.output / "base")
+    folder = finetune.base_model(options.model, options.output / "base")
     shared = {name: value for name, value in vars(options).items() if name != "output"}
     settings = Settings(**shared | {"model": folder})
     machine = describe_machine("cpu")
@@ -433,15 +428,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         console.print(f"Parameters of {name}: {size:,}, {size / whole:.1%} of the base", highlight=False)
     draw(tasks, accuracies, rows, f"{machine}; {describe_versions()}", options.output / "demo_adapters.png")
     results = {
-        "machine": machine,
-        "versions": describe_versions(),
-        "settings": {**dataclasses.asdict(settings), "model": settings.model.name},
         "accuracy": accuracies,
         "parameters": parameters,
         "costs": [{"name": row.name, "unit": row.unit, PLAIN: row.stock, FUSED: row.accelerated} for row in rows],
     }
     path = options.output / "demo_adapters.json"
-    path.write_text(json.dumps(results, indent=2) + "\n")
+    save(results, settings, machine, path)
     console.print(f"\nSaved: {options.output / 'adapters'}, {path.with_suffix('.png')}, {path}")
 
 

@@ -67,6 +67,27 @@ def layer(m: int, n: int, k: int, rank: int = 0, training: bool = False, dropout
     return Case("lora_linear", f"m={m} n={n} k={k}{extras}", prepare)
 
 
+def fuse(m: int, widths: list[int], shared: bool) -> Case:
+    """AdapterFusion's attention over bf16 outputs or bottlenecks of several adapters: its forward and backward."""
+
+    def prepare() -> Callable[[], object]:
+        columns = widths[0] if shared else sum(widths)
+        t = torch.randn(m, columns).bfloat16() / columns**0.5
+        adapters = [torch.randn(m, width).bfloat16() for width in widths]
+        options = shared, None, 1.0, 0.0, None
+
+        def call() -> None:
+            pooled, probabilities = torch.ops.peft_kernels.fusion_forward(t, adapters, *options)
+            torch.ops.peft_kernels.fusion_backward(
+                pooled, None, t, adapters, probabilities, shared, *options[1:], [True] * len(adapters)
+            )
+
+        return call
+
+    kind = "outputs" if shared else "bottlenecks"
+    return Case("fusion", f"m={m} n={len(widths)} {kind} of {widths[0]} backward", prepare)
+
+
 CASES = (
     quantize((576, 576), "bfloat16", 64),
     quantize((576, 576), "float32", 4096),
@@ -80,6 +101,9 @@ CASES = (
     layer(96, 576, 576, rank=16),
     layer(128, 1024, 1024, training=True),
     layer(1024, 256, 512, rank=16, training=True, dropout=0.05),
+    fuse(64, [768] * 8, shared=True),
+    fuse(8, [4096] * 8, shared=True),
+    fuse(64, [64] * 8, shared=False),
 )
 
 

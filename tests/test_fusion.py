@@ -65,7 +65,7 @@ def check(case, **options):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=short)
 @pytest.mark.parametrize("shape", [(1, 16, 1), (5, 17, 3), (40, 64, 8), (33, 70, 20)], ids=str)
-def test_shapes(cpu_isa, shape, dtype):
+def test_shapes(backend, shape, dtype):
     check(make_case(*shape, dtype))
 
 
@@ -75,18 +75,25 @@ def test_shapes(cpu_isa, shape, dtype):
     [{"value": False}, {"residual": False}, {"bias": False}, {"value": False, "residual": False, "bias": False}],
     ids=lambda options: "-".join(f"no-{name}" for name in options),
 )
-def test_optional_parts(options, dtype):
+def test_optional_parts(platform, options, dtype):
     check(make_case(20, 48, 4, dtype, **options))
 
 
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=short)
-def test_temperature_and_dropout(cpu_isa, dtype):
+def test_temperature_and_dropout(backend, dtype):
     case = make_case(30, 40, 9, dtype)
     check(case, temperature=3.0)
     check(case, temperature=0.7, dropout=0.4, seed=torch.tensor([77]))
 
 
-def test_fp32_matrices_keep_fp32():
+@pytest.mark.parametrize("adapter_dtype", DTYPES, ids=short)
+@pytest.mark.parametrize("dtype", DTYPES, ids=short)
+def test_dtype_of_adapters(platform, dtype, adapter_dtype):
+    case = make_case(9, 50, 3, dtype)
+    check(case | {name: tensor.to(adapter_dtype) for name, tensor in case.items() if name[0] == "a"})
+
+
+def test_fp32_matrices_keep_fp32(platform):
     case = make_case(20, 48, 4, torch.bfloat16, torch.float32, residual=False)
     actual, wanted = run(case), expected(case)
     for name in ("query_weight", "value_weight"):
@@ -104,7 +111,7 @@ def test_seeds_come_from_torchs_generator():
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 @pytest.mark.parametrize("ranks", [(8, 8, 8), (5, 1, 16)], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=short)
-def test_bottlenecks(cpu_isa, dtype, ranks, dropout):
+def test_bottlenecks(backend, dtype, ranks, dropout):
     m, d = 30, 48
     base = {name: tensor for name, tensor in make_case(m, d, 0, dtype).items()}
     count = range(len(ranks))
@@ -184,7 +191,7 @@ def test_keeps_no_key_or_value():
     assert own <= 3 * m * d * 4 + m * n * 4
 
 
-def test_strides_and_empty():
+def test_strides_and_empty(platform):
     case = make_case(12, 16, 3)
     wanted = call(case)
     strided = case | {"a1": F.pad(case["a1"], (2, 3))[:, 2:18], "query_input": case["query_input"].T.contiguous().T}

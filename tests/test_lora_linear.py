@@ -236,6 +236,17 @@ def test_strided_x(platform, rows, base, view):
     assert torch.equal(x.grad.reshape(rows, 65), wanted["x"])
 
 
+@pytest.mark.parametrize("base", ["nf4", "dense"])
+def test_strided_adapters(platform, base):
+    """PEFT leaves such, where it combines adapters by their singular values."""
+    case = make_case(6, 40, 65, (3, 1), base=base)
+    wanted = run(case)
+    for transposed in (case.lora_A, case.lora_B):
+        transposed[:] = [tensor.T.contiguous().T for tensor in transposed]
+    for name, value in run(case).items():
+        assert torch.equal(value, wanted[name]), name
+
+
 def test_expanded_and_one_dimensional_x(platform):
     case = make_case(6, 40, 65)
     arguments = case.weight, case.bias, case.lora_A, case.lora_B, case.scaling

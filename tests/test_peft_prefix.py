@@ -8,7 +8,7 @@ import torch
 from peft import LoraConfig, PrefixTuningConfig, get_peft_model
 from tiny_models import DECODERS, assert_same, assert_same_steps, greedy, step, tiny, tokens
 from torch import nn
-from transformers import StaticCache
+from transformers import PreTrainedConfig, StaticCache
 
 import peft_kernels
 import peft_kernels.integrations.transformers as integration
@@ -150,6 +150,20 @@ def test_restore_copy_pickle_and_save(tmp_path):
     peft_kernels.restore(model)
     assert type(model) is stock and not model.get_base_model().model._forward_pre_hooks
     assert torch.equal(model(input_ids=ids, attention_mask=padding).logits, wanted)
+
+
+def test_models_of_others_are_left_alone():
+    class Model(nn.Linear):
+        config, device = PreTrainedConfig(vocab_size=9), torch.device("cpu")
+
+        def prepare_inputs_for_generation(self, **inputs):
+            return inputs
+
+    config = PrefixTuningConfig(
+        task_type="CAUSAL_LM", num_virtual_tokens=LENGTH, num_layers=2, token_dim=8, num_attention_heads=2
+    )
+    (layer,) = peft_kernels.accelerate(get_peft_model(Model(8, 8), config))
+    assert not layer.fused and layer.reason == "its model is not a transformers.PreTrainedModel"
 
 
 @pytest.mark.parametrize("what", ["dropout", "window", "eager"])

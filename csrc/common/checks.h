@@ -93,6 +93,15 @@ inline DType check_float_dtype(ScalarType type, const char* name) {
     }
 }
 
+inline ScalarType scalar_type(DType dtype) {
+    switch (dtype) {
+        case DType::kBFloat16: return ScalarType::BFloat16;
+        case DType::kFloat16: return ScalarType::Half;
+        case DType::kFloat32: break;
+    }
+    return ScalarType::Float;
+}
+
 inline DType check_float_dtype(const Tensor& tensor, const char* name) {
     return check_float_dtype(tensor.scalar_type(), name);
 }

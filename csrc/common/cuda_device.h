@@ -10,6 +10,9 @@ struct DeviceProperties {
     int l2_bytes;
 };
 
+// For the examples of plans.
+constexpr DeviceProperties kA100{80, 108, 163 << 10, 40 << 20};
+
 namespace cuda {
 
 // Of the current device. Returns a cudaError_t. The runtime answers from its own memory, in less than a microsecond.

@@ -28,11 +28,12 @@ struct FusionParams {
     ConstMatrix t;         // [m, columns]
     const float* offsets;  // [m, num_adapters]: e; or null
     float temperature;
-    double dropout;  // the probability p
-    uint64_t seed;   // of the scores' dropout mask [m, num_adapters]
-    int32_t threads;
+    double dropout;       // the probability p
+    const int64_t* seed;  // [1]: of the scores' dropout mask [m, num_adapters]; null without dropout
 
-    void* workspace;  // null: only workspace_bytes is set
+    // On the CPU. Without a workspace only workspace_bytes is set.
+    int32_t threads;
+    void* workspace;
     int64_t* workspace_bytes;
 };
 
@@ -51,5 +52,14 @@ struct FusionBackwardParams : FusionParams {
 
 PEFT_KERNELS_CPU_KERNEL(fusion_forward, FusionForwardParams)
 PEFT_KERNELS_CPU_KERNEL(fusion_backward, FusionBackwardParams)
+
+namespace cuda {
+
+// Enqueue the kernel on `stream` (a cudaStream_t) of the current device. All adapters have one dtype, and there are at
+// most FusionPlan::kMaxAdapters of them. Return a cudaError_t.
+int fusion_forward(const FusionForwardParams& params, void* stream);
+int fusion_backward(const FusionBackwardParams& params, void* stream);
+
+}  // namespace cuda
 
 }  // namespace peft_kernels

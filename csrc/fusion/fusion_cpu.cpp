@@ -21,7 +21,8 @@ constexpr int64_t padded(int64_t columns) { return divide_up(columns, kLanes) * 
 // What both directions do with a row.
 class FusionRows {
 public:
-    explicit FusionRows(const FusionParams& params) : p_(params), dropout_(params.seed, params.dropout) {
+    explicit FusionRows(const FusionParams& params)
+        : p_(params), dropout_(params.seed ? *params.seed : 0, params.dropout) {
         for (int64_t i = 0; i < params.num_adapters; ++i) values_ += padded(params.adapters[i].width);
     }
 

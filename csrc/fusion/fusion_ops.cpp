@@ -10,6 +10,13 @@
 #include "common/checks.h"
 #include "common/launch.h"
 #include "fusion/fusion.h"
+#include "fusion/fusion_plan.h"
+
+#if defined(PEFT_KERNELS_CUDA)
+#include "common/cuda_check.h"
+#else
+#define PEFT_KERNELS_NAMESPACE peft_kernels
+#endif
 
 namespace peft_kernels {
 namespace {
@@ -31,6 +38,7 @@ std::vector<FusedAdapter> check_common(FusionParams& params, const Tensor& t, co
     for (const Tensor& a : adapters) {
         if (a.dim() != 2) bad_argument("adapter_outputs", describe(a), "matrices");
         const int64_t width = shared ? params.columns : a.size(1);
+        check_dtype(a, "adapter_outputs", adapters[0].scalar_type());
         FusedAdapter adapter{};
         adapter.a = check_matrix(a, "adapter_outputs", params.m, width, t);
         adapter.width = width;
@@ -54,8 +62,18 @@ std::vector<FusedAdapter> check_common(FusionParams& params, const Tensor& t, co
         if (!seed) bad_argument("seed", "none", "an int64 tensor, since there is dropout");
         check_array(*seed, "seed", ScalarType::Long, 1, t);
         params.dropout = dropout;
-        params.seed = static_cast<uint64_t>(*static_cast<const int64_t*>(seed->const_data_ptr()));
+        params.seed = static_cast<const int64_t*>(seed->const_data_ptr());
     }
+#if defined(PEFT_KERNELS_CUDA)
+    if (runs_on_cuda(t)) {
+        constexpr int64_t kMaxColumns = int64_t{1} << 30;  // int32 counts them
+        if (params.num_adapters > FusionPlan::kMaxAdapters)
+            bad_argument("adapter_outputs", std::to_string(params.num_adapters) + " tensors",
+                         "at most " + std::to_string(FusionPlan::kMaxAdapters) + " on a GPU");
+        if (params.columns > kMaxColumns)
+            bad_argument("t", describe(t), "at most " + std::to_string(kMaxColumns) + " columns on a GPU");
+    }
+#endif
     return fused;
 }
 
@@ -70,6 +88,13 @@ std::tuple<Tensor, Tensor> forward(Tensor t, Tensors adapters, bool shared, std:
     if (params.m == 0) return {pooled, probabilities};
     params.pooled = {pooled.mutable_data_ptr(), params.t.dtype, params.columns};
     params.probabilities = static_cast<float*>(probabilities.mutable_data_ptr());
+#if defined(PEFT_KERNELS_CUDA)
+    if (runs_on_cuda(t)) {
+        const CudaScope scope(t.get_device_index());
+        check_cuda(cuda::fusion_forward(params, scope.stream()), "fusion_forward");
+        return {pooled, probabilities};
+    }
+#endif
     run_cpu(&dispatch::fusion_forward, params, t);
     return {pooled, probabilities};
 }
@@ -93,7 +118,6 @@ std::tuple<Tensor, Tensor, Tensor> backward(Tensor grad_pooled, std::optional<Te
         bad_argument("wanted", std::to_string(wanted.size()) + " items", std::to_string(fused.size()));
     int64_t elements = 0;
     for (size_t i = 0; i < fused.size(); ++i) {
-        check_dtype(adapters[i], "adapter_outputs", adapters[0].scalar_type());
         if (wanted[i]) elements += params.m * fused[i].width;
     }
     Tensor grad_t = empty(t, {params.m, params.columns}, t.scalar_type());
@@ -108,6 +132,13 @@ std::tuple<Tensor, Tensor, Tensor> backward(Tensor grad_pooled, std::optional<Te
     }
     params.grad_t = {grad_t.mutable_data_ptr(), params.t.dtype, params.columns};
     params.grad_offsets = static_cast<float*>(grad_offsets.mutable_data_ptr());
+#if defined(PEFT_KERNELS_CUDA)
+    if (runs_on_cuda(t)) {
+        const CudaScope scope(t.get_device_index());
+        check_cuda(cuda::fusion_backward(params, scope.stream()), "fusion_backward");
+        return {grad_t, grad_offsets, grads};
+    }
+#endif
     run_cpu(&dispatch::fusion_backward, params, t);
     return {grad_t, grad_offsets, grads};
 }
@@ -115,7 +146,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(Tensor grad_pooled, std::optional<Te
 }  // namespace
 }  // namespace peft_kernels
 
-STABLE_TORCH_LIBRARY_FRAGMENT(peft_kernels, m) {
+STABLE_TORCH_LIBRARY_FRAGMENT(PEFT_KERNELS_NAMESPACE, m) {
     m.def(
         "fusion_forward(Tensor t, Tensor[] adapters, bool shared, Tensor? offsets, float temperature, float dropout, "
         "Tensor? seed) -> (Tensor pooled, Tensor probabilities)");
@@ -125,7 +156,16 @@ STABLE_TORCH_LIBRARY_FRAGMENT(peft_kernels, m) {
         "bool[] wanted) -> (Tensor grad_t, Tensor grad_offsets, Tensor grads)");
 }
 
+#if !defined(PEFT_KERNELS_EMULATED)
 STABLE_TORCH_LIBRARY_IMPL(peft_kernels, CPU, m) {
     m.impl("fusion_forward", TORCH_BOX(&peft_kernels::forward));
     m.impl("fusion_backward", TORCH_BOX(&peft_kernels::backward));
 }
+#endif
+
+#if defined(PEFT_KERNELS_CUDA)
+STABLE_TORCH_LIBRARY_IMPL(PEFT_KERNELS_NAMESPACE, PEFT_KERNELS_CUDA_KEY, m) {
+    m.impl("fusion_forward", TORCH_BOX(&peft_kernels::forward));
+    m.impl("fusion_backward", TORCH_BOX(&peft_kernels::backward));
+}
+#endif

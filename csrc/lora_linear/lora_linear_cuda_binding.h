@@ -10,11 +10,8 @@
 
 #include <algorithm>
 #include <array>
-#include <cstdio>
-#include <cstdlib>
 #include <map>
 #include <mutex>
-#include <set>
 #include <string>
 #include <tuple>
 #include <vector>
@@ -23,21 +20,13 @@
 #include "common/cuda_check.h"
 #include "common/cuda_device.h"
 #include "common/dropout.h"
+#include "common/print_plan.h"
 #include "lora_linear/lora_linear.h"
 #include "lora_linear/lora_linear_branch.h"
 #include "lora_linear/lora_linear_cuda_plan.h"
 #include "lora_linear/lora_linear_gemm.h"
 
 namespace peft_kernels {
-
-inline ScalarType scalar_type(DType dtype) {
-    switch (dtype) {
-        case DType::kBFloat16: return ScalarType::BFloat16;
-        case DType::kFloat16: return ScalarType::Half;
-        case DType::kFloat32: break;
-    }
-    return ScalarType::Float;
-}
 
 // ---- plans --------------------------------------------------------------------------------------------------------
 
@@ -74,19 +63,6 @@ inline Crossover crossover_of(const DeviceProperties& device) {
     }
     const auto found = tuned.by_name.find(name);
     return found != tuned.by_name.end() ? found->second : default_crossover(device.compute_capability);
-}
-
-inline bool prints_plans() {
-    const char* value = std::getenv("PEFT_KERNELS_PRINT_PLANS");
-    return value && std::string(value) == "1";
-}
-
-// Each plan once.
-inline void print_plan(const std::string& plan) {
-    static std::mutex mutex;
-    static std::set<std::string> printed;
-    const std::lock_guard lock(mutex);
-    if (printed.insert(plan).second) fprintf(stderr, "peft_kernels: %s\n", plan.c_str());
 }
 
 // ---- a call -------------------------------------------------------------------------------------------------------

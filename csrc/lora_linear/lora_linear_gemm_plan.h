@@ -65,7 +65,6 @@ constexpr LoraLinearGemmPlan plan_lora_linear_gemm(int64_t m, int64_t outputs, i
 }
 
 // 4096 x 4096 on an A100: as many CTAs as multiprocessors, or nearly.
-constexpr DeviceProperties kA100{80, 108, 163 << 10, 40 << 20};
 static_assert(plan_lora_linear_gemm(1, 4096, 4096, false, kA100).tiles == 256);
 static_assert(plan_lora_linear_gemm(32, 4096, 4096, false, kA100).tiles == 128);
 static_assert(plan_lora_linear_gemm(64, 4096, 4096, false, kA100).splits == 3);

@@ -9,7 +9,7 @@ from peft import PeftType
 from torch import nn
 
 from ..nn.prefix import split_prefix
-from .prefix import PrefixCache, backbone_of, inject_from_cache, remove_hooks, why_no_prefix
+from .prefix import PrefixCache, backbone_of, find_backbone, inject_from_cache, remove_hooks, why_no_prefix
 from .registry import FusedLayer, register
 
 
@@ -27,6 +27,8 @@ class FusedPrefix(FusedLayer):
     def why_not(cls, layer: nn.Module) -> str | None:
         if layer.active_peft_config.num_transformer_submodules != 1:
             return "its model has an encoder and a decoder"
+        if find_backbone(layer) is None:
+            return "its model is not a transformers.PreTrainedModel"
         return None
 
     def prepare(self) -> str:

@@ -165,10 +165,18 @@ def backbone_of(model: nn.Module) -> PreTrainedModel:
     Raises:
         ValueError: there is none.
     """
+    backbone = find_backbone(model)
+    if backbone is not None:
+        return backbone
+    raise ValueError(f"model: got a {type(model).__name__}, wanted a transformers.PreTrainedModel, or one inside it")
+
+
+def find_backbone(model: nn.Module) -> PreTrainedModel | None:
+    """What `backbone_of` returns, if there is one."""
     for module in model.modules():
         if isinstance(module, PreTrainedModel):
             return getattr(module.base_model, "decoder", module.base_model)  # OPT's, which its heads call directly
-    raise ValueError(f"model: got a {type(model).__name__}, wanted a transformers.PreTrainedModel, or one inside it")
+    return None
 
 
 def why_no_prefix(backbone: PreTrainedModel) -> str | None:

@@ -7,6 +7,8 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
+from .nf4 import NF4Weight
+
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -21,6 +23,8 @@ def bad(name: str, value: Any, wanted: str) -> NoReturn:
 def describe(value: Any) -> str:
     if isinstance(value, Tensor):
         return f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)}"
+    if isinstance(value, NF4Weight):
+        return f"an NF4Weight of shape {list(value.shape)}"
     return f"{value!r}, a {type(value).__name__}"
 
 
@@ -43,16 +47,23 @@ def drawn_seed(dropout: float, seed: Tensor | None, device: torch.device) -> Ten
     return seed
 
 
+def autocasts(device_type: str) -> bool:
+    return device_type != "meta" and torch.is_autocast_enabled(device_type)
+
+
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
     """Autocast's dtype on x's device, if it is on."""
-    enabled = x.device.type != "meta" and torch.is_autocast_enabled(x.device.type)
-    return torch.get_autocast_dtype(x.device.type) if enabled else None
+    return torch.get_autocast_dtype(x.device.type) if autocasts(x.device.type) else None
 
 
 def matrix(x: Tensor) -> Tensor:
-    """x as rows that are dense; copied only where they are not."""
-    flat = x if x.dim() == 2 else x.reshape(x.shape[:-1].numel(), x.shape[-1])
-    return flat.contiguous() if flat.stride(-1) != 1 and flat.numel() > 0 else flat
+    """x [..., d] as a matrix with dense rows; copied only where they are not."""
+    return dense_rows(x if x.dim() == 2 else x.reshape(x.shape[:-1].numel(), x.shape[-1]))
+
+
+def dense_rows(x: Tensor) -> Tensor:
+    """A matrix, copied if its rows are not dense; other tensors as they are, for the ops to refuse."""
+    return x.contiguous() if x.dim() == 2 and x.stride(1) != 1 and x.numel() > 0 else x
 
 
 def any_requires_grad(*tensors: Tensor | None) -> bool:

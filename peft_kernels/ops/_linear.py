@@ -4,35 +4,33 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
+from ._arguments import DTYPES, autocast_dtype, autocasts, bad, is_float
 from .nf4 import NF4Weight
-
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def check_product(x, weight, bias, compute_dtype, out_dtype) -> None:
     """Refuses what the ops would not see, or would see too late to say what is wrong: types, a dense weight, and x
     against the weight. It runs at every call, so the texts are made only on failure."""
-    if not isinstance(x, Tensor) or x.dim() == 0 or x.dtype not in _DTYPES:
+    if not is_float(x) or x.dim() == 0:
         bad("x", x, "a float32, bfloat16 or float16 tensor [..., K]")
     nf4 = isinstance(weight, NF4Weight)
-    if not (nf4 or (isinstance(weight, Tensor) and weight.dtype in _DTYPES)) or len(weight.shape) != 2:
+    if not (nf4 or is_float(weight)) or len(weight.shape) != 2:
         bad("weight", weight, "an NF4Weight or a float32, bfloat16 or float16 tensor, of shape [N, K]")
     if x.shape[-1] != weight.shape[1]:
         bad("x", x, f"[..., {weight.shape[1]}], for a weight of shape {list(weight.shape)}")
     if bias is not None and not isinstance(bias, Tensor):
         bad("bias", bias, f"a tensor [{weight.shape[0]}]")
-    if compute_dtype is not None and compute_dtype not in _DTYPES:
+    if compute_dtype is not None and compute_dtype not in DTYPES:
         bad("compute_dtype", compute_dtype, "float32, bfloat16 or float16")
-    if out_dtype is not None and out_dtype not in _DTYPES:
+    if out_dtype is not None and out_dtype not in DTYPES:
         bad("out_dtype", out_dtype, "float32, bfloat16 or float16")
     if nf4:
         return
-    if bias is not None and (bias.dtype not in _DTYPES or bias.shape != weight.shape[:1]):
+    if bias is not None and (bias.dtype not in DTYPES or bias.shape != weight.shape[:1]):
         bad("bias", bias, f"a float32, bfloat16 or float16 tensor [{weight.shape[0]}]")
     check_devices(x, (("weight", weight), ("bias", bias)))
 
@@ -41,14 +39,8 @@ def product_dtypes(
     x: Tensor, compute_dtype: torch.dtype | None, out_dtype: torch.dtype | None
 ) -> tuple[torch.dtype, torch.dtype]:
     """What is not given is autocast's dtype under autocast, else x's."""
-    default = torch.get_autocast_dtype(x.device.type) if autocasts(x.device.type) else x.dtype
+    default = autocast_dtype(x) or x.dtype
     return compute_dtype or default, out_dtype or default
-
-
-def as_rows(x: Tensor) -> Tensor:
-    """x [..., K] as a matrix with dense rows."""
-    flat = x if x.dim() == 2 else x.reshape(x.shape[:-1].numel(), x.shape[-1])
-    return flat.contiguous() if flat.stride(-1) != 1 and flat.numel() > 0 else flat
 
 
 def weight_arguments(weight: Tensor | NF4Weight, features: int, dtype: torch.dtype) -> tuple:
@@ -60,17 +52,9 @@ def weight_arguments(weight: Tensor | NF4Weight, features: int, dtype: torch.dty
     return None, None, (), 256, features, 64, "nf4", dtype
 
 
-def autocasts(device_type: str) -> bool:
-    return device_type != "meta" and torch.is_autocast_enabled(device_type)
-
-
 def without_autocast(device_type: str) -> AbstractContextManager:
     """For products in compute_dtype, which may be the caller's choice."""
     return torch.autocast(device_type, enabled=False) if autocasts(device_type) else nullcontext()
-
-
-def any_requires_grad(*tensors: Tensor | None) -> bool:
-    return any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
 
 def check_devices(x: Tensor, tensors: Iterable[tuple[str, Tensor | None]]) -> None:
@@ -82,13 +66,3 @@ def check_devices(x: Tensor, tensors: Iterable[tuple[str, Tensor | None]]) -> No
 def named(**lists: Sequence[Tensor | None]) -> list[tuple[str, Tensor | None]]:
     """Pairs for `check_devices`."""
     return [(name, tensor) for name, tensors in lists.items() for tensor in tensors]
-
-
-def bad(name: str, got: Any, wanted: str) -> NoReturn:
-    if isinstance(got, Tensor):
-        text = f"{str(got.dtype).removeprefix('torch.')} {list(got.shape)}"
-    elif isinstance(got, NF4Weight):
-        text = f"an NF4Weight of shape {list(got.shape)}"
-    else:
-        text = f"{got!r}, a {type(got).__name__}"
-    raise ValueError(f"{name}: got {text}, wanted {wanted}")

@@ -15,17 +15,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .. import _extension  # noqa: F401
-from ._linear import (
-    any_requires_grad,
-    as_rows,
-    bad,
-    check_devices,
-    check_product,
-    named,
-    product_dtypes,
-    weight_arguments,
-    without_autocast,
-)
+from ._arguments import any_requires_grad, bad, matrix
+from ._linear import check_devices, check_product, named, product_dtypes, weight_arguments, without_autocast
 from .nf4 import NF4Weight
 
 # Decoding with a dense weight: torch reads it 1.7 times as fast as a kernel that packs it first (2048 x 2048 in bf16),
@@ -74,7 +65,7 @@ def ia3_linear(
     check_devices(x, (("l_in", l_in), ("l_out", l_out)))
     compute_dtype, out_dtype = product_dtypes(x, compute_dtype, out_dtype)
     call = _Call(weight, compute_dtype, out_dtype)
-    flat = as_rows(x)
+    flat = matrix(x)
     dense = None if isinstance(weight, NF4Weight) else weight
     if torch.is_grad_enabled() and any_requires_grad(x, bias, dense, l_in, l_out):
         y = _IA3Linear.apply(flat, bias, dense, l_in, l_out, call)

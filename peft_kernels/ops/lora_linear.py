@@ -14,17 +14,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .. import _extension  # noqa: F401
-from ._linear import (
-    any_requires_grad,
-    as_rows,
-    bad,
-    check_devices,
-    check_product,
-    named,
-    product_dtypes,
-    weight_arguments,
-    without_autocast,
-)
+from ._arguments import any_requires_grad, bad, dense_rows, matrix
+from ._linear import check_devices, check_product, named, product_dtypes, weight_arguments, without_autocast
 from .nf4 import NF4Weight
 
 
@@ -70,7 +61,9 @@ def lora_linear(
     if seeds is None and any(dropout):
         seeds = torch.randint(torch.iinfo(torch.int64).max, (len(dropout),), device=x.device)
     call = _Call(weight, compute_dtype, out_dtype, tuple(scaling), tuple(dropout))
-    flat = as_rows(x)
+    flat = matrix(x)
+    # PEFT's adapters that are combined by their singular values are transposed.
+    lora_A, lora_B = [dense_rows(a) for a in lora_A], [dense_rows(b) for b in lora_B]
     dense = None if isinstance(weight, NF4Weight) else weight
     # Without the second condition torch.compile would lose `ctx`: where nothing needs a gradient, it takes forward's
     # signature, whose *adapters hold two tensors, for one without it.

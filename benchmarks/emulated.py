@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 
 from benchmarks.options import expression, names
-from peft_kernels.ops import lora_linear, quantize_4bit
+from peft_kernels.ops import ia3_linear, lora_linear, quantize_4bit
 
 ROOT = Path(__file__).parent.parent
 sys.path.append(str(ROOT / "tests"))
@@ -67,6 +67,18 @@ def layer(m: int, n: int, k: int, rank: int = 0, training: bool = False, dropout
     return Case("lora_linear", f"m={m} n={n} k={k}{extras}", prepare)
 
 
+def scaled_layer(m: int, n: int, k: int, side: str) -> Case:
+    """A bf16 linear on nested NF4 under (IA)³: the forward and backward of one of its sides."""
+
+    def prepare() -> Callable[[], object]:
+        weight = quantize_4bit(torch.randn(n, k).bfloat16(), double_quant=True)
+        x = torch.randn(m, k).bfloat16().requires_grad_()
+        scale = torch.ones(k if side == "l_in" else n, requires_grad=True)
+        return lambda: ia3_linear(x, weight, **{side: scale}).sum().backward()
+
+    return Case("ia3_linear", f"m={m} n={n} k={k} {side} backward", prepare)
+
+
 CASES = (
     quantize((576, 576), "bfloat16", 64),
     quantize((576, 576), "float32", 4096),
@@ -80,6 +92,7 @@ CASES = (
     layer(96, 576, 576, rank=16),
     layer(128, 1024, 1024, training=True),
     layer(1024, 256, 512, rank=16, training=True, dropout=0.05),
+    *(scaled_layer(m, 576, 576, side) for m in (96, 1024) for side in ("l_in", "l_out")),
 )
 
 

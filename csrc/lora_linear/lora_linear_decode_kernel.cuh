@@ -1,6 +1,6 @@
 // G0: the forward base product for few tokens (m <= 32), bound by reading the codes once.
 //
-//   out [m, n] = x · Wᵀ + bias + add + Σᵢ scalingᵢ · sᵢ · lora_Bᵢᵀ
+//   out [m, n] = scale ⊙ (x · Wᵀ + bias + add + Σᵢ scalingᵢ · sᵢ · lora_Bᵢᵀ)
 //
 // A CTA makes kRows columns of out, for all tokens; its warps share the reduction and meet in shared memory at the end,
 // so that no sum goes through global memory. The weight is the left operand of the matrix unit, whose 16 rows it fills;
@@ -351,7 +351,10 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kTokens == 8 ? 3 : 2
         float sum = 0;
 #pragma unroll
         for (int w = 0; w < kWarps; ++w) sum += shared.sums[w][token * Traits::kSumPitch + row];
-        store_element(operands.out, token, first_row + row, sum + outputs[i]);
+        sum += outputs[i];
+        if (operands.unscaled.data) store_element(operands.unscaled, token, first_row + row, sum);
+        if (operands.scale) sum *= operands.scale[first_row + row];
+        store_element(operands.out, token, first_row + row, sum);
     }
 #endif
 }

@@ -247,7 +247,7 @@ def test_ctas_fill_the_card(m, profile):
     assert launch["grid"][0] >= 0.8 * multiprocessors
 
 
-@pytest.fixture(scope="module", params=[pytest.param(name, marks=pytest.mark.slow) for name in PROFILES])
+@pytest.fixture(scope="module", params=[pytest.param(name, marks=pytest.mark.slow) for name in [*PROFILES, "sm_86"]])
 def resources(request):
     return report.resources(CSRC / "lora_linear/lora_linear_gemm.cu", request.param, includes=(CSRC,))
 

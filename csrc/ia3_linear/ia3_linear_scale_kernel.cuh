@@ -22,7 +22,7 @@ static __global__ void __launch_bounds__(32 * ScaleColumnsPlan::kWarps, ScaleCol
     __shared__ float4 warp_sums[kWarps][32];
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const int64_t column = (int64_t{blockIdx.x} * 32 + lane) * kColumns;
-    const int count = static_cast<int>(max(int64_t{0}, min(params.plan.columns - column, int64_t{kColumns})));
+    const int count = count_four(column, params.plan.columns);
     const int64_t first_row = blockIdx.y * params.plan.rows;
     const int64_t end = min(params.m, first_row + params.plan.rows);
     const bool in_aligned = has_aligned_fours(params.in), out_aligned = has_aligned_fours(params.out);

@@ -50,7 +50,7 @@ __device__ void stage_term(const LoraLinearGemmKernelParams& params, typename Tr
             const float first = r < term.rank && k < params.outputs ? load_element(term.factor, r, k) : 0;
             const float second = r < term.rank && k + 1 < params.outputs ? load_element(term.factor, r, k + 1) : 0;
             const SplitPair pair = split(first, second);
-            const int word = 64 * row + 32 * (i % 2) + 4 * (lane / 4 ^ row % 8) + lane % 4;
+            const int word = 64 * row + 32 * (i % 2) + 4 * (lane / 4 ^ Traits::swizzle(row, i % 2)) + lane % 4;
             right[word] = pair.high;
             right[word + 16 * 64] = pair.finite_high;
             right[word + 32 * 64] = pair.low;
@@ -154,7 +154,7 @@ __device__ void store_tile(const LoraLinearGemmKernelParams& params, typename Tr
 #pragma unroll 1
         for (int half = 0; half < 2; ++half) {
             const int64_t column = place.first_output + warp_tile.first_n + lane % 8 * 4 + 32 * half;
-            const int count = static_cast<int>(max(int64_t{0}, min(int64_t{4}, params.outputs - column)));
+            const int count = count_four(column, params.outputs);
             const float4 bias = load_four(operands.bias, 0, column, count, false);
             const float4 scale = load_scales(operands.scale, column, count);
 #pragma unroll 1

@@ -44,6 +44,11 @@ __device__ inline void store_element(const Matrix& matrix, int64_t i, int64_t j,
     }
 }
 
+// How many of four neighbours, from this column on, a row has.
+__device__ inline int count_four(int64_t column, int64_t columns) {
+    return static_cast<int>(max(int64_t{0}, min(int64_t{4}, columns - column)));
+}
+
 // Four neighbours of a row, of which the first `count` exist.
 __device__ inline float4 load_four(const ConstMatrix& matrix, int64_t i, int64_t j, int count, bool aligned) {
     if (!matrix.data) return make_float4(0, 0, 0, 0);

@@ -248,7 +248,7 @@ def test_transposed_weight_is_fetched_once(m, nested):
     assert GEMM in launch["kernel"]
     fetched = {name: 32 * count for name, count in launch["sectors_read"].items()}
     assert fetched["codes"] == weight.codes.nbytes
-    # A tile has two blocks of a row: a part of a sector, which each column of tiles fetches. Splits look one step ahead.
+    # A tile has two blocks of a row: a part of a sector, which each column of tiles fetches. Parts look one step ahead.
     assert fetched["absmax"] <= 1.13 * 32 * 1024 * (1024 // 128)
     assert fetched["grad_y"] == grad_y.nbytes * (1024 // 128)
 

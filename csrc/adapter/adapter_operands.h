@@ -76,21 +76,27 @@ void with_vectors(const ConstMatrix& matrix, int64_t row0, int64_t first, int64_
     });
 }
 
+// Whether a matrix of so many rows and columns should be written past the caches (kStreamedBytes), and can be.
+inline bool streams(const Matrix& matrix, int64_t rows, int64_t columns) {
+    const int64_t size = size_of(matrix.dtype);
+    return rows * columns * size >= kStreamedBytes && matrix.stride * size % 64 == 0 &&
+           reinterpret_cast<uintptr_t>(matrix.data) % 64 == 0;
+}
+
 // matrix[row0 + row][first + column] = vector(row, column), for so many of them.
 template <class Vector>
-void write_part(const Matrix& matrix, int64_t row0, int64_t rows, int64_t first, int64_t columns,
+void write_part(const Matrix& matrix, int64_t row0, int64_t rows, int64_t first, int64_t columns, bool streams,
                 const Vector& vector) {
     dispatch_dtype(matrix.dtype, [&](auto* type) {
-        using T = Pointee<decltype(type)>;
-        T* data = static_cast<T*>(row_of(matrix, row0, first));
-        const int64_t stride = matrix.stride;
-        for (int64_t row = 0; row < rows; ++row) {
-            T* out = data + row * stride;
-            // The next columns of a row are written soon, but after those of the other rows: too late for the hardware.
-            prefetch_row<true>(out + columns, columns);
+        auto* out = static_cast<Pointee<decltype(type)>*>(row_of(matrix, row0, first));
+        for (int64_t row = 0; row < rows; ++row, out += matrix.stride) {
             int64_t column = 0;
-            for (; column + kLanes <= columns; column += kLanes) store(out + column, vector(row, column));
-            if (column < columns) store_partial(out + column, vector(row, column), columns - column);
+            if (streams)
+                for (; column + 2 * kLanes <= columns; column += 2 * kLanes)
+                    stream_pair(out + column, vector(row, column), vector(row, column + kLanes));
+            for (; column + 2 * kLanes <= columns; column += 2 * kLanes)
+                store_pair(out + column, vector(row, column), vector(row, column + kLanes));
+            for (; column < columns; column += kLanes) store_some(out + column, vector(row, column), columns - column);
         }
     });
 }
@@ -99,29 +105,36 @@ struct RowStats {
     float mean, rstd;
 };
 
-// μ and 1/σ of `columns` numbers; vector(column) gives those from `column` on, zeros behind the last. Two passes: the
-// row is in the cache, and nothing cancels.
+// The sums of v - shift and of its square over `columns` numbers; vector(column) gives those from `column` on.
+template <class Vector>
+inline void shifted_sums(int64_t columns, float shift, const Vector& vector, float& sum, float& squares) {
+    constexpr int kSums = 4;  // an addition takes four cycles
+    F32 sums[kSums] = {}, of_squares[kSums] = {};
+    int64_t column = 0;
+    const auto add = [&](int i, F32 v) {
+        sums[i] += v;
+        of_squares[i] = fma(v, v, of_squares[i]);
+    };
+    for (; column + kSums * kLanes <= columns; column += kSums * kLanes)
+        for (int i = 0; i < kSums; ++i) add(i, vector(column + i * kLanes) - shift);
+    for (; column < columns; column += kLanes) add(0, first_lanes(vector(column) - shift, columns - column));
+    sum = horizontal_sum((sums[0] + sums[1]) + (sums[2] + sums[3]));
+    squares = horizontal_sum((of_squares[0] + of_squares[1]) + (of_squares[2] + of_squares[3]));
+}
+
+// μ and 1/σ of `columns` numbers; vector(column) gives those from `column` on, zeros behind the last. In one pass over
+// their distances from the mean of the first few; in a second one over those from μ, if the first was so far from μ that
+// the variance would have lost two bits of its sum of squares.
 template <class Vector>
 inline RowStats row_stats(int64_t columns, float eps, const Vector& vector) {
-    constexpr int kSums = 4;  // an addition takes four cycles
-    F32 sums[kSums] = {};
-    int64_t column = 0;
-    for (; column + (kSums - 1) * kLanes < columns; column += kSums * kLanes)
-        for (int i = 0; i < kSums; ++i) sums[i] += vector(column + i * kLanes);
-    for (; column < columns; column += kLanes) sums[0] += vector(column);
-    const float mean = horizontal_sum((sums[0] + sums[1]) + (sums[2] + sums[3])) / static_cast<float>(columns);
-    for (F32& sum : sums) sum = F32{};
-    for (column = 0; column + kSums * kLanes <= columns; column += kSums * kLanes)
-        for (int i = 0; i < kSums; ++i) {
-            const F32 v = vector(column + i * kLanes) - mean;
-            sums[i] = fma(v, v, sums[i]);
-        }
-    for (; column < columns; column += kLanes) {
-        const F32 inside = first_lanes(vector(column) - mean, columns - column);
-        sums[0] = fma(inside, inside, sums[0]);
-    }
-    const float variance = horizontal_sum((sums[0] + sums[1]) + (sums[2] + sums[3])) / static_cast<float>(columns);
-    return {mean, 1.0f / __builtin_sqrtf(variance + eps)};
+    const float count = static_cast<float>(columns);
+    const float shift = horizontal_sum(vector(0)) / static_cast<float>(min_of<int64_t>(columns, kLanes));
+    float sum, squares;
+    shifted_sums(columns, shift, vector, sum, squares);
+    const float mean = shift + sum / count;
+    float variance = squares - sum / count * sum;
+    if (!(4 * variance > squares)) shifted_sums(columns, mean, vector, sum, variance);
+    return {mean, 1.0f / __builtin_sqrtf(variance / count + eps)};
 }
 
 // ---- An adapter's vectors and matrices ----------------------------------------------------------------------------
@@ -186,45 +199,42 @@ void fill_columns(const Operand<Product>& operand, int64_t chunk, int64_t part, 
     });
 }
 
-// sums[row][output] of some rows with a matrix whose depth is d; fill(first column, left) makes a part of the rows.
-template <class Product, class Fill>
-void multiply_parts(const Operand<Product>& operand, typename Product::Element* data, int terms, int64_t rows,
-                    float* sums, const Fill& fill) {
+// sums[row][output] of some rows with a matrix whose depth is d; left(first column, depth) gives a part of the rows.
+template <class Product, class Left>
+void multiply_parts(const Operand<Product>& operand, int64_t rows, float* sums, const Left& left) {
     const int64_t stride = operand.chunks() * kRightOutputs;
     for (int64_t part = 0; part < operand.parts(); ++part) {
         const int64_t first = part * operand.part_depth;
-        const typename Product::Left left{data, min_of(operand.part_depth, operand.depth - first), terms};
-        fill(first, left);
+        const typename Product::Left of_part = left(first, min_of(operand.part_depth, operand.depth - first));
         for (int64_t chunk = 0; chunk < operand.chunks(); ++chunk)
-            Product::multiply(left, rows, operand.right(chunk, part), sums + chunk * kRightOutputs, stride, part > 0);
+            Product::multiply(of_part, rows, operand.right(chunk, part), sums + chunk * kRightOutputs, stride,
+                              part > 0);
     }
+}
+
+// Calls body(first row, rows, first column, columns) for parts of a block of rows, whose sums stay in the L1 cache until
+// they are used.
+template <class Body>
+void for_each_part(int64_t rows, int64_t d, const Body& body) {
+    for (int64_t column = 0; column < d; column += kRightOutputs)
+        for (int64_t row = 0; row < rows; row += kWrittenRows)
+            body(row, min_of(kWrittenRows, rows - row), column, min_of(kRightOutputs, d - column));
 }
 
 // ---- Tasks --------------------------------------------------------------------------------------------------------
 
-// Calls body(run, first row within the run, rows, next, worker) for every block of rows; `next` is how many rows the
-// same thread will take next, right behind these.
+// Calls body(run, first row within the run, rows, worker) for every block of rows.
 template <class Body>
 void for_each_block(const AdapterParams& p, const Body& body) {
-    const int64_t block = adapter_block_rows(p.m, p.d, p.threads), group = block * adapter_group(p.m, block, p.threads);
-    int64_t groups = 0;
-    for (int64_t i = 0; i < p.num_runs; ++i) groups += divide_up(p.runs[i].rows, group);
-    parallel_for_each(groups, [&](int64_t task, int worker) {
+    const int64_t block = adapter_block_rows(p.m, p.d, p.threads);
+    int64_t blocks = 0;
+    for (int64_t i = 0; i < p.num_runs; ++i) blocks += divide_up(p.runs[i].rows, block);
+    parallel_for_each(blocks, [&](int64_t task, int worker) {
         int64_t run = 0;
-        for (int64_t some; task >= (some = divide_up(p.runs[run].rows, group)); task -= some) ++run;
-        const int64_t end = min_of((task + 1) * group, p.runs[run].rows);
-        for (int64_t row = task * group; row < end; row += block)
-            body(run, row, min_of(block, end - row), min_of(block, max_of<int64_t>(0, end - row - block)), worker);
+        for (int64_t some; task >= (some = divide_up(p.runs[run].rows, block)); task -= some) ++run;
+        const int64_t row = task * block;
+        body(run, row, min_of(block, p.runs[run].rows - row), worker);
     });
-}
-
-// Fetches a part of a matrix into the L2 cache.
-inline void prefetch_part(const ConstMatrix& matrix, int64_t row0, int64_t rows, int64_t first, int64_t columns) {
-    const int64_t bytes = columns * size_of(matrix.dtype);
-    for (int64_t row = row0; row < row0 + rows; ++row) {
-        const char* at = static_cast<const char*>(row_of(matrix, row, first));
-        for (int64_t byte = 0; byte < bytes; byte += 64) __builtin_prefetch(at + byte, 0, 2);
-    }
 }
 
 }  // namespace

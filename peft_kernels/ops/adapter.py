@@ -409,7 +409,9 @@ def _weight_gradients(
                 grads[4 * n + i], grads[5 * n + i] = (p * weight).sum(0), dz @ weight
         if sums_up[i] is not None:
             factor = scale[i] if numbers[i] is None else numbers[i]
-            grads[2 * n + i], grads[3 * n + i] = sums_up[i] * factor, sums_up_bias[i] * factor
+            scaled = numbers[i] == 1
+            grads[2 * n + i] = sums_up[i] if scaled else sums_up[i] * factor
+            grads[3 * n + i] = sums_up_bias[i] if scaled else sums_up_bias[i] * factor
             if wants_scale:
                 total = (sums_up[i] * up[i]).sum()
                 grad_scale.append(total if up_bias[i] is None else total + sums_up_bias[i] @ up_bias[i].float())
@@ -422,7 +424,7 @@ def _split(flat: Tensor, likes: Sequence[Tensor | int]) -> list[Tensor | None]:
     sizes = [like if isinstance(like, int) else like.numel() for like in likes]
     if flat.numel() != sum(sizes):
         return [None] * len(likes)
-    parts = flat.split_with_sizes(sizes)
+    parts = flat.split_with_sizes(sizes) if len(sizes) > 1 else (flat,)
     return [part if isinstance(like, int) else part.view(like.shape) for part, like in zip(parts, likes, strict=True)]
 
 

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 
 from benchmarks.options import expression, names
-from peft_kernels.ops import lora_linear, quantize_4bit
+from peft_kernels.ops import ia3_linear, lora_linear, quantize_4bit
 
 ROOT = Path(__file__).parent.parent
 sys.path.append(str(ROOT / "tests"))
@@ -88,6 +88,18 @@ def fuse(m: int, widths: list[int], shared: bool) -> Case:
     return Case("fusion", f"m={m} n={len(widths)} {kind} of {widths[0]} backward", prepare)
 
 
+def scaled_layer(m: int, n: int, k: int, side: str) -> Case:
+    """A bf16 linear on nested NF4 under (IA)³: the forward and backward of one of its sides."""
+
+    def prepare() -> Callable[[], object]:
+        weight = quantize_4bit(torch.randn(n, k).bfloat16(), double_quant=True)
+        x = torch.randn(m, k).bfloat16().requires_grad_()
+        scale = torch.ones(k if side == "l_in" else n, requires_grad=True)
+        return lambda: ia3_linear(x, weight, **{side: scale}).sum().backward()
+
+    return Case("ia3_linear", f"m={m} n={n} k={k} {side} backward", prepare)
+
+
 CASES = (
     quantize((576, 576), "bfloat16", 64),
     quantize((576, 576), "float32", 4096),
@@ -104,6 +116,7 @@ CASES = (
     fuse(64, [768] * 8, shared=True),
     fuse(8, [4096] * 8, shared=True),
     fuse(64, [64] * 8, shared=False),
+    *(scaled_layer(m, 576, 576, side) for m in (96, 1024) for side in ("l_in", "l_out")),
 )
 
 

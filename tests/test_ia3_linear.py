@@ -1,4 +1,4 @@
-"""The ia3_linear family against the fp64 oracle: numerics, shapes, strides, every instruction set."""
+"""The ia3_linear family against the fp64 oracle: numerics, shapes, strides, every instruction set and the GPU's."""
 
 import pytest
 import tolerances
@@ -58,21 +58,21 @@ def check(case, compute_dtype=None, out_dtype=None):
 @pytest.mark.parametrize("sides", SIDES, ids=side_id)
 @pytest.mark.parametrize("mode", MODES, ids=mode_id)
 @pytest.mark.parametrize("shape", SHAPES, ids=shape_id)
-def test_shapes(cpu_isa, shape, mode, sides):
+def test_shapes(backend, shape, mode, sides):
     check(make_case(*shape, sides, *mode))
 
 
 @pytest.mark.parametrize("compute_dtype", DTYPES, ids=short)
 @pytest.mark.parametrize("weight_dtype", DTYPES, ids=short)
 @pytest.mark.parametrize("base", BASES)
-def test_bases(cpu_isa, base, weight_dtype, compute_dtype):
+def test_bases(backend, base, weight_dtype, compute_dtype):
     for rows in (3, 21):
         check(make_case(rows, 50, 128, base=base, weight_dtype=weight_dtype), compute_dtype)
 
 
 @pytest.mark.parametrize("out_dtype", DTYPES, ids=short)
 @pytest.mark.parametrize("base", ["nf4", "dense"])
-def test_output_dtype(base, out_dtype):
+def test_output_dtype(platform, base, out_dtype):
     for rows in (3, 21):
         case = make_case(rows, 50, 128, x_dtype=torch.bfloat16, base=base, out_dtype=out_dtype)
         check(case, out_dtype=out_dtype)
@@ -87,7 +87,7 @@ def test_large_shapes(shape, base):
 
 @pytest.mark.parametrize("base", ["nf4", "dense"])
 @pytest.mark.parametrize("rows", [3, 60])
-def test_strides(cpu_isa, rows, base):
+def test_strides(backend, rows, base):
     case = make_case(rows, 40, 128, base=base, bias=False)
     wanted = run(case)
     wide = torch.randn(rows, 300)
@@ -104,19 +104,21 @@ def test_strides(cpu_isa, rows, base):
         assert torch.equal(value, wanted[name]), name
 
 
+@pytest.mark.may_launch_nothing
 @pytest.mark.parametrize("base", ["nf4", "dense"])
 @pytest.mark.parametrize("shape", [(0, 40, 128), (5, 0, 128), (5, 40, 0), (0, 0, 0)], ids=shape_id)
-def test_empty(shape, base):
+def test_empty(platform, shape, base):
     case = make_case(*shape, base=base)
     actual, wanted = run(case), expected(case)
     for name, value in actual.items():
         assert error(value, wanted[name]) <= tolerances.FP32_SUM, name
 
 
+@pytest.mark.may_launch_nothing
 @pytest.mark.parametrize("sides", SIDES, ids=side_id)
 @pytest.mark.parametrize("x_dtype", DTYPES, ids=short)
 @pytest.mark.parametrize("base", ["nf4", "dense"])
-def test_without_gradients(base, x_dtype, sides):
+def test_without_gradients(platform, base, x_dtype, sides):
     for rows in (2, 30):
         case = make_case(rows, 40, 128, sides, x_dtype, base=base)
         with torch.no_grad():
@@ -126,7 +128,7 @@ def test_without_gradients(base, x_dtype, sides):
         assert_close(y, expected(case)["y"], tolerance)
 
 
-def test_leading_dimensions():
+def test_leading_dimensions(platform):
     case = make_case(12, 40, 128)
     wanted = run(case)
     case.x, case.grad_y = case.x.view(3, 1, 4, 128), case.grad_y.view(3, 1, 4, 40)
@@ -137,7 +139,7 @@ def test_leading_dimensions():
 
 
 @pytest.mark.parametrize("rows", [1, 40])
-def test_zero_and_negative_scales(cpu_isa, rows):
+def test_zero_and_negative_scales(backend, rows):
     case = make_case(rows, 40, 128)
     case.l_in[::3], case.l_out[::3] = 0, 0
     actual = run(case)
@@ -151,7 +153,7 @@ def test_zero_and_negative_scales(cpu_isa, rows):
 @pytest.mark.parametrize("special", [float("nan"), float("inf")], ids=str)
 @pytest.mark.parametrize("base", ["nf4", "dense"])
 @pytest.mark.parametrize("rows", [1, 40])
-def test_nan_and_infinity_propagate(cpu_isa, rows, base, special):
+def test_nan_and_infinity_propagate(backend, rows, base, special):
     case = make_case(rows, 30, 128, base=base)
     case.x[rows // 2, 77] = special
     weight = case.weight.dequantize() if base == "nf4" else case.weight
@@ -162,7 +164,7 @@ def test_nan_and_infinity_propagate(cpu_isa, rows, base, special):
 
 
 @pytest.mark.parametrize("sides", ["in", "out"])
-def test_no_worse_than_separate_passes(sides):
+def test_no_worse_than_separate_passes(platform, sides):
     """bf16 rounds once less than PEFT's way, which rounds the product before l_out; l_in rounds as often."""
     case = make_case(96, 384, 512, sides, torch.bfloat16, weight_dtype=torch.bfloat16, bias=False)
     weight = case.weight.dequantize()
@@ -184,7 +186,7 @@ def test_no_worse_than_separate_passes(sides):
 @pytest.mark.parametrize("base", ["nf4", "dense"])
 @pytest.mark.parametrize("rows", [4, 60])
 @pytest.mark.parametrize("trained", ["x", "l_in", "l_out", "x l_out", "bias", "x l_in l_out", ""])
-def test_saves_and_computes_what_is_asked_for(trained, rows, base):
+def test_saves_and_computes_what_is_asked_for(platform, trained, rows, base):
     case, trained = make_case(rows, 40, 128, base=base), trained.split()
     full = run(case)
     leaves = {name: leaf.detach().requires_grad_(name in trained) for name, leaf in case.leaves().items()}
@@ -219,7 +221,7 @@ def test_thread_count_changes_no_bit(cpu_isa, threads, rows):
             assert torch.equal(value, wanted[name]), name
 
 
-def test_double_backward_is_refused():
+def test_double_backward_is_refused(platform):
     case = make_case(20, 40, 128)
     x = case.x.requires_grad_()
     (grad,) = torch.autograd.grad(ia3_linear(x, case.weight, l_out=case.l_out).square().sum(), x, create_graph=True)
@@ -228,9 +230,9 @@ def test_double_backward_is_refused():
 
 
 @pytest.mark.parametrize("base", ["nf4", "dense"])
-def test_autocast(base):
+def test_autocast(platform, base):
     case = make_case(20, 40, 128, base=base)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(platform, torch.bfloat16):
         actual = run(case)
     wanted = run(case, compute_dtype=torch.bfloat16, out_dtype=torch.bfloat16)
     assert actual["y"].dtype == torch.bfloat16 and actual["x"].dtype == torch.float32
@@ -239,7 +241,7 @@ def test_autocast(base):
 
 
 @pytest.mark.parametrize("reentrant", [False, True], ids=["non-reentrant", "reentrant"])
-def test_checkpointing(reentrant):
+def test_checkpointing(platform, reentrant):
     case = make_case(20, 40, 128)
 
     def checkpointed(x, **others):
@@ -278,9 +280,10 @@ def op_arguments(case, grad_y=None):
     return grad_y, case.x, torch.randn_like(grad_y), *product, case.l_in, case.l_out, True, True, True
 
 
+@pytest.mark.may_launch_nothing
 @pytest.mark.parametrize("base", ["nested", "dense"])
 @pytest.mark.parametrize("rows", [0, 4, 30])
-def test_opcheck(rows, base):
+def test_opcheck(platform, rows, base):
     case = make_case(rows, 40, 128, x_dtype=torch.bfloat16, base=base, weight_dtype=torch.bfloat16)
     torch.library.opcheck(ops.ia3_linear_forward.default, op_arguments(case))
     torch.library.opcheck(ops.ia3_linear_backward.default, op_arguments(case, case.grad_y))

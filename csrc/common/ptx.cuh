@@ -43,6 +43,12 @@ __device__ inline uint32_t byte_permute(uint32_t a, uint32_t b, uint32_t selecto
     asm("prmt.b32 %0, %1, %2, %3;" : "=r"(result) : "r"(a), "r"(b), "r"(selector));
     return result;
 }
+template <uint32_t kSelector>
+__device__ inline uint32_t byte_permute(uint32_t a, uint32_t b) {
+    uint32_t result;
+    asm("prmt.b32 %0, %1, %2, %3;" : "=r"(result) : "r"(a), "r"(b), "n"(kSelector));
+    return result;
+}
 
 // Bits of a where the mask is 0, bits of b where it is 1.
 __device__ inline uint32_t select_bits(uint32_t a, uint32_t b, uint32_t mask) {

@@ -9,6 +9,12 @@
 
 #include "lora_linear/lora_linear_binding.h"
 
+#if defined(PEFT_KERNELS_CUDA)
+#include "ia3_linear/ia3_linear_cuda_binding.h"
+#else
+#define PEFT_KERNELS_NAMESPACE peft_kernels
+#endif
+
 namespace peft_kernels {
 namespace {
 
@@ -67,6 +73,12 @@ std::tuple<Tensor, Tensor> forward(Tensor x, std::optional<Tensor> dense, std::o
     if (params.m == 0 || params.n == 0) return {y, unscaled};
     params.y = {y.mutable_data_ptr(), check_float_dtype(y, "out_dtype"), params.n};
     if (keeps_unscaled) params.unscaled = {unscaled.mutable_data_ptr(), params.y.dtype, params.n};
+#if defined(PEFT_KERNELS_CUDA)
+    if (runs_on_cuda(x)) {
+        IA3LinearOnCuda(params, x, dense).forward(params, x, bias, y, unscaled);
+        return {y, unscaled};
+    }
+#endif
     run_cpu(&dispatch::lora_linear_forward, params, x);
     return {y, unscaled};
 }
@@ -113,15 +125,21 @@ std::tuple<Tensor, Tensor, Tensor> backward(Tensor grad_y, std::optional<Tensor>
     if (grad_x.numel() > 0) params.grad_x = {grad_x.mutable_data_ptr(), check_float_dtype(grad_x, "x_dtype"), params.k};
     if (grad_l_in.numel() > 0) params.grad_scale_k = static_cast<float*>(grad_l_in.mutable_data_ptr());
     if (grad_l_out.numel() > 0) params.grad_scale_n = static_cast<float*>(grad_l_out.mutable_data_ptr());
-    if (params.grad_x.data || params.grad_scale_k || params.grad_scale_n)
-        run_cpu(&dispatch::lora_linear_backward, params, grad_y);
+    if (!params.grad_x.data && !params.grad_scale_k && !params.grad_scale_n) return {grad_x, grad_l_in, grad_l_out};
+#if defined(PEFT_KERNELS_CUDA)
+    if (runs_on_cuda(grad_y)) {
+        IA3LinearOnCuda(params, grad_y, dense).backward(params, grad_y, grad_x, grad_l_in, grad_l_out);
+        return {grad_x, grad_l_in, grad_l_out};
+    }
+#endif
+    run_cpu(&dispatch::lora_linear_backward, params, grad_y);
     return {grad_x, grad_l_in, grad_l_out};
 }
 
 }  // namespace
 }  // namespace peft_kernels
 
-STABLE_TORCH_LIBRARY_FRAGMENT(peft_kernels, m) {
+STABLE_TORCH_LIBRARY_FRAGMENT(PEFT_KERNELS_NAMESPACE, m) {
     m.def(
         "ia3_linear_forward(Tensor x, Tensor? dense, Tensor? codes, Tensor? absmax, Tensor[] nested, "
         "int nested_blocksize, int out_features, int blocksize, str quant_type, ScalarType weight_dtype, "
@@ -134,7 +152,16 @@ STABLE_TORCH_LIBRARY_FRAGMENT(peft_kernels, m) {
         "bool wants_x, bool wants_l_in, bool wants_l_out) -> (Tensor grad_x, Tensor grad_l_in, Tensor grad_l_out)");
 }
 
+#if !defined(PEFT_KERNELS_EMULATED)
 STABLE_TORCH_LIBRARY_IMPL(peft_kernels, CPU, m) {
     m.impl("ia3_linear_forward", TORCH_BOX(&peft_kernels::forward));
     m.impl("ia3_linear_backward", TORCH_BOX(&peft_kernels::backward));
 }
+#endif
+
+#if defined(PEFT_KERNELS_CUDA)
+STABLE_TORCH_LIBRARY_IMPL(PEFT_KERNELS_NAMESPACE, PEFT_KERNELS_CUDA_KEY, m) {
+    m.impl("ia3_linear_forward", TORCH_BOX(&peft_kernels::forward));
+    m.impl("ia3_linear_backward", TORCH_BOX(&peft_kernels::backward));
+}
+#endif

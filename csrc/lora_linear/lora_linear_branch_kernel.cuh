@@ -423,8 +423,10 @@ __device__ inline void expand(const ExpandParams& params, int64_t cta, char* sha
     }
 }
 
+// One CTA at least: without that, for sm_86 and sm_89 ptxas gives the fp16 instance of 16 ranks half of the registers that
+// it could have, and spills.
 template <class T, int kRanks>
-__global__ void __launch_bounds__(kBranchThreads) lora_expand_kernel(const __grid_constant__ ExpandParams params) {
+__global__ void __launch_bounds__(kBranchThreads, 1) lora_expand_kernel(const __grid_constant__ ExpandParams params) {
     extern __shared__ __align__(128) char shared[];
     expand<T, kRanks>(params, blockIdx.x, shared);
 }

@@ -1,30 +1,21 @@
 // lora_linear on a GPU: which kernels and which of torch's products make a forward or a backward, and their memory.
-//
-// The base product of many rows is torch's own: a panel of the weight is dequantised into memory that stays in the L2,
-// and multiplied. It is called here, not in Python, so that the op means the same on every device: whoever calls it,
-// traces it or compiles it sees one op. The stable ABI passes no Scalar, so addmm cannot be called; linear with a matrix
-// for its bias is the same product, with beta = 1.
 #pragma once
-
-#include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
 #include <array>
 #include <map>
 #include <mutex>
+#include <optional>
 #include <string>
 #include <tuple>
 #include <vector>
 
-#include "common/checks.h"
-#include "common/cuda_check.h"
-#include "common/cuda_device.h"
 #include "common/dropout.h"
 #include "common/print_plan.h"
 #include "lora_linear/lora_linear.h"
 #include "lora_linear/lora_linear_branch.h"
 #include "lora_linear/lora_linear_cuda_plan.h"
-#include "lora_linear/lora_linear_gemm.h"
+#include "lora_linear/lora_linear_cuda_product.h"
 
 namespace peft_kernels {
 
@@ -67,11 +58,9 @@ inline Crossover crossover_of(const DeviceProperties& device) {
 
 // ---- a call -------------------------------------------------------------------------------------------------------
 
-class LoraLinearOnCuda {
+class LoraLinearOnCuda : BaseProductOnCuda {
 public:
-    explicit LoraLinearOnCuda(const LoraLinearParams& params, const Tensor& input)
-        : params_(params), like_(input), scope_(input.get_device_index()) {
-        check_cuda(cuda::query_device(device_), "lora_linear");
+    explicit LoraLinearOnCuda(const LoraLinearParams& params, const Tensor& input) : BaseProductOnCuda(params, input) {
         for (int first = 0; first < params.num_adapters; first += Branch::kMaxAdapters) add_branch(first);
         int groups = 0;
         for (const Branch& branch : branches_) groups += group_ranks(branch).groups;
@@ -100,7 +89,7 @@ public:
             run(cuda::lora_shrink(shrink, scope_.stream()), "the shrink");
         }
 
-        if (plan.base == BaseProduct::kFused) {
+        if (plan.base.kind == BaseProduct::kFused) {
             if (splits > 1) add_up(parts, s, splits);
             return run_gemm(gemm);
         }
@@ -116,11 +105,11 @@ public:
         expand.out = p.y;
         if (has_base && !accumulates) {
             base = empty({p.m, p.n}, p.compute_dtype);
-            multiply(plan, converted, base, false, false);
+            multiply(plan.base, converted, std::nullopt, base, false);
             expand.base = {base.const_data_ptr(), p.compute_dtype, p.n};
         }
         const bool is_written = run_expand(expand);
-        if (accumulates) multiply(plan, converted, y, false, is_written);
+        if (accumulates) multiply(plan.base, converted, is_written ? std::optional(y) : std::nullopt, y, false);
     }
 
     void backward(const LoraLinearBackwardParams& p, const Tensor& grad_y, Tensor& grad_x, Tensor& grad_A,
@@ -134,17 +123,8 @@ public:
         if (has_base) gemm = gemm_of(p, converted);
         const DType x_dtype = p.x.data ? p.x.dtype : p.grad_x.dtype;
         const LoraLinearCudaPlan plan = plan_of(true, x_dtype, p.grad_y.dtype, has_base, refusal_of(gemm));
-        const int row_blocks = static_cast<int>(plan.dy_pass.row_blocks);
 
         SumPartsParams sums{};
-        const auto gradient = [&](Tensor& result, int splits, Tensor& parts, SumPartsParams::Segment& segment) {
-            const bool one = splits == 1 || result.numel() == 0;
-            parts = one ? result : floats(splits * result.numel());
-            if (!one)
-                segment = {static_cast<const float*>(parts.const_data_ptr()),
-                           static_cast<float*>(result.mutable_data_ptr()), result.numel(), splits};
-            return result.numel() == 0 ? nullptr : static_cast<float*>(parts.mutable_data_ptr());
-        };
         Tensor ds, parts_A, parts_B;
         if (wants_ds) ds = floats(plan.dy_pass.splits * p.m * p.total_rank);
         DyPassParams dy{};
@@ -152,7 +132,7 @@ public:
         dy.grad_y = p.grad_y;
         dy.s = p.s;
         dy.ds = wants_ds ? static_cast<float*>(ds.mutable_data_ptr()) : nullptr;
-        dy.grad_B = gradient(grad_B, row_blocks, parts_B, sums.segments[1]);
+        dy.grad_B = parts_of(grad_B, plan.dy_pass.row_blocks, parts_B, sums.segments[1]);
         dy.grad_B_size = grad_B.numel();
         for (const Branch& branch : branches_) {
             if (!dy.ds && !dy.grad_B) break;
@@ -165,19 +145,19 @@ public:
         x.plan = plan.x_pass;
         x.x = p.x;
         x.ds = {dy.ds, p.m * p.total_rank, plan.dy_pass.splits};
-        x.grad_A = gradient(grad_A, plan.x_pass.splits, parts_A, sums.segments[0]);
+        x.grad_A = parts_of(grad_A, plan.x_pass.splits, parts_A, sums.segments[0]);
         x.grad_A_size = grad_A.numel();
         ExpandParams& expand = x.expand;
         expand.plan = plan.expand;
         expand.transposed = true;
         expand.s = x.ds;
         expand.add = p.add;
-        const bool is_fused = plan.base == BaseProduct::kFused;
+        const bool is_fused = plan.base.kind == BaseProduct::kFused;
         const bool accumulates = has_base && !is_fused && p.grad_x.dtype == p.compute_dtype;
         Tensor base;
         if (has_base && !is_fused && !accumulates) {
             base = empty({p.m, p.k}, p.compute_dtype);
-            multiply(plan, converted, base, true, false);
+            multiply(plan.base, converted, std::nullopt, base, true);
             expand.base = {base.const_data_ptr(), p.compute_dtype, p.k};
         }
         if (wants_x) expand.out = p.grad_x;
@@ -196,7 +176,8 @@ public:
         } else if (wants_x && !is_written) {
             is_written = run_expand(expand);
         }
-        if (accumulates) multiply(plan, converted, grad_x, true, is_written);
+        if (accumulates)
+            multiply(plan.base, converted, is_written ? std::optional(grad_x) : std::nullopt, grad_x, true);
         if (sums.segments[0].count + sums.segments[1].count > 0)
             run(cuda::lora_sum_parts(sums, scope_.stream()), "the sum of parts");
     }
@@ -225,9 +206,12 @@ private:
     }
 
     LoraLinearCudaPlan plan_of(bool backward, DType x, DType dy, bool has_base, const char* refusal) const {
-        const LoraLinearProblem problem{
-            backward, params_.m, params_.n, params_.k, params_.total_rank, ranks_, x, dy, params_.compute_dtype,
-            has_base, refusal};
+        const LoraLinearProblem problem{{backward, params_.m, params_.n, params_.k, params_.compute_dtype, has_base,
+                                         false, refusal},
+                                        params_.total_rank,
+                                        ranks_,
+                                        x,
+                                        dy};
         const LoraLinearCudaPlan plan = plan_lora_linear_cuda(problem, device_, crossover_of(device_));
         if (prints_plans()) print_plan(describe(problem, plan, device_));
         return plan;
@@ -236,10 +220,7 @@ private:
     // ---- the fused base product -----------------------------------------------------------------------------------
 
     LoraLinearGemmParams gemm_of(const LoraLinearForwardParams& p, const Tensor& x) const {
-        LoraLinearGemmParams gemm{};
-        gemm.weight = p.weight;
-        gemm.m = p.m;
-        gemm.x = {x.const_data_ptr(), p.compute_dtype, x.stride(0)};
+        LoraLinearGemmParams gemm = BaseProductOnCuda::gemm_of(x, false);
         gemm.bias = p.bias;
         gemm.add = p.add;
         gemm.s = {p.s, DType::kFloat32, p.total_rank};
@@ -251,27 +232,11 @@ private:
     }
 
     // The branch, whose masks it does not know, is added to it.
-    static LoraLinearGemmParams gemm_of(const LoraLinearBackwardParams& p, const Tensor& grad_y) {
-        LoraLinearGemmParams gemm{};
-        gemm.weight = p.weight;
-        gemm.transposed = true;
-        gemm.m = p.m;
-        gemm.x = {grad_y.const_data_ptr(), p.compute_dtype, grad_y.stride(0)};
+    LoraLinearGemmParams gemm_of(const LoraLinearBackwardParams& p, const Tensor& grad_y) const {
+        LoraLinearGemmParams gemm = BaseProductOnCuda::gemm_of(grad_y, true);
         gemm.add = p.add;
         gemm.out = p.grad_x;
         return gemm;
-    }
-
-    static const char* refusal_of(const LoraLinearGemmParams& gemm) {
-        if (!gemm.weight) return nullptr;
-        return cuda::lora_linear_gemm_refusal(gemm);
-    }
-
-    void run_gemm(LoraLinearGemmParams& gemm) {
-        const int64_t bytes = cuda::lora_linear_gemm_workspace(gemm);
-        const Tensor workspace = floats(ceil_div(bytes, 4));
-        gemm.workspace = workspace.mutable_data_ptr();
-        run(cuda::lora_linear_gemm(gemm, scope_.stream()), "the base product");
     }
 
     void add_up(const Tensor& parts, Tensor& sum, int splits) {
@@ -281,7 +246,7 @@ private:
         run(cuda::lora_sum_parts(params, scope_.stream()), "the sum of parts");
     }
 
-    // ---- torch's base product -------------------------------------------------------------------------------------
+    // ---- torch's base product, accumulated onto everything else ---------------------------------------------------
 
     // Writes out = add + bias + base + branches; false if there is nothing to write.
     bool run_expand(ExpandParams& expand) {
@@ -307,53 +272,6 @@ private:
         expand.bias = expand.base = {};
     }
 
-    Tensor in_compute_dtype(const Tensor& input) const {
-        if (input.scalar_type() == scalar_type(params_.compute_dtype)) return input;
-        Tensor converted = empty({input.size(0), input.size(1)}, params_.compute_dtype);
-        torch::stable::copy_(converted, input);
-        return converted;
-    }
-
-    // out (+)= input · Wᵀ, transposed: input · W, in compute_dtype.
-    void multiply(const LoraLinearCudaPlan& plan, const Tensor& input, Tensor& out, bool transposed, bool accumulate) {
-        const int64_t n = params_.n, k = params_.k, rows = plan.panel_rows;
-        Tensor panel = empty({rows, k}, params_.compute_dtype);
-        for (int64_t n0 = 0; n0 < n; n0 += rows) {
-            const int64_t count = std::min(rows, n - n0);
-            const Tensor weight = narrow(panel, 0, 0, count);
-            Nf4DequantizeParams dequantize{};
-            dequantize.weight = *params_.weight;
-            dequantize.first = n0 * k;
-            dequantize.count = count * k;
-            dequantize.out = panel.mutable_data_ptr();
-            dequantize.out_dtype = params_.compute_dtype;
-            run(cuda::nf4_dequantize(dequantize, scope_.stream()), "nf4_dequantize");
-            if (transposed) {
-                linear(narrow(input, 1, n0, count), torch::stable::transpose(weight, 0, 1), out, accumulate || n0 > 0);
-            } else {
-                Tensor part = narrow(out, 1, n0, count);
-                linear(input, weight, part, accumulate);
-            }
-        }
-    }
-
-    // Through the dispatcher: torch::stable::narrow takes a symbol from outside the stable shim.
-    static Tensor narrow(const Tensor& tensor, int64_t dim, int64_t start, int64_t length) {
-        std::array<StableIValue, 4> stack{torch::stable::detail::from(tensor), torch::stable::detail::from(dim),
-                                          torch::stable::detail::from(start), torch::stable::detail::from(length)};
-        STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::narrow", "", stack.data(), TORCH_ABI_VERSION));
-        return torch::stable::detail::to<Tensor>(stack[0]);
-    }
-
-    // out (+)= input · weightᵀ
-    static void linear(const Tensor& input, const Tensor& weight, Tensor& out, bool accumulate) {
-        const std::optional<Tensor> bias = accumulate ? std::optional<Tensor>(out) : std::nullopt;
-        std::array<StableIValue, 4> stack{torch::stable::detail::from(input), torch::stable::detail::from(weight),
-                                          torch::stable::detail::from(bias), torch::stable::detail::from(out)};
-        STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::linear", "out", stack.data(), TORCH_ABI_VERSION));
-        torch::stable::detail::to<Tensor>(stack[0]);
-    }
-
     void backward_of_nothing(const LoraLinearBackwardParams& p, Tensor& grad_x, Tensor& grad_A, Tensor& grad_B) {
         torch::stable::zero_(grad_A);
         torch::stable::zero_(grad_B);
@@ -367,17 +285,6 @@ private:
         if (!run_expand(expand)) torch::stable::zero_(grad_x);
     }
 
-    Tensor empty(std::vector<int64_t> sizes, DType dtype) const {
-        return torch::stable::new_empty(like_, sizes, scalar_type(dtype));
-    }
-    Tensor floats(int64_t count) const { return empty({count}, DType::kFloat32); }
-
-    void run(int status, const char* what) const { check_cuda(status, what); }
-
-    const LoraLinearParams& params_;
-    const Tensor& like_;
-    const CudaScope scope_;
-    DeviceProperties device_{};
     std::vector<Branch> branches_;  // of up to Branch::kMaxAdapters adapters each; most often one
     RankGroups ranks_{1, 1};        // for plans
 };

@@ -44,86 +44,113 @@ enum class BaseProduct {
     kLibrary,  // the weight is dequantised, panel by panel, and torch multiplies
 };
 
-struct LoraLinearProblem {
+struct BaseProductProblem {
     bool backward;
-    int64_t m, n, k, total_rank;
-    RankGroups ranks;
-    DType x, dy, compute;  // dy: of y, in the forward
-    bool has_base;         // the weight is in 4 bits, and its product is wanted
-    const char* refusal;   // why the fused product can't take it; null if it can
+    int64_t m, n, k;
+    DType compute;
+    bool is_wanted;
+    bool is_dense;        // else the weight is in 4 bits
+    const char* refusal;  // why the fused product can't take it; null if it can
 };
 
-struct LoraLinearCudaPlan {
-    BaseProduct base;
-    ShrinkPlan shrink;
-    ExpandPlan expand;
-    DyPassPlan dy_pass;
-    XPassPlan x_pass;
+struct BaseProductPlan {
+    BaseProduct kind;
     int64_t panel_rows;  // of the weight, dequantised at a time
 };
 
-constexpr LoraLinearCudaPlan plan_lora_linear_cuda(const LoraLinearProblem& p, const DeviceProperties& device,
-                                                   const Crossover& crossover) {
-    LoraLinearCudaPlan plan{};
-    const int sms = device.multiprocessors;
-    plan.shrink = plan_shrink(p.m, p.k, size_of(p.x), p.ranks, sms);
-    plan.dy_pass = plan_dy_pass(p.m, p.n, size_of(p.dy), p.ranks, sms);
-    plan.x_pass = plan_x_pass(p.m, p.k, size_of(p.x), p.ranks, sms);
-    plan.expand = plan_expand(p.m, p.backward ? p.k : p.n, p.ranks, sms);
-
+constexpr BaseProductPlan plan_base_product(const BaseProductProblem& p, const DeviceProperties& device,
+                                            const Crossover& crossover) {
+    if (!p.is_wanted) return {BaseProduct::kNone, 0};
+    if (p.is_dense) return {BaseProduct::kLibrary, p.n};
     const bool is_fused = !p.refusal && p.m <= (p.backward ? crossover.backward : crossover.forward);
-    plan.base = !p.has_base ? BaseProduct::kNone : is_fused ? BaseProduct::kFused : BaseProduct::kLibrary;
     // Half of the L2 holds a panel between its two uses. Each panel of a backward rounds dx once more: with two, the
     // roundings are still no more than stock's, which rounds the branch, the base product and their sum.
     int64_t panels = ceil_div(p.n * p.k * size_of(p.compute), device.l2_bytes / 2 + 1);
     panels = clamp(panels, 1, p.backward ? 2 : panels);
-    plan.panel_rows = ceil_div(ceil_div(p.n, panels), 8) * 8;  // so that panels begin at whole words of codes
+    // So that panels begin at whole words of codes.
+    const int64_t panel_rows = ceil_div(ceil_div(p.n, panels), 8) * 8;
+    return {is_fused ? BaseProduct::kFused : BaseProduct::kLibrary, panel_rows};
+}
+
+struct LoraLinearProblem {
+    BaseProductProblem base;
+    int64_t total_rank;
+    RankGroups ranks;
+    DType x, dy;  // dy: of y, in the forward
+};
+
+struct LoraLinearCudaPlan {
+    BaseProductPlan base;
+    ShrinkPlan shrink;
+    ExpandPlan expand;
+    DyPassPlan dy_pass;
+    XPassPlan x_pass;
+};
+
+constexpr LoraLinearCudaPlan plan_lora_linear_cuda(const LoraLinearProblem& p, const DeviceProperties& device,
+                                                   const Crossover& crossover) {
+    const auto [backward, m, n, k, compute, is_wanted, is_dense, refusal] = p.base;
+    const int sms = device.multiprocessors;
+    LoraLinearCudaPlan plan{};
+    plan.base = plan_base_product(p.base, device, crossover);
+    plan.shrink = plan_shrink(m, k, size_of(p.x), p.ranks, sms);
+    plan.dy_pass = plan_dy_pass(m, n, size_of(p.dy), p.ranks, sms);
+    plan.x_pass = plan_x_pass(m, k, size_of(p.x), p.ranks, sms);
+    plan.expand = plan_expand(m, backward ? k : n, p.ranks, sms);
     return plan;
 }
 
-// One line, for PEFT_KERNELS_PRINT_PLANS.
+// ---- one line, for PEFT_KERNELS_PRINT_PLANS -------------------------------------------------------------------------
+
+inline const char* describe(DType dtype) {
+    return dtype == DType::kFloat32 ? "fp32" : dtype == DType::kBFloat16 ? "bf16" : "fp16";
+}
+
+inline std::string describe(const char* family, const BaseProductProblem& p, const std::string& operands,
+                            const DeviceProperties& device) {
+    return std::string(family) + (p.backward ? " backward" : " forward") + " m=" + std::to_string(p.m) +
+           " n=" + std::to_string(p.n) + " k=" + std::to_string(p.k) + " " + operands + ", products in " +
+           describe(p.compute) + ", on sm_" + std::to_string(device.compute_capability) + " with " +
+           std::to_string(device.multiprocessors) + " multiprocessors: ";
+}
+
+inline std::string describe(const BaseProductProblem& p, const BaseProductPlan& plan, const DeviceProperties& device) {
+    const auto counted = [](int64_t count, const std::string& what) {
+        return std::to_string(count) + " " + what + (count == 1 ? "" : "s");
+    };
+    if (plan.kind == BaseProduct::kNone) return "base none";
+    if (plan.kind == BaseProduct::kFused) {
+        const LoraLinearGemmPlan gemm = p.backward ? plan_lora_linear_gemm(p.m, p.k, p.n, true, device)
+                                                   : plan_lora_linear_gemm(p.m, p.n, p.k, false, device);
+        return "base fused, " + counted(gemm.tiles, "tile") + " of " + std::to_string(gemm.tile_m) + " rows, " +
+               counted(gemm.splits, "CTA") + " each";
+    }
+    if (p.is_dense) return "base library (the weight is dense)";
+    return "base library, " + counted(ceil_div(p.n, plan.panel_rows), "panel") + " of " +
+           std::to_string(plan.panel_rows) + " rows (" + (p.refusal ? p.refusal : "more rows than the crossover") + ")";
+}
+
 inline std::string describe(const LoraLinearProblem& p, const LoraLinearCudaPlan& plan,
                             const DeviceProperties& device) {
     const auto number = [](int64_t value) { return std::to_string(value); };
-    const auto name = [](DType dtype) {
-        return dtype == DType::kFloat32 ? "fp32" : dtype == DType::kBFloat16 ? "bf16" : "fp16";
-    };
     const auto ctas = [&](const ShrinkPlan& part) {
         return number(part.row_blocks) + "x" + number(part.splits) + "x" + number(part.ranks.groups) + " CTAs";
     };
-    std::string text = std::string("lora_linear ") + (p.backward ? "backward" : "forward") + " m=" + number(p.m) +
-                       " n=" + number(p.n) + " k=" + number(p.k) + " rank=" + number(p.total_rank) + " " + name(p.x) +
-                       ", products in " + name(p.compute) + ", on sm_" + number(device.compute_capability) + " with " +
-                       number(device.multiprocessors) + " multiprocessors: base ";
-    switch (plan.base) {
-        case BaseProduct::kNone: text += "none"; break;
-        case BaseProduct::kFused: {
-            const LoraLinearGemmPlan gemm = p.backward ? plan_lora_linear_gemm(p.m, p.k, p.n, true, device)
-                                                       : plan_lora_linear_gemm(p.m, p.n, p.k, false, device);
-            text += "fused, " + number(gemm.tiles) + " tiles of " + number(gemm.tile_m) + " rows, " +
-                    number(gemm.splits) + (gemm.splits == 1 ? " CTA each" : " CTAs each");
-            break;
-        }
-        case BaseProduct::kLibrary: {
-            const int64_t panels = ceil_div(p.n, plan.panel_rows);
-            text += "library, " + number(panels) + (panels == 1 ? " panel of " : " panels of ") +
-                    number(plan.panel_rows) + " rows (" + (p.refusal ? p.refusal : "more rows than the crossover") +
-                    ")";
-        }
-    }
+    const std::string operands = "rank=" + number(p.total_rank) + " " + describe(p.x);
+    const std::string text = describe("lora_linear", p.base, operands, device) + describe(p.base, plan.base, device);
     if (p.total_rank == 0) return text;
     const std::string expand = number(plan.expand.row_blocks) + "x" + number(plan.expand.column_blocks) + " CTAs";
-    if (!p.backward) return text + "; shrink " + ctas(plan.shrink) + ", expand " + expand;
+    if (!p.base.backward) return text + "; shrink " + ctas(plan.shrink) + ", expand " + expand;
     return text + "; dy-pass " + ctas(plan.dy_pass) + ", x-pass " + number(plan.x_pass.column_blocks) + "x" +
            number(plan.x_pass.splits) + "x" + number(plan.x_pass.ranks.groups) + " + " + expand;
 }
 
 constexpr LoraLinearProblem kTrainingProblem{
-    false, 4096, 4096, 4096, 16, {1, 1}, DType::kBFloat16, DType::kBFloat16, DType::kBFloat16, true, nullptr};
-static_assert(plan_lora_linear_cuda(kTrainingProblem, kA100, default_crossover(80)).base == BaseProduct::kLibrary);
-static_assert(plan_lora_linear_cuda(kTrainingProblem, kA100, {4096, 0}).base == BaseProduct::kFused);
+    {false, 4096, 4096, 4096, DType::kBFloat16, true, false, nullptr}, 16, {1, 1}, DType::kBFloat16, DType::kBFloat16};
+static_assert(plan_lora_linear_cuda(kTrainingProblem, kA100, default_crossover(80)).base.kind == BaseProduct::kLibrary);
+static_assert(plan_lora_linear_cuda(kTrainingProblem, kA100, {4096, 0}).base.kind == BaseProduct::kFused);
 // 32 MB in an L2 of 40: two panels.
-static_assert(plan_lora_linear_cuda(kTrainingProblem, kA100, default_crossover(80)).panel_rows == 2048);
+static_assert(plan_lora_linear_cuda(kTrainingProblem, kA100, default_crossover(80)).base.panel_rows == 2048);
 static_assert(default_crossover(120).forward == default_crossover(90).forward);
 
 }  // namespace peft_kernels

@@ -1,6 +1,6 @@
 // G0: the forward base product for few tokens (m <= 32), bound by reading the codes once.
 //
-//   out [m, n] = x · Wᵀ + bias + add + Σᵢ scalingᵢ · sᵢ · lora_Bᵢᵀ
+//   out [m, n] = scale ⊙ (x · Wᵀ + bias + add + Σᵢ scalingᵢ · sᵢ · lora_Bᵢᵀ)
 //
 // A CTA makes kRows columns of out, for all tokens; its warps share the reduction and meet in shared memory at the end,
 // so that no sum goes through global memory. The weight is the left operand of the matrix unit, whose 16 rows it fills;
@@ -30,16 +30,17 @@ struct DecodeTraits {
     static constexpr int kThreads = 32 * kWarps;
     static constexpr int kTokenTiles = kTokens / 8, kRowTiles = kRows / 16;
     static constexpr int kLaneRows = 2 * kRowTiles;  // rows of which a lane decodes a block
-    static constexpr int kOutputs = (kRows * kTokens + kThreads - 1) / kThreads;  // of a thread
+    static constexpr int kQuads = (kRows * kTokens / 4 + kThreads - 1) / kThreads;  // of outputs, of a thread
     static constexpr int kSpan = kDecodeSpan;  // chunks whose absmax lies in shared memory
     static constexpr int kRankStep = 16, kFactorPitch = kRows + 2, kTokenPitch = kRankStep + 1;
 
     // Rows of the partial sums: writes of a fragment and reads of 32 neighbours are without conflicts.
     static constexpr int kSumPitch = kRows + 4;
 
+    static constexpr uint32_t kSlot = kRows * 128;  // bytes of a chunk's codes
     struct WarpBuffers {
-        uint4 codes[2][kRows * 8];  // [kRows][128 bytes]
-        uint4 x[2][kTokens * 8];    // [kTokens][4 blocks][16 elements]
+        uint4 codes[2][kSlot / 16];  // [kRows][128 bytes]
+        uint4 x[2][kTokens * 8];     // [kTokens][4 blocks][16 elements]
     };
     struct Shared {
         union {
@@ -49,16 +50,16 @@ struct DecodeTraits {
         float nested_code[256];
         float factor[kRankStep * kFactorPitch];
         float s[kTokens * kTokenPitch];
-        float absmax[1];  // [kRows][absmax_pitch]
+        alignas(16) float absmax[1];  // [kRows][absmax_pitch]
     };
 
     // Blocks of a row whose absmax is kept, and 4: 8 rows of 4 blocks are then in 32 banks.
-    __host__ __device__ static constexpr int absmax_pitch(int64_t k) {
-        const int64_t chunks = (k / 64 + 3) / 4;
-        return static_cast<int>((chunks < kSpan ? chunks : kSpan) + 7) / 8 * 32 + 4;
+    __host__ __device__ static constexpr int absmax_pitch(uint32_t chunks) {
+        return static_cast<int>(((chunks < uint32_t{kSpan} ? chunks : kSpan) + 7) / 8 * 32 + 4);
     }
     static constexpr int shared_bytes(int64_t k) {
-        return static_cast<int>(sizeof(Shared)) + kRows * absmax_pitch(k) * 4;
+        const uint32_t chunks = static_cast<uint32_t>((k + 255) / 256);
+        return static_cast<int>(sizeof(Shared)) + kRows * absmax_pitch(chunks) * 4;
     }
 };
 
@@ -71,81 +72,110 @@ class DecodeWarp {
 public:
     using T = typename Traits::T;
     static constexpr int kTokens = Traits::kTokens, kRows = Traits::kRows, kLaneRows = Traits::kLaneRows;
+    static constexpr int kWarps = Traits::kWarps;
     // A copy of x takes a sector (16 elements) of one block of this many tokens, or of two blocks of 8.
     static constexpr int kCopyTokens = kTokens < 16 ? kTokens : 16;
     static constexpr int kBlocksAtOnce = 16 / kCopyTokens;
+    static constexpr int kGroups = kTokens / kCopyTokens, kCopies = 4 / kBlocksAtOnce;
 
     __device__ DecodeWarp(const LoraLinearGemmKernelParams& params, typename Traits::WarpBuffers& buffers,
-                          int64_t first_row)
-        : blocks_(static_cast<int>(params.reduction / 64)),
+                          int64_t first_row, int first_chunk)
+        : blocks_left_(params.steps - 4 * first_chunk),
           rows_(static_cast<int>(min(params.outputs - first_row, int64_t{kRows}))) {
         const int lane = threadIdx.x % 32;
         // Copies of codes: unit lane % 8 of rows lane / 8, lane / 8 + 4, ...
-        code_pitch_ = params.reduction / 2;
-        codes_ = params.weight.codes + (first_row + lane / 8) * code_pitch_ + lane % 8 * 16;
+        const int64_t pitch = int64_t{32} * params.steps;
+        code_step_ = 4 * pitch;
+        codes_ = params.weight.codes + (first_row + lane / 8) * pitch + lane % 8 * 16 + first_chunk * 128;
         write_codes_ = shared_address(buffers.codes) + swap_units(lane / 8, lane % 8);
         // Copies of x: half lane % 2 of a sector.
         const int token = lane / 2 % kCopyTokens, first_block = lane / 2 / kCopyTokens;
         const ConstMatrix& x = params.operands.x;
-        x_step_ = kCopyTokens * x.stride * sizeof(T);
-        x_ = static_cast<const char*>(x.data) + token * x.stride * sizeof(T) + first_block * 128 + lane % 2 * 16;
+        first_block_ = first_block;
 #pragma unroll
-        for (int i = 0; i < 4 / kBlocksAtOnce; ++i)
+        for (int group = 0; group < kGroups; ++group) {
+            const int row = token + group * kCopyTokens;
+            x_[group] = static_cast<const char*>(x.data) + row * x.stride * sizeof(T) + first_block * 128 +
+                        lane % 2 * 16 + first_chunk * 512;
+#pragma unroll
+            for (int i = 0; i < kCopies; ++i) bytes_[group][i] = row < params.operands.m ? 16 : 0;
+        }
+#pragma unroll
+        for (int i = 0; i < kCopies; ++i)
             write_x_[i] =
                 shared_address(buffers.x) + swap_units(token, (first_block + i * kBlocksAtOnce) * 2 + lane % 2);
-#pragma unroll
-        for (int i = 0; i < kTokens / kCopyTokens; ++i)
-            token_bytes_[i] = token + i * kCopyTokens < params.operands.m ? 16 : 0;
         // The product: row or token lane / 4 of eight, block lane % 4.
         read_codes_ = shared_address(buffers.codes) + swap_units(lane / 4, lane % 4 * 2);
         read_x_ = shared_address(buffers.x) + swap_units(lane / 4, lane % 4 * 2);
+        keep(write_codes_);
+        keep(read_codes_);
+        keep(read_x_);
+#pragma unroll
+        for (uint32_t& write : write_x_) keep(write);
+#pragma unroll
+        for (const char*& x : x_) keep(x);
     }
 
-    // The codes of a chunk. Rows and blocks that the weight does not have become zeros.
-    __device__ void copy_codes(int chunk, int slot) const {
+    // The codes of the chunk at hand. Rows and blocks that the weight does not have become zeros.
+    __device__ void copy_codes(uint32_t slot) const {
         const int lane = threadIdx.x % 32;
-        const int rows = 4 * chunk + lane % 8 / 2 < blocks_ ? rows_ - lane / 8 : 0;
-        const uint8_t* from = codes_ + int64_t{chunk} * 128;
-        const uint32_t to = write_codes_ + slot * kRows * 128;
-        unroll<kRows / 4>([&](auto i) {
-            copy_async16<decltype(i)::value * 512>(to, from, 4 * i < rows ? 16 : 0);
-            from += 4 * code_pitch_;
-        });
+        const uint8_t* from = codes_;
+        const uint32_t to = write_codes_ + slot;
+        const int bytes = lane % 8 / 2 < blocks_left_ ? 16 : 0;
+        const auto copy = [&](int rows) {
+            unroll<kRows / 4>([&](auto i) {
+                copy_async16<decltype(i)::value * 512>(to, from, 4 * i < rows ? bytes : 0);
+                from += code_step_;
+            });
+        };
+        if (rows_ == kRows)  // nearly always; it spares a comparison for each row
+            copy(kRows);
+        else
+            copy(rows_ - lane / 8);
     }
 
-    // Which of a chunk's blocks the copies of x will find.
-    __device__ void look_for_blocks(int chunk) {
-        const int left = blocks_ - 4 * chunk - static_cast<int>(threadIdx.x) % 32 / 2 / kCopyTokens;
+    // Goes on to this warp's next chunk, first of codes, then of x.
+    __device__ void advance_codes() {
+        codes_ += kWarps * 128;
+        blocks_left_ -= kWarps * 4;
+    }
+    __device__ void advance_x() {
 #pragma unroll
-        for (int i = 0; i < 4 / kBlocksAtOnce; ++i)
-#pragma unroll
-            for (int group = 0; group < kTokens / kCopyTokens; ++group)
-                bytes_[group][i] = i * kBlocksAtOnce < left ? token_bytes_[group] : 0;
+        for (int group = 0; group < kGroups; ++group) x_[group] += kWarps * 512;
+        look_for_blocks();
     }
 
-    // Elements 16 kQuarter to 16 kQuarter + 15 of each block of a chunk.
+    // Of blocks that x does not have, which are the last ones, nothing is copied.
+    __device__ void look_for_blocks() {
+        if (blocks_left_ >= 4) return;
+#pragma unroll
+        for (int i = 0; i < kCopies; ++i)
+#pragma unroll
+            for (int group = 0; group < kGroups; ++group)
+                if (first_block_ + i * kBlocksAtOnce >= blocks_left_) bytes_[group][i] = 0;
+    }
+
+    // Elements 16 kQuarter to 16 kQuarter + 15 of each block of the chunk at hand.
     template <int kQuarter>
-    __device__ void copy_x(int chunk) const {
-        const char* from = x_ + int64_t{chunk} * 512;
-        unroll<kTokens / kCopyTokens>([&](auto group) {
-            unroll<4 / kBlocksAtOnce>([&](auto i) {
+    __device__ void copy_x() const {
+        unroll<kGroups>([&](auto group) {
+            unroll<kCopies>([&](auto i) {
                 constexpr int kTo = (kQuarter % 2 * kTokens + decltype(group)::value * kCopyTokens) * 128;
                 constexpr int kFrom = kQuarter * 32 + decltype(i)::value * kBlocksAtOnce * 128;
-                copy_async16<kTo, kFrom>(write_x_[i], from, bytes_[group][i]);
+                copy_async16<kTo, kFrom>(write_x_[i], x_[group], bytes_[group][i]);
             });
-            from += x_step_;
         });
     }
 
-    // absmax: of this lane's block of row lane / 4; `pitch` floats further on of the row below.
-    __device__ void make_planes_of_chunk(const float (&codebook)[16], const float* absmax, int pitch) {
+    // absmax: of this lane's block of row lane / 4; `eight_rows` floats further on of row lane / 4 + 8.
+    __device__ void make_planes_of_chunk(const float (&codebook)[16], const float* absmax, int eight_rows) {
 #pragma unroll
-        for (int i = 0; i < kLaneRows; ++i) planes_[i] = make_planes<T>(codebook, absmax[8 * i * pitch]);
+        for (int i = 0; i < kLaneRows; ++i) planes_[i] = make_planes<T>(codebook, absmax[i * eight_rows]);
     }
 
     // Two quarters' codes of this lane's blocks.
-    __device__ void load_codes(int slot, int half) {
-        const uint32_t from = (read_codes_ ^ half * 16) + slot * kRows * 128;
+    __device__ void load_codes(uint32_t slot, int half) {
+        const uint32_t from = (read_codes_ ^ half * 16) + slot;
         unroll<kLaneRows>([&](auto i) { load_shared<decltype(i)::value * 1024>(lane_codes_[i], from); });
     }
 
@@ -178,47 +208,58 @@ public:
     float sums[Traits::kRowTiles][Traits::kTokenTiles][4] = {};
 
 private:
-    const int blocks_, rows_;
-    int64_t code_pitch_, x_step_;
+    int blocks_left_;  // from the chunk at hand on
+    const int rows_;
+    int64_t code_step_;
     const uint8_t* codes_;
-    const char* x_;
-    uint32_t write_codes_, write_x_[4 / kBlocksAtOnce], read_codes_, read_x_;
-    int token_bytes_[kTokens / kCopyTokens], bytes_[kTokens / kCopyTokens][4 / kBlocksAtOnce];
+    const char* x_[kGroups];
+    int first_block_, bytes_[kGroups][kCopies];
+    uint32_t write_codes_, write_x_[kCopies], read_codes_, read_x_;
     Planes planes_[kLaneRows];
     uint32_t lane_codes_[kLaneRows][4];
 };
 
-// absmax of all rows for the chunks of a span. Lanes run along a row: whole sectors. Where the weight has no row, that of
-// its last one will do, for what comes of it is not stored; where it has no block, x is zero and absmax must be finite.
+// absmax of all rows for the chunks of a span: lanes take four blocks each along a row, in whole sectors. Where the weight
+// has no row, that of its last one will do, for what comes of it is not stored; where it has no block, x is zero and
+// absmax must be finite.
 template <class Traits>
 __device__ void stage_absmax(const LoraLinearGemmKernelParams& params, typename Traits::Shared& shared,
                              int64_t first_row, int first_block, int pitch) {
-    const int row_blocks = static_cast<int>(params.reduction / 64);  // of 64; several may share a block of the weight
+    const int row_blocks = params.steps;  // of 64; several may share a block of the weight
     const int last_row = static_cast<int>(min(params.outputs - first_row, int64_t{Traits::kRows})) - 1;
     const int last = min(row_blocks - first_block, 4 * Traits::kSpan) - 1;
     const int shift = params.weight.log2_blocksize - 6;
     const int64_t first = first_row * row_blocks + first_block;
     const BlockAbsmax absmax(params.weight.absmax, first >> shift);
     const int within = static_cast<int>(first) & ((1 << shift) - 1);
-    for (int column = threadIdx.x % 32; column < pitch - 4; column += 32) {
-        const int block = within + min(column, last);
-#pragma unroll 4
-        for (int row = threadIdx.x / 32; row < Traits::kRows; row += Traits::kWarps) {
-            const int at = (block + min(row, last_row) * row_blocks) >> shift;
-            const float value = absmax.load(shared.nested_code, at);
-            shared.absmax[row * pitch + column] = column <= last ? value : 0.0f;
+    const bool fours = shift == 0 && row_blocks % 4 == 0 && absmax.has_fours();
+    for (int column = threadIdx.x % 8 * 4; column < pitch - 4; column += 32) {
+#pragma unroll 2
+        for (int row = threadIdx.x / 8; row < Traits::kRows; row += Traits::kThreads / 8) {
+            const int at = min(row, last_row) * row_blocks;
+            float4 four = make_float4(0, 0, 0, 0);
+            const auto load = [&](int i) {
+                const int block = (within + at + column + i) >> shift;
+                return column + i <= last ? absmax.load(shared.nested_code, block) : 0.0f;
+            };
+            if (!fours)
+                four = make_float4(load(0), load(1), load(2), load(3));
+            else if (column <= last)
+                four = absmax.load_four(shared.nested_code, at + column);
+            *reinterpret_cast<float4*>(&shared.absmax[row * pitch + column]) = four;
         }
     }
 }
 
-// Outputs of a thread: `row` runs along the lanes. With 16 rows the other half of a warp takes the token 4 further on,
-// which is in other banks.
+// A thread's outputs: four rows of a token, `row` and following; false if it has none. Rows run along the lanes. With 16
+// rows the other half of eight lanes takes the token 4 further on, which is in other banks.
 template <class Traits>
-__device__ inline void locate_output(int index, int& row, int& token) {
-    const int i = threadIdx.x + index * Traits::kThreads;
-    row = i % Traits::kRows;
-    token = i / Traits::kRows;
+__device__ inline bool locate_quad(int index, int& row, int& token) {
+    const uint32_t i = threadIdx.x + index * Traits::kThreads;
+    row = i % (Traits::kRows / 4) * 4;
+    token = i / (Traits::kRows / 4);
     if constexpr (Traits::kRows == 16) token = token / 8 * 8 + token % 2 * 4 + token / 2 % 4;
+    return token < Traits::kTokens;
 }
 
 // Ranks `rank` and following of a term to shared memory; lanes run along the ranks.
@@ -241,14 +282,18 @@ __device__ void stage_ranks(const LoraLinearGemmKernelParams& params, typename T
 }
 
 template <class Traits>
-__device__ void add_ranks(const typename Traits::Shared& shared, float (&outputs)[Traits::kOutputs], int ranks) {
+__device__ void add_ranks(const typename Traits::Shared& shared, float4 (&outputs)[Traits::kQuads], int ranks) {
 #pragma unroll
-    for (int i = 0; i < Traits::kOutputs; ++i) {
+    for (int i = 0; i < Traits::kQuads; ++i) {
         int row, token;
-        locate_output<Traits>(i, row, token);
-        if (token >= Traits::kTokens) break;
-        for (int r = 0; r < ranks; ++r)
-            outputs[i] += shared.s[token * Traits::kTokenPitch + r] * shared.factor[r * Traits::kFactorPitch + row];
+        if (!locate_quad<Traits>(i, row, token)) break;
+        for (int r = 0; r < ranks; ++r) {
+            const float s = shared.s[token * Traits::kTokenPitch + r];
+            const float2* const factor =
+                reinterpret_cast<const float2*>(&shared.factor[r * Traits::kFactorPitch + row]);
+            outputs[i].x += s * factor[0].x, outputs[i].y += s * factor[0].y;
+            outputs[i].z += s * factor[1].x, outputs[i].w += s * factor[1].y;
+        }
     }
 }
 
@@ -262,28 +307,33 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kTokens == 8 ? 3 : 2
     const LoraLinearGemmParams& operands = params.operands;
     const int64_t first_row = int64_t{blockIdx.x} * Traits::kRows;
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    const int chunks = static_cast<int>((params.reduction / 64 + 3) / 4);
-    const int pitch = Traits::absmax_pitch(params.reduction);
+    const int chunks = static_cast<int>(params.steps + 3u) / 4;
+    const int pitch = Traits::absmax_pitch(chunks);
+    int eight_rows = 8 * pitch;
+    keep(eight_rows);
 
     // load: the first chunk is under way while the small operands are worked on.
-    DecodeWarp<Traits> tile(params, shared.warps[warp], first_row);
-    tile.copy_codes(warp, 0);
-    tile.look_for_blocks(warp);
-    tile.template copy_x<0>(warp);
+    DecodeWarp<Traits> tile(params, shared.warps[warp], first_row, warp);
+    tile.copy_codes(0);
+    tile.look_for_blocks();
+    tile.template copy_x<0>();
     commit_copies();
 
     // The small terms, in fp32: they are as exact as the adapters' own dtype.
     load_nested_code(params.weight.absmax, shared.nested_code);
     if (operands.num_terms > 0) stage_ranks<Traits>(params, shared, operands.terms[0], 0, 0, first_row);
-    float outputs[Traits::kOutputs];
+    float4 outputs[Traits::kQuads];
 #pragma unroll
-    for (int i = 0; i < Traits::kOutputs; ++i) {
+    for (int i = 0; i < Traits::kQuads; ++i) {
         int row, token;
-        locate_output<Traits>(i, row, token);
-        outputs[i] = 0;
-        if (token < operands.m && first_row + row < params.outputs)
-            outputs[i] =
-                load_element(operands.bias, 0, first_row + row) + load_element(operands.add, token, first_row + row);
+        outputs[i] = make_float4(0, 0, 0, 0);
+        if (!operands.bias.data && !operands.add.data) continue;
+        if (!locate_quad<Traits>(i, row, token) || token >= operands.m) continue;
+        const int64_t column = first_row + row;
+        const int count = count_four(column, params.outputs);
+        const float4 bias = load_four(operands.bias, 0, column, count, has_aligned_fours(operands.bias));
+        const float4 add = load_four(operands.add, token, column, count, has_aligned_fours(operands.add));
+        outputs[i] = make_float4(bias.x + add.x, bias.y + add.y, bias.z + add.z, bias.w + add.w);
     }
     int64_t s_column = 0;
     for (int term = 0; term < operands.num_terms; ++term) {
@@ -306,19 +356,20 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kTokens == 8 ? 3 : 2
         __syncthreads();
         const float* absmax = &shared.absmax[lane / 4 * pitch + 4 * warp + lane % 4];
         const int end = min(first_chunk + Traits::kSpan, chunks);
-        int slot = 0;
-        for (int chunk = first_chunk + warp; chunk - warp < end; chunk += kWarps, slot ^= 1, absmax += 4 * kWarps) {
-            tile.make_planes_of_chunk(params.codebook, absmax, pitch);
+        uint32_t slot = 0;
+        for (int chunk = first_chunk; chunk < end; chunk += kWarps, slot ^= Traits::kSlot, absmax += 4 * kWarps) {
+            tile.make_planes_of_chunk(params.codebook, absmax, eight_rows);
             unroll<4>([&](auto quarter) {
                 constexpr int kQuarter = decltype(quarter)::value;
                 // At quarter 1 the next chunk's codes were asked for last, and may take until quarter 2.
                 wait_for_copies<kQuarter == 1 ? 1 : 0>();
                 __syncwarp();
-                if constexpr (kQuarter == 3) tile.look_for_blocks(chunk + kWarps);
-                tile.template copy_x<(kQuarter + 1) % 4>(kQuarter == 3 ? chunk + kWarps : chunk);
+                if constexpr (kQuarter == 3) tile.advance_x();
+                tile.template copy_x<(kQuarter + 1) % 4>();
                 commit_copies();
                 if constexpr (kQuarter == 0) {
-                    tile.copy_codes(chunk + kWarps, slot ^ 1);
+                    tile.advance_codes();
+                    tile.copy_codes(slot ^ Traits::kSlot);
                     commit_copies();
                 }
                 if constexpr (kQuarter % 2 == 0) tile.load_codes(slot, kQuarter / 2);
@@ -344,14 +395,22 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kTokens == 8 ? 3 : 2
 
     // store
 #pragma unroll
-    for (int i = 0; i < Traits::kOutputs; ++i) {
+    for (int i = 0; i < Traits::kQuads; ++i) {
         int row, token;
-        locate_output<Traits>(i, row, token);
-        if (token >= operands.m || first_row + row >= params.outputs) continue;
-        float sum = 0;
+        if (!locate_quad<Traits>(i, row, token) || token >= operands.m) continue;
+        float4 sum = outputs[i];
 #pragma unroll
-        for (int w = 0; w < kWarps; ++w) sum += shared.sums[w][token * Traits::kSumPitch + row];
-        store_element(operands.out, token, first_row + row, sum + outputs[i]);
+        for (int w = 0; w < kWarps; ++w) {
+            const float4 part = *reinterpret_cast<const float4*>(&shared.sums[w][token * Traits::kSumPitch + row]);
+            sum.x += part.x, sum.y += part.y, sum.z += part.z, sum.w += part.w;
+        }
+        const int64_t column = first_row + row;
+        const int count = count_four(column, params.outputs);
+        if (operands.unscaled.data)
+            store_four(operands.unscaled, token, column, count, has_aligned_fours(operands.unscaled), sum);
+        const float4 scale = load_scales(operands.scale, column, count);
+        store_four(operands.out, token, column, count, has_aligned_fours(operands.out),
+                   make_float4(scale.x * sum.x, scale.y * sum.y, scale.z * sum.z, scale.w * sum.w));
     }
 #endif
 }

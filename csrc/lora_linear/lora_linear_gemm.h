@@ -1,7 +1,7 @@
 // The base products of lora_linear on a GPU, with everything that is added to them:
 //
-//   forward:     out [m, n] = x [m, k] · Wᵀ + bias + add + Σᵢ scalingᵢ · sᵢ · lora_Bᵢᵀ
-//   transposed:  out [m, k] = x [m, n] · W         + add + Σᵢ scalingᵢ · sᵢ · lora_Aᵢ
+//   forward:     out [m, n] = scale ⊙ (x [m, k] · Wᵀ + bias + add + Σᵢ scalingᵢ · sᵢ · lora_Bᵢᵀ)
+//   transposed:  out [m, k] = scale ⊙ (x [m, n] · W         + add + Σᵢ scalingᵢ · sᵢ · lora_Aᵢ)
 //
 // where x is the activation, or the gradient of y, and sᵢ is dropout(x) Aᵢᵀ, or that gradient times lora_Bᵢ. The weight
 // stays in 4 bits in memory; its elements are those that nf4_dequantize would write, bit for bit. Sums are in fp32, in
@@ -35,8 +35,10 @@ struct LoraLinearGemmParams {
     ConstMatrix s;     // [m, Σ rankᵢ] fp32: the terms' s side by side; data may be null when there is no term
     LoraTerm terms[kMaxTerms];
     int32_t num_terms;
-    Matrix out;       // [m, n], transposed [m, k]; fp32, bf16 or fp16
-    void* workspace;  // lora_linear_gemm_workspace bytes, aligned to 16; may be null when that is 0
+    const float* scale;  // [n], transposed [k]; may be null
+    Matrix out;          // [m, n], transposed [m, k]; fp32, bf16 or fp16
+    Matrix unscaled;     // like out: what is scaled; data may be null
+    void* workspace;     // lora_linear_gemm_workspace bytes, aligned to 16; may be null when that is 0
 };
 
 namespace cuda {

@@ -50,7 +50,7 @@ __device__ void stage_term(const LoraLinearGemmKernelParams& params, typename Tr
             const float first = r < term.rank && k < params.outputs ? load_element(term.factor, r, k) : 0;
             const float second = r < term.rank && k + 1 < params.outputs ? load_element(term.factor, r, k + 1) : 0;
             const SplitPair pair = split(first, second);
-            const int word = 64 * row + 32 * (i % 2) + 4 * (lane / 4 ^ row % 8) + lane % 4;
+            const int word = 64 * row + 32 * (i % 2) + 4 * (lane / 4 ^ Traits::swizzle(row, i % 2)) + lane % 4;
             right[word] = pair.high;
             right[word + 16 * 64] = pair.finite_high;
             right[word + 32 * 64] = pair.low;
@@ -131,54 +131,7 @@ __device__ bool gather_sums(const LoraLinearGemmKernelParams& params, typename T
     return true;
 }
 
-// Four neighbours of a row, of which the first `count` exist.
-__device__ inline float4 load_four(const ConstMatrix& matrix, int64_t i, int64_t j, int count, bool aligned) {
-    if (!matrix.data) return make_float4(0, 0, 0, 0);
-    if (aligned && count >= 4) {
-        const char* const from =
-            static_cast<const char*>(matrix.data) + (i * matrix.stride + j) * bytes_of(matrix.dtype);
-        if (matrix.dtype == DType::kFloat32) return *reinterpret_cast<const float4*>(from);
-        const uint2 words = *reinterpret_cast<const uint2*>(from);
-        float2 low, high;
-        if (matrix.dtype == DType::kBFloat16) {
-            low = __bfloat1622float2(*reinterpret_cast<const __nv_bfloat162*>(&words.x));
-            high = __bfloat1622float2(*reinterpret_cast<const __nv_bfloat162*>(&words.y));
-        } else {
-            low = __half22float2(*reinterpret_cast<const __half2*>(&words.x));
-            high = __half22float2(*reinterpret_cast<const __half2*>(&words.y));
-        }
-        return make_float4(low.x, low.y, high.x, high.y);
-    }
-    return make_float4(count > 0 ? load_element(matrix, i, j) : 0, count > 1 ? load_element(matrix, i, j + 1) : 0,
-                       count > 2 ? load_element(matrix, i, j + 2) : 0, count > 3 ? load_element(matrix, i, j + 3) : 0);
-}
-
-__device__ inline void store_four(const Matrix& matrix, int64_t i, int64_t j, int count, bool aligned, float4 value) {
-    if (aligned && count >= 4) {
-        char* const to = static_cast<char*>(matrix.data) + (i * matrix.stride + j) * bytes_of(matrix.dtype);
-        if (matrix.dtype == DType::kFloat32)
-            *reinterpret_cast<float4*>(to) = value;
-        else if (matrix.dtype == DType::kBFloat16)
-            *reinterpret_cast<uint2*>(to) =
-                make_uint2(pack(value.x, value.y, __nv_bfloat16{}), pack(value.z, value.w, __nv_bfloat16{}));
-        else
-            *reinterpret_cast<uint2*>(to) =
-                make_uint2(pack(value.x, value.y, __half{}), pack(value.z, value.w, __half{}));
-        return;
-    }
-    if (count > 0) store_element(matrix, i, j, value.x);
-    if (count > 1) store_element(matrix, i, j + 1, value.y);
-    if (count > 2) store_element(matrix, i, j + 2, value.z);
-    if (count > 3) store_element(matrix, i, j + 3, value.w);
-}
-
-template <class Matrix>
-__device__ inline bool has_aligned_fours(const Matrix& matrix) {
-    const int64_t bytes = 4 * bytes_of(matrix.dtype);
-    return reinterpret_cast<uint64_t>(matrix.data) % bytes == 0 && matrix.stride % 4 == 0;
-}
-
-// out = sums + bias + add from row stored_m on, through shared memory, so that rows go out in whole sectors.
+// out = scale ⊙ (sums + bias + add) from row stored_m on, through shared memory, so that rows go out in whole sectors.
 template <class Traits>
 __device__ void store_tile(const LoraLinearGemmKernelParams& params, typename Traits::Shared& shared,
                            const GemmPlace& place, const GemmMultiplier<Traits>& warp_tile) {
@@ -186,6 +139,7 @@ __device__ void store_tile(const LoraLinearGemmKernelParams& params, typename Tr
     const int lane = threadIdx.x % 32;
     float* const sums = shared.sums[threadIdx.x / 32];
     const bool aligned = has_aligned_fours(operands.out), add_aligned = has_aligned_fours(operands.add);
+    const bool unscaled_aligned = has_aligned_fours(operands.unscaled);
     // Lanes: 4 rows, 8 vectors of 4 columns; then the 32 columns beyond. Rolled loops, for there are many cases inside.
 #pragma unroll
     for (int i = 0; i < Traits::kTilesM; ++i) {
@@ -200,18 +154,21 @@ __device__ void store_tile(const LoraLinearGemmKernelParams& params, typename Tr
 #pragma unroll 1
         for (int half = 0; half < 2; ++half) {
             const int64_t column = place.first_output + warp_tile.first_n + lane % 8 * 4 + 32 * half;
-            const int count = static_cast<int>(max(int64_t{0}, min(int64_t{4}, params.outputs - column)));
+            const int count = count_four(column, params.outputs);
             const float4 bias = load_four(operands.bias, 0, column, count, false);
+            const float4 scale = load_scales(operands.scale, column, count);
 #pragma unroll 1
             for (int row = lane / 8; row < 16; row += 4) {
                 const int64_t m = place.first_m + warp_tile.first_m + 16 * i + row;
                 if (m < place.stored_m || m >= operands.m) continue;
-                const float4 sum =
+                float4 sum =
                     *reinterpret_cast<const float4*>(&sums[row * Traits::kSumPitch + lane % 8 * 4 + 32 * half]);
                 const float4 add = load_four(operands.add, m, column, count, add_aligned);
+                sum = make_float4(sum.x + bias.x + add.x, sum.y + bias.y + add.y, sum.z + bias.z + add.z,
+                                  sum.w + bias.w + add.w);
+                if (operands.unscaled.data) store_four(operands.unscaled, m, column, count, unscaled_aligned, sum);
                 store_four(operands.out, m, column, count, aligned,
-                           make_float4(sum.x + bias.x + add.x, sum.y + bias.y + add.y, sum.z + bias.z + add.z,
-                                       sum.w + bias.w + add.w));
+                           make_float4(scale.x * sum.x, scale.y * sum.y, scale.z * sum.z, scale.w * sum.w));
             }
         }
     }

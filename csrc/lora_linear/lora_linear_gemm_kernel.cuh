@@ -1,7 +1,7 @@
 // G1: the base product of some tens to hundreds of rows on the matrix unit, both ways:
 //
-//   out [m, n] = x · Wᵀ + bias + add + Σᵢ scalingᵢ · sᵢ · lora_Bᵢᵀ
-//   out [m, k] = x · W         + add + Σᵢ scalingᵢ · sᵢ · lora_Aᵢ        (kTransposed)
+//   out [m, n] = scale ⊙ (x · Wᵀ + bias + add + Σᵢ scalingᵢ · sᵢ · lora_Bᵢᵀ)
+//   out [m, k] = scale ⊙ (x · W         + add + Σᵢ scalingᵢ · sᵢ · lora_Aᵢ)        (kTransposed)
 //
 // A CTA makes a tile of kTileM x 128 of out, in steps of 64 of the reduction; a warp 64 x 64 (32 x 64 where kTileM is
 // 64). Of each step the weight's part, 128 blocks of 64 elements, is decoded once for the whole CTA: forward it is

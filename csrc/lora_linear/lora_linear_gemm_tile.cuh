@@ -23,9 +23,16 @@ struct GemmTraits {
     static constexpr int kWords = 8 / kParts;                     // of 8 codes, that a thread decodes in a step
     static constexpr int kWeightPitch = kTransposed ? 256 : 128;  // bytes of a row of the decoded tile
 
+    // The place of a block of 64 weights in the step's part of the weight: forward 128 rows of one, transposed 64 of two.
+    __device__ static constexpr int row_of(int block) { return kTransposed ? block / 2 : block; }
+    __device__ static constexpr int column_of(int block) { return kTransposed ? block % 2 : 0; }
+
     // Forward, absmax comes in spans of 16 steps, so that whole sectors are read. 130: writes along the steps of two
     // rows are in 32 banks.
     static constexpr int kSpan = 16, kSpanPitch = kBlocks + 2;
+
+    // By which units of 16 bytes are permuted: 8 rows of one column, and 4 of two, meet different banks.
+    __device__ static constexpr int swizzle(int row, int column) { return row % 8 ^ 4 * column; }
 
     static constexpr int kSumPitch = kWarpN + 8;  // of the tile that goes out: fragments are written without conflicts
 
@@ -85,19 +92,19 @@ public:
         columns_left_ = static_cast<int>(params.reduction) - 64 * first_step - 8 * unit;
         write_x_ = shared_address(shared.stages[0].x) + row * 128 + (unit ^ (row % 8)) * 16;
 
-        // Two neighbouring lanes have the two halves of a block's codes, a sector. A row or column that the weight does
-        // not have is replaced by its last one: what comes of it is not stored.
+        // Two neighbouring lanes have the two halves of a block's codes, a sector; transposed, four have those of a row. A
+        // row or column that the weight does not have is replaced by its last one: what comes of it is not stored.
         const int block = threadIdx.x / 2, half = threadIdx.x % 2;
         const int64_t pitch = params.weight.k / 2;
         write_codes_ = shared_address(shared.stages[0].codes) + (2 * block + (half ^ (block / 4 % 2))) * 16;
         if constexpr (Traits::kTransposed) {
             const int last_column = params.outputs - first_output > 64 ? 1 : 0;
-            const int block_row = block % 64, column = min(block / 64, last_column);
-            codes_ = params.weight.codes + (int64_t{64} * first_step + block_row) * pitch +
+            const int column = min(Traits::column_of(block), last_column);
+            codes_ = params.weight.codes + (int64_t{64} * first_step + Traits::row_of(block)) * pitch +
                      (first_output + 64 * column) / 2 + 16 * half;
             code_step_ = 64 * pitch;
-            second_codes_ = 32 * last_column;
-            code_rows_left_ = columns_left_ + 8 * unit - block_row;
+            second_codes_ = 32 * pitch;
+            code_rows_left_ = columns_left_ + 8 * unit - Traits::row_of(block);
         } else {
             const int64_t last = params.outputs - 1, upper = min(first_output + block, last);
             codes_ = params.weight.codes + upper * pitch + 32 * first_step + 16 * half;
@@ -128,9 +135,9 @@ public:
     // The next step's codes; transposed, those of rows that the weight does not have become zeros.
     __device__ void copy_codes(uint32_t stage, bool has_step = true) {
         const uint32_t to = write_codes_ + stage;
-        const bool exists = has_step && (!Traits::kTransposed || code_rows_left_ > 0);
-        copy_async16(to, codes_, exists ? 16 : 0);
-        if constexpr (Traits::kParts == 1) copy_async16<64 * 32>(to, codes_ + second_codes_, exists ? 16 : 0);
+        const auto exists = [&](int row) { return has_step && (!Traits::kTransposed || row < code_rows_left_); };
+        copy_async16(to, codes_, exists(0) ? 16 : 0);
+        if constexpr (Traits::kParts == 1) copy_async16<64 * 32>(to, codes_ + second_codes_, exists(32) ? 16 : 0);
         codes_ += code_step_;
         if constexpr (Traits::kTransposed) code_rows_left_ -= 64;
     }
@@ -154,24 +161,28 @@ public:
           shift_(params.weight.log2_blocksize - 6),
           pitch_(static_cast<int>(params.weight.k / 64)),
           first_(Traits::kTransposed ? int64_t{64} * first_step * pitch_ + first_output / 64
-                                     : first_output * pitch_ + first_step),
+                                     : first_output * pitch_ + first_step / Traits::kSpan * Traits::kSpan),
           absmax_(params.weight.absmax, first_ >> shift_),
           within_(static_cast<int>(first_) & ((1 << shift_) - 1)) {
-        // Up to the last span in which a step is the thread's, of the 128 that take part.
-        const int last_step = steps - 1 - static_cast<int>(threadIdx.x % Traits::kSpan);
+        // Up to the last span in which a step is the thread's, of the 128 that take part. Spans begin at multiples of 16
+        // steps, so that the CTAs that share a reduction share few sectors.
+        const int before = first_step % Traits::kSpan;  // steps of the first span that are another CTA's
+        const int last_step = before + steps - 1 - static_cast<int>(threadIdx.x % Traits::kSpan);
         filled_steps_ = threadIdx.x < 128 ? last_step / Traits::kSpan * Traits::kSpan : -Traits::kSpan;
         const int64_t last = params.weight.n * pitch_ - 1 - first_;
         last_ = static_cast<int>(min(last, int64_t{INT32_MAX}));
         const int block = threadIdx.x / Traits::kParts;
         if constexpr (Traits::kTransposed) {
-            at_ = block % 64 * pitch_ + block / 64;
+            at_ = Traits::row_of(block) * pitch_ + Traits::column_of(block);
             next_ = load_next();
         } else {
             const int row = threadIdx.x / Traits::kSpan, place = threadIdx.x % Traits::kSpan;
-            at_ = row * pitch_ + place;
+            at_ = row * pitch_ + max(place, before);
             write_ = shared_address(shared.absmax) + (place * Traits::kSpanPitch + row) * 4;
             read_ = shared_address(shared.absmax) + block * 4;
             for (step_ = -Traits::kSpan; step_ < 0; ++step_) fill();
+            at_ += min(place - before, 0);
+            for (; step_ < before; ++step_) fill();
             keep(read_);
         }
         keep(at_);
@@ -236,9 +247,9 @@ public:
     __device__ explicit GemmDecoder(typename Traits::Shared& shared) {
         const int block = threadIdx.x / Traits::kParts, part = threadIdx.x % Traits::kParts;
         read_ = shared_address(shared.stages[0].codes) + (2 * block + (part ^ (block / 4 % 2))) * 16;
-        const int row = Traits::kTransposed ? block % 64 : block, column = Traits::kTransposed ? block / 64 : 0;
+        const int row = Traits::row_of(block), column = Traits::column_of(block);
         write_ = shared_address(shared.stages[0].weight) + row * Traits::kWeightPitch + column * 128 +
-                 (row % 8 ^ part * Traits::kWords) * 16;
+                 (Traits::swizzle(row, column) ^ part * Traits::kWords) * 16;
         keep(read_);
         keep(write_);
     }
@@ -281,7 +292,7 @@ public:
         x_ = shared_address(shared.stages[0].x) + row * 128 + (lane / 16 ^ row % 8) * 16;
         if constexpr (Traits::kTransposed)
             weight_ = shared_address(shared.stages[0].weight) + lane % 16 * Traits::kWeightPitch + first_n * 2 +
-                      (lane / 16 ^ lane % 8) * 16;
+                      (lane / 16 ^ Traits::swizzle(lane, first_n / 64)) * 16;
         else
             weight_ = shared_address(shared.stages[0].weight) +
                       (first_n + lane / 16 * 8 + lane % 8) * Traits::kWeightPitch + (lane / 8 % 2 ^ lane % 8) * 16;

@@ -24,8 +24,8 @@ __device__ inline Planes make_planes(const float (&codebook)[16], float absmax) 
     for (int i = 0; i < 4; ++i) {
         const uint32_t first = pack(__fmul_rn(codebook[4 * i], absmax), __fmul_rn(codebook[4 * i + 1], absmax), T{});
         const uint32_t last = pack(__fmul_rn(codebook[4 * i + 2], absmax), __fmul_rn(codebook[4 * i + 3], absmax), T{});
-        planes.low[i] = byte_permute(first, last, 0x6420);
-        planes.high[i] = byte_permute(first, last, 0x7531);
+        planes.low[i] = byte_permute<0x6420>(first, last);
+        planes.high[i] = byte_permute<0x7531>(first, last);
     }
     return planes;
 }
@@ -35,17 +35,16 @@ __device__ inline Planes make_planes(const float (&codebook)[16], float absmax) 
 __device__ inline void decode(const Planes& planes, uint32_t codes, uint32_t (&pairs)[4]) {
     const uint32_t even = codes << 4;  // the sign of each byte is bit 3 of a low nibble; in `codes`, of a high one
     uint32_t selector = codes & 0x77777777;
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-        const uint32_t upper = byte_permute(codes, even, half == 0 ? 0x9D8C : 0xBFAE);  // codes of 8 and above
+    unroll<2>([&](auto half) {
+        const uint32_t upper = byte_permute<half == 0 ? 0x9D8C : 0xBFAE>(codes, even);  // codes of 8 and above
         const uint32_t low = select_bits(byte_permute(planes.low[0], planes.low[1], selector),
                                          byte_permute(planes.low[2], planes.low[3], selector), upper);
         const uint32_t high = select_bits(byte_permute(planes.high[0], planes.high[1], selector),
                                           byte_permute(planes.high[2], planes.high[3], selector), upper);
-        pairs[2 * half] = byte_permute(low, high, 0x4051);
-        pairs[2 * half + 1] = byte_permute(low, high, 0x6273);
+        pairs[2 * half] = byte_permute<0x4051>(low, high);
+        pairs[2 * half + 1] = byte_permute<0x6273>(low, high);
         selector >>= 16;
-    }
+    });
 }
 
 // The lookups of nested statistics go anywhere in the table of 256 numbers, so that the caller keeps it in shared memory.
@@ -77,10 +76,28 @@ public:
         const uint8_t code = __ldg(reinterpret_cast<const uint8_t*>(statistics_) + block);
         const float* const scale =
             reinterpret_cast<const float*>(nested_absmax_) + ((within_ + block) >> log2_nested_blocksize_);
-        return __fadd_rn(__fmul_rn(nested_code[code], __ldg(scale)), offset_);
+        return scaled(nested_code[code], __ldg(scale));
+    }
+
+    // Whether load_four can be called: for a quarter of the loads where nothing is misaligned.
+    __device__ bool has_fours() const {
+        const uint64_t address = reinterpret_cast<uint64_t>(statistics_);
+        return is_nested_ ? address % 4 == 0 && within_ % 4 == 0 && log2_nested_blocksize_ >= 2 : address % 16 == 0;
+    }
+
+    // Of block first_block + block and the three after it, where block is a multiple of 4.
+    __device__ float4 load_four(const float (&nested_code)[256], int block) const {
+        if (!is_nested_) return __ldg(reinterpret_cast<const float4*>(statistics_) + block / 4);
+        const uint32_t codes = __ldg(reinterpret_cast<const uint32_t*>(statistics_ + block));
+        const float scale =
+            __ldg(reinterpret_cast<const float*>(nested_absmax_) + ((within_ + block) >> log2_nested_blocksize_));
+        return make_float4(scaled(nested_code[codes & 0xFF], scale), scaled(nested_code[codes >> 8 & 0xFF], scale),
+                           scaled(nested_code[codes >> 16 & 0xFF], scale), scaled(nested_code[codes >> 24], scale));
     }
 
 private:
+    __device__ float scaled(float nested, float scale) const { return __fadd_rn(__fmul_rn(nested, scale), offset_); }
+
     const char* statistics_;  // absmax, or its codes
     const char* nested_absmax_;
     const bool is_nested_;

@@ -123,3 +123,20 @@ def test_registers(architecture):
         # The plan of dequantisation counts on as many threads as a multiprocessor takes, 2048 or 1536.
         if "dequantize" in kernel:
             assert used.registers <= (32 if architecture in ("sm_80", "sm_90") else 40)
+
+
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_90"])
+def test_decoding_for_products(architecture):
+    """What the fused products make of codes in registers: the same bits, at 3.2 instructions a weight at most."""
+    source = Path(__file__).parent / "kernels/decode.cu"
+    module = ptx_emulator.compile_cuda(source, architecture, includes=(CSRC,))
+    instructions = []
+    for kernel, blocks in ((module.one_block, 1), (module.five_blocks, 5)):
+        weight = quantize_4bit(torch.randn(32, 64 * blocks).bfloat16())
+        out = torch.empty(weight.shape, dtype=torch.bfloat16)
+        with ptx_emulator.profile(architecture):
+            record = kernel(1, 32, weight.codes, weight.absmax, reference.CODEBOOKS["nf4"].float(), Fresh(out))
+        assert torch.equal(out, weight.dequantize())
+        instructions.append(record["warp_instructions"] - record["instructions"]["memory"])
+    # Of 64 weights: planes 32, words 8 times 21. The rest is addresses.
+    assert instructions[1] - instructions[0] <= 3.2 * 4 * 64

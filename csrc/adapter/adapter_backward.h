@@ -72,9 +72,9 @@ private:
 
     struct Weights {  // of one adapter
         Weights(Arena& arena, const AdapterBackward& b, const BottleneckAdapter& adapter)
-            : up(arena, adapter.rank, b.p_.d, kPart, Product::terms(adapter.up_weight.dtype, b.p_.rounds)),
+            : up(arena, adapter.rank, b.p_.d, kPart, Product::terms(adapter.up_weight.dtype, b.p_.rounds())),
               down(arena, b.p_.d, adapter.rank, adapter.rank,
-                   Product::terms(adapter.norm.present ? DType::kFloat32 : adapter.down_weight.dtype, b.p_.rounds)) {
+                   Product::terms(adapter.norm.present ? DType::kFloat32 : adapter.down_weight.dtype, b.p_.rounds())) {
             up_bias = take_vector(arena, b.p_.d);
             gamma = take_vector(arena, adapter.norm.present ? b.p_.d : 0);
             mean_weight = take_vector(arena, adapter.norm.present ? adapter.rank : 0);
@@ -119,8 +119,8 @@ private:
         int64_t bytes;
     };
 
-    int fp32_terms() const { return Product::terms(DType::kFloat32, p_.rounds); }
-    int grad_terms() const { return Product::terms(p_.grad_y.dtype, p_.rounds); }
+    int fp32_terms() const { return Product::terms(DType::kFloat32, p_.rounds()); }
+    int grad_terms() const { return Product::terms(p_.grad_y.dtype, p_.rounds()); }
     int64_t chunk_size() const { return Product::Left::size(p_.max_rank, kReducedRows, fp32_terms()); }
 
     // h or dz of some rows, turned: the rank's row and the token's column.
@@ -187,7 +187,7 @@ private:
         const BottleneckAdapter& adapter = p_.adapters[p_.runs[run].adapter];
         const Weights& weights = weights_[p_.runs[run].adapter];
         const int64_t stride = weights.up.chunks() * kRightOutputs;
-        const Dropout dropout(p_.seed, p_.dropout);
+        const Dropout dropout = dropout_of(p_);
         const Left dz{scratch.dz, adapter.rank, fp32_terms()};
         if (wants_dz_ || p_.grad_gate) make_t(weights, row0, rows, dropout, scratch);
         dispatch_activation(p_.activation, [&](auto activation) {
@@ -250,7 +250,7 @@ private:
             const F32 z = first_lanes(load(h + column), count), grad = first_lanes(load(t + column), count);
             const Activated at = activate<kActivation>(z);
             of_gate = fma(at.value, grad, of_gate);
-            const F32 value = grad * at.slope * (gated * adapter.scale);
+            const F32 value = grad * at.slope * (gated * *adapter.scale);
             store(h + column, at.value * gated);
             store(t + column, value);
             if (wants_x_) dz.store(i, column, value);
@@ -259,7 +259,7 @@ private:
             correlation = fma(value, z - load(weights.offset + column), correlation);
         }
         if (p_.grad_gate)
-            p_.grad_gate[row] = (p_.grad_gate[row] + horizontal_sum(of_gate)) * keep_scale * adapter.scale;
+            p_.grad_gate[row] = (p_.grad_gate[row] + horizontal_sum(of_gate)) * keep_scale * *adapter.scale;
         if (adapter.norm.present)
             scratch.norm[i] = {horizontal_sum(mean), horizontal_sum(correlation) / static_cast<float>(p_.d)};
     }
@@ -337,7 +337,7 @@ private:
     void make_grad_up(int64_t index, int64_t first, const Scratch& scratch) const {
         const BottleneckAdapter& adapter = p_.adapters[index];
         const int64_t columns = min_of(kReducedColumns, p_.d - first);
-        const Dropout dropout(p_.seed, p_.dropout);
+        const Dropout dropout = dropout_of(p_);
         const bool drops = dropout.threshold > 0;
         F32 sums[kReducedColumns / kLanes] = {};
         reduce(index, h_, columns, grad_terms(), scratch, [&](int64_t row0, const Right& right) {
@@ -366,7 +366,7 @@ private:
         const BottleneckAdapter& adapter = p_.adapters[index];
         const int64_t columns = min_of(kReducedColumns, p_.d - first);
         const bool norm = adapter.norm.present;
-        const int terms = Product::terms(norm ? DType::kFloat32 : p_.x.dtype, p_.rounds);
+        const int terms = Product::terms(norm ? DType::kFloat32 : p_.x.dtype, p_.rounds());
         reduce(index, dz_, columns, terms, scratch, [&](int64_t row0, const Right& right) {
             if (!norm) return fill_right(right, p_.x, row0, first, nullptr, [](int64_t, int64_t, F32) {});
             const float* stats = p_.stats + 2 * row0;

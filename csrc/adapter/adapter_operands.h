@@ -200,6 +200,10 @@ void multiply_parts(const Operand<Product>& operand, typename Product::Element* 
     }
 }
 
+inline Dropout dropout_of(const AdapterParams& p) {
+    return Dropout(p.seed ? static_cast<uint64_t>(*p.seed) : 0, p.dropout);
+}
+
 // ---- Tasks --------------------------------------------------------------------------------------------------------
 
 // Calls body(run, first row within the run, rows, next, worker) for every block of rows; `next` is how many rows the

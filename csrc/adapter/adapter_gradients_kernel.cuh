@@ -29,7 +29,7 @@ __device__ inline float element_of(const char* tile, int row, int column) {
 }
 
 template <class T>
-__global__ void __launch_bounds__(kAdapterThreads)
+__global__ void __launch_bounds__(kAdapterThreads, 1)
     adapter_gradients_kernel(const __grid_constant__ AdapterGradientsParams params) {
     using Tile = typename AdapterGradientsTraits<T>::Tile;
     constexpr int kRows = kAdapterGradientRows, kStep = 2 * kVector<T>;
@@ -102,8 +102,8 @@ __global__ void __launch_bounds__(kAdapterThreads)
                 const int row = row_of_x + of_row, column = warp_column + of_vector;
                 if (row >= rows || column0 + column >= all.d) return;
                 float result[kVector<T>] = {}, of_x[kVector<T>] = {};
-                if (params.adds_grad_y) Tile::load(grad_y, row, column / kVector<T>, result);
-                if (all.normalizes) Tile::load(x, row, column / kVector<T>, of_x);
+                if (params.adds_grad_y) Tile::load(grad_y + Tile::offset(row, column / kVector<T>), result);
+                if (all.normalizes) Tile::load(x + Tile::offset(row, column / kVector<T>), of_x);
                 add_grad_x<T>(all, adapter, values, of_x, params.stats, params.row_norms, row0 + row, column0 + column,
                               result);
                 store_floats(result, params.grad_x, row0 + row, column0 + column, all.d);
@@ -111,23 +111,23 @@ __global__ void __launch_bounds__(kAdapterThreads)
         }
         if (changes) {
             if (makes_grad_x) __syncthreads();
-            Tile::template for_own_vectors<kAdapterThreads>([&](int, int row, int vector) {
+            Tile::template for_own_vectors<kAdapterThreads, 2>([&](int, int row, int column, uint32_t offset) {
                 float values[kVector<T>];
                 if (drops && wants_up) {
-                    Tile::load(grad_y, row, vector, values);
-                    const uint32_t kept = kept_columns(params.dropout, seed, row0 + row, column0 + vector * kVector<T>);
+                    Tile::load(grad_y + offset, values);
+                    const uint32_t kept = kept_columns(params.dropout, seed, row0 + row, column0 + column);
 #pragma unroll
                     for (int e = 0; e < kVector<T>; ++e)
                         if (!(kept >> e & 1)) values[e] = 0;
-                    Tile::store(grad_y, row, vector, values);
+                    Tile::store(grad_y + offset, values);
                 }
                 if (all.normalizes && wants_down) {
-                    Tile::load(x, row, vector, values);
-                    const float mean = row < rows ? params.stats[2 * (row0 + row)] : 0;
-                    const float rstd = row < rows ? params.stats[2 * (row0 + row) + 1] : 0;
+                    Tile::load(x + offset, values);
+                    const float2 stats =
+                        row < rows ? reinterpret_cast<const float2*>(params.stats)[row0 + row] : float2{};
 #pragma unroll
-                    for (int e = 0; e < kVector<T>; ++e) values[e] = (values[e] - mean) * rstd;
-                    Tile::store(x, row, vector, values);
+                    for (int e = 0; e < kVector<T>; ++e) values[e] = (values[e] - stats.x) * stats.y;
+                    Tile::store(x + offset, values);
                 }
             });
             __syncthreads();

@@ -48,12 +48,12 @@ public:
     // The mean of the first panel of each row.
     __device__ void find_pivots(const char* first_panel) {
         const int64_t columns = min(params_.adapters.d, int64_t{kPanelColumns<T>});
-        Input::template for_own_vectors<kAdapterThreads>([&](int turn, int row, int vector) {
+        for_own([&](int turn, int row, int column, uint32_t offset) {
             float values[kVector<T>] = {}, sum = 0;
             if (first_panel)
-                Input::load(first_panel, row, vector, values);
+                Input::load(first_panel + offset, values);
             else if (row < block_.rows)
-                load_floats(params_.input, block_.row0 + row, vector * kVector<T>, columns, values);
+                load_floats(params_.input, block_.row0 + row, column, columns, values);
 #pragma unroll
             for (int i = 0; i < kVector<T>; ++i) sum += values[i];
             pivots_[turn] = sum_of_8(sum) / static_cast<float>(columns);
@@ -69,9 +69,9 @@ public:
         for (int i = 0; i < kVector<T>; ++i) factors[i] = kBackward ? 0 : 1;
         const int64_t column = column0 + threadIdx.x % 8 * kVector<T>;
         if (sums_rows && factor.data) load_floats(factor, 0, column, d, factors);
-        Input::template for_own_vectors<kAdapterThreads>([&](int turn, int row, int vector) {
+        for_own([&](int turn, int row, int, uint32_t offset) {
             float values[kVector<T>];
-            Input::load(tile, row, vector, values);
+            Input::load(tile + offset, values);
             if (drops) {
                 const uint32_t kept = kept_columns(params_.dropout, seed_, block_.row0 + row, column);
 #pragma unroll
@@ -89,13 +89,13 @@ public:
                     values[i] = difference * factors[i];
                 }
             }
-            if (drops || !kBackward) Input::store(tile, row, vector, values);
+            if (drops || !kBackward) Input::store(tile + offset, values);
         });
     }
 
     __device__ void store_row_sums(int64_t split) {
         const BottleneckParts& parts = params_.parts;
-        Input::template for_own_vectors<kAdapterThreads>([&](int turn, int row, int) {
+        for_own([&](int turn, int row, int, uint32_t) {
             const float first = sum_of_8(row_sums_[turn][0]), second = sum_of_8(row_sums_[turn][1]);
             if (threadIdx.x % 8 != 0 || row >= block_.rows) return;
             const int64_t i = block_.row0 + row;
@@ -105,6 +105,11 @@ public:
     }
 
 private:
+    template <class Body>
+    __device__ static void for_own(const Body& body) {
+        Input::template for_own_vectors<kAdapterThreads, kTurns>(body);
+    }
+
     const AdapterShrinkParams& params_;
     const RowBlock& block_;
     const uint64_t seed_;
@@ -232,15 +237,13 @@ private:
 
 // What a LayerNorm makes of dn = (dz W_down) γ: rstd (dn - mean - n · correlation), with n = (x - μ) rstd.
 struct NormGradient {
-    float mean, rstd, of_gradient, correlation;
+    float2 stats, of_row;  // μ and rstd; the mean and the correlation
 
     __device__ NormGradient(const float* stats, const float* row_norms, int64_t row)
-        : mean(stats[2 * row]),
-          rstd(stats[2 * row + 1]),
-          of_gradient(row_norms[2 * row]),
-          correlation(row_norms[2 * row + 1]) {}
+        : stats(reinterpret_cast<const float2*>(stats)[row]),
+          of_row(reinterpret_cast<const float2*>(row_norms)[row]) {}
     __device__ float operator()(float dn, float x) const {
-        return rstd * (dn - of_gradient - (x - mean) * rstd * correlation);
+        return stats.y * (dn - of_row.x - (x - stats.x) * stats.y * of_row.y);
     }
 };
 
@@ -386,7 +389,7 @@ __device__ inline void find_stats(const AdapterFusedParams& params, const RowBlo
             float total = 0;
             for (int vector = lane; vector * kVector<T> < d; vector += 32) {
                 float values[kVector<T>];
-                Rows::load(x, row, vector, values);
+                Rows::load(x + Rows::offset(row, vector), values);
 #pragma unroll
                 for (int i = 0; i < kVector<T>; ++i)
                     if (vector * kVector<T> + i < d) total += term(values[i]);
@@ -402,7 +405,7 @@ __device__ inline void find_stats(const AdapterFusedParams& params, const RowBlo
 }
 
 template <class T>
-__global__ void __launch_bounds__(kAdapterFusedThreads)
+__global__ void __launch_bounds__(kAdapterFusedThreads, 4)
     adapter_fused_kernel(const __grid_constant__ AdapterFusedParams params) {
     using Rows = typename AdapterFusedTraits<T>::Rows;
     using Factor = typename AdapterFusedTraits<T>::Factor;
@@ -474,13 +477,13 @@ __global__ void __launch_bounds__(kAdapterFusedThreads)
             for (int i = 0; i < kVector<T>; ++i) gamma[i] = 1;
             if (adapter.gamma.data) load_floats(adapter.gamma, 0, column, d, gamma);
             if (adapter.beta.data) load_floats(adapter.beta, 0, column, d, beta);
-            Rows::template for_own_vectors<kThreads>([&](int, int row, int vector) {
+            Rows::template for_own_vectors<kThreads, 2>([&](int, int row, int, uint32_t offset) {
                 float values[kVector<T>];
-                Rows::load(from, row, vector, values);
+                Rows::load(from + offset, values);
 #pragma unroll
                 for (int i = 0; i < kVector<T>; ++i)
                     values[i] = fmaf((values[i] - stats[row].x) * stats[row].y, gamma[i], beta[i]);
-                Rows::store(left, row, vector, values);
+                Rows::store(left + offset, values);
             });
         }
         wait_for_copies<0>();
@@ -501,7 +504,7 @@ __global__ void __launch_bounds__(kAdapterFusedThreads)
                 z[i] += values[i];
                 activated[i] = activate(params.activation, z[i]).value;  // past the last rank σ(0), which is 0
             }
-            Rows::store(h, row, rank / kVector<T>, activated);
+            Rows::store(h + Rows::offset(row, rank / kVector<T>), activated);
             if (params.pre.data && row < block.rows) store_floats(z, params.pre, block.row0 + row, rank, adapter.rank);
         });
         clear();
@@ -526,7 +529,7 @@ __global__ void __launch_bounds__(kAdapterFusedThreads)
             if (row >= block.rows || column >= d) return;
             float result[kVector<T>] = {};
             if (adds_x)
-                Rows::load(x, row, column / kVector<T>, result);
+                Rows::load(x + Rows::offset(row, column / kVector<T>), result);
             else if (params.residual.data)
                 load_floats(params.residual, block.row0 + row, column, d, result);
             output.add(values, block.row0 + row, column, result);

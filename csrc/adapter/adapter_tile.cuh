@@ -125,8 +125,8 @@ struct AdapterTile {
         return vector / 8 * kPanelBytes + row * kAdapterPanelBytes + ((vector % 8 ^ swizzle(row)) << 4);
     }
 
-    __device__ static void load(const char* tile, int row, int vector, float (&values)[kVector<T>]) {
-        const float4 v = load_shared16(shared_address(tile + offset(row, vector)));
+    __device__ static void load(const char* vector, float (&values)[kVector<T>]) {
+        const float4 v = load_shared16(shared_address(vector));
         if constexpr (sizeof(T) == 4) {
             values[0] = v.x, values[1] = v.y, values[2] = v.z, values[3] = v.w;
         } else {
@@ -136,21 +136,24 @@ struct AdapterTile {
             widen_pair<T>(__float_as_uint(v.w), values[6], values[7]);
         }
     }
-    __device__ static void store(char* tile, int row, int vector, const float (&values)[kVector<T>]) {
+    __device__ static void store(char* vector, const float (&values)[kVector<T>]) {
         const uint4 v = narrow(values, T{});
-        store_shared(shared_address(tile + offset(row, vector)), {v.x, v.y, v.z, v.w});
+        store_shared(shared_address(vector), {v.x, v.y, v.z, v.w});
     }
 
-    // Which vectors a thread moves: body(turn, row, vector). They are the same at every call, so that a thread may change
-    // what it has copied itself before others see it.
-    template <int kThreads, class Body>
+    // Which vectors a thread moves: body(turn, row, column of the tile, offset in it). They are the same at every call, so
+    // that a thread may change what it has copied itself before others see it. Turns are so many rows apart, that they
+    // are swizzled alike.
+    template <int kThreads, int kUnroll, class Body>
     __device__ static void for_own_vectors(const Body& body) {
-        static_assert(kRows * kPanels * 8 % kThreads == 0);
-#pragma unroll
-        for (int i = 0; i < kRows * kPanels * 8 / kThreads; ++i) {
-            const int index = threadIdx.x + i * kThreads, row = index / 8;
-            body(i, row % kRows, row / kRows * 8 + index % 8);
-        }
+        constexpr int kTurns = kRows * kPanels * 8 / kThreads, kTurnRows = kThreads / 8;
+        static_assert(kRows % kTurnRows == 0 && kTurnRows % 8 == 0);
+        const int row = threadIdx.x / 8, vector = threadIdx.x % 8;
+        const uint32_t start = offset(row, vector);
+#pragma unroll kUnroll
+        for (int i = 0; i < kTurns; ++i)
+            body(i, row + i * kTurnRows % kRows, (i * kTurnRows / kRows * 8 + vector) * kVector<T>,
+                 start + i * kTurnRows * kAdapterPanelBytes);
     }
 
     // Starts to copy what row_of(row) says, the row of the matrix or -1 for none, from column0 on. What is not there, and
@@ -160,20 +163,19 @@ struct AdapterTile {
                                  const RowOf& row_of) {
         const T* const data = static_cast<const T*>(matrix.data);
         if (matrix.dtype == kDType<T> && (reinterpret_cast<uint64_t>(data) | matrix.stride * sizeof(T)) % 16 == 0) {
-            for_own_vectors<kThreads>([&](int, int row, int vector) {
-                const int64_t from = row_of(row), column = column0 + vector * kVector<T>;
-                const int count =
-                    from < 0 ? 0 : static_cast<int>(max(int64_t{0}, min(columns - column, int64_t{kVector<T>})));
-                const T* const source = count > 0 ? data + from * matrix.stride + column : data;
-                copy_async16(shared_address(tile + offset(row, vector)), source, count * sizeof(T));
+            for_own_vectors<kThreads, 8>([&](int, int row, int column, uint32_t offset) {
+                const int64_t from = row_of(row), left = columns - column0 - column;
+                const int count = from < 0 ? 0 : static_cast<int>(max(int64_t{0}, min(left, int64_t{kVector<T>})));
+                const T* const source = count > 0 ? data + from * matrix.stride + column0 + column : data;
+                copy_async16(shared_address(tile) + offset, source, count * sizeof(T));
             });
             return;
         }
-        for_own_vectors<kThreads>([&](int, int row, int vector) {
+        for_own_vectors<kThreads, 2>([&](int, int row, int column, uint32_t offset) {
             const int64_t from = row_of(row);
             float values[kVector<T>] = {};
-            if (from >= 0) load_floats(matrix, from, column0 + vector * kVector<T>, columns, values);
-            store(tile, row, vector, values);
+            if (from >= 0) load_floats(matrix, from, column0 + column, columns, values);
+            store(tile + offset, values);
         });
     }
 };
@@ -199,14 +201,14 @@ template <class T, int kThreads>
 __device__ inline void stage_placed(char* tile, const ConstMatrix& matrix, int64_t rows, int64_t columns, int64_t row0,
                                     int64_t column0) {
     using Tile = AdapterTile<T, kAdapterRanks, kRankPanels<T>>;
-    Tile::template for_own_vectors<kThreads>([&](int, int index, int vector) {
+    Tile::template for_own_vectors<kThreads, 2>([&](int, int index, int column, uint32_t) {
         // Rows 0, 2, 4, 6 together, then the odd ones: the halves of a panel that two neighbours write are the same.
         const int row = index / 8 * 8 + index % 4 * 2 + index / 4 % 2;
         float values[kVector<T>] = {};
-        if (row0 + row < rows) load_floats(matrix, row0 + row, column0 + vector * kVector<T>, columns, values);
+        if (row0 + row < rows) load_floats(matrix, row0 + row, column0 + column, columns, values);
 #pragma unroll
         for (int i = 0; i < kVector<T>; i += 2) {
-            const int place = place_of<T>(vector * kVector<T> + i);
+            const int place = place_of<T>(column + i);
             char* const target = tile + Tile::offset(row, place / kVector<T>) + place % kVector<T> * sizeof(T);
             if constexpr (sizeof(T) == 4)
                 *reinterpret_cast<float2*>(target) = {values[i], values[i + 1]};
@@ -222,43 +224,47 @@ __device__ inline void stage_placed(char* tile, const ConstMatrix& matrix, int64
 // reduction.
 enum class Along { kOutputs, kReduction };
 
-// Element [row][column] of a tile of fp32.
-template <class Tile>
-__device__ inline uint32_t word_of(const char* tile, int row, int column) {
-    return *reinterpret_cast<const uint32_t*>(tile + Tile::offset(row, column / 4) + column % 4 * 4);
-}
-
-// The fragments of rows [first, first + 16) of the left factor, at step `step` of the reduction.
+// A lane's way through a factor, whose outputs begin at `first`, a multiple of 32 (or of 16, if it has no second 16). All
+// addresses are the first one with bits flipped and constants added: tiles begin at multiples of 128 bytes.
 template <class T, class Tile, Along kAlong>
-__device__ inline void load_left(uint32_t (&a)[4], const char* tile, int first, int step) {
-    const int lane = threadIdx.x % 32;
-    if constexpr (kAlong == Along::kOutputs) {
-        load_matrices<false>(a, shared_address(tile + Tile::offset(first + lane % 16, 2 * step + lane / 16)));
-    } else if constexpr (sizeof(T) == 2) {
-        load_matrices<true>(a, shared_address(tile + Tile::offset(16 * step + lane / 16 * 8 + lane % 8,
-                                                                  first / 8 + lane / 8 % 2)));
-    } else {
-#pragma unroll
-        for (int i = 0; i < 4; ++i)
-            a[i] = word_of<Tile>(tile, 8 * step + i / 2 * 4 + lane % 4, first + i % 2 * 8 + lane / 4);
+class FactorReader {
+public:
+    // Of a left factor the four 8 x 8 matrices of a fragment go down the outputs first, of a right one the reduction.
+    __device__ FactorReader(const char* tile, int first, bool is_left) {
+        const int lane = threadIdx.x % 32;
+        const int fast = lane / 8 % 2, slow = lane / 16;
+        const int of_outputs = is_left ? fast : slow, of_reduction = is_left ? slow : fast;
+        uint32_t offset;
+        if constexpr (kAlong == Along::kOutputs)
+            offset = Tile::offset(first + 8 * of_outputs + lane % 8, of_reduction);
+        else if constexpr (sizeof(T) == 2)
+            offset = Tile::offset(8 * of_reduction + lane % 8, first / 8 + of_outputs);
+        else
+            offset = Tile::offset(lane % 4, first / 4 + lane / 16) + lane / 4 % 4 * 4;
+        start_ = shared_address(tile) + offset;
     }
-}
 
-// The fragments of columns [first, first + 16) of the right factor: b[0] and b[1] of the first 8, then of the others.
-template <class T, class Tile, Along kAlong>
-__device__ inline void load_right(uint32_t (&b)[4], const char* tile, int first, int step) {
-    const int lane = threadIdx.x % 32;
-    if constexpr (kAlong == Along::kOutputs) {
-        load_matrices<false>(b, shared_address(
-                                    tile + Tile::offset(first + lane / 16 * 8 + lane % 8, 2 * step + lane / 8 % 2)));
-    } else if constexpr (sizeof(T) == 2) {
-        load_matrices<true>(b, shared_address(tile + Tile::offset(16 * step + lane % 16, first / 8 + lane / 16)));
-    } else {
+    // The fragments of outputs [first + 16 i, first + 16 (i + 1)) at a step of the reduction.
+    template <bool kLeft>
+    __device__ void load(uint32_t (&r)[4], int i, int step) const {
+        if constexpr (kAlong == Along::kOutputs) {
+            load_matrices<false>(r, (start_ ^ step % 4 << 5) + step / 4 * Tile::kPanelBytes +
+                                        i * 16 * kAdapterPanelBytes);
+        } else if constexpr (sizeof(T) == 2) {
+            load_matrices<true>(r, (start_ ^ i << 5) + step * 16 * kAdapterPanelBytes);
+        } else {
 #pragma unroll
-        for (int i = 0; i < 4; ++i)
-            b[i] = word_of<Tile>(tile, 8 * step + i % 2 * 4 + lane % 4, first + i / 2 * 8 + lane / 4);
+            for (int e = 0; e < 4; ++e) {
+                const int of_outputs = kLeft ? e % 2 : e / 2, of_reduction = kLeft ? e / 2 : e % 2;
+                r[e] = __float_as_uint(load_shared_float((start_ ^ i << 6 ^ of_outputs << 5 ^ of_reduction << 4) +
+                                                         (8 * step + 4 * of_reduction) * kAdapterPanelBytes));
+            }
+        }
     }
-}
+
+private:
+    uint32_t start_;
+};
 
 __device__ inline void split(uint32_t word, float& high, float& low) {
     const float value = __uint_as_float(word);
@@ -271,15 +277,17 @@ __device__ inline void split(uint32_t word, float& high, float& low) {
 template <class T, class LeftTile, Along kLeft, class RightTile, Along kRight, int kRows, int kPairs>
 __device__ inline void multiply_tiles(float (&sums)[kRows][2 * kPairs][4], const char* left, int left_first,
                                       const char* right, int right_first, int steps, bool exact) {
+    const FactorReader<T, LeftTile, kLeft> of_left(left, left_first, true);
+    const FactorReader<T, RightTile, kRight> of_right(right, right_first, false);
     const auto multiply_step = [&](int step) {
         uint32_t a[kRows][4];
 #pragma unroll
-        for (int i = 0; i < kRows; ++i) load_left<T, LeftTile, kLeft>(a[i], left, left_first + 16 * i, step);
+        for (int i = 0; i < kRows; ++i) of_left.template load<true>(a[i], i, step);
         if constexpr (sizeof(T) == 2) {
 #pragma unroll
             for (int j = 0; j < kPairs; ++j) {
                 uint32_t b[4];
-                load_right<T, RightTile, kRight>(b, right, right_first + 16 * j, step);
+                of_right.template load<false>(b, j, step);
 #pragma unroll
                 for (int i = 0; i < kRows; ++i) {
                     multiply(sums[i][2 * j], a[i], b[0], b[1], T{});
@@ -295,7 +303,7 @@ __device__ inline void multiply_tiles(float (&sums)[kRows][2 * kPairs][4], const
 #pragma unroll
             for (int j = 0; j < kPairs; ++j) {
                 uint32_t b[4];
-                load_right<T, RightTile, kRight>(b, right, right_first + 16 * j, step);
+                of_right.template load<false>(b, j, step);
                 float b_high[4], b_low[4];
 #pragma unroll
                 for (int e = 0; e < 4; ++e) split(b[e], b_high[e], b_low[e]);

@@ -29,7 +29,7 @@ struct CudaAdapter {
     ConstMatrix up_bias;       // [1, d]; data may be null
     ConstMatrix gamma, beta;   // [1, d], of the LayerNorm; data may be null
     const float* offset;       // [rank]: down_bias + W_down β; null without a LayerNorm
-    const float* mean_weight;  // [rank]: Σ γ W_down over d; null without a LayerNorm
+    const float* mean_weight;  // [splits][max_rank]: Σ γ W_down over a split's columns; null without a LayerNorm
     const float* scale;        // [1]
     int32_t rank;
     float eps;
@@ -64,8 +64,9 @@ struct CudaDropout {
 struct BottleneckParts {
     float* sums;      // [splits][m, max_rank]: of (x - pivot) γ with W_down, or of g with W_up
     float* row_sums;  // [splits][m, 2]: of x - pivot and of its square, or of g with b_up; null if not wanted
-    float* pivots;    // [m], with a LayerNorm: a number near the row's mean, so that nothing cancels
+    float* pivots;    // [splits][m], with a LayerNorm: near the row's mean, so that nothing cancels
     int32_t splits;
+    int64_t split_columns;  // of all but the last
 };
 
 struct AdapterShrinkParams {
@@ -143,11 +144,13 @@ struct AdapterGradientsParams {
     Matrix grad_x;  // [m, d]; data may be null
 };
 
-// offset[adapter][rank] = b_down + W_down β and mean_weight[adapter][rank] = W_down γ.
+// offset = b_down + W_down β, and what W_down makes of γ.
 struct AdapterPrepareParams {
     CudaAdapters adapters;
-    float* offset;  // [adapters, max_rank]
-    float* mean_weight;
+    int32_t splits;
+    int64_t split_columns;
+    float* offset;       // [adapters][max_rank]
+    float* mean_weight;  // [adapters][splits][max_rank]
 };
 
 struct AdapterPostNormParams {

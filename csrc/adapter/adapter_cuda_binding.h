@@ -79,7 +79,7 @@ public:
         for (size_t i = 0; i < launches_.size(); ++i) {
             CudaAdapters& adapters = launches_[i];
             const AdapterCudaPlan& plan = plans[i];
-            prepare(adapters);
+            prepare(adapters, 1, p.d);
             Buffers buffers;
             AdapterBottleneckParams bottleneck{};
             bottleneck.adapters = adapters;
@@ -174,7 +174,7 @@ private:
 
     void forward_by_two(const AdapterForwardParams& p, CudaAdapters& adapters, const AdapterCudaPlan& plan,
                         const Matrix& y) {
-        prepare(adapters);
+        prepare(adapters, plan.splits, split_columns(plan));
         Buffers buffers;
         AdapterBottleneckParams bottleneck{};
         bottleneck.adapters = adapters;
@@ -202,7 +202,7 @@ private:
         const int64_t m = params_.m;
         buffers.sums = empty(plan.splits * m * params_.max_rank, DType::kFloat32);
         buffers.row_sums = empty(sums_rows ? plan.splits * m * 2 : 0, DType::kFloat32);
-        buffers.pivots = empty(sums_rows && !backward ? m : 0, DType::kFloat32);
+        buffers.pivots = empty(sums_rows && !backward ? plan.splits * m : 0, DType::kFloat32);
         AdapterShrinkParams shrink{};
         shrink.adapters = adapters;
         shrink.plan = plan;
@@ -210,22 +210,28 @@ private:
         shrink.input = input;
         shrink.element = element_;
         shrink.dropout = dropout_;
-        shrink.parts = {floats(buffers.sums), floats(buffers.row_sums), floats(buffers.pivots), plan.splits};
+        shrink.parts = {floats(buffers.sums), floats(buffers.row_sums), floats(buffers.pivots), plan.splits,
+                        split_columns(plan)};
         run(cuda::adapter_shrink(shrink, scope_.stream()), "the shrink");
         return shrink.parts;
     }
 
     // What kernels of whole rows need of a LayerNorm. (The fused forward has the rows themselves.)
-    void prepare(CudaAdapters& adapters) {
+    void prepare(CudaAdapters& adapters, int splits, int64_t split_columns) {
         if (!adapts_norm() || adapters.num_adapters == 0) return;
-        prepared_.push_back(empty(2 * adapters.num_adapters * params_.max_rank, DType::kFloat32));
+        const int64_t count = adapters.num_adapters * params_.max_rank;
+        prepared_.push_back(empty((1 + splits) * count, DType::kFloat32));
         float* const vectors = floats(prepared_.back());
-        const AdapterPrepareParams params{adapters, vectors, vectors + adapters.num_adapters * params_.max_rank};
+        const AdapterPrepareParams params{adapters, splits, split_columns, vectors, vectors + count};
         run(cuda::adapter_prepare(params, scope_.stream()), "the LayerNorm's vectors");
         for (int i = 0; i < adapters.num_adapters; ++i) {
             adapters.adapters[i].offset = params.offset + i * params_.max_rank;
-            adapters.adapters[i].mean_weight = params.mean_weight + i * params_.max_rank;
+            adapters.adapters[i].mean_weight = params.mean_weight + i * splits * params_.max_rank;
         }
+    }
+
+    int64_t split_columns(const AdapterCudaPlan& plan) const {
+        return plan.tiles_per_split * kAdapterPanelBytes / size_of(element_);
     }
 
     // ---- launches ---------------------------------------------------------------------------------------------------

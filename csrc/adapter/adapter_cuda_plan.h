@@ -74,9 +74,10 @@ constexpr AdapterCudaPlan plan_adapter_cuda(const AdapterProblem& p, const Devic
     const int64_t columns = adapter_ceil(p.d, kAdapterColumns);
     plan.tiles_per_cta = static_cast<int>(clamp(blocks * columns / (2 * sms), 1, 8));
 
-    // A split's sums are written, and read again: a fourth of what 16 blocks of its rows are at 64 ranks in bf16.
+    // A CTA for each multiprocessor, which has registers for one. A split's sums are written and read again: with 64 ranks
+    // as much as 4 blocks of its rows of x and grad_y in bf16.
     const int64_t ctas = columns * groups * (p.adapters < 1 ? 1 : p.adapters);
-    plan.gradient_splits = static_cast<int>(clamp(adapter_ceil(2 * sms, ctas), 1, clamp(p.largest_blocks / 2, 1, 64)));
+    plan.gradient_splits = static_cast<int>(clamp(adapter_ceil(sms, ctas), 1, clamp(p.largest_blocks / 4, 1, 64)));
     return plan;
 }
 
@@ -110,7 +111,7 @@ constexpr AdapterProblem kBertAdapter{false, 4096, 768, 64, 32, 64, 1, DType::kB
 static_assert(!plan_adapter_cuda(kBertAdapter, kA100).two_kernels);
 static_assert(plan_adapter_cuda(kBertAdapter, kA100).fused_bytes == 76 << 10);
 static_assert(adapter_fused_bytes(1024, 64, DType::kBFloat16, true) <= 99 << 10);
-static_assert(plan_adapter_cuda(kBertAdapter, kA100).gradient_splits == 18);
+static_assert(plan_adapter_cuda(kBertAdapter, kA100).gradient_splits == 9);
 static_assert(
     plan_adapter_cuda({false, 128, 4096, 64, 1, 2, 1, DType::kBFloat16, false, false, nullptr}, kA100).splits == 16);
 

@@ -15,9 +15,11 @@ namespace peft_kernels::cuda {
 
 template <class T>
 struct AdapterGradientsTraits {
-    // Of grad_y, x, h, dz and W_down: 64 rows of 64 columns or ranks.
+    // Of grad_y, x, h and dz, for two stages; of W_down. 64 rows of 64 columns or ranks.
     using Tile = AdapterTile<T, kAdapterGradientRows, kRankPanels<T>>;
-    static constexpr int kSharedBytes = 5 * Tile::kBytes;
+    static constexpr int kStageBytes = 4 * Tile::kBytes;
+    static constexpr int kStages = sizeof(T) == 2 ? 2 : 1;  // of fp32 a card with 99 KB has room for one
+    static constexpr int kSharedBytes = kStages * kStageBytes + Tile::kBytes;
     static_assert(kAdapterGradientRows == kAdapterRanks && kAdapterColumns == kAdapterRanks);
 };
 
@@ -31,15 +33,12 @@ __device__ inline float element_of(const char* tile, int row, int column) {
 template <class T>
 __global__ void __launch_bounds__(kAdapterThreads, 1)
     adapter_gradients_kernel(const __grid_constant__ AdapterGradientsParams params) {
-    using Tile = typename AdapterGradientsTraits<T>::Tile;
+    using Traits = AdapterGradientsTraits<T>;
+    using Tile = typename Traits::Tile;
     constexpr int kRows = kAdapterGradientRows, kStep = 2 * kVector<T>;
     __shared__ float column_sums[4][kAdapterColumns];
     extern __shared__ __align__(128) char shared[];
-    char* const grad_y = shared;
-    char* const x = grad_y + Tile::kBytes;
-    char* const h = x + Tile::kBytes;
-    char* const dz = h + Tile::kBytes;
-    char* const down_weight = dz + Tile::kBytes;
+    char* const down_weight = shared + Traits::kStages * Traits::kStageBytes;
 
     const CudaAdapters& all = params.adapters;
     const int groups = (all.max_rank + kAdapterRanks - 1) / kAdapterRanks;
@@ -66,32 +65,39 @@ __global__ void __launch_bounds__(kAdapterThreads, 1)
     if (makes_grad_x)
         stage_placed<T, kAdapterThreads>(down_weight, adapter.down_weight, adapter.rank, all.d, 0, column0);
 
-    // This CTA's part of the blocks of rows of its adapter.
-    int64_t blocks = 0;
-    for (int run = 0; run < all.num_runs; ++run)
-        if (all.runs[run].adapter == which) blocks += divide_up(all.runs[run].rows, kRows);
-    const int64_t part = divide_up(blocks, params.splits);
+    // This CTA's part of the adapter's blocks.
+    const int64_t blocks = count_blocks(all, which, kRows), part = divide_up(blocks, params.splits);
     const int64_t first_block = blockIdx.y * part, end_block = min(first_block + part, blocks);
-    int run = -1;
-    int64_t run_block = 0, run_end = 0;  // blocks of the adapter before this run, and with it
-    for (int64_t i = first_block; i < end_block; ++i) {
-        while (i >= run_end) {
-            ++run;
-            run_block = run_end;
-            if (all.runs[run].adapter == which) run_end += divide_up(all.runs[run].rows, kRows);
+    const auto stage = [&](int64_t i) {
+        if (i < end_block) {
+            const RowBlock block = find_rows_of(all, which, i, kRows);
+            const auto row_of = [&](int row) { return row < block.rows ? block.row0 + row : -1; };
+            char* const tiles = shared + i % Traits::kStages * Traits::kStageBytes;
+            if (needs_grad_y) Tile::template stage<kAdapterThreads>(tiles, params.grad_y, all.d, column0, row_of);
+            if (needs_x) Tile::template stage<kAdapterThreads>(tiles + Tile::kBytes, params.x, all.d, column0, row_of);
+            if (wants_up)
+                Tile::template stage<kAdapterThreads>(tiles + 2 * Tile::kBytes, params.h, all.stride, first_rank,
+                                                      row_of);
+            Tile::template stage<kAdapterThreads>(tiles + 3 * Tile::kBytes, params.dz, all.stride, first_rank, row_of);
         }
-        const int64_t row0 = all.runs[run].first_row + (i - run_block) * kRows;
-        const int rows = static_cast<int>(min(all.runs[run].rows - (i - run_block) * kRows, int64_t{kRows}));
-
-        __syncthreads();  // nobody needs the last rows
-        const auto row_of = [&](int row) { return row < rows ? row0 + row : -1; };
-        if (needs_grad_y) Tile::template stage<kAdapterThreads>(grad_y, params.grad_y, all.d, column0, row_of);
-        if (needs_x) Tile::template stage<kAdapterThreads>(x, params.x, all.d, column0, row_of);
-        if (wants_up) Tile::template stage<kAdapterThreads>(h, params.h, all.stride, first_rank, row_of);
-        Tile::template stage<kAdapterThreads>(dz, params.dz, all.stride, first_rank, row_of);
         commit_copies();
+    };
+    if (Traits::kStages > 1) stage(first_block);
+    for (int64_t i = first_block; i < end_block; ++i) {
+        const RowBlock block = find_rows_of(all, which, i, kRows);
+        const int64_t row0 = block.row0;
+        const int rows = block.rows;
+        char* const grad_y = shared + i % Traits::kStages * Traits::kStageBytes;
+        char* const x = grad_y + Tile::kBytes;
+        char* const h = x + Tile::kBytes;
+        char* const dz = h + Tile::kBytes;
+        if (Traits::kStages == 1) {
+            __syncthreads();  // nobody needs the last rows
+            stage(i);
+        }
         wait_for_copies<0>();
         __syncthreads();
+        if (Traits::kStages > 1) stage(i + 1);
 
         if (makes_grad_x && row_of_x < rows) {
             float products[1][4][4] = {};

@@ -45,18 +45,16 @@ public:
     // Whether there is anything to do.
     __device__ bool changes() const { return params_.parts.row_sums || (kBackward && params_.dropout.seed); }
 
-    // The mean of the first panel of each row.
-    __device__ void find_pivots(const char* first_panel) {
-        const int64_t columns = min(params_.adapters.d, int64_t{kPanelColumns<T>});
-        for_own([&](int turn, int row, int column, uint32_t offset) {
-            float values[kVector<T>] = {}, sum = 0;
-            if (first_panel)
-                Input::load(first_panel + offset, values);
-            else if (row < block_.rows)
-                load_floats(params_.input, block_.row0 + row, column, columns, values);
+    // Of the first panel that this CTA has, from column0 on.
+    __device__ void find_pivots(const char* panel, int64_t column0) {
+        const int64_t left = params_.adapters.d - column0;
+        for_own([&](int turn, int, int column, uint32_t offset) {
+            float values[kVector<T>], sum = 0;
+            Input::load(panel + offset, values);
 #pragma unroll
             for (int i = 0; i < kVector<T>; ++i) sum += values[i];
-            pivots_[turn] = sum_of_8(sum) / static_cast<float>(columns);
+            const float mean = sum / static_cast<float>(min(left - column, int64_t{kVector<T>}));
+            pivots_[turn] = median_of_8(mean, column < left);
         });
     }
 
@@ -100,7 +98,7 @@ public:
             if (threadIdx.x % 8 != 0 || row >= block_.rows) return;
             const int64_t i = block_.row0 + row;
             store_global8(parts.row_sums + (split * params_.adapters.m + i) * 2, first, second);
-            if (!kBackward && split == 0) parts.pivots[i] = pivots_[turn];
+            if (!kBackward) parts.pivots[split * params_.adapters.m + i] = pivots_[turn];
         });
     }
 
@@ -117,7 +115,7 @@ private:
 };
 
 template <class T, bool kBackward>
-__global__ void __launch_bounds__(kAdapterThreads)
+__global__ void __launch_bounds__(kAdapterThreads, 2)
     adapter_shrink_kernel(const __grid_constant__ AdapterShrinkParams params) {
     using Traits = AdapterShrinkTraits<T, kBackward>;
     using Input = typename Traits::Input;
@@ -160,13 +158,13 @@ __global__ void __launch_bounds__(kAdapterThreads)
     const bool changes = kBackward ? own.changes() : all.normalizes;
     float sums[2][4][4] = {};
     stage(0);
-    if (!kBackward && changes && tile0 > 0) own.find_pivots(nullptr);
     for (int64_t i = 0; i < tiles; ++i) {
         char* const input = shared + i % 2 * Traits::kStageBytes;
         wait_for_copies<0>();
         if (changes) {
-            if (!kBackward && tile0 + i == 0) own.find_pivots(input);
-            own.change(input, (tile0 + i) * kPanelColumns<T>);
+            const int64_t column0 = (tile0 + i) * kPanelColumns<T>;
+            if (!kBackward && i == 0) own.find_pivots(input, column0);
+            own.change(input, column0);
         }
         __syncthreads();  // tile i is there, and nobody needs tile i - 1
         stage(i + 1);
@@ -240,8 +238,7 @@ struct NormGradient {
     float2 stats, of_row;  // μ and rstd; the mean and the correlation
 
     __device__ NormGradient(const float* stats, const float* row_norms, int64_t row)
-        : stats(reinterpret_cast<const float2*>(stats)[row]),
-          of_row(reinterpret_cast<const float2*>(row_norms)[row]) {}
+        : stats(reinterpret_cast<const float2*>(stats)[row]), of_row(reinterpret_cast<const float2*>(row_norms)[row]) {}
     __device__ float operator()(float dn, float x) const {
         return stats.y * (dn - of_row.x - (x - stats.x) * stats.y * of_row.y);
     }
@@ -291,7 +288,7 @@ struct AdapterExpandTraits {
 };
 
 template <class T, bool kBackward>
-__global__ void __launch_bounds__(kAdapterThreads)
+__global__ void __launch_bounds__(kAdapterThreads, 2)
     adapter_expand_kernel(const __grid_constant__ AdapterExpandParams params) {
     using Traits = AdapterExpandTraits<T>;
     using Rows = typename Traits::Rows;

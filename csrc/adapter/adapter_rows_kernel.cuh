@@ -59,33 +59,39 @@ static __global__ void __launch_bounds__(kAdapterThreads)
         return;
     }
     const CudaAdapter& adapter = *block.adapter;
-    float row_sums[2] = {};
-    if (parts.row_sums)
-        for (int part = 0; part < parts.splits; ++part)
-#pragma unroll
-            for (int i = 0; i < 2; ++i) row_sums[i] += parts.row_sums[(part * all.m + row) * 2 + i];
-
     if (!params.backward) {
-        // μ - pivot is at most √(d / the columns that the pivot is the mean of) deviations: 16 of 16384 columns.
+        // A pivot is the median of the means of 8 vectors. Four vectors have means at least as far from μ, so that it is at
+        // most √(d / 16) deviations away, 32 of 16384 fp32 numbers: what cancels is a few bits of fp32. An outlier among
+        // them, as models have, does not move it.
+        const float pivot = all.normalizes ? parts.pivots[row] : 0;
         float from_pivot = 0, rstd = 1;
         if (all.normalizes) {
-            from_pivot = row_sums[0] / static_cast<float>(all.d);
-            const float variance = fmaxf(row_sums[1] / static_cast<float>(all.d) - from_pivot * from_pivot, 0.0f);
-            // A row that is not finite is not to become finite.
-            rstd = 1 / sqrtf((isfinite(row_sums[1]) ? variance : row_sums[1] - row_sums[1]) + adapter.eps);
-            if (params.stats && lane == 0) {
-                params.stats[2 * row] = parts.pivots[row] + from_pivot;
-                params.stats[2 * row + 1] = rstd;
+            float squares = 0;
+            for (int part = 0; part < parts.splits; ++part) {
+                const float2 sums = reinterpret_cast<const float2*>(parts.row_sums)[part * all.m + row];
+                const float columns = static_cast<float>(min(parts.split_columns, all.d - part * parts.split_columns));
+                const float apart = parts.pivots[part * all.m + row] - pivot;
+                from_pivot += fmaf(columns, apart, sums.x);
+                squares += fmaf(apart, fmaf(columns, apart, 2 * sums.x), sums.y);
             }
+            from_pivot /= static_cast<float>(all.d);
+            const float variance = squares / static_cast<float>(all.d) - from_pivot * from_pivot;
+            rstd = 1 / sqrtf((variance < 0 ? 0 : variance) + adapter.eps);  // a NaN stays one
+            if (params.stats && lane == 0) store_global8(params.stats + 2 * row, pivot + from_pivot, rstd);
         }
         for (int rank = lane; rank < all.stride; rank += 32) {
             float h = 0;
             if (rank < adapter.rank) {
                 float z = 0;
-                for (int part = 0; part < parts.splits; ++part)
+                for (int part = 0; part < parts.splits; ++part) {
                     z += parts.sums[(part * all.m + row) * all.max_rank + rank];
+                    if (all.normalizes) {
+                        const float apart = from_pivot + (pivot - parts.pivots[part * all.m + row]);
+                        z = fmaf(-apart, adapter.mean_weight[part * all.max_rank + rank], z);
+                    }
+                }
                 if (all.normalizes)
-                    z = fmaf(rstd, z - from_pivot * adapter.mean_weight[rank], adapter.offset[rank]);
+                    z = fmaf(rstd, z, adapter.offset[rank]);
                 else if (adapter.down_bias.data)
                     z += load_element(adapter.down_bias, 0, rank);
                 if (params.pre.data) store_element(params.pre, row, rank, z);
@@ -118,7 +124,9 @@ static __global__ void __launch_bounds__(kAdapterThreads)
     }
     if (params.grad_gate) {
         of_gate = sum_of_warp(of_gate);
-        if (lane == 0) params.grad_gate[row] = (of_gate + row_sums[0]) * params.keep_scale * scale;
+        for (int part = 0; parts.row_sums && part < parts.splits; ++part)
+            of_gate += parts.row_sums[(part * all.m + row) * 2];
+        if (lane == 0) params.grad_gate[row] = of_gate * params.keep_scale * scale;
     }
     if (all.normalizes) {
         mean = sum_of_warp(mean) / static_cast<float>(all.d);
@@ -134,27 +142,30 @@ static __global__ void __launch_bounds__(kAdapterThreads)
     adapter_prepare_kernel(const __grid_constant__ AdapterPrepareParams params) {
     const CudaAdapters& all = params.adapters;
     const CudaAdapter& adapter = all.adapters[blockIdx.y];
-    const ConstMatrix& beta = adapter.beta;
     const int rank = blockIdx.x * kWarpsOfRows + threadIdx.x / 32, lane = threadIdx.x % 32;
     if (rank >= adapter.rank) return;
-    float of_gamma = 0, of_beta = 0;
-    for (int64_t column = 4 * lane; column < all.d; column += 128) {
-        float w[4], g[4], b[4];
-        load_floats(adapter.down_weight, rank, column, all.d, w);
-        if (adapter.gamma.data) load_floats(adapter.gamma, 0, column, all.d, g);
-        if (beta.data) load_floats(beta, 0, column, all.d, b);
+    float of_beta = 0;
+    for (int split = 0; split < params.splits; ++split) {
+        const int64_t first = split * params.split_columns, end = min(first + params.split_columns, all.d);
+        float of_gamma = 0;
+        for (int64_t column = first + 4 * lane; column < end; column += 128) {
+            float w[4], g[4] = {1, 1, 1, 1}, b[4] = {};
+            load_floats(adapter.down_weight, rank, column, end, w);
+            if (adapter.gamma.data) load_floats(adapter.gamma, 0, column, end, g);
+            if (adapter.beta.data) load_floats(adapter.beta, 0, column, end, b);
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
-            of_gamma = fmaf(w[i], adapter.gamma.data ? g[i] : 1.0f, of_gamma);
-            if (beta.data) of_beta = fmaf(w[i], b[i], of_beta);
+            for (int i = 0; i < 4; ++i) {
+                of_gamma = fmaf(w[i], g[i], of_gamma);
+                of_beta = fmaf(w[i], b[i], of_beta);
+            }
         }
+        of_gamma = sum_of_warp(of_gamma);
+        if (lane == 0) params.mean_weight[(blockIdx.y * params.splits + split) * all.max_rank + rank] = of_gamma;
     }
-    of_gamma = sum_of_warp(of_gamma);
     of_beta = sum_of_warp(of_beta);
-    if (lane != 0) return;
-    const int64_t i = blockIdx.y * int64_t{all.max_rank} + rank;
-    params.mean_weight[i] = of_gamma;
-    params.offset[i] = of_beta + (adapter.down_bias.data ? load_element(adapter.down_bias, 0, rank) : 0);
+    if (lane == 0)
+        params.offset[blockIdx.y * all.max_rank + rank] =
+            of_beta + (adapter.down_bias.data ? load_element(adapter.down_bias, 0, rank) : 0);
 }
 
 // A CTA takes a row, three times: the second and third time it comes from the L1.

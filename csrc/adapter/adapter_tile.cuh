@@ -248,8 +248,8 @@ public:
     template <bool kLeft>
     __device__ void load(uint32_t (&r)[4], int i, int step) const {
         if constexpr (kAlong == Along::kOutputs) {
-            load_matrices<false>(r, (start_ ^ step % 4 << 5) + step / 4 * Tile::kPanelBytes +
-                                        i * 16 * kAdapterPanelBytes);
+            load_matrices<false>(r,
+                                 (start_ ^ step % 4 << 5) + step / 4 * Tile::kPanelBytes + i * 16 * kAdapterPanelBytes);
         } else if constexpr (sizeof(T) == 2) {
             load_matrices<true>(r, (start_ ^ i << 5) + step * 16 * kAdapterPanelBytes);
         } else {
@@ -357,12 +357,32 @@ struct RowBlock {
 __device__ inline RowBlock find_rows(const CudaAdapters& all, int64_t block, int block_rows) {
     int run = 0;
     for (;; ++run) {
-        const int64_t blocks = (all.runs[run].rows + block_rows - 1) / block_rows;
+        const int64_t blocks = divide_up(all.runs[run].rows, block_rows);
         if (block < blocks) break;
         block -= blocks;
     }
     const AdapterRun& found = all.runs[run];
     return {found.adapter < 0 ? nullptr : &all.adapters[found.adapter], found.first_row + block * block_rows,
+            static_cast<int>(min(found.rows - block * block_rows, int64_t{block_rows}))};
+}
+
+// The adapter's own blocks of rows, in the order of its runs.
+__device__ inline int64_t count_blocks(const CudaAdapters& all, int adapter, int block_rows) {
+    int64_t blocks = 0;
+    for (int run = 0; run < all.num_runs; ++run)
+        if (all.runs[run].adapter == adapter) blocks += divide_up(all.runs[run].rows, block_rows);
+    return blocks;
+}
+__device__ inline RowBlock find_rows_of(const CudaAdapters& all, int adapter, int64_t block, int block_rows) {
+    int run = 0;
+    for (;; ++run) {
+        if (all.runs[run].adapter != adapter) continue;
+        const int64_t blocks = divide_up(all.runs[run].rows, block_rows);
+        if (block < blocks) break;
+        block -= blocks;
+    }
+    const AdapterRun& found = all.runs[run];
+    return {&all.adapters[adapter], found.first_row + block * block_rows,
             static_cast<int>(min(found.rows - block * block_rows, int64_t{block_rows}))};
 }
 
@@ -372,6 +392,21 @@ __device__ inline float sum_of_8(float value) {
     for (int distance = 1; distance < 8; distance *= 2) value += __shfl_xor_sync(0xFFFFFFFF, value, distance);
     return value;
 }
+// The fourth smallest of 8 neighbouring lanes' values; the first lane's stands for those that have none. Of NaNs any.
+__device__ inline float median_of_8(float value, bool exists) {
+    const int lane = threadIdx.x % 32, first = lane & ~7;
+    const float of_first = __shfl_sync(0xFFFFFFFF, value, first);
+    if (!exists) value = of_first;
+    int smaller = 0;
+#pragma unroll
+    for (int i = 1; i < 8; ++i) {
+        const float other = __shfl_xor_sync(0xFFFFFFFF, value, i);
+        smaller += other < value || (other == value && (lane ^ i) < lane);
+    }
+    const uint32_t found = __ballot_sync(0xFFFFFFFF, smaller == 3) >> first & 0xFF;
+    return __shfl_sync(0xFFFFFFFF, value, first + (found ? __ffs(found) - 1 : 0));
+}
+
 __device__ inline float sum_of_warp(float value) {
 #pragma unroll
     for (int distance = 1; distance < 32; distance *= 2) value += __shfl_xor_sync(0xFFFFFFFF, value, distance);

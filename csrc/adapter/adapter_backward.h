@@ -8,6 +8,9 @@ namespace peft_kernels {
 namespace PEFT_KERNELS_ISA {
 namespace {
 
+// Bytes from row to row of the dropout's bits for as many columns as a right operand has.
+constexpr int64_t kKeepStride = keep_bytes(kRightOutputs);
+
 // Rows whose Σ dz is one of the parts that are then added in order: few enough for every block to hold whole ones.
 constexpr int64_t kPartRows = 32;
 
@@ -17,7 +20,9 @@ public:
     explicit AdapterBackward(const AdapterBackwardParams& params)
         : p_(params),
           block_(adapter_block_rows(params.m, params.d, params.threads)),
+          strip_(adapter_reduced_columns(params.d, params.threads)),
           wants_x_(params.grad_x.data != nullptr),
+          streams_(streams(params.grad_x, params.m, params.d)),
           wants_dz_(wants_x_ || params.wants_down) {}
 
     void run() {
@@ -46,17 +51,18 @@ public:
         const auto scratch = [&](int worker) { return Scratch(workers + worker * worker_bytes, *this); };
         prepare();
         if (wants_dz_ || p_.grad_gate || p_.wants_up)
-            for_each_block(p_, [&](int64_t run, int64_t row, int64_t rows, int64_t next, int worker) {
-                adapt(run, row, rows, next, scratch(worker));
+            for_each_block(p_, [&](int64_t run, int64_t row, int64_t rows, int worker) {
+                adapt(run, row, rows, scratch(worker));
             });
-        const int64_t columns = divide_up(p_.d, kReducedColumns);
-        parallel_for_each(p_.num_adapters * columns * 2, [&](int64_t task, int worker) {
-            const int64_t adapter = task / (columns * 2), column = task % columns * kReducedColumns;
-            if (task / columns % 2 == 0) {
-                if (p_.wants_up) make_grad_up(adapter, column, scratch(worker));
+        const int64_t strips = divide_up(p_.d, strip_);
+        parallel_for_each(p_.num_adapters * strips * 2, [&](int64_t task, int worker) {
+            const int64_t adapter = task / (strips * 2), first = task % strips * strip_;
+            const int64_t columns = min_of(strip_, p_.d - first);
+            if (task / strips % 2 == 0) {
+                if (p_.wants_up) make_grad_up(adapter, first, columns, scratch(worker));
             } else if (p_.wants_down) {
-                make_grad_down(adapter, column, scratch(worker));
-                if (column == 0) make_grad_down_bias(adapter);
+                make_grad_down(adapter, first, columns, scratch(worker));
+                if (first == 0) make_grad_down_bias(adapter);
             }
         });
     }
@@ -87,9 +93,10 @@ private:
         float* offset;       // [r]: b_down and what W_down makes of beta
     };
 
-    // A row's part in the gradient of its LayerNorm: dx = rstd (dn - mean - n · correlation).
+    // A row's part in the gradient of its LayerNorm, dx = rstd (dn - mean(dn) - n · mean(dn n)): rstd dn + offset +
+    // slope (x - μ).
     struct RowNorm {
-        float mean, correlation;  // of dn; of dn with n
+        float mean, rstd, offset, slope;
     };
 
     struct Scratch {  // of one worker
@@ -102,9 +109,9 @@ private:
             right = arena.take<Element>(Product::Right::size(kReducedRows, b.fp32_terms()));
             t = arena.take<float>(rows * ranks);
             h = arena.take<float>(rows * ranks);
-            tile = arena.take<float>(max_of(rows, Product::padded_rows(b.p_.max_rank)) * kRightOutputs);
-            keep = arena.take<uint8_t>(
-                b.p_.dropout > 0 ? max_of(keep_bytes(kPart), kReducedRows * keep_bytes(kReducedColumns)) : 0);
+            tile = arena.take<float>(kWrittenRows * kRightOutputs);
+            sums = arena.take<float>(b.strip_ * b.sum_rows());
+            keep = arena.take<uint8_t>(b.p_.dropout > 0 ? max_of(keep_bytes(kPart), kReducedRows * kKeepStride) : 0);
             norm = arena.take<RowNorm>(b.block_);
             bytes = arena.used();
         }
@@ -114,6 +121,7 @@ private:
         float* t;
         float* h;
         float* tile;
+        float* sums;  // [64 columns of a strip][sum_rows()][64]
         uint8_t* keep;
         RowNorm* norm;
         int64_t bytes;
@@ -121,9 +129,11 @@ private:
 
     int fp32_terms() const { return Product::terms(DType::kFloat32, p_.rounds()); }
     int grad_terms() const { return Product::terms(p_.grad_y.dtype, p_.rounds()); }
-    int64_t chunk_size() const { return Product::Left::size(p_.max_rank, kReducedRows, fp32_terms()); }
+    int64_t sum_rows() const { return Product::padded_rows(p_.max_rank + 1); }
+    int64_t chunk_size() const { return Product::Left::size(p_.max_rank + 1, kReducedRows, fp32_terms()); }
 
-    // h or dz of some rows, turned: the rank's row and the token's column.
+    // h or dz of some rows, turned: the rank's row and the token's column. Behind h's rows is one of the gates, whose
+    // products are the gradient of b_up.
     Left turned(Element* all, int64_t run, int64_t chunk) const {
         const int64_t rows = min_of(kReducedRows, p_.runs[run].rows - chunk * kReducedRows);
         return {all + (runs_[run].first_chunk + chunk) * chunk_size(), rows, fp32_terms()};
@@ -176,12 +186,12 @@ private:
     }
 
     // A block of rows from grad_y to grad_x; its h and dz are kept for the gradients of W_up and W_down.
-    void adapt(int64_t run, int64_t row, int64_t rows, int64_t next, const Scratch& scratch) const {
+    void adapt(int64_t run, int64_t row, int64_t rows, const Scratch& scratch) const {
         [[maybe_unused]] const typename Product::Unit unit;
         const int64_t row0 = p_.runs[run].first_row + row;
         if (p_.runs[run].adapter < 0) {
             for (int64_t i = 0; p_.grad_gate && i < rows; ++i) p_.grad_gate[row0 + i] = 0;
-            if (wants_x_) make_grad_x(nullptr, nullptr, row0, rows, next, {}, scratch);
+            if (wants_x_) make_grad_x(nullptr, nullptr, row0, rows, {}, scratch);
             return;
         }
         const BottleneckAdapter& adapter = p_.adapters[p_.runs[run].adapter];
@@ -197,7 +207,15 @@ private:
         const int64_t chunk = row / kReducedRows, first = row % kReducedRows;
         const int64_t end =
             min_of(first + block_, Product::padded_depth(min_of(kReducedRows, p_.runs[run].rows - row + first)));
-        if (p_.wants_up) store_transposed(turned(h_, run, chunk), first, end, scratch.h, stride, rows, adapter.rank);
+        if (p_.wants_up) {
+            const Left h = turned(h_, run, chunk);
+            store_transposed(h, first, end, scratch.h, stride, rows, adapter.rank);
+            for (int64_t i = 0; first + i < end; i += kLanes) {
+                F32 gates = broadcast(dropout.keep_scale);
+                if (p_.gate) gates *= load_up_to(p_.gate + row0 + i, rows - i);
+                h.store(adapter.rank, first + i, first_lanes(gates, rows - i));
+            }
+        }
         if (p_.wants_down) {
             store_transposed(turned(dz_, run, chunk), first, end, scratch.t, stride, rows, adapter.rank);
             for (int64_t part = 0; part * kPartRows < rows; ++part)
@@ -209,7 +227,7 @@ private:
                                   min_of<int64_t>(kLanes, adapter.rank - column));
                 }
         }
-        if (wants_x_) make_grad_x(&adapter, &weights, row0, rows, next, dz, scratch);
+        if (wants_x_) make_grad_x(&adapter, &weights, row0, rows, dz, scratch);
     }
 
     // t = g W_up with the dropped rows of grad_y; for the gate's gradient, also the part of b_up in it.
@@ -217,13 +235,15 @@ private:
                 const Scratch& scratch) const {
         const bool drops = dropout.threshold > 0;
         for (int64_t i = 0; p_.grad_gate && i < rows; ++i) p_.grad_gate[row0 + i] = 0;
-        multiply_parts(weights.up, scratch.g, grad_terms(), rows, scratch.t, [&](int64_t first, const Left& g) {
-            if (!drops && !p_.grad_gate) return fill_left<Product>(g, part_of(p_.grad_y, row0, first), rows);
-            with_vectors(p_.grad_y, row0, first, g.depth, [&](auto grad_y) {
+        multiply_parts(weights.up, rows, scratch.t, [&](int64_t first, int64_t depth) {
+            if (!drops && !p_.grad_gate)
+                return left_of<Product>(part_of(p_.grad_y, row0, first), rows, depth, grad_terms(), scratch.g);
+            const Left g{scratch.g, depth, grad_terms()};
+            with_vectors(p_.grad_y, row0, first, depth, [&](auto grad_y) {
                 for (int64_t i = 0; i < rows; ++i) {
-                    if (drops) dropout_keep_bits(dropout, row0 + i, first, g.depth, scratch.keep);
+                    if (drops) dropout_keep_bits(dropout, row0 + i, first, depth, scratch.keep);
                     F32 of_bias{};
-                    for (int64_t k = 0; k < Product::padded_depth(g.depth); k += kLanes) {
+                    for (int64_t k = 0; k < Product::padded_depth(depth); k += kLanes) {
                         F32 v = grad_y(i, k);
                         if (drops) v = keep_where(v, scratch.keep, k);
                         g.store(i, k, v);
@@ -232,6 +252,7 @@ private:
                     if (p_.grad_gate) p_.grad_gate[row0 + i] += horizontal_sum(of_bias);
                 }
             });
+            return g;
         });
     }
 
@@ -260,124 +281,105 @@ private:
         }
         if (p_.grad_gate)
             p_.grad_gate[row] = (p_.grad_gate[row] + horizontal_sum(of_gate)) * keep_scale * *adapter.scale;
-        if (adapter.norm.present)
-            scratch.norm[i] = {horizontal_sum(mean), horizontal_sum(correlation) / static_cast<float>(p_.d)};
+        if (!adapter.norm.present) return;
+        const float mu = p_.stats[2 * row], rstd = p_.stats[2 * row + 1];
+        scratch.norm[i] = {mu, rstd, -rstd * horizontal_sum(mean),
+                           -rstd * rstd * horizontal_sum(correlation) / static_cast<float>(p_.d)};
     }
 
-    void make_grad_x(const BottleneckAdapter* adapter, const Weights* weights, int64_t row0, int64_t rows, int64_t next,
+    void make_grad_x(const BottleneckAdapter* adapter, const Weights* weights, int64_t row0, int64_t rows,
                      const Left& dz, const Scratch& scratch) const {
-        for (int64_t chunk = 0; chunk < chunks_of(p_.d); ++chunk) {
-            const int64_t first = chunk * kRightOutputs, columns = min_of(kRightOutputs, p_.d - first);
-            if (adapter) Product::multiply(dz, rows, weights->down.right(chunk, 0), scratch.tile, kRightOutputs, false);
-            prefetch_part(p_.grad_y, row0 + rows, next, first, columns);
-            const ConstMatrix added = p_.adds_grad_y ? p_.grad_y : ConstMatrix{};
-            with_vectors(added, row0, first, columns, [&](auto grad_y) {
-                if (!adapter) return write_part(p_.grad_x, row0, rows, first, columns, grad_y);
+        const ConstMatrix added = p_.adds_grad_y ? p_.grad_y : ConstMatrix{};
+        for_each_part(rows, p_.d, [&](int64_t begin, int64_t some, int64_t first, int64_t columns) {
+            const int64_t row = row0 + begin;
+            if (adapter)
+                Product::multiply(dz.from(begin), some, weights->down.right(first / kRightOutputs, 0), scratch.tile,
+                                  kRightOutputs, false);
+            with_vectors(added, row, first, columns, [&](auto grad_y) {
+                if (!adapter) return write_part(p_.grad_x, row, some, first, columns, streams_, grad_y);
                 const auto dn = [tile = scratch.tile](int64_t i, int64_t column) {
                     return load(tile + i * kRightOutputs + column);
                 };
                 if (!adapter->norm.present)
-                    return write_part(p_.grad_x, row0, rows, first, columns,
+                    return write_part(p_.grad_x, row, some, first, columns, streams_,
                                       [=](int64_t i, int64_t column) { return grad_y(i, column) + dn(i, column); });
-                const float* stats = p_.stats + 2 * row0;
-                with_vectors(p_.x, row0, first, columns, [&, norm = scratch.norm](auto x) {
-                    write_part(p_.grad_x, row0, rows, first, columns, [=](int64_t i, int64_t column) {
-                        const float mu = stats[2 * i], rstd = stats[2 * i + 1];
-                        const F32 n = (x(i, column) - mu) * rstd;
-                        const F32 part = dn(i, column) - norm[i].mean - n * norm[i].correlation;
-                        return fma(part, broadcast(rstd), grad_y(i, column));
+                const RowNorm* norms = scratch.norm + begin;
+                for (int64_t i = 0; i < some; ++i)  // the next columns: this is the first time that x is read
+                    prefetch_row<false>(static_cast<const char*>(row_of(p_.x, row + i, first + columns)),
+                                        columns * size_of(p_.x.dtype));
+                with_vectors(p_.x, row, first, columns, [&](auto x) {
+                    write_part(p_.grad_x, row, some, first, columns, streams_, [=](int64_t i, int64_t column) {
+                        const RowNorm norm = norms[i];
+                        const F32 of_n = fma(x(i, column) - norm.mean, broadcast(norm.slope), broadcast(norm.offset));
+                        return fma(dn(i, column), broadcast(norm.rstd), grad_y(i, column) + of_n);
                     });
                 });
             });
-        }
+        });
+        if (streams_) fence_streams();
     }
 
-    // tile[r][column] = Σ of coefficients[r][row] · matrix[row][first + column] over an adapter's rows, kReducedRows of
-    // which fill(first row, right) makes an operand of at a time.
+    // Sums of coefficients[r][row] · matrix[row][first + column] over an adapter's rows, kReducedRows of which fill(first
+    // row, first column, right) makes an operand of at a time.
     template <class Fill>
-    void reduce(int64_t adapter, Element* coefficients, int64_t columns, int terms, const Scratch& scratch,
-                const Fill& fill) const {
+    void reduce(int64_t adapter, Element* coefficients, int64_t count, int64_t first, int64_t columns, int terms,
+                const Scratch& scratch, const Fill& fill) const {
         [[maybe_unused]] const typename Product::Unit unit;
-        const int64_t rank = p_.adapters[adapter].rank;
         bool started = false;
         for (int64_t run = 0; run < p_.num_runs; ++run) {
             if (p_.runs[run].adapter != adapter) continue;
             for (int64_t row = 0; row < p_.runs[run].rows; row += kReducedRows, started = true) {
                 const Left left = turned(coefficients, run, row / kReducedRows);
-                const Right right{scratch.right, left.depth, columns, terms};
-                fill(p_.runs[run].first_row + row, right);
-                Product::multiply(left, rank, right, scratch.tile, kRightOutputs, started);
+                for (int64_t column = 0; column < columns; column += kRightOutputs) {
+                    const Right right{scratch.right, left.depth, min_of(kRightOutputs, columns - column), terms};
+                    fill(p_.runs[run].first_row + row, first + column, right);
+                    Product::multiply(left, count, right, scratch.sums + column * sum_rows(), kRightOutputs, started);
+                }
             }
         }
-        if (!started) memset(scratch.tile, 0, Product::padded_rows(rank) * kRightOutputs * sizeof(float));
-    }
-
-    // Rows of a matrix as a right operand, only where `bits` says so if it is given; seen(k, strip, vector) is shown all.
-    template <class Seen>
-    void fill_right(const Right& right, const ConstMatrix& matrix, int64_t row0, int64_t first, const uint8_t* bits,
-                    const Seen& seen) const {
-        constexpr int64_t kStride = keep_bytes(kReducedColumns);
-        const int64_t padded = Product::padded_depth(right.depth);
-        if constexpr (sizeof(Element) == 2)
-            if (matrix.dtype == DType::kBFloat16 && right.terms == 1) {
-                const auto* rows = static_cast<const BFloat16*>(row_of(matrix, row0, first));
-                return fill_from_bf16_rows(right, padded, rows, matrix.stride, bits, kStride, seen);
-            }
-        with_vectors(matrix, row0, first, right.outputs, [&](auto vector) {
-            fill_from_depth_rows(right, padded, [&](int64_t k, int64_t column) {
-                F32 v = vector(k, column);
-                if (bits) v = keep_where(v, bits + k * kStride, column);
-                seen(k, column / kLanes, v);
-                return v;
-            });
-        });
+        if (!started) memset(scratch.sums, 0, strip_ * sum_rows() * sizeof(float));
     }
 
     // gᵀ h and Σ g, for some columns of g
-    void make_grad_up(int64_t index, int64_t first, const Scratch& scratch) const {
+    void make_grad_up(int64_t index, int64_t first, int64_t columns, const Scratch& scratch) const {
         const BottleneckAdapter& adapter = p_.adapters[index];
-        const int64_t columns = min_of(kReducedColumns, p_.d - first);
+        const int64_t rank = adapter.rank;
         const Dropout dropout = dropout_of(p_);
-        const bool drops = dropout.threshold > 0;
-        F32 sums[kReducedColumns / kLanes] = {};
-        reduce(index, h_, columns, grad_terms(), scratch, [&](int64_t row0, const Right& right) {
-            for (int64_t k = 0; drops && k < right.depth; ++k)
-                dropout_keep_bits(dropout, row0 + k, first, columns, scratch.keep + k * keep_bytes(kReducedColumns));
-            const uint8_t* bits = drops ? scratch.keep : nullptr;
-            if (p_.gate) {
-                const float* gate = p_.gate + row0;
-                fill_right(right, p_.grad_y, row0, first, bits, [&](int64_t k, int64_t strip, F32 v) {
-                    sums[strip] = fma(v, broadcast(gate[k]), sums[strip]);
-                });
-            } else {
-                fill_right(right, p_.grad_y, row0, first, bits,
-                           [&](int64_t, int64_t strip, F32 v) { sums[strip] += v; });
-            }
-        });
-        for (int64_t column = 0; column < columns; ++column) {
-            adapter.grad_up_bias[first + column] = sums[column / kLanes][column % kLanes] * dropout.keep_scale;
-            for (int64_t r = 0; r < adapter.rank; ++r)
-                adapter.grad_up[(first + column) * adapter.rank + r] = scratch.tile[r * kRightOutputs + column];
+        const uint8_t* bits = dropout.threshold > 0 ? scratch.keep : nullptr;
+        reduce(index, h_, rank + 1, first, columns, grad_terms(), scratch,
+               [&](int64_t row, int64_t column, const Right& right) {
+                   for (int64_t k = 0; bits && k < right.depth; ++k)
+                       dropout_keep_bits(dropout, row + k, column, right.outputs, scratch.keep + k * kKeepStride);
+                   fill_from_rows<Product>(right, part_of(p_.grad_y, row, column), bits, kKeepStride);
+               });
+        for (int64_t column = 0; column < columns; column += kRightOutputs) {
+            const int64_t some = min_of(kRightOutputs, columns - column);
+            const float* sums = scratch.sums + column * sum_rows();
+            write_transposed(sums, kRightOutputs, rank, some, adapter.grad_up + (first + column) * rank, rank);
+            memcpy(adapter.grad_up_bias + first + column, sums + rank * kRightOutputs, some * sizeof(float));
         }
     }
 
     // dzᵀ n, for some columns of n
-    void make_grad_down(int64_t index, int64_t first, const Scratch& scratch) const {
+    void make_grad_down(int64_t index, int64_t first, int64_t columns, const Scratch& scratch) const {
         const BottleneckAdapter& adapter = p_.adapters[index];
-        const int64_t columns = min_of(kReducedColumns, p_.d - first);
         const bool norm = adapter.norm.present;
         const int terms = Product::terms(norm ? DType::kFloat32 : p_.x.dtype, p_.rounds());
-        reduce(index, dz_, columns, terms, scratch, [&](int64_t row0, const Right& right) {
-            if (!norm) return fill_right(right, p_.x, row0, first, nullptr, [](int64_t, int64_t, F32) {});
-            const float* stats = p_.stats + 2 * row0;
-            with_vectors(p_.x, row0, first, columns, [&](auto x) {
-                fill_from_depth_rows(right, Product::padded_depth(right.depth), [&](int64_t k, int64_t column) {
-                    return (x(k, column) - stats[2 * k]) * stats[2 * k + 1];
-                });
-            });
-        });
-        for (int64_t r = 0; r < adapter.rank; ++r)
-            memcpy(adapter.grad_down + r * p_.d + first, scratch.tile + r * kRightOutputs, columns * sizeof(float));
+        reduce(index, dz_, adapter.rank, first, columns, terms, scratch,
+               [&](int64_t row, int64_t column, const Right& right) {
+                   if (!norm) return fill_from_rows<Product>(right, part_of(p_.x, row, column), nullptr, 0);
+                   const float* stats = p_.stats + 2 * row;
+                   with_vectors(p_.x, row, column, right.outputs, [&](auto x) {
+                       fill_from_depth_rows(right, Product::padded_depth(right.depth), [&](int64_t k, int64_t i) {
+                           return (x(k, i) - stats[2 * k]) * stats[2 * k + 1];
+                       });
+                   });
+               });
+        for (int64_t column = 0; column < columns; column += kRightOutputs)
+            for (int64_t r = 0; r < adapter.rank; ++r)
+                memcpy(adapter.grad_down + r * p_.d + first + column,
+                       scratch.sums + column * sum_rows() + r * kRightOutputs,
+                       min_of(kRightOutputs, columns - column) * sizeof(float));
     }
 
     void make_grad_down_bias(int64_t index) const {
@@ -392,8 +394,8 @@ private:
     }
 
     const AdapterBackwardParams& p_;
-    const int64_t block_;
-    const bool wants_x_, wants_dz_;
+    const int64_t block_, strip_;
+    const bool wants_x_, streams_, wants_dz_;
     Weights* weights_ = nullptr;
     Run* runs_ = nullptr;
     Element* h_ = nullptr;    // [chunk of kReducedRows rows]: left operands of max_rank rows

@@ -12,7 +12,9 @@ template <class Product>
 class AdapterForward {
 public:
     explicit AdapterForward(const AdapterForwardParams& params)
-        : p_(params), block_(adapter_block_rows(params.m, params.d, params.threads)) {}
+        : p_(params),
+          block_(adapter_block_rows(params.m, params.d, params.threads)),
+          streams_(!params.post_norm.present && streams(params.y, params.m, params.d)) {}
 
     void run() {
         Arena arena(p_.workspace);
@@ -35,9 +37,9 @@ public:
             widen_vector(p_.post_norm.weight, p_.d, 1.0f, post_gamma_);
             widen_vector(p_.post_norm.bias, p_.d, 0.0f, post_beta_);
         }
-        for_each_block(p_, [&](int64_t run, int64_t row, int64_t rows, int64_t next, int worker) {
+        for_each_block(p_, [&](int64_t run, int64_t row, int64_t rows, int worker) {
             const Scratch scratch(workers + worker * worker_bytes, *this);
-            adapt(p_.runs[run], p_.runs[run].first_row + row, rows, next, scratch);
+            adapt(p_.runs[run], p_.runs[run].first_row + row, rows, scratch);
         });
     }
 
@@ -75,7 +77,7 @@ private:
             x = arena.take<Element>(Product::Left::size(f.block_, kPart, x_terms));
             h = arena.take<Element>(Product::Left::size(f.block_, rank, f.h_terms()));
             z = arena.take<float>(rows * chunks_of(rank) * kRightOutputs);
-            tile = arena.take<float>(rows * kRightOutputs);
+            tile = arena.take<float>(kWrittenRows * kRightOutputs);
             stats = arena.take<RowStats>(f.block_);
             keep = arena.take<uint8_t>(f.p_.dropout > 0 ? f.block_ * keep_bytes(d) : 0);
             y = arena.take<float>(f.p_.post_norm.present ? f.block_ * chunks_of(d) * kRightOutputs : 0);
@@ -114,9 +116,9 @@ private:
     }
 
     // A block of rows from x to y.
-    void adapt(const AdapterRun& run, int64_t row0, int64_t rows, int64_t next, const Scratch& scratch) const {
+    void adapt(const AdapterRun& run, int64_t row0, int64_t rows, const Scratch& scratch) const {
         [[maybe_unused]] const typename Product::Unit unit;
-        if (run.adapter < 0) return finish(nullptr, nullptr, row0, rows, next, {}, scratch);
+        if (run.adapter < 0) return finish(nullptr, nullptr, row0, rows, {}, scratch);
         const BottleneckAdapter& adapter = p_.adapters[run.adapter];
         const Weights& weights = weights_[run.adapter];
         const Left h{scratch.h, adapter.rank, h_terms()};
@@ -133,20 +135,19 @@ private:
                 }
             }
         });
-        if (p_.pre.data)
-            write_part(p_.pre, row0, rows, 0, adapter.rank,
-                       [&](int64_t row, int64_t column) { return load(scratch.z + row * stride + column); });
-        finish(&adapter, &weights, row0, rows, next, h, scratch);
+        for (int64_t row = 0; p_.pre.data && row < rows; ++row)
+            write_row(scratch.z + row * stride, p_.pre, row0 + row, 0, adapter.rank);
+        finish(&adapter, &weights, row0, rows, h, scratch);
     }
 
     // z without its bias, out of x or of what its LayerNorm makes of it.
     void shrink(const BottleneckAdapter& adapter, const Weights& weights, int64_t row0, int64_t rows,
                 const Scratch& scratch) const {
+        const int terms = x_terms(adapter);
         if (!adapter.norm.present)
-            return multiply_parts(weights.down, scratch.x, x_terms(adapter), rows, scratch.z,
-                                  [&](int64_t first, const Left& left) {
-                                      fill_left<Product>(left, part_of(p_.x, row0, first), rows);
-                                  });
+            return multiply_parts(weights.down, rows, scratch.z, [&](int64_t first, int64_t depth) {
+                return left_of<Product>(part_of(p_.x, row0, first), rows, depth, terms, scratch.x);
+            });
         with_vectors(p_.x, row0, 0, p_.d, [&](auto x) {
             for (int64_t row = 0; row < rows; ++row) {
                 scratch.stats[row] = row_stats(p_.d, adapter.norm.eps, [&](int64_t k) { return x(row, k); });
@@ -154,83 +155,86 @@ private:
                 p_.stats[2 * (row0 + row)] = scratch.stats[row].mean;
                 p_.stats[2 * (row0 + row) + 1] = scratch.stats[row].rstd;
             }
-            multiply_parts(weights.down, scratch.x, x_terms(adapter), rows, scratch.z,
-                           [&](int64_t first, const Left& left) {
-                               const float* gamma = weights.gamma + first;
-                               const float* beta = weights.beta + first;
-                               for (int64_t row = 0; row < rows; ++row)
-                                   for (int64_t k = 0; k < Product::padded_depth(left.depth); k += kLanes) {
-                                       const RowStats stats = scratch.stats[row];
-                                       const F32 n = (x(row, first + k) - stats.mean) * stats.rstd;
-                                       const F32 value = fma(n, load(gamma + k), load(beta + k));
-                                       left.store(row, k, first_lanes(value, left.depth - k));
-                                   }
-                           });
+            multiply_parts(weights.down, rows, scratch.z, [&](int64_t first, int64_t depth) {
+                const Left left{scratch.x, depth, terms};
+                const float* gamma = weights.gamma + first;
+                const float* beta = weights.beta + first;
+                for (int64_t row = 0; row < rows; ++row)
+                    for (int64_t k = 0; k < Product::padded_depth(depth); k += kLanes) {
+                        const RowStats stats = scratch.stats[row];
+                        const F32 n = (x(row, first + k) - stats.mean) * stats.rstd;
+                        left.store(row, k, first_lanes(fma(n, load(gamma + k), load(beta + k)), depth - k));
+                    }
+                return left;
+            });
         });
     }
 
     // y out of h; out of nothing, if there is no adapter.
-    void finish(const BottleneckAdapter* adapter, const Weights* weights, int64_t row0, int64_t rows, int64_t next,
-                const Left& h, const Scratch& scratch) const {
+    void finish(const BottleneckAdapter* adapter, const Weights* weights, int64_t row0, int64_t rows, const Left& h,
+                const Scratch& scratch) const {
         const Dropout dropout = dropout_of(p_);
         const bool drops = adapter && dropout.threshold > 0;
         for (int64_t row = 0; drops && row < rows; ++row)
             dropout_keep_bits(dropout, row0 + row, 0, p_.d, scratch.keep + row * keep_bytes(p_.d));
-        for (int64_t i = 0; i < chunks_of(p_.d); ++i) {
-            const int64_t first = i * kRightOutputs, columns = min_of(kRightOutputs, p_.d - first);
-            if (adapter) Product::multiply(h, rows, weights->up.right(i, 0), scratch.tile, kRightOutputs, false);
-            prefetch_part(p_.x, row0 + rows, next, first, columns);
-            with_vectors(p_.residual, row0, first, columns, [&](auto residual) {
-                if (!adapter) return write_y(row0, rows, first, columns, scratch, residual);
-                const float* tile = scratch.tile;
+        for_each_part(rows, p_.d, [&](int64_t begin, int64_t some, int64_t first, int64_t columns) {
+            const float* tile = scratch.tile;
+            if (adapter)
+                Product::multiply(h.from(begin), some, weights->up.right(first / kRightOutputs, 0), scratch.tile,
+                                  kRightOutputs, false);
+            with_vectors(p_.residual, row0 + begin, first, columns, [&](auto residual) {
+                if (!adapter) return write_y(row0, begin, some, first, columns, scratch, residual);
                 const float* bias = weights->up_bias + first;
                 const float scale = *adapter->scale * (drops ? dropout.keep_scale : 1.0f);
                 const auto up = [=](int64_t row, int64_t column) {
                     return load(tile + row * kRightOutputs + column) + load(bias + column);
                 };
                 if (!drops && !p_.gate)
-                    return write_y(row0, rows, first, columns, scratch, [=](int64_t row, int64_t column) {
+                    return write_y(row0, begin, some, first, columns, scratch, [=](int64_t row, int64_t column) {
                         return fma(up(row, column), broadcast(scale), residual(row, column));
                     });
-                const float* gate = p_.gate ? p_.gate + row0 : nullptr;
-                const uint8_t* keep = scratch.keep + first / 8;
+                const float* gate = p_.gate ? p_.gate + row0 + begin : nullptr;
                 const int64_t keep_stride = keep_bytes(p_.d);
-                write_y(row0, rows, first, columns, scratch, [=](int64_t row, int64_t column) {
+                const uint8_t* keep = scratch.keep + begin * keep_stride + first / 8;
+                write_y(row0, begin, some, first, columns, scratch, [=](int64_t row, int64_t column) {
                     F32 kept = up(row, column);
                     if (drops) kept = keep_where(kept, keep + row * keep_stride, column);
                     return fma(kept, broadcast(gate ? scale * gate[row] : scale), residual(row, column));
                 });
             });
-        }
+        });
         if (p_.post_norm.present) normalize(row0, rows, scratch.y);
+        if (streams_) fence_streams();
     }
 
-    // To y; or aside, where a LayerNorm wants whole rows.
+    // Rows from `begin` on of the block: to y; or aside, where a LayerNorm wants whole rows.
     template <class Vector>
-    void write_y(int64_t row0, int64_t rows, int64_t first, int64_t columns, const Scratch& scratch,
+    void write_y(int64_t row0, int64_t begin, int64_t rows, int64_t first, int64_t columns, const Scratch& scratch,
                  const Vector& vector) const {
-        if (!p_.post_norm.present) return write_part(p_.y, row0, rows, first, columns, vector);
+        if (!p_.post_norm.present) return write_part(p_.y, row0 + begin, rows, first, columns, streams_, vector);
         const int64_t stride = chunks_of(p_.d) * kRightOutputs;
-        for (int64_t row = 0; row < rows; ++row)
-            for (int64_t column = 0; column < columns; column += kLanes)
-                store(scratch.y + row * stride + first + column, vector(row, column));
+        float* y = scratch.y + begin * stride + first;
+        for (int64_t row = 0; row < rows; ++row, y += stride)
+            for (int64_t column = 0; column < columns; column += kLanes) store(y + column, vector(row, column));
     }
 
-    void normalize(int64_t row0, int64_t rows, const float* y) const {
+    void normalize(int64_t row0, int64_t rows, float* y) const {
         const int64_t stride = chunks_of(p_.d) * kRightOutputs;
         for (int64_t row = 0; row < rows; ++row, y += stride) {
             const RowStats stats = row_stats(p_.d, p_.post_norm.eps, [&](int64_t column) {
                 return first_lanes(load(y + column), p_.d - column);
             });
-            write_part(p_.y, row0 + row, 1, 0, p_.d, [&](int64_t, int64_t column) {
+            for (int64_t column = 0; column < p_.d; column += kLanes) {
                 const F32 n = (load(y + column) - stats.mean) * stats.rstd;
-                return fma(n, load(post_gamma_ + column), load(post_beta_ + column));
-            });
+                store(y + column, fma(n, load(post_gamma_ + column), load(post_beta_ + column)));
+            }
+            write_row(y, p_.y, row0 + row, 0, p_.d);
         }
     }
 
     const AdapterForwardParams& p_;
     const int64_t block_;
+    const bool streams_;
     const Weights* weights_ = nullptr;
     float* post_gamma_ = nullptr;
     float* post_beta_ = nullptr;

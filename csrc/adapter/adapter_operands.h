@@ -76,21 +76,27 @@ void with_vectors(const ConstMatrix& matrix, int64_t row0, int64_t first, int64_
     });
 }
 
+// Whether a matrix of so many rows and columns should be written past the caches (kStreamedBytes), and can be.
+inline bool streams(const Matrix& matrix, int64_t rows, int64_t columns) {
+    const int64_t size = size_of(matrix.dtype);
+    return rows * columns * size >= kStreamedBytes && matrix.stride * size % 64 == 0 &&
+           reinterpret_cast<uintptr_t>(matrix.data) % 64 == 0;
+}
+
 // matrix[row0 + row][first + column] = vector(row, column), for so many of them.
 template <class Vector>
-void write_part(const Matrix& matrix, int64_t row0, int64_t rows, int64_t first, int64_t columns,
+void write_part(const Matrix& matrix, int64_t row0, int64_t rows, int64_t first, int64_t columns, bool streams,
                 const Vector& vector) {
     dispatch_dtype(matrix.dtype, [&](auto* type) {
-        using T = Pointee<decltype(type)>;
-        T* data = static_cast<T*>(row_of(matrix, row0, first));
-        const int64_t stride = matrix.stride;
-        for (int64_t row = 0; row < rows; ++row) {
-            T* out = data + row * stride;
-            // The next columns of a row are written soon, but after those of the other rows: too late for the hardware.
-            prefetch_row<true>(out + columns, columns);
+        auto* out = static_cast<Pointee<decltype(type)>*>(row_of(matrix, row0, first));
+        for (int64_t row = 0; row < rows; ++row, out += matrix.stride) {
             int64_t column = 0;
-            for (; column + kLanes <= columns; column += kLanes) store(out + column, vector(row, column));
-            if (column < columns) store_partial(out + column, vector(row, column), columns - column);
+            if (streams)
+                for (; column + 2 * kLanes <= columns; column += 2 * kLanes)
+                    stream_pair(out + column, vector(row, column), vector(row, column + kLanes));
+            for (; column + 2 * kLanes <= columns; column += 2 * kLanes)
+                store_pair(out + column, vector(row, column), vector(row, column + kLanes));
+            for (; column < columns; column += kLanes) store_some(out + column, vector(row, column), columns - column);
         }
     });
 }
@@ -186,18 +192,26 @@ void fill_columns(const Operand<Product>& operand, int64_t chunk, int64_t part, 
     });
 }
 
-// sums[row][output] of some rows with a matrix whose depth is d; fill(first column, left) makes a part of the rows.
-template <class Product, class Fill>
-void multiply_parts(const Operand<Product>& operand, typename Product::Element* data, int terms, int64_t rows,
-                    float* sums, const Fill& fill) {
+// sums[row][output] of some rows with a matrix whose depth is d; left(first column, depth) gives a part of the rows.
+template <class Product, class Left>
+void multiply_parts(const Operand<Product>& operand, int64_t rows, float* sums, const Left& left) {
     const int64_t stride = operand.chunks() * kRightOutputs;
     for (int64_t part = 0; part < operand.parts(); ++part) {
         const int64_t first = part * operand.part_depth;
-        const typename Product::Left left{data, min_of(operand.part_depth, operand.depth - first), terms};
-        fill(first, left);
+        const typename Product::Left of_part = left(first, min_of(operand.part_depth, operand.depth - first));
         for (int64_t chunk = 0; chunk < operand.chunks(); ++chunk)
-            Product::multiply(left, rows, operand.right(chunk, part), sums + chunk * kRightOutputs, stride, part > 0);
+            Product::multiply(of_part, rows, operand.right(chunk, part), sums + chunk * kRightOutputs, stride,
+                              part > 0);
     }
+}
+
+// Calls body(first row, rows, first column, columns) for parts of a block of rows, whose sums stay in the L1 cache until
+// they are used.
+template <class Body>
+void for_each_part(int64_t rows, int64_t d, const Body& body) {
+    for (int64_t column = 0; column < d; column += kRightOutputs)
+        for (int64_t row = 0; row < rows; row += kWrittenRows)
+            body(row, min_of(kWrittenRows, rows - row), column, min_of(kRightOutputs, d - column));
 }
 
 inline Dropout dropout_of(const AdapterParams& p) {
@@ -206,29 +220,18 @@ inline Dropout dropout_of(const AdapterParams& p) {
 
 // ---- Tasks --------------------------------------------------------------------------------------------------------
 
-// Calls body(run, first row within the run, rows, next, worker) for every block of rows; `next` is how many rows the
-// same thread will take next, right behind these.
+// Calls body(run, first row within the run, rows, worker) for every block of rows.
 template <class Body>
 void for_each_block(const AdapterParams& p, const Body& body) {
-    const int64_t block = adapter_block_rows(p.m, p.d, p.threads), group = block * adapter_group(p.m, block, p.threads);
-    int64_t groups = 0;
-    for (int64_t i = 0; i < p.num_runs; ++i) groups += divide_up(p.runs[i].rows, group);
-    parallel_for_each(groups, [&](int64_t task, int worker) {
+    const int64_t block = adapter_block_rows(p.m, p.d, p.threads);
+    int64_t blocks = 0;
+    for (int64_t i = 0; i < p.num_runs; ++i) blocks += divide_up(p.runs[i].rows, block);
+    parallel_for_each(blocks, [&](int64_t task, int worker) {
         int64_t run = 0;
-        for (int64_t some; task >= (some = divide_up(p.runs[run].rows, group)); task -= some) ++run;
-        const int64_t end = min_of((task + 1) * group, p.runs[run].rows);
-        for (int64_t row = task * group; row < end; row += block)
-            body(run, row, min_of(block, end - row), min_of(block, max_of<int64_t>(0, end - row - block)), worker);
+        for (int64_t some; task >= (some = divide_up(p.runs[run].rows, block)); task -= some) ++run;
+        const int64_t row = task * block;
+        body(run, row, min_of(block, p.runs[run].rows - row), worker);
     });
-}
-
-// Fetches a part of a matrix into the L2 cache.
-inline void prefetch_part(const ConstMatrix& matrix, int64_t row0, int64_t rows, int64_t first, int64_t columns) {
-    const int64_t bytes = columns * size_of(matrix.dtype);
-    for (int64_t row = row0; row < row0 + rows; ++row) {
-        const char* at = static_cast<const char*>(row_of(matrix, row, first));
-        for (int64_t byte = 0; byte < bytes; byte += 64) __builtin_prefetch(at + byte, 0, 2);
-    }
 }
 
 }  // namespace

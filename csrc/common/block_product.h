@@ -2,7 +2,7 @@
 // bf16, on vectors or on AMX's tiles, behind one interface.
 // For sources that are compiled once per instruction set, and only for those.
 //
-//   left    the block's rows; the reduction ("depth") runs along them
+//   left    the block's rows; the reduction ("depth") runs along them; packed, or a matrix's as they stand
 //   right   up to kRightOutputs columns; the depth runs down them
 //   sums    [row][output] in fp32, written in whole tiles or vectors: room for padded_rows() and kRightOutputs
 //
@@ -50,11 +50,15 @@ struct VectorProduct {
         Element* data;
         int64_t depth;
         int terms;
+        int64_t stride = padded_depth(depth);
 
         static constexpr int64_t size(int64_t rows, int64_t depth, int) { return rows * padded_depth(depth); }
-        Element* at(int64_t row, int64_t column) const { return data + row * padded_depth(depth) + column; }
+        Element* at(int64_t row, int64_t column) const { return data + row * stride + column; }
         void store(int64_t row, int64_t column, F32 v) const { PEFT_KERNELS_ISA::store(at(row, column), v); }
+        Left from(int64_t row) const { return {at(row, 0), depth, terms, stride}; }
     };
+
+    static constexpr bool reads_in_place(int64_t, int64_t depth) { return depth == padded_depth(depth); }
 
     struct Right {
         Element* data;
@@ -76,13 +80,33 @@ struct VectorProduct {
                 store_vector(step_at(strip, k + 1), odd);
             }
         }
+        // As fill_from_rows, of bf16 rows that need no rounding.
+        void pack(const BFloat16* rows, int64_t stride, const uint8_t* bits, int64_t bits_stride) const {
+            constexpr int64_t kAhead = 16;  // rows that are far apart, which the hardware does not fetch ahead
+            for (int64_t k = 0; k < padded_depth(depth); k += 2) {
+                const BFloat16* row = rows + k * stride;
+                if (k + kAhead + 1 < depth) {
+                    prefetch_row<false>(row + kAhead * stride, outputs);
+                    prefetch_row<false>(row + (kAhead + 1) * stride, outputs);
+                }
+                for (int64_t strip = 0; strip < strips(); ++strip) {
+                    const int64_t column = strip * kLanes, count = outputs - column;
+                    F32 even = k < depth ? load_up_to(row + column, count) : F32{};
+                    F32 odd = k + 1 < depth ? load_up_to(row + stride + column, count) : F32{};
+                    if (bits) {
+                        even = keep_where(even, bits + k * bits_stride, column);
+                        odd = keep_where(odd, bits + (k + 1) * bits_stride, column);
+                    }
+                    store_pairs(strip, k, (U32)even >> 16 | (U32)odd);
+                }
+            }
+        }
     };
 
     static void multiply(const Left& left, int64_t rows, const Right& right, float* sums, int64_t stride,
                          bool accumulate) {
-        PEFT_KERNELS_ISA::multiply<Multiply>({left.data,
-                                              padded_depth(left.depth) * static_cast<int64_t>(sizeof(Element)), 4},
-                                             rows, reinterpret_cast<const uint32_t*>(right.data), right.strips(),
+        PEFT_KERNELS_ISA::multiply<Multiply>({left.data, left.stride * static_cast<int64_t>(sizeof(Element)), 4}, rows,
+                                             reinterpret_cast<const uint32_t*>(right.data), right.strips(),
                                              right.steps(), sums, stride, accumulate);
     }
 };
@@ -114,6 +138,7 @@ struct TileProduct {
         Element* data;
         int64_t depth;
         int terms;
+        int64_t stride = 0;  // from row to row, if they stand in a matrix
 
         static constexpr int64_t size(int64_t rows, int64_t depth, int terms) {
             return divide_up(rows, kPanelSide) * panel(depth) * terms;
@@ -124,7 +149,20 @@ struct TileProduct {
                    row % kPanelSide / kTileSide * kTileElements + row % kTileSide * kTileDepth + column % kTileDepth;
         }
         void store(int64_t row, int64_t column, F32 v) const { store_terms(v, at(row, column), panel(depth), terms); }
+        // From a panel's first row on.
+        Left from(int64_t row) const {
+            return {data + row * (stride ? stride : panel(depth) * terms / kPanelSide), depth, terms, stride};
+        }
+        TileRows rows(int64_t row, int term) const {
+            if (stride) return {data + row * stride, stride};
+            return from(row).data + term * panel(depth);
+        }
     };
+
+    // Whether rows of Element can be multiplied as they stand: in whole tiles.
+    static constexpr bool reads_in_place(int64_t rows, int64_t depth) {
+        return rows % kTileSide == 0 && depth % kTileDepth == 0;
+    }
 
     struct Right {
         Element* data;
@@ -145,6 +183,9 @@ struct TileProduct {
             for (int term = 0; term < terms; ++term, at += panel(depth))
                 store_vector(at, take_term(even) >> 16 | take_term(odd));
         }
+        void pack(const BFloat16* rows, int64_t stride, const uint8_t* bits, int64_t bits_stride) const {
+            pack_right_panels(rows, stride, depth, outputs, bits, bits_stride, data, panel(depth));
+        }
     };
 
     // Of two operands with several terms each, the products whose size is below the sums' precision are left out.
@@ -153,12 +194,11 @@ struct TileProduct {
         const int64_t size = panel(left.depth), steps = padded_depth(left.depth) / kTileDepth;
         for (int64_t output = 0; output < right.outputs; output += kPanelSide)
             for (int64_t row = 0; row < rows; row += kPanelSide) {
-                const Element* of_left = left.data + row / kPanelSide * size * left.terms;
                 const Element* of_right = right.data + output / kPanelSide * size * right.terms;
                 bool adds = accumulate;
                 for (int i = 0; i < left.terms; ++i)
                     for (int j = 0; j < right.terms && i + j < 3; ++j, adds = true)
-                        multiply_panels<Streams::kNone>(of_left + i * size, rows - row, of_right + j * size,
+                        multiply_panels<Streams::kNone>(left.rows(row, i), rows - row, of_right + j * size,
                                                         right.outputs - output, steps, sums + row * stride + output,
                                                         stride, adds);
             }
@@ -184,29 +224,22 @@ void dispatch_product(bool rounds, const Body& body) {
 
 // ---- Filling operands ---------------------------------------------------------------------------------------------
 
-template <class T>
-constexpr bool kIsBf16 = false;
-template <>
-constexpr bool kIsBf16<BFloat16> = true;
-
-// Left operands out of the first rows of a matrix, whose columns are the depth.
+// The first rows of a matrix, whose columns are the depth: as they stand if they can be multiplied so, else in `room`.
 template <class Product>
-void fill_left(const typename Product::Left& left, const ConstMatrix& matrix, int64_t rows) {
-    constexpr bool kPlain = sizeof(typename Product::Element) == 2;
-    const int64_t depth = left.depth, padded = Product::padded_depth(depth);
+typename Product::Left left_of(const ConstMatrix& matrix, int64_t rows, int64_t depth, int terms,
+                               typename Product::Element* room) {
+    using Element = typename Product::Element;
+    constexpr DType kDType = sizeof(Element) == 2 ? DType::kBFloat16 : DType::kFloat32;
+    if (matrix.dtype == kDType && terms == 1 && Product::reads_in_place(rows, depth))
+        return {static_cast<Element*>(const_cast<void*>(matrix.data)), depth, terms, matrix.stride};  // only read
+    const typename Product::Left left{room, depth, terms};
     dispatch_dtype(matrix.dtype, [&](auto* type) {
-        using T = Pointee<decltype(type)>;
-        for (int64_t row = 0; row < rows; ++row) {
-            const T* from = static_cast<const T*>(matrix.data) + row * matrix.stride;
-            int64_t column = 0;
-            if constexpr (kPlain && kIsBf16<T>)
-                if (left.terms == 1)
-                    for (; column + kLanes <= depth; column += kLanes)
-                        store_vector(left.at(row, column), load_vector<U16>(from + column));
-            for (; column < padded; column += kLanes)
+        const auto* from = static_cast<const Pointee<decltype(type)>*>(matrix.data);
+        for (int64_t row = 0; row < rows; ++row, from += matrix.stride)
+            for (int64_t column = 0; column < Product::padded_depth(depth); column += kLanes)
                 left.store(row, column, load_up_to(from + column, depth - column));
-        }
     });
+    return left;
 }
 
 // Right operands whose outputs are rows of a matrix, and whose depth is its columns.
@@ -226,6 +259,11 @@ void fill_from_output_rows(const Right& right, const T* matrix, int64_t stride, 
     }
 }
 
+template <class T>
+constexpr bool kIsBf16 = false;
+template <>
+constexpr bool kIsBf16<BFloat16> = true;
+
 // Right operands whose depth runs over rows: vector(k, column) gives the kLanes outputs from `column` on.
 template <class Right, class Vector>
 void fill_from_depth_rows(const Right& right, int64_t padded_depth, const Vector& vector) {
@@ -235,32 +273,35 @@ void fill_from_depth_rows(const Right& right, int64_t padded_depth, const Vector
                         k + 1 < right.depth ? vector(k + 1, strip * kLanes) : F32{});
 }
 
-// The same of one bf16 term and out of bf16 rows, which need no rounding; where `bits` is given ([row][bits_stride]),
-// only the columns whose bit is set. Each vector is shown to seen(k, strip, vector).
-template <class Right, class Seen>
-void fill_from_bf16_rows(const Right& right, int64_t padded_depth, const BFloat16* rows, int64_t stride,
-                         const uint8_t* bits, int64_t bits_stride, const Seen& seen) {
-    constexpr int64_t kAhead = 16;  // rows that are far apart, which the hardware does not fetch ahead of their use
-    const int64_t strips = divide_up(right.outputs, kLanes);
-    for (int64_t k = 0; k < padded_depth; k += 2) {
-        const BFloat16* row = rows + k * stride;
-        if (k + kAhead + 1 < right.depth) {
-            prefetch_row<false>(row + kAhead * stride, right.outputs);
-            prefetch_row<false>(row + (kAhead + 1) * stride, right.outputs);
+// The same out of the first rows of a matrix; where `bits` is given ([row][bits_stride]), only the columns whose bit is
+// set.
+template <class Product>
+void fill_from_rows(const typename Product::Right& right, const ConstMatrix& matrix, const uint8_t* bits,
+                    int64_t bits_stride) {
+    dispatch_dtype(matrix.dtype, [&](auto* type) {
+        using T = Pointee<decltype(type)>;
+        const auto* rows = static_cast<const T*>(matrix.data);
+        if constexpr (sizeof(typename Product::Element) == 2 && kIsBf16<T>)
+            if (right.terms == 1) return right.pack(rows, matrix.stride, bits, bits_stride);
+        fill_from_depth_rows(right, Product::padded_depth(right.depth), [&](int64_t k, int64_t column) {
+            const F32 v = load_up_to(rows + k * matrix.stride + column, right.outputs - column);
+            return bits ? keep_where(v, bits + k * bits_stride, column) : v;
+        });
+    });
+}
+
+// out[column][row] = values[row][column]; the rows are read in whole vectors of columns.
+inline void write_transposed(const float* values, int64_t stride, int64_t rows, int64_t columns, float* out,
+                             int64_t out_stride) {
+    for (int64_t row = 0; row < rows; row += kLanes)
+        for (int64_t column = 0; column < columns; column += kLanes) {
+            U32 square[kLanes];
+            for (int64_t i = 0; i < kLanes; ++i)
+                square[i] = row + i < rows ? load_vector<U32>(values + (row + i) * stride + column) : U32{};
+            transpose(square);
+            for (int64_t i = 0; i < min_of<int64_t>(kLanes, columns - column); ++i)
+                store_some(out + (column + i) * out_stride + row, (F32)square[i], rows - row);
         }
-        for (int64_t strip = 0; strip < strips; ++strip) {
-            const int64_t column = strip * kLanes, count = right.outputs - column;
-            F32 even = k < right.depth ? load_up_to(row + column, count) : F32{};
-            F32 odd = k + 1 < right.depth ? load_up_to(row + stride + column, count) : F32{};
-            if (bits) {
-                even = keep_where(even, bits + k * bits_stride, column);
-                odd = keep_where(odd, bits + (k + 1) * bits_stride, column);
-            }
-            right.store_pairs(strip, k, (U32)even >> 16 | (U32)odd);
-            if (k < right.depth) seen(k, strip, even);
-            if (k + 1 < right.depth) seen(k + 1, strip, odd);
-        }
-    }
 }
 
 // Rows of a left operand out of the columns of fp32 rows ([row][stride]): `count` of them become the depth from `first`

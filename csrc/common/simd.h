@@ -155,6 +155,40 @@ inline void store(float* p, F32 v) { store_vector(p, v); }
 inline void store(BFloat16* p, F32 v) { store_vector(p, narrow_bf16(v)); }
 inline void store(Float16* p, F32 v) { store_vector(p, narrow_fp16(v)); }
 
+// Two vectors side by side.
+template <class T>
+inline void store_pair(T* p, F32 first, F32 second) {
+    store(p, first);
+    store(p + kLanes, second);
+}
+
+#if defined(__AVX512BF16__)
+inline void store_pair(BFloat16* p, F32 first, F32 second) { store_vector(p, _mm512_cvtne2ps_pbh(second, first)); }
+#endif
+
+// The same past the caches, if the instruction set can: the line is not read first, and fence_streams() has to follow
+// before another thread reads it. Aligned to what it writes.
+template <class T>
+inline void stream_pair(T* p, F32 first, F32 second) {
+    store_pair(p, first, second);
+}
+#if defined(__AVX512F__)
+inline void stream_pair(float* p, F32 first, F32 second) {
+    _mm512_stream_ps(p, first);
+    _mm512_stream_ps(p + kLanes, second);
+}
+#endif
+#if defined(__AVX512BF16__)
+inline void stream_pair(BFloat16* p, F32 first, F32 second) {
+    _mm512_stream_si512(reinterpret_cast<__m512i*>(p), (__m512i)_mm512_cvtne2ps_pbh(second, first));
+}
+#endif
+inline void fence_streams() {
+#if defined(__x86_64__)
+    _mm_sfence();
+#endif
+}
+
 // The first `count` lanes; the others are zero, and memory behind them is not touched.
 template <class T>
 inline F32 load_partial(const T* p, int64_t count) {

@@ -316,8 +316,8 @@ private:
             const int64_t rows = min_of(kReduceDepth, p_.m - row);
             for (int term = 0; term < terms_of(matrix.dtype); ++term) {
                 const Bf16Rows part = bf16_rows(matrix, row, rows, first, columns, term, nullptr, scratch.rows);
-                pack_right_panel(part.data, part.stride, rows, columns, keep ? keep + row * kept_.stride() : nullptr,
-                                 kept_.stride(), scratch.right);
+                pack_right_panels(part.data, part.stride, rows, columns, keep ? keep + row * kept_.stride() : nullptr,
+                                  kept_.stride(), scratch.right, 0);
                 const int64_t coefficients = (3 - term) * adapter(a).rank;
                 for (int64_t r = 0; r < coefficients; r += kPanelSide)
                     multiply_panels<Streams::kLeft>(left + r / kPanelSide * panel_elements(row_steps()) +

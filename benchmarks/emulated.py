@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 
 from benchmarks.options import expression, names
-from peft_kernels.ops import ia3_linear, lora_linear, quantize_4bit
+from peft_kernels.ops import adapter, ia3_linear, lora_linear, quantize_4bit
 
 ROOT = Path(__file__).parent.parent
 sys.path.append(str(ROOT / "tests"))
@@ -100,6 +100,22 @@ def scaled_layer(m: int, n: int, k: int, side: str) -> Case:
     return Case("ia3_linear", f"m={m} n={n} k={k} {side} backward", prepare)
 
 
+def bottleneck(m: int, d: int, rank: int, dtype: str = "bfloat16", norm: bool = False, training: bool = False) -> Case:
+    """A series adapter in x's dtype: its forward, or its forward and backward."""
+
+    def prepare() -> Callable[[], object]:
+        def random(*shape: int) -> torch.Tensor:
+            return torch.randn(shape).to(getattr(torch, dtype)).requires_grad_(training)
+
+        x = random(m, d)
+        weights = random(rank, d), random(rank), random(d, rank), random(d)
+        layer_norm = (random(d), random(d), 1e-5) if norm else None
+        forward = functools.partial(adapter, x, *weights, residual=x, layer_norm=layer_norm)
+        return (lambda: forward().sum().backward()) if training else forward
+
+    return Case("adapter", f"m={m} d={d} rank={rank} {dtype}" + " norm" * norm + " backward" * training, prepare)
+
+
 CASES = (
     quantize((576, 576), "bfloat16", 64),
     quantize((576, 576), "float32", 4096),
@@ -117,6 +133,8 @@ CASES = (
     fuse(8, [4096] * 8, shared=True),
     fuse(64, [64] * 8, shared=False),
     *(scaled_layer(m, 576, 576, side) for m in (96, 1024) for side in ("l_in", "l_out")),
+    *(bottleneck(512, d, 64, norm=norm, training=True) for d in (768, 1536) for norm in (False, True)),
+    bottleneck(512, 768, 64, "float32", training=True),
 )
 
 

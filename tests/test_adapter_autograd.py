@@ -37,7 +37,7 @@ def saved_bytes(case):
 
 
 @pytest.mark.parametrize(("weight_dtype", "size"), [(torch.bfloat16, 2), (torch.float32, 4)], ids=["bf16", "fp32"])
-def test_saves_pre_and_stats(weight_dtype, size):
+def test_saves_pre_and_stats(platform, weight_dtype, size):
     m, d, r, mode = 48, 64, 8, (torch.bfloat16, weight_dtype)
     assert saved_bytes(make_case(m, d, r, *mode)) == m * r * size + 4  # 4: the scale
     assert saved_bytes(make_case(m, d, r, *mode, norm=True)) == m * r * size + m * 8 + 4
@@ -46,7 +46,7 @@ def test_saves_pre_and_stats(weight_dtype, size):
 
 @pytest.mark.parametrize("wanted", ["x", "down_weight", "up_bias", "scale", "gate", "norm_bias", "residual",
                                     "post_weight", "x up_weight"])  # fmt: skip
-def test_computes_what_is_asked_for(wanted):
+def test_computes_what_is_asked_for(platform, wanted):
     case = make_case(37, 40, 8, residual="given", **EVERYTHING)
     full = run(case)
     for name, leaf in case.leaves().items():
@@ -77,7 +77,7 @@ def test_autocast(dtype):
 
 
 @pytest.mark.parametrize("reentrant", [False, True], ids=["non-reentrant", "reentrant"])
-def test_checkpointing(reentrant):
+def test_checkpointing(platform, reentrant):
     case = make_case(37, 40, 8, norm=True)
 
     def checkpointed(x, *weights, residual, **options):

@@ -43,7 +43,7 @@ def run(x, weights, index, grad_y, function, as_weights=AdapterWeights, **option
 @pytest.mark.parametrize(
     "index", [[0, 0, 1, 1, 2, 2], [2, 0, 1, 0, -1, 2], [1, 1, 1, 1, 1, 1], [-1, -1, 0, -1, 2, -1]], ids=str
 )
-def test_against_reference(cpu_isa, index, dtype, norm):
+def test_against_reference(backend, index, dtype, norm):
     torch.manual_seed(2)
     x, grad_y = torch.randn(6, 11, 40).to(dtype), torch.randn(6, 11, 40).to(dtype)
     weights = make_adapters(40, dtype, norm)
@@ -58,7 +58,7 @@ def test_against_reference(cpu_isa, index, dtype, norm):
         assert_close(actual[name], torch.zeros_like(actual[name]) if value is None else value, tolerance, name)
 
 
-def test_index_as_tensor_and_one_adapter_alone():
+def test_index_as_tensor_and_one_adapter_alone(platform):
     case = make_case(40, 24, 8)
     x = case.x.view(4, 10, 24)
     weights = AdapterWeights(case.down_weight, case.down_bias, case.up_weight, case.up_bias)
@@ -68,7 +68,7 @@ def test_index_as_tensor_and_one_adapter_alone():
     assert torch.equal(adapter_grouped(x, [weights], [-1] * 4, residual=x), x)
 
 
-def test_rows_are_independent_of_their_batch():
+def test_rows_are_independent_of_their_batch(platform):
     # What an example gets does not depend on who is beside it, to the last bit.
     case = make_case(64, 48, 16, torch.bfloat16, torch.bfloat16)
     x = case.x.view(8, 8, 48)

@@ -23,7 +23,7 @@ struct BottleneckAdapter {
     ConstMatrix down_bias;    // [1, r]; data may be null
     ConstMatrix up_weight;    // [d, r]
     ConstMatrix up_bias;      // [1, d]; data may be null
-    float scale;
+    const float* scale;       // [1]
     LayerNorm norm;
 
     // Backward, each null where it is not wanted. With n = (x - μ) rstd or, without a LayerNorm, x itself, dz the
@@ -48,13 +48,15 @@ struct AdapterParams {
     const AdapterRun* runs;  // all rows, in order
     int64_t num_runs;
     Activation activation;
-    bool rounds;        // products may be of numbers that are rounded to bf16
-    double dropout;     // the probability p
-    uint64_t seed;      // of the dropout mask
-    const float* gate;  // [m], or null
-    ConstMatrix x;      // [m, d]
-    int32_t threads;
+    DType compute_dtype;  // products may be of numbers that are rounded to it
+    double dropout;       // the probability p
+    const int64_t* seed;  // [1], of the dropout mask; null without dropout
+    const float* gate;    // [m], or null
+    ConstMatrix x;        // [m, d]
 
+    // On a CPU, where fp16 is computed in fp32:
+    bool rounds() const { return compute_dtype == DType::kBFloat16; }
+    int32_t threads;
     void* workspace;  // null: only workspace_bytes is set
     int64_t* workspace_bytes;
 };

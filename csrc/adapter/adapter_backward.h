@@ -78,9 +78,9 @@ private:
 
     struct Weights {  // of one adapter
         Weights(Arena& arena, const AdapterBackward& b, const BottleneckAdapter& adapter)
-            : up(arena, adapter.rank, b.p_.d, kPart, Product::terms(adapter.up_weight.dtype, b.p_.rounds)),
+            : up(arena, adapter.rank, b.p_.d, kPart, Product::terms(adapter.up_weight.dtype, b.p_.rounds())),
               down(arena, b.p_.d, adapter.rank, adapter.rank,
-                   Product::terms(adapter.norm.present ? DType::kFloat32 : adapter.down_weight.dtype, b.p_.rounds)) {
+                   Product::terms(adapter.norm.present ? DType::kFloat32 : adapter.down_weight.dtype, b.p_.rounds())) {
             up_bias = take_vector(arena, b.p_.d);
             gamma = take_vector(arena, adapter.norm.present ? b.p_.d : 0);
             mean_weight = take_vector(arena, adapter.norm.present ? adapter.rank : 0);
@@ -127,8 +127,8 @@ private:
         int64_t bytes;
     };
 
-    int fp32_terms() const { return Product::terms(DType::kFloat32, p_.rounds); }
-    int grad_terms() const { return Product::terms(p_.grad_y.dtype, p_.rounds); }
+    int fp32_terms() const { return Product::terms(DType::kFloat32, p_.rounds()); }
+    int grad_terms() const { return Product::terms(p_.grad_y.dtype, p_.rounds()); }
     int64_t sum_rows() const { return Product::padded_rows(p_.max_rank + 1); }
     int64_t chunk_size() const { return Product::Left::size(p_.max_rank + 1, kReducedRows, fp32_terms()); }
 
@@ -197,7 +197,7 @@ private:
         const BottleneckAdapter& adapter = p_.adapters[p_.runs[run].adapter];
         const Weights& weights = weights_[p_.runs[run].adapter];
         const int64_t stride = weights.up.chunks() * kRightOutputs;
-        const Dropout dropout(p_.seed, p_.dropout);
+        const Dropout dropout = dropout_of(p_);
         const Left dz{scratch.dz, adapter.rank, fp32_terms()};
         if (wants_dz_ || p_.grad_gate) make_t(weights, row0, rows, dropout, scratch);
         dispatch_activation(p_.activation, [&](auto activation) {
@@ -271,7 +271,7 @@ private:
             const F32 z = first_lanes(load(h + column), count), grad = first_lanes(load(t + column), count);
             const Activated at = activate<kActivation>(z);
             of_gate = fma(at.value, grad, of_gate);
-            const F32 value = grad * at.slope * (gated * adapter.scale);
+            const F32 value = grad * at.slope * (gated * *adapter.scale);
             store(h + column, at.value * gated);
             store(t + column, value);
             if (wants_x_) dz.store(i, column, value);
@@ -280,7 +280,7 @@ private:
             correlation = fma(value, z - load(weights.offset + column), correlation);
         }
         if (p_.grad_gate)
-            p_.grad_gate[row] = (p_.grad_gate[row] + horizontal_sum(of_gate)) * keep_scale * adapter.scale;
+            p_.grad_gate[row] = (p_.grad_gate[row] + horizontal_sum(of_gate)) * keep_scale * *adapter.scale;
         if (!adapter.norm.present) return;
         const float mu = p_.stats[2 * row], rstd = p_.stats[2 * row + 1];
         scratch.norm[i] = {mu, rstd, -rstd * horizontal_sum(mean),
@@ -344,7 +344,7 @@ private:
     void make_grad_up(int64_t index, int64_t first, int64_t columns, const Scratch& scratch) const {
         const BottleneckAdapter& adapter = p_.adapters[index];
         const int64_t rank = adapter.rank;
-        const Dropout dropout(p_.seed, p_.dropout);
+        const Dropout dropout = dropout_of(p_);
         const uint8_t* bits = dropout.threshold > 0 ? scratch.keep : nullptr;
         reduce(index, h_, rank + 1, first, columns, grad_terms(), scratch,
                [&](int64_t row, int64_t column, const Right& right) {
@@ -364,7 +364,7 @@ private:
     void make_grad_down(int64_t index, int64_t first, int64_t columns, const Scratch& scratch) const {
         const BottleneckAdapter& adapter = p_.adapters[index];
         const bool norm = adapter.norm.present;
-        const int terms = Product::terms(norm ? DType::kFloat32 : p_.x.dtype, p_.rounds);
+        const int terms = Product::terms(norm ? DType::kFloat32 : p_.x.dtype, p_.rounds());
         reduce(index, dz_, adapter.rank, first, columns, terms, scratch,
                [&](int64_t row, int64_t column, const Right& right) {
                    if (!norm) return fill_from_rows<Product>(right, part_of(p_.x, row, column), nullptr, 0);

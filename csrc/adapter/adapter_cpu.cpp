@@ -27,11 +27,11 @@ namespace peft_kernels {
 namespace PEFT_KERNELS_ISA {
 
 void adapter_forward(const AdapterForwardParams& params) {
-    dispatch_product(params.rounds, [&](auto product) { AdapterForward<decltype(product)>(params).run(); });
+    dispatch_product(params.rounds(), [&](auto product) { AdapterForward<decltype(product)>(params).run(); });
 }
 
 void adapter_backward(const AdapterBackwardParams& params) {
-    dispatch_product(params.rounds, [&](auto product) { AdapterBackward<decltype(product)>(params).run(); });
+    dispatch_product(params.rounds(), [&](auto product) { AdapterBackward<decltype(product)>(params).run(); });
 }
 
 }  // namespace PEFT_KERNELS_ISA

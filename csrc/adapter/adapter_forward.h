@@ -48,14 +48,14 @@ private:
     using Left = typename Product::Left;
 
     int x_terms(const BottleneckAdapter& adapter) const {
-        return Product::terms(adapter.norm.present ? DType::kFloat32 : p_.x.dtype, p_.rounds);
+        return Product::terms(adapter.norm.present ? DType::kFloat32 : p_.x.dtype, p_.rounds());
     }
-    int h_terms() const { return Product::terms(DType::kFloat32, p_.rounds); }
+    int h_terms() const { return Product::terms(DType::kFloat32, p_.rounds()); }
 
     struct Weights {  // of one adapter
         Weights(Arena& arena, const AdapterForward& f, const BottleneckAdapter& adapter)
-            : down(arena, adapter.rank, f.p_.d, kPart, Product::terms(adapter.down_weight.dtype, f.p_.rounds)),
-              up(arena, f.p_.d, adapter.rank, adapter.rank, Product::terms(adapter.up_weight.dtype, f.p_.rounds)) {
+            : down(arena, adapter.rank, f.p_.d, kPart, Product::terms(adapter.down_weight.dtype, f.p_.rounds())),
+              up(arena, f.p_.d, adapter.rank, adapter.rank, Product::terms(adapter.up_weight.dtype, f.p_.rounds())) {
             down_bias = take_vector(arena, adapter.rank);
             up_bias = take_vector(arena, f.p_.d);
             gamma = take_vector(arena, adapter.norm.present ? f.p_.d : 0);
@@ -173,7 +173,7 @@ private:
     // y out of h; out of nothing, if there is no adapter.
     void finish(const BottleneckAdapter* adapter, const Weights* weights, int64_t row0, int64_t rows, const Left& h,
                 const Scratch& scratch) const {
-        const Dropout dropout(p_.seed, p_.dropout);
+        const Dropout dropout = dropout_of(p_);
         const bool drops = adapter && dropout.threshold > 0;
         for (int64_t row = 0; drops && row < rows; ++row)
             dropout_keep_bits(dropout, row0 + row, 0, p_.d, scratch.keep + row * keep_bytes(p_.d));
@@ -185,7 +185,7 @@ private:
             with_vectors(p_.residual, row0 + begin, first, columns, [&](auto residual) {
                 if (!adapter) return write_y(row0, begin, some, first, columns, scratch, residual);
                 const float* bias = weights->up_bias + first;
-                const float scale = adapter->scale * (drops ? dropout.keep_scale : 1.0f);
+                const float scale = *adapter->scale * (drops ? dropout.keep_scale : 1.0f);
                 const auto up = [=](int64_t row, int64_t column) {
                     return load(tile + row * kRightOutputs + column) + load(bias + column);
                 };

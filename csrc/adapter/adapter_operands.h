@@ -221,6 +221,10 @@ void for_each_part(int64_t rows, int64_t d, const Body& body) {
             body(row, min_of(kWrittenRows, rows - row), column, min_of(kRightOutputs, d - column));
 }
 
+inline Dropout dropout_of(const AdapterParams& p) {
+    return Dropout(p.seed ? static_cast<uint64_t>(*p.seed) : 0, p.dropout);
+}
+
 // ---- Tasks --------------------------------------------------------------------------------------------------------
 
 // Calls body(run, first row within the run, rows, worker) for every block of rows.

@@ -11,6 +11,11 @@
 #include "adapter/adapter.h"
 #include "common/checks.h"
 #include "common/launch.h"
+#if defined(PEFT_KERNELS_CUDA)
+#include "adapter/adapter_cuda_binding.h"
+#else
+#define PEFT_KERNELS_NAMESPACE peft_kernels
+#endif
 
 namespace peft_kernels {
 namespace {
@@ -70,7 +75,7 @@ struct Adapters {
             adapter.up_weight = check_matrix(up_weight[i], "up_weight", d, adapter.rank, reference);
             adapter.down_bias = check_vector(down_bias, i, "down_bias", adapter.rank, reference);
             adapter.up_bias = check_vector(up_bias, i, "up_bias", d, reference);
-            adapter.scale = static_cast<const float*>(scale.const_data_ptr())[i];
+            adapter.scale = static_cast<const float*>(scale.const_data_ptr()) + i;
             if (norm_eps.empty()) continue;
             adapter.norm = {true, check_vector(norm_weight, i, "layer_norm's weight", d, reference),
                             check_vector(norm_bias, i, "layer_norm's bias", d, reference),
@@ -111,13 +116,13 @@ void check_common(AdapterParams& params, const std::vector<BottleneckAdapter>& a
     params.runs = runs.data();
     params.num_runs = static_cast<int64_t>(runs.size());
     params.activation = check_activation(activation);
-    params.rounds = check_float_dtype(compute_dtype, "compute_dtype") == DType::kBFloat16;
+    params.compute_dtype = check_float_dtype(compute_dtype, "compute_dtype");
     if (!(dropout >= 0 && dropout < 1)) bad_argument("dropout", std::to_string(dropout), "a probability in [0, 1)");
     if (dropout > 0) {
         if (!seed) bad_argument("seed", "none", "an int64 tensor, since there is dropout");
         check_array(*seed, "seed", ScalarType::Long, 1, reference);
         params.dropout = dropout;
-        params.seed = static_cast<uint64_t>(*static_cast<const int64_t*>(seed->const_data_ptr()));
+        params.seed = static_cast<const int64_t*>(seed->const_data_ptr());
     }
     if (gate) {
         check_array(*gate, "gate", ScalarType::Float, params.m, reference);
@@ -163,6 +168,12 @@ std::tuple<Tensor, Tensor, Tensor> forward(Tensor x, std::optional<Tensor> resid
         params.pre = {pre.mutable_data_ptr(), check_float_dtype(pre, "compute_dtype"), params.max_rank};
         if (!norm_eps.empty()) params.stats = static_cast<float*>(stats.mutable_data_ptr());
     }
+#if defined(PEFT_KERNELS_CUDA)
+    if (runs_on_cuda(x)) {
+        AdapterOnCuda(params, x).forward(params);
+        return {y, pre, stats};
+    }
+#endif
     run_cpu(&dispatch::adapter_forward, params, x);
     return {y, pre, stats};
 }
@@ -226,6 +237,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
         for (Tensor* tensor : {&grad_down, &grad_down_bias, &grad_up, &grad_up_bias, &grad_gate})
             torch::stable::zero_(*tensor);
     } else if (wants_x || wants_down || wants_up || wants_gate) {
+#if defined(PEFT_KERNELS_CUDA)
+        if (runs_on_cuda(grad_y)) {
+            AdapterOnCuda(params, grad_y).backward(params, grad_down, grad_down_bias, grad_up, grad_up_bias);
+            return {grad_x, grad_down, grad_down_bias, grad_up, grad_up_bias, grad_gate};
+        }
+#endif
         run_cpu(&dispatch::adapter_backward, params, grad_y);
     }
     return {grad_x, grad_down, grad_down_bias, grad_up, grad_up_bias, grad_gate};
@@ -234,7 +251,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
 }  // namespace
 }  // namespace peft_kernels
 
-STABLE_TORCH_LIBRARY_FRAGMENT(peft_kernels, m) {
+STABLE_TORCH_LIBRARY_FRAGMENT(PEFT_KERNELS_NAMESPACE, m) {
     m.def(
         "adapter_forward(Tensor x, Tensor? residual, Tensor? gate, int[] run_rows, int[] run_adapters, "
         "Tensor[] down_weight, Tensor[] down_bias, Tensor[] up_weight, Tensor[] up_bias, Tensor scale, "
@@ -250,7 +267,16 @@ STABLE_TORCH_LIBRARY_FRAGMENT(peft_kernels, m) {
         "Tensor grad_up_bias, Tensor grad_gate)");
 }
 
+#if !defined(PEFT_KERNELS_EMULATED)
 STABLE_TORCH_LIBRARY_IMPL(peft_kernels, CPU, m) {
     m.impl("adapter_forward", TORCH_BOX(&peft_kernels::forward));
     m.impl("adapter_backward", TORCH_BOX(&peft_kernels::backward));
 }
+#endif
+
+#if defined(PEFT_KERNELS_CUDA)
+STABLE_TORCH_LIBRARY_IMPL(PEFT_KERNELS_NAMESPACE, PEFT_KERNELS_CUDA_KEY, m) {
+    m.impl("adapter_forward", TORCH_BOX(&peft_kernels::forward));
+    m.impl("adapter_backward", TORCH_BOX(&peft_kernels::backward));
+}
+#endif

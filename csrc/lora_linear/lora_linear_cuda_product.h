@@ -23,15 +23,6 @@
 
 namespace peft_kernels {
 
-inline ScalarType scalar_type(DType dtype) {
-    switch (dtype) {
-        case DType::kBFloat16: return ScalarType::BFloat16;
-        case DType::kFloat16: return ScalarType::Half;
-        case DType::kFloat32: break;
-    }
-    return ScalarType::Float;
-}
-
 class BaseProductOnCuda {
 protected:
     BaseProductOnCuda(const LoraLinearParams& params, const Tensor& input)

@@ -15,7 +15,7 @@
 namespace peft_kernels {
 namespace {
 
-void dequantize(const Nf4DequantizeParams& params, const Tensor& codes) {
+void dequantize(const Nf4DequantizeParams& params, [[maybe_unused]] const Tensor& codes) {
 #if defined(PEFT_KERNELS_CUDA)
     if (runs_on_cuda(codes)) {
         const CudaScope scope(codes.get_device_index());

@@ -10,6 +10,12 @@
 #include "common/checks.h"
 #include "common/launch.h"
 #include "ia3_attention/ia3_attention.h"
+#if defined(PEFT_KERNELS_CUDA)
+#include "common/cuda_check.h"
+#include "common/print_plan.h"
+#include "ia3_attention/ia3_attention_cuda.h"
+#include "ia3_attention/ia3_attention_cuda_plan.h"
+#endif
 
 namespace peft_kernels {
 namespace {
@@ -138,6 +144,13 @@ ConstHeads heads_of(const Tensor& saved, const char* name, const Ia3AttentionPar
     return {heads.data, heads.dtype, heads.batch_stride, heads.head_stride, heads.row_stride};
 }
 
+#if defined(PEFT_KERNELS_CUDA)
+void check_cuda_operands(const Ia3AttentionParams& params) {
+    if (const char* refusal = cuda::ia3_attention_refusal(params))
+        throw std::invalid_argument(std::string("ia3_attention: no CUDA kernel takes these tensors: ") + refusal);
+}
+#endif
+
 // -> out [B, S_q, H, D], out_real [B, S_q, H, D] (no elements unless `training` with l_v), lse [B, H, S_q]
 std::tuple<Tensor, Tensor, Tensor> forward(Tensor q, Tensor k, Tensor v, MaybeTensor l_q, MaybeTensor l_k,
                                            MaybeTensor l_v, double scale, bool causal, int64_t window,
@@ -155,6 +168,15 @@ std::tuple<Tensor, Tensor, Tensor> forward(Tensor q, Tensor k, Tensor v, MaybeTe
     params.out = heads_of(out);
     params.out_real = heads_of(out_real);
     params.lse = static_cast<float*>(lse.mutable_data_ptr());
+#if defined(PEFT_KERNELS_CUDA)
+    if (runs_on_cuda(q)) {
+        const CudaScope scope(q.get_device_index());
+        check_cuda_operands(params);
+        if (prints_plans()) print_plan(describe(params, plan_ia3_attention_cuda(params)));
+        check_cuda(cuda::ia3_attention_forward(params, scope.stream()), "ia3_attention_forward");
+        return {out, out_real, lse};
+    }
+#endif
     run_cpu(&dispatch::ia3_attention_forward, params, q);
     return {out, out_real, lse};
 }
@@ -228,7 +250,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backw
 }  // namespace
 }  // namespace peft_kernels
 
-STABLE_TORCH_LIBRARY_FRAGMENT(peft_kernels, m) {
+STABLE_TORCH_LIBRARY_FRAGMENT(PEFT_KERNELS_NAMESPACE, m) {
     m.def(
         "ia3_attention_forward(Tensor q, Tensor k, Tensor v, Tensor? l_q, Tensor? l_k, Tensor? l_v, float scale, "
         "bool causal, int window, Tensor? key_padding_mask, Tensor? attn_mask, Tensor? prefix_k, Tensor? prefix_v, "
@@ -241,7 +263,15 @@ STABLE_TORCH_LIBRARY_FRAGMENT(peft_kernels, m) {
         "Tensor grad_prefix_k, Tensor grad_prefix_v)");
 }
 
+#if !defined(PEFT_KERNELS_EMULATED)
 STABLE_TORCH_LIBRARY_IMPL(peft_kernels, CPU, m) {
     m.impl("ia3_attention_forward", TORCH_BOX(&peft_kernels::forward));
     m.impl("ia3_attention_backward", TORCH_BOX(&peft_kernels::backward));
 }
+#endif
+
+#if defined(PEFT_KERNELS_CUDA)
+STABLE_TORCH_LIBRARY_IMPL(PEFT_KERNELS_NAMESPACE, PEFT_KERNELS_CUDA_KEY, m) {
+    m.impl("ia3_attention_forward", TORCH_BOX(&peft_kernels::forward));
+}
+#endif

@@ -11,43 +11,63 @@
 
 namespace peft_kernels::cuda {
 
-constexpr int kAttentionKeys = 64;  // of a tile: a bit each in the words that say which are seen
 constexpr float kLog2E = 1.44269504f;
 constexpr float kHidden = -__builtin_inff();  // a score
 
 // ---- tiles --------------------------------------------------------------------------------------------------------
 
 // Rows [kDim] of 16-bit elements in shared memory, dense. Their units of 16 bytes are permuted by the row, within groups
-// of 8 (of 4, where a row is an odd multiple of 64 bytes): eight rows' units of one column lie in all 32 banks. A tile
-// begins at a multiple of 128 bytes.
+// of 8: eight rows' units of one column lie in all 32 banks. A tile begins at a multiple of 128 bytes.
 template <class T, int kDim>
 struct AttentionTile {
     static constexpr int kUnits = kDim / 8, kPitch = 16 * kUnits;
-    static constexpr int kGroup = kUnits % 8 == 0 ? 8 : 4;
-    static_assert(kUnits % kGroup == 0);
+    static_assert(kUnits % 8 == 0);
 
-    __host__ __device__ static constexpr int swizzle(int row) { return kGroup == 8 ? row % 8 : row / 2 % 4; }
     __host__ __device__ static constexpr uint32_t offset(int row, int unit) {
-        return row * kPitch + ((unit ^ swizzle(row)) << 4);
+        return row * kPitch + ((unit ^ row % 8) << 4);
     }
 
-    // Starts to copy rows [first, first + kRows) of a head that has `count` rows of `dim` elements, by kThreads threads.
-    // What does not exist becomes zero.
+    // Copies rows of a head that has `count` rows of `dim` elements, by kThreads threads.
+    template <int kThreads>
+    class Copier {
+    public:
+        __device__ Copier(const T* head, int64_t row_stride, int count, int dim)
+            : pitch_(row_stride * sizeof(T)),
+              rows_left_(8 * unit() < dim ? count - row() : 0),
+              from_(reinterpret_cast<const char*>(head) + row() * pitch_ + 16 * unit()),
+              to_(offset(row(), unit())) {
+            keep(from_);
+            keep(to_);
+            keep(rows_left_);
+        }
+
+        // Starts to copy rows [first, first + kRows) into a tile. What does not exist becomes zero.
+        template <int kRows>
+        __device__ __forceinline__ void start(uint32_t tile, int first) const {
+            const char* from = from_ + first * pitch_;
+            unroll<kRows / kAtOnce>([&](auto i) {
+                constexpr int kRow = decltype(i)::value * kAtOnce;
+                copy_async16<kRow * kPitch>((tile + to_) ^ (kRow % 8 << 4), from, first + kRow < rows_left_ ? 16 : 0);
+                from += kAtOnce * pitch_;
+            });
+        }
+
+    private:
+        static constexpr int kAtOnce = kThreads / kUnits;
+        static_assert((kAtOnce & (kAtOnce - 1)) == 0);
+        __device__ static int row() { return threadIdx.x / kUnits; }
+        __device__ static int unit() { return threadIdx.x % kUnits; }
+
+        const int64_t pitch_;
+        int rows_left_;
+        const char* from_;
+        uint32_t to_;
+    };
+
+    // The same for a single tile.
     template <int kRows, int kThreads>
     __device__ static void copy(uint32_t tile, const T* head, int64_t row_stride, int first, int count, int dim) {
-        constexpr int kAtOnce = kThreads / kUnits >= kRows ? kRows : largest_power(kThreads / kUnits);
-        const int row = threadIdx.x / kUnits, unit = threadIdx.x % kUnits;
-        if (kAtOnce * kUnits < kThreads && row >= kAtOnce) return;
-        const bool has_unit = 8 * unit < dim;
-        const char* from = reinterpret_cast<const char*>(head + (first + row) * row_stride + 8 * unit);
-        const uint32_t to = tile + offset(row, unit);
-        unroll<kRows / kAtOnce>([&](auto i) {
-            constexpr int kRow = decltype(i)::value * kAtOnce;
-            const bool exists = has_unit && first + row + kRow < count;
-            copy_async16<kRow * kPitch>(to ^ (swizzle(kRow) << 4), exists ? from : reinterpret_cast<const char*>(head),
-                                        exists ? 16 : 0);
-            from += kAtOnce * row_stride * sizeof(T);
-        });
+        Copier<kThreads>(head, row_stride, count, dim).template start<kRows>(tile, first);
     }
 
     // Where a lane's loads of fragments begin: of 16 rows that are a left factor's, or the reduction of a right one; of 16
@@ -64,16 +84,7 @@ struct AttentionTile {
     // The fragments of 16 rows from kRow on, and of 16 elements of each from 16 kColumn on.
     template <bool kTranspose, int kRow, int kColumn>
     __device__ static void load(uint32_t (&r)[4], uint32_t start) {
-        constexpr int kColumns = kGroup / 2;
-        load_matrices<kTranspose, kRow * kPitch + kColumn / kColumns * kGroup * 16>(r,
-                                                                                    start ^ (kColumn % kColumns * 32));
-    }
-
-private:
-    __host__ __device__ static constexpr int largest_power(int limit) {
-        int power = 1;
-        while (2 * power <= limit) power *= 2;
-        return power;
+        load_matrices<kTranspose, kRow * kPitch + kColumn / 4 * 128>(r, start ^ (kColumn % 4 * 32));
     }
 };
 
@@ -181,25 +192,20 @@ __device__ inline KeyRange range_of(const Ia3AttentionParams& params, int query,
     return {begin, max(begin, end)};
 }
 
-// A bit for each key of a tile that begins at `first`.
+// A bit for each of 64 keys from `first` on.
 __device__ inline uint64_t bits_of(const KeyRange& range, int first) {
-    const int begin = max(range.begin - first, 0), end = min(range.end - first, kAttentionKeys);
-    return begin >= end ? 0 : ~uint64_t{0} << begin & ~uint64_t{0} >> (kAttentionKeys - end);
+    const int begin = max(range.begin - first, 0), end = min(range.end - first, 64);
+    return begin >= end ? 0 : ~uint64_t{0} << begin & ~uint64_t{0} >> (64 - end);
 }
 
-// The keys of a tile that exist and that padding does not hide, by a warp together.
+// Those of 64 keys that exist and that padding does not hide, by a warp together.
 __device__ inline uint64_t present_keys(const Ia3AttentionParams& params, int64_t batch, int first) {
-    const uint64_t existing = bits_of({0, static_cast<int>(params.num_keys)}, first);
-    if (!params.key_padding_mask) return existing;
-    const uint8_t* const padding = params.key_padding_mask + batch * params.num_keys + first;
-    const int lane = threadIdx.x % 32;
-    const uint32_t low = __ballot_sync(0xFFFFFFFF, (existing >> lane & 1) && padding[lane]);
-    const uint32_t high = __ballot_sync(0xFFFFFFFF, (existing >> (lane + 32) & 1) && padding[lane + 32]);
+    if (!params.key_padding_mask) return bits_of({0, static_cast<int>(params.num_keys)}, first);
+    const int key = first + threadIdx.x % 32;
+    const uint8_t* const padding = params.key_padding_mask + batch * params.num_keys + key;
+    const uint32_t low = __ballot_sync(0xFFFFFFFF, key < params.num_keys && padding[0]);
+    const uint32_t high = __ballot_sync(0xFFFFFFFF, key + 32 < params.num_keys && padding[32]);
     return uint64_t{high} << 32 | low;
-}
-
-__device__ inline int64_t mask_row(const AttentionMask& mask, int64_t batch, int64_t head, int64_t query) {
-    return batch * mask.batch_stride + head * mask.head_stride + query * mask.query_stride;
 }
 
 // What an element of the mask adds to a score, in units of the base-2 logarithm.

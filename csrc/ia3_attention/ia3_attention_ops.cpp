@@ -181,6 +181,19 @@ std::tuple<Tensor, Tensor, Tensor> forward(Tensor q, Tensor k, Tensor v, MaybeTe
     return {out, out_real, lse};
 }
 
+void run_backward(Ia3AttentionBackwardParams& params, const Tensor& q) {
+#if defined(PEFT_KERNELS_CUDA)
+    if (runs_on_cuda(q)) {
+        const CudaScope scope(q.get_device_index());
+        check_cuda_operands(params);
+        const Tensor workspace = empty(q, {cuda::ia3_attention_backward_workspace(params)}, ScalarType::Byte);
+        params.workspace = workspace.mutable_data_ptr();
+        return check_cuda(cuda::ia3_attention_backward(params, scope.stream()), "ia3_attention_backward");
+    }
+#endif
+    run_cpu(&dispatch::ia3_attention_backward, params, q);
+}
+
 // -> the gradients of q, k, v, l_q, l_k, l_v, prefix_k, prefix_v, in this order of `wants`; what is not wanted has no
 // elements. Those of q, k, v are [B, S, heads, D]; the others have their tensor's shape, in fp32.
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
@@ -243,7 +256,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backw
             torch::stable::zero_(zeros);
         }
     else
-        run_cpu(&dispatch::ia3_attention_backward, params, q);
+        run_backward(params, q);
     return {grad_q, grad_k, grad_v, grad_l_q, grad_l_k, grad_l_v, grad_prefix_k, grad_prefix_v};
 }
 
@@ -273,5 +286,6 @@ STABLE_TORCH_LIBRARY_IMPL(peft_kernels, CPU, m) {
 #if defined(PEFT_KERNELS_CUDA)
 STABLE_TORCH_LIBRARY_IMPL(PEFT_KERNELS_NAMESPACE, PEFT_KERNELS_CUDA_KEY, m) {
     m.impl("ia3_attention_forward", TORCH_BOX(&peft_kernels::forward));
+    m.impl("ia3_attention_backward", TORCH_BOX(&peft_kernels::backward));
 }
 #endif

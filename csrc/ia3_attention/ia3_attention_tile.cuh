@@ -27,15 +27,65 @@ struct AttentionTile {
         return row * kPitch + ((unit ^ row % 8) << 4);
     }
 
-    // Starts to copy rows [first, first + kRows) of a head that has `count` rows of `dim` elements, by kThreads threads.
-    // What does not exist becomes zero.
+    // Copies rows of a head that has `count` rows of `dim` elements, by kThreads threads.
+    template <int kThreads>
+    class Copier {
+    public:
+        __device__ Copier(const T* head, int64_t row_stride, int count, int dim)
+            : pitch_(static_cast<uint32_t>(row_stride * sizeof(T))),
+              rows_left_(8 * unit() < dim ? count - row() : 0),
+              from_(reinterpret_cast<const char*>(head) + uint64_t{static_cast<uint32_t>(row())} * pitch_ +
+                    16 * unit()),
+              to_(offset(row(), unit())) {
+            keep(from_);
+            keep(to_);
+            keep(rows_left_);
+        }
+
+        // The same rows of another head, by the same registers as far as they go.
+        __device__ Copier(const Copier& like, const T* head, int64_t row_stride)
+            : pitch_(static_cast<uint32_t>(row_stride * sizeof(T))),
+              rows_left_(like.rows_left_),
+              from_(reinterpret_cast<const char*>(head) + uint64_t{static_cast<uint32_t>(row())} * pitch_ +
+                    16 * unit()),
+              to_(like.to_) {
+            keep(from_);
+        }
+
+        // Starts to copy rows [first, first + kRows) into a tile. What does not exist becomes zero.
+        template <int kRows>
+        __device__ __forceinline__ void start(uint32_t tile, int first) const {
+            unroll<kRows / kAtOnce>([&](auto i) {
+                constexpr int kRow = decltype(i)::value * kAtOnce;
+                const int row = first + kRow;
+                copy_async16<kRow * kPitch>((tile + to_) ^ (kRow % 8 << 4),
+                                            from_ + uint64_t{static_cast<uint32_t>(row)} * pitch_,
+                                            row < rows_left_ ? 16 : 0);
+            });
+        }
+
+        // Goes on to another head, so many elements further.
+        __device__ void skip(int64_t elements) { from_ += elements * sizeof(T); }
+
+    private:
+        static constexpr int kAtOnce = kThreads / kUnits;
+        static_assert((kAtOnce & (kAtOnce - 1)) == 0);
+        __device__ static int row() { return threadIdx.x / kUnits; }
+        __device__ static int unit() { return threadIdx.x % kUnits; }
+
+        const uint32_t pitch_;  // 32 bits: a multiplication and an addition in one instruction
+        int rows_left_;
+        const char* from_;
+        uint32_t to_;
+    };
+
+    // The same for loops that have no registers for a Copier: it is made anew, in some ten instructions.
     template <int kRows, int kThreads>
     __device__ __forceinline__ static void copy(uint32_t tile, const T* head, int64_t row_stride, int first, int count,
                                                 int dim) {
         constexpr int kAtOnce = kThreads / kUnits;
-        static_assert((kAtOnce & (kAtOnce - 1)) == 0);
         int thread = threadIdx.x;
-        keep(thread);  // what comes of it takes less time than the registers are worth
+        keep(thread);
         const int row = thread / kUnits, unit = thread % kUnits;
         const uint32_t to = tile + offset(row, unit), pitch = static_cast<uint32_t>(row_stride * sizeof(T));
         const int rows_left = 8 * unit < dim ? count - first - row : 0;

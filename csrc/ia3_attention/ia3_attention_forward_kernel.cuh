@@ -28,6 +28,7 @@
 namespace peft_kernels::cuda {
 
 struct Ia3AttentionForwardKernelParams : Ia3AttentionForwardParams {
+    float factor;       // |scale|, in units of the base-2 logarithm
     int32_t group;      // query heads of a key head
     int32_t last_tile;  // of rows
 };
@@ -71,8 +72,7 @@ public:
     using Weights = uint32_t[Traits::kTiles][Traits::kKeys / 16][4];
 
     __device__ AttendingWarp(const Ia3AttentionForwardKernelParams& params, typename Traits::Shared& shared)
-        : factor(fabsf(params.scale) * kLog2E),
-          params_(params),
+        : params_(params),
           shared_(shared),
           rows_(Tile::left(tile())),
           keys_(Tile::right(shared_address(shared.keys))),
@@ -119,8 +119,9 @@ public:
     // Scales scores and hides those of keys that have no bit.
     __device__ __forceinline__ void hide(Scores& scores, uint64_t keys) const {
         keys >>= threadIdx.x % 4 * 2;
-        for_scores(scores,
-                   [&](float& score, int, int, int bit) { score = keys >> bit & 1 ? score * factor : kHidden; });
+        for_scores(scores, [&](float& score, int, int, int bit) {
+            score = keys >> bit & 1 ? score * params_.factor : kHidden;
+        });
     }
 
     // Brings what the mask adds to the scores of the keys from `first` on into shared memory. It is done before there are
@@ -162,8 +163,8 @@ public:
                     float2 bias{};
                     if (params_.attn_mask.data) bias = load_shared8(bias_row(row) + 32 * j + lane % 4 * 8);
                     float* const pair = scores[i][j] + 2 * half;
-                    pair[0] = seen >> (8 * j) & 1 ? fmaf(pair[0], factor, bias.x) : kHidden;
-                    pair[1] = seen >> (8 * j + 1) & 1 ? fmaf(pair[1], factor, bias.y) : kHidden;
+                    pair[0] = seen >> (8 * j) & 1 ? fmaf(pair[0], params_.factor, bias.x) : kHidden;
+                    pair[1] = seen >> (8 * j + 1) & 1 ? fmaf(pair[1], params_.factor, bias.y) : kHidden;
                 }
             }
     }
@@ -287,8 +288,6 @@ public:
             store_global16(to, {words[0], words[1], words[2], words[3]});
         }
     }
-
-    const float factor;  // of scores, after which they are in units of the base-2 logarithm
 
 private:
     // Weights are relative to a base: the largest score when it was last raised, not before they can be 2^kGrowth, for
@@ -433,13 +432,13 @@ __global__ void __launch_bounds__(Traits::kThreads, 2)
             while (tile.first < end) {
                 begin();
                 warp.make_scores(scores);
-                grows = warp.take_largest(scores, warp.factor);
+                grows = warp.take_largest(scores, params.factor);
                 if (grows) break;
-                add_values(warp.factor, step);
+                add_values(params.factor, step);
             }
             if (grows) {
                 warp.raise();
-                add_values(warp.factor, step);
+                add_values(params.factor, step);
             }
         }
         if (!tile.exists()) break;

@@ -46,6 +46,7 @@ public:
 private:
     using Element = typename Product::Element;
     using Left = typename Product::Left;
+    using Right = typename Product::Right;
 
     int x_terms(const BottleneckAdapter& adapter) const {
         return Product::terms(adapter.norm.present ? DType::kFloat32 : p_.x.dtype, p_.rounds());
@@ -145,9 +146,11 @@ private:
                 const Scratch& scratch) const {
         const int terms = x_terms(adapter);
         if (!adapter.norm.present)
-            return multiply_parts(weights.down, rows, scratch.z, [&](int64_t first, int64_t depth) {
-                return left_of<Product>(part_of(p_.x, row0, first), rows, depth, terms, scratch.x);
-            });
+            return multiply_parts(weights.down, part_of(p_.x, row0, 0), rows, scratch.z,
+                                  [&](int64_t first, int64_t depth) {
+                                      return left_of<Product>(part_of(p_.x, row0, first), rows, depth, terms,
+                                                              scratch.x);
+                                  });
         with_vectors(p_.x, row0, 0, p_.d, [&](auto x) {
             for (int64_t row = 0; row < rows; ++row) {
                 scratch.stats[row] = row_stats(p_.d, adapter.norm.eps, [&](int64_t k) { return x(row, k); });
@@ -155,7 +158,7 @@ private:
                 p_.stats[2 * (row0 + row)] = scratch.stats[row].mean;
                 p_.stats[2 * (row0 + row) + 1] = scratch.stats[row].rstd;
             }
-            multiply_parts(weights.down, rows, scratch.z, [&](int64_t first, int64_t depth) {
+            multiply_parts(weights.down, part_of(p_.x, row0, 0), rows, scratch.z, [&](int64_t first, int64_t depth) {
                 const Left left{scratch.x, depth, terms};
                 const float* gamma = weights.gamma + first;
                 const float* beta = weights.beta + first;
@@ -178,33 +181,50 @@ private:
         for (int64_t row = 0; drops && row < rows; ++row)
             dropout_keep_bits(dropout, row0 + row, 0, p_.d, scratch.keep + row * keep_bytes(p_.d));
         for_each_part(rows, p_.d, [&](int64_t begin, int64_t some, int64_t first, int64_t columns) {
-            const float* tile = scratch.tile;
-            if (adapter)
-                Product::multiply(h.from(begin), some, weights->up.right(first / kRightOutputs, 0), scratch.tile,
-                                  kRightOutputs, false);
+            if (Product::kFetchedRows && !streams_ && !p_.post_norm.present)  // the next columns
+                prefetch_rows<true>(p_.y, row0 + begin, some, first + columns, min_of(columns, p_.d - first - columns));
             with_vectors(p_.residual, row0 + begin, first, columns, [&](auto residual) {
                 if (!adapter) return write_y(row0, begin, some, first, columns, scratch, residual);
                 const float* bias = weights->up_bias + first;
                 const float scale = *adapter->scale * (drops ? dropout.keep_scale : 1.0f);
-                const auto up = [=](int64_t row, int64_t column) {
-                    return load(tile + row * kRightOutputs + column) + load(bias + column);
+                const auto expand_to = [&](const auto& make_value) {
+                    expand(h.from(begin), weights->up.right(first / kRightOutputs, 0), row0, begin, some, first,
+                           scratch, make_value, residual);
                 };
                 if (!drops && !p_.gate)
-                    return write_y(row0, begin, some, first, columns, scratch, [=](int64_t row, int64_t column) {
-                        return fma(up(row, column), broadcast(scale), residual(row, column));
+                    return expand_to([=](auto added) {
+                        return [=](F32 sum, int64_t row, int64_t column) {
+                            return fma(sum + load(bias + column), broadcast(scale), added(row, column));
+                        };
                     });
                 const float* gate = p_.gate ? p_.gate + row0 + begin : nullptr;
                 const int64_t keep_stride = keep_bytes(p_.d);
                 const uint8_t* keep = scratch.keep + begin * keep_stride + first / 8;
-                write_y(row0, begin, some, first, columns, scratch, [=](int64_t row, int64_t column) {
-                    F32 kept = up(row, column);
-                    if (drops) kept = keep_where(kept, keep + row * keep_stride, column);
-                    return fma(kept, broadcast(gate ? scale * gate[row] : scale), residual(row, column));
+                expand_to([=](auto added) {
+                    return [=](F32 sum, int64_t row, int64_t column) {
+                        F32 kept = sum + load(bias + column);
+                        if (drops) kept = keep_where(kept, keep + row * keep_stride, column);
+                        return fma(kept, broadcast(gate ? scale * gate[row] : scale), added(row, column));
+                    };
                 });
             });
         });
         if (p_.post_norm.present) normalize(row0, rows, scratch.y);
         if (streams_) fence_streams();
+    }
+
+    // y, of rows from `begin` on of the block, out of the sums of h with W_up; see write_products.
+    template <class MakeValue, class Residual>
+    void expand(const Left& h, const Right& up, int64_t row0, int64_t begin, int64_t rows, int64_t first,
+                const Scratch& scratch, const MakeValue& make_value, const Residual& residual) const {
+        if (!p_.post_norm.present)
+            return write_products<Product>(h, rows, up, scratch.tile, p_.y, row0 + begin, first, streams_, make_value,
+                                           residual);
+        Product::multiply(h, rows, up, scratch.tile, kRightOutputs, false);
+        write_y(row0, begin, rows, first, up.outputs, scratch,
+                [value = make_value(residual), tile = scratch.tile](int64_t row, int64_t column) {
+                    return value(load(tile + row * kRightOutputs + column), row, column);
+                });
     }
 
     // Rows from `begin` on of the block: to y; or aside, where a LayerNorm wants whole rows.

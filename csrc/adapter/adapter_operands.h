@@ -64,15 +64,39 @@ void dispatch_activation(Activation activation, const Body& body) {
 
 // ---- Rows ---------------------------------------------------------------------------------------------------------
 
-// A matrix from (row0, first) on: calls body with a function of row and column that gives a vector of it, with zeros
-// behind the last of so many columns. Of an absent matrix all are zeros.
+// Whole vectors of a matrix of T, by row and column.
+template <class T>
+struct WholeVectors {
+    const T* data;
+    int64_t stride;
+    F32 operator()(int64_t row, int64_t column) const { return load(data + row * stride + column); }
+};
+
+// The same with zeros behind the last of so many columns.
+template <class T>
+struct Vectors {
+    const T* data;
+    int64_t stride, columns;
+    F32 operator()(int64_t row, int64_t column) const {
+        return load_up_to(data + row * stride + column, columns - column);
+    }
+    WholeVectors<T> whole() const { return {data, stride}; }
+};
+
+// Those of an absent matrix: zeros.
+template <>
+struct Vectors<void> {
+    F32 operator()(int64_t, int64_t) const { return F32{}; }
+    Vectors whole() const { return {}; }
+};
+
+// Calls body with the Vectors of a matrix from (row0, first) on.
 template <class Body>
 void with_vectors(const ConstMatrix& matrix, int64_t row0, int64_t first, int64_t columns, const Body& body) {
-    if (!matrix.data) return body([](int64_t, int64_t) { return F32{}; });
+    if (!matrix.data) return body(Vectors<void>{});
     dispatch_dtype(matrix.dtype, [&](auto* type) {
-        const auto* data = static_cast<const Pointee<decltype(type)>*>(row_of(matrix, row0, first));
-        const int64_t stride = matrix.stride;
-        body([=](int64_t row, int64_t column) { return load_up_to(data + row * stride + column, columns - column); });
+        using T = Pointee<decltype(type)>;
+        body(Vectors<T>{static_cast<const T*>(row_of(matrix, row0, first)), matrix.stride, columns});
     });
 }
 
@@ -99,6 +123,53 @@ void write_part(const Matrix& matrix, int64_t row0, int64_t rows, int64_t first,
             for (; column < columns; column += kLanes) store_some(out + column, vector(row, column), columns - column);
         }
     });
+}
+
+template <class A, class B>
+constexpr bool kSame = false;
+template <class A>
+constexpr bool kSame<A, A> = true;
+
+// Whether a product's sums go to a matrix of its Element out of registers, where such Vectors are added to them. Other
+// types take the way through memory: each combination would be one more copy of the product.
+template <class Product, class... Added>
+constexpr bool kInRegisters =
+    Product::kHandsOver && ((kSame<Added, Vectors<typename Product::Element>> || kSame<Added, Vectors<void>>) && ...);
+
+// matrix[row0 + row][first + column] = value(sum, row, column) of the sums of a product with a right operand; `value` is
+// made of the Vectors that it adds.
+template <class Product, class MakeValue, class... Added>
+void write_products(const typename Product::Left& left, int64_t rows, const typename Product::Right& right, float* room,
+                    const Matrix& matrix, int64_t row0, int64_t first, bool streams, const MakeValue& make_value,
+                    const Added&... added) {
+    using Element = typename Product::Element;
+    if constexpr (kInRegisters<Product, Added...>)
+        if (Product::hands_over(rows, right.outputs) && matrix.dtype == kElementDType<Product>) {
+            const auto value = make_value(added.whole()...);
+            auto* out = static_cast<Element*>(row_of(matrix, row0, first));
+            return Product::multiply(left, rows, right, [=](int64_t row, int64_t strip, const auto& sums) {
+                constexpr int kStrips = sizeof sums / sizeof(F32);
+#pragma GCC unroll 4
+                for (int i = 0; i < kStrips; i += 2) {
+                    const int64_t column = (strip + i) * kLanes;
+                    Element* to = out + row * matrix.stride + column;
+                    const F32 even = value(sums[i], row, column), odd = value(sums[i + 1], row, column + kLanes);
+                    streams ? stream_pair(to, even, odd) : store_pair(to, even, odd);
+                }
+            });
+        }
+    Product::multiply(left, rows, right, room, kRightOutputs, false);
+    write_part(matrix, row0, rows, first, right.outputs, streams,
+               [=, value = make_value(added...)](int64_t row, int64_t column) {
+                   return value(load(room + row * kRightOutputs + column), row, column);
+               });
+}
+
+template <bool kForWriting, class AnyMatrix>
+void prefetch_rows(const AnyMatrix& matrix, int64_t row0, int64_t rows, int64_t first, int64_t columns) {
+    for (int64_t row = row0; columns > 0 && row < row0 + rows; ++row)
+        prefetch_row<kForWriting>(static_cast<const char*>(row_of(matrix, row, first)),
+                                  columns * size_of(matrix.dtype));
 }
 
 struct RowStats {
@@ -199,16 +270,27 @@ void fill_columns(const Operand<Product>& operand, int64_t chunk, int64_t part, 
     });
 }
 
-// sums[row][output] of some rows with a matrix whose depth is d; left(first column, depth) gives a part of the rows.
+// sums[row][output] of some rows with a matrix whose depth is d; left(first column, depth) gives a part of the rows, and
+// is made of `source`, rows of a matrix.
 template <class Product, class Left>
-void multiply_parts(const Operand<Product>& operand, int64_t rows, float* sums, const Left& left) {
+void multiply_parts(const Operand<Product>& operand, const ConstMatrix& source, int64_t rows, float* sums,
+                    const Left& left) {
     const int64_t stride = operand.chunks() * kRightOutputs;
     for (int64_t part = 0; part < operand.parts(); ++part) {
-        const int64_t first = part * operand.part_depth;
-        const typename Product::Left of_part = left(first, min_of(operand.part_depth, operand.depth - first));
+        const int64_t first = part * operand.part_depth, depth = min_of(operand.part_depth, operand.depth - first);
+        const typename Product::Left of_part = left(first, depth);
         for (int64_t chunk = 0; chunk < operand.chunks(); ++chunk)
-            Product::multiply(of_part, rows, operand.right(chunk, part), sums + chunk * kRightOutputs, stride,
-                              part > 0);
+            multiply_fetching<Product>(of_part, rows, operand.right(chunk, part), sums + chunk * kRightOutputs, stride,
+                                       part > 0, [&](int64_t row, int64_t some) {
+                                           if (chunk > 0) return;
+                                           // The next rows; behind the last, the first ones of the next part.
+                                           const bool last = row + some == rows;
+                                           const int64_t column = last ? first + depth : first;
+                                           const int64_t next = last ? 0 : row + some;
+                                           prefetch_rows<false>(source, next,
+                                                                min_of(Product::kFetchedRows, rows - next), column,
+                                                                min_of(kPart, operand.depth - column));
+                                       });
     }
 }
 

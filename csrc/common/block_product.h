@@ -49,6 +49,8 @@ struct VectorProduct {
 
     struct Unit {};  // what a thread has to hold while it multiplies
 
+    static constexpr int64_t kFetchedRows = 2 * kTileRows;  // see multiply_fetching
+
     static constexpr int64_t padded_rows(int64_t rows) { return rows; }
     static constexpr int64_t padded_depth(int64_t depth) { return round_up(depth, kLanes); }
     static constexpr int terms(DType, bool) { return 1; }
@@ -63,6 +65,7 @@ struct VectorProduct {
         Element* at(int64_t row, int64_t column) const { return data + row * stride + column; }
         void store(int64_t row, int64_t column, F32 v) const { PEFT_KERNELS_ISA::store(at(row, column), v); }
         Left from(int64_t row) const { return {at(row, 0), depth, terms, stride}; }
+        Rows rows() const { return {data, stride * static_cast<int64_t>(sizeof(Element)), 4}; }
     };
 
     static constexpr bool reads_in_place(int64_t, int64_t depth) { return depth == padded_depth(depth); }
@@ -87,34 +90,40 @@ struct VectorProduct {
                 store_vector(step_at(strip, k + 1), odd);
             }
         }
+#if defined(__AVX512BF16__)
         // As fill_from_rows, of bf16 rows that need no rounding.
         void pack(const BFloat16* rows, int64_t stride, const uint8_t* bits, int64_t bits_stride) const {
-            constexpr int64_t kAhead = 16;  // rows that are far apart, which the hardware does not fetch ahead
-            for (int64_t k = 0; k < padded_depth(depth); k += 2) {
-                const BFloat16* row = rows + k * stride;
-                if (k + kAhead + 1 < depth) {
-                    prefetch_row<false>(row + kAhead * stride, outputs);
-                    prefetch_row<false>(row + (kAhead + 1) * stride, outputs);
+            const auto vector = [&](int64_t k, int64_t column) {
+                Bf16Vector row = k < depth ? load_bf16(rows + k * stride + column, outputs - column) : Bf16Vector{};
+                return bits ? keep_where(row, bits + k * bits_stride, column) : row;
+            };
+            for (int64_t k = 0; k < padded_depth(depth); k += 2)
+                for (int64_t strip = 0; strip < strips(); strip += 2) {
+                    Bf16Vector low, high;
+                    interleave(vector(k, strip * kLanes), vector(k + 1, strip * kLanes), low, high);
+                    store_pairs(strip, k, (U32)low);
+                    if (strip + 1 < strips()) store_pairs(strip + 1, k, (U32)high);
                 }
-                for (int64_t strip = 0; strip < strips(); ++strip) {
-                    const int64_t column = strip * kLanes, count = outputs - column;
-                    F32 even = k < depth ? load_up_to(row + column, count) : F32{};
-                    F32 odd = k + 1 < depth ? load_up_to(row + stride + column, count) : F32{};
-                    if (bits) {
-                        even = keep_where(even, bits + k * bits_stride, column);
-                        odd = keep_where(odd, bits + (k + 1) * bits_stride, column);
-                    }
-                    store_pairs(strip, k, (U32)even >> 16 | (U32)odd);
-                }
-            }
         }
+#endif
     };
 
     static void multiply(const Left& left, int64_t rows, const Right& right, float* sums, int64_t stride,
                          bool accumulate) {
-        PEFT_KERNELS_ISA::multiply<Multiply>({left.data, left.stride * static_cast<int64_t>(sizeof(Element)), 4}, rows,
-                                             reinterpret_cast<const uint32_t*>(right.data), right.strips(),
-                                             right.steps(), sums, stride, accumulate);
+        PEFT_KERNELS_ISA::multiply<Multiply>(left.rows(), rows, right.step_at(0, 0), right.strips(), right.steps(),
+                                             sums, stride, accumulate);
+    }
+
+    // Hands the sums of a whole right operand to a sink while they are in registers (see multiply_tile).
+    static constexpr bool kHandsOver = true;
+    static constexpr bool hands_over(int64_t rows, int64_t outputs) {
+        return rows >= kFullTilesRows && outputs == kRightOutputs;
+    }
+    template <class Sink>
+    static void multiply(const Left& left, int64_t rows, const Right& right, const Sink& sink) {
+        for (int64_t strip = 0; strip < right.strips(); strip += kTileStrips)
+            multiply_group<Multiply, kTileStrips, kTileRows - 1>(left.rows(), rows, right.step_at(strip, 0),
+                                                                 right.steps(), strip, sink);
     }
 };
 
@@ -127,6 +136,9 @@ using F32Product = VectorProduct<MultiplyF32, float>;
 struct TileProduct {
     using Element = BFloat16;
     using Unit = TileUnit;
+    static constexpr int64_t kFetchedRows = 0;  // the hardware fetches as well
+
+    static constexpr bool kHandsOver = false;
 
     static constexpr int64_t padded_rows(int64_t rows) { return round_up(rows, kTileSide); }
     static constexpr int64_t padded_depth(int64_t depth) { return round_up(depth, kTileDepth); }
@@ -231,13 +243,28 @@ void dispatch_product(bool rounds, const Body& body) {
 
 // ---- Filling operands ---------------------------------------------------------------------------------------------
 
+// Product::multiply that calls fetch(first row, rows) for each group of the left rows before it is multiplied: room for
+// prefetches of what is multiplied next, a few at a time, so that none waits for the others.
+template <class Product, class Fetch>
+void multiply_fetching(const typename Product::Left& left, int64_t rows, const typename Product::Right& right,
+                       float* sums, int64_t stride, bool accumulate, const Fetch& fetch) {
+    if constexpr (Product::kFetchedRows == 0) return Product::multiply(left, rows, right, sums, stride, accumulate);
+    for (int64_t row = 0; row < rows; row += Product::kFetchedRows) {
+        const int64_t some = min_of(Product::kFetchedRows, rows - row);
+        fetch(row, some);
+        Product::multiply(left.from(row), some, right, sums + row * stride, stride, accumulate);
+    }
+}
+
+template <class Product>
+constexpr DType kElementDType = sizeof(typename Product::Element) == 2 ? DType::kBFloat16 : DType::kFloat32;
+
 // The first rows of a matrix, whose columns are the depth: as they stand if they can be multiplied so, else in `room`.
 template <class Product>
 typename Product::Left left_of(const ConstMatrix& matrix, int64_t rows, int64_t depth, int terms,
                                typename Product::Element* room) {
     using Element = typename Product::Element;
-    constexpr DType kDType = sizeof(Element) == 2 ? DType::kBFloat16 : DType::kFloat32;
-    if (matrix.dtype == kDType && terms == 1 && Product::reads_in_place(rows, depth))
+    if (matrix.dtype == kElementDType<Product> && terms == 1 && Product::reads_in_place(rows, depth))
         return {static_cast<Element*>(const_cast<void*>(matrix.data)), depth, terms, matrix.stride};  // only read
     const typename Product::Left left{room, depth, terms};
     dispatch_dtype(matrix.dtype, [&](auto* type) {

@@ -324,8 +324,9 @@ private:
         if (streams_) fence_streams();
     }
 
-    // Sums of coefficients[r][row] · matrix[row][first + column] over an adapter's rows, kReducedRows of which fill(first
-    // row, first column, right) makes an operand of at a time; out of `source`, which has as many rows and columns.
+    // Sums of coefficients[r][row] · matrix[row][first + column] over an adapter's rows, kReducedRows of which
+    // fill(first row, first column, right) makes an operand of at a time; out of `source`, which has as many rows and
+    // columns.
     template <class Fill>
     void reduce(int64_t adapter, Element* coefficients, int64_t count, const ConstMatrix& source, int64_t first,
                 int64_t columns, int terms, const Scratch& scratch, const Fill& fill) const {

@@ -136,8 +136,8 @@ template <class Product, class... Added>
 constexpr bool kInRegisters =
     Product::kHandsOver && ((kSame<Added, Vectors<typename Product::Element>> || kSame<Added, Vectors<void>>) && ...);
 
-// matrix[row0 + row][first + column] = value(sum, row, column) of the sums of a product with a right operand; `value` is
-// made of the Vectors that it adds.
+// matrix[row0 + row][first + column] = value(sum, row, column) of the sums of a product with a right operand; `value`
+// is made of the Vectors that it adds.
 template <class Product, class MakeValue, class... Added>
 void write_products(const typename Product::Left& left, int64_t rows, const typename Product::Right& right, float* room,
                     const Matrix& matrix, int64_t row0, int64_t first, bool streams, const MakeValue& make_value,
@@ -193,19 +193,62 @@ inline void shifted_sums(int64_t columns, float shift, const Vector& vector, flo
     squares = horizontal_sum((of_squares[0] + of_squares[1]) + (of_squares[2] + of_squares[3]));
 }
 
-// μ and 1/σ of `columns` numbers; vector(column) gives those from `column` on, zeros behind the last. In one pass over
-// their distances from the mean of the first few; in a second one over those from μ, if the first was so far from μ that
-// the variance would have lost two bits of its sum of squares.
+// μ and 1/σ of `columns` numbers out of the sums of their distances from `shift` and of the squares of these;
+// vector(column) gives those from `column` on, zeros behind the last. If the variance would lose two bits of its sum of
+// squares, a second pass takes the distances from μ.
 template <class Vector>
-inline RowStats row_stats(int64_t columns, float eps, const Vector& vector) {
-    const float count = static_cast<float>(columns);
-    const float shift = horizontal_sum(vector(0)) / static_cast<float>(min_of<int64_t>(columns, kLanes));
-    float sum, squares;
-    shifted_sums(columns, shift, vector, sum, squares);
-    const float mean = shift + sum / count;
+inline RowStats stats_of_sums(int64_t columns, float eps, const Vector& vector, float shift, float sum, float squares) {
+    const float count = static_cast<float>(columns), mean = shift + sum / count;
     float variance = squares - sum / count * sum;
     if (!(4 * variance > squares)) shifted_sums(columns, mean, vector, sum, variance);
     return {mean, 1.0f / __builtin_sqrtf(variance / count + eps)};
+}
+
+// The same in one pass over the distances from the mean of the first few.
+template <class Vector>
+inline RowStats row_stats(int64_t columns, float eps, const Vector& vector) {
+    const float shift = horizontal_sum(vector(0)) / static_cast<float>(min_of<int64_t>(columns, kLanes));
+    float sum, squares;
+    shifted_sums(columns, shift, vector, sum, squares);
+    return stats_of_sums(columns, eps, vector, shift, sum, squares);
+}
+
+template <class T>
+inline RowStats row_stats(int64_t columns, float eps, const Vectors<T>& vectors, int64_t row) {
+    return row_stats(columns, eps, [&](int64_t k) { return vectors(row, k); });
+}
+
+#if defined(__AVX512BF16__)
+// Of a row of bf16 numbers as they stand: 32 at a time, whose products are exact.
+inline RowStats row_stats(int64_t columns, float eps, const Vectors<BFloat16>& vectors, int64_t row) {
+    const BFloat16* x = vectors.data + row * vectors.stride;
+    const __m512bh ones = (__m512bh)_mm512_set1_epi16(0x3F80);
+    constexpr int kSums = 4;  // as above
+    F32 sums[kSums] = {}, squares[kSums] = {};
+    const auto add = [&](int i, Bf16Vector v) {
+        sums[i] = _mm512_dpbf16_ps(sums[i], (__m512bh)v, ones);
+        squares[i] = _mm512_dpbf16_ps(squares[i], (__m512bh)v, (__m512bh)v);
+    };
+    int64_t column = 0;
+    for (; column + kSums * 2 * kLanes <= columns; column += kSums * 2 * kLanes)
+        for (int i = 0; i < kSums; ++i) add(i, _mm512_loadu_si512(x + column + i * 2 * kLanes));
+    for (; column < columns; column += 2 * kLanes) add(0, load_bf16(x + column, columns - column));
+    return stats_of_sums(
+        columns, eps, [&](int64_t k) { return vectors(row, k); }, 0.0f,
+        horizontal_sum((sums[0] + sums[1]) + (sums[2] + sums[3])),
+        horizontal_sum((squares[0] + squares[1]) + (squares[2] + squares[3])));
+}
+#endif
+
+// Products of bf16 numbers with fp32 sums, in which x may take the place of (x - μ) rstd.
+template <class Product>
+constexpr bool kMultipliesRounded = Product::kHandsOver && sizeof(typename Product::Element) == 2;
+
+// What is subtracted from a row before that: nothing as long as μ is near 0, for what it adds to a sum, and is then
+// subtracted, has 24 bits, and bf16 has 8; else a number near μ, such that the differences from it are bf16 numbers,
+// too.
+inline float shift_of(const RowStats& stats) {
+    return __builtin_fabsf(stats.mean) * stats.rstd > 16.0f ? to_float(to_bfloat16(stats.mean)) : 0.0f;
 }
 
 // ---- An adapter's vectors and matrices ----------------------------------------------------------------------------
@@ -226,7 +269,8 @@ inline float* take_vector(Arena& arena, int64_t count) {
 // The depth of d is taken in parts: of 64 rows of x 32 KB as bf16, which stay in L1 between being made and multiplied.
 constexpr int64_t kPart = 256;
 
-// One of an adapter's matrices, turned for a product: kRightOutputs outputs at a time, and a part of the depth at a time.
+// One of an adapter's matrices, turned for a product: kRightOutputs outputs at a time, and a part of the depth at a
+// time.
 template <class Product>
 struct Operand {
     typename Product::Element* data;
@@ -246,14 +290,16 @@ struct Operand {
     }
 };
 
-// The outputs are the rows of the matrix, the depth is its columns.
+// The outputs are the rows of the matrix, the depth is its columns; times factors[column].
 template <class Product>
-void fill_rows(const Operand<Product>& operand, int64_t chunk, int64_t part, const ConstMatrix& matrix) {
+void fill_rows(const Operand<Product>& operand, int64_t chunk, int64_t part, const ConstMatrix& matrix,
+               const float* factors) {
     const auto right = operand.right(chunk, part);
     dispatch_dtype(matrix.dtype, [&](auto* type) {
         const auto* rows = static_cast<const Pointee<decltype(type)>*>(
             row_of(matrix, chunk * kRightOutputs, part * operand.part_depth));
-        fill_from_output_rows(right, rows, matrix.stride, Product::padded_depth(right.depth));
+        fill_from_output_rows(right, rows, matrix.stride, Product::padded_depth(right.depth),
+                              factors ? factors + part * operand.part_depth : nullptr);
     });
 }
 
@@ -270,8 +316,8 @@ void fill_columns(const Operand<Product>& operand, int64_t chunk, int64_t part, 
     });
 }
 
-// sums[row][output] of some rows with a matrix whose depth is d; left(first column, depth) gives a part of the rows, and
-// is made of `source`, rows of a matrix.
+// sums[row][output] of some rows with a matrix whose depth is d; left(first column, depth) gives a part of the rows,
+// and is made of `source`, rows of a matrix.
 template <class Product, class Left>
 void multiply_parts(const Operand<Product>& operand, const ConstMatrix& source, int64_t rows, float* sums,
                     const Left& left) {
@@ -294,8 +340,8 @@ void multiply_parts(const Operand<Product>& operand, const ConstMatrix& source, 
     }
 }
 
-// Calls body(first row, rows, first column, columns) for parts of a block of rows, whose sums stay in the L1 cache until
-// they are used.
+// Calls body(first row, rows, first column, columns) for parts of a block of rows, whose sums stay in the L1 cache
+// until they are used.
 template <class Body>
 void for_each_part(int64_t rows, int64_t d, const Body& body) {
     for (int64_t column = 0; column < d; column += kRightOutputs)

@@ -4,7 +4,8 @@
 //
 //   left    the block's rows; the reduction ("depth") runs along them; packed, or a matrix's as they stand
 //   right   up to kRightOutputs columns; the depth runs down them
-//   sums    [row][output] in fp32, written in whole tiles or vectors: room for padded_rows() and kRightOutputs
+//   sums    [row][output] in fp32, written in whole tiles or vectors: room for padded_rows() and kRightOutputs; vectors
+//           can hand them to whoever wants them out of registers
 //
 // Whoever fills an operand stores fp32 vectors and lets the product choose the format: a left vector is kLanes
 // neighbours of the depth in one row, a right one is kLanes neighbouring outputs at one depth, of which two (k and k+1)
@@ -90,6 +91,17 @@ struct VectorProduct {
                 store_vector(step_at(strip, k + 1), odd);
             }
         }
+        // Adds each output's sum over the depth to sums[output].
+        void add_depth_sums(float* sums) const {
+            for (int64_t strip = 0; strip < strips(); ++strip) {
+                F32 sum = load(sums + strip * kLanes);
+                for (int64_t k = 0; k < padded_depth(depth); k += kPairs ? 2 : 1) {
+                    const U32 step = load_vector<U32>(step_at(strip, k));
+                    sum += kPairs ? (F32)(step << 16) + (F32)(step & 0xFFFF0000u) : (F32)step;
+                }
+                PEFT_KERNELS_ISA::store(sums + strip * kLanes, sum);
+            }
+        }
 #if defined(__AVX512BF16__)
         // As fill_from_rows, of bf16 rows that need no rounding.
         void pack(const BFloat16* rows, int64_t stride, const uint8_t* bits, int64_t bits_stride) const {
@@ -136,9 +148,8 @@ using F32Product = VectorProduct<MultiplyF32, float>;
 struct TileProduct {
     using Element = BFloat16;
     using Unit = TileUnit;
-    static constexpr int64_t kFetchedRows = 0;  // the hardware fetches as well
-
-    static constexpr bool kHandsOver = false;
+    static constexpr int64_t kFetchedRows = 0;  // not measured to help tiles
+    static constexpr bool kHandsOver = false;   // sums go to memory in whole tiles
 
     static constexpr int64_t padded_rows(int64_t rows) { return round_up(rows, kTileSide); }
     static constexpr int64_t padded_depth(int64_t depth) { return round_up(depth, kTileDepth); }
@@ -276,16 +287,18 @@ typename Product::Left left_of(const ConstMatrix& matrix, int64_t rows, int64_t 
     return left;
 }
 
-// Right operands whose outputs are rows of a matrix, and whose depth is its columns.
+// Right operands whose outputs are rows of a matrix, and whose depth is its columns; times factors[column], if given.
 template <class Right, class T>
-void fill_from_output_rows(const Right& right, const T* matrix, int64_t stride, int64_t padded_depth) {
+void fill_from_output_rows(const Right& right, const T* matrix, int64_t stride, int64_t padded_depth,
+                           const float* factors) {
     for (int64_t strip = 0; strip * kLanes < right.outputs; ++strip) {
         const int64_t rows = min_of<int64_t>(kLanes, right.outputs - strip * kLanes);
         for (int64_t k = 0; k < padded_depth; k += kLanes) {
+            const F32 factor = factors ? load(factors + k) : broadcast(1.0f);
             U32 square[kLanes];
             for (int64_t row = 0; row < kLanes; ++row) {
                 const T* from = matrix + (strip * kLanes + row) * stride + k;
-                square[row] = row < rows ? (U32)load_up_to(from, right.depth - k) : U32{};
+                square[row] = row < rows ? (U32)(load_up_to(from, right.depth - k) * factor) : U32{};
             }
             transpose(square);
             for (int i = 0; i < kLanes; i += 2) right.store(strip, k + i, (F32)square[i], (F32)square[i + 1]);

@@ -8,9 +8,6 @@ namespace peft_kernels {
 namespace PEFT_KERNELS_ISA {
 namespace {
 
-// Bytes from row to row of the dropout's bits for as many columns as a right operand has.
-constexpr int64_t kKeepStride = keep_bytes(kRightOutputs);
-
 // Rows whose Σ dz is one of the parts that are then added in order: few enough for every block to hold whole ones.
 constexpr int64_t kPartRows = 32;
 
@@ -42,6 +39,7 @@ public:
         h_ = arena.take<Element>(p_.wants_up ? chunks * chunk_size() : 0);
         dz_ = arena.take<Element>(p_.wants_down ? chunks * chunk_size() : 0);
         parts_ = arena.take<float>(p_.wants_down ? parts * p_.max_rank : 0);
+        keep_ = arena.take<uint8_t>(p_.dropout > 0 ? p_.m * keep_stride() : 0);
         const int64_t worker_bytes = Scratch(nullptr, *this).bytes;
         char* workers = arena.take<char>(p_.threads * worker_bytes);
         if (!p_.workspace) {
@@ -111,7 +109,6 @@ private:
             h = arena.take<float>(rows * ranks);
             tile = arena.take<float>(kWrittenRows * kRightOutputs);
             sums = arena.take<float>(b.strip_ * b.sum_rows());
-            keep = arena.take<uint8_t>(b.p_.dropout > 0 ? max_of(keep_bytes(kPart), kReducedRows * kKeepStride) : 0);
             norm = arena.take<RowNorm>(b.block_);
             bytes = arena.used();
         }
@@ -122,11 +119,11 @@ private:
         float* h;
         float* tile;
         float* sums;  // [64 columns of a strip][sum_rows()][64]
-        uint8_t* keep;
         RowNorm* norm;
         int64_t bytes;
     };
 
+    int64_t keep_stride() const { return keep_bytes(p_.d); }
     int fp32_terms() const { return Product::terms(DType::kFloat32, p_.rounds()); }
     int grad_terms() const { return Product::terms(p_.grad_y.dtype, p_.rounds()); }
     int64_t sum_rows() const { return Product::padded_rows(p_.max_rank + 1); }
@@ -199,6 +196,8 @@ private:
         const int64_t stride = weights.up.chunks() * kRightOutputs;
         const Dropout dropout = dropout_of(p_);
         const Left dz{scratch.dz, adapter.rank, fp32_terms()};
+        for (int64_t i = 0; dropout.threshold > 0 && i < rows; ++i)
+            dropout_keep_bits(dropout, row0 + i, 0, p_.d, keep_ + (row0 + i) * keep_stride());
         if (wants_dz_ || p_.grad_gate) make_t(weights, row0, rows, dropout, scratch);
         dispatch_activation(p_.activation, [&](auto activation) {
             for (int64_t i = 0; i < rows; ++i)
@@ -241,11 +240,11 @@ private:
             const Left g{scratch.g, depth, grad_terms()};
             with_vectors(p_.grad_y, row0, first, depth, [&](auto grad_y) {
                 for (int64_t i = 0; i < rows; ++i) {
-                    if (drops) dropout_keep_bits(dropout, row0 + i, first, depth, scratch.keep);
+                    const uint8_t* keep = keep_ + (row0 + i) * keep_stride() + first / 8;
                     F32 of_bias{};
                     for (int64_t k = 0; k < Product::padded_depth(depth); k += kLanes) {
                         F32 v = grad_y(i, k);
-                        if (drops) v = keep_where(v, scratch.keep, k);
+                        if (drops) v = keep_where(v, keep, k);
                         g.store(i, k, v);
                         if (p_.grad_gate) of_bias = fma(v, load(weights.up_bias + first + k), of_bias);
                     }
@@ -362,13 +361,11 @@ private:
     void make_grad_up(int64_t index, int64_t first, int64_t columns, const Scratch& scratch) const {
         const BottleneckAdapter& adapter = p_.adapters[index];
         const int64_t rank = adapter.rank;
-        const Dropout dropout = dropout_of(p_);
-        const uint8_t* bits = dropout.threshold > 0 ? scratch.keep : nullptr;
+        const bool drops = dropout_of(p_).threshold > 0;
         reduce(index, h_, rank + 1, p_.grad_y, first, columns, grad_terms(), scratch,
                [&](int64_t row, int64_t column, const Right& right) {
-                   for (int64_t k = 0; bits && k < right.depth; ++k)
-                       dropout_keep_bits(dropout, row + k, column, right.outputs, scratch.keep + k * kKeepStride);
-                   fill_from_rows<Product>(right, part_of(p_.grad_y, row, column), bits, kKeepStride);
+                   const uint8_t* keep = drops ? keep_ + row * keep_stride() + column / 8 : nullptr;
+                   fill_from_rows<Product>(right, part_of(p_.grad_y, row, column), keep, keep_stride());
                });
         for (int64_t column = 0; column < columns; column += kRightOutputs) {
             const int64_t some = min_of(kRightOutputs, columns - column);
@@ -416,9 +413,10 @@ private:
     const bool wants_x_, streams_, wants_dz_;
     Weights* weights_ = nullptr;
     Run* runs_ = nullptr;
-    Element* h_ = nullptr;    // [chunk of kReducedRows rows]: left operands of max_rank rows
-    Element* dz_ = nullptr;   // the same
-    float* parts_ = nullptr;  // [part of kPartRows rows][max_rank]: Σ dz
+    Element* h_ = nullptr;     // [chunk of kReducedRows rows]: left operands of max_rank rows
+    Element* dz_ = nullptr;    // the same
+    uint8_t* keep_ = nullptr;  // [m][keep_stride()]: the dropout's bits, which both products with grad_y read
+    float* parts_ = nullptr;   // [part of kPartRows rows][max_rank]: Σ dz
 };
 
 }  // namespace

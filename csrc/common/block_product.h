@@ -106,7 +106,8 @@ struct VectorProduct {
         // As fill_from_rows, of bf16 rows that need no rounding.
         void pack(const BFloat16* rows, int64_t stride, const uint8_t* bits, int64_t bits_stride) const {
             const auto vector = [&](int64_t k, int64_t column) {
-                Bf16Vector row = k < depth ? load_bf16(rows + k * stride + column, outputs - column) : Bf16Vector{};
+                if (k >= depth) return Bf16Vector{};
+                const Bf16Vector row = load_bf16(rows + k * stride + column, outputs - column);
                 return bits ? keep_where(row, bits + k * bits_stride, column) : row;
             };
             for (int64_t k = 0; k < padded_depth(depth); k += 2)

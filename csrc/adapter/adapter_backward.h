@@ -235,7 +235,7 @@ private:
                 const Scratch& scratch) const {
         const bool drops = dropout.threshold > 0;
         for (int64_t i = 0; p_.grad_gate && i < rows; ++i) p_.grad_gate[row0 + i] = 0;
-        multiply_parts(weights.up, rows, scratch.t, [&](int64_t first, int64_t depth) {
+        multiply_parts(weights.up, part_of(p_.grad_y, row0, 0), rows, scratch.t, [&](int64_t first, int64_t depth) {
             if (!drops && !p_.grad_gate)
                 return left_of<Product>(part_of(p_.grad_y, row0, first), rows, depth, grad_terms(), scratch.g);
             const Left g{scratch.g, depth, grad_terms()};
@@ -291,49 +291,67 @@ private:
                      const Left& dz, const Scratch& scratch) const {
         const ConstMatrix added = p_.adds_grad_y ? p_.grad_y : ConstMatrix{};
         for_each_part(rows, p_.d, [&](int64_t begin, int64_t some, int64_t first, int64_t columns) {
-            const int64_t row = row0 + begin;
-            if (adapter)
-                Product::multiply(dz.from(begin), some, weights->down.right(first / kRightOutputs, 0), scratch.tile,
-                                  kRightOutputs, false);
+            const int64_t row = row0 + begin, next = first + columns, next_columns = min_of(columns, p_.d - next);
+            if (Product::kFetchedRows && !streams_) prefetch_rows<true>(p_.grad_x, row, some, next, next_columns);
             with_vectors(added, row, first, columns, [&](auto grad_y) {
                 if (!adapter) return write_part(p_.grad_x, row, some, first, columns, streams_, grad_y);
-                const auto dn = [tile = scratch.tile](int64_t i, int64_t column) {
-                    return load(tile + i * kRightOutputs + column);
+                const auto write = [&](const auto& make_value, const auto&... given) {
+                    write_products<Product>(dz.from(begin), some, weights->down.right(first / kRightOutputs, 0),
+                                            scratch.tile, p_.grad_x, row, first, streams_, make_value, given...);
                 };
                 if (!adapter->norm.present)
-                    return write_part(p_.grad_x, row, some, first, columns, streams_,
-                                      [=](int64_t i, int64_t column) { return grad_y(i, column) + dn(i, column); });
+                    return write(
+                        [](auto added) {
+                            return [=](F32 dn, int64_t i, int64_t column) { return added(i, column) + dn; };
+                        },
+                        grad_y);
                 const RowNorm* norms = scratch.norm + begin;
-                for (int64_t i = 0; i < some; ++i)  // the next columns: this is the first time that x is read
-                    prefetch_row<false>(static_cast<const char*>(row_of(p_.x, row + i, first + columns)),
-                                        columns * size_of(p_.x.dtype));
+                prefetch_rows<false>(p_.x, row, some, next, next_columns);  // this is the first time that x is read
                 with_vectors(p_.x, row, first, columns, [&](auto x) {
-                    write_part(p_.grad_x, row, some, first, columns, streams_, [=](int64_t i, int64_t column) {
-                        const RowNorm norm = norms[i];
-                        const F32 of_n = fma(x(i, column) - norm.mean, broadcast(norm.slope), broadcast(norm.offset));
-                        return fma(dn(i, column), broadcast(norm.rstd), grad_y(i, column) + of_n);
-                    });
+                    write(
+                        [=](auto added, auto of_x) {
+                            return [=](F32 dn, int64_t i, int64_t column) {
+                                const RowNorm norm = norms[i];
+                                const F32 of_n =
+                                    fma(of_x(i, column) - norm.mean, broadcast(norm.slope), broadcast(norm.offset));
+                                return fma(dn, broadcast(norm.rstd), added(i, column) + of_n);
+                            };
+                        },
+                        grad_y, x);
                 });
             });
         });
         if (streams_) fence_streams();
     }
 
-    // Sums of coefficients[r][row] · matrix[row][first + column] over an adapter's rows, kReducedRows of which fill(first
-    // row, first column, right) makes an operand of at a time.
+    // Sums of coefficients[r][row] · matrix[row][first + column] over an adapter's rows, kReducedRows of which
+    // fill(first row, first column, right) makes an operand of at a time; out of `source`, which has as many rows and
+    // columns.
     template <class Fill>
-    void reduce(int64_t adapter, Element* coefficients, int64_t count, int64_t first, int64_t columns, int terms,
-                const Scratch& scratch, const Fill& fill) const {
+    void reduce(int64_t adapter, Element* coefficients, int64_t count, const ConstMatrix& source, int64_t first,
+                int64_t columns, int terms, const Scratch& scratch, const Fill& fill) const {
         [[maybe_unused]] const typename Product::Unit unit;
         bool started = false;
         for (int64_t run = 0; run < p_.num_runs; ++run) {
             if (p_.runs[run].adapter != adapter) continue;
-            for (int64_t row = 0; row < p_.runs[run].rows; row += kReducedRows, started = true) {
+            const int64_t row0 = p_.runs[run].first_row, rows = p_.runs[run].rows;
+            for (int64_t row = 0; row < rows; row += kReducedRows, started = true) {
                 const Left left = turned(coefficients, run, row / kReducedRows);
                 for (int64_t column = 0; column < columns; column += kRightOutputs) {
                     const Right right{scratch.right, left.depth, min_of(kRightOutputs, columns - column), terms};
-                    fill(p_.runs[run].first_row + row, first + column, right);
-                    Product::multiply(left, count, right, scratch.sums + column * sum_rows(), kRightOutputs, started);
+                    fill(row0 + row, first + column, right);
+                    // The next rows, in whole parts: each product has its share of them.
+                    const int64_t next = row + kReducedRows, next_rows = min_of(kReducedRows, rows - next);
+                    const int64_t share = divide_up(next_rows * kRightOutputs, columns),
+                                  begin = column / kRightOutputs * share;
+                    multiply_fetching<Product>(left, count, right, scratch.sums + column * sum_rows(), kRightOutputs,
+                                               started, [&](int64_t r, int64_t some) {
+                                                   const int64_t from = begin + r * share / count;
+                                                   const int64_t to =
+                                                       min_of(begin + (r + some) * share / count, next_rows);
+                                                   prefetch_rows<false>(source, row0 + next + from, to - from, first,
+                                                                        columns);
+                                               });
                 }
             }
         }
@@ -346,7 +364,7 @@ private:
         const int64_t rank = adapter.rank;
         const Dropout dropout = dropout_of(p_);
         const uint8_t* bits = dropout.threshold > 0 ? scratch.keep : nullptr;
-        reduce(index, h_, rank + 1, first, columns, grad_terms(), scratch,
+        reduce(index, h_, rank + 1, p_.grad_y, first, columns, grad_terms(), scratch,
                [&](int64_t row, int64_t column, const Right& right) {
                    for (int64_t k = 0; bits && k < right.depth; ++k)
                        dropout_keep_bits(dropout, row + k, column, right.outputs, scratch.keep + k * kKeepStride);
@@ -365,7 +383,7 @@ private:
         const BottleneckAdapter& adapter = p_.adapters[index];
         const bool norm = adapter.norm.present;
         const int terms = Product::terms(norm ? DType::kFloat32 : p_.x.dtype, p_.rounds());
-        reduce(index, dz_, adapter.rank, first, columns, terms, scratch,
+        reduce(index, dz_, adapter.rank, p_.x, first, columns, terms, scratch,
                [&](int64_t row, int64_t column, const Right& right) {
                    if (!norm) return fill_from_rows<Product>(right, part_of(p_.x, row, column), nullptr, 0);
                    const float* stats = p_.stats + 2 * row;

@@ -31,7 +31,8 @@ struct DecodeTraits {
     static constexpr int kTokenTiles = kTokens / 8, kRowTiles = kRows / 16;
     static constexpr int kLaneRows = 2 * kRowTiles;  // rows of which a lane decodes a block
     static constexpr int kQuads = (kRows * kTokens / 4 + kThreads - 1) / kThreads;  // of outputs, of a thread
-    static constexpr int kSpan = kDecodeSpan;  // chunks whose absmax lies in shared memory
+    static constexpr int kSpan = 4 * kWarps;            // chunks whose absmax lies in shared memory
+    static constexpr int kAbsmaxPitch = 4 * kSpan + 4;  // 8 rows of 4 blocks are in 32 banks
     static constexpr int kRankStep = 16, kFactorPitch = kRows + 2, kTokenPitch = kRankStep + 1;
 
     // Rows of the partial sums: writes of a fragment and reads of 32 neighbours are without conflicts.
@@ -50,16 +51,15 @@ struct DecodeTraits {
         float nested_code[256];
         float factor[kRankStep * kFactorPitch];
         float s[kTokens * kTokenPitch];
-        alignas(16) float absmax[1];  // [kRows][absmax_pitch]
+        alignas(16) float absmax[kRows * kAbsmaxPitch];
     };
 
-    // Blocks of a row whose absmax is kept, and 4: 8 rows of 4 blocks are then in 32 banks.
-    __host__ __device__ static constexpr int absmax_pitch(uint32_t chunks) {
-        return static_cast<int>(((chunks < uint32_t{kSpan} ? chunks : kSpan) + 7) / 8 * 32 + 4);
-    }
-    static constexpr int shared_bytes(int64_t k) {
-        const uint32_t chunks = static_cast<uint32_t>((k + 255) / 256);
-        return static_cast<int>(sizeof(Shared)) + kRows * absmax_pitch(chunks) * 4;
+    // A thread's outputs: four rows of kQuads tokens. Rows run along the lanes. With 16 rows the other half of eight lanes
+    // takes the token 4 further on, which is in other banks.
+    __device__ static int output_row() { return threadIdx.x % (kRows / 4) * 4; }
+    __device__ static int output_token(int quad) {
+        const int token = (threadIdx.x + quad * kThreads) / (kRows / 4);
+        return kRows == 16 ? token / 8 * 8 + token % 2 * 4 + token / 2 % 4 : token;
     }
 };
 
@@ -103,10 +103,11 @@ public:
 #pragma unroll
         for (int i = 0; i < kCopies; ++i)
             write_x_[i] =
-                shared_address(buffers.x) + swap_units(token, (first_block + i * kBlocksAtOnce) * 2 + lane % 2);
+                shared_address(buffers.x) + (swap_units(token, first_block * 2 + lane % 2) ^ i * kBlocksAtOnce * 32);
         // The product: row or token lane / 4 of eight, block lane % 4.
         read_codes_ = shared_address(buffers.codes) + swap_units(lane / 4, lane % 4 * 2);
         read_x_ = shared_address(buffers.x) + swap_units(lane / 4, lane % 4 * 2);
+        keep(codes_);
         keep(write_codes_);
         keep(read_codes_);
         keep(read_x_);
@@ -133,6 +134,9 @@ public:
         else
             copy(rows_ - lane / 8);
     }
+
+    // Whether there is a chunk at hand.
+    __device__ bool has_chunk() const { return blocks_left_ > 0; }
 
     // Goes on to this warp's next chunk, first of codes, then of x.
     __device__ void advance_codes() {
@@ -167,10 +171,10 @@ public:
         });
     }
 
-    // absmax: of this lane's block of row lane / 4; `eight_rows` floats further on of row lane / 4 + 8.
-    __device__ void make_planes_of_chunk(const float (&codebook)[16], const float* absmax, int eight_rows) {
+    // absmax: of this lane's block of row lane / 4, which is followed by the other rows'.
+    __device__ void make_planes_of_chunk(const float (&codebook)[16], const float* absmax) {
 #pragma unroll
-        for (int i = 0; i < kLaneRows; ++i) planes_[i] = make_planes<T>(codebook, absmax[i * eight_rows]);
+        for (int i = 0; i < kLaneRows; ++i) planes_[i] = make_planes<T>(codebook, absmax[i * 8 * Traits::kAbsmaxPitch]);
     }
 
     // Two quarters' codes of this lane's blocks.
@@ -224,42 +228,41 @@ private:
 // absmax must be finite.
 template <class Traits>
 __device__ void stage_absmax(const LoraLinearGemmKernelParams& params, typename Traits::Shared& shared,
-                             int64_t first_row, int first_block, int pitch) {
+                             int64_t first_row, int first_block) {
     const int row_blocks = params.steps;  // of 64; several may share a block of the weight
     const int last_row = static_cast<int>(min(params.outputs - first_row, int64_t{Traits::kRows})) - 1;
-    const int last = min(row_blocks - first_block, 4 * Traits::kSpan) - 1;
+    const int blocks = min(row_blocks - first_block, 4 * Traits::kSpan);
     const int shift = params.weight.log2_blocksize - 6;
     const int64_t first = first_row * row_blocks + first_block;
     const BlockAbsmax absmax(params.weight.absmax, first >> shift);
     const int within = static_cast<int>(first) & ((1 << shift) - 1);
-    const bool fours = shift == 0 && row_blocks % 4 == 0 && absmax.has_fours();
-    for (int column = threadIdx.x % 8 * 4; column < pitch - 4; column += 32) {
-#pragma unroll 2
-        for (int row = threadIdx.x / 8; row < Traits::kRows; row += Traits::kThreads / 8) {
+    const auto store_fours = [&](const auto& load_four) {
+#pragma unroll
+        for (int first_of_pass = 0; first_of_pass < Traits::kRows; first_of_pass += Traits::kThreads / 8) {
+            const int row = first_of_pass + threadIdx.x / 8;
+            if (row >= Traits::kRows) break;
             const int at = min(row, last_row) * row_blocks;
-            float4 four = make_float4(0, 0, 0, 0);
+#pragma unroll
+            for (int i = 0; i < Traits::kSpan / 8; ++i) {
+                const int column = threadIdx.x % 8 * 4 + 32 * i;
+                if (column >= blocks) break;
+                *reinterpret_cast<float4*>(&shared.absmax[row * Traits::kAbsmaxPitch + column]) = load_four(at, column);
+            }
+        }
+    };
+    if (params.absmax_fours && absmax.is_nested()) {
+        store_fours([&](int at, int column) { return absmax.load_nested_four(shared.nested_code, at + column); });
+    } else if (params.absmax_fours) {
+        store_fours([&](int at, int column) { return absmax.load_plain_four(at + column); });
+    } else {
+        store_fours([&](int at, int column) {
             const auto load = [&](int i) {
                 const int block = (within + at + column + i) >> shift;
-                return column + i <= last ? absmax.load(shared.nested_code, block) : 0.0f;
+                return column + i < blocks ? absmax.load(shared.nested_code, block) : 0.0f;
             };
-            if (!fours)
-                four = make_float4(load(0), load(1), load(2), load(3));
-            else if (column <= last)
-                four = absmax.load_four(shared.nested_code, at + column);
-            *reinterpret_cast<float4*>(&shared.absmax[row * pitch + column]) = four;
-        }
+            return make_float4(load(0), load(1), load(2), load(3));
+        });
     }
-}
-
-// A thread's outputs: four rows of a token, `row` and following; false if it has none. Rows run along the lanes. With 16
-// rows the other half of eight lanes takes the token 4 further on, which is in other banks.
-template <class Traits>
-__device__ inline bool locate_quad(int index, int& row, int& token) {
-    const uint32_t i = threadIdx.x + index * Traits::kThreads;
-    row = i % (Traits::kRows / 4) * 4;
-    token = i / (Traits::kRows / 4);
-    if constexpr (Traits::kRows == 16) token = token / 8 * 8 + token % 2 * 4 + token / 2 % 4;
-    return token < Traits::kTokens;
 }
 
 // Ranks `rank` and following of a term to shared memory; lanes run along the ranks.
@@ -285,12 +288,12 @@ template <class Traits>
 __device__ void add_ranks(const typename Traits::Shared& shared, float4 (&outputs)[Traits::kQuads], int ranks) {
 #pragma unroll
     for (int i = 0; i < Traits::kQuads; ++i) {
-        int row, token;
-        if (!locate_quad<Traits>(i, row, token)) break;
+        const int token = Traits::output_token(i);
+        if (token >= Traits::kTokens) break;
         for (int r = 0; r < ranks; ++r) {
             const float s = shared.s[token * Traits::kTokenPitch + r];
             const float2* const factor =
-                reinterpret_cast<const float2*>(&shared.factor[r * Traits::kFactorPitch + row]);
+                reinterpret_cast<const float2*>(&shared.factor[r * Traits::kFactorPitch + Traits::output_row()]);
             outputs[i].x += s * factor[0].x, outputs[i].y += s * factor[0].y;
             outputs[i].z += s * factor[1].x, outputs[i].w += s * factor[1].y;
         }
@@ -307,10 +310,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kTokens == 8 ? 3 : 2
     const LoraLinearGemmParams& operands = params.operands;
     const int64_t first_row = int64_t{blockIdx.x} * Traits::kRows;
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    const int chunks = static_cast<int>(params.steps + 3u) / 4;
-    const int pitch = Traits::absmax_pitch(chunks);
-    int eight_rows = 8 * pitch;
-    keep(eight_rows);
+    const int chunks = static_cast<int>((params.steps + 3u) / 4);
 
     // load: the first chunk is under way while the small operands are worked on.
     DecodeWarp<Traits> tile(params, shared.warps[warp], first_row, warp);
@@ -320,20 +320,21 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kTokens == 8 ? 3 : 2
     commit_copies();
 
     // The small terms, in fp32: they are as exact as the adapters' own dtype.
-    load_nested_code(params.weight.absmax, shared.nested_code);
+    load_nested_code<Traits::kThreads>(params.weight.absmax, shared.nested_code);
     if (operands.num_terms > 0) stage_ranks<Traits>(params, shared, operands.terms[0], 0, 0, first_row);
-    float4 outputs[Traits::kQuads];
-#pragma unroll
-    for (int i = 0; i < Traits::kQuads; ++i) {
-        int row, token;
-        outputs[i] = make_float4(0, 0, 0, 0);
-        if (!operands.bias.data && !operands.add.data) continue;
-        if (!locate_quad<Traits>(i, row, token) || token >= operands.m) continue;
-        const int64_t column = first_row + row;
-        const int count = count_four(column, params.outputs);
+    const int64_t column = first_row + Traits::output_row();
+    int count = count_four(column, params.outputs);
+    keep(count);
+    float4 outputs[Traits::kQuads] = {};
+    if (operands.bias.data || operands.add.data) {
         const float4 bias = load_four(operands.bias, 0, column, count, has_aligned_fours(operands.bias));
-        const float4 add = load_four(operands.add, token, column, count, has_aligned_fours(operands.add));
-        outputs[i] = make_float4(bias.x + add.x, bias.y + add.y, bias.z + add.z, bias.w + add.w);
+#pragma unroll
+        for (int i = 0; i < Traits::kQuads; ++i) {
+            const int token = Traits::output_token(i);
+            const bool aligned = has_aligned_fours(operands.add);
+            const float4 add = load_four(operands.add, token, column, token < operands.m ? count : 0, aligned);
+            outputs[i] = make_float4(bias.x + add.x, bias.y + add.y, bias.z + add.z, bias.w + add.w);
+        }
     }
     int64_t s_column = 0;
     for (int term = 0; term < operands.num_terms; ++term) {
@@ -352,24 +353,27 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kTokens == 8 ? 3 : 2
     // compute
     for (int first_chunk = 0; first_chunk < chunks; first_chunk += Traits::kSpan) {
         __syncthreads();
-        stage_absmax<Traits>(params, shared, first_row, 4 * first_chunk, pitch);
+        stage_absmax<Traits>(params, shared, first_row, 4 * first_chunk);
         __syncthreads();
-        const float* absmax = &shared.absmax[lane / 4 * pitch + 4 * warp + lane % 4];
+        const float* absmax = &shared.absmax[lane / 4 * Traits::kAbsmaxPitch + 4 * warp + lane % 4];
         const int end = min(first_chunk + Traits::kSpan, chunks);
         uint32_t slot = 0;
-        for (int chunk = first_chunk; chunk < end; chunk += kWarps, slot ^= Traits::kSlot, absmax += 4 * kWarps) {
-            tile.make_planes_of_chunk(params.codebook, absmax, eight_rows);
+        for (int chunk = first_chunk + warp; chunk < end;
+             chunk += kWarps, slot ^= Traits::kSlot, absmax += 4 * kWarps) {
+            tile.make_planes_of_chunk(params.codebook, absmax);
             unroll<4>([&](auto quarter) {
                 constexpr int kQuarter = decltype(quarter)::value;
                 // At quarter 1 the next chunk's codes were asked for last, and may take until quarter 2.
                 wait_for_copies<kQuarter == 1 ? 1 : 0>();
                 __syncwarp();
-                if constexpr (kQuarter == 3) tile.advance_x();
-                tile.template copy_x<(kQuarter + 1) % 4>();
+                if (kQuarter < 3 || tile.has_chunk()) {
+                    if constexpr (kQuarter == 3) tile.advance_x();
+                    tile.template copy_x<(kQuarter + 1) % 4>();
+                }
                 commit_copies();
                 if constexpr (kQuarter == 0) {
                     tile.advance_codes();
-                    tile.copy_codes(slot ^ Traits::kSlot);
+                    if (tile.has_chunk()) tile.copy_codes(slot ^ Traits::kSlot);
                     commit_copies();
                 }
                 if constexpr (kQuarter % 2 == 0) tile.load_codes(slot, kQuarter / 2);
@@ -394,22 +398,22 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kTokens == 8 ? 3 : 2
     __syncthreads();
 
     // store
+    const float4 scale = load_scales(operands.scale, column, count);
+    const bool aligned = has_aligned_fours(operands.out);
 #pragma unroll
     for (int i = 0; i < Traits::kQuads; ++i) {
-        int row, token;
-        if (!locate_quad<Traits>(i, row, token) || token >= operands.m) continue;
+        const int token = Traits::output_token(i);
+        if (token >= operands.m) continue;
         float4 sum = outputs[i];
 #pragma unroll
         for (int w = 0; w < kWarps; ++w) {
-            const float4 part = *reinterpret_cast<const float4*>(&shared.sums[w][token * Traits::kSumPitch + row]);
+            const float* const from = &shared.sums[w][token * Traits::kSumPitch + Traits::output_row()];
+            const float4 part = *reinterpret_cast<const float4*>(from);
             sum.x += part.x, sum.y += part.y, sum.z += part.z, sum.w += part.w;
         }
-        const int64_t column = first_row + row;
-        const int count = count_four(column, params.outputs);
         if (operands.unscaled.data)
             store_four(operands.unscaled, token, column, count, has_aligned_fours(operands.unscaled), sum);
-        const float4 scale = load_scales(operands.scale, column, count);
-        store_four(operands.out, token, column, count, has_aligned_fours(operands.out),
+        store_four(operands.out, token, column, count, aligned,
                    make_float4(scale.x * sum.x, scale.y * sum.y, scale.z * sum.z, scale.w * sum.w));
     }
 #endif

@@ -42,7 +42,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kTileM > 128 ? 1 : 2
     loader.copy_x(0);
     if (steps > 1) loader.copy_codes(kStage);
     commit_copies();
-    load_nested_code(params.weight.absmax, shared.nested_code);
+    load_nested_code<Traits::kThreads>(params.weight.absmax, shared.nested_code);
     __syncthreads();
     GemmAbsmax<Traits> absmax(params, shared, start.first_output, first_step, steps);
     GemmDecoder<Traits> decoder(shared);

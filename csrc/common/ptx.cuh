@@ -83,6 +83,13 @@ __device__ inline void copy_async16(uint32_t shared, const void* global, int byt
                  : "memory");
 }
 
+template <int kSharedOffset = 0, int kGlobalOffset = 0>
+__device__ inline void copy_async16(uint32_t shared, const void* global) {
+    asm volatile("cp.async.cg.shared.global [%0 + %2], [%1 + %3], 16;" ::"r"(shared), "l"(global), "n"(kSharedOffset),
+                 "n"(kGlobalOffset)
+                 : "memory");
+}
+
 // The same of 8, through the L1: past it go only 16.
 __device__ inline void copy_async8(uint32_t shared, const void* global, int bytes) {
     asm volatile("cp.async.ca.shared.global [%0], [%1], 8, %2;" ::"r"(shared), "l"(global), "r"(bytes) : "memory");

@@ -88,87 +88,87 @@ public:
         code_step_ = 4 * pitch;
         codes_ = params.weight.codes + (first_row + lane / 8) * pitch + lane % 8 * 16 + first_chunk * 128;
         write_codes_ = shared_address(buffers.codes) + swap_units(lane / 8, lane % 8);
-        // Copies of x: half lane % 2 of a sector.
-        const int token = lane / 2 % kCopyTokens, first_block = lane / 2 / kCopyTokens;
+        // Copies of x: half lane % 2 of a sector. The last token stands for those that x does not have.
+        const int token = lane / 2 % kCopyTokens;
         const ConstMatrix& x = params.operands.x;
-        first_block_ = first_block;
+        first_block_ = lane / 2 / kCopyTokens;
 #pragma unroll
         for (int group = 0; group < kGroups; ++group) {
-            const int row = token + group * kCopyTokens;
-            x_[group] = static_cast<const char*>(x.data) + row * x.stride * sizeof(T) + first_block * 128 +
+            const int row = min(token + group * kCopyTokens, static_cast<int>(params.operands.m) - 1);
+            x_[group] = static_cast<const char*>(x.data) + row * x.stride * sizeof(T) + first_block_ * 128 +
                         lane % 2 * 16 + first_chunk * 512;
-#pragma unroll
-            for (int i = 0; i < kCopies; ++i) bytes_[group][i] = row < params.operands.m ? 16 : 0;
         }
 #pragma unroll
         for (int i = 0; i < kCopies; ++i)
             write_x_[i] =
-                shared_address(buffers.x) + (swap_units(token, first_block * 2 + lane % 2) ^ i * kBlocksAtOnce * 32);
+                shared_address(buffers.x) + (swap_units(token, first_block_ * 2 + lane % 2) ^ i * kBlocksAtOnce * 32);
         // The product: row or token lane / 4 of eight, block lane % 4.
         read_codes_ = shared_address(buffers.codes) + swap_units(lane / 4, lane % 4 * 2);
-        read_x_ = shared_address(buffers.x) + swap_units(lane / 4, lane % 4 * 2);
+#pragma unroll
+        for (int word = 0; word < 2; ++word)
+            read_x_[word] = shared_address(buffers.x) + swap_units(lane / 4, lane % 4 * 2 + word);
         keep(codes_);
         keep(write_codes_);
         keep(read_codes_);
-        keep(read_x_);
+#pragma unroll
+        for (uint32_t& read : read_x_) keep(read);
 #pragma unroll
         for (uint32_t& write : write_x_) keep(write);
 #pragma unroll
         for (const char*& x : x_) keep(x);
     }
 
-    // The codes of the chunk at hand. Rows and blocks that the weight does not have become zeros.
-    __device__ void copy_codes(uint32_t slot) const {
-        const int lane = threadIdx.x % 32;
-        const uint8_t* from = codes_;
-        const uint32_t to = write_codes_ + slot;
-        const int bytes = lane % 8 / 2 < blocks_left_ ? 16 : 0;
-        const auto copy = [&](int rows) {
+    // Copies of all 16 bytes of a unit spare four instructions each, which make a number of bytes into an address.
+
+    // The codes of the chunk at hand (kAhead = 0), then of the one after it (1). Rows and blocks that the weight does not
+    // have become zeros.
+    template <int kAhead>
+    __device__ void copy_codes(uint32_t slot) {
+        const int lane = threadIdx.x % 32, blocks = blocks_left_ - kAhead * kWarps * 4;
+        const auto copy = [&](auto whole) {
+            const uint32_t to = write_codes_ + slot;
+            const uint8_t* from = codes_;
             unroll<kRows / 4>([&](auto i) {
-                copy_async16<decltype(i)::value * 512>(to, from, 4 * i < rows ? bytes : 0);
+                if constexpr (whole.value)
+                    copy_async16<i.value * 512>(to, from);
+                else
+                    copy_async16<i.value * 512>(to, from, 4 * i + lane / 8 < rows_ && lane % 8 / 2 < blocks ? 16 : 0);
                 from += code_step_;
             });
         };
-        if (rows_ == kRows)  // nearly always; it spares a comparison for each row
-            copy(kRows);
-        else
-            copy(rows_ - lane / 8);
-    }
-
-    // Whether there is a chunk at hand.
-    __device__ bool has_chunk() const { return blocks_left_ > 0; }
-
-    // Goes on to this warp's next chunk, first of codes, then of x.
-    __device__ void advance_codes() {
+        if (__builtin_expect(blocks >= 4 && rows_ == kRows, true))
+            copy(Index<true>{});
+        else if (blocks > 0)
+            copy(Index<false>{});
         codes_ += kWarps * 128;
-        blocks_left_ -= kWarps * 4;
-    }
-    __device__ void advance_x() {
-#pragma unroll
-        for (int group = 0; group < kGroups; ++group) x_[group] += kWarps * 512;
-        look_for_blocks();
     }
 
-    // Of blocks that x does not have, which are the last ones, nothing is copied.
-    __device__ void look_for_blocks() {
-        if (blocks_left_ >= 4) return;
-#pragma unroll
-        for (int i = 0; i < kCopies; ++i)
-#pragma unroll
-            for (int group = 0; group < kGroups; ++group)
-                if (first_block_ + i * kBlocksAtOnce >= blocks_left_) bytes_[group][i] = 0;
-    }
-
-    // Elements 16 kQuarter to 16 kQuarter + 15 of each block of the chunk at hand.
+    // Elements 16 kQuarter to 16 kQuarter + 15 of each block of the chunk at hand; zeros for blocks that x does not have.
     template <int kQuarter>
     __device__ void copy_x() const {
-        unroll<kGroups>([&](auto group) {
-            unroll<kCopies>([&](auto i) {
-                constexpr int kTo = (kQuarter % 2 * kTokens + decltype(group)::value * kCopyTokens) * 128;
-                constexpr int kFrom = kQuarter * 32 + decltype(i)::value * kBlocksAtOnce * 128;
-                copy_async16<kTo, kFrom>(write_x_[i], x_[group], bytes_[group][i]);
+        const auto copy = [&](auto whole) {
+            unroll<kGroups>([&](auto group) {
+                unroll<kCopies>([&](auto i) {
+                    constexpr int kTo = (kQuarter % 2 * kTokens + group.value * kCopyTokens) * 128;
+                    constexpr int kBlock = i.value * kBlocksAtOnce, kFrom = kQuarter * 32 + kBlock * 128;
+                    if constexpr (whole.value)
+                        copy_async16<kTo, kFrom>(write_x_[i], x_[group]);
+                    else
+                        copy_async16<kTo, kFrom>(write_x_[i], x_[group], first_block_ + kBlock < blocks_left_ ? 16 : 0);
+                });
             });
-        });
+        };
+        if (__builtin_expect(blocks_left_ >= 4, true))
+            copy(Index<true>{});
+        else if (blocks_left_ > 0)
+            copy(Index<false>{});
+    }
+
+    // Goes on to this warp's next chunk, whose codes are on their way.
+    __device__ void advance() {
+        blocks_left_ -= kWarps * 4;
+#pragma unroll
+        for (int group = 0; group < kGroups; ++group) x_[group] += kWarps * 512;
     }
 
     // absmax: of this lane's block of row lane / 4, which is followed by the other rows'.
@@ -190,7 +190,7 @@ public:
             uint32_t x[Traits::kTokenTiles][4];
             unroll<Traits::kTokenTiles>([&](auto tile) {
                 constexpr int kFrom = kQuarter % 2 * kTokens * 128 + decltype(tile)::value * 1024;
-                load_shared<kFrom>(x[tile], read_x_ ^ word * 16);
+                load_shared<kFrom>(x[tile], read_x_[word]);
             });
 #pragma unroll
             for (int row_tile = 0; row_tile < Traits::kRowTiles; ++row_tile) {
@@ -217,8 +217,8 @@ private:
     int64_t code_step_;
     const uint8_t* codes_;
     const char* x_[kGroups];
-    int first_block_, bytes_[kGroups][kCopies];
-    uint32_t write_codes_, write_x_[kCopies], read_codes_, read_x_;
+    int first_block_;  // of the four of a chunk, in a copy of x
+    uint32_t write_codes_, write_x_[kCopies], read_codes_, read_x_[2];
     Planes planes_[kLaneRows];
     uint32_t lane_codes_[kLaneRows][4];
 };
@@ -314,8 +314,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kTokens == 8 ? 3 : 2
 
     // load: the first chunk is under way while the small operands are worked on.
     DecodeWarp<Traits> tile(params, shared.warps[warp], first_row, warp);
-    tile.copy_codes(0);
-    tile.look_for_blocks();
+    tile.template copy_codes<0>(0);
     tile.template copy_x<0>();
     commit_copies();
 
@@ -356,7 +355,8 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kTokens == 8 ? 3 : 2
         stage_absmax<Traits>(params, shared, first_row, 4 * first_chunk);
         __syncthreads();
         const float* absmax = &shared.absmax[lane / 4 * Traits::kAbsmaxPitch + 4 * warp + lane % 4];
-        const int end = min(first_chunk + Traits::kSpan, chunks);
+        int end = min(first_chunk + Traits::kSpan, chunks);
+        keep(end);
         uint32_t slot = 0;
         for (int chunk = first_chunk + warp; chunk < end;
              chunk += kWarps, slot ^= Traits::kSlot, absmax += 4 * kWarps) {
@@ -366,14 +366,11 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kTokens == 8 ? 3 : 2
                 // At quarter 1 the next chunk's codes were asked for last, and may take until quarter 2.
                 wait_for_copies<kQuarter == 1 ? 1 : 0>();
                 __syncwarp();
-                if (kQuarter < 3 || tile.has_chunk()) {
-                    if constexpr (kQuarter == 3) tile.advance_x();
-                    tile.template copy_x<(kQuarter + 1) % 4>();
-                }
+                if constexpr (kQuarter == 3) tile.advance();
+                tile.template copy_x<(kQuarter + 1) % 4>();
                 commit_copies();
                 if constexpr (kQuarter == 0) {
-                    tile.advance_codes();
-                    if (tile.has_chunk()) tile.copy_codes(slot ^ Traits::kSlot);
+                    tile.template copy_codes<1>(slot ^ Traits::kSlot);
                     commit_copies();
                 }
                 if constexpr (kQuarter % 2 == 0) tile.load_codes(slot, kQuarter / 2);

@@ -54,8 +54,8 @@ struct DecodeTraits {
         alignas(16) float absmax[kRows * kAbsmaxPitch];
     };
 
-    // A thread's outputs: four rows of kQuads tokens. Rows run along the lanes. With 16 rows the other half of eight lanes
-    // takes the token 4 further on, which is in other banks.
+    // A thread's outputs: four rows of kQuads tokens. Rows run along the lanes. With 16 rows the other half of eight
+    // lanes takes the token 4 further on, which is in other banks.
     __device__ static int output_row() { return threadIdx.x % (kRows / 4) * 4; }
     __device__ static int output_token(int quad) {
         const int token = (threadIdx.x + quad * kThreads) / (kRows / 4);
@@ -120,8 +120,8 @@ public:
 
     // Copies of all 16 bytes of a unit spare four instructions each, which make a number of bytes into an address.
 
-    // The codes of the chunk at hand (kAhead = 0), then of the one after it (1). Rows and blocks that the weight does not
-    // have become zeros.
+    // The codes of the chunk at hand (kAhead = 0), then of the one after it (1). Rows and blocks that the weight does
+    // not have become zeros.
     template <int kAhead>
     __device__ void copy_codes(uint32_t slot) {
         const int lane = threadIdx.x % 32, blocks = blocks_left_ - kAhead * kWarps * 4;
@@ -143,7 +143,8 @@ public:
         codes_ += kWarps * 128;
     }
 
-    // Elements 16 kQuarter to 16 kQuarter + 15 of each block of the chunk at hand; zeros for blocks that x does not have.
+    // Elements 16 kQuarter to 16 kQuarter + 15 of each block of the chunk at hand; zeros for blocks that x does not
+    // have.
     template <int kQuarter>
     __device__ void copy_x() const {
         const auto copy = [&](auto whole) {
@@ -223,9 +224,9 @@ private:
     uint32_t lane_codes_[kLaneRows][4];
 };
 
-// absmax of all rows for the chunks of a span: lanes take four blocks each along a row, in whole sectors. Where the weight
-// has no row, that of its last one will do, for what comes of it is not stored; where it has no block, x is zero and
-// absmax must be finite.
+// absmax of all rows for the chunks of a span: lanes take four blocks each along a row, in whole sectors. Where the
+// weight has no row, that of its last one will do, for what comes of it is not stored; where it has no block, x is zero
+// and absmax must be finite.
 template <class Traits>
 __device__ void stage_absmax(const LoraLinearGemmKernelParams& params, typename Traits::Shared& shared,
                              int64_t first_row, int first_block) {

@@ -1,5 +1,5 @@
-// The parts of G1's main loop: where its operands lie in shared memory, and who brings, decodes and multiplies them. See
-// lora_linear_gemm_kernel.cuh.
+// The parts of G1's main loop: where its operands lie in shared memory, and who brings, decodes and multiplies them.
+// See lora_linear_gemm_kernel.cuh.
 #pragma once
 
 #include "lora_linear/lora_linear_gemm_operands.cuh"
@@ -23,12 +23,13 @@ struct GemmTraits {
     static constexpr int kWords = 8 / kParts;                     // of 8 codes, that a thread decodes in a step
     static constexpr int kWeightPitch = kTransposed ? 256 : 128;  // bytes of a row of the decoded tile
 
-    // The place of a block of 64 weights in the step's part of the weight: forward 128 rows of one, transposed 64 of two.
+    // The place of a block of 64 weights in the step's part of the weight: forward 128 rows of one, transposed 64 of
+    // two.
     __device__ static constexpr int row_of(int block) { return kTransposed ? block / 2 : block; }
     __device__ static constexpr int column_of(int block) { return kTransposed ? block % 2 : 0; }
 
-    // Forward, absmax comes in spans of 16 steps, so that whole sectors are read. 129: writes along 32 steps of a row, or
-    // 16 steps of two rows that are 16 apart, are in 32 banks.
+    // Forward, absmax comes in spans of 16 steps, so that whole sectors are read. 129: writes along 32 steps of a row,
+    // or 16 steps of two rows that are 16 apart, are in 32 banks.
     static constexpr int kSpan = 16, kSpanPitch = kBlocks + 1;
 
     // By which units of 16 bytes are permuted: 8 rows of one column, and 4 of two, meet different banks.
@@ -92,8 +93,9 @@ public:
         columns_left_ = static_cast<int>(params.reduction) - 64 * first_step - 8 * unit;
         write_x_ = shared_address(shared.stages[0].x) + row * 128 + (unit ^ (row % 8)) * 16;
 
-        // Two neighbouring lanes have the two halves of a block's codes, a sector; transposed, four have those of a row. A
-        // row or column that the weight does not have is replaced by its last one: what comes of it is not stored.
+        // Two neighbouring lanes have the two halves of a block's codes, a sector; transposed, four have those of a
+        // row. A row or column that the weight does not have is replaced by its last one: what comes of it is not
+        // stored.
         const int block = threadIdx.x / 2, half = threadIdx.x % 2;
         const int64_t pitch = params.weight.k / 2;
         write_codes_ = shared_address(shared.stages[0].codes) + (2 * block + (half ^ (block / 4 % 2))) * 16;
@@ -150,8 +152,8 @@ private:
     uint32_t write_x_, write_codes_;
 };
 
-// absmax of a thread's block, step after step. Where the weight has no row or column, that of another block will do: what
-// comes of it is not stored.
+// absmax of a thread's block, step after step. Where the weight has no row or column, that of another block will do:
+// what comes of it is not stored.
 template <class Traits>
 class GemmAbsmax {
 public:
@@ -171,9 +173,9 @@ public:
             last_ = min(last_, at_ + (steps - 1) * 64 * pitch_);
             next_ = load_next();
         } else {
-            // Two spans at once, 32 lanes along the steps of a row: those of nested statistics are one or two sectors. If
-            // the second one is not this CTA's, 16 lanes along the steps of each of two rows. Spans begin at multiples of
-            // 16 steps, of which the first ones may be another CTA's.
+            // Two spans at once, 32 lanes along the steps of a row: those of nested statistics are one or two sectors.
+            // If the second one is not this CTA's, 16 lanes along the steps of each of two rows. Spans begin at
+            // multiples of 16 steps, of which the first ones may be another CTA's.
             const int before = first_step % Traits::kSpan, end = before + steps;
             const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
             const int place = lane % Traits::kSpan, second_row = lane / Traits::kSpan * 16;
@@ -230,8 +232,8 @@ private:
         return absmax;
     }
 
-    // Forward: a sixteenth of the span after the one of this step, a row for each 16 lanes; nothing in the first span, as
-    // the second one is there. The two spans' buffers take turns.
+    // Forward: a sixteenth of the span after the one of this step, a row for each 16 lanes; nothing in the first span,
+    // as the second one is there. The two spans' buffers take turns.
     __device__ void fill() {
         const bool ends = (step_ & (Traits::kSpan - 1)) == Traits::kSpan - 1;
         if (static_cast<uint32_t>(step_) < filled_steps_) store_shared_float(write_, load());

@@ -47,8 +47,8 @@ __device__ inline void decode(const Planes& planes, uint32_t codes, uint32_t (&p
     });
 }
 
-// The lookups of nested statistics go anywhere in the table of 256 numbers, so that the caller, of kThreads threads, keeps
-// it in shared memory. They meet in banks, three or so at a time: one lookup for 64 weights, it does not matter.
+// The lookups of nested statistics go anywhere in the table of 256 numbers, so that the caller, of kThreads threads,
+// keeps it in shared memory. They meet in banks, three or so at a time: one lookup for 64 weights, it does not matter.
 template <int kThreads>
 __device__ void load_nested_code(const Absmax& a, float (&nested_code)[256]) {
     if (a.absmax) return;

@@ -211,6 +211,13 @@ def test_against_bitsandbytes(m):
     assert launch["shared_store"]["wavefronts"] == launch["shared_store"]["ideal_wavefronts"]
 
 
+def test_instructions_of_a_weight_for_few_tokens():
+    """Decoding is most of them. It is exact whatever the tokens, 3.1 instructions a weight (test_decoding_for_products):
+    a table of pairs of rounded centroids would take 2 or so, but multiply by another weight than every other path."""
+    launch, weight = multiply(8)
+    assert 32 * launch["warp_instructions"] <= 5.1 * 2 * weight.codes.nbytes
+
+
 @pytest.mark.parametrize("m", [1, 16, 32, 64, 128, 256])
 def test_no_bank_conflicts(m):
     launch, _ = multiply(m, 256, 512, nested=False)

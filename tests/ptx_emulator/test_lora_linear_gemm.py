@@ -213,8 +213,8 @@ def test_against_bitsandbytes(m):
 
 def test_instructions_of_a_weight_for_few_tokens():
     """Decoding is most of them. It is exact whatever the tokens, 3.1 instructions a weight (see
-    test_decoding_for_products): a table of pairs of rounded centroids would take 2 or so, but multiply by another weight
-    than every other path."""
+    test_decoding_for_products): a table of pairs of rounded centroids would take 2 or so, but multiply by another
+    weight than every other path."""
     launch, weight = multiply(8)
     assert 32 * launch["warp_instructions"] <= 5.1 * 2 * weight.codes.nbytes
 

@@ -25,11 +25,14 @@ struct AttentionGradientTraits {
     using T = T_;
     using Tile = AttentionTile<T, kDim_>;
     static constexpr int kDim = kDim_, kWarps = 4, kThreads = 32 * kWarps;
-    static constexpr int kCtas = 2;                        // of a multiprocessor, by their registers
-    static constexpr int kRows = 16 * kWarps;              // that stay
-    static constexpr int kColumns = kDim <= 64 ? 64 : 32;  // that pass by at a time
+    static constexpr int kCtas = kDim <= 128 ? 2 : 1;  // of a multiprocessor, by registers and shared memory
+    static constexpr int kRows = 16 * kWarps;          // that stay
+    // That pass by at a time, so that all is in 99 KB.
+    static constexpr int kColumns = kDim <= 64 ? 64 : kDim <= 128 ? 32 : 16;
     // Of them whose scores are made at a time, by registers.
-    static constexpr int kKeysStep = 32, kQueriesStep = kDim <= 64 ? 64 : 32;
+    static constexpr int kKeysStep = kDim <= 128 ? 32 : 16, kQueriesStep = kColumns;
+    // A CTA has so many channels of dK and dV: of 256 half of them, and makes the scores for them alone.
+    static constexpr int kChannels = kDim <= 128 ? kDim : 128, kParts = kDim / kChannels;
 
     static constexpr int kRowBytes = kRows * Tile::kPitch, kColumnBytes = kColumns * Tile::kPitch;
     static constexpr int kStatsBytes = kColumns * 8;
@@ -58,8 +61,8 @@ __device__ inline void for_sums(WarpSums<kColumns>& sums, const Body& body) {
 }
 
 // sums += weights · rows, with the weights rounded.
-template <class Traits, int kColumns>
-__device__ inline void add_rows(WarpSums<Traits::kDim>& sums, const WarpSums<kColumns>& weights, uint32_t rows) {
+template <class Traits, int kChannels, int kColumns>
+__device__ inline void add_rows(WarpSums<kChannels>& sums, const WarpSums<kColumns>& weights, uint32_t rows) {
     uint32_t fragments[1][kColumns / 16][4];
 #pragma unroll
     for (int step = 0; step < kColumns / 16; ++step)
@@ -116,26 +119,27 @@ __device__ inline void scale_columns(WarpSums<kDim>& sums, float factor, const f
 }
 
 // Rounds a warp's sums into rows of memory, by way of a tile of its own in shared memory: so whole sectors are written.
-template <class Traits>
-__device__ inline void store_rows(uint32_t tile, const WarpSums<Traits::kDim>& sums, const Heads& heads, int64_t batch,
-                                  int64_t head, int first_row, int rows, int dim) {
+template <class Traits, int kChannels>
+__device__ inline void store_rows(uint32_t tile, const WarpSums<kChannels>& sums, const Heads& heads, int64_t batch,
+                                  int64_t head, int first_row, int first_channel, int rows, int dim) {
     using T = typename Traits::T;
     using Tile = typename Traits::Tile;
     const int lane = threadIdx.x % 32;
 #pragma unroll
     for (int half = 0; half < 2; ++half)
 #pragma unroll
-        for (int j = 0; j < Traits::kDim / 8; ++j)
+        for (int j = 0; j < kChannels / 8; ++j)
             store_shared(tile + Tile::offset(8 * half + lane / 4, j) + lane % 4 * 4,
                          pack(sums[0][j][2 * half], sums[0][j][2 * half + 1], T{}));
     __syncwarp();
-    T* const out = static_cast<T*>(heads.data) + batch * heads.batch_stride + head * heads.head_stride;
-    for (int i = lane; i < 16 * Tile::kUnits; i += 32) {
-        const int row = i / Tile::kUnits, unit = i % Tile::kUnits;
-        if (row >= rows || 8 * unit >= dim) continue;
+    T* const out = static_cast<T*>(heads.data) + batch * heads.batch_stride + head * heads.head_stride +
+                   first_row * heads.row_stride + first_channel;
+    for (int i = lane; i < 2 * kChannels; i += 32) {
+        const int row = i / (kChannels / 8), unit = i % (kChannels / 8);
+        if (row >= rows || first_channel + 8 * unit >= dim) continue;
         uint32_t words[4];
         load_shared(words, tile + Tile::offset(row, unit));
-        store_global16(out + (first_row + row) * heads.row_stride + 8 * unit, {words[0], words[1], words[2], words[3]});
+        store_global16(out + row * heads.row_stride + 8 * unit, {words[0], words[1], words[2], words[3]});
     }
 }
 
@@ -158,12 +162,14 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kCtas)
     using T = typename Traits::T;
     using Tile = typename Traits::Tile;
     using Copier = typename Tile::template Copier<Traits::kThreads>;
-    constexpr int kDim = Traits::kDim, kStep = Traits::kKeysStep;
+    constexpr int kDim = Traits::kDim, kStep = Traits::kKeysStep, kChannels = Traits::kChannels;
     extern __shared__ __align__(128) char shared[];
     const Ia3AttentionBackwardParams& p = params.problem;
-    const int tiles = params.prefix_tiles + params.key_tiles, tile = blockIdx.x % tiles;
+    const int tiles = params.prefix_tiles + params.key_tiles, tile = blockIdx.x / Traits::kParts % tiles;
+    const int first_channel = blockIdx.x % Traits::kParts * kChannels;
     const int kv_heads = static_cast<int>(p.kv_heads), group = static_cast<int>(p.heads) / kv_heads;
-    const int kv_head = blockIdx.x / tiles % kv_heads, batch = blockIdx.x / tiles / kv_heads;
+    const int of_sequence = blockIdx.x / Traits::kParts / tiles;
+    const int kv_head = of_sequence % kv_heads, batch = of_sequence / kv_heads;
     const int num_queries = static_cast<int>(p.num_queries), dim = static_cast<int>(p.head_dim);
     const bool is_prefix = tile < params.prefix_tiles;
     const AttentionFlow& flow = is_prefix ? params.prefix : params.real;
@@ -223,7 +229,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kCtas)
     keep(k_left), keep(left), keep(right);
     const uint32_t v_left = k_left + Traits::kRowBytes;
     const float factor = p.scale * kLog2E;
-    WarpSums<kDim> grad_k = {}, grad_v = {};
+    WarpSums<kChannels> grad_k = {}, grad_v = {};
     uint32_t buffer = 0;
     const auto differentiate = [&](auto is_plain) {
         const int at_head = head, at_query = query;
@@ -269,8 +275,8 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kCtas)
             for_sums<kStep>(grads, [&](float& grad, int half, int column) {
                 grad *= weights[0][column / 8][2 * half + column % 2];
             });
-            add_rows<Traits, kStep>(grad_v, weights, left + grad);
-            add_rows<Traits, kStep>(grad_k, grads, left + q);
+            add_rows<Traits, kChannels, kStep>(grad_v, weights, left + grad);
+            add_rows<Traits, kChannels, kStep>(grad_k, grads, left + q);
         });
     };
     const auto is_plain = [&] {
@@ -285,11 +291,11 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kCtas)
     wait_for_copies<0>();
     __syncthreads();  // K and V have come, even if nothing was to be done with them
     const int first_row = first_key + warp_row;
-    const auto store = [&](WarpSums<kDim>& sums, uint32_t to, const Heads& heads, float* parts) {
+    const auto store = [&](WarpSums<kChannels>& sums, uint32_t to, const Heads& heads, float* parts) {
         if (!is_prefix) {
             if (heads.data)
-                store_rows<Traits>(to + warp_row * Tile::kPitch, sums, heads, batch, kv_head, first_row,
-                                   num_keys - first_row, dim);
+                store_rows<Traits, kChannels>(to + warp_row * Tile::kPitch, sums, heads, batch, kv_head, first_row,
+                                              first_channel, num_keys - first_row, dim);
             return;
         }
         if (!parts) return;
@@ -297,13 +303,13 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kCtas)
 #pragma unroll
         for (int half = 0; half < 2; ++half)
 #pragma unroll
-            for (int j = 0; j < kDim / 8; ++j) {
-                const int row = 8 * half + lane_row, column = 8 * j + lane_column;
+            for (int j = 0; j < kChannels / 8; ++j) {
+                const int row = 8 * half + lane_row, column = first_channel + 8 * j + lane_column;
                 if (first_row + row < num_keys && column < dim)
                     store_global8(part + row * dim + column, sums[0][j][2 * half], sums[0][j][2 * half + 1]);
             }
     };
-    scale_columns<kDim>(grad_k, p.scale, nullptr, dim);
+    scale_columns<kChannels>(grad_k, p.scale, nullptr, dim);
     store(grad_k, k_tile, p.grad_k, params.prefix_k);
     store(grad_v, v_tile, p.grad_v, params.prefix_v);
 }
@@ -349,38 +355,40 @@ __device__ inline void sum_columns(const WarpSums<Traits::kDim>& sums, uint32_t 
 template <int kKeys>
 class PresentTiles {
 public:
+    using Word = std::conditional_t<kKeys == 64, uint64_t, std::conditional_t<kKeys == 32, uint32_t, uint16_t>>;
+
     __device__ PresentTiles(const Ia3AttentionBackwardKernelParams& params, int64_t batch, int first_query, int queries)
         : words_(params.present ? reinterpret_cast<const Word*>(params.present + batch * params.present_words)
-                                : nullptr),
-          masks_(params.problem.attn_mask.data) {
+                                : nullptr) {
         const Ia3AttentionParams& p = params.problem;
         const KeyRange some = range_of(p, first_query, queries);
-        all_ = {range_of(p, first_query + queries - 1).begin, range_of(p, first_query).end};
+        if (!p.attn_mask.data) all_ = {range_of(p, first_query + queries - 1).begin, range_of(p, first_query).end};
         end_ = some.end;
         first = some.begin / kKeys * kKeys - kKeys;
         advance();
     }
 
+    // Those of a prefix, which all see.
+    __device__ explicit PresentTiles(int length) : first(0), words_(nullptr), all_{0, length}, end_(length) {}
+
     __device__ __forceinline__ void advance() {
         do {
             first += kKeys;
-            if (words_ && first < end_) present = words_[first / kKeys];
+            if (words_ && first < end_) present = words_[static_cast<uint32_t>(first) / kKeys];
         } while (first < end_ && present == 0);
     }
     __device__ bool exists() const { return first < end_; }
     // Whether nothing is hidden from any of the queries, or added to its score.
     __device__ bool is_plain() const {
-        return !masks_ && ~present == 0 && all_.begin <= first && first + kKeys <= all_.end;
+        return present == static_cast<Word>(-1) && all_.begin <= first && first + kKeys <= all_.end;
     }
 
-    using Word = std::conditional_t<kKeys == 64, uint64_t, uint32_t>;
     int first;
-    Word present = ~Word{0};  // those that padding does not hide
+    Word present = static_cast<Word>(-1);  // those that padding leaves
 
 private:
     const Word* const words_;
-    const bool masks_;
-    KeyRange all_;
+    KeyRange all_{0, 0};
     int end_;
 };
 
@@ -395,8 +403,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kCtas)
     extern __shared__ __align__(128) char shared[];
     const Ia3AttentionBackwardParams& p = params.problem;
     const int heads = static_cast<int>(p.heads), kv_heads = static_cast<int>(p.kv_heads), group = heads / kv_heads;
-    const int num_queries = static_cast<int>(p.num_queries), num_keys = static_cast<int>(p.num_keys);
-    const int dim = static_cast<int>(p.head_dim);
+    const int num_queries = static_cast<int>(p.num_queries), dim = static_cast<int>(p.head_dim);
     // Where queries see only the keys before them, the last have most to do: they begin first.
     const int tile = params.query_tiles - 1 - blockIdx.x % params.query_tiles;
     const int head = blockIdx.x / params.query_tiles % heads, batch = blockIdx.x / params.query_tiles / heads;
@@ -412,13 +419,13 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kCtas)
     const float factor = p.scale * kLog2E;
 
     // Of the lane's two rows. The weights of queries that do not exist are 2^-∞.
-    float lse[2], delta[2];
+    float minus_lse[2], minus_delta[2];
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
         const int64_t row =
             (int64_t{batch} * heads + head) * params.padded_queries + first_query + warp_row + 8 * half + lane_row;
         const float2 of = reinterpret_cast<const float2*>(params.rows)[row];
-        lse[half] = of.x, delta[half] = of.y;
+        minus_lse[half] = -of.x, minus_delta[half] = -of.y;
     }
 
     WarpSums<kDim> sums = {};
@@ -426,129 +433,102 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kCtas)
         Tile::template copy<Traits::kRows, Traits::kThreads>(to, head_of<T>(rows, batch, head), rows.row_stride,
                                                              first_query, num_queries, dim);
     };
-    // Adds to the sums what the keys in the buffer `from` have to do with the queries. add(scores, first column) masks, and
-    // returns what scores are still to be multiplied with; hide(weights, first column) clears those of hidden keys.
-    const auto differentiate = [&](uint32_t from, const auto& add, const auto& hide) {
-        unroll<Traits::kColumns / kStep>([&](auto index) {
-            constexpr int kFirst = decltype(index)::value * kStep;
-            const uint32_t k = from + kFirst * Tile::kPitch, v = k + Traits::kColumnBytes;
-            WarpSums<kStep> weights = {}, grads;
-            for_sums<kStep>(grads, [&](float& grad, int half, int) { grad = -delta[half]; });
-            multiply_rows<T, kDim>(weights, q_left, right + k);
-            multiply_rows<T, kDim>(grads, q_left + Traits::kRowBytes, right + v);
-            const float scale = add(weights, kFirst);
-            for_sums<kStep>(weights, [&](float& weight, int half, int) {
-                weight = exp2_approximate(fmaf(weight, scale, -lse[half]));
-            });
-            hide(weights, kFirst);
-            for_sums<kStep>(grads, [&](float& grad, int half, int column) {
-                grad *= weights[0][column / 8][2 * half + column % 2];
-            });
-            add_rows<Traits, kStep>(sums, grads, left + k);
-        });
-    };
-    const auto hide_absent = [&](WarpSums<kStep>& weights, uint64_t present) {
-        present >>= lane_column;
-        for_sums<kStep>(weights, [&](float& weight, int, int column) {
-            if (!(present >> column & 1)) weight = 0;
-        });
-    };
-    const auto add_nothing = [&](WarpSums<kStep>&, int) { return factor; };
-
-    // The real keys.
-    start_rows(q_tile, params.real.q);
-    start_rows(grad_tile, params.real.grad);
-    Tiles tiles(params, batch, first_query, min(Traits::kRows, num_queries - first_query));
-    const Copier of_k(head_of<T>(p.k, batch, kv_head), p.k.row_stride, num_keys, dim);
-    const Copier of_v(of_k, head_of<T>(p.v, batch, kv_head), p.v.row_stride);
-    const auto stage = [&](uint32_t to) {
-        if (tiles.exists()) {
-            of_k.template start<Traits::kColumns>(to, tiles.first);
-            of_v.template start<Traits::kColumns>(to + Traits::kColumnBytes, tiles.first);
-        }
-        commit_copies();
-    };
-    uint32_t buffer = 0;
-    const auto attend = [&](auto is_plain) {
-        const int key = tiles.first;
-        const typename Tiles::Word present = tiles.present;
-        const uint32_t from = buffer;
-        wait_for_copies<0>();
-        __syncthreads();
-        tiles.advance();
-        buffer = Traits::kStageBytes - buffer;
-        stage(stages + buffer);
-        if constexpr (is_plain.value) {
-            differentiate(from, add_nothing, [](WarpSums<kStep>&, int) {});
-        } else {
-            const auto add = [&](WarpSums<kStep>& scores, int first) {
-                const AttentionMask& mask = p.attn_mask;
-                if (!mask.data) return factor;
-                const int query = first_query + warp_row;
-                const int64_t begin = batch * mask.batch_stride + head * mask.head_stride + query * mask.query_stride +
-                                      (key + first) * mask.key_stride;
-                add_mask<kStep>(scores, factor, mask, begin, mask.query_stride, mask.key_stride, num_queries - query,
-                                num_keys - key - first);
-                return 1.0f;
-            };
-            differentiate(from, add, [&](WarpSums<kStep>& weights, int first) {
-                hide<kStep>(weights, key + first + lane_column,
-                            [&](int half) { return range_of(p, first_query + warp_row + 8 * half + lane_row); });
-                hide_absent(weights, present >> first);
-            });
-        }
-    };
-    stage(stages);
-    while (tiles.exists()) {
-        while (tiles.exists() && tiles.is_plain()) attend(std::true_type{});
-        if (tiles.exists()) attend(std::false_type{});
-    }
-    wait_for_copies<0>();
-    __syncthreads();
-
     // part[column] = scales[column] · scale · Σ sums ⊙ q over the rows, which come to where keys have been.
-    const auto sum_queries = [&](const float* scales, float* part) {
+    const int64_t part = int64_t{batch} * params.query_tiles + tile;
+    const auto sum_queries = [&](const float* scales, float* to) {
         start_rows(stages, p.q);
         commit_copies();
         wait_for_copies<0>();
         __syncthreads();
-        sum_columns<Traits>(sums, stages + warp_row * Tile::kPitch, stages + Traits::kRowBytes, p.scale, scales, part,
+        sum_columns<Traits>(sums, stages + warp_row * Tile::kPitch, grad_tile, p.scale, scales, to,
                             dim);
         __syncthreads();
     };
-    const int64_t part = int64_t{batch} * params.query_tiles + tile;
-    if (params.l_k)
-        sum_queries(p.l_q ? p.l_q + head * dim : nullptr,
-                    params.l_k + ((part * group + head % group) * kv_heads + kv_head) * dim);
-    if (p.l_k) scale_columns<kDim>(sums, 1, p.l_k + kv_head * dim, dim);
 
-    // The prefix, which l_k does not scale.
-    if (p.prefix_length) {
-        const int length = static_cast<int>(p.prefix_length);
-        const auto start_prefix = [&](uint32_t to, const ConstHeads& rows, int first) {
-            Tile::template copy<Traits::kColumns, Traits::kThreads>(to, head_of<T>(rows, 0, kv_head), rows.row_stride,
-                                                                    first, length, dim);
-        };
-        start_rows(q_tile, params.prefix.q);
-        start_rows(grad_tile, params.prefix.grad);
+    // The real keys; then the prefix, which l_k does not scale.
 #pragma unroll 1
-        for (int first = 0; first < length; first += Traits::kColumns) {
-            start_prefix(stages, params.prefix.k, first);
-            start_prefix(stages + Traits::kColumnBytes, params.prefix.v, first);
+    for (bool is_prefix = false;; is_prefix = true) {
+        const AttentionFlow& flow = is_prefix ? params.prefix : params.real;
+        const int num_keys = static_cast<int>(flow.num_keys), kv_batch = is_prefix ? 0 : batch;
+        start_rows(q_tile, flow.q);
+        start_rows(grad_tile, flow.grad);
+        Tiles tiles = is_prefix ? Tiles(num_keys)
+                                : Tiles(params, batch, first_query, min(Traits::kRows, num_queries - first_query));
+        const Copier of_k(head_of<T>(flow.k, kv_batch, kv_head), flow.k.row_stride, num_keys, dim);
+        const Copier of_v(of_k, head_of<T>(flow.v, kv_batch, kv_head), flow.v.row_stride);
+        const auto stage = [&](uint32_t to) {
+            if (tiles.exists()) {
+                of_k.template start<Traits::kColumns>(to, tiles.first);
+                of_v.template start<Traits::kColumns>(to + Traits::kColumnBytes, tiles.first);
+            }
             commit_copies();
+        };
+        uint32_t buffer = 0;
+        const auto differentiate = [&](auto is_plain) {
+            const int key = tiles.first;
+            const typename Tiles::Word present = tiles.present;
+            const uint32_t from = buffer;
             wait_for_copies<0>();
             __syncthreads();
-            differentiate(0, add_nothing, [&](WarpSums<kStep>& weights, int column) {
-                hide_absent(weights, bits_of({0, length}, first + column));
+            tiles.advance();
+            buffer = Traits::kStageBytes - buffer;
+            stage(stages + buffer);
+            unroll<Traits::kColumns / kStep>([&](auto index) {
+                constexpr int kFirst = decltype(index)::value * kStep;
+                const uint32_t k = from + kFirst * Tile::kPitch, v = k + Traits::kColumnBytes;
+                WarpSums<kStep> weights = {}, grads;
+                for_sums<kStep>(grads, [&](float& grad, int half, int) { grad = minus_delta[half]; });
+                multiply_rows<T, kDim>(weights, q_left, right + k);
+                multiply_rows<T, kDim>(grads, q_left + Traits::kRowBytes, right + v);
+                float scale = factor;
+                if constexpr (!is_plain.value)
+                    if (!is_prefix && p.attn_mask.data) {
+                        const AttentionMask& mask = p.attn_mask;
+                        const int query = first_query + warp_row, first = key + kFirst;
+                        const int64_t begin = batch * mask.batch_stride + head * mask.head_stride +
+                                              query * mask.query_stride + first * mask.key_stride;
+                        add_mask<kStep>(weights, factor, mask, begin, mask.query_stride, mask.key_stride,
+                                        num_queries - query, num_keys - first);
+                        scale = 1;
+                    }
+                for_sums<kStep>(weights, [&](float& weight, int half, int) {
+                    weight = exp2_approximate(fmaf(weight, scale, minus_lse[half]));
+                });
+                if constexpr (!is_plain.value) {
+                    hide<kStep>(weights, key + kFirst + lane_column, [&](int half) {
+                        return is_prefix ? KeyRange{0, num_keys}
+                                         : range_of(p, first_query + warp_row + 8 * half + lane_row);
+                    });
+                    const typename Tiles::Word bits = present >> (kFirst + lane_column);
+                    for_sums<kStep>(weights, [&](float& weight, int, int column) {
+                        if (!(bits >> column & 1)) weight = 0;
+                    });
+                }
+                for_sums<kStep>(grads, [&](float& grad, int half, int column) {
+                    grad *= weights[0][column / 8][2 * half + column % 2];
+                });
+                add_rows<Traits, kDim, kStep>(sums, grads, left + k);
             });
-            __syncthreads();
+        };
+        stage(stages);
+        while (tiles.exists()) {
+            while (tiles.exists() && tiles.is_plain()) differentiate(std::true_type{});
+            if (tiles.exists()) differentiate(std::false_type{});
         }
+        wait_for_copies<0>();
+        __syncthreads();
+        if (is_prefix) break;
+        if (params.l_k)
+            sum_queries(p.l_q ? p.l_q + head * dim : nullptr,
+                        params.l_k + ((part * group + head % group) * kv_heads + kv_head) * dim);
+        if (p.l_k) scale_columns<kDim>(sums, 1, p.l_k + kv_head * dim, dim);
+        if (!p.prefix_length) break;
     }
     if (params.l_q) sum_queries(nullptr, params.l_q + (part * heads + head) * dim);
     if (!p.grad_q.data) return;
     scale_columns<kDim>(sums, p.scale, p.l_q ? p.l_q + head * dim : nullptr, dim);
-    store_rows<Traits>(q_tile + warp_row * Tile::kPitch, sums, p.grad_q, batch, head, first_query + warp_row,
-                       num_queries - first_query - warp_row, dim);
+    store_rows<Traits, kDim>(q_tile + warp_row * Tile::kPitch, sums, p.grad_q, batch, head, first_query + warp_row, 0,
+                             num_queries - first_query - warp_row, dim);
 }
 
 }  // namespace peft_kernels::cuda

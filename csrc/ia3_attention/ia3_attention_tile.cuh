@@ -34,9 +34,11 @@ struct AttentionTile {
         __device__ Copier(const T* head, int64_t row_stride, int count, int dim)
             : pitch_(static_cast<uint32_t>(row_stride * sizeof(T))),
               rows_left_(8 * unit() < dim ? count - row() : 0),
-              from_(reinterpret_cast<const char*>(head) + uint64_t{static_cast<uint32_t>(row())} * pitch_ + 16 * unit()),
+              from_(reinterpret_cast<const char*>(head) + uint64_t{static_cast<uint32_t>(row())} * pitch_ +
+                    16 * unit()),
               to_(offset(row(), unit())) {
             keep(from_);
+            keep(pitch_);
             keep(to_);
             keep(rows_left_);
         }
@@ -45,9 +47,11 @@ struct AttentionTile {
         __device__ Copier(const Copier& like, const T* head, int64_t row_stride)
             : pitch_(static_cast<uint32_t>(row_stride * sizeof(T))),
               rows_left_(like.rows_left_),
-              from_(reinterpret_cast<const char*>(head) + uint64_t{static_cast<uint32_t>(row())} * pitch_ + 16 * unit()),
+              from_(reinterpret_cast<const char*>(head) + uint64_t{static_cast<uint32_t>(row())} * pitch_ +
+                    16 * unit()),
               to_(like.to_) {
             keep(from_);
+            keep(pitch_);
         }
 
         // Starts to copy rows [first, first + kRows) into a tile. What does not exist becomes zero.
@@ -57,7 +61,7 @@ struct AttentionTile {
                 constexpr int kRow = decltype(i)::value * kAtOnce;
                 const int row = first + kRow;
                 copy_async16<kRow * kPitch>((tile + to_) ^ (kRow % 8 << 4),
-                                            from_ + uint64_t{static_cast<uint32_t>(row)} * pitch_,
+                                            advance(from_, row, pitch_),
                                             row < rows_left_ ? 16 : 0);
             });
         }
@@ -71,7 +75,7 @@ struct AttentionTile {
         __device__ static int row() { return threadIdx.x / kUnits; }
         __device__ static int unit() { return threadIdx.x % kUnits; }
 
-        const uint32_t pitch_;  // 32 bits: a multiplication and an addition in one instruction
+        uint32_t pitch_;  // bytes; 32 bits: a multiplication and an addition in one instruction
         int rows_left_;
         const char* from_;
         uint32_t to_;
@@ -158,14 +162,14 @@ __device__ inline void multiply_rows(float (&sums)[kLeft][kRight][4], uint32_t l
     });
 }
 
-// sums[i][j] += weights · rows: the weights [16 kLeft, 16 kSteps] are in fragments, the tile's rows begin where `rows`
-// (a left factor's) does.
-template <class T, int kDim, int kLeft, int kSteps>
-__device__ inline void multiply_weights(float (&sums)[kLeft][kDim / 8][4], const uint32_t (&weights)[kLeft][kSteps][4],
+// sums[i][j] += weights · rows, of which these are columns: the weights [16 kLeft, 16 kSteps] are in fragments, the tile's
+// rows begin where `rows` (a left factor's) does.
+template <class T, int kDim, int kLeft, int kSteps, int kColumns>
+__device__ inline void multiply_weights(float (&sums)[kLeft][kColumns][4], const uint32_t (&weights)[kLeft][kSteps][4],
                                         uint32_t rows) {
     unroll<kSteps>([&](auto step) {
         constexpr int kStep = decltype(step)::value;
-        unroll<kDim / 16>([&](auto pair) {
+        unroll<kColumns / 2>([&](auto pair) {
             constexpr int kPair = decltype(pair)::value;
             uint32_t b[4];
             AttentionTile<T, kDim>::template load<true, 16 * kStep, kPair>(b, rows);

@@ -1,4 +1,4 @@
-"""The backward of ia3_attention on the emulated GPU: numerics, what a launch fetches, any order of blocks, registers."""
+"""The backward of ia3_attention on the emulated GPU: numerics, what a launch fetches, order of blocks, registers."""
 
 from pathlib import Path
 
@@ -9,15 +9,15 @@ from comparison import assert_close, error, short
 from ia3_attention_cases import expected, make_case, run, stock
 
 import ptx_emulator
+from peft_kernels.ops._attention_by_torch import ScaledHeads
 from ptx_emulator import report
 
 CSRC = Path(__file__).parent.parent.parent / "csrc"
 SOURCE = CSRC / "ia3_attention/ia3_attention_backward.cu"
 PROFILES = ["sm_80", "sm_89", "sm_90"]
 HALVES = [torch.bfloat16, torch.float16]
-PREPARE, KEYS, QUERIES, SUM = (
-    "ia3_attention_prepare_kernel", "ia3_attention_keys_kernel", "ia3_attention_queries_kernel", "lora_sum_parts_kernel",
-)  # fmt: skip
+PREPARE, KEYS, QUERIES = (f"ia3_attention_{name}_kernel" for name in ("prepare", "keys", "queries"))
+SUM = "lora_sum_parts_kernel"
 
 pytestmark = pytest.mark.skipif(bool(ptx_emulator.missing()), reason=str(ptx_emulator.missing()))
 
@@ -74,7 +74,14 @@ def read(record, name):
 
 
 # (B, H, H_kv, S_q, S_k, D): tiles that end in their middle, heads in groups, head dimensions below an instance's.
-SHAPES = [(1, 2, 1, 100, 100, 64), (2, 4, 2, 37, 150, 128), (1, 1, 1, 1, 1, 8), (2, 6, 2, 130, 70, 24), (1, 2, 2, 65, 200, 96), (1, 2, 1, 70, 90, 200)]
+SHAPES = [
+    (1, 2, 1, 100, 100, 64),
+    (2, 4, 2, 37, 150, 128),
+    (1, 1, 1, 1, 1, 8),
+    (2, 6, 2, 130, 70, 24),
+    (1, 2, 2, 65, 200, 96),
+    (1, 2, 1, 70, 90, 200),
+]
 
 
 @pytest.mark.parametrize("profile", PROFILES)
@@ -226,7 +233,7 @@ def test_computes_what_is_asked_for(emulated, wanted):
     wants = [name == wanted for name in NAMES]
     launched = launches_of(emulated, case, wants=wants)
     assert {KEYS, QUERIES} & launched.keys() == {LAUNCHED[wanted]} if wanted in LAUNCHED else set()
-    (name, value), = differentiate(case, wants).items()
+    ((name, value),) = differentiate(case, wants).items()
     assert name == wanted and torch.equal(value, full[name])
 
 
@@ -236,6 +243,36 @@ def test_rows_anywhere(emulated):
     case.grad_out = torch.ones((), dtype=torch.bfloat16).expand(1, 2, 40, 64)
     case.grad_out = torch.cat([case.grad_out, case.grad_out], dim=-1)[..., 3:67]
     check(case)
+
+
+# ---- the scalings around torch's attention -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [*HALVES, torch.float32], ids=short)
+@pytest.mark.parametrize("layout", ["projected", "by-head"])
+def test_scaled_heads(emulated, layout, dtype):
+    x, grad = torch.randn(2, 2, 150, 4, 40).to(dtype).transpose(2, 3)  # [B, H, S, D], as projections leave it
+    if layout == "by-head":
+        x, grad = x.contiguous(), grad.contiguous()
+    x, factors = x.requires_grad_(), (1 + torch.randn(4, 1, 40)).requires_grad_()
+    y = ScaledHeads.apply(x, factors)
+    y.backward(grad)
+    wanted_y = (x.double() * factors.double()).detach()
+    assert torch.equal(y, wanted_y.float().to(dtype))
+    assert torch.equal(x.grad, (grad.double() * factors.double()).float().to(dtype))
+    wanted = (grad.double() * x.double()).sum((0, 2), keepdim=True)[0]
+    assert_close(factors.grad, wanted, tolerances.FP32_SUM)
+
+
+def test_scaled_heads_read_once(emulated):
+    x = torch.randn(2, 150, 4, 64).bfloat16().transpose(1, 2).requires_grad_()
+    y = ScaledHeads.apply(x, torch.ones(4, 1, 64, requires_grad=True))
+    emulated()
+    y.backward(torch.randn(2, 150, 4, 64).bfloat16().transpose(1, 2))
+    records = {report.plain_name(record["kernel"]): record for record in emulated()}
+    assert records.keys() == {"scale_columns_kernel", SUM}
+    record = records["scale_columns_kernel"]
+    assert report.moved_bytes(record) <= 1.05 * report.compulsory_bytes(record)
 
 
 @pytest.mark.parametrize(

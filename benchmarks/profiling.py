@@ -77,7 +77,10 @@ def _marks(model: PeftModel) -> Iterator[None]:
     """
     base = model.get_base_model()
     handles = []
+    tuned = [name for name, module in base.named_modules() if isinstance(module, BaseTunerLayer)]
     for name, module in base.named_modules():
+        if name.startswith(tuple(f"{layer}." for layer in tuned)):
+            continue
         if group := _group_of_module(name, module, base.get_output_embeddings()):
             handles += _mark(module, group)
     loss = base.loss_function
@@ -97,10 +100,10 @@ def _marks(model: PeftModel) -> Iterator[None]:
 
 
 def _group_of_module(name: str, module: nn.Module, head: nn.Module) -> str | None:
-    if isinstance(module, BaseTunerLayer):
-        return LINEAR
     if module is head:
         return HEAD
+    if isinstance(module, (BaseTunerLayer, nn.Linear)):
+        return LINEAR
     last = name.rpartition(".")[2]
     return {"self_attn": ATTENTION, "mlp": MLP}.get(last) or (NORM if last.endswith("norm") else None)
 

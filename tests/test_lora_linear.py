@@ -23,10 +23,10 @@ from lora_linear_cases import (
 from peft_kernels.ops import lora_linear, quantize_4bit
 from peft_kernels.testing.reference.philox import dropout_mask
 
-# Up to 8 rows are decode shapes, where blocks begin with rows of the weight; the others straddle rows, are odd, end
-# in the middle of vectors and panels, or are longer than one block of k.
+# Decode and middle shapes, where blocks begin with rows of the weight; the others straddle rows, are odd, end in the
+# middle of vectors and panels, or are longer than one block of k.
 SHAPES = [
-    (1, 64, 128), (2, 33, 64), (3, 1, 96), (4, 40, 320), (7, 17, 576), (8, 130, 192),
+    (1, 64, 128), (2, 33, 64), (3, 1, 96), (4, 40, 320), (7, 17, 576), (8, 130, 192), (34, 21, 1600),
     (1, 9, 63), (5, 12, 257), (8, 30, 1), (9, 70, 257), (33, 65, 64), (70, 31, 100), (128, 129, 705), (17, 700, 40),
 ]  # fmt: skip
 # (x, adapters)

@@ -1,5 +1,4 @@
 // The adapter ops: schemas, checks, allocation. See adapter.h for what they compute.
-#include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
 #include <cmath>
@@ -11,10 +10,9 @@
 #include "adapter/adapter.h"
 #include "common/checks.h"
 #include "common/launch.h"
+#include "common/registration.h"
 #if defined(PEFT_KERNELS_CUDA)
 #include "adapter/adapter_cuda_binding.h"
-#else
-#define PEFT_KERNELS_NAMESPACE peft_kernels
 #endif
 
 namespace peft_kernels {
@@ -267,16 +265,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(PEFT_KERNELS_NAMESPACE, m) {
         "Tensor grad_up_bias, Tensor grad_gate)");
 }
 
-#if !defined(PEFT_KERNELS_EMULATED)
-STABLE_TORCH_LIBRARY_IMPL(peft_kernels, CPU, m) {
+PEFT_KERNELS_IMPLEMENT(m) {
     m.impl("adapter_forward", TORCH_BOX(&peft_kernels::forward));
     m.impl("adapter_backward", TORCH_BOX(&peft_kernels::backward));
 }
-#endif
-
-#if defined(PEFT_KERNELS_CUDA)
-STABLE_TORCH_LIBRARY_IMPL(PEFT_KERNELS_NAMESPACE, PEFT_KERNELS_CUDA_KEY, m) {
-    m.impl("adapter_forward", TORCH_BOX(&peft_kernels::forward));
-    m.impl("adapter_backward", TORCH_BOX(&peft_kernels::backward));
-}
-#endif

@@ -11,16 +11,6 @@
 #include <stdexcept>
 #include <string>
 
-// The tests compile the bindings a second time, with PEFT_KERNELS_EMULATED and for a CUDA runtime in software: their ops
-// then have a namespace of their own and run the CUDA kernels on CPU tensors.
-#if defined(PEFT_KERNELS_EMULATED)
-#define PEFT_KERNELS_NAMESPACE peft_kernels_emulated
-#define PEFT_KERNELS_CUDA_KEY CPU
-#else
-#define PEFT_KERNELS_NAMESPACE peft_kernels
-#define PEFT_KERNELS_CUDA_KEY CUDA
-#endif
-
 // Declared here, weak: torch declares it only in builds with CUDA, and a torch without CUDA does not have it.
 extern "C" __attribute__((weak)) int32_t aoti_torch_get_current_cuda_stream(int32_t device_index, void** stream);
 

@@ -156,6 +156,12 @@ __device__ inline float4 load_shared16(uint32_t shared) {
                        __uint_as_float(words[3]));
 }
 
+__device__ inline float2 load_shared8(uint32_t shared) {
+    uint32_t words[2];
+    load_shared(words, shared);
+    return make_float2(__uint_as_float(words[0]), __uint_as_float(words[1]));
+}
+
 __device__ inline float load_shared_float(uint32_t shared) {
     float value;
     asm volatile("ld.shared.f32 %0, [%1];" : "=f"(value) : "r"(shared) : "memory");

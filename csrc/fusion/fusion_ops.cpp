@@ -1,5 +1,4 @@
 // The fusion ops: schemas, checks, allocation. See fusion.h for what they compute.
-#include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
 #include <cmath>
@@ -9,13 +8,12 @@
 
 #include "common/checks.h"
 #include "common/launch.h"
+#include "common/registration.h"
 #include "fusion/fusion.h"
 #include "fusion/fusion_plan.h"
 
 #if defined(PEFT_KERNELS_CUDA)
 #include "common/cuda_check.h"
-#else
-#define PEFT_KERNELS_NAMESPACE peft_kernels
 #endif
 
 namespace peft_kernels {
@@ -156,16 +154,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(PEFT_KERNELS_NAMESPACE, m) {
         "bool[] wanted) -> (Tensor grad_t, Tensor grad_offsets, Tensor grads)");
 }
 
-#if !defined(PEFT_KERNELS_EMULATED)
-STABLE_TORCH_LIBRARY_IMPL(peft_kernels, CPU, m) {
+PEFT_KERNELS_IMPLEMENT(m) {
     m.impl("fusion_forward", TORCH_BOX(&peft_kernels::forward));
     m.impl("fusion_backward", TORCH_BOX(&peft_kernels::backward));
 }
-#endif
-
-#if defined(PEFT_KERNELS_CUDA)
-STABLE_TORCH_LIBRARY_IMPL(PEFT_KERNELS_NAMESPACE, PEFT_KERNELS_CUDA_KEY, m) {
-    m.impl("fusion_forward", TORCH_BOX(&peft_kernels::forward));
-    m.impl("fusion_backward", TORCH_BOX(&peft_kernels::backward));
-}
-#endif

@@ -12,11 +12,14 @@ namespace {
 template <class T, int kDim>
 int launch(const Ia3AttentionForwardParams& params, const Ia3AttentionCudaPlan& plan, cudaStream_t stream) {
     using Traits = AttentionForwardTraits<T, kDim>;
+    Ia3AttentionForwardKernelParams kernel_params{params, static_cast<int32_t>(params.heads / params.kv_heads)};
     const auto kernel = ia3_attention_forward_kernel<Traits>;
     const cudaError_t error =
-        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, sizeof(typename Traits::Shared));
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, plan.shared_bytes);
     if (error != cudaSuccess) return error;
-    kernel<<<static_cast<uint32_t>(plan.grid), Traits::kThreads, sizeof(typename Traits::Shared), stream>>>(params);
+    const dim3 grid(static_cast<uint32_t>(plan.tiles), static_cast<uint32_t>(params.kv_heads),
+                    static_cast<uint32_t>(params.batch));
+    kernel<<<grid, Traits::kThreads, plan.shared_bytes, stream>>>(kernel_params);
     return cudaGetLastError();
 }
 
@@ -51,9 +54,11 @@ const char* ia3_attention_refusal(const Ia3AttentionParams& params) {
     if (reinterpret_cast<uint64_t>(params.l_q) % 16 || reinterpret_cast<uint64_t>(params.l_k) % 16 ||
         reinterpret_cast<uint64_t>(params.l_v) % 16)
         return "scales do not begin at multiples of 16 bytes";
-    if (params.num_queries * (params.heads / params.kv_heads) >= INT32_MAX - 256 ||
-        plan_ia3_attention_cuda(params).grid > INT32_MAX)
+    if (params.k.row_stride >= 1 << 30 || params.v.row_stride >= 1 << 30)
+        return "rows of k or v are too far apart for 32-bit indices";
+    if (params.num_queries * (params.heads / params.kv_heads) >= INT32_MAX - 256)
         return "there are too many queries for 32-bit indices";
+    if (params.kv_heads > 65535 || params.batch > 65535) return "there are more key heads or sequences than 65535";
     return nullptr;
 }
 

@@ -27,6 +27,10 @@
 
 namespace peft_kernels::cuda {
 
+struct Ia3AttentionForwardKernelParams : Ia3AttentionForwardParams {
+    int32_t group;  // query heads of a key head
+};
+
 template <class T_, int kDim_>
 struct AttentionForwardTraits {
     using T = T_;
@@ -42,7 +46,18 @@ struct AttentionForwardTraits {
         uint4 keys[kKeys * Tile::kUnits];
         uint4 values[kKeys * Tile::kUnits];
     };
+    // Behind it, if there is a mask: what it adds to scores, [kRows][kKeys]. Four rows are in all banks.
+    static constexpr int kBiasPitch = 4 * (kKeys + 8);
+    static constexpr int shared_bytes(bool has_mask) { return sizeof(Shared) + (has_mask ? kRows * kBiasPitch : 0); }
 };
+
+// Where queries see only the keys before them, the last have most to do: they begin first.
+template <class Traits>
+__device__ inline int first_row_of_cta() {
+    int block = blockIdx.x;
+    keep(block);
+    return static_cast<int>(gridDim.x - 1 - block) * Traits::kRows;
+}
 
 // A warp's rows, and what attention over some keys has come to for them. A lane has rows lane / 4 and 8 below of each 16;
 // of a row's sums it has two neighbouring columns in 8.
@@ -54,16 +69,11 @@ public:
     using Scores = float[Traits::kTiles][Traits::kKeyColumns][4];
     using Weights = uint32_t[Traits::kTiles][Traits::kKeys / 16][4];
 
-    __device__ AttendingWarp(const Ia3AttentionForwardParams& params, typename Traits::Shared& shared, int64_t batch,
-                             int kv_head, int first_row)
-        : params_(params),
-          batch_(batch),
-          kv_head_(kv_head),
-          group_(static_cast<int>(params.heads / params.kv_heads)),
-          first_row_(first_row + static_cast<int>(threadIdx.x) / 32 * Traits::kWarpRows),
-          factor_(fabsf(params.scale) * kLog2E),
-          tile_(shared_address(shared.rows) + static_cast<int>(threadIdx.x) / 32 * Traits::kWarpRows * Tile::kPitch),
-          rows_(Tile::left(tile_)),
+    __device__ AttendingWarp(const Ia3AttentionForwardKernelParams& params, typename Traits::Shared& shared)
+        : factor(fabsf(params.scale) * kLog2E),
+          params_(params),
+          shared_(shared),
+          rows_(Tile::left(tile())),
           keys_(Tile::right(shared_address(shared.keys))),
           values_(Tile::left(shared_address(shared.values))) {
 #pragma unroll
@@ -76,16 +86,17 @@ public:
     // Brings the rows into shared memory, scaled, and with the sign of `scale`.
     __device__ __forceinline__ void load_rows(bool scales_keys) const {
         const float* const l_k =
-            scales_keys && params_.l_k ? params_.l_k + int64_t{kv_head_} * params_.head_dim : nullptr;
+            scales_keys && params_.l_k ? params_.l_k + int64_t{blockIdx.y} * params_.head_dim : nullptr;
         const float sign = params_.scale < 0 ? -1.0f : 1.0f;
         __syncwarp();
-        stage<T, Traits::kDim, Traits::kWarpRows>(tile_, threadIdx.x % 32, 32, [&](int row, int column) {
+        stage<T, Traits::kDim, Traits::kWarpRows>(tile(), threadIdx.x % 32, 32, [&](int row, int column) {
             float4 v{};
             const Place place = place_of(row);
             if (!place.exists || column >= params_.head_dim) return v;
             const ConstHeads& q = params_.q;
             v = load_four(q.data, kDType<T>,
-                          batch_ * q.batch_stride + place.head * q.head_stride + place.query * q.row_stride + column);
+                          place.batch * q.batch_stride + place.head * q.head_stride + place.query * q.row_stride +
+                              column);
             multiply_four(v, params_.l_q ? params_.l_q + place.head * params_.head_dim : nullptr, column);
             multiply_four(v, l_k, column);
             v.x *= sign, v.y *= sign, v.z *= sign, v.w *= sign;
@@ -108,49 +119,103 @@ public:
     __device__ __forceinline__ void hide(Scores& scores, uint64_t keys) const {
         keys >>= threadIdx.x % 4 * 2;
         for_scores(scores,
-                   [&](float& score, int, int, int bit) { score = keys >> bit & 1 ? score * factor_ : kHidden; });
+                   [&](float& score, int, int, int bit) { score = keys >> bit & 1 ? score * factor : kHidden; });
     }
 
-    // The same for the real keys from `first` on, by all that there is to mask; `present` are those that padding leaves.
-    __device__ __forceinline__ void mask(Scores& scores, uint64_t present, int first) const {
+    // Brings what the mask adds to the scores of the keys from `first` on into shared memory. It is done before there are
+    // scores, when registers are free for many loads.
+    __device__ __forceinline__ void load_bias(int first) const {
         const AttentionMask& mask = params_.attn_mask;
-        if (!mask.data) return mask_rows(scores, present, first, [](const Place&) { return [](int) { return 0.0f; }; });
+        const int lane = threadIdx.x % 32, keys = static_cast<int>(params_.num_keys);
+        __syncwarp();
         with_mask_type(mask, [&](const auto* elements) {
-            mask_rows(scores, present, first, [&](const Place& place) {
-                const int64_t row =
-                    batch_ * mask.batch_stride + place.head * mask.head_stride + place.query * mask.query_stride;
-                const int stride = static_cast<int>(mask.key_stride);
-                return [=, from = elements + row + (first + threadIdx.x % 4 * 2) * mask.key_stride](int bit) {
-                    return bias_of(from[bit * stride]);
-                };
-            });
+#pragma unroll 4
+            for (int row = 0; row < Traits::kWarpRows; ++row) {
+                const Place place = place_of(row);
+                const auto* const from = elements + place.batch * mask.batch_stride + place.head * mask.head_stride +
+                                         place.query * mask.query_stride;
+#pragma unroll
+                for (int key = lane; key < Traits::kKeys; key += 32) {
+                    const bool exists = place.exists && first + key < keys;
+                    const float bias = exists ? bias_of(from[(first + key) * mask.key_stride]) : 0.0f;
+                    store_shared_float(bias_row(row) + 4 * key, bias);
+                }
+            }
         });
+        __syncwarp();
     }
 
-    // Turns scores into weights, and adds them up. kScaled: scores are in units of the base-2 logarithm.
-    template <bool kScaled>
-    __device__ __forceinline__ void weigh(Scores& scores, Weights& weights) {
-        const float factor = kScaled ? 1.0f : factor_;
-        float max[Traits::kTiles][2];
+    // Masks the scores of the real keys from `first` on; `present` are those that padding leaves.
+    __device__ __forceinline__ void mask(Scores& scores, uint64_t present, int first) const {
+        const int lane = threadIdx.x % 32;
+#pragma unroll
+        for (int i = 0; i < Traits::kTiles; ++i)
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+                const int row = 16 * i + 8 * half + lane / 4;
+                const Place place = place_of(row);
+                const KeyRange range = range_of(params_, static_cast<int>(place.query));
+                const uint64_t seen = (present & bits_of(range, first)) >> lane % 4 * 2;
+#pragma unroll
+                for (int j = 0; j < Traits::kKeyColumns; ++j) {
+                    float2 bias{};
+                    if (params_.attn_mask.data) bias = load_shared8(bias_row(row) + 32 * j + lane % 4 * 8);
+                    float* const pair = scores[i][j] + 2 * half;
+                    pair[0] = seen >> (8 * j) & 1 ? fmaf(pair[0], factor, bias.x) : kHidden;
+                    pair[1] = seen >> (8 * j + 1) & 1 ? fmaf(pair[1], factor, bias.y) : kHidden;
+                }
+            }
+    }
+
+    // Takes the largest of the scores, times `factor`, into account. Whether the base of the weights has to be raised.
+    __device__ __forceinline__ bool take_largest(const Scores& scores, float factor) {
         bool grows = false;
 #pragma unroll
         for (int i = 0; i < Traits::kTiles; ++i)
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
-                float& of_row = max[i][half];
-                of_row = kHidden;
+                float max = kHidden;
 #pragma unroll
                 for (int j = 0; j < Traits::kKeyColumns; ++j)
-                    of_row = fmaxf(of_row, fmaxf(scores[i][j][2 * half], scores[i][j][2 * half + 1]));
-                of_row = fmaxf(of_row, __shfl_xor_sync(0xFFFFFFFF, of_row, 1));
-                of_row = fmaxf(of_row, __shfl_xor_sync(0xFFFFFFFF, of_row, 2)) * factor;
-                grows |= of_row > base_[i][half] + kGrowth;
+                    max = fmaxf(max, fmaxf(scores[i][j][2 * half], scores[i][j][2 * half + 1]));
+                max = fmaxf(max, __shfl_xor_sync(0xFFFFFFFF, max, 1));
+                max = fmaxf(max, __shfl_xor_sync(0xFFFFFFFF, max, 2));
+                largest_[i][half] = max * factor;
+                grows |= largest_[i][half] > base_[i][half] + kGrowth;
             }
-        if (__any_sync(0xFFFFFFFF, grows)) raise(max);
+        return __any_sync(0xFFFFFFFF, grows);
+    }
+
+    __device__ __forceinline__ void raise() {
+#pragma unroll
+        for (int i = 0; i < Traits::kTiles; ++i)
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+                const float base = ceilf(fmaxf(base_[i][half], largest_[i][half]));
+                const float rescale = exp2_approximate(base_[i][half] - base);
+                base_[i][half] = base;
+                sum_[i][2 * half] *= rescale;
+#pragma unroll
+                for (int j = 0; j < Traits::kColumns; ++j) {
+                    sums_[i][j][2 * half] *= rescale;
+                    sums_[i][j][2 * half + 1] *= rescale;
+                }
+            }
+    }
+
+    // Turns scores, times `factor`, into weights.
+    __device__ __forceinline__ void weigh(Scores& scores, float factor, Weights& weights) const {
         for_scores(scores, [&](float& score, int i, int half, int) {
             score = exp2_approximate(fmaf(score, factor, -base_[i][half]));
         });
-        pack_weights(scores, weights);
+#pragma unroll
+        for (int i = 0; i < Traits::kTiles; ++i)
+#pragma unroll
+            for (int step = 0; step < Traits::kKeys / 16; ++step)
+                pack_left<T>(scores[i][2 * step], scores[i][2 * step + 1], weights[i][step]);
+    }
+
+    __device__ __forceinline__ void add_weights(const Weights& weights) {
         const uint32_t ones = pack(1.0f, 1.0f, T{});
 #pragma unroll
         for (int i = 0; i < Traits::kTiles; ++i)
@@ -163,30 +228,24 @@ public:
         multiply_weights<T, Traits::kDim>(sums_, weights, values_);
     }
 
-    // When all keys have been weighed: makes shares of sums, and stores the logarithm of the sum of weights, by which
-    // more values may be added.
+    // When all keys have been weighed: stores the logarithm of the sum of their weights.
     __device__ __forceinline__ void finish() {
 #pragma unroll
         for (int i = 0; i < Traits::kTiles; ++i)
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
-                const float sum = sum_[i][2 * half], inverse = sum == 0 ? 0.0f : 1.0f / sum;
-#pragma unroll
-                for (int j = 0; j < Traits::kColumns; ++j) {
-                    sums_[i][j][2 * half] *= inverse;
-                    sums_[i][j][2 * half + 1] *= inverse;
-                }
-                base_[i][half] = sum == 0 ? -kHidden : base_[i][half] + log2f(sum);
+                const float sum = sum_[i][2 * half];
+                inverse_[i][half] = sum == 0 ? 0.0f : 1.0f / sum;
                 const Place place = place_of(16 * i + 8 * half + threadIdx.x % 32 / 4);
                 if (place.exists && threadIdx.x % 4 == 0)
-                    params_.lse[(batch_ * params_.heads + place.head) * params_.num_queries + place.query] =
-                        base_[i][half];
+                    params_.lse[(place.batch * params_.heads + place.head) * params_.num_queries + place.query] =
+                        sum == 0 ? -kHidden : base_[i][half] + log2f(sum);
             }
     }
 
     __device__ __forceinline__ void scale_values() {
         if (!params_.l_v) return;
-        const float* const l_v = params_.l_v + int64_t{kv_head_} * params_.head_dim;
+        const float* const l_v = params_.l_v + int64_t{blockIdx.y} * params_.head_dim;
 #pragma unroll
         for (int j = 0; j < Traits::kColumns; ++j) {
             const int column = 8 * j + threadIdx.x % 4 * 2;
@@ -202,14 +261,7 @@ public:
         }
     }
 
-    // Weights of keys that have been weighed already, as shares of all weights.
-    __device__ __forceinline__ void weigh_again(Scores& scores, Weights& weights) const {
-        for_scores(scores,
-                   [&](float& score, int i, int half, int) { score = exp2_approximate(score - base_[i][half]); });
-        pack_weights(scores, weights);
-    }
-
-    // By way of the tile of rows, which it overwrites: so whole sectors are written.
+    // Shares of the sum of weights, by way of the tile of rows, which it overwrites: so whole sectors are written.
     __device__ __forceinline__ void store(const Heads& target) const {
         const int lane = threadIdx.x % 32;
         __syncwarp();
@@ -219,77 +271,53 @@ public:
             for (int half = 0; half < 2; ++half)
 #pragma unroll
                 for (int j = 0; j < Traits::kColumns; ++j)
-                    store_shared(tile_ + Tile::offset(16 * i + 8 * half + lane / 4, j) + lane % 4 * 4,
-                                 pack(sums_[i][j][2 * half], sums_[i][j][2 * half + 1], T{}));
+                    store_shared(tile() + Tile::offset(16 * i + 8 * half + lane / 4, j) + lane % 4 * 4,
+                                 pack(sums_[i][j][2 * half] * inverse_[i][half],
+                                      sums_[i][j][2 * half + 1] * inverse_[i][half], T{}));
         __syncwarp();
         for (int vector = lane; vector < Traits::kWarpRows * Tile::kUnits; vector += 32) {
             const int row = vector / Tile::kUnits, unit = vector % Tile::kUnits;
             const Place place = place_of(row);
             if (!place.exists || 8 * unit >= params_.head_dim) continue;
             uint32_t words[4];
-            load_shared(words, tile_ + Tile::offset(row, unit));
-            T* const to = static_cast<T*>(target.data) + batch_ * target.batch_stride +
+            load_shared(words, tile() + Tile::offset(row, unit));
+            T* const to = static_cast<T*>(target.data) + place.batch * target.batch_stride +
                           place.head * target.head_stride + place.query * target.row_stride + 8 * unit;
             store_global16(to, {words[0], words[1], words[2], words[3]});
         }
     }
 
+    const float factor;  // of scores, after which they are in units of the base-2 logarithm
+
 private:
-    // Weights are relative to a base, the largest score when it was last raised: not before they can be 2^kGrowth, for
-    // raising costs a product with every sum. Of rows that have seen no score yet it is less than any.
+    // Weights are relative to a base: the largest score when it was last raised, not before they can be 2^kGrowth, for
+    // raising costs a product with every sum. It is a whole number, so that those products are exact, and a weight is
+    // rounded to the same bits whatever the base. Of rows that have seen no score yet it is less than any.
     static constexpr float kGrowth = 8, kNothing = -3e38f;
 
     struct Place {
-        int64_t head;
-        int query;
+        int64_t batch, head, query;
         bool exists;
     };
 
-    // Of the warp's row.
+    __device__ static int first_row() {
+        int warp = threadIdx.x / 32;
+        keep(warp);
+        return warp * Traits::kWarpRows;
+    }
+    __device__ uint32_t tile() const { return shared_address(shared_.rows) + first_row() * Tile::kPitch; }
+    __device__ uint32_t bias_row(int row) const {
+        return shared_address(&shared_ + 1) + (first_row() + row) * Traits::kBiasPitch;
+    }
+
+    // Of the warp's row. It is found anew each time: there are no registers to keep parts of it through the main loop.
     __device__ Place place_of(int row) const {
-        row += first_row_;
-        const int query = row / group_;
-        return {int64_t{kv_head_} * group_ + row % group_, query, query < params_.num_queries};
-    }
-
-    __device__ __forceinline__ void raise(const float (&max)[Traits::kTiles][2]) {
-#pragma unroll
-        for (int i = 0; i < Traits::kTiles; ++i)
-#pragma unroll
-            for (int half = 0; half < 2; ++half) {
-                const float base = fmaxf(base_[i][half], max[i][half]);
-                const float rescale = exp2_approximate(base_[i][half] - base);
-                base_[i][half] = base;
-                sum_[i][2 * half] *= rescale;
-#pragma unroll
-                for (int j = 0; j < Traits::kColumns; ++j) {
-                    sums_[i][j][2 * half] *= rescale;
-                    sums_[i][j][2 * half + 1] *= rescale;
-                }
-            }
-    }
-
-    // bias_of_row(place)(bit) is added to the score of the key with this bit.
-    template <class Bias>
-    __device__ __forceinline__ void mask_rows(Scores& scores, uint64_t present, int first,
-                                              const Bias& bias_of_row) const {
-#pragma unroll
-        for (int i = 0; i < Traits::kTiles; ++i)
-#pragma unroll
-            for (int half = 0; half < 2; ++half) {
-                const Place place = place_of(16 * i + 8 * half + threadIdx.x % 32 / 4);
-                const uint64_t seen = place.exists ? (present & bits_of(range_of(params_, place.query), first)) : 0;
-                const uint64_t of_lane = seen >> threadIdx.x % 4 * 2;
-                const auto bias = bias_of_row(place);
-#pragma unroll
-                for (int j = 0; j < Traits::kKeyColumns; ++j)
-#pragma unroll
-                    for (int e = 0; e < 2; ++e) {
-                        float& score = scores[i][j][2 * half + e];
-                        const int bit = 8 * j + e;
-                        score = of_lane >> bit & 1 ? fmaf(score, factor_, bias(bit)) : kHidden;
-                    }
-            }
+        int group = params_.group;
+        keep(row);
+        keep(group);
+        row += first_row_of_cta<Traits>() + first_row();
+        const int query = row / group;
+        return {blockIdx.z, blockIdx.y * group + row % group, query, query < params_.num_queries};
     }
 
     // Calls body(score, number of 16 rows, half, bit of the key, from the lane's first key on).
@@ -303,82 +331,73 @@ private:
                 for (int e = 0; e < 4; ++e) body(scores[i][j][e], i, e / 2, 8 * j + e % 2);
     }
 
-    __device__ __forceinline__ static void pack_weights(const Scores& scores, Weights& weights) {
-#pragma unroll
-        for (int i = 0; i < Traits::kTiles; ++i)
-#pragma unroll
-            for (int step = 0; step < Traits::kKeys / 16; ++step)
-                pack_left<T>(scores[i][2 * step], scores[i][2 * step + 1], weights[i][step]);
-    }
-
-    const Ia3AttentionForwardParams& params_;
-    const int64_t batch_;
-    const int kv_head_, group_, first_row_;
-    const float factor_;
-    const uint32_t tile_;
+    const Ia3AttentionForwardKernelParams& params_;
+    typename Traits::Shared& shared_;
     uint32_t rows_, keys_, values_;  // where fragments begin
     float sums_[Traits::kTiles][Traits::kColumns][4] = {};
     float sum_[Traits::kTiles][4] = {};  // of weights; of four numbers, the first and third count
-    float base_[Traits::kTiles][2];      // of weights; after `finish`, the logarithm of their sum
+    float base_[Traits::kTiles][2];      // of weights
+    float largest_[Traits::kTiles][2];   // of a tile's scores
+    float inverse_[Traits::kTiles][2];   // of their sum, at last
 };
 
 // The tiles of real keys of which the queries of a CTA see any.
-template <int kKeys>
+template <class Traits>
 class KeyTiles {
 public:
-    __device__ KeyTiles(const Ia3AttentionParams& params, int64_t batch, int first_query, int queries)
-        : params_(params), batch_(batch) {
-        const KeyRange some = range_of(params, first_query, queries);
-        // Those that all of them see.
-        all_ = {range_of(params, first_query + queries - 1).begin, range_of(params, first_query).end};
-        end_ = some.end;
-        first = some.begin / kKeys * kKeys - kKeys;
+    __device__ explicit KeyTiles(const Ia3AttentionForwardKernelParams& params) : params_(params) {
+        const KeyRange queries = queries_of_cta(), seen = range_of(params, queries.begin, queries.end - queries.begin);
+        end = seen.end;
+        first = seen.begin / Traits::kKeys * Traits::kKeys - Traits::kKeys;
         advance();
     }
 
-    __device__ __forceinline__ void advance() {
-        do {
-            first += kKeys;
-            present = first < end_ ? present_keys(params_, batch_, first) & kAll : 0;
-        } while (first < end_ && present == 0);
-    }
-    __device__ bool exists() const { return first < end_; }
-    // Whether nothing is hidden from any of the queries, or added to its score.
-    __device__ bool is_plain() const {
-        return !params_.attn_mask.data && present == kAll && all_.begin <= first && first + kKeys <= all_.end;
+    __device__ bool exists() const { return first < end; }
+    __device__ void advance() {
+        do first += Traits::kKeys;
+        while (exists() && present() == 0);
     }
 
-    int first;
-    uint64_t present;
+    __device__ uint64_t present() const { return present_keys(params_, blockIdx.z, first) & kAll; }
+
+    // Where the tiles end, from this one on, of whose keys nothing is hidden from any query, or added to its score.
+    __device__ int end_of_plain() const {
+        const KeyRange queries = queries_of_cta();
+        const int seen_from = range_of(params_, queries.end - 1).begin, seen_to = range_of(params_, queries.begin).end;
+        if (params_.attn_mask.data || first < seen_from) return first;
+        const int limit = first + (seen_to - first) / Traits::kKeys * Traits::kKeys;
+        if (!params_.key_padding_mask) return limit;
+        int at = first;
+        while (at < limit && (~present_keys(params_, blockIdx.z, at) & kAll) == 0) at += Traits::kKeys;
+        return at;
+    }
+
+    int first, end;  // of this tile, the first key; behind the last key that is seen
 
 private:
-    static constexpr uint64_t kAll = ~uint64_t{0} >> (64 - kKeys);
+    static constexpr uint64_t kAll = ~uint64_t{0} >> (64 - Traits::kKeys);
 
-    const Ia3AttentionParams& params_;
-    const int64_t batch_;
-    KeyRange all_;
-    int end_;
+    __device__ KeyRange queries_of_cta() const {
+        int group = params_.group;
+        keep(group);
+        const int first_row = first_row_of_cta<Traits>();
+        return {first_row / group,
+                min((first_row + Traits::kRows - 1) / group + 1, static_cast<int>(params_.num_queries))};
+    }
+
+    const Ia3AttentionForwardKernelParams& params_;
 };
 
 template <class Traits>
 __global__ void __launch_bounds__(Traits::kThreads, 2)
-    ia3_attention_forward_kernel(const __grid_constant__ Ia3AttentionForwardParams params) {
+    ia3_attention_forward_kernel(const __grid_constant__ Ia3AttentionForwardKernelParams params) {
 #if __CUDA_ARCH__ >= 800
     using T = typename Traits::T;
     using Tile = typename Traits::Tile;
     extern __shared__ __align__(128) unsigned char memory[];
     typename Traits::Shared& shared = *reinterpret_cast<typename Traits::Shared*>(memory);
     const uint32_t key_tile = shared_address(shared.keys), value_tile = shared_address(shared.values);
-
-    const int group = static_cast<int>(params.heads / params.kv_heads);
-    const int rows = static_cast<int>(params.num_queries) * group;
-    const uint32_t tiles = (rows + Traits::kRows - 1) / Traits::kRows;
-    const int kv_head = blockIdx.x / tiles % static_cast<uint32_t>(params.kv_heads);
-    const int64_t batch = blockIdx.x / tiles / static_cast<uint32_t>(params.kv_heads);
-    // Where queries see only the keys before them, the last have most to do: they begin first.
-    const int first_row = static_cast<int>(tiles - 1 - blockIdx.x % tiles) * Traits::kRows;
-    const int first_query = first_row / group, last_row = min(first_row + Traits::kRows, rows) - 1;
-    AttendingWarp<Traits> warp(params, shared, batch, kv_head, first_row);
+    AttendingWarp<Traits> warp(params, shared);
     typename AttendingWarp<Traits>::Scores scores;
     typename AttendingWarp<Traits>::Weights weights;
 
@@ -386,7 +405,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 2)
         stage<T, Traits::kDim, Traits::kKeys>(tile, threadIdx.x, Traits::kThreads, [&](int row, int column) {
             if (first + row >= params.prefix_length || column >= params.head_dim) return float4{};
             return load_four(prefix.data, prefix.dtype,
-                             kv_head * prefix.head_stride + (first + row) * prefix.row_stride + column);
+                             blockIdx.y * prefix.head_stride + (first + row) * prefix.row_stride + column);
         });
     };
     if (params.prefix_length) warp.load_rows(false);
@@ -395,41 +414,62 @@ __global__ void __launch_bounds__(Traits::kThreads, 2)
         __syncthreads();
         warp.make_scores(scores);
         warp.hide(scores, bits_of({0, static_cast<int>(params.prefix_length)}, first));
-        warp.template weigh<true>(scores, weights);
+        if (warp.take_largest(scores, 1)) warp.raise();
+        warp.weigh(scores, 1, weights);
+        warp.add_weights(weights);
         __syncthreads();
     }
 
-    const auto copier_of = [&](const ConstHeads& heads) {
-        const T* const head =
-            static_cast<const T*>(heads.data) + batch * heads.batch_stride + kv_head * heads.head_stride;
-        return
-            typename Tile::template Copier<Traits::kThreads>(head, heads.row_stride, static_cast<int>(params.num_keys),
-                                                             static_cast<int>(params.head_dim));
+    KeyTiles<Traits> tile(params);
+    const auto copy = [&](uint32_t to, const ConstHeads& heads) {
+        Tile::template copy<Traits::kKeys, Traits::kThreads>(
+            to, static_cast<const T*>(heads.data) + blockIdx.z * heads.batch_stride + blockIdx.y * heads.head_stride,
+            heads.row_stride, tile.first, tile.end, static_cast<int>(params.head_dim));
+        commit_copies();
     };
-    const auto keys = copier_of(params.k), values = copier_of(params.v);
-    KeyTiles<Traits::kKeys> key_tiles(params, batch, first_query, last_row / group - first_query + 1);
-    if (key_tiles.exists()) keys.template start<Traits::kKeys>(key_tile, key_tiles.first);
-    commit_copies();
+    if (tile.exists()) copy(key_tile, params.k);
     warp.load_rows(true);
-    const auto attend = [&](auto is_plain) {
+    const auto begin = [&] {
         wait_for_copies<0>();
         __syncthreads();
-        values.template start<Traits::kKeys>(value_tile, key_tiles.first);
-        commit_copies();
-        warp.make_scores(scores);
-        if constexpr (!is_plain.value) warp.mask(scores, key_tiles.present, key_tiles.first);
-        warp.template weigh<!is_plain.value>(scores, weights);
+        copy(value_tile, params.v);
+    };
+    // The tile's part of the sums; `next` goes to the next tile.
+    const auto add_values = [&](float factor, const auto& next) {
+        warp.weigh(scores, factor, weights);
+        warp.add_weights(weights);
         wait_for_copies<0>();
         __syncthreads();
-        key_tiles.advance();
-        if (key_tiles.exists()) keys.template start<Traits::kKeys>(key_tile, key_tiles.first);
-        commit_copies();
+        next();
+        copy(key_tile, params.k);
         warp.add_values(weights);
     };
-    while (key_tiles.exists()) {
-        while (key_tiles.exists() && key_tiles.is_plain()) attend(std::true_type{});
-        if (key_tiles.exists()) attend(std::false_type{});
+    const auto step = [&] { tile.first += Traits::kKeys; };
+    while (tile.exists()) {
+        const int end = tile.end_of_plain();
+        while (tile.first < end) {
+            bool grows = false;
+            while (tile.first < end) {
+                begin();
+                warp.make_scores(scores);
+                grows = warp.take_largest(scores, warp.factor);
+                if (grows) break;
+                add_values(warp.factor, step);
+            }
+            if (grows) {
+                warp.raise();
+                add_values(warp.factor, step);
+            }
+        }
+        if (!tile.exists()) break;
+        begin();
+        if (params.attn_mask.data) warp.load_bias(tile.first);
+        warp.make_scores(scores);
+        warp.mask(scores, tile.present(), tile.first);
+        if (warp.take_largest(scores, 1)) warp.raise();
+        add_values(1, [&] { tile.advance(); });
     }
+    wait_for_copies<0>();
 
     warp.finish();
     if (params.out_real.data) warp.store(params.out_real);
@@ -442,7 +482,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 2)
         __syncthreads();
         warp.make_scores(scores);
         warp.hide(scores, bits_of({0, static_cast<int>(params.prefix_length)}, first));
-        warp.weigh_again(scores, weights);
+        warp.weigh(scores, 1, weights);
         warp.add_values(weights);
     }
     warp.store(params.out);

@@ -81,10 +81,23 @@ struct AttentionTile {
         uint32_t to_;
     };
 
-    // The same for a single tile.
+    // The same for loops that have no registers for a Copier: it is made anew, in some ten instructions.
     template <int kRows, int kThreads>
-    __device__ static void copy(uint32_t tile, const T* head, int64_t row_stride, int first, int count, int dim) {
-        Copier<kThreads>(head, row_stride, count, dim).template start<kRows>(tile, first);
+    __device__ __forceinline__ static void copy(uint32_t tile, const T* head, int64_t row_stride, int first, int count,
+                                                int dim) {
+        constexpr int kAtOnce = kThreads / kUnits;
+        int thread = threadIdx.x;
+        keep(thread);
+        const int row = thread / kUnits, unit = thread % kUnits;
+        const uint32_t to = tile + offset(row, unit), pitch = static_cast<uint32_t>(row_stride * sizeof(T));
+        const int rows_left = 8 * unit < dim ? count - first - row : 0;
+        const char* const from = reinterpret_cast<const char*>(head) + 16 * unit;
+        unroll<kRows / kAtOnce>([&](auto i) {
+            constexpr int kRow = decltype(i)::value * kAtOnce;
+            copy_async16<kRow * kPitch>(to ^ (kRow % 8 << 4),
+                                        from + uint64_t{pitch} * static_cast<uint32_t>(first + row + kRow),
+                                        kRow < rows_left ? 16 : 0);
+        });
     }
 
     // Where a lane's loads of fragments begin: of 16 rows that are a left factor's, or the reduction of a right one; of 16
@@ -193,17 +206,20 @@ __device__ inline void pack_left(const float (&first)[4], const float (&second)[
 
 // ---- what a query sees --------------------------------------------------------------------------------------------
 
-// The keys [begin, end).
+// Keys, or queries, [begin, end).
 struct KeyRange {
     int begin, end;
 };
 
-// Those that queries [query, query + count) see, some of them each, by their positions.
+// Those that queries [query, query + count) see, some of them each, by their positions. Parts of it are not kept through
+// loops.
 __device__ inline KeyRange range_of(const Ia3AttentionParams& params, int query, int count = 1) {
-    const int keys = static_cast<int>(params.num_keys), queries = static_cast<int>(params.num_queries);
-    const int position = keys - queries + query;  // the last query is at the last key's
-    const int everywhere = keys + queries;
-    const int behind = params.window ? static_cast<int>(min(params.window - 1, int64_t{everywhere})) : everywhere;
+    int everywhere = 1 << 29;  // more than there are keys and queries
+    int keys = static_cast<int>(params.num_keys);
+    keep(everywhere);
+    keep(keys);
+    const int position = keys - static_cast<int>(params.num_queries) + query;  // the last query is at the last key's
+    const int behind = params.window ? static_cast<int>(min(params.window, int64_t{everywhere})) - 1 : everywhere;
     const int begin = min(keys, max(0, position - behind));
     const int end = min(keys, position + count + (params.causal ? 0 : behind));
     return {begin, max(begin, end)};
@@ -216,9 +232,10 @@ __device__ inline uint64_t bits_of(const KeyRange& range, int first) {
 }
 
 // Those of 64 keys that exist and that padding does not hide, by a warp together.
-__device__ inline uint64_t present_keys(const Ia3AttentionParams& params, int64_t batch, int first) {
+__device__ inline uint64_t present_keys(const Ia3AttentionParams& params, int batch, int first) {
     if (!params.key_padding_mask) return bits_of({0, static_cast<int>(params.num_keys)}, first);
     const int key = first + threadIdx.x % 32;
+    keep(batch);
     const uint8_t* const padding = params.key_padding_mask + batch * params.num_keys + key;
     const uint32_t low = __ballot_sync(0xFFFFFFFF, key < params.num_keys && padding[0]);
     const uint32_t high = __ballot_sync(0xFFFFFFFF, key + 32 < params.num_keys && padding[32]);

@@ -3,16 +3,13 @@
 // The product is lora_linear's, with scales instead of adapters: l_in is applied where the rows of x are converted,
 // l_out where those of y are stored, and the gradients of both are summed on the way. So (IA)³ costs no pass of its
 // own over x, y or their gradients.
-#include <torch/csrc/stable/library.h>
-
 #include <tuple>
 
+#include "common/registration.h"
 #include "lora_linear/lora_linear_binding.h"
 
 #if defined(PEFT_KERNELS_CUDA)
 #include "ia3_linear/ia3_linear_cuda_binding.h"
-#else
-#define PEFT_KERNELS_NAMESPACE peft_kernels
 #endif
 
 namespace peft_kernels {
@@ -152,16 +149,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(PEFT_KERNELS_NAMESPACE, m) {
         "bool wants_x, bool wants_l_in, bool wants_l_out) -> (Tensor grad_x, Tensor grad_l_in, Tensor grad_l_out)");
 }
 
-#if !defined(PEFT_KERNELS_EMULATED)
-STABLE_TORCH_LIBRARY_IMPL(peft_kernels, CPU, m) {
+PEFT_KERNELS_IMPLEMENT(m) {
     m.impl("ia3_linear_forward", TORCH_BOX(&peft_kernels::forward));
     m.impl("ia3_linear_backward", TORCH_BOX(&peft_kernels::backward));
 }
-#endif
-
-#if defined(PEFT_KERNELS_CUDA)
-STABLE_TORCH_LIBRARY_IMPL(PEFT_KERNELS_NAMESPACE, PEFT_KERNELS_CUDA_KEY, m) {
-    m.impl("ia3_linear_forward", TORCH_BOX(&peft_kernels::forward));
-    m.impl("ia3_linear_backward", TORCH_BOX(&peft_kernels::backward));
-}
-#endif

@@ -15,6 +15,7 @@
 // Decode shapes (lora_linear_dot.h): a few rows; vectors run along k, and nothing is transposed at all.
 //
 // Where AMX computes in bf16, all shapes of more than one row are products of tiles instead (lora_linear_tiles.h).
+#include "lora_linear/lora_linear_combed.h"
 #include "lora_linear/lora_linear_dot.h"
 #include "lora_linear/lora_linear_strips.h"
 #if defined(__AMX_BF16__)
@@ -29,6 +30,9 @@ void lora_linear_forward(const LoraLinearForwardParams& params) {
 #if defined(__AMX_BF16__)
     // One row: tiles take as long on 4096 x 4096, but 104 instead of 62 us on 576 x 576, where packing counts.
     if (suits_tiles(params) && (params.m != 1 || !suits_dot(params))) return TileForward(params).run();
+#endif
+#if defined(__AVX512BF16__)
+    if (suits_combs(params)) return CombedForward(params).run();
 #endif
     const LoraLinearPlan plan = lora_linear_plan(params.m, params.n, params.threads);
     if (!plan.dot || !suits_dot(params)) return StripForward(params).run();

@@ -5,6 +5,7 @@
 #include "common/microkernel.h"
 #include "common/workspace.h"
 #include "lora_linear/lora_linear.h"
+#include "lora_linear/lora_linear_comb.h"
 #include "lora_linear/lora_linear_plan.h"
 #include "nf4/nf4_decode.h"
 
@@ -129,16 +130,16 @@ inline void prefetch_weight(const ConstMatrix& w, int64_t row, int64_t column) {
 // that are decoded run along k, so they are transposed, kLanes rows at a time.
 template <class T, int kElements, class Weight>
 void decode_strips(const Weight& w, int64_t n0, int64_t outputs, int64_t k0, int64_t count, uint32_t* strips) {
-    constexpr int64_t kBlock = 2 * 64;  // elements decoded before they are transposed: the rows stay in L1
+    constexpr int64_t kSpan = 2 * 64;  // elements decoded before they are transposed: the rows stay in L1
     const int64_t num_strips = strips_for(outputs), steps = divide_up(count, kElements);
-    T rows[kLanes][kBlock + 32];  // + 32: rows a power of two apart would share their cache sets
+    T rows[kLanes][kSpan + 32];  // + 32: rows a power of two apart would share their cache sets
     for (int64_t strip = 0; strip < num_strips; ++strip) {
         const int64_t first = n0 + strip * kLanes, valid = min_of<int64_t>(kLanes, outputs - strip * kLanes);
         if (valid < kLanes) memset(rows, 0, sizeof rows);
-        for (int64_t k = 0; k < count; k += kBlock) {
-            const int64_t some = min_of(kBlock, count - k);
+        for (int64_t k = 0; k < count; k += kSpan) {
+            const int64_t some = min_of(kSpan, count - k);
             for (int64_t row = 0; row < valid; ++row) {
-                prefetch_weight(w, first + row, k0 + k + kBlock);
+                prefetch_weight(w, first + row, k0 + k + kSpan);
                 decode(w, first + row, k0 + k, some, rows[row]);
                 if (some % kElements) rows[row][some] = {};
             }
@@ -156,14 +157,45 @@ void decode_strips(const Weight& w, int64_t n0, int64_t outputs, int64_t k0, int
     }
 }
 
+#if defined(__AVX512BF16__)
+// The first steps of decode_strips_transposed, where pairs of rows can be looked up at once; returns their number.
+inline int64_t decode_pairs_of_rows(const Nf4Weight& w, int64_t k0, int64_t outputs, int64_t n0, int64_t count,
+                                    uint32_t* strips) {
+    constexpr int64_t kAhead = 32;
+    if (!has_aligned_blocks(w) || k0 % kBlock != 0 || outputs != kBlock) return 0;
+    const __m512 values = _mm512_load_ps(codebook(w.quant_type));
+    const __m512i odd_row = _mm512_set1_epi32(16 << 16);
+    const auto absmax = [&](int64_t element) { return block_absmax(w.absmax, element >> w.log2_blocksize); };
+    for (int64_t step = 0; step < count / 2; ++step, strips += kBlock) {
+        const int64_t begin = (n0 + 2 * step) * w.k + k0;
+        prefetch_codes(w, begin + kAhead * w.k);
+        prefetch_codes(w, begin + (kAhead + 1) * w.k);
+        const __m512i table = table_of_two(w, values, absmax(begin), absmax(begin + w.k));
+        const uint8_t* first = w.codes + begin / 2;
+        for (int64_t k = 0; k < kBlock; k += 32, first += 16) {
+            __m512i low, high;
+            lookup_pairs(table, odd_row, first, first + w.k / 2, low, high);
+            store_vector(strips + k, low);
+            store_vector(strips + k + kLanes, high);
+        }
+    }
+    return count / 2;
+}
+inline int64_t decode_pairs_of_rows(const ConstMatrix&, int64_t, int64_t, int64_t, int64_t, uint32_t*) { return 0; }
+#endif
+
 // Outputs are columns [k0, k0 + outputs) of W, the reduction runs over its rows [n0, n0 + count).
 template <class T, int kElements, class Weight>
 void decode_strips_transposed(const Weight& w, int64_t k0, int64_t outputs, int64_t n0, int64_t count,
                               uint32_t* strips) {
     const int64_t num_strips = strips_for(outputs), steps = divide_up(count, kElements);
     constexpr int64_t kAhead = 16;
+    int64_t step = 0;
+#if defined(__AVX512BF16__)
+    if constexpr (kElements == 2) step = decode_pairs_of_rows(w, k0, outputs, n0, count, strips);
+#endif
     T rows[kElements][kTaskOutputs] = {};
-    for (int64_t step = 0; step < steps; ++step) {
+    for (; step < steps; ++step) {
         for (int e = 0; e < kElements; ++e) {
             const int64_t row = step * kElements + e;
             prefetch_weight(w, n0 + row + kAhead, k0);

@@ -1,17 +1,14 @@
 // The lora_linear ops: schemas, checks, allocation. See lora_linear.h for what they compute.
-#include <torch/csrc/stable/library.h>
-
 #include <cmath>
 #include <optional>
 #include <tuple>
 #include <vector>
 
+#include "common/registration.h"
 #include "lora_linear/lora_linear_binding.h"
 
 #if defined(PEFT_KERNELS_CUDA)
 #include "lora_linear/lora_linear_cuda_binding.h"
-#else
-#define PEFT_KERNELS_NAMESPACE peft_kernels
 #endif
 
 namespace peft_kernels {
@@ -216,20 +213,13 @@ STABLE_TORCH_LIBRARY_FRAGMENT(PEFT_KERNELS_NAMESPACE, m) {
 #endif
 }
 
-#if !defined(PEFT_KERNELS_EMULATED)
-STABLE_TORCH_LIBRARY_IMPL(peft_kernels, CPU, m) {
+PEFT_KERNELS_IMPLEMENT(m) {
     m.impl("lora_linear_forward", TORCH_BOX(&peft_kernels::forward));
     m.impl("lora_linear_backward", TORCH_BOX(&peft_kernels::backward));
 }
-#endif
 
 #if defined(PEFT_KERNELS_CUDA)
 STABLE_TORCH_LIBRARY_IMPL(PEFT_KERNELS_NAMESPACE, CompositeExplicitAutograd, m) {
     m.impl("lora_linear_set_crossover", TORCH_BOX(&peft_kernels::set_crossover));
-}
-
-STABLE_TORCH_LIBRARY_IMPL(PEFT_KERNELS_NAMESPACE, PEFT_KERNELS_CUDA_KEY, m) {
-    m.impl("lora_linear_forward", TORCH_BOX(&peft_kernels::forward));
-    m.impl("lora_linear_backward", TORCH_BOX(&peft_kernels::backward));
 }
 #endif

@@ -17,47 +17,9 @@ namespace peft_kernels {
 namespace PEFT_KERNELS_ISA {
 namespace {
 
-constexpr int64_t kBlock = 64;  // elements of the comb, and of the smallest fast block of a weight
 constexpr int64_t kBlockSteps = kBlock / kTileDepth;
 
 // ---- The weight ---------------------------------------------------------------------------------------------------
-
-// Whether every aligned run of 64 elements of a row has one absmax and whole bytes.
-inline bool has_aligned_blocks(const Nf4Weight& w) { return w.log2_blocksize >= 6 && w.k % kBlock == 0; }
-
-// absmax of `count` runs of 64 elements, the first one at element `begin`.
-inline void runs_absmax(const Nf4Weight& w, int64_t begin, int64_t count, float* out) {
-    const Absmax& a = w.absmax;
-    if (a.absmax || w.log2_blocksize != 6) {
-        for (int64_t i = 0; i < count; ++i) out[i] = block_absmax(a, (begin + i * kBlock) >> w.log2_blocksize);
-        return;
-    }
-    const int64_t first = begin / kBlock;
-    for (int64_t i = 0; i < count; ++i) out[i] = a.nested_code[a.nested_codes[first + i]];
-    for (int64_t i = 0; i < count;) {
-        const int64_t nested = (first + i) >> a.log2_nested_blocksize;
-        const int64_t end = min_of(count, ((nested + 1) << a.log2_nested_blocksize) - first);
-        const float scale = a.nested_absmax[nested], offset = a.nested_offset[0];
-        for (; i < end; ++i) out[i] = out[i] * scale + offset;
-    }
-}
-
-// The 16 values of a block of one row and the 16 of another: a table for vpermw, whose bit 4 chooses the row.
-inline __m512i table_of_two(const Nf4Weight& w, __m512 codebook, float first_absmax, float second_absmax) {
-    __m512 first = _mm512_mul_ps(codebook, _mm512_set1_ps(first_absmax));
-    __m512 second = _mm512_mul_ps(codebook, _mm512_set1_ps(second_absmax));
-    if (w.dtype == DType::kFloat16) {
-        first = _mm512_cvtph_ps(_mm512_cvtps_ph(first, _MM_FROUND_TO_NEAREST_INT));
-        second = _mm512_cvtph_ps(_mm512_cvtps_ph(second, _MM_FROUND_TO_NEAREST_INT));
-    }
-    return (__m512i)_mm512_cvtne2ps_pbh(second, first);  // flushes subnormals, as the tile unit does
-}
-
-// Lookups in such a table, of indices in the lowest four bits of each word; `row` is 16 where the second row is meant.
-inline __m512i lookup_two(__m512i table, __m512i indices, __m512i row) {
-    const __m512i nibble = _mm512_set1_epi16(0xF);
-    return _mm512_permutexvar_epi16(_mm512_ternarylogic_epi64(indices, nibble, row, 0xEA), table);  // (a & b) | c
-}
 
 // `blocks` blocks of two neighbouring rows, in combed order, from the first one's place in a left panel on.
 inline void decode_combed(const Nf4Weight& w, const uint8_t* first, const uint8_t* second, const float* first_absmax,
@@ -192,19 +154,12 @@ inline void decode_right(const Nf4Weight& w, int64_t k0, int64_t columns, int64_
             prefetch_codes(w, begin + (kAhead + 1) * w.k);
             const float* of_row = absmax + (n0 + n) * runs + k0 / kBlock;
             const __m512i table = table_of_two(w, values, of_row[0], of_row[runs]);
-            const auto put = [&](BFloat16* to, __m128i bytes) {
-                // Eight quadwords with a byte of each row: words of (first, second) row, high nibbles first.
-                const __m512i indices = _mm512_multishift_epi64_epi8(_mm512_set1_epi64(0x0008'0000'000C'0004),
-                                                                     _mm512_cvtepu16_epi64(bytes));
-                _mm512_store_si512(to, lookup_two(table, indices, odd_row));
-            };
-            for (int64_t k = 0; k < columns; k += kPanelSide, out += stride) {
-                const auto codes = [&](int64_t element) {
-                    return _mm_loadu_si128(reinterpret_cast<const __m128i*>(w.codes + element / 2));
-                };
-                const __m128i first = codes(begin + k), second = codes(begin + w.k + k);
-                put(out, _mm_unpacklo_epi8(first, second));
-                put(out + kTileElements, _mm_unpackhi_epi8(first, second));
+            const uint8_t* first = w.codes + begin / 2;
+            for (int64_t k = 0; k < columns; k += kPanelSide, first += kPanelSide / 2, out += stride) {
+                __m512i low, high;
+                lookup_pairs(table, odd_row, first, first + w.k / 2, low, high);
+                _mm512_store_si512(out, low);
+                _mm512_store_si512(out + kTileElements, high);
             }
             continue;
         }

@@ -1,15 +1,13 @@
 // The binding of the nf4 family.
-#include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
 #include <tuple>
 
+#include "common/registration.h"
 #include "nf4/nf4_binding.h"
 
 #if defined(PEFT_KERNELS_CUDA)
 #include "common/cuda_check.h"
-#else
-#define PEFT_KERNELS_NAMESPACE peft_kernels
 #endif
 
 namespace peft_kernels {
@@ -110,18 +108,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(PEFT_KERNELS_NAMESPACE, m) {
     m.def("nf4_quantize(Tensor tensor, int blocksize, str quant_type) -> (Tensor, Tensor)");
 }
 
-#if !defined(PEFT_KERNELS_EMULATED)
-STABLE_TORCH_LIBRARY_IMPL(peft_kernels, CPU, m) {
+PEFT_KERNELS_IMPLEMENT(m) {
     m.impl("nf4_dequantize", TORCH_BOX(&peft_kernels::dequantize_all));
     m.impl("nf4_dequantize_rows", TORCH_BOX(&peft_kernels::dequantize_rows));
     m.impl("nf4_quantize", TORCH_BOX(&peft_kernels::quantize));
 }
-#endif
-
-#if defined(PEFT_KERNELS_CUDA)
-STABLE_TORCH_LIBRARY_IMPL(PEFT_KERNELS_NAMESPACE, PEFT_KERNELS_CUDA_KEY, m) {
-    m.impl("nf4_dequantize", TORCH_BOX(&peft_kernels::dequantize_all));
-    m.impl("nf4_dequantize_rows", TORCH_BOX(&peft_kernels::dequantize_rows));
-    m.impl("nf4_quantize", TORCH_BOX(&peft_kernels::quantize));
-}
-#endif

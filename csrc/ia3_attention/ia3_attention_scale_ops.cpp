@@ -1,20 +1,18 @@
 // The scalings around torch's attention on a GPU, where that takes the place of our kernels: schemas, checks, allocation.
 // Both are one pass of ia3_linear's over a matrix [rows of the batch, heads · head_dim].
-#include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
 #include <tuple>
 
 #include "common/checks.h"
 #include "common/launch.h"
+#include "common/registration.h"
 
 #if defined(PEFT_KERNELS_CUDA)
 #include "common/cuda_check.h"
 #include "common/cuda_device.h"
 #include "ia3_linear/ia3_linear_scale.h"
 #include "lora_linear/lora_linear_branch.h"
-#else
-#define PEFT_KERNELS_NAMESPACE peft_kernels
 #endif
 
 STABLE_TORCH_LIBRARY_FRAGMENT(PEFT_KERNELS_NAMESPACE, m) {

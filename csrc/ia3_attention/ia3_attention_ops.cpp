@@ -1,5 +1,4 @@
 // The ia3_attention ops: schemas, checks, allocation. See ia3_attention.h for what they compute.
-#include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
 #include <cmath>
@@ -9,6 +8,7 @@
 
 #include "common/checks.h"
 #include "common/launch.h"
+#include "common/registration.h"
 #include "ia3_attention/ia3_attention.h"
 #if defined(PEFT_KERNELS_CUDA)
 #include "common/cuda_check.h"
@@ -286,16 +286,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(PEFT_KERNELS_NAMESPACE, m) {
         "Tensor grad_prefix_k, Tensor grad_prefix_v)");
 }
 
-#if !defined(PEFT_KERNELS_EMULATED)
-STABLE_TORCH_LIBRARY_IMPL(peft_kernels, CPU, m) {
+PEFT_KERNELS_IMPLEMENT(m) {
     m.impl("ia3_attention_forward", TORCH_BOX(&peft_kernels::forward));
     m.impl("ia3_attention_backward", TORCH_BOX(&peft_kernels::backward));
 }
-#endif
-
-#if defined(PEFT_KERNELS_CUDA)
-STABLE_TORCH_LIBRARY_IMPL(PEFT_KERNELS_NAMESPACE, PEFT_KERNELS_CUDA_KEY, m) {
-    m.impl("ia3_attention_forward", TORCH_BOX(&peft_kernels::forward));
-    m.impl("ia3_attention_backward", TORCH_BOX(&peft_kernels::backward));
-}
-#endif

@@ -1,4 +1,4 @@
-"""ia3_attention on devices that have no kernel of ours: torch's attention between scalings, differentiable by autograd.
+"""ia3_attention by torch's attention between scalings, differentiable by autograd: see _attention_plan for when.
 
 Without a prefix and a rotation no key or value is touched: l_k multiplies the queries, l_v the result. Where only
 `causal` masks and there are as many queries as keys, torch takes its FlashAttention; any other mask is written out.
@@ -44,11 +44,8 @@ def attention_by_torch(
         if on_k is not None and rope is None:
             folded = on_k.repeat_interleave(group, dim=0)
             on_q, on_k = (folded if on_q is None else on_q.float() * folded.float()), None
-    q, k, v = _scaled(q, on_q), _scaled(k, on_k), _scaled(v, on_v)
-    if rope is not None:
-        cos, sin = (part.float().unsqueeze(-3) for part in rope)
-        q = _rotate(q, cos[..., num_keys - num_queries :, :], sin[..., num_keys - num_queries :, :])
-        k = _rotate(k, cos, sin)
+    v = _scaled(v, on_v)
+    q, k = (_scaled(q, on_q), _scaled(k, on_k)) if rope is None else rotated(q, k, on_q, on_k, rope)
     if prefix_k is not None:
         k, v = (
             torch.cat([prefix.to(x.dtype).expand(batch, -1, -1, -1), x], dim=2)
@@ -69,6 +66,17 @@ def attention_by_torch(
     if hidden is not None:
         out = out.masked_fill(hidden, 0)
     return _scaled(out, on_out)
+
+
+def rotated(
+    q: Tensor, k: Tensor, l_q: Tensor | None, l_k: Tensor | None, rope: tuple[Tensor, Tensor]
+) -> tuple[Tensor, Tensor]:
+    """q and k, scaled and rotated. The last query is at the position of the last key."""
+    l_q, l_k = (None if factors is None else factors.reshape(-1, 1, q.shape[3]) for factors in (l_q, l_k))
+    cos, sin = (part.float().unsqueeze(-3) for part in rope)
+    first = k.shape[2] - q.shape[2]
+    q = _rotate(_scaled(q, l_q), cos[..., first:, :], sin[..., first:, :])
+    return q, _rotate(_scaled(k, l_k), cos, sin)
 
 
 def _scaled(x: Tensor, factors: Tensor | None) -> Tensor:

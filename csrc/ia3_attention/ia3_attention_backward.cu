@@ -4,8 +4,9 @@
 #include <cuda_runtime.h>
 
 #include "ia3_attention/ia3_attention_cuda.h"
-#include "ia3_attention/ia3_attention_gradients_kernel.cuh"
+#include "ia3_attention/ia3_attention_keys_kernel.cuh"
 #include "ia3_attention/ia3_attention_prepare_kernel.cuh"
+#include "ia3_attention/ia3_attention_queries_kernel.cuh"
 #include "lora_linear/lora_linear_branch.h"
 
 namespace peft_kernels::cuda {

@@ -15,17 +15,10 @@
 #include "lora_linear/lora_linear_branch.h"
 #endif
 
-STABLE_TORCH_LIBRARY_FRAGMENT(PEFT_KERNELS_NAMESPACE, m) {
-    m.def("ia3_attention_scale(Tensor x, Tensor scales) -> Tensor");
-    m.def(
-        "ia3_attention_scale_backward(Tensor grad_y, Tensor x, Tensor scales, bool wants_x, bool wants_scales) -> "
-        "(Tensor grad_x, Tensor grad_scales)");
-}
-
-#if defined(PEFT_KERNELS_CUDA)
-
 namespace peft_kernels {
 namespace {
+
+#if defined(PEFT_KERNELS_CUDA)
 
 ScaleColumnsParams check_call(const Tensor& in, const char* name, const Tensor& scales, bool sums) {
     if (in.dim() != 2) bad_argument(name, describe(in), "a matrix [M, columns]");
@@ -41,7 +34,7 @@ ScaleColumnsParams check_call(const Tensor& in, const char* name, const Tensor& 
 }
 
 // -> scales ⊙ x [m, columns], of x's dtype
-Tensor scale(Tensor x, Tensor scales) {
+Tensor scale_on_cuda(const Tensor& x, const Tensor& scales) {
     const CudaScope scope(x.get_device_index());
     ScaleColumnsParams params = check_call(x, "x", scales, false);
     Tensor y = empty(x, {x.size(0), x.size(1)}, x.scalar_type());
@@ -52,7 +45,8 @@ Tensor scale(Tensor x, Tensor scales) {
 }
 
 // -> grad_x [m, columns], of grad_y's dtype; grad_scales [columns], in fp32; what is not wanted has no elements.
-std::tuple<Tensor, Tensor> scale_backward(Tensor grad_y, Tensor x, Tensor scales, bool wants_x, bool wants_scales) {
+std::tuple<Tensor, Tensor> differentiate_on_cuda(const Tensor& grad_y, const Tensor& x, const Tensor& scales,
+                                                 bool wants_x, bool wants_scales) {
     const CudaScope scope(grad_y.get_device_index());
     ScaleColumnsParams params = check_call(grad_y, "grad_y", scales, wants_scales);
     params.other = check_matrix(x, "x", params.m, grad_y.size(1), grad_y);
@@ -78,12 +72,38 @@ std::tuple<Tensor, Tensor> scale_backward(Tensor grad_y, Tensor x, Tensor scales
     return {grad_x, grad_scales};
 }
 
+#endif
+
+// torch's attention takes the place of kernels on a GPU only: those of the CPU scale what they read and write.
+[[noreturn]] void refuse(const Tensor& x, const char* name) {
+    bad_argument(name, describe(x) + " on the CPU, or without a build with CUDA", "a tensor on a GPU");
+}
+
+Tensor scale(Tensor x, Tensor scales) {
+#if defined(PEFT_KERNELS_CUDA)
+    if (runs_on_cuda(x)) return scale_on_cuda(x, scales);
+#endif
+    refuse(x, "x");
+}
+
+std::tuple<Tensor, Tensor> scale_backward(Tensor grad_y, Tensor x, Tensor scales, bool wants_x, bool wants_scales) {
+#if defined(PEFT_KERNELS_CUDA)
+    if (runs_on_cuda(grad_y)) return differentiate_on_cuda(grad_y, x, scales, wants_x, wants_scales);
+#endif
+    refuse(grad_y, "grad_y");
+}
+
 }  // namespace
 }  // namespace peft_kernels
 
-STABLE_TORCH_LIBRARY_IMPL(PEFT_KERNELS_NAMESPACE, PEFT_KERNELS_CUDA_KEY, m) {
+STABLE_TORCH_LIBRARY_FRAGMENT(PEFT_KERNELS_NAMESPACE, m) {
+    m.def("ia3_attention_scale(Tensor x, Tensor scales) -> Tensor");
+    m.def(
+        "ia3_attention_scale_backward(Tensor grad_y, Tensor x, Tensor scales, bool wants_x, bool wants_scales) -> "
+        "(Tensor grad_x, Tensor grad_scales)");
+}
+
+PEFT_KERNELS_IMPLEMENT(m) {
     m.impl("ia3_attention_scale", TORCH_BOX(&peft_kernels::scale));
     m.impl("ia3_attention_scale_backward", TORCH_BOX(&peft_kernels::scale_backward));
 }
-
-#endif

@@ -60,8 +60,7 @@ struct AttentionTile {
             unroll<kRows / kAtOnce>([&](auto i) {
                 constexpr int kRow = decltype(i)::value * kAtOnce;
                 const int row = first + kRow;
-                copy_async16<kRow * kPitch>((tile + to_) ^ (kRow % 8 << 4),
-                                            advance(from_, row, pitch_),
+                copy_async16<kRow * kPitch>((tile + to_) ^ (kRow % 8 << 4), advance(from_, row, pitch_),
                                             row < rows_left_ ? 16 : 0);
             });
         }

@@ -1,11 +1,12 @@
 // The instances of ia3_attention's backward and their launch:
 //
-//   prepare, keys, queries     __nv_bfloat16, __half     head dimensions of up to 64, 128
+//   prepare, keys, queries     __nv_bfloat16, __half     head dimensions of up to 64, 128, 256
 #include <cuda_runtime.h>
 
 #include "ia3_attention/ia3_attention_cuda.h"
-#include "ia3_attention/ia3_attention_gradients_kernel.cuh"
+#include "ia3_attention/ia3_attention_keys_kernel.cuh"
 #include "ia3_attention/ia3_attention_prepare_kernel.cuh"
+#include "ia3_attention/ia3_attention_queries_kernel.cuh"
 #include "lora_linear/lora_linear_branch.h"
 
 namespace peft_kernels::cuda {
@@ -20,7 +21,8 @@ template <class Body>
 auto with_traits(const Ia3AttentionParams& p, const Body& body) {
     const auto with_dim = [&](auto type) {
         using T = decltype(type);
-        return p.head_dim <= 64 ? body(AttentionGradientTraits<T, 64>{}) : body(AttentionGradientTraits<T, 128>{});
+        if (p.head_dim <= 64) return body(AttentionGradientTraits<T, 64>{});
+        return p.head_dim <= 128 ? body(AttentionGradientTraits<T, 128>{}) : body(AttentionGradientTraits<T, 256>{});
     };
     return p.q.dtype == DType::kBFloat16 ? with_dim(__nv_bfloat16{}) : with_dim(__half{});
 }
@@ -126,9 +128,10 @@ int ia3_attention_backward(const Ia3AttentionBackwardParams& problem, void* stre
                                          params.prefix_blocks,
                                      kPrepareThreads, params, stream))
             return error;
-        if (const int error = launch(&ia3_attention_keys_kernel<Traits>, Traits::kSharedBytes,
-                                     problem.batch * problem.kv_heads * (params.prefix_tiles + params.key_tiles),
-                                     Traits::kThreads, params, stream))
+        if (const int error =
+                launch(&ia3_attention_keys_kernel<Traits>, Traits::kSharedBytes,
+                       problem.batch * problem.kv_heads * (params.prefix_tiles + params.key_tiles) * Traits::kParts,
+                       Traits::kThreads, params, stream))
             return error;
         if (const int error =
                 launch(&ia3_attention_queries_kernel<Traits>, Traits::kSharedBytes,

@@ -181,11 +181,21 @@ std::tuple<Tensor, Tensor, Tensor> forward(Tensor q, Tensor k, Tensor v, MaybeTe
     return {out, out_real, lse};
 }
 
-void run_backward(Ia3AttentionBackwardParams& params, const Tensor& q) {
+void run_backward(Ia3AttentionBackwardParams& params, const Tensor& grad_out, const Tensor& q) {
 #if defined(PEFT_KERNELS_CUDA)
     if (runs_on_cuda(q)) {
         const CudaScope scope(q.get_device_index());
         check_cuda_operands(params);
+        // A gradient comes as autograd has it; the kernels want rows that begin at multiples of 16 bytes.
+        ConstHeads& grad = params.grad_out;
+        Tensor aligned;
+        const int64_t strides = grad.batch_stride | grad.head_stride | grad.row_stride;
+        if ((reinterpret_cast<int64_t>(grad.data) | strides * 2) % 16 != 0) {
+            const int64_t row = params.head_dim, head = params.num_queries * row;
+            aligned = empty(q, {params.batch, params.heads, params.num_queries, row}, q.scalar_type());
+            torch::stable::copy_(aligned, grad_out);
+            grad = {aligned.const_data_ptr(), grad.dtype, params.heads * head, head, row};
+        }
         const Tensor workspace = empty(q, {cuda::ia3_attention_backward_workspace(params)}, ScalarType::Byte);
         params.workspace = workspace.mutable_data_ptr();
         return check_cuda(cuda::ia3_attention_backward(params, scope.stream()), "ia3_attention_backward");
@@ -256,7 +266,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backw
             torch::stable::zero_(zeros);
         }
     else
-        run_backward(params, q);
+        run_backward(params, grad_out, q);
     return {grad_q, grad_k, grad_v, grad_l_q, grad_l_k, grad_l_v, grad_prefix_k, grad_prefix_v};
 }
 

@@ -38,6 +38,7 @@ struct AttentionTile {
                     16 * unit()),
               to_(offset(row(), unit())) {
             keep(from_);
+            keep(pitch_);
             keep(to_);
             keep(rows_left_);
         }
@@ -50,6 +51,7 @@ struct AttentionTile {
                     16 * unit()),
               to_(like.to_) {
             keep(from_);
+            keep(pitch_);
         }
 
         // Starts to copy rows [first, first + kRows) into a tile. What does not exist becomes zero.
@@ -58,8 +60,7 @@ struct AttentionTile {
             unroll<kRows / kAtOnce>([&](auto i) {
                 constexpr int kRow = decltype(i)::value * kAtOnce;
                 const int row = first + kRow;
-                copy_async16<kRow * kPitch>((tile + to_) ^ (kRow % 8 << 4),
-                                            from_ + uint64_t{static_cast<uint32_t>(row)} * pitch_,
+                copy_async16<kRow * kPitch>((tile + to_) ^ (kRow % 8 << 4), advance(from_, row, pitch_),
                                             row < rows_left_ ? 16 : 0);
             });
         }
@@ -73,7 +74,7 @@ struct AttentionTile {
         __device__ static int row() { return threadIdx.x / kUnits; }
         __device__ static int unit() { return threadIdx.x % kUnits; }
 
-        const uint32_t pitch_;  // 32 bits: a multiplication and an addition in one instruction
+        uint32_t pitch_;  // bytes; 32 bits: a multiplication and an addition in one instruction
         int rows_left_;
         const char* from_;
         uint32_t to_;
@@ -173,14 +174,14 @@ __device__ inline void multiply_rows(float (&sums)[kLeft][kRight][4], uint32_t l
     });
 }
 
-// sums[i][j] += weights · rows: the weights [16 kLeft, 16 kSteps] are in fragments, the tile's rows begin where `rows`
-// (a left factor's) does.
-template <class T, int kDim, int kLeft, int kSteps>
-__device__ inline void multiply_weights(float (&sums)[kLeft][kDim / 8][4], const uint32_t (&weights)[kLeft][kSteps][4],
+// sums[i][j] += weights · rows, of which these are columns: the weights [16 kLeft, 16 kSteps] are in fragments, the tile's
+// rows begin where `rows` (a left factor's) does.
+template <class T, int kDim, int kLeft, int kSteps, int kColumns>
+__device__ inline void multiply_weights(float (&sums)[kLeft][kColumns][4], const uint32_t (&weights)[kLeft][kSteps][4],
                                         uint32_t rows) {
     unroll<kSteps>([&](auto step) {
         constexpr int kStep = decltype(step)::value;
-        unroll<kDim / 16>([&](auto pair) {
+        unroll<kColumns / 2>([&](auto pair) {
             constexpr int kPair = decltype(pair)::value;
             uint32_t b[4];
             AttentionTile<T, kDim>::template load<true, 16 * kStep, kPair>(b, rows);

@@ -9,6 +9,9 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .. import _extension
 
 
 def attention_by_torch(
@@ -77,8 +80,63 @@ def rotated(
 
 
 def _scaled(x: Tensor, factors: Tensor | None) -> Tensor:
-    """Rounded once, after the product."""
-    return x if factors is None else (x.float() * factors.float()).to(x.dtype)
+    """Rounded once, after the product; by our kernels where there are some, and then without a copy in fp32 for the
+    backward."""
+    if factors is None:
+        return x
+    if x.is_cuda and _extension.build_info["cuda"]:
+        return ScaledHeads.apply(x, factors)
+    return (x.float() * factors.float()).to(x.dtype)
+
+
+class ScaledHeads(torch.autograd.Function):
+    """x [B, H, S, D] times factors [H, 1, D]; the backward reads each tensor once for both gradients."""
+
+    @staticmethod
+    def forward(ctx, x, factors):
+        ctx.save_for_backward(x, factors)
+        return _heads(torch.ops.peft_kernels.ia3_attention_scale(_rows(x), _fp32(factors)), x.shape)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        x, factors = ctx.saved_tensors
+        grad_x, grad_factors = torch.ops.peft_kernels.ia3_attention_scale_backward(
+            _rows(grad), _rows(x), _fp32(factors), *ctx.needs_input_grad
+        )
+        wants_x, wants_factors = ctx.needs_input_grad
+        return (
+            _heads(grad_x, x.shape) if wants_x else None,
+            grad_factors.view(factors.shape).to(factors.dtype) if wants_factors else None,
+        )
+
+
+def _rows(x: Tensor) -> Tensor:
+    """[B, H, S, D] as [B · S, H · D]: a view where heads lie side by side, as a projection leaves them."""
+    return x.transpose(1, 2).reshape(-1, x.shape[1] * x.shape[3])
+
+
+def _heads(rows: Tensor, shape: torch.Size) -> Tensor:
+    batch, heads, length, head_dim = shape
+    return rows.view(batch, length, heads, head_dim).transpose(1, 2)
+
+
+def _fp32(factors: Tensor) -> Tensor:
+    return factors.float().reshape(-1)
+
+
+@torch.library.register_fake("peft_kernels::ia3_attention_scale")
+def _(x, scales):
+    return torch.empty_like(x)
+
+
+@torch.library.register_fake("peft_kernels::ia3_attention_scale_backward")
+def _(grad_y, x, scales, wants_x, wants_scales):
+    rows, columns = grad_y.shape
+    return (
+        grad_y.new_empty((rows if wants_x else 0, columns)),
+        grad_y.new_empty((columns if wants_scales else 0,), dtype=torch.float32),
+    )
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -1,5 +1,6 @@
 """What the ia3_attention tests share: random problems, their oracle, and torch's attention on the same numbers."""
 
+import sys
 from dataclasses import dataclass, field
 
 import torch
@@ -50,7 +51,11 @@ def make_case(
     if prefix:
         tensors["prefix_k"] = torch.randn(kv_heads, prefix, head_dim).to(scale_dtype)
         tensors["prefix_v"] = torch.randn(kv_heads, prefix, head_dim).to(scale_dtype)
-    return Case(tensors, torch.randn(batch, heads, num_queries, head_dim).to(dtype), options)
+    grad_out = torch.randn(batch, heads, num_queries, head_dim).to(dtype)
+    options = {
+        name: value.to(grad_out.device) if isinstance(value, Tensor) else value for name, value in options.items()
+    }
+    return Case(tensors, grad_out, options)
 
 
 def angles(num_keys: int, channels: int, batch: int | None = None) -> tuple[Tensor, Tensor]:
@@ -74,6 +79,16 @@ def expected(case: Case) -> dict[str, Tensor]:
     """The same in fp64."""
     tensors = {name: tensor.double() for name, tensor in case.tensors.items()}
     return run(Case(tensors, case.grad_out, case.options), oracle)
+
+
+def expected_forward(case: Case) -> Tensor:
+    """The result alone, in fp64."""
+    return oracle(**{name: tensor.double() for name, tensor in case.tensors.items()}, **case.options)
+
+
+def on_gpu_plan(monkeypatch) -> None:
+    """Has calls on the emulator's tensors, which are on the CPU, ask for a GPU's plan."""
+    monkeypatch.setattr(sys.modules["peft_kernels.ops.ia3_attention"], "_has_gpu_plan", lambda device: True)
 
 
 def stock(q, k, v, l_q=None, l_k=None, l_v=None, prefix_k=None, prefix_v=None, causal=False, key_padding_mask=None):

@@ -7,17 +7,19 @@ import sys
 from itertools import product
 from pathlib import Path
 
+import ptx_emulator
 import pytest
 import tolerances
 import torch
 from comparison import DTYPES, error, short
-from ia3_attention_cases import angles, expected, make_case, run
+from ia3_attention_cases import angles, expected, make_case, on_gpu_plan, run
 
-from peft_kernels.ops import _attention_by_torch, ia3_attention
+from peft_kernels.ops import _attention_by_torch, _attention_plan, ia3_attention
 
 DOCUMENT = Path(__file__).parent.parent / "docs/ia3_attention.md"
 BEGIN, END = "<!-- begin of the table -->\n", "<!-- end of the table -->\n"
 SHAPE = (2, 4, 2, 33, 33, 16)
+MASKLESS = {"causal": False, "window": None, "key_padding_mask": None, "attn_mask": None}
 PADDING = torch.arange(33) >= torch.tensor([[4], [20]])
 MASKS = {
     "none": {},
@@ -27,14 +29,27 @@ MASKS = {
     "bool": {"attn_mask": torch.rand(33, 33, generator=torch.Generator().manual_seed(1)) > 0.3},
     "additive": {"attn_mask": torch.randn(1, 4, 33, 33, generator=torch.Generator().manual_seed(1))},
 }
-HEADINGS = ["mask", "RoPE", "prefix", *(f"CPU, {short(dtype)}" for dtype in DTYPES), "CUDA, all three"]
+HALVES = [torch.bfloat16, torch.float16]
+HEADINGS = [
+    "mask",
+    "RoPE",
+    "prefix",
+    *(f"CPU, {short(dtype)}" for dtype in DTYPES),
+    "CUDA, fp32",
+    "CUDA, bf16 and fp16",
+]
 
 
 def by_torch(q, k, v, l_q=None, l_k=None, l_v=None, prefix_k=None, prefix_v=None, **options):
-    """What other devices than the CPU do, on the CPU."""
-    names = ("window", "key_padding_mask", "attn_mask", "rope")
-    options = {"scale": q.shape[3] ** -0.5, "causal": False, **dict.fromkeys(names), **options}
+    """What a GPU does where it takes torch's attention, on the CPU."""
+    options = {"scale": q.shape[3] ** -0.5, "rope": None, **MASKLESS, **options}
     return _attention_by_torch.attention_by_torch(q, k, v, l_q, l_k, l_v, prefix_k, prefix_v, **options)
+
+
+def goes_to_torch(case) -> bool:
+    tensors = [case.tensors.get(name) for name in ("q", "k", "v", "l_q", "l_k", "l_v", "prefix_k", "prefix_v")]
+    options = MASKLESS | {name: value for name, value in case.options.items() if name in MASKLESS}
+    return _attention_plan.why_torch(*tensors, **options) is not None
 
 
 def is_right(case, function, wanted, tolerance) -> bool:
@@ -60,19 +75,36 @@ def way_of_torch(case, wanted) -> str:
     return "torch, any" if options["attn_mask"] is None else "torch, with a mask"
 
 
+def way_of_halves(by_dtype, rope: bool, fp32: str) -> str:
+    """Of bf16 and fp16, whose kernels run in the emulator."""
+    from ptx_emulator.ops import emulated
+
+    ways = set()
+    for case, wanted in by_dtype:
+        if goes_to_torch(case):
+            ways.add(fp32)
+            continue
+        with pytest.MonkeyPatch.context() as patch, emulated() as launches:
+            on_gpu_plan(patch)
+            right = is_right(case, ia3_attention, wanted, tolerances.attention(case.tensors["q"].dtype))
+            ways.add(("own, rotated by torch" if rope else "own") if right and launches() else "wrong")
+    return " or ".join(ways)
+
+
 def rows() -> list[list[str]]:
     found = []
     for (mask, options), rope, prefix in product(MASKS.items(), (False, True), (False, True)):
-        cells = [mask, "yes" if rope else "", "yes" if prefix else ""]
+        cells, cases = [mask, "yes" if rope else "", "yes" if prefix else ""], []
         for dtype in DTYPES:
             torch.manual_seed(0)
             more = {"rope": angles(33, 16)} if rope else {}
             case = make_case(*SHAPE, dtype=dtype, prefix=5 if prefix else 0, **options, **more)
-            wanted = expected(case)
-            if dtype == torch.float32:
-                by_device = way_of_torch(case, wanted)
-            cells.append("own" if is_right(case, ia3_attention, wanted, tolerances.attention(dtype)) else "wrong")
-        found.append([*cells, by_device])
+            cases.append((case, expected(case)))
+            right = is_right(case, ia3_attention, cases[-1][1], tolerances.attention(dtype))
+            cells.append("own" if right else "wrong")
+        fp32 = way_of_torch(*cases[DTYPES.index(torch.float32)])
+        halves = way_of_halves([cases[DTYPES.index(dtype)] for dtype in HALVES], rope, fp32)
+        found.append([*cells, fp32, halves])
     return found
 
 
@@ -87,6 +119,8 @@ def documented() -> str:
 
 @pytest.fixture(scope="module")
 def made():
+    if reason := ptx_emulator.missing():
+        pytest.skip(reason)
     torch.set_num_threads(1)
     return table()
 
@@ -96,7 +130,9 @@ def test_table_is_what_the_document_says(made):
 
 
 def test_everything_is_supported(made):
-    assert "wrong" not in made and made.count("| own |") == len(MASKS) * 4 * 2  # neighbours share a bar
+    assert "wrong" not in made
+    for line in made.splitlines()[2:]:
+        assert [cell.strip() for cell in line.split("|")][4:7] == ["own"] * 3
 
 
 @pytest.mark.parametrize("prefix", [0, 3])

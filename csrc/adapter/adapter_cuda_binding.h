@@ -141,8 +141,7 @@ public:
             for (int j = 0; j < 2; ++j)
                 params.segments[j] = {floats(sums[i + j].parts), floats(*sums[i + j].result),
                                       sums[i + j].result->numel(), splits};
-            if (params.segments[0].count + params.segments[1].count > 0)
-                run(cuda::lora_sum_parts(params, scope_.stream()), "the sum of parts");
+            run(cuda::lora_sum_parts(params, scope_.stream()), "the sum of parts");
         }
     }
 

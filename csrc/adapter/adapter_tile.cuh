@@ -22,10 +22,6 @@
 namespace peft_kernels::cuda {
 
 template <class T>
-constexpr DType kDType = std::is_same_v<T, float>           ? DType::kFloat32
-                         : std::is_same_v<T, __nv_bfloat16> ? DType::kBFloat16
-                                                            : DType::kFloat16;
-template <class T>
 constexpr int kVector = 16 / sizeof(T);  // elements of 16 bytes
 template <class T>
 constexpr int kPanelColumns = kAdapterPanelBytes / sizeof(T);

@@ -13,6 +13,11 @@ namespace peft_kernels::cuda {
 
 __device__ inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
+template <class T>
+constexpr DType kDType = std::is_same_v<T, float>           ? DType::kFloat32
+                         : std::is_same_v<T, __nv_bfloat16> ? DType::kBFloat16
+                                                            : DType::kFloat16;
+
 __device__ inline float widen(float value) { return value; }
 __device__ inline float widen(__nv_bfloat16 value) { return __bfloat162float(value); }
 __device__ inline float widen(__half value) { return __half2float(value); }

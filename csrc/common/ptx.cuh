@@ -72,6 +72,22 @@ __device__ inline uint32_t pack(float low, float high, __half) {
     return result;
 }
 
+// pointer + count · bytes. From C++ a part of the product that is known to be zero was added as well, on sm_90.
+__device__ inline const char* advance(const char* pointer, uint32_t count, uint32_t bytes) {
+    const char* result;
+    asm("mad.wide.u32 %0, %1, %2, %3;" : "=l"(result) : "r"(count), "r"(bytes), "l"(pointer));
+    return result;
+}
+
+// ---- functions ----------------------------------------------------------------------------------------------------
+
+// 2^x to two units in the last place; results below the smallest normal number are zero.
+__device__ inline float exp2_approximate(float x) {
+    float result;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+    return result;
+}
+
 // ---- copies from global to shared memory --------------------------------------------------------------------------
 
 // 16 bytes past the L1; the bytes after the first `bytes` become zeros, and are not read. Offsets that are known at
@@ -140,11 +156,20 @@ __device__ inline void load_shared(uint32_t (&words)[2], uint32_t shared) {
 __device__ inline void store_shared(uint32_t shared, const uint32_t (&words)[2]) {
     asm volatile("st.shared.v2.u32 [%0], {%1, %2};" ::"r"(shared), "r"(words[0]), "r"(words[1]) : "memory");
 }
+__device__ inline void store_shared(uint32_t shared, uint32_t word) {
+    asm volatile("st.shared.u32 [%0], %1;" ::"r"(shared), "r"(word) : "memory");
+}
 __device__ inline float4 load_shared16(uint32_t shared) {
     uint32_t words[4];
     load_shared(words, shared);
     return make_float4(__uint_as_float(words[0]), __uint_as_float(words[1]), __uint_as_float(words[2]),
                        __uint_as_float(words[3]));
+}
+
+__device__ inline float2 load_shared8(uint32_t shared) {
+    uint32_t words[2];
+    load_shared(words, shared);
+    return make_float2(__uint_as_float(words[0]), __uint_as_float(words[1]));
 }
 
 __device__ inline float load_shared_float(uint32_t shared) {

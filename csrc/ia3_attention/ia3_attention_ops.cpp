@@ -1,5 +1,4 @@
 // The ia3_attention ops: schemas, checks, allocation. See ia3_attention.h for what they compute.
-#include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
 #include <cmath>
@@ -9,7 +8,14 @@
 
 #include "common/checks.h"
 #include "common/launch.h"
+#include "common/registration.h"
 #include "ia3_attention/ia3_attention.h"
+#if defined(PEFT_KERNELS_CUDA)
+#include "common/cuda_check.h"
+#include "common/print_plan.h"
+#include "ia3_attention/ia3_attention_cuda.h"
+#include "ia3_attention/ia3_attention_cuda_plan.h"
+#endif
 
 namespace peft_kernels {
 namespace {
@@ -138,6 +144,13 @@ ConstHeads heads_of(const Tensor& saved, const char* name, const Ia3AttentionPar
     return {heads.data, heads.dtype, heads.batch_stride, heads.head_stride, heads.row_stride};
 }
 
+#if defined(PEFT_KERNELS_CUDA)
+void check_cuda_operands(const Ia3AttentionParams& params) {
+    if (const char* refusal = cuda::ia3_attention_refusal(params))
+        throw std::invalid_argument(std::string("ia3_attention: no CUDA kernel takes these tensors: ") + refusal);
+}
+#endif
+
 // -> out [B, S_q, H, D], out_real [B, S_q, H, D] (no elements unless `training` with l_v), lse [B, H, S_q]
 std::tuple<Tensor, Tensor, Tensor> forward(Tensor q, Tensor k, Tensor v, MaybeTensor l_q, MaybeTensor l_k,
                                            MaybeTensor l_v, double scale, bool causal, int64_t window,
@@ -155,8 +168,40 @@ std::tuple<Tensor, Tensor, Tensor> forward(Tensor q, Tensor k, Tensor v, MaybeTe
     params.out = heads_of(out);
     params.out_real = heads_of(out_real);
     params.lse = static_cast<float*>(lse.mutable_data_ptr());
+#if defined(PEFT_KERNELS_CUDA)
+    if (runs_on_cuda(q)) {
+        const CudaScope scope(q.get_device_index());
+        check_cuda_operands(params);
+        if (prints_plans()) print_plan(describe(params, plan_ia3_attention_cuda(params)));
+        check_cuda(cuda::ia3_attention_forward(params, scope.stream()), "ia3_attention_forward");
+        return {out, out_real, lse};
+    }
+#endif
     run_cpu(&dispatch::ia3_attention_forward, params, q);
     return {out, out_real, lse};
+}
+
+void run_backward(Ia3AttentionBackwardParams& params, const Tensor& grad_out, const Tensor& q) {
+#if defined(PEFT_KERNELS_CUDA)
+    if (runs_on_cuda(q)) {
+        const CudaScope scope(q.get_device_index());
+        check_cuda_operands(params);
+        // A gradient comes as autograd has it; the kernels want rows that begin at multiples of 16 bytes.
+        ConstHeads& grad = params.grad_out;
+        Tensor aligned;
+        const int64_t strides = grad.batch_stride | grad.head_stride | grad.row_stride;
+        if ((reinterpret_cast<int64_t>(grad.data) | strides * 2) % 16 != 0) {
+            const int64_t row = params.head_dim, head = params.num_queries * row;
+            aligned = empty(q, {params.batch, params.heads, params.num_queries, row}, q.scalar_type());
+            torch::stable::copy_(aligned, grad_out);
+            grad = {aligned.const_data_ptr(), grad.dtype, params.heads * head, head, row};
+        }
+        const Tensor workspace = empty(q, {cuda::ia3_attention_backward_workspace(params)}, ScalarType::Byte);
+        params.workspace = workspace.mutable_data_ptr();
+        return check_cuda(cuda::ia3_attention_backward(params, scope.stream()), "ia3_attention_backward");
+    }
+#endif
+    run_cpu(&dispatch::ia3_attention_backward, params, q);
 }
 
 // -> the gradients of q, k, v, l_q, l_k, l_v, prefix_k, prefix_v, in this order of `wants`; what is not wanted has no
@@ -221,14 +266,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backw
             torch::stable::zero_(zeros);
         }
     else
-        run_cpu(&dispatch::ia3_attention_backward, params, q);
+        run_backward(params, grad_out, q);
     return {grad_q, grad_k, grad_v, grad_l_q, grad_l_k, grad_l_v, grad_prefix_k, grad_prefix_v};
 }
 
 }  // namespace
 }  // namespace peft_kernels
 
-STABLE_TORCH_LIBRARY_FRAGMENT(peft_kernels, m) {
+STABLE_TORCH_LIBRARY_FRAGMENT(PEFT_KERNELS_NAMESPACE, m) {
     m.def(
         "ia3_attention_forward(Tensor q, Tensor k, Tensor v, Tensor? l_q, Tensor? l_k, Tensor? l_v, float scale, "
         "bool causal, int window, Tensor? key_padding_mask, Tensor? attn_mask, Tensor? prefix_k, Tensor? prefix_v, "
@@ -241,7 +286,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(peft_kernels, m) {
         "Tensor grad_prefix_k, Tensor grad_prefix_v)");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(peft_kernels, CPU, m) {
+PEFT_KERNELS_IMPLEMENT(m) {
     m.impl("ia3_attention_forward", TORCH_BOX(&peft_kernels::forward));
     m.impl("ia3_attention_backward", TORCH_BOX(&peft_kernels::backward));
 }

@@ -90,8 +90,7 @@ public:
                 run_pass(plan.output_pass, const_matrix_of(product), p.scale_k, p.grad_x, p.x, parts);
             }
         }
-        if (sums.segments[0].count + sums.segments[1].count > 0)
-            run(cuda::lora_sum_parts(sums, scope_.stream()), "the sum of parts");
+        run(cuda::lora_sum_parts(sums, scope_.stream()), "the sum of parts");
     }
 
 private:

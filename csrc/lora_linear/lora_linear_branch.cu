@@ -85,7 +85,9 @@ int lora_x_pass(const XPassParams& params, void* stream) {
 }
 
 int lora_sum_parts(const SumPartsParams& params, void* stream) {
-    const int64_t count = params.segments[0].count + params.segments[1].count;
+    int64_t count = 0;
+    for (const SumPartsParams::Segment& segment : params.segments) count += segment.count;
+    if (count == 0) return cudaSuccess;
     return launch(&lora_sum_parts_kernel, 0, dim3(static_cast<unsigned>(ceil_div(count, kBranchThreads))), params,
                   stream);
 }

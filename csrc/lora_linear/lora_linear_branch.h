@@ -92,12 +92,14 @@ struct SumPartsParams {
         int64_t count;
         int32_t splits;
     };
-    Segment segments[2];  // one may be empty
+    static constexpr int kMaxSegments = 5;
+    Segment segments[kMaxSegments];  // some may be empty
 };
 
 namespace cuda {
 
-// Each enqueues one kernel on `stream` (a cudaStream_t) of the current device. Returns a cudaError_t. No size may be 0.
+// Each enqueues one kernel on `stream` (a cudaStream_t) of the current device. Returns a cudaError_t. No size may be 0,
+// but those of parts.
 int lora_shrink(const ShrinkParams& params, void* stream);
 int lora_expand(const ExpandParams& params, void* stream);
 int lora_dy_pass(const DyPassParams& params, void* stream);

@@ -536,14 +536,13 @@ static __global__ void __launch_bounds__(kBranchThreads)
     lora_sum_parts_kernel(const __grid_constant__ SumPartsParams params) {
     int64_t i = int64_t{blockIdx.x} * kBranchThreads + threadIdx.x;
     int which = 0;
-    if (i >= params.segments[0].count) {
-        i -= params.segments[0].count;
-        which = 1;
+    for (; i >= params.segments[which].count; ++which) {
+        i -= params.segments[which].count;
+        if (which == SumPartsParams::kMaxSegments - 1) return;
     }
     const SumPartsParams::Segment& segment = params.segments[which];
-    if (i >= segment.count) return;
     float sum = 0;
-#pragma unroll 4
+#pragma unroll 8
     for (int part = 0; part < segment.splits; ++part) sum += segment.parts[part * segment.count + i];
     segment.out[i] = sum;
 }

@@ -178,8 +178,7 @@ public:
         }
         if (accumulates)
             multiply(plan.base, converted, is_written ? std::optional(grad_x) : std::nullopt, grad_x, true);
-        if (sums.segments[0].count + sums.segments[1].count > 0)
-            run(cuda::lora_sum_parts(sums, scope_.stream()), "the sum of parts");
+        run(cuda::lora_sum_parts(sums, scope_.stream()), "the sum of parts");
     }
 
 private:

@@ -1,4 +1,4 @@
-"""ia3_attention on devices that have no kernel of ours: torch's attention between scalings, differentiable by autograd.
+"""ia3_attention by torch's attention between scalings, differentiable by autograd: see _attention_plan for when.
 
 Without a prefix and a rotation no key or value is touched: l_k multiplies the queries, l_v the result. Where only
 `causal` masks and there are as many queries as keys, torch takes its FlashAttention; any other mask is written out.
@@ -9,6 +9,9 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .. import _extension
 
 
 def attention_by_torch(
@@ -41,11 +44,8 @@ def attention_by_torch(
         if on_k is not None and rope is None:
             folded = on_k.repeat_interleave(group, dim=0)
             on_q, on_k = (folded if on_q is None else on_q.float() * folded.float()), None
-    q, k, v = _scaled(q, on_q), _scaled(k, on_k), _scaled(v, on_v)
-    if rope is not None:
-        cos, sin = (part.float().unsqueeze(-3) for part in rope)
-        q = _rotate(q, cos[..., num_keys - num_queries :, :], sin[..., num_keys - num_queries :, :])
-        k = _rotate(k, cos, sin)
+    v = _scaled(v, on_v)
+    q, k = (_scaled(q, on_q), _scaled(k, on_k)) if rope is None else rotated(q, k, on_q, on_k, rope)
     if prefix_k is not None:
         k, v = (
             torch.cat([prefix.to(x.dtype).expand(batch, -1, -1, -1), x], dim=2)
@@ -68,9 +68,75 @@ def attention_by_torch(
     return _scaled(out, on_out)
 
 
+def rotated(
+    q: Tensor, k: Tensor, l_q: Tensor | None, l_k: Tensor | None, rope: tuple[Tensor, Tensor]
+) -> tuple[Tensor, Tensor]:
+    """q and k, scaled and rotated. The last query is at the position of the last key."""
+    l_q, l_k = (None if factors is None else factors.reshape(-1, 1, q.shape[3]) for factors in (l_q, l_k))
+    cos, sin = (part.float().unsqueeze(-3) for part in rope)
+    first = k.shape[2] - q.shape[2]
+    q = _rotate(_scaled(q, l_q), cos[..., first:, :], sin[..., first:, :])
+    return q, _rotate(_scaled(k, l_k), cos, sin)
+
+
 def _scaled(x: Tensor, factors: Tensor | None) -> Tensor:
-    """Rounded once, after the product."""
-    return x if factors is None else (x.float() * factors.float()).to(x.dtype)
+    """Rounded once, after the product; by our kernels where there are some, and then without a copy in fp32 for the
+    backward."""
+    if factors is None:
+        return x
+    if x.is_cuda and _extension.build_info["cuda"]:
+        return ScaledHeads.apply(x, factors)
+    return (x.float() * factors.float()).to(x.dtype)
+
+
+class ScaledHeads(torch.autograd.Function):
+    """x [B, H, S, D] times factors [H, 1, D]; the backward reads each tensor once for both gradients."""
+
+    @staticmethod
+    def forward(ctx, x, factors):
+        ctx.save_for_backward(x, factors)
+        return _heads(torch.ops.peft_kernels.ia3_attention_scale(_rows(x), _fp32(factors)), x.shape)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        x, factors = ctx.saved_tensors
+        grad_x, grad_factors = torch.ops.peft_kernels.ia3_attention_scale_backward(
+            _rows(grad), _rows(x), _fp32(factors), *ctx.needs_input_grad
+        )
+        wants_x, wants_factors = ctx.needs_input_grad
+        return (
+            _heads(grad_x, x.shape) if wants_x else None,
+            grad_factors.view(factors.shape).to(factors.dtype) if wants_factors else None,
+        )
+
+
+def _rows(x: Tensor) -> Tensor:
+    """[B, H, S, D] as [B · S, H · D]: a view where heads lie side by side, as a projection leaves them."""
+    return x.transpose(1, 2).reshape(-1, x.shape[1] * x.shape[3])
+
+
+def _heads(rows: Tensor, shape: torch.Size) -> Tensor:
+    batch, heads, length, head_dim = shape
+    return rows.view(batch, length, heads, head_dim).transpose(1, 2)
+
+
+def _fp32(factors: Tensor) -> Tensor:
+    return factors.float().reshape(-1)
+
+
+@torch.library.register_fake("peft_kernels::ia3_attention_scale")
+def _(x, scales):
+    return torch.empty_like(x)
+
+
+@torch.library.register_fake("peft_kernels::ia3_attention_scale_backward")
+def _(grad_y, x, scales, wants_x, wants_scales):
+    rows, columns = grad_y.shape
+    return (
+        grad_y.new_empty((rows if wants_x else 0, columns)),
+        grad_y.new_empty((columns if wants_scales else 0,), dtype=torch.float32),
+    )
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -14,7 +14,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .. import _extension  # noqa: F401
-from ._attention_by_torch import attention_by_torch
+from ._attention_by_torch import attention_by_torch, rotated
+from ._attention_plan import is_aligned, print_plan, why_torch
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -71,12 +72,17 @@ def ia3_attention(
         q, k, v = (x.to(torch.get_autocast_dtype(q.device.type)) for x in (q, k, v))
     _check(q, k, v, l_q, l_k, l_v, scale, window, key_padding_mask, attn_mask, prefix_k, prefix_v, rope)
     scale = float(q.shape[3] ** -0.5 if scale is None else scale)
-    if q.device.type not in ("cpu", "meta"):
-        out = attention_by_torch(
-            q, k, v, l_q, l_k, l_v, prefix_k, prefix_v, scale=scale, causal=causal, window=window,
-            key_padding_mask=key_padding_mask, attn_mask=attn_mask, rope=rope,
-        )  # fmt: skip
-        return out.transpose(1, 2).contiguous().transpose(1, 2)
+    if _has_gpu_plan(q.device):
+        masks = {"causal": causal, "window": window, "key_padding_mask": key_padding_mask, "attn_mask": attn_mask}
+        tensors = q, k, v, l_q, l_k, l_v, prefix_k, prefix_v
+        if reason := why_torch(*tensors, **masks):
+            print_plan(q, reason)
+            out = attention_by_torch(*tensors, scale=scale, rope=rope, **masks)
+            return out.transpose(1, 2).contiguous().transpose(1, 2)
+        if rope is not None:
+            # A rotation stands between the scales and the products; made here, it is differentiated by autograd.
+            q, k = rotated(q, k, l_q, l_k, rope)
+            l_q = l_k = rope = None
     if attn_mask is not None:
         attn_mask = attn_mask.expand(*q.shape[:3], k.shape[2])
     cos, sin = (None, None) if rope is None else (_angles(part) for part in rope)
@@ -90,6 +96,11 @@ def ia3_attention(
     else:
         out, _, _ = call.forward(_prepared(tensors), training=False)
     return out.transpose(1, 2)
+
+
+def _has_gpu_plan(device: torch.device) -> bool:
+    """Whether there is a choice: the CPU's kernels take everything."""
+    return device.type not in ("cpu", "meta")
 
 
 def _dense(x: Tensor | None) -> Tensor | None:
@@ -154,6 +165,8 @@ class _IA3Attention(torch.autograd.Function):
     def backward(ctx, grad_out):
         *prepared, out, out_real, lse = ctx.saved_tensors
         wants = list(ctx.needs_input_grad[1:])
+        if _has_gpu_plan(grad_out.device) and not is_aligned(grad_out):
+            grad_out = grad_out.contiguous()
         grads = torch.ops.peft_kernels.ia3_attention_backward(
             _dense(grad_out).transpose(1, 2), *ctx.call.arguments(*prepared), out, out_real, lse, wants
         )

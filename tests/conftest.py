@@ -27,6 +27,8 @@ def pytest_addoption(parser):
     parser.addoption(
         "--hardware", action="store_true", help="the emulator's tests of instructions on a CUDA device too"
     )
+    parser.addoption("--card", default="sm_80", help="what the emulator plays: sm_80, sm_86, sm_89 or sm_90")
+    parser.addoption("--schedule", type=int, default=0, help="a seed for the order of its warps and blocks")
 
 
 @pytest.fixture(autouse=True)
@@ -72,7 +74,8 @@ def running_on(request, backend: str):
             pytest.skip(reason)
         from ptx_emulator.ops import emulated
 
-        with emulated() as launches:
+        card, seed = (request.config.getoption(option) for option in ("card", "schedule"))
+        with ptx_emulator.profile(card), ptx_emulator.set_checks(seed=seed), emulated() as launches:
             yield "cpu"
             if not request.node.get_closest_marker("may_launch_nothing"):
                 assert launches(), "the test launched no kernel"

@@ -51,7 +51,11 @@ def make_case(
     if prefix:
         tensors["prefix_k"] = torch.randn(kv_heads, prefix, head_dim).to(scale_dtype)
         tensors["prefix_v"] = torch.randn(kv_heads, prefix, head_dim).to(scale_dtype)
-    return Case(tensors, torch.randn(batch, heads, num_queries, head_dim).to(dtype), options)
+    grad_out = torch.randn(batch, heads, num_queries, head_dim).to(dtype)
+    options = {
+        name: value.to(grad_out.device) if isinstance(value, Tensor) else value for name, value in options.items()
+    }
+    return Case(tensors, grad_out, options)
 
 
 def angles(num_keys: int, channels: int, batch: int | None = None) -> tuple[Tensor, Tensor]:

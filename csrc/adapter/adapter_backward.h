@@ -8,9 +8,6 @@ namespace peft_kernels {
 namespace PEFT_KERNELS_ISA {
 namespace {
 
-// Bytes from row to row of the dropout's bits for as many columns as a right operand has.
-constexpr int64_t kKeepStride = keep_bytes(kRightOutputs);
-
 // Rows whose Σ dz is one of the parts that are then added in order: few enough for every block to hold whole ones.
 constexpr int64_t kPartRows = 32;
 
@@ -42,6 +39,7 @@ public:
         h_ = arena.take<Element>(p_.wants_up ? chunks * chunk_size() : 0);
         dz_ = arena.take<Element>(p_.wants_down ? chunks * chunk_size() : 0);
         parts_ = arena.take<float>(p_.wants_down ? parts * p_.max_rank : 0);
+        keep_ = arena.take<uint8_t>(p_.dropout > 0 ? p_.m * keep_stride() : 0);
         const int64_t worker_bytes = Scratch(nullptr, *this).bytes;
         char* workers = arena.take<char>(p_.threads * worker_bytes);
         if (!p_.workspace) {
@@ -111,7 +109,6 @@ private:
             h = arena.take<float>(rows * ranks);
             tile = arena.take<float>(kWrittenRows * kRightOutputs);
             sums = arena.take<float>(b.strip_ * b.sum_rows());
-            keep = arena.take<uint8_t>(b.p_.dropout > 0 ? max_of(keep_bytes(kPart), kReducedRows * kKeepStride) : 0);
             norm = arena.take<RowNorm>(b.block_);
             bytes = arena.used();
         }
@@ -122,11 +119,11 @@ private:
         float* h;
         float* tile;
         float* sums;  // [64 columns of a strip][sum_rows()][64]
-        uint8_t* keep;
         RowNorm* norm;
         int64_t bytes;
     };
 
+    int64_t keep_stride() const { return keep_bytes(p_.d); }
     int fp32_terms() const { return Product::terms(DType::kFloat32, p_.rounds()); }
     int grad_terms() const { return Product::terms(p_.grad_y.dtype, p_.rounds()); }
     int64_t sum_rows() const { return Product::padded_rows(p_.max_rank + 1); }
@@ -199,6 +196,8 @@ private:
         const int64_t stride = weights.up.chunks() * kRightOutputs;
         const Dropout dropout = dropout_of(p_);
         const Left dz{scratch.dz, adapter.rank, fp32_terms()};
+        for (int64_t i = 0; dropout.threshold > 0 && i < rows; ++i)
+            dropout_keep_bits(dropout, row0 + i, 0, p_.d, keep_ + (row0 + i) * keep_stride());
         if (wants_dz_ || p_.grad_gate) make_t(weights, row0, rows, dropout, scratch);
         dispatch_activation(p_.activation, [&](auto activation) {
             for (int64_t i = 0; i < rows; ++i)
@@ -235,17 +234,17 @@ private:
                 const Scratch& scratch) const {
         const bool drops = dropout.threshold > 0;
         for (int64_t i = 0; p_.grad_gate && i < rows; ++i) p_.grad_gate[row0 + i] = 0;
-        multiply_parts(weights.up, rows, scratch.t, [&](int64_t first, int64_t depth) {
+        multiply_parts(weights.up, part_of(p_.grad_y, row0, 0), rows, scratch.t, [&](int64_t first, int64_t depth) {
             if (!drops && !p_.grad_gate)
                 return left_of<Product>(part_of(p_.grad_y, row0, first), rows, depth, grad_terms(), scratch.g);
             const Left g{scratch.g, depth, grad_terms()};
             with_vectors(p_.grad_y, row0, first, depth, [&](auto grad_y) {
                 for (int64_t i = 0; i < rows; ++i) {
-                    if (drops) dropout_keep_bits(dropout, row0 + i, first, depth, scratch.keep);
+                    const uint8_t* keep = keep_ + (row0 + i) * keep_stride() + first / 8;
                     F32 of_bias{};
                     for (int64_t k = 0; k < Product::padded_depth(depth); k += kLanes) {
                         F32 v = grad_y(i, k);
-                        if (drops) v = keep_where(v, scratch.keep, k);
+                        if (drops) v = keep_where(v, keep, k);
                         g.store(i, k, v);
                         if (p_.grad_gate) of_bias = fma(v, load(weights.up_bias + first + k), of_bias);
                     }
@@ -291,49 +290,67 @@ private:
                      const Left& dz, const Scratch& scratch) const {
         const ConstMatrix added = p_.adds_grad_y ? p_.grad_y : ConstMatrix{};
         for_each_part(rows, p_.d, [&](int64_t begin, int64_t some, int64_t first, int64_t columns) {
-            const int64_t row = row0 + begin;
-            if (adapter)
-                Product::multiply(dz.from(begin), some, weights->down.right(first / kRightOutputs, 0), scratch.tile,
-                                  kRightOutputs, false);
+            const int64_t row = row0 + begin, next = first + columns, next_columns = min_of(columns, p_.d - next);
+            if (Product::kFetchedRows && !streams_) prefetch_rows<true>(p_.grad_x, row, some, next, next_columns);
             with_vectors(added, row, first, columns, [&](auto grad_y) {
                 if (!adapter) return write_part(p_.grad_x, row, some, first, columns, streams_, grad_y);
-                const auto dn = [tile = scratch.tile](int64_t i, int64_t column) {
-                    return load(tile + i * kRightOutputs + column);
+                const auto write = [&](const auto& make_value, const auto&... given) {
+                    write_products<Product>(dz.from(begin), some, weights->down.right(first / kRightOutputs, 0),
+                                            scratch.tile, p_.grad_x, row, first, streams_, make_value, given...);
                 };
                 if (!adapter->norm.present)
-                    return write_part(p_.grad_x, row, some, first, columns, streams_,
-                                      [=](int64_t i, int64_t column) { return grad_y(i, column) + dn(i, column); });
+                    return write(
+                        [](auto added) {
+                            return [=](F32 dn, int64_t i, int64_t column) { return added(i, column) + dn; };
+                        },
+                        grad_y);
                 const RowNorm* norms = scratch.norm + begin;
-                for (int64_t i = 0; i < some; ++i)  // the next columns: this is the first time that x is read
-                    prefetch_row<false>(static_cast<const char*>(row_of(p_.x, row + i, first + columns)),
-                                        columns * size_of(p_.x.dtype));
+                prefetch_rows<false>(p_.x, row, some, next, next_columns);  // this is the first time that x is read
                 with_vectors(p_.x, row, first, columns, [&](auto x) {
-                    write_part(p_.grad_x, row, some, first, columns, streams_, [=](int64_t i, int64_t column) {
-                        const RowNorm norm = norms[i];
-                        const F32 of_n = fma(x(i, column) - norm.mean, broadcast(norm.slope), broadcast(norm.offset));
-                        return fma(dn(i, column), broadcast(norm.rstd), grad_y(i, column) + of_n);
-                    });
+                    write(
+                        [=](auto added, auto of_x) {
+                            return [=](F32 dn, int64_t i, int64_t column) {
+                                const RowNorm norm = norms[i];
+                                const F32 of_n =
+                                    fma(of_x(i, column) - norm.mean, broadcast(norm.slope), broadcast(norm.offset));
+                                return fma(dn, broadcast(norm.rstd), added(i, column) + of_n);
+                            };
+                        },
+                        grad_y, x);
                 });
             });
         });
         if (streams_) fence_streams();
     }
 
-    // Sums of coefficients[r][row] · matrix[row][first + column] over an adapter's rows, kReducedRows of which fill(first
-    // row, first column, right) makes an operand of at a time.
+    // Sums of coefficients[r][row] · matrix[row][first + column] over an adapter's rows, kReducedRows of which
+    // fill(first row, first column, right) makes an operand of at a time; out of `source`, which has as many rows and
+    // columns.
     template <class Fill>
-    void reduce(int64_t adapter, Element* coefficients, int64_t count, int64_t first, int64_t columns, int terms,
-                const Scratch& scratch, const Fill& fill) const {
+    void reduce(int64_t adapter, Element* coefficients, int64_t count, const ConstMatrix& source, int64_t first,
+                int64_t columns, int terms, const Scratch& scratch, const Fill& fill) const {
         [[maybe_unused]] const typename Product::Unit unit;
         bool started = false;
         for (int64_t run = 0; run < p_.num_runs; ++run) {
             if (p_.runs[run].adapter != adapter) continue;
-            for (int64_t row = 0; row < p_.runs[run].rows; row += kReducedRows, started = true) {
+            const int64_t row0 = p_.runs[run].first_row, rows = p_.runs[run].rows;
+            for (int64_t row = 0; row < rows; row += kReducedRows, started = true) {
                 const Left left = turned(coefficients, run, row / kReducedRows);
                 for (int64_t column = 0; column < columns; column += kRightOutputs) {
                     const Right right{scratch.right, left.depth, min_of(kRightOutputs, columns - column), terms};
-                    fill(p_.runs[run].first_row + row, first + column, right);
-                    Product::multiply(left, count, right, scratch.sums + column * sum_rows(), kRightOutputs, started);
+                    fill(row0 + row, first + column, right);
+                    // The next rows, in whole parts: each product has its share of them.
+                    const int64_t next = row + kReducedRows, next_rows = min_of(kReducedRows, rows - next);
+                    const int64_t share = divide_up(next_rows * kRightOutputs, columns),
+                                  begin = column / kRightOutputs * share;
+                    multiply_fetching<Product>(left, count, right, scratch.sums + column * sum_rows(), kRightOutputs,
+                                               started, [&](int64_t r, int64_t some) {
+                                                   const int64_t from = begin + r * share / count;
+                                                   const int64_t to =
+                                                       min_of(begin + (r + some) * share / count, next_rows);
+                                                   prefetch_rows<false>(source, row0 + next + from, to - from, first,
+                                                                        columns);
+                                               });
                 }
             }
         }
@@ -344,13 +361,11 @@ private:
     void make_grad_up(int64_t index, int64_t first, int64_t columns, const Scratch& scratch) const {
         const BottleneckAdapter& adapter = p_.adapters[index];
         const int64_t rank = adapter.rank;
-        const Dropout dropout = dropout_of(p_);
-        const uint8_t* bits = dropout.threshold > 0 ? scratch.keep : nullptr;
-        reduce(index, h_, rank + 1, first, columns, grad_terms(), scratch,
+        const bool drops = dropout_of(p_).threshold > 0;
+        reduce(index, h_, rank + 1, p_.grad_y, first, columns, grad_terms(), scratch,
                [&](int64_t row, int64_t column, const Right& right) {
-                   for (int64_t k = 0; bits && k < right.depth; ++k)
-                       dropout_keep_bits(dropout, row + k, column, right.outputs, scratch.keep + k * kKeepStride);
-                   fill_from_rows<Product>(right, part_of(p_.grad_y, row, column), bits, kKeepStride);
+                   const uint8_t* keep = drops ? keep_ + row * keep_stride() + column / 8 : nullptr;
+                   fill_from_rows<Product>(right, part_of(p_.grad_y, row, column), keep, keep_stride());
                });
         for (int64_t column = 0; column < columns; column += kRightOutputs) {
             const int64_t some = min_of(kRightOutputs, columns - column);
@@ -365,7 +380,7 @@ private:
         const BottleneckAdapter& adapter = p_.adapters[index];
         const bool norm = adapter.norm.present;
         const int terms = Product::terms(norm ? DType::kFloat32 : p_.x.dtype, p_.rounds());
-        reduce(index, dz_, adapter.rank, first, columns, terms, scratch,
+        reduce(index, dz_, adapter.rank, p_.x, first, columns, terms, scratch,
                [&](int64_t row, int64_t column, const Right& right) {
                    if (!norm) return fill_from_rows<Product>(right, part_of(p_.x, row, column), nullptr, 0);
                    const float* stats = p_.stats + 2 * row;
@@ -398,9 +413,10 @@ private:
     const bool wants_x_, streams_, wants_dz_;
     Weights* weights_ = nullptr;
     Run* runs_ = nullptr;
-    Element* h_ = nullptr;    // [chunk of kReducedRows rows]: left operands of max_rank rows
-    Element* dz_ = nullptr;   // the same
-    float* parts_ = nullptr;  // [part of kPartRows rows][max_rank]: Σ dz
+    Element* h_ = nullptr;     // [chunk of kReducedRows rows]: left operands of max_rank rows
+    Element* dz_ = nullptr;    // the same
+    uint8_t* keep_ = nullptr;  // [m][keep_stride()]: the dropout's bits, which both products with grad_y read
+    float* parts_ = nullptr;   // [part of kPartRows rows][max_rank]: Σ dz
 };
 
 }  // namespace

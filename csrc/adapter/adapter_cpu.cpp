@@ -15,9 +15,12 @@
 //    block   │    x    │ · W_downᵀ → │ z │ → h │ y│  │  │ …       The backward is the same picture with W_up first.
 //            └─────────┘             └───┘     └──┴──┴──┴─
 //
+// A LayerNorm of bf16 x that is multiplied in bf16 takes no pass but that of its statistics (not on tiles): x stands as it
+// is, and z = rstd (x (W_down γ)ᵀ - μ Σ W_down γ) + b_down + W_down β.
+//
 // The gradient of a LayerNorm takes no pass of its own: with n = (x - μ) rstd, dn = dz (W_down γ) and z = W_down (γ n + β)
 // + b_down, the two means over d that it needs are sums over r: of dn, dz · mean(W_down γ); of dn n, dz · (z - W_down β -
-// b_down) / d. Its μ and rstd come from rows in the cache, in two passes, so that nothing cancels.
+// b_down) / d. Its μ and rstd come from rows in the cache, in two passes where one would cancel.
 //
 // Numbers may be rounded to bf16 where x and the weights are bf16 or under autocast; otherwise products keep fp32.
 #include "adapter/adapter_backward.h"

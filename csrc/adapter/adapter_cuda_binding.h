@@ -148,7 +148,7 @@ public:
 private:
     struct Sum {
         Tensor* result;
-        Tensor parts;
+        Tensor parts{};
     };
     struct Buffers {  // they live until their kernels are enqueued
         Tensor sums, row_sums, pivots;

@@ -46,6 +46,13 @@ public:
 private:
     using Element = typename Product::Element;
     using Left = typename Product::Left;
+    using Right = typename Product::Right;
+
+    // Whether a LayerNorm is folded into W_down: z = rstd (x (W_down γ)ᵀ - μ Σ W_down γ) + b_down + W_down β, which
+    // spares the pass that normalises x. A product of rounded numbers does not show what that loses; see shift_of.
+    bool folds(const BottleneckAdapter& adapter) const {
+        return kMultipliesRounded<Product> && adapter.norm.present && p_.x.dtype == kElementDType<Product>;
+    }
 
     int x_terms(const BottleneckAdapter& adapter) const {
         return Product::terms(adapter.norm.present ? DType::kFloat32 : p_.x.dtype, p_.rounds());
@@ -60,12 +67,17 @@ private:
             up_bias = take_vector(arena, f.p_.d);
             gamma = take_vector(arena, adapter.norm.present ? f.p_.d : 0);
             beta = take_vector(arena, adapter.norm.present ? f.p_.d : 0);
+            const int64_t parts = f.folds(adapter) ? down.parts() : 0;
+            part_sums = arena.take<float>(parts * 2 * down.chunks() * kRightOutputs);
+            down_sums = take_vector(arena, parts ? adapter.rank : 0);
         }
         Operand<Product> down, up;  // outputs r, depth d; and the other way round
         float* down_bias;
         float* up_bias;
         float* gamma;
         float* beta;
+        float* part_sums;  // [part of the depth][2][outputs of down]: Σ W_down γ as it is multiplied, and Σ W_down β
+        float* down_sums;  // [r]: the former over all parts
     };
 
     struct Scratch {  // of one worker
@@ -79,6 +91,7 @@ private:
             z = arena.take<float>(rows * chunks_of(rank) * kRightOutputs);
             tile = arena.take<float>(kWrittenRows * kRightOutputs);
             stats = arena.take<RowStats>(f.block_);
+            shifts = arena.take<float>(f.block_);
             keep = arena.take<uint8_t>(f.p_.dropout > 0 ? f.block_ * keep_bytes(d) : 0);
             y = arena.take<float>(f.p_.post_norm.present ? f.block_ * chunks_of(d) * kRightOutputs : 0);
             bytes = arena.used();
@@ -88,31 +101,67 @@ private:
         float* z;
         float* tile;
         RowStats* stats;
+        float* shifts;
         uint8_t* keep;
         float* y;
         int64_t bytes;
     };
 
     void prepare() const {
+        for (int64_t i = 0; i < p_.num_adapters; ++i) {
+            const BottleneckAdapter& adapter = p_.adapters[i];
+            widen_vector(adapter.down_bias, adapter.rank, 0.0f, weights_[i].down_bias);
+            widen_vector(adapter.up_bias, p_.d, 0.0f, weights_[i].up_bias);
+            if (!adapter.norm.present) continue;
+            widen_vector(adapter.norm.weight, p_.d, 1.0f, weights_[i].gamma);
+            widen_vector(adapter.norm.bias, p_.d, 0.0f, weights_[i].beta);
+        }
         const int64_t parts = divide_up(p_.d, kPart), down = chunks_of(p_.max_rank) * parts;
-        const int64_t tasks = down + chunks_of(p_.d) + 1;
+        const int64_t tasks = down + chunks_of(p_.d);
         parallel_for_each(p_.num_adapters * tasks, [&](int64_t task, int) {
             const BottleneckAdapter& adapter = p_.adapters[task / tasks];
             const Weights& weights = weights_[task / tasks];
             const int64_t i = task % tasks;
-            if (i < down) {
-                if (i / parts < weights.down.chunks())
-                    fill_rows(weights.down, i / parts, i % parts, adapter.down_weight);
-            } else if (i < tasks - 1) {
-                fill_rows(weights.up, i - down, 0, adapter.up_weight);
-            } else {
-                widen_vector(adapter.down_bias, adapter.rank, 0.0f, weights.down_bias);
-                widen_vector(adapter.up_bias, p_.d, 0.0f, weights.up_bias);
-                if (!adapter.norm.present) return;
-                widen_vector(adapter.norm.weight, p_.d, 1.0f, weights.gamma);
-                widen_vector(adapter.norm.bias, p_.d, 0.0f, weights.beta);
+            if (i >= down) return fill_rows(weights.up, i - down, 0, adapter.up_weight, nullptr);
+            if (i / parts >= weights.down.chunks()) return;
+            const float* factors = folds(adapter) ? weights.gamma : nullptr;
+            fill_rows(weights.down, i / parts, i % parts, adapter.down_weight, factors);
+            if constexpr (kMultipliesRounded<Product>)
+                if (factors) sum_part(adapter, weights, i / parts, i % parts);
+        });
+        for (int64_t i = 0; i < p_.num_adapters; ++i)
+            if (folds(p_.adapters[i])) add_part_sums(weights_[i]);
+    }
+
+    // The part_sums of as many outputs as a right operand has.
+    void sum_part(const BottleneckAdapter& adapter, const Weights& weights, int64_t chunk, int64_t part) const {
+        const Right right = weights.down.right(chunk, part);
+        const int64_t outputs = weights.down.chunks() * kRightOutputs, first = part * kPart;
+        float* sums = weights.part_sums + part * 2 * outputs + chunk * kRightOutputs;
+        for (int64_t i = 0; i < kRightOutputs; ++i) sums[i] = sums[outputs + i] = 0;
+        right.add_depth_sums(sums);
+        with_vectors(adapter.down_weight, chunk * kRightOutputs, first, right.depth, [&](auto weight) {
+            for (int64_t i = 0; i < right.outputs; ++i) {
+                F32 sum{};
+                for (int64_t k = 0; k < right.depth; k += kLanes)
+                    sum = fma(weight(i, k), load(weights.beta + first + k), sum);
+                sums[outputs + i] = horizontal_sum(sum);
             }
         });
+    }
+
+    void add_part_sums(const Weights& weights) const {
+        const int64_t outputs = weights.down.chunks() * kRightOutputs;
+        for (int64_t column = 0; column < outputs; column += kLanes) {
+            F32 of_gamma{}, of_beta = load(weights.down_bias + column);
+            for (int64_t part = 0; part < weights.down.parts(); ++part) {
+                const float* sums = weights.part_sums + part * 2 * outputs + column;
+                of_gamma += load(sums);
+                of_beta += load(sums + outputs);
+            }
+            store(weights.down_sums + column, of_gamma);
+            store(weights.down_bias + column, of_beta);
+        }
     }
 
     // A block of rows from x to y.
@@ -144,30 +193,59 @@ private:
     void shrink(const BottleneckAdapter& adapter, const Weights& weights, int64_t row0, int64_t rows,
                 const Scratch& scratch) const {
         const int terms = x_terms(adapter);
-        if (!adapter.norm.present)
-            return multiply_parts(weights.down, rows, scratch.z, [&](int64_t first, int64_t depth) {
-                return left_of<Product>(part_of(p_.x, row0, first), rows, depth, terms, scratch.x);
+        const ConstMatrix source = part_of(p_.x, row0, 0);
+        const auto multiply_x = [&] {
+            multiply_parts(weights.down, source, rows, scratch.z, [&](int64_t first, int64_t depth) {
+                return left_of<Product>(part_of(source, 0, first), rows, depth, terms, scratch.x);
             });
-        with_vectors(p_.x, row0, 0, p_.d, [&](auto x) {
+        };
+        if (!adapter.norm.present) return multiply_x();
+        with_vectors(source, 0, 0, p_.d, [&](auto x) {
+            bool shifts = false;
             for (int64_t row = 0; row < rows; ++row) {
-                scratch.stats[row] = row_stats(p_.d, adapter.norm.eps, [&](int64_t k) { return x(row, k); });
+                const RowStats stats = row_stats(p_.d, adapter.norm.eps, x, row);
+                scratch.stats[row] = stats;
+                scratch.shifts[row] = folds(adapter) ? shift_of(stats) : 0.0f;
+                shifts |= scratch.shifts[row] != 0.0f;
                 if (!p_.stats) continue;
-                p_.stats[2 * (row0 + row)] = scratch.stats[row].mean;
-                p_.stats[2 * (row0 + row) + 1] = scratch.stats[row].rstd;
+                p_.stats[2 * (row0 + row)] = stats.mean;
+                p_.stats[2 * (row0 + row) + 1] = stats.rstd;
             }
-            multiply_parts(weights.down, rows, scratch.z, [&](int64_t first, int64_t depth) {
-                const Left left{scratch.x, depth, terms};
-                const float* gamma = weights.gamma + first;
-                const float* beta = weights.beta + first;
-                for (int64_t row = 0; row < rows; ++row)
-                    for (int64_t k = 0; k < Product::padded_depth(depth); k += kLanes) {
-                        const RowStats stats = scratch.stats[row];
-                        const F32 n = (x(row, first + k) - stats.mean) * stats.rstd;
-                        left.store(row, k, first_lanes(fma(n, load(gamma + k), load(beta + k)), depth - k));
-                    }
-                return left;
-            });
+            if (folds(adapter) && !shifts) {
+                multiply_x();
+            } else {
+                multiply_parts(weights.down, source, rows, scratch.z, [&](int64_t first, int64_t depth) {
+                    const Left left{scratch.x, depth, terms};
+                    const float* gamma = weights.gamma + first;
+                    const float* beta = weights.beta + first;
+                    for (int64_t row = 0; row < rows; ++row)
+                        for (int64_t k = 0; k < Product::padded_depth(depth); k += kLanes) {
+                            const RowStats stats = scratch.stats[row];
+                            F32 v = x(row, first + k);
+                            if (folds(adapter))
+                                v -= scratch.shifts[row];
+                            else
+                                v = fma((v - stats.mean) * stats.rstd, load(gamma + k), load(beta + k));
+                            left.store(row, k, first_lanes(v, depth - k));
+                        }
+                    return left;
+                });
+            }
+            if (folds(adapter)) normalize_sums(weights, rows, scratch);
         });
+    }
+
+    // Of the products of x, less the rows' shifts, with W_down γ those of (x - μ) rstd.
+    void normalize_sums(const Weights& weights, int64_t rows, const Scratch& scratch) const {
+        const int64_t stride = weights.down.chunks() * kRightOutputs;
+        for (int64_t row = 0; row < rows; ++row) {
+            const RowStats stats = scratch.stats[row];
+            for (int64_t column = 0; column < stride; column += kLanes) {
+                float* z = scratch.z + row * stride + column;
+                const F32 of_mean = load(weights.down_sums + column) * (stats.mean - scratch.shifts[row]);
+                store(z, (load(z) - of_mean) * stats.rstd);
+            }
+        }
     }
 
     // y out of h; out of nothing, if there is no adapter.
@@ -178,33 +256,50 @@ private:
         for (int64_t row = 0; drops && row < rows; ++row)
             dropout_keep_bits(dropout, row0 + row, 0, p_.d, scratch.keep + row * keep_bytes(p_.d));
         for_each_part(rows, p_.d, [&](int64_t begin, int64_t some, int64_t first, int64_t columns) {
-            const float* tile = scratch.tile;
-            if (adapter)
-                Product::multiply(h.from(begin), some, weights->up.right(first / kRightOutputs, 0), scratch.tile,
-                                  kRightOutputs, false);
+            if (Product::kFetchedRows && !streams_ && !p_.post_norm.present)  // the next columns
+                prefetch_rows<true>(p_.y, row0 + begin, some, first + columns, min_of(columns, p_.d - first - columns));
             with_vectors(p_.residual, row0 + begin, first, columns, [&](auto residual) {
                 if (!adapter) return write_y(row0, begin, some, first, columns, scratch, residual);
                 const float* bias = weights->up_bias + first;
                 const float scale = *adapter->scale * (drops ? dropout.keep_scale : 1.0f);
-                const auto up = [=](int64_t row, int64_t column) {
-                    return load(tile + row * kRightOutputs + column) + load(bias + column);
+                const auto expand_to = [&](const auto& make_value) {
+                    expand(h.from(begin), weights->up.right(first / kRightOutputs, 0), row0, begin, some, first,
+                           scratch, make_value, residual);
                 };
                 if (!drops && !p_.gate)
-                    return write_y(row0, begin, some, first, columns, scratch, [=](int64_t row, int64_t column) {
-                        return fma(up(row, column), broadcast(scale), residual(row, column));
+                    return expand_to([=](auto added) {
+                        return [=](F32 sum, int64_t row, int64_t column) {
+                            return fma(sum + load(bias + column), broadcast(scale), added(row, column));
+                        };
                     });
                 const float* gate = p_.gate ? p_.gate + row0 + begin : nullptr;
                 const int64_t keep_stride = keep_bytes(p_.d);
                 const uint8_t* keep = scratch.keep + begin * keep_stride + first / 8;
-                write_y(row0, begin, some, first, columns, scratch, [=](int64_t row, int64_t column) {
-                    F32 kept = up(row, column);
-                    if (drops) kept = keep_where(kept, keep + row * keep_stride, column);
-                    return fma(kept, broadcast(gate ? scale * gate[row] : scale), residual(row, column));
+                expand_to([=](auto added) {
+                    return [=](F32 sum, int64_t row, int64_t column) {
+                        F32 kept = sum + load(bias + column);
+                        if (drops) kept = keep_where(kept, keep + row * keep_stride, column);
+                        return fma(kept, broadcast(gate ? scale * gate[row] : scale), added(row, column));
+                    };
                 });
             });
         });
         if (p_.post_norm.present) normalize(row0, rows, scratch.y);
         if (streams_) fence_streams();
+    }
+
+    // y, of rows from `begin` on of the block, out of the sums of h with W_up; see write_products.
+    template <class MakeValue, class Residual>
+    void expand(const Left& h, const Right& up, int64_t row0, int64_t begin, int64_t rows, int64_t first,
+                const Scratch& scratch, const MakeValue& make_value, const Residual& residual) const {
+        if (!p_.post_norm.present)
+            return write_products<Product>(h, rows, up, scratch.tile, p_.y, row0 + begin, first, streams_, make_value,
+                                           residual);
+        Product::multiply(h, rows, up, scratch.tile, kRightOutputs, false);
+        write_y(row0, begin, rows, first, up.outputs, scratch,
+                [value = make_value(residual), tile = scratch.tile](int64_t row, int64_t column) {
+                    return value(load(tile + row * kRightOutputs + column), row, column);
+                });
     }
 
     // Rows from `begin` on of the block: to y; or aside, where a LayerNorm wants whole rows.

@@ -64,15 +64,39 @@ void dispatch_activation(Activation activation, const Body& body) {
 
 // ---- Rows ---------------------------------------------------------------------------------------------------------
 
-// A matrix from (row0, first) on: calls body with a function of row and column that gives a vector of it, with zeros
-// behind the last of so many columns. Of an absent matrix all are zeros.
+// Whole vectors of a matrix of T, by row and column.
+template <class T>
+struct WholeVectors {
+    const T* data;
+    int64_t stride;
+    F32 operator()(int64_t row, int64_t column) const { return load(data + row * stride + column); }
+};
+
+// The same with zeros behind the last of so many columns.
+template <class T>
+struct Vectors {
+    const T* data;
+    int64_t stride, columns;
+    F32 operator()(int64_t row, int64_t column) const {
+        return load_up_to(data + row * stride + column, columns - column);
+    }
+    WholeVectors<T> whole() const { return {data, stride}; }
+};
+
+// Those of an absent matrix: zeros.
+template <>
+struct Vectors<void> {
+    F32 operator()(int64_t, int64_t) const { return F32{}; }
+    Vectors whole() const { return {}; }
+};
+
+// Calls body with the Vectors of a matrix from (row0, first) on.
 template <class Body>
 void with_vectors(const ConstMatrix& matrix, int64_t row0, int64_t first, int64_t columns, const Body& body) {
-    if (!matrix.data) return body([](int64_t, int64_t) { return F32{}; });
+    if (!matrix.data) return body(Vectors<void>{});
     dispatch_dtype(matrix.dtype, [&](auto* type) {
-        const auto* data = static_cast<const Pointee<decltype(type)>*>(row_of(matrix, row0, first));
-        const int64_t stride = matrix.stride;
-        body([=](int64_t row, int64_t column) { return load_up_to(data + row * stride + column, columns - column); });
+        using T = Pointee<decltype(type)>;
+        body(Vectors<T>{static_cast<const T*>(row_of(matrix, row0, first)), matrix.stride, columns});
     });
 }
 
@@ -101,6 +125,53 @@ void write_part(const Matrix& matrix, int64_t row0, int64_t rows, int64_t first,
     });
 }
 
+template <class A, class B>
+constexpr bool kSame = false;
+template <class A>
+constexpr bool kSame<A, A> = true;
+
+// Whether a product's sums go to a matrix of its Element out of registers, where such Vectors are added to them. Other
+// types take the way through memory: each combination would be one more copy of the product.
+template <class Product, class... Added>
+constexpr bool kInRegisters =
+    Product::kHandsOver && ((kSame<Added, Vectors<typename Product::Element>> || kSame<Added, Vectors<void>>) && ...);
+
+// matrix[row0 + row][first + column] = value(sum, row, column) of the sums of a product with a right operand; `value`
+// is made of the Vectors that it adds.
+template <class Product, class MakeValue, class... Added>
+void write_products(const typename Product::Left& left, int64_t rows, const typename Product::Right& right, float* room,
+                    const Matrix& matrix, int64_t row0, int64_t first, bool streams, const MakeValue& make_value,
+                    const Added&... added) {
+    using Element = typename Product::Element;
+    if constexpr (kInRegisters<Product, Added...>)
+        if (Product::hands_over(rows, right.outputs) && matrix.dtype == kElementDType<Product>) {
+            const auto value = make_value(added.whole()...);
+            auto* out = static_cast<Element*>(row_of(matrix, row0, first));
+            return Product::multiply(left, rows, right, [=](int64_t row, int64_t strip, const auto& sums) {
+                constexpr int kStrips = sizeof sums / sizeof(F32);
+#pragma GCC unroll 4
+                for (int i = 0; i < kStrips; i += 2) {
+                    const int64_t column = (strip + i) * kLanes;
+                    Element* to = out + row * matrix.stride + column;
+                    const F32 even = value(sums[i], row, column), odd = value(sums[i + 1], row, column + kLanes);
+                    streams ? stream_pair(to, even, odd) : store_pair(to, even, odd);
+                }
+            });
+        }
+    Product::multiply(left, rows, right, room, kRightOutputs, false);
+    write_part(matrix, row0, rows, first, right.outputs, streams,
+               [=, value = make_value(added...)](int64_t row, int64_t column) {
+                   return value(load(room + row * kRightOutputs + column), row, column);
+               });
+}
+
+template <bool kForWriting, class AnyMatrix>
+void prefetch_rows(const AnyMatrix& matrix, int64_t row0, int64_t rows, int64_t first, int64_t columns) {
+    for (int64_t row = row0; columns > 0 && row < row0 + rows; ++row)
+        prefetch_row<kForWriting>(static_cast<const char*>(row_of(matrix, row, first)),
+                                  columns * size_of(matrix.dtype));
+}
+
 struct RowStats {
     float mean, rstd;
 };
@@ -122,19 +193,62 @@ inline void shifted_sums(int64_t columns, float shift, const Vector& vector, flo
     squares = horizontal_sum((of_squares[0] + of_squares[1]) + (of_squares[2] + of_squares[3]));
 }
 
-// μ and 1/σ of `columns` numbers; vector(column) gives those from `column` on, zeros behind the last. In one pass over
-// their distances from the mean of the first few; in a second one over those from μ, if the first was so far from μ that
-// the variance would have lost two bits of its sum of squares.
+// μ and 1/σ of `columns` numbers out of the sums of their distances from `shift` and of the squares of these;
+// vector(column) gives those from `column` on, zeros behind the last. If the variance would lose two bits of its sum of
+// squares, a second pass takes the distances from μ.
 template <class Vector>
-inline RowStats row_stats(int64_t columns, float eps, const Vector& vector) {
-    const float count = static_cast<float>(columns);
-    const float shift = horizontal_sum(vector(0)) / static_cast<float>(min_of<int64_t>(columns, kLanes));
-    float sum, squares;
-    shifted_sums(columns, shift, vector, sum, squares);
-    const float mean = shift + sum / count;
+inline RowStats stats_of_sums(int64_t columns, float eps, const Vector& vector, float shift, float sum, float squares) {
+    const float count = static_cast<float>(columns), mean = shift + sum / count;
     float variance = squares - sum / count * sum;
     if (!(4 * variance > squares)) shifted_sums(columns, mean, vector, sum, variance);
     return {mean, 1.0f / __builtin_sqrtf(variance / count + eps)};
+}
+
+// The same in one pass over the distances from the mean of the first few.
+template <class Vector>
+inline RowStats row_stats(int64_t columns, float eps, const Vector& vector) {
+    const float shift = horizontal_sum(vector(0)) / static_cast<float>(min_of<int64_t>(columns, kLanes));
+    float sum, squares;
+    shifted_sums(columns, shift, vector, sum, squares);
+    return stats_of_sums(columns, eps, vector, shift, sum, squares);
+}
+
+template <class T>
+inline RowStats row_stats(int64_t columns, float eps, const Vectors<T>& vectors, int64_t row) {
+    return row_stats(columns, eps, [&](int64_t k) { return vectors(row, k); });
+}
+
+#if defined(__AVX512BF16__)
+// Of a row of bf16 numbers as they stand: 32 at a time, whose products are exact.
+inline RowStats row_stats(int64_t columns, float eps, const Vectors<BFloat16>& vectors, int64_t row) {
+    const BFloat16* x = vectors.data + row * vectors.stride;
+    const __m512bh ones = (__m512bh)_mm512_set1_epi16(0x3F80);
+    constexpr int kSums = 4;  // as above
+    F32 sums[kSums] = {}, squares[kSums] = {};
+    const auto add = [&](int i, Bf16Vector v) {
+        sums[i] = _mm512_dpbf16_ps(sums[i], (__m512bh)v, ones);
+        squares[i] = _mm512_dpbf16_ps(squares[i], (__m512bh)v, (__m512bh)v);
+    };
+    int64_t column = 0;
+    for (; column + kSums * 2 * kLanes <= columns; column += kSums * 2 * kLanes)
+        for (int i = 0; i < kSums; ++i) add(i, _mm512_loadu_si512(x + column + i * 2 * kLanes));
+    for (; column < columns; column += 2 * kLanes) add(0, load_bf16(x + column, columns - column));
+    return stats_of_sums(
+        columns, eps, [&](int64_t k) { return vectors(row, k); }, 0.0f,
+        horizontal_sum((sums[0] + sums[1]) + (sums[2] + sums[3])),
+        horizontal_sum((squares[0] + squares[1]) + (squares[2] + squares[3])));
+}
+#endif
+
+// Products of bf16 numbers with fp32 sums, in which x may take the place of (x - μ) rstd.
+template <class Product>
+constexpr bool kMultipliesRounded = Product::kHandsOver && sizeof(typename Product::Element) == 2;
+
+// What is subtracted from a row before that: nothing as long as μ is near 0, for what it adds to a sum, and is then
+// subtracted, has 24 bits, and bf16 has 8; else a number near μ, such that the differences from it are bf16 numbers,
+// too.
+inline float shift_of(const RowStats& stats) {
+    return __builtin_fabsf(stats.mean) * stats.rstd > 16.0f ? to_float(to_bfloat16(stats.mean)) : 0.0f;
 }
 
 // ---- An adapter's vectors and matrices ----------------------------------------------------------------------------
@@ -155,7 +269,8 @@ inline float* take_vector(Arena& arena, int64_t count) {
 // The depth of d is taken in parts: of 64 rows of x 32 KB as bf16, which stay in L1 between being made and multiplied.
 constexpr int64_t kPart = 256;
 
-// One of an adapter's matrices, turned for a product: kRightOutputs outputs at a time, and a part of the depth at a time.
+// One of an adapter's matrices, turned for a product: kRightOutputs outputs at a time, and a part of the depth at a
+// time.
 template <class Product>
 struct Operand {
     typename Product::Element* data;
@@ -175,14 +290,16 @@ struct Operand {
     }
 };
 
-// The outputs are the rows of the matrix, the depth is its columns.
+// The outputs are the rows of the matrix, the depth is its columns; times factors[column].
 template <class Product>
-void fill_rows(const Operand<Product>& operand, int64_t chunk, int64_t part, const ConstMatrix& matrix) {
+void fill_rows(const Operand<Product>& operand, int64_t chunk, int64_t part, const ConstMatrix& matrix,
+               const float* factors) {
     const auto right = operand.right(chunk, part);
     dispatch_dtype(matrix.dtype, [&](auto* type) {
         const auto* rows = static_cast<const Pointee<decltype(type)>*>(
             row_of(matrix, chunk * kRightOutputs, part * operand.part_depth));
-        fill_from_output_rows(right, rows, matrix.stride, Product::padded_depth(right.depth));
+        fill_from_output_rows(right, rows, matrix.stride, Product::padded_depth(right.depth),
+                              factors ? factors + part * operand.part_depth : nullptr);
     });
 }
 
@@ -199,21 +316,32 @@ void fill_columns(const Operand<Product>& operand, int64_t chunk, int64_t part, 
     });
 }
 
-// sums[row][output] of some rows with a matrix whose depth is d; left(first column, depth) gives a part of the rows.
+// sums[row][output] of some rows with a matrix whose depth is d; left(first column, depth) gives a part of the rows,
+// and is made of `source`, rows of a matrix.
 template <class Product, class Left>
-void multiply_parts(const Operand<Product>& operand, int64_t rows, float* sums, const Left& left) {
+void multiply_parts(const Operand<Product>& operand, const ConstMatrix& source, int64_t rows, float* sums,
+                    const Left& left) {
     const int64_t stride = operand.chunks() * kRightOutputs;
     for (int64_t part = 0; part < operand.parts(); ++part) {
-        const int64_t first = part * operand.part_depth;
-        const typename Product::Left of_part = left(first, min_of(operand.part_depth, operand.depth - first));
+        const int64_t first = part * operand.part_depth, depth = min_of(operand.part_depth, operand.depth - first);
+        const typename Product::Left of_part = left(first, depth);
         for (int64_t chunk = 0; chunk < operand.chunks(); ++chunk)
-            Product::multiply(of_part, rows, operand.right(chunk, part), sums + chunk * kRightOutputs, stride,
-                              part > 0);
+            multiply_fetching<Product>(of_part, rows, operand.right(chunk, part), sums + chunk * kRightOutputs, stride,
+                                       part > 0, [&](int64_t row, int64_t some) {
+                                           if (chunk > 0) return;
+                                           // The next rows; behind the last, the first ones of the next part.
+                                           const bool last = row + some == rows;
+                                           const int64_t column = last ? first + depth : first;
+                                           const int64_t next = last ? 0 : row + some;
+                                           prefetch_rows<false>(source, next,
+                                                                min_of(Product::kFetchedRows, rows - next), column,
+                                                                min_of(kPart, operand.depth - column));
+                                       });
     }
 }
 
-// Calls body(first row, rows, first column, columns) for parts of a block of rows, whose sums stay in the L1 cache until
-// they are used.
+// Calls body(first row, rows, first column, columns) for parts of a block of rows, whose sums stay in the L1 cache
+// until they are used.
 template <class Body>
 void for_each_part(int64_t rows, int64_t d, const Body& body) {
     for (int64_t column = 0; column < d; column += kRightOutputs)

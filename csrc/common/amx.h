@@ -225,21 +225,6 @@ inline U32 pair_of(U32 first, U32 second) { return first >> 16 | second; }
 // Where row `row` of a left panel stands in the tiles of a step.
 inline BFloat16* left_row(BFloat16* panel, int64_t row) { return panel + row * kTileDepth; }
 
-using Bf16Vector = __m512i;  // 32 bf16
-
-inline Bf16Vector load_bf16(const BFloat16* p, int64_t count) {
-    if (count >= kTileDepth) return _mm512_loadu_si512(p);
-    return _mm512_maskz_loadu_epi16(count <= 0 ? 0 : (uint32_t{1} << count) - 1, p);
-}
-
-// Interleaves two rows of 32 columns: the pairs of columns 0-15, and of 16-31.
-inline void interleave(Bf16Vector first, Bf16Vector second, Bf16Vector& low, Bf16Vector& high) {
-    // Unpacking works within 128-bit quarters: (0 4 1 5) and (2 6 3 7), in pairs of columns, are put in order after it.
-    const Bf16Vector a = _mm512_unpacklo_epi16(first, second), b = _mm512_unpackhi_epi16(first, second);
-    low = _mm512_permutex2var_epi64(a, _mm512_set_epi64(11, 10, 3, 2, 9, 8, 1, 0), b);
-    high = _mm512_permutex2var_epi64(a, _mm512_set_epi64(15, 14, 7, 6, 13, 12, 5, 4), b);
-}
-
 // The panels, `size` elements apart, whose reduction runs over the rows of a matrix; where `bits` is given
 // ([row][bits_stride]), only the columns whose bit is set. Zeros fill up the last step and the last panel's width. Rows are
 // read once for all panels: far apart, 64 bytes of each come with 14 GB/s from L3, 128 with 23 (and slower, if fetched ahead).

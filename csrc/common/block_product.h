@@ -4,7 +4,8 @@
 //
 //   left    the block's rows; the reduction ("depth") runs along them; packed, or a matrix's as they stand
 //   right   up to kRightOutputs columns; the depth runs down them
-//   sums    [row][output] in fp32, written in whole tiles or vectors: room for padded_rows() and kRightOutputs
+//   sums    [row][output] in fp32, written in whole tiles or vectors: room for padded_rows() and kRightOutputs; vectors
+//           can hand them to whoever wants them out of registers
 //
 // Whoever fills an operand stores fp32 vectors and lets the product choose the format: a left vector is kLanes
 // neighbours of the depth in one row, a right one is kLanes neighbouring outputs at one depth, of which two (k and k+1)
@@ -49,6 +50,8 @@ struct VectorProduct {
 
     struct Unit {};  // what a thread has to hold while it multiplies
 
+    static constexpr int64_t kFetchedRows = 2 * kTileRows;  // see multiply_fetching
+
     static constexpr int64_t padded_rows(int64_t rows) { return rows; }
     static constexpr int64_t padded_depth(int64_t depth) { return round_up(depth, kLanes); }
     static constexpr int terms(DType, bool) { return 1; }
@@ -63,6 +66,7 @@ struct VectorProduct {
         Element* at(int64_t row, int64_t column) const { return data + row * stride + column; }
         void store(int64_t row, int64_t column, F32 v) const { PEFT_KERNELS_ISA::store(at(row, column), v); }
         Left from(int64_t row) const { return {at(row, 0), depth, terms, stride}; }
+        Rows rows() const { return {data, stride * static_cast<int64_t>(sizeof(Element)), 4}; }
     };
 
     static constexpr bool reads_in_place(int64_t, int64_t depth) { return depth == padded_depth(depth); }
@@ -87,34 +91,52 @@ struct VectorProduct {
                 store_vector(step_at(strip, k + 1), odd);
             }
         }
-        // As fill_from_rows, of bf16 rows that need no rounding.
-        void pack(const BFloat16* rows, int64_t stride, const uint8_t* bits, int64_t bits_stride) const {
-            constexpr int64_t kAhead = 16;  // rows that are far apart, which the hardware does not fetch ahead
-            for (int64_t k = 0; k < padded_depth(depth); k += 2) {
-                const BFloat16* row = rows + k * stride;
-                if (k + kAhead + 1 < depth) {
-                    prefetch_row<false>(row + kAhead * stride, outputs);
-                    prefetch_row<false>(row + (kAhead + 1) * stride, outputs);
+        // Adds each output's sum over the depth to sums[output].
+        void add_depth_sums(float* sums) const {
+            for (int64_t strip = 0; strip < strips(); ++strip) {
+                F32 sum = load(sums + strip * kLanes);
+                for (int64_t k = 0; k < padded_depth(depth); k += kPairs ? 2 : 1) {
+                    const U32 step = load_vector<U32>(step_at(strip, k));
+                    sum += kPairs ? (F32)(step << 16) + (F32)(step & 0xFFFF0000u) : (F32)step;
                 }
-                for (int64_t strip = 0; strip < strips(); ++strip) {
-                    const int64_t column = strip * kLanes, count = outputs - column;
-                    F32 even = k < depth ? load_up_to(row + column, count) : F32{};
-                    F32 odd = k + 1 < depth ? load_up_to(row + stride + column, count) : F32{};
-                    if (bits) {
-                        even = keep_where(even, bits + k * bits_stride, column);
-                        odd = keep_where(odd, bits + (k + 1) * bits_stride, column);
-                    }
-                    store_pairs(strip, k, (U32)even >> 16 | (U32)odd);
-                }
+                PEFT_KERNELS_ISA::store(sums + strip * kLanes, sum);
             }
         }
+#if defined(__AVX512BF16__)
+        // As fill_from_rows, of bf16 rows that need no rounding.
+        void pack(const BFloat16* rows, int64_t stride, const uint8_t* bits, int64_t bits_stride) const {
+            const auto vector = [&](int64_t k, int64_t column) {
+                if (k >= depth) return Bf16Vector{};
+                const Bf16Vector row = load_bf16(rows + k * stride + column, outputs - column);
+                return bits ? keep_where(row, bits + k * bits_stride, column) : row;
+            };
+            for (int64_t k = 0; k < padded_depth(depth); k += 2)
+                for (int64_t strip = 0; strip < strips(); strip += 2) {
+                    Bf16Vector low, high;
+                    interleave(vector(k, strip * kLanes), vector(k + 1, strip * kLanes), low, high);
+                    store_pairs(strip, k, (U32)low);
+                    if (strip + 1 < strips()) store_pairs(strip + 1, k, (U32)high);
+                }
+        }
+#endif
     };
 
     static void multiply(const Left& left, int64_t rows, const Right& right, float* sums, int64_t stride,
                          bool accumulate) {
-        PEFT_KERNELS_ISA::multiply<Multiply>({left.data, left.stride * static_cast<int64_t>(sizeof(Element)), 4}, rows,
-                                             reinterpret_cast<const uint32_t*>(right.data), right.strips(),
-                                             right.steps(), sums, stride, accumulate);
+        PEFT_KERNELS_ISA::multiply<Multiply>(left.rows(), rows, right.step_at(0, 0), right.strips(), right.steps(),
+                                             sums, stride, accumulate);
+    }
+
+    // Hands the sums of a whole right operand to a sink while they are in registers (see multiply_tile).
+    static constexpr bool kHandsOver = true;
+    static constexpr bool hands_over(int64_t rows, int64_t outputs) {
+        return rows >= kFullTilesRows && outputs == kRightOutputs;
+    }
+    template <class Sink>
+    static void multiply(const Left& left, int64_t rows, const Right& right, const Sink& sink) {
+        for (int64_t strip = 0; strip < right.strips(); strip += kTileStrips)
+            multiply_group<Multiply, kTileStrips, kTileRows - 1>(left.rows(), rows, right.step_at(strip, 0),
+                                                                 right.steps(), strip, sink);
     }
 };
 
@@ -127,6 +149,8 @@ using F32Product = VectorProduct<MultiplyF32, float>;
 struct TileProduct {
     using Element = BFloat16;
     using Unit = TileUnit;
+    static constexpr int64_t kFetchedRows = 0;  // not measured to help tiles
+    static constexpr bool kHandsOver = false;   // sums go to memory in whole tiles
 
     static constexpr int64_t padded_rows(int64_t rows) { return round_up(rows, kTileSide); }
     static constexpr int64_t padded_depth(int64_t depth) { return round_up(depth, kTileDepth); }
@@ -231,13 +255,28 @@ void dispatch_product(bool rounds, const Body& body) {
 
 // ---- Filling operands ---------------------------------------------------------------------------------------------
 
+// Product::multiply that calls fetch(first row, rows) for each group of the left rows before it is multiplied: room for
+// prefetches of what is multiplied next, a few at a time, so that none waits for the others.
+template <class Product, class Fetch>
+void multiply_fetching(const typename Product::Left& left, int64_t rows, const typename Product::Right& right,
+                       float* sums, int64_t stride, bool accumulate, const Fetch& fetch) {
+    if constexpr (Product::kFetchedRows == 0) return Product::multiply(left, rows, right, sums, stride, accumulate);
+    for (int64_t row = 0; row < rows; row += Product::kFetchedRows) {
+        const int64_t some = min_of(Product::kFetchedRows, rows - row);
+        fetch(row, some);
+        Product::multiply(left.from(row), some, right, sums + row * stride, stride, accumulate);
+    }
+}
+
+template <class Product>
+constexpr DType kElementDType = sizeof(typename Product::Element) == 2 ? DType::kBFloat16 : DType::kFloat32;
+
 // The first rows of a matrix, whose columns are the depth: as they stand if they can be multiplied so, else in `room`.
 template <class Product>
 typename Product::Left left_of(const ConstMatrix& matrix, int64_t rows, int64_t depth, int terms,
                                typename Product::Element* room) {
     using Element = typename Product::Element;
-    constexpr DType kDType = sizeof(Element) == 2 ? DType::kBFloat16 : DType::kFloat32;
-    if (matrix.dtype == kDType && terms == 1 && Product::reads_in_place(rows, depth))
+    if (matrix.dtype == kElementDType<Product> && terms == 1 && Product::reads_in_place(rows, depth))
         return {static_cast<Element*>(const_cast<void*>(matrix.data)), depth, terms, matrix.stride};  // only read
     const typename Product::Left left{room, depth, terms};
     dispatch_dtype(matrix.dtype, [&](auto* type) {
@@ -249,16 +288,18 @@ typename Product::Left left_of(const ConstMatrix& matrix, int64_t rows, int64_t 
     return left;
 }
 
-// Right operands whose outputs are rows of a matrix, and whose depth is its columns.
+// Right operands whose outputs are rows of a matrix, and whose depth is its columns; times factors[column], if given.
 template <class Right, class T>
-void fill_from_output_rows(const Right& right, const T* matrix, int64_t stride, int64_t padded_depth) {
+void fill_from_output_rows(const Right& right, const T* matrix, int64_t stride, int64_t padded_depth,
+                           const float* factors) {
     for (int64_t strip = 0; strip * kLanes < right.outputs; ++strip) {
         const int64_t rows = min_of<int64_t>(kLanes, right.outputs - strip * kLanes);
         for (int64_t k = 0; k < padded_depth; k += kLanes) {
+            const F32 factor = factors ? load(factors + k) : broadcast(1.0f);
             U32 square[kLanes];
             for (int64_t row = 0; row < kLanes; ++row) {
                 const T* from = matrix + (strip * kLanes + row) * stride + k;
-                square[row] = row < rows ? (U32)load_up_to(from, right.depth - k) : U32{};
+                square[row] = row < rows ? (U32)(load_up_to(from, right.depth - k) * factor) : U32{};
             }
             transpose(square);
             for (int i = 0; i < kLanes; i += 2) right.store(strip, k + i, (F32)square[i], (F32)square[i + 1]);

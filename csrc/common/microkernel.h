@@ -51,10 +51,27 @@ inline uint32_t* strip_at(uint32_t* strips, int64_t num_strips, int64_t steps, i
     return strips + (group * steps + step * min_of<int64_t>(kTileStrips, num_strips - group) + strip - group) * kLanes;
 }
 
-template <class Multiply, int kRows, int kStrips>
-inline void multiply_tile(const Rows& rows, int64_t first_row, const uint32_t* strips, int64_t steps, float* tile,
-                          int64_t tile_stride, bool accumulate) {
-    F32 sum[kRows][kStrips] = {};
+// Where sums go: a tile in memory, to which they are added or not.
+struct SumsTile {
+    float* data;
+    int64_t stride;
+    bool accumulate;
+
+    // A row's sums of the strips from `strip` on.
+    template <int kStrips>
+    void operator()(int64_t row, int64_t strip, const F32 (&sums)[kStrips]) const {
+        float* out = data + row * stride + strip * kLanes;
+        // What was there comes last: added to first, it would make each addition of a product round like the whole sum.
+#pragma GCC unroll 4
+        for (int i = 0; i < kStrips; ++i)
+            store(out + i * kLanes, accumulate ? load(out + i * kLanes) + sums[i] : sums[i]);
+    }
+};
+
+template <class Multiply, int kRows, int kStrips, class Sink>
+inline void multiply_tile(const Rows& rows, int64_t first_row, const uint32_t* strips, int64_t steps, int64_t strip,
+                          const Sink& sink) {
+    F32 sums[kRows][kStrips] = {};
     const char* at[kRows];
 #pragma GCC unroll 6
     for (int row = 0; row < kRows; ++row) at[row] = rows.row(first_row + row);
@@ -62,60 +79,52 @@ inline void multiply_tile(const Rows& rows, int64_t first_row, const uint32_t* s
     for (int64_t step = 0; step < steps; ++step, offset += rows.step_stride, strips += kStrips * kLanes) {
         U32 vectors[kStrips];
 #pragma GCC unroll 4
-        for (int strip = 0; strip < kStrips; ++strip) vectors[strip] = load_vector<U32>(strips + strip * kLanes);
+        for (int i = 0; i < kStrips; ++i) vectors[i] = load_vector<U32>(strips + i * kLanes);
 #pragma GCC unroll 6
         for (int row = 0; row < kRows; ++row) {
             uint32_t value;
             memcpy(&value, at[row] + offset, sizeof value);
 #pragma GCC unroll 4
-            for (int strip = 0; strip < kStrips; ++strip)
-                sum[row][strip] = Multiply::add_product(sum[row][strip], vectors[strip], broadcast(value));
+            for (int i = 0; i < kStrips; ++i)
+                sums[row][i] = Multiply::add_product(sums[row][i], vectors[i], broadcast(value));
         }
     }
-    // What was there comes last: added to first, it would make each of the additions above round like the whole sum.
 #pragma GCC unroll 6
-    for (int row = 0; row < kRows; ++row)
-#pragma GCC unroll 4
-        for (int strip = 0; strip < kStrips; ++strip) {
-            float* out = tile + row * tile_stride + strip * kLanes;
-            store(out, accumulate ? load(out) + sum[row][strip] : sum[row][strip]);
-        }
+    for (int row = 0; row < kRows; ++row) sink(first_row + row, strip, sums[row]);
 }
 
-template <class Multiply, int kStrips>
-inline void multiply_group(const Rows& rows, int64_t num_rows, const uint32_t* strips, int64_t steps, float* tile,
-                           int64_t tile_stride, bool accumulate) {
-    int64_t row = 0;
-    const auto advance = [&](auto count) {
-        constexpr int kRows = decltype(count)::kValue;
-        multiply_tile<Multiply, kRows, kStrips>(rows, row, strips, steps, tile + row * tile_stride, tile_stride,
-                                                accumulate);
-        row += kRows;
-    };
-    while (num_rows - row >= kTileRows) advance(Constant<kTileRows>{});
-    if (num_rows - row >= 4) advance(Constant<4>{});
-    if (num_rows - row >= 2) advance(Constant<2>{});
-    if (num_rows - row >= 1) advance(Constant<1>{});
+// Calls body with the rows of a tile, from kLeast to kTileRows as a Constant, and the first of them. The tiles are of
+// nearly one height: what full ones leave would be too few accumulators to hide the latency of an addition.
+template <int kLeast, class Body>
+inline void for_each_tile(int64_t num_rows, const Body& body) {
+    for (int64_t row = 0; row < num_rows;) {
+        const int64_t left = num_rows - row, height = divide_up(left, divide_up(left, kTileRows));
+        dispatch_range<kLeast, kTileRows>(height, [&](auto rows) { body(rows, row); });
+        row += height;
+    }
+}
+
+// So many rows make tiles of kTileRows and kTileRows - 1 rows only.
+constexpr int64_t kFullTilesRows = (kTileRows - 1) * (kTileRows - 2);
+
+template <class Multiply, int kStrips, int kLeast, class Sink>
+inline void multiply_group(const Rows& rows, int64_t num_rows, const uint32_t* strips, int64_t steps, int64_t strip,
+                           const Sink& sink) {
+    for_each_tile<kLeast>(num_rows, [&](auto height, int64_t row) {
+        multiply_tile<Multiply, decltype(height)::kValue, kStrips>(rows, row, strips, steps, strip, sink);
+    });
 }
 
 // tile[row][output] (+)= sum over steps of rows[row][step] * strips[output][step], outputs in whole strips.
 template <class Multiply>
 inline void multiply(const Rows& rows, int64_t num_rows, const uint32_t* strips, int64_t num_strips, int64_t steps,
                      float* tile, int64_t tile_stride, bool accumulate) {
-    for (int64_t strip = 0; strip < num_strips; strip += kTileStrips) {
-        const uint32_t* group = strips + strip * steps * kLanes;
-        float* out = tile + strip * kLanes;
-        const int64_t left = num_strips - strip;
-        if (left >= kTileStrips)
-            multiply_group<Multiply, kTileStrips>(rows, num_rows, group, steps, out, tile_stride, accumulate);
-        else if (left == 3)
-            multiply_group<Multiply, min_of(3, kTileStrips)>(rows, num_rows, group, steps, out, tile_stride,
-                                                             accumulate);
-        else if (left == 2)
-            multiply_group<Multiply, 2>(rows, num_rows, group, steps, out, tile_stride, accumulate);
-        else
-            multiply_group<Multiply, 1>(rows, num_rows, group, steps, out, tile_stride, accumulate);
-    }
+    const SumsTile sink{tile, tile_stride, accumulate};
+    for (int64_t strip = 0; strip < num_strips; strip += kTileStrips)
+        dispatch_range<1, kTileStrips>(min_of<int64_t>(num_strips - strip, kTileStrips), [&](auto count) {
+            multiply_group<Multiply, decltype(count)::kValue, 1>(rows, num_rows, strips + strip * steps * kLanes, steps,
+                                                                 strip, sink);
+        });
 }
 
 // ---- Making operands ----------------------------------------------------------------------------------------------
@@ -131,6 +140,14 @@ inline F32 keep_where(F32 v, const uint8_t* bits, int64_t column) {
     return (F32)((U32)v & (U32)(((broadcast(uint32_t{bits[column / 8]}) >> (column % 8)) & lane_bit) != 0));
 #endif
 }
+
+#if defined(__AVX512BF16__)
+inline Bf16Vector keep_where(Bf16Vector v, const uint8_t* bits, int64_t column) {
+    uint32_t mask;
+    memcpy(&mask, bits + column / 8, sizeof mask);
+    return _mm512_maskz_mov_epi16(mask, v);
+}
+#endif
 
 // tile = (or +=) branch, where it is kept; both have rows `stride` apart, the bits `bits_stride`.
 inline void add_kept(const float* branch, const uint8_t* bits, int64_t bits_stride, int64_t rows, int64_t columns,

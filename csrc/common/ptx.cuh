@@ -28,7 +28,10 @@ __device__ __forceinline__ void unroll(const Body& body) {
 // registers it would make addresses anew from the number of the thread, by ten instructions each.
 __device__ inline void keep(uint32_t& value) { asm volatile("" : "+r"(value)); }
 __device__ inline void keep(int& value) { asm volatile("" : "+r"(value)); }
-__device__ inline void keep(const char*& pointer) { asm volatile("" : "+l"(pointer)); }
+template <class T>
+__device__ inline void keep(const T*& pointer) {
+    asm volatile("" : "+l"(pointer));
+}
 
 __device__ inline uint32_t shared_address(const void* pointer) {
     return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
@@ -93,6 +96,13 @@ template <int kSharedOffset = 0, int kGlobalOffset = 0>
 __device__ inline void copy_async16(uint32_t shared, const void* global, int bytes) {
     asm volatile("cp.async.cg.shared.global [%0 + %3], [%1 + %4], 16, %2;" ::"r"(shared), "l"(global), "r"(bytes),
                  "n"(kSharedOffset), "n"(kGlobalOffset)
+                 : "memory");
+}
+
+template <int kSharedOffset = 0, int kGlobalOffset = 0>
+__device__ inline void copy_async16(uint32_t shared, const void* global) {
+    asm volatile("cp.async.cg.shared.global [%0 + %2], [%1 + %3], 16;" ::"r"(shared), "l"(global), "n"(kSharedOffset),
+                 "n"(kGlobalOffset)
                  : "memory");
 }
 

@@ -45,6 +45,14 @@ struct Constant {
     static constexpr auto kValue = kConstant;
 };
 
+// Calls body with a count of kLeast to kMost as a Constant.
+template <int kLeast, int kMost, class Body>
+inline void dispatch_range(int64_t count, const Body& body) {
+    if constexpr (kLeast < kMost)
+        if (count < kMost) return dispatch_range<kLeast, kMost - 1>(count, body);
+    body(Constant<kMost>{});
+}
+
 inline F32 broadcast(float value) { return value - F32{}; }
 inline U32 broadcast(uint32_t value) { return value - U32{}; }
 
@@ -215,6 +223,25 @@ inline void store_some(T* p, F32 v, int64_t count) {
     else
         store_partial(p, v, count);
 }
+
+#if defined(__AVX512BF16__)
+
+using Bf16Vector = __m512i;  // 32 bf16
+
+inline Bf16Vector load_bf16(const BFloat16* p, int64_t count) {
+    if (count >= 2 * kLanes) return _mm512_loadu_si512(p);
+    return _mm512_maskz_loadu_epi16(count <= 0 ? 0 : (uint32_t{1} << count) - 1, p);
+}
+
+// Interleaves two rows of 32 columns: the pairs of columns 0-15, and of 16-31.
+inline void interleave(Bf16Vector first, Bf16Vector second, Bf16Vector& low, Bf16Vector& high) {
+    // Unpacking works within 128-bit quarters: (0 4 1 5) and (2 6 3 7), in pairs of columns, are put in order after it.
+    const Bf16Vector a = _mm512_unpacklo_epi16(first, second), b = _mm512_unpackhi_epi16(first, second);
+    low = _mm512_permutex2var_epi64(a, _mm512_set_epi64(11, 10, 3, 2, 9, 8, 1, 0), b);
+    high = _mm512_permutex2var_epi64(a, _mm512_set_epi64(15, 14, 7, 6, 13, 12, 5, 4), b);
+}
+
+#endif
 
 // Calls body with a typed null pointer that carries dtype's C++ type; Pointee names that type.
 template <class Body>

@@ -2,6 +2,8 @@
 // __nv_bfloat16 and __half.
 #include <cuda_runtime.h>
 
+#include <cmath>
+
 #include "common/cuda_device.h"
 #include "ia3_attention/ia3_attention_cuda.h"
 #include "ia3_attention/ia3_attention_forward_kernel.cuh"
@@ -12,7 +14,9 @@ namespace {
 template <class T, int kDim>
 int launch(const Ia3AttentionForwardParams& params, const Ia3AttentionCudaPlan& plan, cudaStream_t stream) {
     using Traits = AttentionForwardTraits<T, kDim>;
-    Ia3AttentionForwardKernelParams kernel_params{params, static_cast<int32_t>(params.heads / params.kv_heads)};
+    const Ia3AttentionForwardKernelParams kernel_params{params, std::fabs(params.scale) * kLog2E,
+                                                        static_cast<int32_t>(params.heads / params.kv_heads),
+                                                        static_cast<int32_t>(plan.tiles - 1)};
     const auto kernel = ia3_attention_forward_kernel<Traits>;
     const cudaError_t error =
         cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, plan.shared_bytes);

@@ -16,10 +16,10 @@
 // of ones: that of the weights as they are rounded, for 2 mma instead of 16 additions and a reduction.
 //
 // The scales of the keys are the queries', which are multiplied and rounded once on their way into shared memory. Those of
-// the values are the results'. A prefix bypasses both, so it goes through other queries; and since the real keys' share
-// of the result is multiplied by l_v (and kept for the backward), its sums would have to be kept apart. Registers hold only
-// one set, so the prefix is read twice, it is short: first for its weights' sum alone; after the real keys, when the sum of
-// all weights is known, for its values, which are added to the finished share.
+// the values are the results'. A prefix bypasses both, so it comes last, with other queries. Its sums would have to be kept
+// apart, for which there are no registers; so it is gone through twice, it is short: first for the sum of its weights, by
+// which the real keys' share of the result is known (the backward wants that); then that share is multiplied by l_v, and
+// the prefix's values are added.
 #pragma once
 
 #include "ia3_attention/ia3_attention_cuda_plan.h"
@@ -28,7 +28,9 @@
 namespace peft_kernels::cuda {
 
 struct Ia3AttentionForwardKernelParams : Ia3AttentionForwardParams {
-    int32_t group;  // query heads of a key head
+    float factor;       // |scale|, in units of the base-2 logarithm
+    int32_t group;      // query heads of a key head
+    int32_t last_tile;  // of rows
 };
 
 template <class T_, int kDim_>
@@ -53,10 +55,10 @@ struct AttentionForwardTraits {
 
 // Where queries see only the keys before them, the last have most to do: they begin first.
 template <class Traits>
-__device__ inline int first_row_of_cta() {
+__device__ inline int first_row_of_cta(const Ia3AttentionForwardKernelParams& params) {
     int block = blockIdx.x;
     keep(block);
-    return static_cast<int>(gridDim.x - 1 - block) * Traits::kRows;
+    return (params.last_tile - block) * Traits::kRows;
 }
 
 // A warp's rows, and what attention over some keys has come to for them. A lane has rows lane / 4 and 8 below of each 16;
@@ -70,8 +72,7 @@ public:
     using Weights = uint32_t[Traits::kTiles][Traits::kKeys / 16][4];
 
     __device__ AttendingWarp(const Ia3AttentionForwardKernelParams& params, typename Traits::Shared& shared)
-        : factor(fabsf(params.scale) * kLog2E),
-          params_(params),
+        : params_(params),
           shared_(shared),
           rows_(Tile::left(tile())),
           keys_(Tile::right(shared_address(shared.keys))),
@@ -118,8 +119,9 @@ public:
     // Scales scores and hides those of keys that have no bit.
     __device__ __forceinline__ void hide(Scores& scores, uint64_t keys) const {
         keys >>= threadIdx.x % 4 * 2;
-        for_scores(scores,
-                   [&](float& score, int, int, int bit) { score = keys >> bit & 1 ? score * factor : kHidden; });
+        for_scores(scores, [&](float& score, int, int, int bit) {
+            score = keys >> bit & 1 ? score * params_.factor : kHidden;
+        });
     }
 
     // Brings what the mask adds to the scores of the keys from `first` on into shared memory. It is done before there are
@@ -161,8 +163,8 @@ public:
                     float2 bias{};
                     if (params_.attn_mask.data) bias = load_shared8(bias_row(row) + 32 * j + lane % 4 * 8);
                     float* const pair = scores[i][j] + 2 * half;
-                    pair[0] = seen >> (8 * j) & 1 ? fmaf(pair[0], factor, bias.x) : kHidden;
-                    pair[1] = seen >> (8 * j + 1) & 1 ? fmaf(pair[1], factor, bias.y) : kHidden;
+                    pair[0] = seen >> (8 * j) & 1 ? fmaf(pair[0], params_.factor, bias.x) : kHidden;
+                    pair[1] = seen >> (8 * j + 1) & 1 ? fmaf(pair[1], params_.factor, bias.y) : kHidden;
                 }
             }
     }
@@ -191,7 +193,7 @@ public:
         for (int i = 0; i < Traits::kTiles; ++i)
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
-                const float base = ceilf(fmaxf(base_[i][half], largest_[i][half]));
+                const float base = fmaxf(base_[i][half], largest_[i][half]);
                 const float rescale = exp2_approximate(base_[i][half] - base);
                 base_[i][half] = base;
                 sum_[i][2 * half] *= rescale;
@@ -287,12 +289,9 @@ public:
         }
     }
 
-    const float factor;  // of scores, after which they are in units of the base-2 logarithm
-
 private:
     // Weights are relative to a base: the largest score when it was last raised, not before they can be 2^kGrowth, for
-    // raising costs a product with every sum. It is a whole number, so that those products are exact, and a weight is
-    // rounded to the same bits whatever the base. Of rows that have seen no score yet it is less than any.
+    // raising costs a product with every sum. Of rows that have seen no score yet it is less than any.
     static constexpr float kGrowth = 8, kNothing = -3e38f;
 
     struct Place {
@@ -315,7 +314,7 @@ private:
         int group = params_.group;
         keep(row);
         keep(group);
-        row += first_row_of_cta<Traits>() + first_row();
+        row += first_row_of_cta<Traits>(params_) + first_row();
         const int query = row / group;
         return {blockIdx.z, blockIdx.y * group + row % group, query, query < params_.num_queries};
     }
@@ -380,7 +379,7 @@ private:
     __device__ KeyRange queries_of_cta() const {
         int group = params_.group;
         keep(group);
-        const int first_row = first_row_of_cta<Traits>();
+        const int first_row = first_row_of_cta<Traits>(params_);
         return {first_row / group,
                 min((first_row + Traits::kRows - 1) / group + 1, static_cast<int>(params_.num_queries))};
     }
@@ -400,25 +399,6 @@ __global__ void __launch_bounds__(Traits::kThreads, 2)
     AttendingWarp<Traits> warp(params, shared);
     typename AttendingWarp<Traits>::Scores scores;
     typename AttendingWarp<Traits>::Weights weights;
-
-    const auto load_prefix = [&](uint32_t tile, const ConstHeads& prefix, int first) {
-        stage<T, Traits::kDim, Traits::kKeys>(tile, threadIdx.x, Traits::kThreads, [&](int row, int column) {
-            if (first + row >= params.prefix_length || column >= params.head_dim) return float4{};
-            return load_four(prefix.data, prefix.dtype,
-                             blockIdx.y * prefix.head_stride + (first + row) * prefix.row_stride + column);
-        });
-    };
-    if (params.prefix_length) warp.load_rows(false);
-    for (int first = 0; first < params.prefix_length; first += Traits::kKeys) {
-        load_prefix(key_tile, params.prefix_k, first);
-        __syncthreads();
-        warp.make_scores(scores);
-        warp.hide(scores, bits_of({0, static_cast<int>(params.prefix_length)}, first));
-        if (warp.take_largest(scores, 1)) warp.raise();
-        warp.weigh(scores, 1, weights);
-        warp.add_weights(weights);
-        __syncthreads();
-    }
 
     KeyTiles<Traits> tile(params);
     const auto copy = [&](uint32_t to, const ConstHeads& heads) {
@@ -452,13 +432,13 @@ __global__ void __launch_bounds__(Traits::kThreads, 2)
             while (tile.first < end) {
                 begin();
                 warp.make_scores(scores);
-                grows = warp.take_largest(scores, warp.factor);
+                grows = warp.take_largest(scores, params.factor);
                 if (grows) break;
-                add_values(warp.factor, step);
+                add_values(params.factor, step);
             }
             if (grows) {
                 warp.raise();
-                add_values(warp.factor, step);
+                add_values(params.factor, step);
             }
         }
         if (!tile.exists()) break;
@@ -471,20 +451,37 @@ __global__ void __launch_bounds__(Traits::kThreads, 2)
     }
     wait_for_copies<0>();
 
+    const auto load_prefix = [&](uint32_t tile, const ConstHeads& prefix, int first) {
+        stage<T, Traits::kDim, Traits::kKeys>(tile, threadIdx.x, Traits::kThreads, [&](int row, int column) {
+            if (first + row >= params.prefix_length || column >= params.head_dim) return float4{};
+            return load_four(prefix.data, prefix.dtype,
+                             blockIdx.y * prefix.head_stride + (first + row) * prefix.row_stride + column);
+        });
+    };
+    // Adds up the weights of the prefix, or its values by these weights.
+    const auto attend_prefix = [&](auto adds_values) {
+        if (params.prefix_length) warp.load_rows(false);
+        for (int first = 0; first < params.prefix_length; first += Traits::kKeys) {
+            __syncthreads();
+            load_prefix(key_tile, params.prefix_k, first);
+            if constexpr (adds_values.value) load_prefix(value_tile, params.prefix_v, first);
+            __syncthreads();
+            warp.make_scores(scores);
+            warp.hide(scores, bits_of({0, static_cast<int>(params.prefix_length)}, first));
+            if constexpr (!adds_values.value)
+                if (warp.take_largest(scores, 1)) warp.raise();
+            warp.weigh(scores, 1, weights);
+            if constexpr (adds_values.value)
+                warp.add_values(weights);
+            else
+                warp.add_weights(weights);
+        }
+    };
+    attend_prefix(std::false_type{});
     warp.finish();
     if (params.out_real.data) warp.store(params.out_real);
     warp.scale_values();
-    if (params.prefix_length) warp.load_rows(false);
-    for (int first = 0; first < params.prefix_length; first += Traits::kKeys) {
-        __syncthreads();
-        load_prefix(key_tile, params.prefix_k, first);
-        load_prefix(value_tile, params.prefix_v, first);
-        __syncthreads();
-        warp.make_scores(scores);
-        warp.hide(scores, bits_of({0, static_cast<int>(params.prefix_length)}, first));
-        warp.weigh(scores, 1, weights);
-        warp.add_values(weights);
-    }
+    attend_prefix(std::true_type{});
     warp.store(params.out);
 #endif
 }

@@ -115,7 +115,7 @@ public:
     void backward(const LoraLinearBackwardParams& p, const Tensor& grad_y, Tensor& grad_x, Tensor& grad_A,
                   Tensor& grad_B) {
         if (p.n == 0 || p.k == 0) return backward_of_nothing(p, grad_x, grad_A, grad_B);
-        const bool wants_A = grad_A.numel() > 0, wants_B = grad_B.numel() > 0, wants_x = p.grad_x.data != nullptr;
+        const bool wants_A = grad_A.numel() > 0, wants_x = p.grad_x.data != nullptr;
         const bool wants_ds = !branches_.empty() && (wants_A || wants_x);
         const bool has_base = p.weight && wants_x;
         const Tensor converted = has_base ? in_compute_dtype(grad_y) : grad_y;

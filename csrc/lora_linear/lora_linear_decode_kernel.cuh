@@ -31,7 +31,8 @@ struct DecodeTraits {
     static constexpr int kTokenTiles = kTokens / 8, kRowTiles = kRows / 16;
     static constexpr int kLaneRows = 2 * kRowTiles;  // rows of which a lane decodes a block
     static constexpr int kQuads = (kRows * kTokens / 4 + kThreads - 1) / kThreads;  // of outputs, of a thread
-    static constexpr int kSpan = kDecodeSpan;  // chunks whose absmax lies in shared memory
+    static constexpr int kSpan = 4 * kWarps;            // chunks whose absmax lies in shared memory
+    static constexpr int kAbsmaxPitch = 4 * kSpan + 4;  // 8 rows of 4 blocks are in 32 banks
     static constexpr int kRankStep = 16, kFactorPitch = kRows + 2, kTokenPitch = kRankStep + 1;
 
     // Rows of the partial sums: writes of a fragment and reads of 32 neighbours are without conflicts.
@@ -50,16 +51,15 @@ struct DecodeTraits {
         float nested_code[256];
         float factor[kRankStep * kFactorPitch];
         float s[kTokens * kTokenPitch];
-        alignas(16) float absmax[1];  // [kRows][absmax_pitch]
+        alignas(16) float absmax[kRows * kAbsmaxPitch];
     };
 
-    // Blocks of a row whose absmax is kept, and 4: 8 rows of 4 blocks are then in 32 banks.
-    __host__ __device__ static constexpr int absmax_pitch(uint32_t chunks) {
-        return static_cast<int>(((chunks < uint32_t{kSpan} ? chunks : kSpan) + 7) / 8 * 32 + 4);
-    }
-    static constexpr int shared_bytes(int64_t k) {
-        const uint32_t chunks = static_cast<uint32_t>((k + 255) / 256);
-        return static_cast<int>(sizeof(Shared)) + kRows * absmax_pitch(chunks) * 4;
+    // A thread's outputs: four rows of kQuads tokens. Rows run along the lanes. With 16 rows the other half of eight
+    // lanes takes the token 4 further on, which is in other banks.
+    __device__ static int output_row() { return threadIdx.x % (kRows / 4) * 4; }
+    __device__ static int output_token(int quad) {
+        const int token = (threadIdx.x + quad * kThreads) / (kRows / 4);
+        return kRows == 16 ? token / 8 * 8 + token % 2 * 4 + token / 2 % 4 : token;
     }
 };
 
@@ -88,89 +88,94 @@ public:
         code_step_ = 4 * pitch;
         codes_ = params.weight.codes + (first_row + lane / 8) * pitch + lane % 8 * 16 + first_chunk * 128;
         write_codes_ = shared_address(buffers.codes) + swap_units(lane / 8, lane % 8);
-        // Copies of x: half lane % 2 of a sector.
-        const int token = lane / 2 % kCopyTokens, first_block = lane / 2 / kCopyTokens;
+        // Copies of x: half lane % 2 of a sector. The last token stands for those that x does not have.
+        const int token = lane / 2 % kCopyTokens;
         const ConstMatrix& x = params.operands.x;
-        first_block_ = first_block;
+        first_block_ = lane / 2 / kCopyTokens;
 #pragma unroll
         for (int group = 0; group < kGroups; ++group) {
-            const int row = token + group * kCopyTokens;
-            x_[group] = static_cast<const char*>(x.data) + row * x.stride * sizeof(T) + first_block * 128 +
+            const int row = min(token + group * kCopyTokens, static_cast<int>(params.operands.m) - 1);
+            x_[group] = static_cast<const char*>(x.data) + row * x.stride * sizeof(T) + first_block_ * 128 +
                         lane % 2 * 16 + first_chunk * 512;
-#pragma unroll
-            for (int i = 0; i < kCopies; ++i) bytes_[group][i] = row < params.operands.m ? 16 : 0;
         }
 #pragma unroll
         for (int i = 0; i < kCopies; ++i)
             write_x_[i] =
-                shared_address(buffers.x) + swap_units(token, (first_block + i * kBlocksAtOnce) * 2 + lane % 2);
+                shared_address(buffers.x) + (swap_units(token, first_block_ * 2 + lane % 2) ^ i * kBlocksAtOnce * 32);
         // The product: row or token lane / 4 of eight, block lane % 4.
         read_codes_ = shared_address(buffers.codes) + swap_units(lane / 4, lane % 4 * 2);
-        read_x_ = shared_address(buffers.x) + swap_units(lane / 4, lane % 4 * 2);
+#pragma unroll
+        for (int word = 0; word < 2; ++word)
+            read_x_[word] = shared_address(buffers.x) + swap_units(lane / 4, lane % 4 * 2 + word);
+        keep(codes_);
         keep(write_codes_);
         keep(read_codes_);
-        keep(read_x_);
+#pragma unroll
+        for (uint32_t& read : read_x_) keep(read);
 #pragma unroll
         for (uint32_t& write : write_x_) keep(write);
 #pragma unroll
         for (const char*& x : x_) keep(x);
     }
 
-    // The codes of the chunk at hand. Rows and blocks that the weight does not have become zeros.
-    __device__ void copy_codes(uint32_t slot) const {
-        const int lane = threadIdx.x % 32;
-        const uint8_t* from = codes_;
-        const uint32_t to = write_codes_ + slot;
-        const int bytes = lane % 8 / 2 < blocks_left_ ? 16 : 0;
-        const auto copy = [&](int rows) {
+    // Copies of all 16 bytes of a unit spare four instructions each, which make a number of bytes into an address.
+
+    // The codes of the chunk at hand (kAhead = 0), then of the one after it (1). Rows and blocks that the weight does
+    // not have become zeros.
+    template <int kAhead>
+    __device__ void copy_codes(uint32_t slot) {
+        const int lane = threadIdx.x % 32, blocks = blocks_left_ - kAhead * kWarps * 4;
+        const auto copy = [&](auto whole) {
+            const uint32_t to = write_codes_ + slot;
+            const uint8_t* from = codes_;
             unroll<kRows / 4>([&](auto i) {
-                copy_async16<decltype(i)::value * 512>(to, from, 4 * i < rows ? bytes : 0);
+                if constexpr (whole.value)
+                    copy_async16<i.value * 512>(to, from);
+                else
+                    copy_async16<i.value * 512>(to, from, 4 * i + lane / 8 < rows_ && lane % 8 / 2 < blocks ? 16 : 0);
                 from += code_step_;
             });
         };
-        if (rows_ == kRows)  // nearly always; it spares a comparison for each row
-            copy(kRows);
-        else
-            copy(rows_ - lane / 8);
-    }
-
-    // Goes on to this warp's next chunk, first of codes, then of x.
-    __device__ void advance_codes() {
+        if (__builtin_expect(blocks >= 4 && rows_ == kRows, true))
+            copy(Index<true>{});
+        else if (blocks > 0)
+            copy(Index<false>{});
         codes_ += kWarps * 128;
-        blocks_left_ -= kWarps * 4;
-    }
-    __device__ void advance_x() {
-#pragma unroll
-        for (int group = 0; group < kGroups; ++group) x_[group] += kWarps * 512;
-        look_for_blocks();
     }
 
-    // Of blocks that x does not have, which are the last ones, nothing is copied.
-    __device__ void look_for_blocks() {
-        if (blocks_left_ >= 4) return;
-#pragma unroll
-        for (int i = 0; i < kCopies; ++i)
-#pragma unroll
-            for (int group = 0; group < kGroups; ++group)
-                if (first_block_ + i * kBlocksAtOnce >= blocks_left_) bytes_[group][i] = 0;
-    }
-
-    // Elements 16 kQuarter to 16 kQuarter + 15 of each block of the chunk at hand.
+    // Elements 16 kQuarter to 16 kQuarter + 15 of each block of the chunk at hand; zeros for blocks that x does not
+    // have.
     template <int kQuarter>
     __device__ void copy_x() const {
-        unroll<kGroups>([&](auto group) {
-            unroll<kCopies>([&](auto i) {
-                constexpr int kTo = (kQuarter % 2 * kTokens + decltype(group)::value * kCopyTokens) * 128;
-                constexpr int kFrom = kQuarter * 32 + decltype(i)::value * kBlocksAtOnce * 128;
-                copy_async16<kTo, kFrom>(write_x_[i], x_[group], bytes_[group][i]);
+        const auto copy = [&](auto whole) {
+            unroll<kGroups>([&](auto group) {
+                unroll<kCopies>([&](auto i) {
+                    constexpr int kTo = (kQuarter % 2 * kTokens + group.value * kCopyTokens) * 128;
+                    constexpr int kBlock = i.value * kBlocksAtOnce, kFrom = kQuarter * 32 + kBlock * 128;
+                    if constexpr (whole.value)
+                        copy_async16<kTo, kFrom>(write_x_[i], x_[group]);
+                    else
+                        copy_async16<kTo, kFrom>(write_x_[i], x_[group], first_block_ + kBlock < blocks_left_ ? 16 : 0);
+                });
             });
-        });
+        };
+        if (__builtin_expect(blocks_left_ >= 4, true))
+            copy(Index<true>{});
+        else if (blocks_left_ > 0)
+            copy(Index<false>{});
     }
 
-    // absmax: of this lane's block of row lane / 4; `eight_rows` floats further on of row lane / 4 + 8.
-    __device__ void make_planes_of_chunk(const float (&codebook)[16], const float* absmax, int eight_rows) {
+    // Goes on to this warp's next chunk, whose codes are on their way.
+    __device__ void advance() {
+        blocks_left_ -= kWarps * 4;
 #pragma unroll
-        for (int i = 0; i < kLaneRows; ++i) planes_[i] = make_planes<T>(codebook, absmax[i * eight_rows]);
+        for (int group = 0; group < kGroups; ++group) x_[group] += kWarps * 512;
+    }
+
+    // absmax: of this lane's block of row lane / 4, which is followed by the other rows'.
+    __device__ void make_planes_of_chunk(const float (&codebook)[16], const float* absmax) {
+#pragma unroll
+        for (int i = 0; i < kLaneRows; ++i) planes_[i] = make_planes<T>(codebook, absmax[i * 8 * Traits::kAbsmaxPitch]);
     }
 
     // Two quarters' codes of this lane's blocks.
@@ -186,7 +191,7 @@ public:
             uint32_t x[Traits::kTokenTiles][4];
             unroll<Traits::kTokenTiles>([&](auto tile) {
                 constexpr int kFrom = kQuarter % 2 * kTokens * 128 + decltype(tile)::value * 1024;
-                load_shared<kFrom>(x[tile], read_x_ ^ word * 16);
+                load_shared<kFrom>(x[tile], read_x_[word]);
             });
 #pragma unroll
             for (int row_tile = 0; row_tile < Traits::kRowTiles; ++row_tile) {
@@ -213,53 +218,52 @@ private:
     int64_t code_step_;
     const uint8_t* codes_;
     const char* x_[kGroups];
-    int first_block_, bytes_[kGroups][kCopies];
-    uint32_t write_codes_, write_x_[kCopies], read_codes_, read_x_;
+    int first_block_;  // of the four of a chunk, in a copy of x
+    uint32_t write_codes_, write_x_[kCopies], read_codes_, read_x_[2];
     Planes planes_[kLaneRows];
     uint32_t lane_codes_[kLaneRows][4];
 };
 
-// absmax of all rows for the chunks of a span: lanes take four blocks each along a row, in whole sectors. Where the weight
-// has no row, that of its last one will do, for what comes of it is not stored; where it has no block, x is zero and
-// absmax must be finite.
+// absmax of all rows for the chunks of a span: lanes take four blocks each along a row, in whole sectors. Where the
+// weight has no row, that of its last one will do, for what comes of it is not stored; where it has no block, x is zero
+// and absmax must be finite.
 template <class Traits>
 __device__ void stage_absmax(const LoraLinearGemmKernelParams& params, typename Traits::Shared& shared,
-                             int64_t first_row, int first_block, int pitch) {
+                             int64_t first_row, int first_block) {
     const int row_blocks = params.steps;  // of 64; several may share a block of the weight
     const int last_row = static_cast<int>(min(params.outputs - first_row, int64_t{Traits::kRows})) - 1;
-    const int last = min(row_blocks - first_block, 4 * Traits::kSpan) - 1;
+    const int blocks = min(row_blocks - first_block, 4 * Traits::kSpan);
     const int shift = params.weight.log2_blocksize - 6;
     const int64_t first = first_row * row_blocks + first_block;
     const BlockAbsmax absmax(params.weight.absmax, first >> shift);
     const int within = static_cast<int>(first) & ((1 << shift) - 1);
-    const bool fours = shift == 0 && row_blocks % 4 == 0 && absmax.has_fours();
-    for (int column = threadIdx.x % 8 * 4; column < pitch - 4; column += 32) {
-#pragma unroll 2
-        for (int row = threadIdx.x / 8; row < Traits::kRows; row += Traits::kThreads / 8) {
+    const auto store_fours = [&](const auto& load_four) {
+#pragma unroll
+        for (int first_of_pass = 0; first_of_pass < Traits::kRows; first_of_pass += Traits::kThreads / 8) {
+            const int row = first_of_pass + threadIdx.x / 8;
+            if (row >= Traits::kRows) break;
             const int at = min(row, last_row) * row_blocks;
-            float4 four = make_float4(0, 0, 0, 0);
+#pragma unroll
+            for (int i = 0; i < Traits::kSpan / 8; ++i) {
+                const int column = threadIdx.x % 8 * 4 + 32 * i;
+                if (column >= blocks) break;
+                *reinterpret_cast<float4*>(&shared.absmax[row * Traits::kAbsmaxPitch + column]) = load_four(at, column);
+            }
+        }
+    };
+    if (params.absmax_fours && absmax.is_nested()) {
+        store_fours([&](int at, int column) { return absmax.load_nested_four(shared.nested_code, at + column); });
+    } else if (params.absmax_fours) {
+        store_fours([&](int at, int column) { return absmax.load_plain_four(at + column); });
+    } else {
+        store_fours([&](int at, int column) {
             const auto load = [&](int i) {
                 const int block = (within + at + column + i) >> shift;
-                return column + i <= last ? absmax.load(shared.nested_code, block) : 0.0f;
+                return column + i < blocks ? absmax.load(shared.nested_code, block) : 0.0f;
             };
-            if (!fours)
-                four = make_float4(load(0), load(1), load(2), load(3));
-            else if (column <= last)
-                four = absmax.load_four(shared.nested_code, at + column);
-            *reinterpret_cast<float4*>(&shared.absmax[row * pitch + column]) = four;
-        }
+            return make_float4(load(0), load(1), load(2), load(3));
+        });
     }
-}
-
-// A thread's outputs: four rows of a token, `row` and following; false if it has none. Rows run along the lanes. With 16
-// rows the other half of eight lanes takes the token 4 further on, which is in other banks.
-template <class Traits>
-__device__ inline bool locate_quad(int index, int& row, int& token) {
-    const uint32_t i = threadIdx.x + index * Traits::kThreads;
-    row = i % (Traits::kRows / 4) * 4;
-    token = i / (Traits::kRows / 4);
-    if constexpr (Traits::kRows == 16) token = token / 8 * 8 + token % 2 * 4 + token / 2 % 4;
-    return token < Traits::kTokens;
 }
 
 // Ranks `rank` and following of a term to shared memory; lanes run along the ranks.
@@ -285,12 +289,12 @@ template <class Traits>
 __device__ void add_ranks(const typename Traits::Shared& shared, float4 (&outputs)[Traits::kQuads], int ranks) {
 #pragma unroll
     for (int i = 0; i < Traits::kQuads; ++i) {
-        int row, token;
-        if (!locate_quad<Traits>(i, row, token)) break;
+        const int token = Traits::output_token(i);
+        if (token >= Traits::kTokens) break;
         for (int r = 0; r < ranks; ++r) {
             const float s = shared.s[token * Traits::kTokenPitch + r];
             const float2* const factor =
-                reinterpret_cast<const float2*>(&shared.factor[r * Traits::kFactorPitch + row]);
+                reinterpret_cast<const float2*>(&shared.factor[r * Traits::kFactorPitch + Traits::output_row()]);
             outputs[i].x += s * factor[0].x, outputs[i].y += s * factor[0].y;
             outputs[i].z += s * factor[1].x, outputs[i].w += s * factor[1].y;
         }
@@ -307,33 +311,30 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kTokens == 8 ? 3 : 2
     const LoraLinearGemmParams& operands = params.operands;
     const int64_t first_row = int64_t{blockIdx.x} * Traits::kRows;
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    const int chunks = static_cast<int>(params.steps + 3u) / 4;
-    const int pitch = Traits::absmax_pitch(chunks);
-    int eight_rows = 8 * pitch;
-    keep(eight_rows);
+    const int chunks = static_cast<int>((params.steps + 3u) / 4);
 
     // load: the first chunk is under way while the small operands are worked on.
     DecodeWarp<Traits> tile(params, shared.warps[warp], first_row, warp);
-    tile.copy_codes(0);
-    tile.look_for_blocks();
+    tile.template copy_codes<0>(0);
     tile.template copy_x<0>();
     commit_copies();
 
     // The small terms, in fp32: they are as exact as the adapters' own dtype.
-    load_nested_code(params.weight.absmax, shared.nested_code);
+    load_nested_code<Traits::kThreads>(params.weight.absmax, shared.nested_code);
     if (operands.num_terms > 0) stage_ranks<Traits>(params, shared, operands.terms[0], 0, 0, first_row);
-    float4 outputs[Traits::kQuads];
-#pragma unroll
-    for (int i = 0; i < Traits::kQuads; ++i) {
-        int row, token;
-        outputs[i] = make_float4(0, 0, 0, 0);
-        if (!operands.bias.data && !operands.add.data) continue;
-        if (!locate_quad<Traits>(i, row, token) || token >= operands.m) continue;
-        const int64_t column = first_row + row;
-        const int count = count_four(column, params.outputs);
+    const int64_t column = first_row + Traits::output_row();
+    int count = count_four(column, params.outputs);
+    keep(count);
+    float4 outputs[Traits::kQuads] = {};
+    if (operands.bias.data || operands.add.data) {
         const float4 bias = load_four(operands.bias, 0, column, count, has_aligned_fours(operands.bias));
-        const float4 add = load_four(operands.add, token, column, count, has_aligned_fours(operands.add));
-        outputs[i] = make_float4(bias.x + add.x, bias.y + add.y, bias.z + add.z, bias.w + add.w);
+#pragma unroll
+        for (int i = 0; i < Traits::kQuads; ++i) {
+            const int token = Traits::output_token(i);
+            const bool aligned = has_aligned_fours(operands.add);
+            const float4 add = load_four(operands.add, token, column, token < operands.m ? count : 0, aligned);
+            outputs[i] = make_float4(bias.x + add.x, bias.y + add.y, bias.z + add.z, bias.w + add.w);
+        }
     }
     int64_t s_column = 0;
     for (int term = 0; term < operands.num_terms; ++term) {
@@ -352,24 +353,25 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kTokens == 8 ? 3 : 2
     // compute
     for (int first_chunk = 0; first_chunk < chunks; first_chunk += Traits::kSpan) {
         __syncthreads();
-        stage_absmax<Traits>(params, shared, first_row, 4 * first_chunk, pitch);
+        stage_absmax<Traits>(params, shared, first_row, 4 * first_chunk);
         __syncthreads();
-        const float* absmax = &shared.absmax[lane / 4 * pitch + 4 * warp + lane % 4];
-        const int end = min(first_chunk + Traits::kSpan, chunks);
+        const float* absmax = &shared.absmax[lane / 4 * Traits::kAbsmaxPitch + 4 * warp + lane % 4];
+        int end = min(first_chunk + Traits::kSpan, chunks);
+        keep(end);
         uint32_t slot = 0;
-        for (int chunk = first_chunk; chunk < end; chunk += kWarps, slot ^= Traits::kSlot, absmax += 4 * kWarps) {
-            tile.make_planes_of_chunk(params.codebook, absmax, eight_rows);
+        for (int chunk = first_chunk + warp; chunk < end;
+             chunk += kWarps, slot ^= Traits::kSlot, absmax += 4 * kWarps) {
+            tile.make_planes_of_chunk(params.codebook, absmax);
             unroll<4>([&](auto quarter) {
                 constexpr int kQuarter = decltype(quarter)::value;
                 // At quarter 1 the next chunk's codes were asked for last, and may take until quarter 2.
                 wait_for_copies<kQuarter == 1 ? 1 : 0>();
                 __syncwarp();
-                if constexpr (kQuarter == 3) tile.advance_x();
+                if constexpr (kQuarter == 3) tile.advance();
                 tile.template copy_x<(kQuarter + 1) % 4>();
                 commit_copies();
                 if constexpr (kQuarter == 0) {
-                    tile.advance_codes();
-                    tile.copy_codes(slot ^ Traits::kSlot);
+                    tile.template copy_codes<1>(slot ^ Traits::kSlot);
                     commit_copies();
                 }
                 if constexpr (kQuarter % 2 == 0) tile.load_codes(slot, kQuarter / 2);
@@ -394,22 +396,22 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kTokens == 8 ? 3 : 2
     __syncthreads();
 
     // store
+    const float4 scale = load_scales(operands.scale, column, count);
+    const bool aligned = has_aligned_fours(operands.out);
 #pragma unroll
     for (int i = 0; i < Traits::kQuads; ++i) {
-        int row, token;
-        if (!locate_quad<Traits>(i, row, token) || token >= operands.m) continue;
+        const int token = Traits::output_token(i);
+        if (token >= operands.m) continue;
         float4 sum = outputs[i];
 #pragma unroll
         for (int w = 0; w < kWarps; ++w) {
-            const float4 part = *reinterpret_cast<const float4*>(&shared.sums[w][token * Traits::kSumPitch + row]);
+            const float* const from = &shared.sums[w][token * Traits::kSumPitch + Traits::output_row()];
+            const float4 part = *reinterpret_cast<const float4*>(from);
             sum.x += part.x, sum.y += part.y, sum.z += part.z, sum.w += part.w;
         }
-        const int64_t column = first_row + row;
-        const int count = count_four(column, params.outputs);
         if (operands.unscaled.data)
             store_four(operands.unscaled, token, column, count, has_aligned_fours(operands.unscaled), sum);
-        const float4 scale = load_scales(operands.scale, column, count);
-        store_four(operands.out, token, column, count, has_aligned_fours(operands.out),
+        store_four(operands.out, token, column, count, aligned,
                    make_float4(scale.x * sum.x, scale.y * sum.y, scale.z * sum.z, scale.w * sum.w));
     }
 #endif

@@ -46,7 +46,7 @@ template <class T, int kTokens>
 int launch_decode(const LoraLinearGemmKernelParams& params, const LoraLinearGemmPlan& plan, cudaStream_t stream) {
     using Traits = DecodeTraits<T, kTokens>;
     return launch_kernel(lora_linear_decode_kernel<Traits>, static_cast<uint32_t>(plan.tiles), Traits::kThreads,
-                         Traits::shared_bytes(params.reduction), params, stream);
+                         sizeof(typename Traits::Shared), params, stream);
 }
 
 template <class T, int kTileM, bool kTransposed>
@@ -121,6 +121,8 @@ int lora_linear_gemm(const LoraLinearGemmParams& params, void* stream_handle) {
     kernel_params.steps = static_cast<int32_t>(ceil_divide(problem.reduction, kTileStep));
     kernel_params.splits = problem.plan.splits;
     kernel_params.split_steps = static_cast<int32_t>(problem.plan.split_steps);
+    kernel_params.absmax_fours =
+        params.weight->log2_blocksize == 6 && params.weight->k % 256 == 0 && has_absmax_fours(params.weight->absmax);
     kernel_params.arrivals = static_cast<uint32_t*>(params.workspace);
     kernel_params.partial_sums =
         reinterpret_cast<float*>(static_cast<char*>(params.workspace) + bytes_of_arrivals(problem.plan));

@@ -11,9 +11,9 @@
 //     codes [i + 1] --planes, PRMT--> weight [i + 1]          a quarter after each 16 of the step
 //     x [i], weight [i] --ldmatrix--> mma
 //
-// so that two buffers of each and one barrier a step are enough: the matrix unit needs 1000 cycles for a step of 128 x 128
-// x 64, more than a copy takes. Rows of 128 bytes in shared memory have their 8 units of 16 bytes permuted by the row:
-// copies, decoding and ldmatrix all meet 8 different banks.
+// so that two buffers of each and one barrier a step are enough: the matrix unit needs 1000 cycles for a step of 128 x
+// 128 x 64, more than a copy takes. Rows of 128 bytes in shared memory have their 8 units of 16 bytes permuted by the
+// row: copies, decoding and ldmatrix all meet 8 different banks.
 //
 // LoRA terms are more steps of the reduction, [x | s] · [W | B]ᵀ, always in bf16: s and the factor are split into high
 // and low halves, s.high · B.high + s.low · B.high + s.high · B.low, to 16 bits. The sums of several CTAs that share
@@ -42,7 +42,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kTileM > 128 ? 1 : 2
     loader.copy_x(0);
     if (steps > 1) loader.copy_codes(kStage);
     commit_copies();
-    load_nested_code(params.weight.absmax, shared.nested_code);
+    load_nested_code<Traits::kThreads>(params.weight.absmax, shared.nested_code);
     __syncthreads();
     GemmAbsmax<Traits> absmax(params, shared, start.first_output, first_step, steps);
     GemmDecoder<Traits> decoder(shared);

@@ -18,6 +18,7 @@ struct LoraLinearGemmKernelParams {
     int32_t steps;               // of 64, of the reduction
     int32_t splits;              // CTAs that share a tile of out, each with a part of the reduction
     int32_t split_steps;         // steps of the reduction that one of them takes
+    bool absmax_fours;           // absmax of four neighbours in a row is one load
     float* partial_sums;         // [tiles, splits, tile]
     uint32_t* arrivals;          // [tiles, 2], zeros: CTAs that have their sums, and that have written them
 };

@@ -17,9 +17,6 @@ constexpr int kDecodeTokens = 32;
 constexpr int decode_rows(int tokens) { return tokens > 16 ? 32 : 16; }
 constexpr int decode_warps(int tokens) { return tokens > 16 ? 4 : 8; }
 
-// Chunks of 256 of k whose absmax lies in shared memory at a time: 16 KB for 32 rows.
-constexpr int kDecodeSpan = 32;
-
 // ---- G1 and its transposed: lora_linear_gemm_kernel.cuh ---------------------------------------------------------------
 
 // A tile of out is kTileM x 128, a step of the reduction 64.

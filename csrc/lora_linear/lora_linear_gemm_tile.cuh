@@ -1,5 +1,5 @@
-// The parts of G1's main loop: where its operands lie in shared memory, and who brings, decodes and multiplies them. See
-// lora_linear_gemm_kernel.cuh.
+// The parts of G1's main loop: where its operands lie in shared memory, and who brings, decodes and multiplies them.
+// See lora_linear_gemm_kernel.cuh.
 #pragma once
 
 #include "lora_linear/lora_linear_gemm_operands.cuh"
@@ -23,13 +23,14 @@ struct GemmTraits {
     static constexpr int kWords = 8 / kParts;                     // of 8 codes, that a thread decodes in a step
     static constexpr int kWeightPitch = kTransposed ? 256 : 128;  // bytes of a row of the decoded tile
 
-    // The place of a block of 64 weights in the step's part of the weight: forward 128 rows of one, transposed 64 of two.
+    // The place of a block of 64 weights in the step's part of the weight: forward 128 rows of one, transposed 64 of
+    // two.
     __device__ static constexpr int row_of(int block) { return kTransposed ? block / 2 : block; }
     __device__ static constexpr int column_of(int block) { return kTransposed ? block % 2 : 0; }
 
-    // Forward, absmax comes in spans of 16 steps, so that whole sectors are read. 130: writes along the steps of two
-    // rows are in 32 banks.
-    static constexpr int kSpan = 16, kSpanPitch = kBlocks + 2;
+    // Forward, absmax comes in spans of 16 steps, so that whole sectors are read. 129: writes along 32 steps of a row,
+    // or 16 steps of two rows that are 16 apart, are in 32 banks.
+    static constexpr int kSpan = 16, kSpanPitch = kBlocks + 1;
 
     // By which units of 16 bytes are permuted: 8 rows of one column, and 4 of two, meet different banks.
     __device__ static constexpr int swizzle(int row, int column) { return row % 8 ^ 4 * column; }
@@ -47,7 +48,7 @@ struct GemmTraits {
             float sums[kThreads / 32][16 * kSumPitch];
         };
         float nested_code[256];
-        float absmax[kTransposed ? 1 : 2][kTransposed ? 1 : kSpan][kTransposed ? 1 : kSpanPitch];
+        float absmax[kTransposed ? 1 : 2 * kSpan][kTransposed ? 1 : kSpanPitch];
         bool is_last;
     };
 };
@@ -92,8 +93,9 @@ public:
         columns_left_ = static_cast<int>(params.reduction) - 64 * first_step - 8 * unit;
         write_x_ = shared_address(shared.stages[0].x) + row * 128 + (unit ^ (row % 8)) * 16;
 
-        // Two neighbouring lanes have the two halves of a block's codes, a sector; transposed, four have those of a row. A
-        // row or column that the weight does not have is replaced by its last one: what comes of it is not stored.
+        // Two neighbouring lanes have the two halves of a block's codes, a sector; transposed, four have those of a
+        // row. A row or column that the weight does not have is replaced by its last one: what comes of it is not
+        // stored.
         const int block = threadIdx.x / 2, half = threadIdx.x % 2;
         const int64_t pitch = params.weight.k / 2;
         write_codes_ = shared_address(shared.stages[0].codes) + (2 * block + (half ^ (block / 4 % 2))) * 16;
@@ -150,8 +152,8 @@ private:
     uint32_t write_x_, write_codes_;
 };
 
-// absmax of a thread's block, step after step. Where the weight has no row or column, that of another block will do: what
-// comes of it is not stored.
+// absmax of a thread's block, step after step. Where the weight has no row or column, that of another block will do:
+// what comes of it is not stored.
 template <class Traits>
 class GemmAbsmax {
 public:
@@ -164,25 +166,38 @@ public:
                                      : first_output * pitch_ + first_step / Traits::kSpan * Traits::kSpan),
           absmax_(params.weight.absmax, first_ >> shift_),
           within_(static_cast<int>(first_) & ((1 << shift_) - 1)) {
-        // Up to the last span in which a step is the thread's, of the 128 that take part. Spans begin at multiples of 16
-        // steps, so that the CTAs that share a reduction share few sectors.
-        const int before = first_step % Traits::kSpan;  // steps of the first span that are another CTA's
-        const int last_step = before + steps - 1 - static_cast<int>(threadIdx.x % Traits::kSpan);
-        filled_steps_ = threadIdx.x < 128 ? last_step / Traits::kSpan * Traits::kSpan : -Traits::kSpan;
-        const int64_t last = params.weight.n * pitch_ - 1 - first_;
-        last_ = static_cast<int>(min(last, int64_t{INT32_MAX}));
-        const int block = threadIdx.x / Traits::kParts;
+        last_ = static_cast<int>(min(params.weight.n * pitch_ - 1 - first_, int64_t{INT32_MAX}));
         if constexpr (Traits::kTransposed) {
+            const int block = threadIdx.x / Traits::kParts;
             at_ = Traits::row_of(block) * pitch_ + Traits::column_of(block);
+            last_ = min(last_, at_ + (steps - 1) * 64 * pitch_);
             next_ = load_next();
         } else {
-            const int row = threadIdx.x / Traits::kSpan, place = threadIdx.x % Traits::kSpan;
-            at_ = row * pitch_ + max(place, before);
-            write_ = shared_address(shared.absmax) + (place * Traits::kSpanPitch + row) * 4;
-            read_ = shared_address(shared.absmax) + block * 4;
-            for (step_ = -Traits::kSpan; step_ < 0; ++step_) fill();
-            at_ += min(place - before, 0);
-            for (; step_ < before; ++step_) fill();
+            // Two spans at once, 32 lanes along the steps of a row: those of nested statistics are one or two sectors.
+            // If the second one is not this CTA's, 16 lanes along the steps of each of two rows. Spans begin at
+            // multiples of 16 steps, of which the first ones may be another CTA's.
+            const int before = first_step % Traits::kSpan, end = before + steps;
+            const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+            const int place = lane % Traits::kSpan, second_row = lane / Traits::kSpan * 16;
+            constexpr int kRows = Traits::kBlocks * 32 / Traits::kThreads;  // of a warp
+            const bool is_pair = kRows == 32 && end <= Traits::kSpan;
+            const int step = is_pair ? place : lane, row = warp * kRows + (is_pair ? second_row : 0);
+            at_ = row * pitch_ + step;
+            write_ = shared_address(shared.absmax) + ((step ^ Traits::kSpan) * Traits::kSpanPitch + row) * 4;
+            const bool is_ours = step >= before && step < end;
+#pragma unroll 4
+            for (int i = is_pair ? 16 : 0; i < kRows; ++i) {
+                if (is_ours) store_shared_float(write_, load());
+                at_ += pitch_;
+                write_ += 4;
+            }
+            // Then one after the other, by four warps and in pairs of rows.
+            const int first_row = warp * 32 + second_row + before;
+            step_ = before - Traits::kSpan;
+            filled_steps_ = warp < 4 ? max((end - 1 - place) / Traits::kSpan - 1, 0) * Traits::kSpan : 0;
+            at_ = first_row * pitch_ + Traits::kSpan + place;
+            write_ = shared_address(shared.absmax) + (place * Traits::kSpanPitch + first_row) * 4;
+            read_ = shared_address(shared.absmax) + threadIdx.x / Traits::kParts * 4;
             keep(read_);
         }
         keep(at_);
@@ -196,7 +211,7 @@ public:
             next_ = load_next();
         } else {
             fill();
-            absmax = load_shared_float(read_ + step_ % (2 * Traits::kSpan) * (Traits::kSpanPitch * 4));
+            absmax = load_shared_float(read_ + (step_ & (kTwoSpans - 1)) * (Traits::kSpanPitch * 4));
             ++step_;
         }
         return absmax;
@@ -212,28 +227,31 @@ private:
 
     // Transposed: of the block 64 rows further down; below the last row x is zero, and absmax must be finite.
     __device__ float load_next() {
-        const float absmax = load();
-        const bool exists = at_ <= last_;
+        const float absmax = at_ <= last_ ? load() : 0.0f;
         at_ += 64 * pitch_;
-        return exists ? absmax : 0.0f;
+        return absmax;
     }
 
-    // Forward: a sixteenth of the span after the one of this step, 8 rows by 16 lanes each along its steps. The two
-    // spans' buffers take turns.
+    // Forward: a sixteenth of the span after the one of this step, a row for each 16 lanes; nothing in the first span,
+    // as the second one is there. The two spans' buffers take turns.
     __device__ void fill() {
         const bool ends = (step_ & (Traits::kSpan - 1)) == Traits::kSpan - 1;
-        if (step_ < filled_steps_) store_shared_float(write_, load());
-        at_ += ends ? Traits::kSpan - 120 * pitch_ : 8 * pitch_;
-        write_ += ends ? turn_ - 15 * 32 : 32;
+        if (static_cast<uint32_t>(step_) < filled_steps_) store_shared_float(write_, load());
+        at_ += ends ? Traits::kSpan - 15 * pitch_ : pitch_;
+        write_ += ends ? turn_ - 15 * 4 : 4;
         if (ends) turn_ = -turn_;
     }
+
+    static constexpr int kTwoSpans = 2 * Traits::kSpan;
 
     typename Traits::Shared& shared_;
     const int shift_, pitch_;
     const int64_t first_;
     const BlockAbsmax absmax_;
     const int within_;
-    int at_, last_, step_, filled_steps_, turn_ = Traits::kSpan * Traits::kSpanPitch * 4;
+    int at_, last_, turn_ = Traits::kSpan * Traits::kSpanPitch * 4;
+    int step_;  // from the second span on
+    uint32_t filled_steps_;
     float next_;
     uint32_t write_, read_;
 };

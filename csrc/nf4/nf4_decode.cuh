@@ -47,11 +47,19 @@ __device__ inline void decode(const Planes& planes, uint32_t codes, uint32_t (&p
     });
 }
 
-// The lookups of nested statistics go anywhere in the table of 256 numbers, so that the caller keeps it in shared memory.
-// They meet in banks, three or so at a time: one lookup for 64 weights, it does not matter.
-__device__ inline void load_nested_code(const Absmax& a, float (&nested_code)[256]) {
+// The lookups of nested statistics go anywhere in the table of 256 numbers, so that the caller, of kThreads threads,
+// keeps it in shared memory. They meet in banks, three or so at a time: one lookup for 64 weights, it does not matter.
+template <int kThreads>
+__device__ void load_nested_code(const Absmax& a, float (&nested_code)[256]) {
     if (a.absmax) return;
-    for (int i = threadIdx.x; i < 256; i += blockDim.x) nested_code[i] = __ldg(a.nested_code + i);
+#pragma unroll
+    for (int i = 0; i < 256; i += kThreads) nested_code[i + threadIdx.x] = __ldg(a.nested_code + i + threadIdx.x);
+}
+
+// Whether four blocks' absmax are one load, wherever the first of them is a multiple of four.
+inline bool has_absmax_fours(const Absmax& a) {
+    if (a.absmax) return reinterpret_cast<uint64_t>(a.absmax) % 16 == 0;
+    return reinterpret_cast<uint64_t>(a.nested_codes) % 4 == 0 && a.log2_nested_blocksize >= 2;
 }
 
 // absmax of a run of blocks.
@@ -79,15 +87,13 @@ public:
         return scaled(nested_code[code], __ldg(scale));
     }
 
-    // Whether load_four can be called: for a quarter of the loads where nothing is misaligned.
-    __device__ bool has_fours() const {
-        const uint64_t address = reinterpret_cast<uint64_t>(statistics_);
-        return is_nested_ ? address % 4 == 0 && within_ % 4 == 0 && log2_nested_blocksize_ >= 2 : address % 16 == 0;
-    }
+    __device__ bool is_nested() const { return is_nested_; }
 
-    // Of block first_block + block and the three after it, where block is a multiple of 4.
-    __device__ float4 load_four(const float (&nested_code)[256], int block) const {
-        if (!is_nested_) return __ldg(reinterpret_cast<const float4*>(statistics_) + block / 4);
+    // Of block first_block + block and the three after it, where has_absmax_fours.
+    __device__ float4 load_plain_four(int block) const {
+        return __ldg(reinterpret_cast<const float4*>(statistics_) + block / 4);
+    }
+    __device__ float4 load_nested_four(const float (&nested_code)[256], int block) const {
         const uint32_t codes = __ldg(reinterpret_cast<const uint32_t*>(statistics_ + block));
         const float scale =
             __ldg(reinterpret_cast<const float*>(nested_absmax_) + ((within_ + block) >> log2_nested_blocksize_));

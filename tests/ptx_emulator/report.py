@@ -90,6 +90,7 @@ def row(record: dict, used: Resources | None = None) -> dict[str, str]:
         "bytes / compulsory": ratio(moved_bytes(record), compulsory_bytes(record)),
         "shared wavefronts": str(wavefronts),
         "shared wavefronts / ideal": ratio(wavefronts, ideal_wavefronts),
+        "shared wavefronts / mma": ratio(wavefronts, mma),
         "barriers": str(record["barriers"]),
         "shared bytes": str(record["shared_bytes"]),
         "mma": str(mma),
@@ -97,13 +98,15 @@ def row(record: dict, used: Resources | None = None) -> dict[str, str]:
         "registers": str(used.registers) if used else "-",
         "spill bytes": str(used.spill_bytes) if used else "-",
         "mma share of main loop": share if isinstance(share, str) else f"{share:.0%}",
+        **{f"bytes read of {name}": str(32 * count) for name, count in sorted(record["sectors_read"].items())},
     }
 
 
 def table(rows: list[dict[str, str]]) -> str:
     """Markdown, a column for each launch, for there are more figures than launches. Classes without instructions are
     left out."""
-    lines = [[name, *(cells[name] for cells in rows)] for name in rows[0]]
+    names = dict.fromkeys(name for cells in rows for name in cells)
+    lines = [[name, *(cells.get(name, "-") for cells in rows)] for name in names]
     lines = [line for line in lines if not (line[0].startswith("- ") and set(line[1:]) == {"0"})]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     text = [

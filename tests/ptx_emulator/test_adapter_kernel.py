@@ -179,7 +179,9 @@ def test_norm_of_rows_far_from_zero(emulated, mode, shift):
     assert_close(actual, wanted, slack * tolerances.product(case.down_weight.dtype, actual.dtype))
 
 
-@pytest.mark.parametrize("architecture", ["sm_80", pytest.param("sm_89", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "architecture", ["sm_80", *(pytest.param(card, marks=pytest.mark.slow) for card in ("sm_86", "sm_89", "sm_90"))]
+)
 def test_registers(architecture):
     kernels = report.resources(SOURCE, architecture, includes=(SOURCE.parent.parent,))
     assert len(kernels) == 3 * (1 + 2 + 2 + 1) + 3

@@ -11,7 +11,7 @@ from ia3_attention_cases import expected_forward, make_case, on_gpu_plan, stock
 from test_ia3_attention import HIDING, masks
 
 import ptx_emulator
-from peft_kernels.ops import ia3_attention
+from peft_kernels.ops import _attention_plan, ia3_attention
 from ptx_emulator import report
 
 CSRC = Path(__file__).parent.parent.parent / "csrc"
@@ -158,7 +158,7 @@ def test_reads_keys_once_for_each_tile_of_queries(emulated, dim):
 def test_grouped_heads_read_keys_together(emulated):
     case = make_case(2, 8, 2, 16, 256, 64, BF16, scales=(), window=10**6)
     _, launch = launch_of(emulated, case)
-    assert launch["grid"][:3] == [1, 2, 2]
+    assert launch["grid"] == (1, 2, 2)
     assert 32 * launch["sectors_read"]["k"] == case.tensors["k"].nbytes
 
 
@@ -183,7 +183,8 @@ def test_skips_tiles_that_padding_hides(emulated):
     padding = torch.arange(512) < torch.tensor([[64], [512]])
     case = make_case(2, 1, 1, 128, 512, 64, BF16, scales=(), key_padding_mask=padding)
     _, launch = launch_of(emulated, case)
-    assert 32 * launch["sectors_read"]["k"] == case.tensors["k"].nbytes * (64 + 512) // 1024
+    # The first hidden tile behind those of which nothing is hidden is on its way before it is known to be hidden.
+    assert 32 * launch["sectors_read"]["k"] == case.tensors["k"].nbytes * (64 + 64 + 512) // 1024
 
 
 @pytest.mark.parametrize(
@@ -221,6 +222,7 @@ HERE = {
 def test_goes_to_torch(emulated, name, monkeypatch, capsys):
     options, reason = TO_TORCH[name]
     monkeypatch.setenv("PEFT_KERNELS_PRINT_PLANS", "1")
+    monkeypatch.setattr(_attention_plan, "_printed", set())
     case = make_case(**{"dtype": BF16} | options)
     out = call(case)
     assert not emulated() and f"torch's attention ({reason}" in capsys.readouterr().err

@@ -188,11 +188,9 @@ def bytes_of(weight):
 
 # bitsandbytes 0.50's own GEMM for sm_80 on such an emulator, n = 1024, k = 4096, bf16, nested NF4: warp instructions in
 # millions, sectors over compulsory bytes. And the shares of these that ours may take, with the wavefronts of shared
-# memory for each mma (theirs: 9.0, 5.5, 3.5, 2.75, with 2 to 3 times the wavefronts that their stores need). At 32 rows
-# four of five instructions decode the weight, to the bits of nf4_dequantize; a table of rounded centroids would do with
-# half of them, but the product would be that of another weight.
+# memory for each mma (theirs: 9.0, 5.5, 3.5, 2.75, with 2 to 3 times the wavefronts that their stores need).
 BITSANDBYTES = {
-    32: (1.38, 5.3, 0.48, 1.0, 3.0),
+    32: (1.38, 5.3, 0.45, 1.0, 3.0),
     64: (1.87, 8.5, 0.5, 0.6, 3.0),
     128: (2.29, 12.3, 0.5, 0.5, 2.0),
     256: (3.72, 10.5, 0.5, 0.5, 1.5),
@@ -213,6 +211,14 @@ def test_against_bitsandbytes(m):
     assert launch["shared_store"]["wavefronts"] == launch["shared_store"]["ideal_wavefronts"]
 
 
+def test_instructions_of_a_weight_for_few_tokens():
+    """Decoding is most of them. It is exact whatever the tokens, 3.1 instructions a weight (see
+    test_decoding_for_products): a table of pairs of rounded centroids would take 2 or so, but multiply by another
+    weight than every other path."""
+    launch, weight = multiply(8)
+    assert 32 * launch["warp_instructions"] <= 5.1 * 2 * weight.codes.nbytes
+
+
 @pytest.mark.parametrize("m", [1, 16, 32, 64, 128, 256])
 def test_no_bank_conflicts(m):
     launch, _ = multiply(m, 256, 512, nested=False)
@@ -226,9 +232,7 @@ def test_weight_is_fetched_once(m, nested):
     launch, weight = multiply(m, nested=nested)
     fetched = {name: 32 * count for name, count in launch["sectors_read"].items()}
     assert fetched["codes"] == weight.codes.nbytes
-    # At 256 rows the reduction is cut into 22 blocks of 64, 22 and 20: parts meet within sectors of absmax.
-    limit = 1.065 if m == 256 and nested else 1.05
-    assert fetched["codes"] + fetched["absmax"] <= limit * (weight.codes.nbytes + weight.absmax.nbytes)
+    assert fetched["codes"] + fetched["absmax"] <= 1.05 * (weight.codes.nbytes + weight.absmax.nbytes)
     assert fetched["x"] == 1024 // {1: 16, 32: 32}.get(m, 128) * m * 4096 * 2  # by each column of tiles
     loads = launch["global_load"]
     assert loads["sectors"] <= (1.03 if nested else 1.01) * loads["ideal_sectors"]
@@ -240,17 +244,21 @@ def test_weight_is_fetched_once(m, nested):
 def test_transposed_weight_is_fetched_once(m, nested):
     from ptx_emulator.ops import emulated
 
-    grad_y, weight, *_ = operands(Product(m, 1024, 1024, nested=nested), transposed=True)
-    x = torch.randn(m, 1024).bfloat16().requires_grad_()
+    n, k = 1024, 2048
+    grad_y, weight, *_ = operands(Product(m, n, k, nested=nested), transposed=True)
+    x = torch.randn(m, k).bfloat16().requires_grad_()
     with emulated() as launches:
         lora_linear(x, weight).backward(grad_y)
         *_, launch = launches()
     assert GEMM in launch["kernel"]
     fetched = {name: 32 * count for name, count in launch["sectors_read"].items()}
+    tiles = k // 128
     assert fetched["codes"] == weight.codes.nbytes
-    # A tile has two blocks of a row: a part of a sector, which each column of tiles fetches. Parts look one step ahead.
-    assert fetched["absmax"] <= 1.13 * 32 * 1024 * (1024 // 128)
-    assert fetched["grad_y"] == grad_y.nbytes * (1024 // 128)
+    # Of absmax a tile wants two neighbours of each row, and so a sector, of which other tiles want the rest: they are
+    # in flight together and meet in the L2. DRAM delivers each of its bytes once.
+    assert fetched["absmax"] == 32 * n * tiles
+    assert fetched["grad_y"] == grad_y.nbytes * tiles
+    assert launch["global_store"]["sectors"] == launch["global_store"]["ideal_sectors"]
 
 
 @pytest.mark.parametrize(("m", "profile"), [(m, card) for m in (1, 32, 64, 128, 256) for card in profiles_for(m)])

@@ -75,5 +75,6 @@ def test_table(used):
     assert cells["kernel"] == "gemm_bf16" and cells["mma"] == "128"
     assert cells["shared wavefronts / ideal"] == cells["load sectors / ideal"] == "1.00"
     assert cells["store sectors / ideal"] == "2.00" and cells["bytes / compulsory"] == "1.50"  # it stores by halves
+    assert cells["bytes read of argument 0"] == str(a.nbytes) and cells["shared wavefronts / mma"] == "4.00"
     assert cells["barriers"] == "8" and cells["shared bytes"] == "24576"
     assert cells["warp instructions"] == str(sum(int(cells[name]) for name in cells if name.startswith("- ")))

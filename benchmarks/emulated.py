@@ -116,6 +116,32 @@ def bottleneck(m: int, d: int, rank: int, dtype: str = "bfloat16", norm: bool = 
     return Case("adapter", f"m={m} d={d} rank={rank} {dtype}" + " norm" * norm + " backward" * training, prepare)
 
 
+def attend(queries: int, heads: tuple[int, int], dim: int, prefix: int = 0, training: bool = False) -> Case:
+    """Causal attention of bf16 heads and key heads with (IA)³ scales: its forward, or its forward and backward."""
+
+    def prepare() -> Callable[[], object]:
+        def rows(count: int) -> torch.Tensor:
+            return torch.randn(1, queries, count, dim).bfloat16().transpose(1, 2)
+
+        q, k, v = rows(heads[0]), rows(heads[1]), rows(heads[1])
+        scales = [1 + 0.3 * torch.randn(count * dim) for count in (heads[0], heads[1], heads[1])]
+        prefixes = [torch.randn(heads[1], prefix, dim) for _ in range(2)] if prefix else [None, None]
+        common = (q, k, v, *scales, dim**-0.5, True, 0, None, None, *prefixes, None, None)
+
+        def call() -> None:
+            out, out_real, lse = torch.ops.peft_kernels.ia3_attention_forward(*common, training)
+            if training:
+                wants = [True] * 6 + [prefix > 0] * 2
+                torch.ops.peft_kernels.ia3_attention_backward(
+                    out.transpose(1, 2), *common, out if prefix else None, out_real, lse, wants
+                )
+
+        return call
+
+    name = f"S={queries} heads={heads[0]}/{heads[1]} D={dim}" + f" prefix={prefix}" * bool(prefix)
+    return Case("ia3_attention", name + " backward" * training, prepare)
+
+
 CASES = (
     quantize((576, 576), "bfloat16", 64),
     quantize((576, 576), "float32", 4096),
@@ -135,6 +161,8 @@ CASES = (
     *(scaled_layer(m, 576, 576, side) for m in (96, 1024) for side in ("l_in", "l_out")),
     *(bottleneck(512, d, 64, norm=norm, training=True) for d in (768, 1536) for norm in (False, True)),
     bottleneck(512, 768, 64, "float32", training=True),
+    attend(512, (2, 2), 64, training=True),
+    attend(512, (4, 1), 128, prefix=32, training=True),
 )
 
 

@@ -14,9 +14,9 @@ const char* ia3_attention_refusal(const Ia3AttentionParams& params);
 // Bytes of scratch memory that the launch wants in `workspace`, aligned to 16. Their contents do not matter.
 int64_t ia3_attention_backward_workspace(const Ia3AttentionBackwardParams& params);
 
-// Each enqueues its kernels on `stream` (a cudaStream_t) of the current device. Returns a cudaError_t. The operands must
-// not be refused; batch, heads, num_queries and head_dim must not be 0. None uses float atomics: results are the same
-// bits at every run.
+// Each enqueues its kernels on `stream` (a cudaStream_t) of the current device. Returns a cudaError_t. The operands
+// must not be refused; batch, heads, num_queries and head_dim must not be 0. None uses float atomics: results are the
+// same bits at every run.
 int ia3_attention_forward(const Ia3AttentionForwardParams& params, void* stream);
 int ia3_attention_backward(const Ia3AttentionBackwardParams& params, void* stream);
 

@@ -14,6 +14,7 @@ namespace {
 template <class T, int kDim>
 int launch(const Ia3AttentionForwardParams& params, const Ia3AttentionCudaPlan& plan, cudaStream_t stream) {
     using Traits = AttentionForwardTraits<T, kDim>;
+    static_assert(sizeof(typename Traits::Shared) == (Traits::kRows + 2 * Traits::kKeys) * kDim * 2);  // as planned
     const Ia3AttentionForwardKernelParams kernel_params{params, std::fabs(params.scale) * kLog2E,
                                                         static_cast<int32_t>(params.heads / params.kv_heads),
                                                         static_cast<int32_t>(plan.tiles - 1)};

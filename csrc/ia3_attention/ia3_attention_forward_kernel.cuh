@@ -3,23 +3,23 @@
 //   out = l_v ⊙ Σ wⱼ vⱼ + Σ wₚ vₚ      with w = softmax(scale (l_q⊙q)[l_k⊙k; k_prefix]ᵀ + mask)
 //
 // A CTA has a tile of rows: pairs of a query and one of the query heads that share a key head, so that grouped heads
-// read each key once. Its warps have 16 or 32 rows each, and go through the keys in tiles of 64:
+// read each key once. Its warps have 16 or 32 rows each, and go through the keys in tiles of 32 or 64:
 //
-//            rows [16 or 32][kDim]        keys [64][kDim] --ldmatrix--> scores [.., 64] --2^x--> weights, registers
-//            in shared memory             values [64][kDim] --ldmatrix.trans--> sums [.., kDim], registers
+//            rows [.., kDim]              keys [kKeys][kDim] --ldmatrix--> scores [.., kKeys] --2^x--> weights
+//            in shared memory             values [kKeys][kDim] --ldmatrix.trans--> sums [.., kDim], in registers
 //
 //   global --cp.async--> values [i]        while the scores of i are made
 //                        keys [i + 1]      while the sums of i are
 //
-// so that one buffer of each is enough, and two barriers a tile. The softmax is the online one: sums are relative to the
-// largest score so far, and are multiplied when it grows. The sum of a row's weights is one more product, with a column
-// of ones: that of the weights as they are rounded, for 2 mma instead of 16 additions and a reduction.
+// so that one buffer of each is enough, and two barriers a tile. The softmax is the online one: sums are relative to
+// the largest score so far, and are multiplied when it grows. The sum of a row's weights is one more product, with a
+// column of ones: that of the weights as they are rounded, for 2 mma instead of 16 additions and a reduction.
 //
-// The scales of the keys are the queries', which are multiplied and rounded once on their way into shared memory. Those of
-// the values are the results'. A prefix bypasses both, so it comes last, with other queries. Its sums would have to be kept
-// apart, for which there are no registers; so it is gone through twice, it is short: first for the sum of its weights, by
-// which the real keys' share of the result is known (the backward wants that); then that share is multiplied by l_v, and
-// the prefix's values are added.
+// The scales of the keys are the queries', which are multiplied and rounded once on their way into shared memory.
+// Those of the values are the results'. A prefix bypasses both, so it comes last, with other queries. Its sums would
+// have to be kept apart, for which there are no registers; so it is gone through twice, it is short: first for the
+// sum of its weights, by which the real keys' share of the result is known (the backward wants that); then that share
+// is multiplied by l_v, and the prefix's values are added.
 #pragma once
 
 #include "ia3_attention/ia3_attention_cuda_plan.h"
@@ -50,7 +50,6 @@ struct AttentionForwardTraits {
     };
     // Behind it, if there is a mask: what it adds to scores, [kRows][kKeys]. Four rows are in all banks.
     static constexpr int kBiasPitch = 4 * (kKeys + 8);
-    static constexpr int shared_bytes(bool has_mask) { return sizeof(Shared) + (has_mask ? kRows * kBiasPitch : 0); }
 };
 
 // Where queries see only the keys before them, the last have most to do: they begin first.
@@ -61,8 +60,8 @@ __device__ inline int first_row_of_cta(const Ia3AttentionForwardKernelParams& pa
     return (params.last_tile - block) * Traits::kRows;
 }
 
-// A warp's rows, and what attention over some keys has come to for them. A lane has rows lane / 4 and 8 below of each 16;
-// of a row's sums it has two neighbouring columns in 8.
+// A warp's rows, and what attention over some keys has come to for them. A lane has rows lane / 4 and 8 below of each
+// 16; of a row's sums it has two neighbouring columns in 8.
 template <class Traits>
 class AttendingWarp {
 public:
@@ -124,8 +123,8 @@ public:
         });
     }
 
-    // Brings what the mask adds to the scores of the keys from `first` on into shared memory. It is done before there are
-    // scores, when registers are free for many loads.
+    // Brings what the mask adds to the scores of the keys from `first` on into shared memory. It is done before there
+    // are scores, when registers are free for many loads.
     __device__ __forceinline__ void load_bias(int first) const {
         const AttentionMask& mask = params_.attn_mask;
         const int lane = threadIdx.x % 32, keys = static_cast<int>(params_.num_keys);
@@ -426,6 +425,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 2)
     };
     const auto step = [&] { tile.first += Traits::kKeys; };
     while (tile.exists()) {
+        // Most tiles go through the inner loop alone: where the base is raised, there is a copy of its second half.
         const int end = tile.end_of_plain();
         while (tile.first < end) {
             bool grows = false;

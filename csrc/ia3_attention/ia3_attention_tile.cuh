@@ -16,8 +16,8 @@ constexpr float kHidden = -__builtin_inff();  // a score
 
 // ---- tiles --------------------------------------------------------------------------------------------------------
 
-// Rows [kDim] of 16-bit elements in shared memory, dense. Their units of 16 bytes are permuted by the row, within groups
-// of 8: eight rows' units of one column lie in all 32 banks. A tile begins at a multiple of 128 bytes.
+// Rows [kDim] of 16-bit elements in shared memory, dense. Their units of 16 bytes are permuted by the row, within
+// groups of 8: eight rows' units of one column lie in all 32 banks. A tile begins at a multiple of 128 bytes.
 template <class T, int kDim>
 struct AttentionTile {
     static constexpr int kUnits = kDim / 8, kPitch = 16 * kUnits;
@@ -99,8 +99,8 @@ struct AttentionTile {
         });
     }
 
-    // Where a lane's loads of fragments begin: of 16 rows that are a left factor's, or the reduction of a right one; of 16
-    // that are a right factor's columns.
+    // Where a lane's loads of fragments begin: of 16 rows that are a left factor's, or the reduction of a right one;
+    // of 16 that are a right factor's columns.
     __device__ static uint32_t left(uint32_t tile) {
         const int lane = threadIdx.x % 32;
         return tile + offset(lane % 16, lane / 16);
@@ -210,8 +210,8 @@ struct KeyRange {
     int begin, end;
 };
 
-// Those that queries [query, query + count) see, some of them each, by their positions. Parts of it are not kept through
-// loops.
+// Those that queries [query, query + count) see, some of them each, by their positions. Parts of it are not kept
+// through loops.
 __device__ inline KeyRange range_of(const Ia3AttentionParams& params, int query, int count = 1) {
     int everywhere = 1 << 29;  // more than there are keys and queries
     int keys = static_cast<int>(params.num_keys);

@@ -138,6 +138,7 @@ __global__ void __launch_bounds__(kPrepareThreads)
             const float lse = row < p.num_queries ? p.lse[at_head * p.num_queries + row] : INFINITY;
             store_global8(params.rows + 2 * (at_head * params.padded_queries + row), lse, delta);
         }
+        __syncwarp();  // together again, for loads of whole sectors
         if (params.scaled_q && present) {
             float q[8], scaled[8];
             load_eight<T>(p.q, batch, head, row, column, true, q);

@@ -75,13 +75,9 @@ def read(record, name):
 
 # (B, H, H_kv, S_q, S_k, D): tiles that end in their middle, heads in groups, head dimensions below an instance's.
 SHAPES = [
-    (1, 2, 1, 100, 100, 64),
-    (2, 4, 2, 37, 150, 128),
-    (1, 1, 1, 1, 1, 8),
-    (2, 6, 2, 130, 70, 24),
-    (1, 2, 2, 65, 200, 96),
-    (1, 2, 1, 70, 90, 200),
-]
+    (1, 2, 1, 100, 100, 64), (2, 4, 2, 37, 150, 128), (2, 3, 1, 33, 40, 8), (2, 6, 2, 130, 70, 24),
+    (1, 2, 2, 65, 200, 96), (1, 2, 1, 70, 90, 200),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("profile", PROFILES)
@@ -133,7 +129,7 @@ HIDING = {
 
 
 @pytest.mark.parametrize("mask", HIDING.values(), ids=HIDING)
-@pytest.mark.parametrize("prefix", [0, 2])
+@pytest.mark.parametrize("prefix", [0, 7])
 def test_queries_that_see_nothing(emulated, prefix, mask):
     case = make_case(2, 2, 1, 50, 30, 16, torch.bfloat16, prefix=prefix, **mask)
     actual = check(case)
@@ -181,30 +177,35 @@ def test_no_worse_than_stock(emulated, scales, prefix, dtype, head_dim):
 
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
 def test_moves_each_operand_once(emulated, head_dim):
-    """Of one tile of keys or queries: what passes by is read once, and so is what stays; in whole sectors, without bank
-    conflicts."""
+    """By one CTA, which has a tile of keys, or of queries: what passes by is read once, and so is what stays."""
     case = make_case(1, 2, 1, 256, 64, head_dim, torch.bfloat16, scales=())
-    records = launches_of(emulated, case)
-    q, grad = case.tensors["q"].nbytes, case.grad_out.nbytes
-    assert read(records[KEYS], "q") <= 1.05 * q and read(records[KEYS], "grad_out") <= 1.05 * grad
+    record = launches_of(emulated, case)[KEYS]
+    halves = max(head_dim // 128, 1)  # of 256 channels, each for itself
+    assert record["grid"][0] == halves
+    for name, tensor in (("q", case.tensors["q"]), ("grad_out", case.grad_out), ("k", case.tensors["k"])):
+        assert read(record, name) == halves * tensor.nbytes, name
+    if halves == 1:
+        assert report.moved_bytes(record) <= 1.05 * report.compulsory_bytes(record)
+
     case = make_case(1, 1, 1, 64, 512, head_dim, torch.bfloat16, scales=())
-    records = launches_of(emulated, case)
-    k = case.tensors["k"].nbytes
-    assert read(records[QUERIES], "k") <= 1.05 * k and read(records[QUERIES], "v") <= 1.05 * k
-    for name in (KEYS, QUERIES):
-        assert report.moved_bytes(records[name]) <= 1.05 * report.compulsory_bytes(records[name]), name
+    record = launches_of(emulated, case)[QUERIES]
+    for name in ("q", "k", "v"):
+        assert read(record, name) == case.tensors[name].nbytes, name
+    assert report.moved_bytes(record) <= 1.05 * report.compulsory_bytes(record)
 
 
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
 @pytest.mark.parametrize("prefix", [0, 64])
 def test_sectors_and_banks(emulated, prefix, head_dim):
     case = make_case(1, 4, 2, 128, 128, head_dim, torch.bfloat16, prefix=prefix, causal=True)
-    for name, record in launches_of(emulated, case).items():
-        # The few scales: each lane reads its own, half a sector at a time.
-        scales = 3 * 64 * record["grid"][0] if name == PREPARE else 0
-        for direction in ("global_load", "global_store"):
+    records = launches_of(emulated, case)
+    # Its lanes read scales by half sectors; rows of the batch once, and whole.
+    for name in ("q", "grad_out", "out_real", *(["out"] if prefix else [])):
+        assert read(records[PREPARE], name) == case.grad_out.nbytes, name
+    for name, record in records.items():
+        for direction in ("global_load", "global_store") if name != PREPARE else ("global_store",):
             traffic = record[direction]
-            assert traffic["sectors"] <= 1.02 * traffic["ideal_sectors"] + scales, (name, direction)
+            assert traffic["sectors"] <= 1.02 * traffic["ideal_sectors"], (name, direction)
         wavefronts, ideal_wavefronts = report.shared_wavefronts(record)
         assert wavefronts == ideal_wavefronts, name
         assert record["order_dependent_atomics"] == 0
@@ -223,7 +224,7 @@ def test_any_order_of_blocks_gives_the_same_bits(emulated, head_dim, mask):
 
 
 NAMES = ("q", "k", "v", "l_q", "l_k", "l_v", "prefix_k", "prefix_v")
-LAUNCHED = {"q": QUERIES, "k": KEYS, "v": KEYS, "l_q": QUERIES, "l_k": QUERIES, "prefix_k": KEYS, "prefix_v": KEYS}
+LAUNCHED = dict(zip(NAMES, (QUERIES, KEYS, KEYS, QUERIES, QUERIES, None, KEYS, KEYS), strict=True))
 
 
 @pytest.mark.parametrize("wanted", NAMES)
@@ -232,7 +233,7 @@ def test_computes_what_is_asked_for(emulated, wanted):
     full = differentiate(case)
     wants = [name == wanted for name in NAMES]
     launched = launches_of(emulated, case, wants=wants)
-    assert {KEYS, QUERIES} & launched.keys() == {LAUNCHED[wanted]} if wanted in LAUNCHED else set()
+    assert {KEYS, QUERIES} & launched.keys() == {LAUNCHED[wanted]} - {None}
     ((name, value),) = differentiate(case, wants).items()
     assert name == wanted and torch.equal(value, full[name])
 
@@ -271,8 +272,8 @@ def test_scaled_heads_read_once(emulated):
     y.backward(torch.randn(2, 150, 4, 64).bfloat16().transpose(1, 2))
     records = {report.plain_name(record["kernel"]): record for record in emulated()}
     assert records.keys() == {"scale_columns_kernel", SUM}
-    record = records["scale_columns_kernel"]
-    assert report.moved_bytes(record) <= 1.05 * report.compulsory_bytes(record)
+    for name in ("grad_y", "x"):
+        assert read(records["scale_columns_kernel"], name) == x.nbytes
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from ..cuda import why_not
 from ..ops.lora_linear import lora_linear
 from ..ops.nf4 import NF4Weight
 from .linear import BaseProduct
-from .registry import FLOAT_DTYPES, FusedLayer, mention, register
+from .registry import FLOAT_DTYPES, FusedLayer, mention, register, why_not_input
 
 mention(bnb.nn.Linear4bit)
 mention(bnb.nn.Linear8bitLt)
@@ -58,11 +58,11 @@ class Fused4bit(FusedLayer):
 
     def base_product(self, x: Tensor) -> BaseProduct | str:
         """What `lora_linear` is to be called with; or why this input has to take the stock path."""
+        if reason := why_not_input(x):
+            return reason
         if not x.is_cpu and (reason := why_not(x.device)):
             self._view = None  # the weight has moved: let go of the memory that it had
             return reason
-        if x.dtype not in FLOAT_DTYPES:
-            return f"x is {x.dtype}"
         if not self.compute_type_is_set:
             self.set_compute_type(x)
             self.compute_type_is_set = True

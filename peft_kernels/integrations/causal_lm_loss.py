@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
 from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 
-from .registry import FLOAT_DTYPES, Setting, register_setting
+from .registry import Setting, register_setting, why_not_input
 
 # Logits that are taken at a time, 1 MB in fp32: a few passes over them stay in an L2 cache.
 _CHUNK = 1 << 18
@@ -42,7 +42,7 @@ def causal_lm_loss(
     Returns:
         fp32 [].
     """
-    if not logits.is_cpu or logits.dtype not in FLOAT_DTYPES or torch.compiler.is_compiling():
+    if not logits.is_cpu or why_not_input(logits) or torch.compiler.is_compiling():
         return ForCausalLMLoss(logits, labels, vocab_size, num_items_in_batch, ignore_index, shift_labels, **kwargs)
     if shift_labels is None:
         shift_labels = F.pad(labels, (0, 1), value=ignore_index)[..., 1:]

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from ..cuda import why_not
 from ..ops.nf4 import NF4Weight
-from .registry import FLOAT_DTYPES, FusedLayer
+from .registry import FLOAT_DTYPES, FusedLayer, why_not_input
 
 # The arguments of `lora_linear` and `ia3_linear` for the frozen layer: weight, bias, compute_dtype and out_dtype.
 BaseProduct = tuple[Tensor | NF4Weight, Tensor | None, torch.dtype | None, torch.dtype | None]
@@ -32,14 +32,14 @@ class OnLinear(FusedLayer):
 
 def dense_product(base: nn.Module, x: Tensor) -> BaseProduct | str:
     """What an `nn.Linear` computes for x, as the fused operations take it; or why x has to take the stock path."""
-    if reason := why_not_linear(base):
+    if reason := why_not_linear(base) or why_not_input(x):
         return reason
     weight, bias = base.weight, base.bias
     if reason := why_not_weight(weight):
         return reason
     device = x.device
-    if device != weight.device or x.dtype not in FLOAT_DTYPES:
-        return f"x is {x.dtype} on {device.type}"
+    if device != weight.device:
+        return f"x is on {device.type}, and the weight on {weight.device.type}"
     if torch.is_autocast_enabled(device.type):
         dtype = torch.get_autocast_dtype(device.type)
         return weight, bias, dtype, dtype

@@ -52,8 +52,6 @@ class FusedIA3(FusedLayer):
     def _call(self, x: Tensor, args: tuple, kwargs: dict[str, Any]) -> tuple[BaseProduct, Tensor | None] | str:
         if args or kwargs:
             return "further arguments were given"
-        if not x.is_cpu:
-            return f"no fused kernel for {x.device.type}"
         base = self._modules["base_layer"]
         if reason := why_not_skip(base):
             return f"its base layer has {reason}"

@@ -19,7 +19,8 @@ from typing import Any, ClassVar, TypeVar
 
 import torch
 from rich.table import Table
-from torch import nn
+from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from .. import cpu
 from ..printing import PrintedReport, starred
@@ -216,7 +217,7 @@ def accelerate(model: nn.Module) -> Report:
     repacked for bitsandbytes' own CPU kernels (one that already was is converted back, once); a 4-bit unmerge puts
     the original weight back, which is kept while merged; `ia3.bnb.Linear4bit` returns x's dtype, not fp32, and can be
     merged; a prefix is in no cache, whose length counts tokens alone; models whose attention is `sdpa` are set to
-    this package's.
+    this package's; a gradient can't be differentiated once more.
 
     Args:
         model: any module; calling again covers layers that were added since, and reports on all.
@@ -283,6 +284,20 @@ def restore(model: nn.Module) -> None:
             for name in module.own_state:
                 vars(module).pop(name, None)
             _change_class(module, module.stock)
+
+
+def why_not_input(x: Any) -> str | None:
+    """Why no fused operation can take x here and now, whatever the layer. It runs at every forward."""
+    if not isinstance(x, Tensor):
+        return f"x is a {type(x).__name__}"
+    if x.dtype not in FLOAT_DTYPES or x.layout is not torch.strided:
+        return f"x is {x.layout if x.dtype in FLOAT_DTYPES else x.dtype}"
+    # These go by rules for each operation, which only torch's own have.
+    if torch._C._are_functorch_transforms_active():
+        return "a transform of torch.func is under way"
+    if forward_ad._current_level >= 0:
+        return "forward-mode differentiation is under way"
+    return "torch.jit.trace is under way" if torch._C._get_tracing_state() is not None else None
 
 
 def _check_module(model: Any) -> None:

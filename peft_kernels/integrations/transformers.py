@@ -17,7 +17,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import prepare_padding_mask, sdpa_mask
 
 from ..ops.ia3_attention import ia3_attention
-from .registry import FLOAT_DTYPES, FusedLayer, register
+from .registry import FusedLayer, register, why_not_input
 
 # The attention implementation's name in transformers' registries and configurations.
 NAME = "peft_kernels"
@@ -86,8 +86,10 @@ def _why_stock_input(query: Tensor, value: Tensor, dropout: float, kwargs: dict[
     for name in ("softcap", "s_aux", "position_bias"):
         if kwargs.get(name) is not None:
             return f"{name} was given"
-    if not query.is_cpu or query.dtype not in FLOAT_DTYPES:
-        return f"the query is {query.dtype} on {query.device.type}"
+    if not query.is_cpu:
+        return f"no fused kernel for {query.device.type}"
+    if reason := why_not_input(query):
+        return reason
     return "keys and values differ in size" if query.shape[3] != value.shape[3] else None
 
 

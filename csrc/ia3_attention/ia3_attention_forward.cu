@@ -59,8 +59,8 @@ const char* ia3_attention_refusal(const Ia3AttentionParams& params) {
     if (reinterpret_cast<uint64_t>(params.l_q) % 16 || reinterpret_cast<uint64_t>(params.l_k) % 16 ||
         reinterpret_cast<uint64_t>(params.l_v) % 16)
         return "scales do not begin at multiples of 16 bytes";
-    if (params.k.row_stride >= 1 << 30 || params.v.row_stride >= 1 << 30)
-        return "rows of k or v are too far apart for 32-bit indices";
+    for (const ConstHeads* heads : {&params.q, &params.k, &params.v})
+        if (heads->row_stride >= 1 << 30) return "rows of q, k or v are too far apart for 32-bit indices";
     if (params.num_queries * (params.heads / params.kv_heads) >= INT32_MAX - 256)
         return "there are too many queries for 32-bit indices";
     if (params.kv_heads > 65535 || params.batch > 65535) return "there are more key heads or sequences than 65535";

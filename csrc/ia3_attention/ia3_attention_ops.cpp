@@ -190,7 +190,7 @@ void run_backward(Ia3AttentionBackwardParams& params, const Tensor& grad_out, co
         ConstHeads& grad = params.grad_out;
         Tensor aligned;
         const int64_t strides = grad.batch_stride | grad.head_stride | grad.row_stride;
-        if ((reinterpret_cast<int64_t>(grad.data) | strides * 2) % 16 != 0) {
+        if ((reinterpret_cast<int64_t>(grad.data) | strides * 2) % 16 != 0 || grad.row_stride >= 1 << 30) {
             const int64_t row = params.head_dim, head = params.num_queries * row;
             aligned = empty(q, {params.batch, params.heads, params.num_queries, row}, q.scalar_type());
             torch::stable::copy_(aligned, grad_out);

@@ -65,7 +65,8 @@ def step(model: nn.Module, ids: Tensor, padding: Tensor | None) -> dict[str, Ten
     return {"loss": outputs.loss.detach(), "logits": logits, **grads}
 
 
-def assert_same(actual: dict[str, Tensor], wanted: dict[str, Tensor], tolerance: float = 3e-5) -> None:
+def assert_same(actual: dict[str, Tensor], wanted: dict[str, Tensor], tolerance: float = 1e-4) -> None:
+    """The norms of so small a model magnify rounding: stock's own gradients are up to 5e-5 from those in fp64."""
     assert actual.keys() == wanted.keys()
     for name, value in wanted.items():
         difference = (actual[name] - value).norm()

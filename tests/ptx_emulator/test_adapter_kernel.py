@@ -78,7 +78,7 @@ def test_ideal_sectors_and_banks(emulated, mode, options):
     more = {"norm": True, "gate": True, "scale": "learned", "dropout": 0.1} if options == "everything" else {}
     for shape in (ONE_KERNEL, TWO_KERNELS, (150, 320, 144)):
         rows, columns, _ = shape
-        # Single numbers of a row, such as gates, and of each 128 columns of it, such as pivots, take a part of a sector.
+        # Single numbers of a row, such as gates, and of 128 columns of it, such as pivots, take a part of a sector.
         singles = 2 * rows * (1 + (-(-columns // 128) if options == "everything" else 0))
         for launches in launches_of(emulated, make_case(*shape, *MODES[mode], **more)):
             for kernel, record in launches.items():

@@ -137,7 +137,7 @@ public:
         Arena arena(p_.workspace);
         x_ = arena.take<U32>(p_.m * row_vectors());
         s_ = arena.take<float>(p_.m * ranks_);
-        keep_ = arena.take<uint8_t>(drops() ? p_.m * keep_bytes(p_.k) : 0);
+        kept_.lay_out(arena);
         const int64_t worker_bytes = Scratch(nullptr, *this).bytes;
         char* workers = arena.take<char>(p_.threads * worker_bytes);
         if (!p_.workspace) {
@@ -174,12 +174,6 @@ private:
     };
 
     int64_t row_vectors() const { return weight_.combs() * kCombVectors; }
-    bool drops() const {
-        for (int a = 0; a < p_.num_adapters; ++a)
-            if (dropout_of(p_.adapters[a]).threshold > 0) return true;
-        return false;
-    }
-
     void make_x() const {
         constexpr int64_t kRows = 8;  // a task's; waking a thread for fewer takes longer
         parallel_for_each(divide_up(p_.m, kRows), [&](int64_t task, int) {
@@ -196,10 +190,8 @@ private:
         int64_t offset = 0, rank = 0;
         for (int a = 0; a < p_.num_adapters; ++a) {
             const LoraAdapter& adapter = p_.adapters[a];
-            const Dropout dropout = dropout_of(adapter);
-            const bool drops = dropout.threshold > 0;
-            for (int64_t i = 0; drops && i < p_.m; ++i)
-                dropout_keep_bits(dropout, i, 0, p_.k, keep_ + i * keep_bytes(p_.k));
+            kept_.make(a, 0, p_.m);
+            const uint8_t* keep = kept_.at(a, 0, 0);
             // Tasks of at least 32k products, for the same reason.
             const int64_t quads = max_of<int64_t>(1, (int64_t{1} << 15) / max_of<int64_t>(1, p_.k * p_.m * kQuad));
             const int64_t task_ranks = quads * kQuad;
@@ -211,7 +203,7 @@ private:
                             for (int64_t i = 0; i < p_.m;) {
                                 const auto shrink = [&](auto rows) {
                                     shrink_quad<Pointee<decltype(x_type)>, Pointee<decltype(a_type)>,
-                                                decltype(rows)::kValue>(adapter, drops, i, r, rank, offset);
+                                                decltype(rows)::kValue>(adapter, keep, i, r, rank, offset);
                                     i += decltype(rows)::kValue;
                                 };
                                 p_.m - i >= kQuad ? shrink(Constant<kQuad>{}) : shrink(Constant<1>{});
@@ -228,7 +220,7 @@ private:
 
     // Ranks [r, r + kQuad) of some rows.
     template <class X, class A, int kRows>
-    void shrink_quad(const LoraAdapter& adapter, bool drops, int64_t row, int64_t r, int64_t rank,
+    void shrink_quad(const LoraAdapter& adapter, const uint8_t* keep, int64_t row, int64_t r, int64_t rank,
                      int64_t offset) const {
         const A* a[kQuad];
         for (int j = 0; j < kQuad; ++j)  // those past the last one repeat it
@@ -242,7 +234,7 @@ private:
 #pragma GCC unroll 4
             for (int i = 0; i < kRows; ++i) {
                 F32 x = load_some(static_cast<const X*>(row_of(p_.x, row + i)) + column, count);
-                if (drops) x = keep_where(x, keep_ + (row + i) * keep_bytes(p_.k), column);
+                if (keep) x = keep_where(x, keep + (row + i) * kept_.stride(), column);
 #pragma GCC unroll 4
                 for (int j = 0; j < kQuad; ++j) sums[i][j] = fma(v[j], x, sums[i][j]);
             }
@@ -377,9 +369,9 @@ private:
     const CombedWeight weight_;
     int64_t ranks_ = 0;  // each adapter's padded to whole vectors with zeros
     int64_t task_outputs_;
-    U32* x_ = nullptr;         // [m][combs][kCombVectors]
-    float* s_ = nullptr;       // [m][ranks], scaled
-    uint8_t* keep_ = nullptr;  // [m][keep_bytes(k)], of the adapter at hand
+    U32* x_ = nullptr;    // [m][combs][kCombVectors]
+    float* s_ = nullptr;  // [m][ranks], scaled
+    KeptBits kept_{p_};
 };
 
 // Whether the calls' weight has blocks that combs are made of, and their rows are few.

@@ -181,7 +181,7 @@ std::tuple<Tensor, Tensor, Tensor> forward(Tensor q, Tensor k, Tensor v, MaybeTe
     return {out, out_real, lse};
 }
 
-void run_backward(Ia3AttentionBackwardParams& params, const Tensor& grad_out, const Tensor& q) {
+void run_backward(Ia3AttentionBackwardParams& params, [[maybe_unused]] const Tensor& grad_out, const Tensor& q) {
 #if defined(PEFT_KERNELS_CUDA)
     if (runs_on_cuda(q)) {
         const CudaScope scope(q.get_device_index());

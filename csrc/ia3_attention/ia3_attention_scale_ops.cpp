@@ -79,14 +79,15 @@ std::tuple<Tensor, Tensor> differentiate_on_cuda(const Tensor& grad_y, const Ten
     bad_argument(name, describe(x) + " on the CPU, or without a build with CUDA", "a tensor on a GPU");
 }
 
-Tensor scale(Tensor x, Tensor scales) {
+Tensor scale(Tensor x, [[maybe_unused]] Tensor scales) {
 #if defined(PEFT_KERNELS_CUDA)
     if (runs_on_cuda(x)) return scale_on_cuda(x, scales);
 #endif
     refuse(x, "x");
 }
 
-std::tuple<Tensor, Tensor> scale_backward(Tensor grad_y, Tensor x, Tensor scales, bool wants_x, bool wants_scales) {
+std::tuple<Tensor, Tensor> scale_backward(Tensor grad_y, [[maybe_unused]] Tensor x, [[maybe_unused]] Tensor scales,
+                                          [[maybe_unused]] bool wants_x, [[maybe_unused]] bool wants_scales) {
 #if defined(PEFT_KERNELS_CUDA)
     if (runs_on_cuda(grad_y)) return differentiate_on_cuda(grad_y, x, scales, wants_x, wants_scales);
 #endif

@@ -29,7 +29,7 @@ from ..printing import PrintedReport, starred
 # that is made of its layers has imported it.
 _PACKAGES = {
     "bitsandbytes": ("bitsandbytes",),
-    "transformers": ("transformers", "causal_lm_loss"),
+    "transformers": ("transformers", "transformers_layers", "causal_lm_loss"),
     "peft": ("peft", "peft_ia3", "peft_prefix"),
 }
 

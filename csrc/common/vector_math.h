@@ -52,8 +52,12 @@ inline F32 exp2(F32 x) {
 // e^x; 0 below -87.3, where fp32 becomes subnormal.
 inline F32 exp(F32 x) {
     constexpr float kRound = 0x1.8p23f;  // adding it leaves a whole number in the low bits
+#if defined(__AVX512F__)
+    const F32 bounded = x;  // the processor multiplies with powers of 2 beyond fp32's range
+#else
     F32 bounded = x > 89.0f ? broadcast(89.0f) : x;
     bounded = bounded < -88.0f ? broadcast(-88.0f) : bounded;
+#endif
     const F32 shifted = fma(bounded, broadcast(1.44269504f), broadcast(kRound));
     const F32 n = shifted - kRound;
     // ln 2 in two parts, the first of few bits, so that its product with n is exact.
@@ -61,14 +65,26 @@ inline F32 exp(F32 x) {
     const F32 tail =
         polynomial(r, {0.5f, 0.166666657f, 0.0416662954f, 0.00833349675f, 0.00139446498f, 0.000197903573f});
     const F32 power = fma(r * r, tail, r) + 1.0f;
+#if defined(__AVX512F__)
+    const F32 value = _mm512_scalef_ps(power, n);
+#else
     // 2^n in two factors: n reaches 128.
     const U32 exponent = (U32)shifted << 23;
     const F32 half = (F32)(exponent - (1u << 23) + 0x3F800000u);
     const F32 value = power * half * 2.0f;
+#endif
     return x < -87.3f ? F32{} : x > 88.72f ? broadcast(__builtin_inff()) : value;
 }
 
-inline F32 sigmoid(F32 x) { return 1.0f / (1.0f + exp(-x)); }
+// The logistic function s, and 1 - s, without cancellation in either.
+struct Sigmoid {
+    F32 value, complement;
+};
+
+inline Sigmoid sigmoid(F32 x) {
+    const F32 e = exp(x < 0.0f ? x : -x), larger = 1.0f / (1.0f + e), smaller = e * larger;
+    return {x < 0.0f ? smaller : larger, x < 0.0f ? larger : smaller};
+}
 
 inline F32 tanh(F32 x) {
     const F32 magnitude = x < 0.0f ? -x : x;
@@ -117,12 +133,12 @@ inline Activated activate(F32 z) {
         // z (1 + tanh u) / 2 = z sigmoid(2u), with u = √(2/π) (z + 0.044715 z³)
         constexpr float kScale = 1.59576912f, kCubic = 0.044715f;
         const F32 square = z * z;
-        const F32 s = sigmoid(kScale * z * fma(square, broadcast(kCubic), broadcast(1.0f)));
+        const Sigmoid s = sigmoid(kScale * z * fma(square, broadcast(kCubic), broadcast(1.0f)));
         const F32 inner = kScale * fma(square, broadcast(3 * kCubic), broadcast(1.0f));
-        return {z * s, fma(z * inner, s * (1.0f - s), s)};
+        return {z * s.value, fma(z * inner, s.value * s.complement, s.value)};
     } else if constexpr (kActivation == Activation::kSilu) {
-        const F32 s = sigmoid(z);
-        return {z * s, s * fma(z, 1.0f - s, broadcast(1.0f))};
+        const Sigmoid s = sigmoid(z);
+        return {z * s.value, s.value * fma(z, s.complement, broadcast(1.0f))};
     } else if constexpr (kActivation == Activation::kTanh) {
         const F32 t = tanh(z);
         return {t, 1.0f - t * t};

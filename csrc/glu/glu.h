@@ -28,4 +28,12 @@ struct GluBackwardParams : GluParams {
 PEFT_KERNELS_CPU_KERNEL(glu_forward, GluForwardParams)
 PEFT_KERNELS_CPU_KERNEL(glu_backward, GluBackwardParams)
 
+namespace cuda {
+
+// Enqueue the kernel on `stream` (a cudaStream_t) of the current device. Return a cudaError_t.
+int glu_forward(const GluForwardParams& params, void* stream);
+int glu_backward(const GluBackwardParams& params, void* stream);
+
+}  // namespace cuda
+
 }  // namespace peft_kernels

@@ -7,6 +7,10 @@
 #include "common/registration.h"
 #include "glu/glu.h"
 
+#if defined(PEFT_KERNELS_CUDA)
+#include "common/cuda_check.h"
+#endif
+
 namespace peft_kernels {
 namespace {
 
@@ -31,6 +35,13 @@ Tensor forward(Tensor gate, Tensor up, std::string activation) {
     Tensor y = empty(gate, {params.m, params.n}, gate.scalar_type());
     if (y.numel() == 0) return y;
     params.y = new_matrix(y, params);
+#if defined(PEFT_KERNELS_CUDA)
+    if (runs_on_cuda(gate)) {
+        const CudaScope scope(gate.get_device_index());
+        check_cuda(cuda::glu_forward(params, scope.stream()), "glu_forward");
+        return y;
+    }
+#endif
     dispatch::glu_forward(params);
     return y;
 }
@@ -46,6 +57,13 @@ std::tuple<Tensor, Tensor> backward(Tensor grad_y, Tensor gate, Tensor up, std::
     if (grad_up.numel() == 0) return {grad_gate, grad_up};
     params.grad_gate = new_matrix(grad_gate, params);
     params.grad_up = new_matrix(grad_up, params);
+#if defined(PEFT_KERNELS_CUDA)
+    if (runs_on_cuda(gate)) {
+        const CudaScope scope(gate.get_device_index());
+        check_cuda(cuda::glu_backward(params, scope.stream()), "glu_backward");
+        return {grad_gate, grad_up};
+    }
+#endif
     dispatch::glu_backward(params);
     return {grad_gate, grad_up};
 }

@@ -37,4 +37,13 @@ struct RmsNormBackwardParams : RmsNormParams {
 PEFT_KERNELS_CPU_KERNEL(rms_norm_forward, RmsNormForwardParams)
 PEFT_KERNELS_CPU_KERNEL(rms_norm_backward, RmsNormBackwardParams)
 
+namespace cuda {
+
+// Enqueue the kernel on `stream` (a cudaStream_t) of the current device. The backward is of x alone, which has to be
+// wanted. Return a cudaError_t.
+int rms_norm_forward(const RmsNormForwardParams& params, void* stream);
+int rms_norm_backward(const RmsNormBackwardParams& params, void* stream);
+
+}  // namespace cuda
+
 }  // namespace peft_kernels

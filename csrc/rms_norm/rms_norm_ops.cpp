@@ -6,6 +6,13 @@
 #include "common/registration.h"
 #include "rms_norm/rms_norm.h"
 
+#if defined(PEFT_KERNELS_CUDA)
+#include "common/cuda_check.h"
+#include "common/cuda_device.h"
+#include "ia3_linear/ia3_linear_scale.h"
+#include "lora_linear/lora_linear_branch.h"
+#endif
+
 namespace peft_kernels {
 namespace {
 
@@ -30,9 +37,35 @@ std::tuple<Tensor, Tensor> forward(Tensor x, Tensor weight, double eps, double o
     if (params.m == 0) return {y, rstd};
     params.y = {y.mutable_data_ptr(), check_float_dtype(out_dtype, "out_dtype"), params.d};
     params.rstd = static_cast<float*>(rstd.mutable_data_ptr());
+#if defined(PEFT_KERNELS_CUDA)
+    if (runs_on_cuda(x)) {
+        const CudaScope scope(x.get_device_index());
+        check_cuda(cuda::rms_norm_forward(params, scope.stream()), "rms_norm_forward");
+        return {y, rstd};
+    }
+#endif
     run_cpu(&dispatch::rms_norm_forward, params, x);
     return {y, rstd};
 }
+
+#if defined(PEFT_KERNELS_CUDA)
+void backward_on_cuda(const RmsNormBackwardParams& params, const Tensor& x) {
+    const CudaScope scope(x.get_device_index());
+    if (params.grad_x.data) check_cuda(cuda::rms_norm_backward(params, scope.stream()), "rms_norm_backward");
+    if (!params.grad_weight) return;
+    DeviceProperties device{};
+    check_cuda(cuda::query_device(device), "query_device");
+    const ScaleColumnsPlan plan = plan_scale_columns(params.m, params.d, true, device.multiprocessors);
+    const Tensor parts = empty(x, {plan.row_blocks, params.d}, ScalarType::Float);
+    float* sums = static_cast<float*>(parts.mutable_data_ptr());
+    check_cuda(cuda::scale_columns({params.m, plan, params.x, nullptr, {}, params.grad_y, sums, params.rstd},
+                                   scope.stream()),
+               "scale_columns");
+    SumPartsParams sum{};
+    sum.segments[0] = {sums, params.grad_weight, params.d, static_cast<int32_t>(plan.row_blocks)};
+    check_cuda(cuda::lora_sum_parts(sum, scope.stream()), "the sum of parts");
+}
+#endif
 
 // -> grad_x [M, d] of x's dtype, grad_weight [d] in fp32; without elements where not wanted
 std::tuple<Tensor, Tensor> backward(Tensor grad_y, Tensor x, Tensor weight, Tensor rstd, double offset, bool wants_x,
@@ -46,6 +79,16 @@ std::tuple<Tensor, Tensor> backward(Tensor grad_y, Tensor x, Tensor weight, Tens
     Tensor grad_weight = empty(x, {wants_weight ? params.d : 0}, ScalarType::Float);
     if (wants_x) params.grad_x = {grad_x.mutable_data_ptr(), params.x.dtype, params.d};
     if (wants_weight) params.grad_weight = static_cast<float*>(grad_weight.mutable_data_ptr());
+    if (params.m == 0) {
+        torch::stable::zero_(grad_weight);
+        return {grad_x, grad_weight};
+    }
+#if defined(PEFT_KERNELS_CUDA)
+    if (runs_on_cuda(x)) {
+        backward_on_cuda(params, x);
+        return {grad_x, grad_weight};
+    }
+#endif
     run_cpu(&dispatch::rms_norm_backward, params, x);
     return {grad_x, grad_weight};
 }

@@ -22,7 +22,7 @@ from ..ops.rms_norm import rms_norm
 from .linear import why_not_skip
 from .registry import FusedLayer, register, why_not_input
 
-# What σ of each class of activations is called by `glu`; other settings of theirs than the default ones are looked for.
+# What `glu` calls the σ of each class of activations.
 _ACTIVATIONS: dict[type[nn.Module], str] = {
     SiLUActivation: "silu", nn.SiLU: "silu", nn.ReLU: "relu", nn.Tanh: "tanh", GELUActivation: "gelu",
     GELUTanh: "gelu_tanh", NewGELUActivation: "gelu_tanh",
@@ -135,8 +135,8 @@ def why_not_activation(activation: nn.Module) -> str | None:
     """Why `glu` can't do what an activation does."""
     if type(activation) not in _ACTIVATIONS:
         return f"its activation is a {type(activation).__name__}"
-    python = getattr(getattr(activation, "act", None), "__self__", None)
-    return why_not_skip(activation) or ("its activation is written out in Python" if python is activation else None)
+    reason = why_not_skip(activation)
+    return reason and f"{reason} on its activation"
 
 
 _FORMS: tuple[type[Lookalike], ...] = (

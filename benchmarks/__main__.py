@@ -16,6 +16,8 @@ BENCHMARKS = {
     "ia3_linear": "(IA)3 on a linear layer, 4-bit or dense: forward, backward and memory",
     "ia3_attention": "(IA)3 in attention: forward, backward and memory",
     "prefix": "attention to a trainable prefix: forward, backward and memory",
+    "rms_norm": "RMSNorm: forward, backward and memory",
+    "glu": "gated linear units: forward, backward and memory",
     "nf4": "quantise and dequantise",
     "roofline": "a model of the CUDA kernels' times on several cards, from counts; nothing is measured",
     "model": "a small language model, fine-tuned in three ways: training step, prefill, decoding, breakdown",

@@ -19,8 +19,16 @@ from peft_kernels.ops import rms_norm
 
 _SIZES = {"vocab_size": 60, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "pad_token_id": 0,
           "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 64}  # fmt: skip
-_T5 = {"vocab_size": 60, "d_model": 32, "d_ff": 48, "num_layers": 2, "num_heads": 4, "d_kv": 8, "pad_token_id": 0,
-       "decoder_start_token_id": 0}
+_T5 = {
+    "vocab_size": 60,
+    "d_model": 32,
+    "d_ff": 48,
+    "num_layers": 2,
+    "num_heads": 4,
+    "d_kv": 8,
+    "pad_token_id": 0,
+    "decoder_start_token_id": 0,
+}
 # One model of each form, and two whose attention has norms of its own; with how many of their layers are fused.
 MODELS = {
     "gemma2": (transformers.Gemma2Config, _SIZES, {"GemmaRMSNorm": 9, "MLP": 2}),
@@ -180,7 +188,7 @@ def test_copies_and_pickles(tmp_path):
 
 
 def test_no_such_fused_class():
-    with pytest.raises(AttributeError, match="torch.nn.*Linear has no fused form"):
+    with pytest.raises(AttributeError, match="Linear has no fused form"):
         getattr(integration, "torch/nn:Linear")
     with pytest.raises(AttributeError, match="has no attribute 'other'"):
         integration.other  # noqa: B018

@@ -36,9 +36,8 @@ static __global__ void __launch_bounds__(kGluThreads)
     };
     const float4 gate = load(params.gate), up = load(params.up);
     const auto value = [&](float z) { return activate(params.activation, z).value; };
-    store_four(
-        params.y, at.row, at.column, at.count, has_aligned_fours(params.y),
-        make_float4(value(gate.x) * up.x, value(gate.y) * up.y, value(gate.z) * up.z, value(gate.w) * up.w));
+    store_four(params.y, at.row, at.column, at.count, has_aligned_fours(params.y),
+               make_float4(value(gate.x) * up.x, value(gate.y) * up.y, value(gate.z) * up.z, value(gate.w) * up.w));
 }
 
 static __global__ void __launch_bounds__(kGluThreads)

@@ -73,8 +73,7 @@ std::tuple<Tensor, Tensor> backward(Tensor grad_y, Tensor gate, Tensor up, std::
 
 STABLE_TORCH_LIBRARY_FRAGMENT(PEFT_KERNELS_NAMESPACE, m) {
     m.def("glu_forward(Tensor gate, Tensor up, str activation) -> Tensor y");
-    m.def(
-        "glu_backward(Tensor grad_y, Tensor gate, Tensor up, str activation) -> (Tensor grad_gate, Tensor grad_up)");
+    m.def("glu_backward(Tensor grad_y, Tensor gate, Tensor up, str activation) -> (Tensor grad_gate, Tensor grad_up)");
 }
 
 PEFT_KERNELS_IMPLEMENT(m) {

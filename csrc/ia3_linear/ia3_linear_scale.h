@@ -17,11 +17,11 @@ namespace peft_kernels {
 struct ScaleColumnsParams {
     int64_t m;
     ScaleColumnsPlan plan;
-    ConstMatrix in;      // [m, columns]
-    const float* scale;  // [columns]; null: ones
-    Matrix out;          // [m, columns]; data may be null, and may be in's if the dtype is
-    ConstMatrix other;   // [m, columns]; data may be null when sums is
-    float* sums;         // [plan.row_blocks, columns]: parts of the sums; null: not wanted
+    ConstMatrix in;                    // [m, columns]
+    const float* scale;                // [columns]; null: ones
+    Matrix out;                        // [m, columns]; data may be null, and may be in's if the dtype is
+    ConstMatrix other;                 // [m, columns]; data may be null when sums is
+    float* sums;                       // [plan.row_blocks, columns]: parts of the sums; null: not wanted
     const float* row_scale = nullptr;  // [m], of the sums; null: ones
 };
 

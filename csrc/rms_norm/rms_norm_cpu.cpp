@@ -48,9 +48,7 @@ inline float sum_of_row(int64_t d, const Term& term) {
 template <class Body>
 inline void dispatch_dtypes(const RmsNormParams& p, DType y_dtype, const Body& body) {
     dispatch_dtype(p.x.dtype, [&](auto* x) {
-        dispatch_dtype(p.weight.dtype, [&](auto* w) {
-            dispatch_dtype(y_dtype, [&](auto* y) { body(x, w, y); });
-        });
+        dispatch_dtype(p.weight.dtype, [&](auto* w) { dispatch_dtype(y_dtype, [&](auto* y) { body(x, w, y); }); });
     });
 }
 

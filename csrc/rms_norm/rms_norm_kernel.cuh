@@ -70,7 +70,7 @@ __device__ inline float4 load_weight(const RmsNormParams& p, int64_t column, int
     return make_float4(w.x + p.offset, w.y + p.offset, w.z + p.offset, w.w + p.offset);
 }
 
-static __global__ void __launch_bounds__(32 * RmsNormPlan::kMaxWarps)
+static __global__ void __launch_bounds__(32 * RmsNormPlan::kMaxWarps, 1)
     rms_norm_forward_kernel(const __grid_constant__ RmsNormKernelParams<RmsNormForwardParams> params) {
     const RmsNormForwardParams& p = params.problem;
     const int64_t row = int64_t{blockIdx.x} * blockDim.y + threadIdx.y;
@@ -81,19 +81,19 @@ static __global__ void __launch_bounds__(32 * RmsNormPlan::kMaxWarps)
     float squares = 0;
     lane.for_each_four([&](int64_t, int, float4 x) { squares += dot(x, x); });
     const float r = 1 / sqrtf(sum_of_row(squares) / static_cast<float>(p.d) + p.eps);
-    if (threadIdx.x == 0) p.rstd[row] = r;
     lane.for_each_four([&](int64_t column, int count, float4 x) {
         const float4 w = load_weight(p, column, count);
         store_four(p.y, row, column, count, y_aligned,
                    make_float4(x.x * r * w.x, x.y * r * w.y, x.z * r * w.z, x.w * r * w.w));
     });
+    if (threadIdx.x == 0) p.rstd[row] = r;
 }
 
 struct InputAndGradient {
     float4 x, g;
 };
 
-static __global__ void __launch_bounds__(32 * RmsNormPlan::kMaxWarps)
+static __global__ void __launch_bounds__(32 * RmsNormPlan::kMaxWarps, 1)
     rms_norm_backward_kernel(const __grid_constant__ RmsNormKernelParams<RmsNormBackwardParams> params) {
     const RmsNormBackwardParams& p = params.problem;
     const int64_t row = int64_t{blockIdx.x} * blockDim.y + threadIdx.y;

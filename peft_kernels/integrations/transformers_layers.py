@@ -1,8 +1,8 @@
 """RMSNorm and the gated feed-forward block of transformers' models, fused.
 
-transformers writes the same lines out in each model's file, under the model's name. So a class is known by what it does:
-its methods have to have the code of one of the few classes that are named here. In transformers 5.24 that is so for 177
-classes of norms and 136 of blocks.
+transformers writes the same lines out in each model's file, under the model's name. So a class is known by what it
+does: its methods have to have the code of one of the few classes that are named here. In transformers 5.24 that is so
+for 177 classes of norms and 136 of blocks.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers.activations import GELUActivation, GELUTanh, NewGELUActivation, SiLUActivation
 
+from ..cuda import why_not
 from ..ops.glu import glu
 from ..ops.rms_norm import rms_norm
 from .linear import why_not_skip
@@ -125,10 +126,10 @@ class FusedGatedMLP(Lookalike):
 
 
 def why_not_on(*tensors: Tensor) -> str | None:
-    for tensor in tensors:
-        if not tensor.is_cpu:
-            return f"no fused kernel for {tensor.device.type}"
-    return None
+    device = tensors[0].device
+    if any(tensor.device != device for tensor in tensors):
+        return "its tensors are on several devices"
+    return None if device.type == "cpu" else why_not(device)
 
 
 def why_not_activation(activation: nn.Module) -> str | None:

@@ -17,6 +17,7 @@ from torch import nn
 from benchmarks import __main__ as command
 from benchmarks import (
     adapter,
+    cross_entropy,
     fusion,
     ia3_attention,
     ia3_linear,
@@ -47,6 +48,7 @@ BENCHMARKS = {
     "prefix": prefix,
     "adapter": adapter,
     "fusion": fusion,
+    "cross_entropy": cross_entropy,
     "nf4": nf4,
     "model": model,
 }
@@ -335,6 +337,7 @@ def test_report(tmp_path):
         (adapter, adapter.Case(9, 64, 8, norm=True, activation="relu"), adapter.EAGER),
         (fusion, fusion.Case(9, 32, 3), fusion.UNFUSED),
         (fusion, fusion.Case(9, 32, 3, rank=8), fusion.UNFUSED),
+        (cross_entropy, cross_entropy.Case(9, 50), cross_entropy.TORCH),
     ],
     ids=str,
 )

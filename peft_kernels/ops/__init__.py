@@ -1,6 +1,7 @@
 """The fused functions, one module a family."""
 
 from .adapter import ACTIVATIONS, AdapterWeights, adapter, adapter_grouped, bottleneck
+from .cross_entropy import cross_entropy
 from .fusion import fusion, fusion_of_bottlenecks
 from .ia3_attention import ia3_attention
 from .ia3_linear import ia3_linear
@@ -14,6 +15,7 @@ __all__ = [
     "adapter",
     "adapter_grouped",
     "bottleneck",
+    "cross_entropy",
     "dequantize_4bit",
     "dequantize_4bit_rows",
     "fusion",

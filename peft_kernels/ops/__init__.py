@@ -7,6 +7,7 @@ from .ia3_attention import ia3_attention
 from .ia3_linear import ia3_linear
 from .lora_linear import lora_linear
 from .nf4 import NF4Weight, dequantize_4bit, dequantize_4bit_rows, quantize_4bit
+from .rotary import rotary
 
 __all__ = [
     "ACTIVATIONS",
@@ -24,4 +25,5 @@ __all__ = [
     "ia3_linear",
     "lora_linear",
     "quantize_4bit",
+    "rotary",
 ]

@@ -46,13 +46,13 @@ CLASSES = [1, 2, 7, 16, 33, 250, 2048, 2049, 50257]
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=short)
 @pytest.mark.parametrize("classes", CLASSES)
-def test_shapes(cpu_isa, classes, dtype):
+def test_shapes(backend, classes, dtype):
     check(*make_case(7, classes, dtype), grad_losses=torch.randn(7))
 
 
 @pytest.mark.parametrize("confidence", [0, 10, 25])
 @pytest.mark.parametrize("dtype", DTYPES, ids=short)
-def test_error_against_torch(cpu_isa, dtype, confidence):
+def test_error_against_torch(backend, dtype, confidence):
     """Also where the target's probability is next to one, and its gradient a difference of nearly equal numbers."""
     logits, targets = make_case(300, 3000, dtype)
     logits[torch.arange(300), targets.clamp_min(0)] += confidence
@@ -69,14 +69,14 @@ def test_rows(threads, m):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=short)
-def test_large_logits(cpu_isa, dtype):
+def test_large_logits(backend, dtype):
     check(*make_case(30, 300, dtype, scale=1e4))
     ascending = torch.arange(5000).expand(2, -1).to(dtype)  # the largest so far is always the last
     check(ascending, torch.tensor([4990, 4999]))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=short)
-def test_infinite_logits(cpu_isa, dtype):
+def test_infinite_logits(backend, dtype):
     logits, targets = make_case(9, 5000, dtype)
     logits[:, :4000:2] = -torch.inf
     logits[:, 1:3000] = -torch.inf  # whole blocks, and the first of them
@@ -93,7 +93,7 @@ def test_infinite_logits(cpu_isa, dtype):
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 @pytest.mark.parametrize("dtype", DTYPES, ids=short)
-def test_what_has_no_loss_is_nan_as_torchs(cpu_isa, dtype, value):
+def test_what_has_no_loss_is_nan_as_torchs(backend, dtype, value):
     logits, targets = make_case(8, 40, dtype)
     logits[0, 11] = logits[1, 37] = logits[7, 20] = value
     logits[4] = -torch.inf
@@ -103,7 +103,7 @@ def test_what_has_no_loss_is_nan_as_torchs(cpu_isa, dtype, value):
         assert torch.equal(got.isnan(), wanted.isnan()) and got[bad].isnan().all()
 
 
-def test_ignored_rows_are_not_read(cpu_isa):
+def test_ignored_rows_are_not_read(backend):
     logits, targets = make_case(30, 70)
     logits[2::3] = torch.nan
     losses, grad = run(cross_entropy, logits, targets)
@@ -113,7 +113,7 @@ def test_ignored_rows_are_not_read(cpu_isa):
     assert not losses.any() and not grad.any()
 
 
-def test_other_ignore_index():
+def test_other_ignore_index(platform):
     logits, targets = make_case(30, 7)
     targets.clamp_min_(0)
     for ours, theirs in zip(
@@ -124,7 +124,7 @@ def test_other_ignore_index():
         assert_close(ours, theirs, FP32_SUM)
 
 
-def test_strides_and_leading_dimensions(cpu_isa):
+def test_strides_and_leading_dimensions(backend):
     logits, targets = make_case(12, 50, torch.bfloat16)
     wanted = run(cross_entropy, logits, targets)
     apart = F.pad(logits, (3, 6))[:, 3:53]
@@ -172,6 +172,16 @@ def test_compile():
     compiled = torch.compile(cross_entropy, backend="aot_eager", fullgraph=True)
     for got, wanted in zip(run(compiled, *case), run(cross_entropy, *case), strict=True):
         assert torch.equal(got, wanted)
+
+
+@pytest.mark.parametrize("platform", ["cuda", "emulated"], indirect=True)
+def test_target_out_of_range_on_a_gpu(platform):
+    """An error would have to wait for the device: the row's numbers are NaN, and no others."""
+    logits, targets = make_case(4, 70)
+    targets[:] = torch.tensor([3, -1, 70, 69])
+    losses, grad = run(cross_entropy, logits, targets)
+    bad = torch.tensor([False, True, True, False])
+    assert torch.equal(losses.isnan(), bad) and torch.equal(grad.isnan(), bad[:, None].expand_as(grad))
 
 
 @pytest.mark.parametrize("target", [-1, 5, -101])

@@ -68,14 +68,14 @@ SHAPES = {
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=short)
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
-def test_shapes(cpu_isa, shape, dtype):
+def test_shapes(backend, shape, dtype):
     check(*make_case(*shape, dtype=dtype))
     check(*make_case(*shape, dtype=dtype, per_row=False))
 
 
 @pytest.mark.parametrize("angle_dtype", DTYPES, ids=short)
 @pytest.mark.parametrize("dtype", DTYPES, ids=short)
-def test_dtypes(cpu_isa, dtype, angle_dtype):
+def test_dtypes(backend, dtype, angle_dtype):
     case = make_case(2, 3, 1, 6, 48, dtype=dtype, angle_dtype=angle_dtype)
     check(*case)
     results, theirs = run(rotary, *case), run(stock, *case)
@@ -83,14 +83,14 @@ def test_dtypes(cpu_isa, dtype, angle_dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=short)
-def test_error_against_torch(cpu_isa, dtype):
+def test_error_against_torch(backend, dtype):
     case = make_case(2, 9, 3, 100, 64, dtype=dtype)
     for got, theirs, wanted in zip(run(rotary, *case), run(stock, *case), expected(*case), strict=True):
         assert error(got, wanted) <= VERSUS_STOCK * error(theirs, wanted)
 
 
 @pytest.mark.parametrize("layout", ["heads-apart", "part-of-qkv", "strided-channels", "expanded"])
-def test_layouts(cpu_isa, layout):
+def test_layouts(backend, layout):
     q, k, cos, sin = case = make_case(2, 4, 2, 7, 36, dtype=torch.bfloat16, per_row=False)
     wanted = run(rotary, *case)
     if layout == "heads-apart":

@@ -18,7 +18,7 @@ struct RowStatistics {
 struct CrossEntropyParams {
     int64_t m, classes;
     ConstMatrix logits;      // [m, classes]
-    const int64_t* targets;  // [m]: ignore_index, or in [0, classes)
+    const int64_t* targets;  // [m]: ignore_index, or in [0, classes); on the CPU the binding checks it
     int64_t ignore_index;    // rows with it are not read; their losses and gradients are zero
 };
 
@@ -35,5 +35,14 @@ struct CrossEntropyBackwardParams : CrossEntropyParams {
 
 PEFT_KERNELS_CPU_KERNEL(cross_entropy_forward, CrossEntropyForwardParams)
 PEFT_KERNELS_CPU_KERNEL(cross_entropy_backward, CrossEntropyBackwardParams)
+
+namespace cuda {
+
+// Enqueue the kernel on `stream` (a cudaStream_t) of the current device. A row whose target is no class has losses and
+// gradients that are NaN: an error would have to wait for the device. m may not be 0. Return a cudaError_t.
+int cross_entropy_forward(const CrossEntropyForwardParams& params, void* stream);
+int cross_entropy_backward(const CrossEntropyBackwardParams& params, void* stream);
+
+}  // namespace cuda
 
 }  // namespace peft_kernels

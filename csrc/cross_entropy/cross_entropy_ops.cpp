@@ -9,6 +9,10 @@
 #include "common/registration.h"
 #include "cross_entropy/cross_entropy.h"
 
+#if defined(PEFT_KERNELS_CUDA)
+#include "common/cuda_check.h"
+#endif
+
 namespace peft_kernels {
 namespace {
 
@@ -31,6 +35,9 @@ void check_common(CrossEntropyParams& params, const Tensor& logits, const Tensor
     check_array(targets, "targets", ScalarType::Long, params.m, logits);
     params.targets = static_cast<const int64_t*>(targets.const_data_ptr());
     params.ignore_index = ignore_index;
+#if defined(PEFT_KERNELS_CUDA)
+    if (runs_on_cuda(logits)) return;
+#endif
     check_targets(params);
 }
 
@@ -43,6 +50,13 @@ std::tuple<Tensor, Tensor> forward(Tensor logits, Tensor targets, int64_t ignore
     if (params.m == 0) return {losses, statistics};
     params.losses = static_cast<float*>(losses.mutable_data_ptr());
     params.statistics = static_cast<RowStatistics*>(statistics.mutable_data_ptr());
+#if defined(PEFT_KERNELS_CUDA)
+    if (runs_on_cuda(logits)) {
+        const CudaScope scope(logits.get_device_index());
+        check_cuda(cuda::cross_entropy_forward(params, scope.stream()), "cross_entropy_forward");
+        return {losses, statistics};
+    }
+#endif
     dispatch::cross_entropy_forward(params);
     return {losses, statistics};
 }
@@ -58,6 +72,13 @@ Tensor backward(Tensor grad_losses, Tensor logits, Tensor targets, Tensor statis
     params.grad_losses = static_cast<const float*>(grad_losses.const_data_ptr());
     params.statistics = static_cast<const RowStatistics*>(statistics.const_data_ptr());
     params.grad = {grad.mutable_data_ptr(), params.logits.dtype, params.classes};
+#if defined(PEFT_KERNELS_CUDA)
+    if (runs_on_cuda(logits)) {
+        const CudaScope scope(logits.get_device_index());
+        check_cuda(cuda::cross_entropy_backward(params, scope.stream()), "cross_entropy_backward");
+        return grad;
+    }
+#endif
     dispatch::cross_entropy_backward(params);
     return grad;
 }
@@ -73,7 +94,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(PEFT_KERNELS_NAMESPACE, m) {
         "int ignore_index) -> Tensor");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(PEFT_KERNELS_NAMESPACE, CPU, m) {
+PEFT_KERNELS_IMPLEMENT(m) {
     m.impl("cross_entropy_forward", TORCH_BOX(&peft_kernels::forward));
     m.impl("cross_entropy_backward", TORCH_BOX(&peft_kernels::backward));
 }

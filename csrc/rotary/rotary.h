@@ -33,4 +33,12 @@ struct RotaryParams {
 
 PEFT_KERNELS_CPU_KERNEL(rotary, RotaryParams)
 
+namespace cuda {
+
+// Enqueues the kernel on `stream` (a cudaStream_t) of the current device. No size may be 0, but those of the heads and
+// of the channels. Returns a cudaError_t.
+int rotary(const RotaryParams& params, void* stream);
+
+}  // namespace cuda
+
 }  // namespace peft_kernels

@@ -8,6 +8,10 @@
 #include "common/registration.h"
 #include "rotary/rotary.h"
 
+#if defined(PEFT_KERNELS_CUDA)
+#include "common/cuda_check.h"
+#endif
+
 namespace peft_kernels {
 namespace {
 
@@ -57,7 +61,15 @@ std::tuple<Tensor, Tensor> rotary(Tensor q, Tensor k, Tensor cos, Tensor sin, Sc
         outs[i] = empty_heads(x, out_dtype);
         part.out = {outs[i].mutable_data_ptr(), dtype, outs[i].stride(0), outs[i].stride(1), outs[i].stride(2)};
     }
-    if (q.numel() + k.numel() > 0) run_cpu(&dispatch::rotary, params, q);
+    if (q.numel() + k.numel() == 0) return {outs[0], outs[1]};
+#if defined(PEFT_KERNELS_CUDA)
+    if (runs_on_cuda(q)) {
+        const CudaScope scope(q.get_device_index());
+        check_cuda(cuda::rotary(params, scope.stream()), "rotary");
+        return {outs[0], outs[1]};
+    }
+#endif
+    run_cpu(&dispatch::rotary, params, q);
     return {outs[0], outs[1]};
 }
 
@@ -70,4 +82,4 @@ STABLE_TORCH_LIBRARY_FRAGMENT(PEFT_KERNELS_NAMESPACE, m) {
         "(Tensor q_out, Tensor k_out)");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(PEFT_KERNELS_NAMESPACE, CPU, m) { m.impl("rotary", TORCH_BOX(&peft_kernels::rotary)); }
+PEFT_KERNELS_IMPLEMENT(m) { m.impl("rotary", TORCH_BOX(&peft_kernels::rotary)); }

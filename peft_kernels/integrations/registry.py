@@ -210,8 +210,8 @@ def accelerate(model: nn.Module) -> Report:
     Liang 2021, arXiv:2101.00190), the attention of transformers' Llama, Mistral, Qwen, GPT-2, OPT and BERT, the rotary
     embedding of the first three, the loss of its causal language models, and bitsandbytes' `Linear4bit`. Parameters,
     their names, state_dict, saving, merging and switching adapters go on as before, and results have the dtype that
-    the stock layers return. Whatever can't be fused keeps its stock forward, and the report says why; what only an input
-    can tell (its device or dtype, `adapter_names`) is decided at each forward, and logged once.
+    the stock layers return. Whatever can't be fused keeps its stock forward, and the report says why; what only an
+    input can tell (its device or dtype, `adapter_names`) is decided at each forward, and logged once.
 
     Differences that are meant: dropout draws other masks; LoRA branches are computed in fp32; a 4-bit weight is never
     repacked for bitsandbytes' own CPU kernels (one that already was is converted back, once); a 4-bit unmerge puts

@@ -307,7 +307,7 @@ def test_prefix_of_no_rows():
 # ---- against torch -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=short)
+@pytest.mark.parametrize("dtype", DTYPES, ids=short)
 @pytest.mark.parametrize("prefix", [0, 32])
 @pytest.mark.parametrize("scales", [(), ("l_q", "l_k", "l_v")], ids=["plain", "scaled"])
 def test_no_worse_than_stock(cpu_isa, scales, prefix, dtype):

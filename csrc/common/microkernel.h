@@ -115,16 +115,23 @@ inline void multiply_group(const Rows& rows, int64_t num_rows, const uint32_t* s
     });
 }
 
-// tile[row][output] (+)= sum over steps of rows[row][step] * strips[output][step], outputs in whole strips.
+// tile[row][output] (+)= sum over steps of rows[row][step] * strips[output][step], outputs in whole strips. Of the strips'
+// steps, only `part_steps` from `first_step` on, which are all that the rows have.
 template <class Multiply>
 inline void multiply(const Rows& rows, int64_t num_rows, const uint32_t* strips, int64_t num_strips, int64_t steps,
-                     float* tile, int64_t tile_stride, bool accumulate) {
+                     float* tile, int64_t tile_stride, bool accumulate, int64_t first_step, int64_t part_steps) {
     const SumsTile sink{tile, tile_stride, accumulate};
     for (int64_t strip = 0; strip < num_strips; strip += kTileStrips)
         dispatch_range<1, kTileStrips>(min_of<int64_t>(num_strips - strip, kTileStrips), [&](auto count) {
-            multiply_group<Multiply, decltype(count)::kValue, 1>(rows, num_rows, strips + strip * steps * kLanes, steps,
-                                                                 strip, sink);
+            const uint32_t* group = strips + (strip * steps + first_step * count.kValue) * kLanes;
+            multiply_group<Multiply, decltype(count)::kValue, 1>(rows, num_rows, group, part_steps, strip, sink);
         });
+}
+
+template <class Multiply>
+inline void multiply(const Rows& rows, int64_t num_rows, const uint32_t* strips, int64_t num_strips, int64_t steps,
+                     float* tile, int64_t tile_stride, bool accumulate) {
+    multiply<Multiply>(rows, num_rows, strips, num_strips, steps, tile, tile_stride, accumulate, 0, steps);
 }
 
 // ---- Making operands ----------------------------------------------------------------------------------------------

@@ -30,9 +30,17 @@ struct F32Products {
     static F32 round(F32 value) { return value; }
     static F32 exp2(F32 x) { return PEFT_KERNELS_ISA::exp2<6>(x); }
 
+    // A sum of fewer products errs less: in one piece, results err up to 1.26 times as much as torch's, by 32 at most 0.94
+    // times. For 8 to 20 % of the time of a forward; by 64 it costs half of that, and gains half.
+    static constexpr int64_t kPartSteps = 32;
+
     static void multiply(const Rows& rows, int64_t num_rows, const uint32_t* strips, int64_t num_strips, int64_t steps,
                          float* tile, int64_t stride, bool accumulate) {
-        PEFT_KERNELS_ISA::multiply<MultiplyF32>(rows, num_rows, strips, num_strips, steps, tile, stride, accumulate);
+        for (int64_t step = 0; step < max_of<int64_t>(steps, 1); step += kPartSteps) {
+            const Rows part{rows.row(0) + step * rows.step_stride, rows.row_stride, rows.step_stride};
+            PEFT_KERNELS_ISA::multiply<MultiplyF32>(part, num_rows, strips, num_strips, steps, tile, stride,
+                                                    accumulate || step > 0, step, min_of(steps - step, kPartSteps));
+        }
     }
 };
 

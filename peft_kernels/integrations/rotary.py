@@ -75,5 +75,7 @@ def _is_usual(q: Any, k: Any, cos: Any, sin: Any) -> bool:
         and cos.dim() == 3
         and cos.shape[0] in (1, q.shape[0])
         and cos.shape[1:] == q.shape[2:]
+        and sin.shape == cos.shape
+        and sin.dtype is cos.dtype
         and not (cos.requires_grad or sin.requires_grad)
     )

@@ -16,6 +16,8 @@ BENCHMARKS = {
     "ia3_linear": "(IA)3 on a linear layer, 4-bit or dense: forward, backward and memory",
     "ia3_attention": "(IA)3 in attention: forward, backward and memory",
     "prefix": "attention to a trainable prefix: forward, backward and memory",
+    "rms_norm": "RMSNorm: forward, backward and memory",
+    "glu": "gated linear units: forward, backward and memory",
     "cross_entropy": "the loss of language models: forward, backward and memory",
     "rotary": "the rotary embedding of queries and keys: forward, backward and memory",
     "nf4": "quantise and dequantise",

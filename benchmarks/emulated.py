@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 
 from benchmarks.options import expression, names
-from peft_kernels.ops import adapter, cross_entropy, ia3_linear, lora_linear, quantize_4bit, rotary
+from peft_kernels.ops import adapter, cross_entropy, glu, ia3_linear, lora_linear, quantize_4bit, rms_norm, rotary
 
 ROOT = Path(__file__).parent.parent
 sys.path.append(str(ROOT / "tests"))
@@ -163,6 +163,26 @@ def rotate(length: int, heads: tuple[int, int], dim: int) -> Case:
     return Case("rotary", f"S={length} heads={heads[0]}/{heads[1]} D={dim}", prepare)
 
 
+def normalised(m: int, d: int, training: bool = False) -> Case:
+    """RMSNorm in bf16: its forward, or forward and backward with the weight's gradient."""
+
+    def prepare() -> Callable[[], object]:
+        x, weight = (torch.randn(shape).bfloat16().requires_grad_(training) for shape in ((m, d), (d,)))
+        return (lambda: rms_norm(x, weight).sum().backward()) if training else lambda: rms_norm(x, weight)
+
+    return Case("rms_norm", f"m={m} d={d}" + " backward" * training, prepare)
+
+
+def gated(m: int, n: int) -> Case:
+    """A SwiGLU in bf16, forward and backward."""
+
+    def prepare() -> Callable[[], object]:
+        gate, up = (torch.randn(m, n).bfloat16().requires_grad_() for _ in range(2))
+        return lambda: glu(gate, up).sum().backward()
+
+    return Case("glu", f"m={m} n={n} backward", prepare)
+
+
 CASES = (
     quantize((576, 576), "bfloat16", 64),
     quantize((576, 576), "float32", 4096),
@@ -188,6 +208,9 @@ CASES = (
     loss(8, 50257),
     rotate(128, (9, 3), 64),
     rotate(128, (32, 8), 128),
+    normalised(64, 576),
+    normalised(64, 4096, training=True),
+    gated(64, 1536),
 )
 
 

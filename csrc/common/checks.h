@@ -9,7 +9,9 @@
 #include <initializer_list>
 #include <stdexcept>
 #include <string>
+#include <utility>
 
+#include "common/activation.h"
 #include "common/dtype.h"
 
 namespace peft_kernels {
@@ -114,6 +116,19 @@ inline ConstMatrix check_matrix(const Tensor& tensor, const char* name, int64_t 
     if (columns > 1 && tensor.stride(1) != 1)
         bad_argument(name, "strides " + describe_shape(tensor.strides()), "dense rows: an inner stride of 1");
     return {tensor.const_data_ptr(), check_float_dtype(tensor, name), tensor.stride(0)};
+}
+
+inline Activation check_activation(const std::string& name) {
+    constexpr std::pair<const char*, Activation> kKnown[] = {
+        {"none", Activation::kNone},           {"relu", Activation::kRelu}, {"gelu", Activation::kGelu},
+        {"gelu_tanh", Activation::kGeluTanh},  {"silu", Activation::kSilu}, {"tanh", Activation::kTanh},
+        {"leaky_relu", Activation::kLeakyRelu}};
+    std::string known;
+    for (const auto& [text, activation] : kKnown) {
+        if (name == text) return activation;
+        known += (known.empty() ? "" : ", ") + std::string(text);
+    }
+    bad_argument("activation", "'" + name + "'", "one of " + known);
 }
 
 // [batch, heads, rows, head_dim] of a floating-point type, with a dense last dimension, on the device of `reference`.

@@ -8,7 +8,7 @@
 // one instance for 27 combinations.
 #pragma once
 
-#include "lora_linear/lora_linear_gemm_operands.cuh"
+#include "common/fours.cuh"
 #include "rotary/rotary.h"
 #include "rotary/rotary_plan.h"
 

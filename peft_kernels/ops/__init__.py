@@ -3,10 +3,12 @@
 from .adapter import ACTIVATIONS, AdapterWeights, adapter, adapter_grouped, bottleneck
 from .cross_entropy import cross_entropy
 from .fusion import fusion, fusion_of_bottlenecks
+from .glu import glu
 from .ia3_attention import ia3_attention
 from .ia3_linear import ia3_linear
 from .lora_linear import lora_linear
 from .nf4 import NF4Weight, dequantize_4bit, dequantize_4bit_rows, quantize_4bit
+from .rms_norm import rms_norm
 from .rotary import rotary
 
 __all__ = [
@@ -21,9 +23,11 @@ __all__ = [
     "dequantize_4bit_rows",
     "fusion",
     "fusion_of_bottlenecks",
+    "glu",
     "ia3_attention",
     "ia3_linear",
     "lora_linear",
     "quantize_4bit",
+    "rms_norm",
     "rotary",
 ]

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 
 from benchmarks.options import expression, names
-from peft_kernels.ops import adapter, glu, ia3_linear, lora_linear, quantize_4bit, rms_norm
+from peft_kernels.ops import adapter, cross_entropy, glu, ia3_linear, lora_linear, quantize_4bit, rms_norm, rotary
 
 ROOT = Path(__file__).parent.parent
 sys.path.append(str(ROOT / "tests"))
@@ -142,6 +142,27 @@ def attend(queries: int, heads: tuple[int, int], dim: int, prefix: int = 0, trai
     return Case("ia3_attention", name + " backward" * training, prepare)
 
 
+def loss(m: int, classes: int) -> Case:
+    """The cross-entropy of bf16 logits: its forward and backward."""
+
+    def prepare() -> Callable[[], object]:
+        logits, targets = torch.randn(m, classes).bfloat16().requires_grad_(), torch.randint(classes, (m,))
+        return lambda: cross_entropy(logits, targets).sum().backward()
+
+    return Case("cross_entropy", f"m={m} classes={classes} backward", prepare)
+
+
+def rotate(length: int, heads: tuple[int, int], dim: int) -> Case:
+    """The rotary embedding of bf16 heads and key heads."""
+
+    def prepare() -> Callable[[], object]:
+        q, k = (torch.randn(1, length, count, dim).bfloat16().transpose(1, 2) for count in heads)
+        angles = torch.randn(1, length, dim).bfloat16()
+        return lambda: rotary(q, k, angles.cos(), angles.sin())
+
+    return Case("rotary", f"S={length} heads={heads[0]}/{heads[1]} D={dim}", prepare)
+
+
 def normalised(m: int, d: int, training: bool = False) -> Case:
     """RMSNorm in bf16: its forward, or forward and backward with the weight's gradient."""
 
@@ -183,6 +204,10 @@ CASES = (
     bottleneck(512, 768, 64, "float32", training=True),
     attend(512, (2, 2), 64, training=True),
     attend(512, (4, 1), 128, prefix=32, training=True),
+    loss(16, 49152),
+    loss(8, 50257),
+    rotate(128, (9, 3), 64),
+    rotate(128, (32, 8), 128),
     normalised(64, 576),
     normalised(64, 4096, training=True),
     gated(64, 1536),

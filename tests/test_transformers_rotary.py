@@ -133,10 +133,21 @@ def test_what_replaces_the_stock_function_later_is_called(calls, logits_of, monk
         lambda q, k, cos, sin: ((q.double(), k.double(), cos, sin), {}),
         lambda q, k, cos, sin: ((q, k.bfloat16(), cos, sin), {}),
         lambda q, k, cos, sin: ((q, k, cos.double(), sin.double()), {}),
+        lambda q, k, cos, sin: ((q, k, cos, sin[:1]), {}),
+        lambda q, k, cos, sin: ((q, k, cos, sin.bfloat16()), {}),
         lambda q, k, cos, sin: ((q, k, cos, sin, 1), {}),
         lambda q, k, cos, sin: ((q.transpose(1, 2), k.transpose(1, 2), cos, sin), {"unsqueeze_dim": 2}),
     ],
-    ids=["angles-with-gradients", "fp64", "mixed", "fp64-angles", "further-argument", "unsqueeze-dim"],
+    ids=[
+        "angles-with-gradients",
+        "fp64",
+        "mixed",
+        "fp64-angles",
+        "one-sin",
+        "mixed-angles",
+        "further-argument",
+        "unsqueeze-dim",
+    ],
 )
 def test_unusual_calls_take_the_stock_function(change, calls):
     tensors = torch.randn(2, 4, 3, 8), torch.randn(2, 2, 3, 8), torch.randn(2, 3, 8), torch.randn(2, 3, 8)

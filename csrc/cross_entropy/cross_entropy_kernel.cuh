@@ -10,9 +10,9 @@
 
 #include <cfloat>
 
+#include "common/fours.cuh"
 #include "cross_entropy/cross_entropy.h"
 #include "cross_entropy/cross_entropy_plan.h"
-#include "lora_linear/lora_linear_gemm_operands.cuh"
 
 namespace peft_kernels::cuda {
 

@@ -2,13 +2,13 @@
 //
 //             i          R/2 + i     R
 //   a row   | 0 | 1 | …  | 0 | 1 | … | 8 | 9 | …    a thread has four channels and those half a row on, or four of what is
-//                                                   copied; then those of another head
+//                                                   copied, in every blockDim.y-th head; its angles stay in registers
 //
-// The limit is the traffic, every matrix once; the angles of a position are in the L1 cache for all heads but the first.
-// Dtypes are told apart at run time, by branches that a warp takes together: one instance for 27 combinations.
+// The limit is the traffic, every matrix once. Dtypes are told apart at run time, by branches that a warp takes together:
+// one instance for 27 combinations.
 #pragma once
 
-#include "lora_linear/lora_linear_gemm_operands.cuh"
+#include "common/fours.cuh"
 #include "rotary/rotary.h"
 #include "rotary/rotary_plan.h"
 
@@ -39,37 +39,52 @@ __device__ inline float4 turned(float4 x, float4 cos, float4 y, float4 sin) {
 
 __device__ inline float4 negative(float4 x) { return make_float4(-x.x, -x.y, -x.z, -x.w); }
 
+// Of a row's four channels from i on, and of those half a row on.
+struct TurnedFours {
+    float4 cos_i, cos_j, to_i, to_j;  // to_i: what x[j] is multiplied with for out[i]
+
+    __device__ TurnedFours(const RotaryParams& p, int64_t cos_row, int64_t sin_row, int i, int j, int count) {
+        cos_i = load_channels(p.cos, cos_row, i, count), cos_j = load_channels(p.cos, cos_row, j, count);
+        const float4 sin_i = load_channels(p.sin, sin_row, i, count), sin_j = load_channels(p.sin, sin_row, j, count);
+        to_i = p.backwards ? sin_j : negative(sin_i), to_j = p.backwards ? negative(sin_i) : sin_j;
+    }
+};
+
 static __global__ void __launch_bounds__(RotaryPlan::kThreads)
     rotary_kernel(const __grid_constant__ RotaryKernelParams params) {
     const RotaryParams& p = params.problem;
     const RotaryPlan& plan = params.plan;
-    const int64_t index = int64_t{blockIdx.x} * blockDim.y + threadIdx.y;
+    const int64_t index = int64_t{blockIdx.x} * blockDim.z + threadIdx.z;
     if (index >= p.batch * p.length) return;
     const int64_t batch = index / p.length, position = index % p.length;
-    const auto row_of = [&](const auto& heads, int head) {
+    const auto row_of = [&](const auto& heads, int64_t head) {
         return batch * heads.batch_stride + head * heads.head_stride + position * heads.row_stride;
     };
-    const int64_t cos_row = row_of(p.cos, 0), sin_row = row_of(p.sin, 0);
-    const int half = static_cast<int>(p.channels) / 2, q_heads = static_cast<int>(p.parts[0].heads);
-    const int items = (q_heads + static_cast<int>(p.parts[1].heads)) * plan.fours;
-    for (int item = threadIdx.x; item < items; item += blockDim.x) {
-        const int any_head = item / plan.fours, four = item % plan.fours;
-        // No index that is known only now: the parameters would be copied to local memory.
-        const RotatedHeads part = any_head < q_heads ? p.parts[0] : p.parts[1];
-        const int head = any_head < q_heads ? any_head : any_head - q_heads;
-        const int64_t in = row_of(part.in, head), out = row_of(part.out, head);
+    // Calls body(part, row of in, row of out) for every head of this thread.
+    const auto for_each_head = [&](const auto& body) {
+        for (int64_t head = threadIdx.y; head < p.parts[0].heads; head += blockDim.y)
+            body(p.parts[0], row_of(p.parts[0].in, head), row_of(p.parts[0].out, head));
+        // Where the heads of q end, those of k go on with the next thread.
+        const int64_t first = (threadIdx.y + blockDim.y - p.parts[0].heads % blockDim.y) % blockDim.y;
+        for (int64_t head = first; head < p.parts[1].heads; head += blockDim.y)
+            body(p.parts[1], row_of(p.parts[1].in, head), row_of(p.parts[1].out, head));
+    };
+    const int half = static_cast<int>(p.channels) / 2;
+    for (int four = threadIdx.x; four < plan.fours; four += blockDim.x) {
         if (four >= plan.turned) {
-            const int channel = 2 * half + 4 * (four - plan.turned);
-            const int count = count_four(channel, p.head_dim);
-            store_channels(part.out, out, channel, count, load_channels(part.in, in, channel, count));
+            const int channel = 2 * half + 4 * (four - plan.turned), count = count_four(channel, p.head_dim);
+            for_each_head([&](const RotatedHeads& part, int64_t in, int64_t out) {
+                store_channels(part.out, out, channel, count, load_channels(part.in, in, channel, count));
+            });
             continue;
         }
         const int i = 4 * four, j = half + i, count = count_four(i, half);
-        const float4 a = load_channels(part.in, in, i, count), b = load_channels(part.in, in, j, count);
-        const float4 sin_i = load_channels(p.sin, sin_row, i, count), sin_j = load_channels(p.sin, sin_row, j, count);
-        const float4 to_a = p.backwards ? sin_j : negative(sin_i), to_b = p.backwards ? negative(sin_i) : sin_j;
-        store_channels(part.out, out, i, count, turned(a, load_channels(p.cos, cos_row, i, count), b, to_a));
-        store_channels(part.out, out, j, count, turned(b, load_channels(p.cos, cos_row, j, count), a, to_b));
+        const TurnedFours by(p, row_of(p.cos, 0), row_of(p.sin, 0), i, j, count);
+        for_each_head([&](const RotatedHeads& part, int64_t in, int64_t out) {
+            const float4 a = load_channels(part.in, in, i, count), b = load_channels(part.in, in, j, count);
+            store_channels(part.out, out, i, count, turned(a, by.cos_i, b, by.to_i));
+            store_channels(part.out, out, j, count, turned(b, by.cos_j, a, by.to_j));
+        });
     }
 }
 

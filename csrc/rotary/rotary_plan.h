@@ -8,22 +8,22 @@
 namespace peft_kernels {
 
 struct RotaryPlan {
-    static constexpr int kThreads = 256;  // of a CTA at most
+    static constexpr int kThreads = 256;   // of a CTA at most
+    static constexpr int kPositions = 64;  // the same: the limit of a block's third dimension
 
-    int turned, fours;  // of a row: fours of channels that are rotated with those half a row on; these and the others
-    int threads;        // of a position
-    int positions;      // of a CTA
+    int turned, fours;  // of a row: fours of channels that are rotated with those half a row on; and all
+    int fours_together, heads, positions;  // of a CTA's threads; each goes through further fours and heads
     int64_t grid;
 };
 
 constexpr RotaryPlan plan_rotary(const RotaryParams& p) {
+    const auto least = [](int64_t a, int64_t b) { return static_cast<int>(a < b ? a : b); };
     RotaryPlan plan{};
     plan.turned = static_cast<int>((p.channels / 2 + 3) / 4);
     plan.fours = plan.turned + static_cast<int>((p.head_dim - p.channels + 3) / 4);
-    const int64_t items = (p.parts[0].heads + p.parts[1].heads) * plan.fours;
-    plan.threads = 32;
-    while (plan.threads < RotaryPlan::kThreads && plan.threads < items) plan.threads += 32;
-    plan.positions = RotaryPlan::kThreads / plan.threads;
+    plan.fours_together = least(plan.fours, RotaryPlan::kThreads);
+    plan.heads = least(p.parts[0].heads + p.parts[1].heads, RotaryPlan::kThreads / plan.fours_together);
+    plan.positions = least(RotaryPlan::kPositions, RotaryPlan::kThreads / (plan.fours_together * plan.heads));
     plan.grid = (p.batch * p.length + plan.positions - 1) / plan.positions;
     return plan;
 }
@@ -40,9 +40,10 @@ constexpr RotaryPlan plan(int64_t positions, int64_t heads, int64_t kv_heads, in
     return plan_rotary(p);
 }
 
-// SmolLM2-135M: 96 threads turn eight channels each, of two positions. Llama 3 8B: 640 pairs of fours, in three rounds.
-static_assert(plan(1024, 9, 3, 64).threads == 96 && plan(1024, 9, 3, 64).grid == 512);
-static_assert(plan(1024, 32, 8, 128).threads == 256 && plan(1024, 32, 8, 128).grid == 1024);
+// SmolLM2-135M: all 12 heads of two positions. Llama 3 8B: 16 of 40 heads at a time.
+static_assert(plan(1024, 9, 3, 64).heads == 12 && plan(1024, 9, 3, 64).grid == 512);
+static_assert(plan(1024, 32, 8, 128).heads == 16 && plan(1024, 32, 8, 128).grid == 1024);
+static_assert(plan(1024, 1, 1, 2).positions == 64);
 
 }  // namespace rotary_plan_examples
 }  // namespace peft_kernels

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 
+from ..cuda import why_not
 from ..ops.cross_entropy import cross_entropy
 from .registry import Setting, register_setting, why_not_input
 
@@ -30,13 +31,14 @@ def causal_lm_loss(
 
     Args:
         logits: fp32, bf16 or fp16. What this function is not made for takes the stock one.
-        labels: int64 [B, S]; not looked at where `shift_labels`, the same one position ahead, is given.
+        labels: int64 [B, S]. One that is no class is an IndexError on the CPU, and makes the loss NaN on a GPU. Not
+            looked at where `shift_labels`, the same one position ahead, is given.
         num_items_in_batch: divides the sum over the positions; by default their number without `ignore_index`.
 
     Returns:
         fp32 [].
     """
-    if not logits.is_cpu or why_not_input(logits):
+    if why_not_input(logits) or why_not(logits.device):
         return ForCausalLMLoss(logits, labels, vocab_size, num_items_in_batch, ignore_index, shift_labels, **kwargs)
     if shift_labels is None:
         shift_labels = F.pad(labels, (0, 1), value=ignore_index)[..., 1:]

@@ -204,15 +204,15 @@ class Report(PrintedReport):
 def accelerate(model: nn.Module) -> Report:
     """Gives every layer of a model that has a fused form its fused forward, in place. `restore` undoes it.
 
-    Fused are, on the CPU and, LoRA, on CUDA devices that the package was built for: PEFT's `lora.Linear` on an
-    `nn.Linear` and `lora.bnb.Linear4bit` (Hu et al. 2021, arXiv:2106.09685; Dettmers et al. 2023, arXiv:2305.14314),
-    `ia3.Linear` and `ia3.bnb.Linear4bit` (Liu et al. 2022, arXiv:2205.05638), PEFT's models with prefix tuning (Li and
-    Liang 2021, arXiv:2101.00190), the attention of transformers' Llama, Mistral, Qwen, GPT-2, OPT and BERT, the rotary
-    embedding of the first three, RMSNorm and the gated feed-forward blocks of transformers' models, the loss of its
-    causal language models, and bitsandbytes' `Linear4bit`. Parameters, their names, state_dict, saving, merging and
-    switching adapters go on as before, and results have the dtype that the stock layers return. Whatever can't be fused
-    keeps its stock forward, and the report says why; what only an input can tell (its device or dtype,
-    `adapter_names`) is decided at each forward, and logged once.
+    Fused are, on the CPU and, but for attention, on CUDA devices that the package was built for: PEFT's `lora.Linear`
+    on an `nn.Linear` and `lora.bnb.Linear4bit` (Hu et al. 2021, arXiv:2106.09685; Dettmers et al. 2023,
+    arXiv:2305.14314), `ia3.Linear` and `ia3.bnb.Linear4bit` (Liu et al. 2022, arXiv:2205.05638), PEFT's models with
+    prefix tuning (Li and Liang 2021, arXiv:2101.00190), the attention of transformers' Llama, Mistral, Qwen, GPT-2, OPT
+    and BERT, the rotary embedding of the first three, RMSNorm and the gated feed-forward blocks of transformers'
+    models, the loss of its causal language models, and bitsandbytes' `Linear4bit`. Parameters, their names, state_dict,
+    saving, merging and switching adapters go on as before, and results have the dtype that the stock layers return.
+    Whatever can't be fused keeps its stock forward, and the report says why; what only an input can tell (its device or
+    dtype, `adapter_names`) is decided at each forward, and logged once.
 
     Differences that are meant: dropout draws other masks; LoRA branches are computed in fp32; a 4-bit weight is never
     repacked for bitsandbytes' own CPU kernels (one that already was is converted back, once); a 4-bit unmerge puts

@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ..cuda import why_not
 from ..ops.rotary import rotary
 from .registry import FLOAT_DTYPES, why_not_input
 
@@ -67,12 +68,14 @@ def _fused(module: ModuleType) -> Callable:
 def _is_usual(q: Any, k: Any, cos: Any, sin: Any) -> bool:
     return (
         why_not_input(q) is None
-        and q.is_cpu
+        and why_not(q.device) is None
         and q.dim() == 4
         and k.dtype is q.dtype
         and cos.dtype in FLOAT_DTYPES
         and cos.dim() == 3
         and cos.shape[0] in (1, q.shape[0])
         and cos.shape[1:] == q.shape[2:]
+        and sin.shape == cos.shape
+        and sin.dtype is cos.dtype
         and not (cos.requires_grad or sin.requires_grad)
     )

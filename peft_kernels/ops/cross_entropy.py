@@ -23,7 +23,8 @@ def cross_entropy(logits: Tensor, targets: Tensor, ignore_index: int = -100) -> 
 
     Raises:
         ValueError: a shape, dtype or device that does not fit; it names the argument, what it got and what it wanted.
-        IndexError: a target that is no class, as torch's function raises.
+        IndexError: a target that is no class, as torch's function raises. On a GPU, where that would have to wait for
+            the device, the row's loss and gradient are NaN instead.
     """
     if not is_float(logits) or logits.dim() == 0:
         bad("logits", logits, "a float32, bfloat16 or float16 tensor [..., V]")

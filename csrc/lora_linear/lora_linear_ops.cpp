@@ -24,7 +24,7 @@ std::string counted(size_t count) { return std::to_string(count) + (count == 1 ?
 struct Adapters {
     std::vector<LoraAdapter> list;
     int64_t total_rank = 0;
-    Tensors copies;  // of matrices whose rows are not dense, such as PEFT's of combined adapters
+    Tensors matrices;  // the list's: copies where rows are not dense, as in PEFT's adapters that combine others
 };
 
 // A list with an item for each adapter.
@@ -64,9 +64,8 @@ Adapters check_adapters(const Tensors& lora_A, const Tensors& lora_B, const Numb
         adapter.rank = lora_A[i].size(0);
         const auto check = [&](const Tensor& matrix, const char* name, int64_t rows, int64_t columns) {
             check_shape(matrix, name, {rows, columns});
-            if (columns <= 1 || matrix.stride(1) == 1) return check_matrix(matrix, name, rows, columns, reference);
-            adapters.copies.push_back(torch::stable::contiguous(matrix));
-            return check_matrix(adapters.copies.back(), name, rows, columns, reference);
+            adapters.matrices.push_back(as_rows(matrix, name));
+            return check_matrix(adapters.matrices.back(), name, rows, columns, reference);
         };
         adapter.lora_A = check(lora_A[i], "lora_A", adapter.rank, k);
         adapter.lora_B = check(lora_B[i], "lora_B", n, adapter.rank);
@@ -81,15 +80,15 @@ Adapters check_adapters(const Tensors& lora_A, const Tensors& lora_B, const Numb
     return adapters;
 }
 
-// -> y [m, n], s [m, Σ rank]
-std::tuple<Tensor, Tensor> forward(const Tensor& x, const OptionalTensor& codes, const OptionalTensor& absmax,
+// x [..., k] -> y [..., n], s [m, Σ rank], where m is the number of rows of x.
+std::tuple<Tensor, Tensor> forward(const Tensor& given_x, const OptionalTensor& codes, const OptionalTensor& absmax,
                                    const Tensors& nested, int64_t nested_blocksize, int64_t out_features,
                                    int64_t blocksize, const std::string& quant_type, OptionalDtype weight_dtype,
                                    OptionalDtype compute_dtype, OptionalDtype out_dtype, const OptionalTensor& bias,
                                    const OptionalTensor& add, const Tensors& lora_A, const Tensors& lora_B,
                                    const Numbers& scaling, const std::optional<Numbers>& dropout,
                                    const OptionalTensor& seeds) {
-    if (x.dim() != 2) bad_argument("x", describe(x), "a matrix [M, K]");
+    const Tensor x = as_rows(given_x, "x");
     LoraLinearForwardParams params{};
     params.m = x.size(0);
     params.n = out_features;
@@ -103,16 +102,18 @@ std::tuple<Tensor, Tensor> forward(const Tensor& x, const OptionalTensor& codes,
                               weight_dtype, params.compute_dtype, x);
     params.weight = weight ? &*weight : nullptr;
     if (bias) params.bias = check_bias(*bias, params.n, x);
+    OptionalTensor add_rows;
     if (add) {
+        add_rows = as_rows(*add, "add");
         check_dtype(*add, "add", scalar_type(y_dtype));
-        params.add = check_matrix(*add, "add", params.m, params.n, x);
+        params.add = check_matrix(*add_rows, "add", params.m, params.n, x);
     }
     const Adapters adapters = check_adapters(lora_A, lora_B, scaling, dropout, seeds, params.n, params.k, x);
     params.adapters = adapters.list.data();
     params.num_adapters = static_cast<int32_t>(adapters.list.size());
     params.total_rank = adapters.total_rank;
 
-    Tensor y = empty(x, {params.m, params.n}, scalar_type(y_dtype));
+    Tensor y = empty(x, sizes_of_rows(given_x, params.n), scalar_type(y_dtype));
     Tensor s = empty(x, {params.m, params.total_rank}, ScalarType::Float);
     if (params.m == 0 || params.n == 0) return {y, s};
     if (!params.weight && params.num_adapters == 0) bad_argument("codes", "none", "a weight, or at least one adapter");
@@ -120,7 +121,8 @@ std::tuple<Tensor, Tensor> forward(const Tensor& x, const OptionalTensor& codes,
     params.s = static_cast<float*>(s.mutable_data_ptr());
 #if defined(PEFT_KERNELS_CUDA)
     if (runs_on_cuda(x)) {
-        LoraLinearOnCuda(params, x).forward(params, x, y, s);
+        Tensor y_rows = as_rows(y, "y");
+        LoraLinearOnCuda(params, x).forward(params, x, y_rows, s);
         return {y, s};
     }
 #endif
@@ -128,16 +130,16 @@ std::tuple<Tensor, Tensor> forward(const Tensor& x, const OptionalTensor& codes,
     return {y, s};
 }
 
-// -> grad_x [m, k], grad_A (flat, adapter after adapter, each [rank, k]), grad_B (flat, each [n, rank]);
+// grad_y [..., n], x [..., k] -> grad_x [..., k], grad_A (flat, adapter after adapter, each [rank, k]), grad_B (flat, each [n, rank]);
 // what is not wanted has no elements.
 std::tuple<Tensor, Tensor, Tensor> backward(
-    const Tensor& grad_y, const OptionalTensor& x, const OptionalTensor& s, const OptionalTensor& codes,
+    const Tensor& given_grad_y, const OptionalTensor& x, const OptionalTensor& s, const OptionalTensor& codes,
     const OptionalTensor& absmax, const Tensors& nested, int64_t nested_blocksize, int64_t in_features,
     int64_t blocksize, const std::string& quant_type, OptionalDtype weight_dtype, OptionalDtype compute_dtype,
     OptionalDtype x_dtype, const OptionalTensor& add, const Tensors& lora_A, const Tensors& lora_B,
     const Numbers& scaling, const std::optional<Numbers>& dropout, const OptionalTensor& seeds, bool wants_x,
     const std::vector<bool>& wants_A, const std::vector<bool>& wants_B) {
-    if (grad_y.dim() != 2) bad_argument("grad_y", describe(grad_y), "a matrix [M, N]");
+    const Tensor grad_y = as_rows(given_grad_y, "grad_y");
     LoraLinearBackwardParams params{};
     params.m = grad_y.size(0);
     params.n = grad_y.size(1);
@@ -150,9 +152,11 @@ std::tuple<Tensor, Tensor, Tensor> backward(
         check_optional_weight(codes, absmax, nested, nested_blocksize, params.n, params.k, blocksize, quant_type,
                               weight_dtype, params.compute_dtype, grad_y);
     params.weight = weight ? &*weight : nullptr;
+    OptionalTensor add_rows, x_rows;
     if (add) {
+        add_rows = as_rows(*add, "add");
         check_dtype(*add, "add", scalar_type(grad_dtype));
-        params.add = check_matrix(*add, "add", params.m, params.k, grad_y);
+        params.add = check_matrix(*add_rows, "add", params.m, params.k, grad_y);
     }
     Adapters adapters = check_adapters(lora_A, lora_B, scaling, dropout, seeds, params.n, params.k, grad_y);
     const size_t count = adapters.list.size();
@@ -165,7 +169,8 @@ std::tuple<Tensor, Tensor, Tensor> backward(
     }
     if (size_A > 0) {
         if (!x) bad_argument("x", "none", "the forward's x, since lora_A's gradient is wanted");
-        params.x = check_matrix(*x, "x", params.m, params.k, grad_y);
+        x_rows = as_rows(*x, "x");
+        params.x = check_matrix(*x_rows, "x", params.m, params.k, grad_y);
     }
     if (size_B > 0) {
         if (!s) bad_argument("s", "none", "the forward's s, since lora_B's gradient is wanted");
@@ -173,7 +178,9 @@ std::tuple<Tensor, Tensor, Tensor> backward(
         check_array(*s, "s", ScalarType::Float, params.m * adapters.total_rank, grad_y);
         params.s = static_cast<const float*>(s->const_data_ptr());
     }
-    Tensor grad_x = empty(grad_y, {wants_x ? params.m : 0, params.k}, scalar_type(grad_dtype));
+    std::vector<int64_t> sizes{0, params.k};
+    if (wants_x) sizes = sizes_of_rows(given_grad_y, params.k);
+    Tensor grad_x = empty(grad_y, sizes, scalar_type(grad_dtype));
     Tensor grad_A = empty(grad_y, {size_A}, ScalarType::Float);
     Tensor grad_B = empty(grad_y, {size_B}, ScalarType::Float);
     float* next_A = static_cast<float*>(grad_A.mutable_data_ptr());
@@ -200,7 +207,8 @@ std::tuple<Tensor, Tensor, Tensor> backward(
     if (wants_x) params.grad_x = {grad_x.mutable_data_ptr(), grad_dtype, params.k};
 #if defined(PEFT_KERNELS_CUDA)
     if (runs_on_cuda(grad_y)) {
-        LoraLinearOnCuda(params, grad_y).backward(params, grad_y, grad_x, grad_A, grad_B);
+        Tensor grad_x_rows = as_rows(grad_x, "grad_x");
+        LoraLinearOnCuda(params, grad_y).backward(params, grad_y, grad_x_rows, grad_A, grad_B);
         return {grad_x, grad_A, grad_B};
     }
 #endif

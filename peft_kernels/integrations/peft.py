@@ -12,7 +12,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from ..ops.lora_linear import lora_linear
-from .linear import BaseProduct, OnLinear, why_not_skip
+from .linear import BaseProduct, OnLinear, parameter, why_not_skip
 from .registry import FLOAT_DTYPES, FusedLayer, mention, register
 
 mention(BaseTunerLayer)
@@ -87,7 +87,7 @@ class FusedLoRA(FusedLayer):
         b, dropout = modules["lora_B"]._modules[name], modules["lora_dropout"]._modules[name]
         if not (type(a) is type(b) is nn.Linear):
             return f"adapter {name!r} is made of {type(a).__name__} and {type(b).__name__}, not of torch.nn.Linear"
-        if b.bias is not None:
+        if parameter(b, "bias") is not None:
             return f"adapter {name!r} has lora_bias"
         p = 0.0
         if type(dropout) is nn.Dropout and dropout.p < 1:
@@ -96,7 +96,7 @@ class FusedLoRA(FusedLayer):
             return f"adapter {name!r} has the dropout {dropout}"
         if reason := why_not_skip(a) or why_not_skip(b) or why_not_skip(dropout):
             return f"adapter {name!r} has {reason}"
-        weight_A, weight_B = a.weight, b.weight
+        weight_A, weight_B = parameter(a, "weight"), parameter(b, "weight")
         if weight_A.dtype not in FLOAT_DTYPES or weight_B.dtype not in FLOAT_DTYPES:
             return f"adapter {name!r} is {weight_A.dtype} and {weight_B.dtype}"
         return weight_A, weight_B, float(self.scaling[name]), p

@@ -130,7 +130,9 @@ public:
         // Tasks of about half a million products and lookups, some ten microseconds on one core: waking a thread for
         // less takes longer (576 x 576, M = 1: 18.5 us in one task, 20.5 in nine on two threads).
         const int64_t row_cost = max_of<int64_t>(1, p_.k * (kQuad + p_.m) / (kQuad + 1));
-        task_outputs_ = max_of<int64_t>(1, (int64_t{1} << 19) / row_cost / kLanes) * kLanes;
+        const int64_t most = max_of<int64_t>(1, (int64_t{1} << 19) / row_cost / kLanes) * kLanes;
+        const int64_t tasks = max_of<int64_t>(1, divide_up(p_.n, most));  // of the same size
+        task_outputs_ = divide_up(divide_up(p_.n, tasks), kLanes) * kLanes;
     }
 
     void run() {

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..cuda import why_not
 from ..ops._arguments import autocast_dtype
-from ..ops.lora_linear import lora_linear
+from ..ops.lora_linear import lora_linear_of_layer
 from ..ops.nf4 import NF4Weight
 from .linear import BaseProduct, parameter
 from .registry import FLOAT_DTYPES, FusedLayer, mention, register, why_not_input
@@ -54,8 +54,8 @@ class Fused4bit(FusedLayer):
         if isinstance(product, str):
             self.log_stock_path(product)
             return super().forward(x)
-        weight, bias, compute_dtype, out_dtype = product
-        return lora_linear(x, weight, bias, compute_dtype=compute_dtype, out_dtype=out_dtype)
+        weight, bias, *dtypes = product
+        return lora_linear_of_layer(x, weight, bias, (), (), (), (), *dtypes)
 
     def base_product(self, x: Tensor) -> BaseProduct | str:
         """What `lora_linear` is to be called with; or why this input has to take the stock path."""

@@ -11,7 +11,7 @@ from ..ops.nf4 import NF4Weight
 from .registry import FLOAT_DTYPES, FusedLayer, why_not_input
 
 # The arguments of `lora_linear` and `ia3_linear` for the frozen layer: weight, bias, compute_dtype and out_dtype.
-BaseProduct = tuple[Tensor | NF4Weight, Tensor | None, torch.dtype | None, torch.dtype | None]
+BaseProduct = tuple[Tensor | NF4Weight, Tensor | None, torch.dtype, torch.dtype]
 
 
 class OnLinear(FusedLayer):

@@ -11,7 +11,7 @@ from peft.tuners import lora
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from ..ops.lora_linear import lora_linear
+from ..ops.lora_linear import lora_linear_of_layer
 from .linear import BaseProduct, OnLinear, parameter, why_not_skip
 from .registry import FLOAT_DTYPES, FusedLayer, mention, register
 
@@ -38,8 +38,8 @@ class FusedLoRA(FusedLayer):
         if isinstance(call, str):
             self.log_stock_path(call)
             return super().forward(x, *args, **kwargs)
-        (weight, bias, compute_dtype, out_dtype), adapters = call
-        return lora_linear(x, weight, bias, *adapters, compute_dtype=compute_dtype, out_dtype=out_dtype)
+        (weight, bias, *dtypes), adapters = call
+        return lora_linear_of_layer(x, weight, bias, *adapters, *dtypes)
 
     def base_product(self, base: nn.Module, x: Tensor) -> BaseProduct | str:
         """What `lora_linear` is to be called with for the base layer; or why this input has to take the stock path."""
@@ -61,7 +61,8 @@ class FusedLoRA(FusedLayer):
         if isinstance(product, str):
             return product
         lora_A, lora_B, scaling, dropout = adapters = ([], [], [], [])
-        for name in self.active_adapters:
+        names = self._active_adapter
+        for name in (names,) if isinstance(names, str) else names:
             adapter = self._adapter(name)
             if adapter is None:
                 continue

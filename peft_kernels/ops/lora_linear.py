@@ -60,6 +60,22 @@ def lora_linear(
     """
     _check(x, weight, bias, lora_A, lora_B, scaling, dropout, compute_dtype, out_dtype, seeds)
     compute_dtype, out_dtype = product_dtypes(x, compute_dtype, out_dtype)
+    return lora_linear_of_layer(x, weight, bias, lora_A, lora_B, scaling, dropout, compute_dtype, out_dtype, seeds)
+
+
+def lora_linear_of_layer(
+    x: Tensor,
+    weight: Tensor | NF4Weight,
+    bias: Tensor | None,
+    lora_A: Sequence[Tensor],
+    lora_B: Sequence[Tensor],
+    scaling: Sequence[float],
+    dropout: Sequence[float],
+    compute_dtype: torch.dtype,
+    out_dtype: torch.dtype,
+    seeds: Tensor | None = None,
+) -> Tensor:
+    """`lora_linear` of arguments whose types are known to be right, and of x as wide as the weight."""
     if seeds is None and dropout and any(dropout):
         seeds = torch.randint(torch.iinfo(torch.int64).max, (len(dropout),), device=x.device)
     dense = None if isinstance(weight, NF4Weight) else weight

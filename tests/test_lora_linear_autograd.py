@@ -65,7 +65,7 @@ def test_saves_x_s_and_seeds(platform, shape, base, dropout):
     assert sizes.pop(x.data_ptr()) == m * k * 4
     assert sum(sizes.values()) == s_bytes + seed_bytes
 
-    # A strided x is copied once, and the copy kept.
+    # A strided x is itself kept, not its copy.
     assert sum(saved(case.x.T.contiguous().T).values()) == m * k * 4 + s_bytes + seed_bytes
 
     for lora_A in case.lora_A:

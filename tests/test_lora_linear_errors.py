@@ -228,8 +228,7 @@ def backward_arguments(**changes):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"x": torch.ones(128)}, r"x: got float32 \[128\], wanted a matrix \[M, K\]"),
-        ({"x": torch.ones(128, 3).T}, r"x: got strides \[1, 3\], wanted dense rows: an inner stride of 1"),
+        ({"x": torch.tensor(1.0)}, r"x: got float32 \[\], wanted a tensor of one dimension at least"),
         ({"x": torch.ones(3, 128).double()}, f"x: got float64, wanted {FLOATS}"),
         ({"absmax": None}, "absmax: got none, wanted the statistics of the 4-bit weight"),
         ({"out_features": -1}, r"shape: got \[-1, 128\]"),
@@ -253,8 +252,7 @@ def test_bad_forward_argument(changes, message):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"grad_y": torch.ones(24)}, r"grad_y: got float32 \[24\], wanted a matrix \[M, N\]"),
-        ({"grad_y": torch.ones(24, 3).T}, r"grad_y: got strides \[1, 3\]"),
+        ({"grad_y": torch.tensor(1.0)}, r"grad_y: got float32 \[\], wanted a tensor of one dimension at least"),
         ({"grad_y": torch.ones(3, 24).double()}, "grad_y: got float64"),
         ({"grad_y": torch.ones(3, 23)}, r"codes: got uint8 \[1536\], wanted uint8 with 1472"),
         ({"x": None}, "x: got none, wanted the forward's x, since lora_A's gradient is wanted"),

@@ -35,10 +35,10 @@ ConstMatrix check_vector(const Tensors& list, size_t i, const char* name, int64_
 
 // The lists of adapters that both ops are given.
 struct Adapters {
-    Tensors down_weight, down_bias, up_weight, up_bias;
-    Tensor scale;
-    Tensors norm_weight, norm_bias;
-    std::vector<double> norm_eps;  // empty: no LayerNorm
+    const Tensors &down_weight, &down_bias, &up_weight, &up_bias;
+    const Tensor& scale;
+    const Tensors &norm_weight, &norm_bias;
+    const std::vector<double>& norm_eps;  // empty: no LayerNorm
 
     std::vector<BottleneckAdapter> check(int64_t d, const Tensor& reference) const {
         const size_t count = down_weight.size();
@@ -91,7 +91,7 @@ std::vector<AdapterRun> check_runs(const std::vector<int64_t>& rows, const std::
 
 // What both ops have. The vectors that it points into have to live on.
 void check_common(AdapterParams& params, const std::vector<BottleneckAdapter>& adapters,
-                  const std::vector<AdapterRun>& runs, const std::string& activation, ScalarType compute_dtype,
+                  const std::vector<AdapterRun>& runs, const std::string& activation, DType compute_dtype,
                   double dropout, const std::optional<Tensor>& seed, const std::optional<Tensor>& gate,
                   const Tensor& reference) {
     params.adapters = adapters.data();
@@ -101,7 +101,7 @@ void check_common(AdapterParams& params, const std::vector<BottleneckAdapter>& a
     params.runs = runs.data();
     params.num_runs = static_cast<int64_t>(runs.size());
     params.activation = check_activation(activation);
-    params.compute_dtype = check_float_dtype(compute_dtype, "compute_dtype");
+    params.compute_dtype = compute_dtype;
     if (!(dropout >= 0 && dropout < 1)) bad_argument("dropout", std::to_string(dropout), "a probability in [0, 1)");
     if (dropout > 0) {
         if (!seed) bad_argument("seed", "none", "an int64 tensor, since there is dropout");
@@ -116,14 +116,16 @@ void check_common(AdapterParams& params, const std::vector<BottleneckAdapter>& a
 }
 
 // -> y [m, d]; pre [m, max r] of compute_dtype and stats [m, 2], with no elements where they are not saved
-std::tuple<Tensor, Tensor, Tensor> forward(Tensor x, std::optional<Tensor> residual, std::optional<Tensor> gate,
-                                           std::vector<int64_t> run_rows, std::vector<int64_t> run_adapters,
-                                           Tensors down_weight, Tensors down_bias, Tensors up_weight, Tensors up_bias,
-                                           Tensor scale, Tensors norm_weight, Tensors norm_bias,
-                                           std::vector<double> norm_eps, Tensors post_norm_weight,
-                                           Tensors post_norm_bias, std::optional<double> post_norm_eps,
-                                           std::string activation, double dropout, std::optional<Tensor> seed,
-                                           ScalarType compute_dtype, ScalarType out_dtype, bool saves) {
+std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& x, const std::optional<Tensor>& residual,
+                                           const std::optional<Tensor>& gate, const std::vector<int64_t>& run_rows,
+                                           const std::vector<int64_t>& run_adapters, const Tensors& down_weight,
+                                           const Tensors& down_bias, const Tensors& up_weight, const Tensors& up_bias,
+                                           const Tensor& scale, const Tensors& norm_weight, const Tensors& norm_bias,
+                                           const std::vector<double>& norm_eps, const Tensors& post_norm_weight,
+                                           const Tensors& post_norm_bias, std::optional<double> post_norm_eps,
+                                           const std::string& activation, double dropout,
+                                           const std::optional<Tensor>& seed, std::optional<ScalarType> compute_dtype,
+                                           std::optional<ScalarType> out_dtype, bool saves) {
     if (x.dim() != 2) bad_argument("x", describe(x), "a matrix [M, d]");
     AdapterForwardParams params{};
     params.m = x.size(0);
@@ -133,16 +135,18 @@ std::tuple<Tensor, Tensor, Tensor> forward(Tensor x, std::optional<Tensor> resid
     const std::vector<BottleneckAdapter> adapters = given.check(params.d, x);
     const std::vector<AdapterRun> runs =
         check_runs(run_rows, run_adapters, params.m, static_cast<int64_t>(adapters.size()));
-    check_common(params, adapters, runs, activation, compute_dtype, dropout, seed, gate, x);
+    check_common(params, adapters, runs, activation, check_float_dtype(compute_dtype, "compute_dtype", params.x.dtype),
+                 dropout, seed, gate, x);
+    const DType y_dtype = check_float_dtype(out_dtype, "out_dtype", params.x.dtype);
     if (residual) params.residual = check_matrix(*residual, "residual", params.m, params.d, x);
     if (post_norm_eps)
         params.post_norm = {true, check_vector(post_norm_weight, 0, "post_layer_norm's weight", params.d, x),
                             check_vector(post_norm_bias, 0, "post_layer_norm's bias", params.d, x),
                             static_cast<float>(*post_norm_eps)};
-    Tensor y = empty(x, {params.m, params.d}, out_dtype);
-    Tensor pre = empty(x, {saves ? params.m : 0, params.max_rank}, compute_dtype);
+    Tensor y = empty(x, {params.m, params.d}, scalar_type(y_dtype));
+    Tensor pre = empty(x, {saves ? params.m : 0, params.max_rank}, scalar_type(params.compute_dtype));
     Tensor stats = empty(x, {saves && !norm_eps.empty() ? params.m : 0, 2}, ScalarType::Float);
-    params.y = {y.mutable_data_ptr(), check_float_dtype(y, "out_dtype"), params.d};
+    params.y = {y.mutable_data_ptr(), y_dtype, params.d};
     if (params.m == 0 || params.d == 0) return {y, pre, stats};
     if (saves) {
         // Nothing is written for rows of no adapter, nor behind a smaller r.
@@ -150,7 +154,7 @@ std::tuple<Tensor, Tensor, Tensor> forward(Tensor x, std::optional<Tensor> resid
             torch::stable::zero_(pre);
             torch::stable::zero_(stats);
         }
-        params.pre = {pre.mutable_data_ptr(), check_float_dtype(pre, "compute_dtype"), params.max_rank};
+        params.pre = {pre.mutable_data_ptr(), params.compute_dtype, params.max_rank};
         if (!norm_eps.empty()) params.stats = static_cast<float*>(stats.mutable_data_ptr());
     }
 #if defined(PEFT_KERNELS_CUDA)
@@ -181,7 +185,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
     std::vector<BottleneckAdapter> adapters = given.check(params.d, grad_y);
     const std::vector<AdapterRun> runs =
         check_runs(run_rows, run_adapters, params.m, static_cast<int64_t>(adapters.size()));
-    check_common(params, adapters, runs, activation, compute_dtype, dropout, seed, gate, grad_y);
+    check_common(params, adapters, runs, activation, check_float_dtype(compute_dtype, "compute_dtype"), dropout, seed,
+                 gate, grad_y);
     params.pre = check_matrix(pre, "pre", params.m, params.max_rank, grad_y);
     params.adds_grad_y = adds_grad_y;
     params.wants_down = wants_down;
@@ -242,7 +247,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(PEFT_KERNELS_NAMESPACE, m) {
         "Tensor[] down_weight, Tensor[] down_bias, Tensor[] up_weight, Tensor[] up_bias, Tensor scale, "
         "Tensor[] norm_weight, Tensor[] norm_bias, float[] norm_eps, Tensor[] post_norm_weight, "
         "Tensor[] post_norm_bias, float? post_norm_eps, str activation, float dropout, Tensor? seed, "
-        "ScalarType compute_dtype, ScalarType out_dtype, bool saves) -> (Tensor y, Tensor pre, Tensor stats)");
+        "ScalarType? compute_dtype, ScalarType? out_dtype, bool saves) -> (Tensor y, Tensor pre, Tensor stats)");
     m.def(
         "adapter_backward(Tensor grad_y, Tensor? x, Tensor pre, Tensor? stats, Tensor? gate, int[] run_rows, "
         "int[] run_adapters, Tensor[] down_weight, Tensor[] down_bias, Tensor[] up_weight, Tensor[] up_bias, "

@@ -7,6 +7,7 @@
 #include <torch/headeronly/core/ScalarType.h>
 
 #include <initializer_list>
+#include <optional>
 #include <stdexcept>
 #include <string>
 #include <utility>
@@ -55,14 +56,30 @@ inline std::string describe(const Tensor& tensor) {
     return describe(tensor.scalar_type()) + " " + describe_shape(tensor.sizes());
 }
 
+// torch's own number for the type of device, which nothing has to translate.
+inline int32_t device_type_of(const Tensor& tensor) {
+    int32_t type;
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(tensor.get(), &type));
+    return type;
+}
+
+// tensor.scalar_type(), which compares with one type after the other, those that are common here among the last.
+inline ScalarType dtype_of(const Tensor& tensor) {
+    int32_t dtype;
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(tensor.get(), &dtype));
+    if (dtype == aoti_torch_dtype_bfloat16()) return ScalarType::BFloat16;
+    if (dtype == aoti_torch_dtype_float32()) return ScalarType::Float;
+    return tensor.scalar_type();
+}
+
 inline void check_device(const Tensor& tensor, const char* name, const Tensor& reference) {
-    if (tensor.device().type() != reference.device().type() ||
+    if (device_type_of(tensor) != device_type_of(reference) ||
         tensor.get_device_index() != reference.get_device_index())
         bad_argument(name, "a tensor on " + describe_device(tensor), "one on " + describe_device(reference));
 }
 
 inline void check_dtype(const Tensor& tensor, const char* name, ScalarType wanted) {
-    if (tensor.scalar_type() != wanted) bad_argument(name, describe(tensor), describe(wanted));
+    if (dtype_of(tensor) != wanted) bad_argument(name, describe(tensor), describe(wanted));
 }
 
 inline void check_shape(const Tensor& tensor, const char* name, std::initializer_list<int64_t> shape) {
@@ -79,7 +96,7 @@ inline void check_contiguous(const Tensor& tensor, const char* name) {
 // The tensor is dense, has `count` elements in any shape, and is on the device of `reference`.
 inline void check_array(const Tensor& tensor, const char* name, ScalarType dtype, int64_t count,
                         const Tensor& reference) {
-    if (tensor.scalar_type() != dtype || tensor.numel() != count)
+    if (dtype_of(tensor) != dtype || tensor.numel() != count)
         bad_argument(name, describe(tensor), describe(dtype) + " with " + std::to_string(count) + " elements");
     check_device(tensor, name, reference);
     check_contiguous(tensor, name);
@@ -105,7 +122,12 @@ inline ScalarType scalar_type(DType dtype) {
 }
 
 inline DType check_float_dtype(const Tensor& tensor, const char* name) {
-    return check_float_dtype(tensor.scalar_type(), name);
+    return check_float_dtype(dtype_of(tensor), name);
+}
+
+// The type that an op is given, or another one.
+inline DType check_float_dtype(const std::optional<ScalarType>& type, const char* name, DType otherwise) {
+    return type ? check_float_dtype(*type, name) : otherwise;
 }
 
 // A floating-point matrix [rows, columns] with dense rows, on the device of `reference`.

@@ -60,7 +60,11 @@ inline void comb_row(const T* x, const float* scale, int64_t columns, U32* out) 
 class CombedWeight {
 public:
     explicit CombedWeight(const Nf4Weight& w)
-        : w_(w), values_(_mm512_load_ps(codebook(w.quant_type))), runs_(w.k / kBlock), combs_(divide_up(w.k, kComb)) {}
+        : w_(w),
+          values_(_mm512_load_ps(codebook(w.quant_type))),
+          runs_(w.k / kBlock),
+          combs_(divide_up(w.k, kComb)),
+          ahead_(divide_up(int64_t{4096}, max_of<int64_t>(1, kQuad * w.k / 2)) * kQuad * w.k / 2) {}
 
     int64_t combs() const { return combs_; }
     int64_t runs() const { return runs_; }
@@ -73,14 +77,15 @@ public:
             __builtin_prefetch(w_.absmax.nested_codes + run);
     }
 
-    // Comb `index` of a row. The codes of the row kQuad further on are asked for: each row is a stream of its own, too
-    // short for the hardware to get ahead.
+    // Comb `index` of a row. The codes of a later row are asked for: each row is a stream of its own, too short for the
+    // hardware to get ahead. It is the first one beyond 4 KB, since memory takes longer than the next kQuad rows of a
+    // short k (1536 x 576 from memory: 43 us instead of 50).
     void decode(const uint8_t* codes, const float* absmax, int64_t index, U32 (&out)[kCombVectors]) const {
         const __m512i second = _mm512_inserti64x4(_mm512_setzero_si512(), _mm256_set1_epi16(16), 1);
         const bool whole = 2 * index + 1 < runs_;
         const __m512i table = table_of_two(w_, values_, absmax[2 * index], whole ? absmax[2 * index + 1] : 0);
         const uint8_t* from = codes + index * kComb / 2;
-        __builtin_prefetch(from + kQuad * w_.k / 2);
+        __builtin_prefetch(from + ahead_);
         const __m512i words = whole ? _mm512_loadu_si512(from) : _mm512_maskz_loadu_epi64(0xF, from);
         // The first element of a byte is in its high nibble.
         out[0] = (U32)lookup_two(table, _mm512_srli_epi16(words, 4), second);
@@ -93,6 +98,7 @@ private:
     const Nf4Weight w_;
     const __m512 values_;
     const int64_t runs_, combs_;
+    const int64_t ahead_;  // bytes
 };
 
 // The sums of four vectors' lanes, side by side. In a fixed order, so that every run gives the same bits.
@@ -130,7 +136,9 @@ public:
         // Tasks of about half a million products and lookups, some ten microseconds on one core: waking a thread for
         // less takes longer (576 x 576, M = 1: 18.5 us in one task, 20.5 in nine on two threads).
         const int64_t row_cost = max_of<int64_t>(1, p_.k * (kQuad + p_.m) / (kQuad + 1));
-        task_outputs_ = max_of<int64_t>(1, (int64_t{1} << 19) / row_cost / kLanes) * kLanes;
+        const int64_t most = max_of<int64_t>(1, (int64_t{1} << 19) / row_cost / kLanes) * kLanes;
+        const int64_t tasks = max_of<int64_t>(1, divide_up(p_.n, most));  // of the same size
+        task_outputs_ = divide_up(divide_up(p_.n, tasks), kLanes) * kLanes;
     }
 
     void run() {

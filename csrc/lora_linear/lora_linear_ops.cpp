@@ -16,12 +16,15 @@ namespace {
 
 using Tensors = std::vector<Tensor>;
 using Numbers = std::vector<double>;
+using OptionalTensor = std::optional<Tensor>;
+using OptionalDtype = std::optional<ScalarType>;
 
 std::string counted(size_t count) { return std::to_string(count) + (count == 1 ? " item" : " items"); }
 
 struct Adapters {
     std::vector<LoraAdapter> list;
     int64_t total_rank = 0;
+    Tensors matrices;  // the list's: copies where rows are not dense, as in PEFT's adapters that combine others
 };
 
 // A list with an item for each adapter.
@@ -30,16 +33,19 @@ void check_list(const List& list, const char* name, size_t count) {
     if (list.size() != count) bad_argument(name, counted(list.size()), counted(count) + ", one for each lora_A");
 }
 
-Adapters check_adapters(const Tensors& lora_A, const Tensors& lora_B, const Numbers& scaling, const Numbers& dropout,
-                        const std::optional<Tensor>& seeds, int64_t n, int64_t k, const Tensor& reference) {
+Adapters check_adapters(const Tensors& lora_A, const Tensors& lora_B, const Numbers& scaling,
+                        const std::optional<Numbers>& dropout, const OptionalTensor& seeds, int64_t n, int64_t k,
+                        const Tensor& reference) {
     const size_t count = lora_A.size();
     check_list(lora_B, "lora_B", count);
     check_list(scaling, "scaling", count);
-    if (!dropout.empty()) check_list(dropout, "dropout", count);
     bool drops = false;
-    for (double p : dropout) {
-        if (!(p >= 0 && p < 1)) bad_argument("dropout", std::to_string(p), "a probability in [0, 1)");
-        drops |= p > 0;
+    if (dropout && !dropout->empty()) {
+        check_list(*dropout, "dropout", count);
+        for (double p : *dropout) {
+            if (!(p >= 0 && p < 1)) bad_argument("dropout", std::to_string(p), "a probability in [0, 1)");
+            drops |= p > 0;
+        }
     }
     const int64_t* seed_values = nullptr;
     if (drops) {
@@ -56,11 +62,16 @@ Adapters check_adapters(const Tensors& lora_A, const Tensors& lora_B, const Numb
             bad_argument("scaling", std::to_string(scaling[i]), "a finite float32 number");
         LoraAdapter adapter{};
         adapter.rank = lora_A[i].size(0);
-        adapter.lora_A = check_matrix(lora_A[i], "lora_A", adapter.rank, k, reference);
-        adapter.lora_B = check_matrix(lora_B[i], "lora_B", n, adapter.rank, reference);
+        const auto check = [&](const Tensor& matrix, const char* name, int64_t rows, int64_t columns) {
+            check_shape(matrix, name, {rows, columns});
+            adapters.matrices.push_back(as_rows(matrix, name));
+            return check_matrix(adapters.matrices.back(), name, rows, columns, reference);
+        };
+        adapter.lora_A = check(lora_A[i], "lora_A", adapter.rank, k);
+        adapter.lora_B = check(lora_B[i], "lora_B", n, adapter.rank);
         adapter.scaling = static_cast<float>(scaling[i]);
         if (drops) {
-            adapter.dropout = dropout[i];
+            adapter.dropout = (*dropout)[i];
             adapter.seed = seed_values + i;
         }
         adapters.list.push_back(adapter);
@@ -69,43 +80,49 @@ Adapters check_adapters(const Tensors& lora_A, const Tensors& lora_B, const Numb
     return adapters;
 }
 
-// -> y [m, n], s [m, Σ rank]
-std::tuple<Tensor, Tensor> forward(Tensor x, std::optional<Tensor> codes, std::optional<Tensor> absmax, Tensors nested,
-                                   int64_t nested_blocksize, int64_t out_features, int64_t blocksize,
-                                   std::string quant_type, ScalarType weight_dtype, ScalarType compute_dtype,
-                                   ScalarType out_dtype, std::optional<Tensor> bias, std::optional<Tensor> add,
-                                   Tensors lora_A, Tensors lora_B, Numbers scaling, Numbers dropout,
-                                   std::optional<Tensor> seeds) {
-    if (x.dim() != 2) bad_argument("x", describe(x), "a matrix [M, K]");
+// x [..., k] -> y [..., n], s [m, Σ rank], where m is the number of rows of x.
+std::tuple<Tensor, Tensor> forward(const Tensor& given_x, const OptionalTensor& codes, const OptionalTensor& absmax,
+                                   const Tensors& nested, int64_t nested_blocksize, int64_t out_features,
+                                   int64_t blocksize, const std::string& quant_type, OptionalDtype weight_dtype,
+                                   OptionalDtype compute_dtype, OptionalDtype out_dtype, const OptionalTensor& bias,
+                                   const OptionalTensor& add, const Tensors& lora_A, const Tensors& lora_B,
+                                   const Numbers& scaling, const std::optional<Numbers>& dropout,
+                                   const OptionalTensor& seeds) {
+    const Tensor x = as_rows(given_x, "x");
     LoraLinearForwardParams params{};
     params.m = x.size(0);
     params.n = out_features;
     params.k = x.size(1);
     params.x = check_matrix(x, "x", params.m, params.k, x);
-    params.compute_dtype = check_float_dtype(compute_dtype, "compute_dtype");
+    params.compute_dtype = check_float_dtype(compute_dtype, "compute_dtype", params.x.dtype);
+    const DType y_dtype = check_float_dtype(out_dtype, "out_dtype", params.x.dtype);
 
-    const std::optional<Nf4Weight> weight = check_optional_weight(codes, absmax, nested, nested_blocksize, params.n,
-                                                                  params.k, blocksize, quant_type, weight_dtype, x);
+    const std::optional<Nf4Weight> weight =
+        check_optional_weight(codes, absmax, nested, nested_blocksize, params.n, params.k, blocksize, quant_type,
+                              weight_dtype, params.compute_dtype, x);
     params.weight = weight ? &*weight : nullptr;
     if (bias) params.bias = check_bias(*bias, params.n, x);
+    OptionalTensor add_rows;
     if (add) {
-        check_dtype(*add, "add", out_dtype);
-        params.add = check_matrix(*add, "add", params.m, params.n, x);
+        add_rows = as_rows(*add, "add");
+        check_dtype(*add, "add", scalar_type(y_dtype));
+        params.add = check_matrix(*add_rows, "add", params.m, params.n, x);
     }
     const Adapters adapters = check_adapters(lora_A, lora_B, scaling, dropout, seeds, params.n, params.k, x);
     params.adapters = adapters.list.data();
     params.num_adapters = static_cast<int32_t>(adapters.list.size());
     params.total_rank = adapters.total_rank;
 
-    Tensor y = empty(x, {params.m, params.n}, out_dtype);
+    Tensor y = empty(x, sizes_of_rows(given_x, params.n), scalar_type(y_dtype));
     Tensor s = empty(x, {params.m, params.total_rank}, ScalarType::Float);
     if (params.m == 0 || params.n == 0) return {y, s};
     if (!params.weight && params.num_adapters == 0) bad_argument("codes", "none", "a weight, or at least one adapter");
-    params.y = {y.mutable_data_ptr(), check_float_dtype(y, "out_dtype"), params.n};
+    params.y = {y.mutable_data_ptr(), y_dtype, params.n};
     params.s = static_cast<float*>(s.mutable_data_ptr());
 #if defined(PEFT_KERNELS_CUDA)
     if (runs_on_cuda(x)) {
-        LoraLinearOnCuda(params, x).forward(params, x, y, s);
+        Tensor y_rows = as_rows(y, "y");
+        LoraLinearOnCuda(params, x).forward(params, x, y_rows, s);
         return {y, s};
     }
 #endif
@@ -113,31 +130,33 @@ std::tuple<Tensor, Tensor> forward(Tensor x, std::optional<Tensor> codes, std::o
     return {y, s};
 }
 
-// -> grad_x [m, k], grad_A (flat, adapter after adapter, each [rank, k]), grad_B (flat, each [n, rank]);
+// grad_y [..., n], x [..., k] -> grad_x [..., k], grad_A (flat, adapter after adapter, each [rank, k]), grad_B (flat, each [n, rank]);
 // what is not wanted has no elements.
-std::tuple<Tensor, Tensor, Tensor> backward(Tensor grad_y, std::optional<Tensor> x, std::optional<Tensor> s,
-                                            std::optional<Tensor> codes, std::optional<Tensor> absmax, Tensors nested,
-                                            int64_t nested_blocksize, int64_t in_features, int64_t blocksize,
-                                            std::string quant_type, ScalarType weight_dtype, ScalarType compute_dtype,
-                                            ScalarType x_dtype, std::optional<Tensor> add, Tensors lora_A,
-                                            Tensors lora_B, Numbers scaling, Numbers dropout,
-                                            std::optional<Tensor> seeds, bool wants_x, std::vector<bool> wants_A,
-                                            std::vector<bool> wants_B) {
-    if (grad_y.dim() != 2) bad_argument("grad_y", describe(grad_y), "a matrix [M, N]");
+std::tuple<Tensor, Tensor, Tensor> backward(
+    const Tensor& given_grad_y, const OptionalTensor& x, const OptionalTensor& s, const OptionalTensor& codes,
+    const OptionalTensor& absmax, const Tensors& nested, int64_t nested_blocksize, int64_t in_features,
+    int64_t blocksize, const std::string& quant_type, OptionalDtype weight_dtype, OptionalDtype compute_dtype,
+    OptionalDtype x_dtype, const OptionalTensor& add, const Tensors& lora_A, const Tensors& lora_B,
+    const Numbers& scaling, const std::optional<Numbers>& dropout, const OptionalTensor& seeds, bool wants_x,
+    const std::vector<bool>& wants_A, const std::vector<bool>& wants_B) {
+    const Tensor grad_y = as_rows(given_grad_y, "grad_y");
     LoraLinearBackwardParams params{};
     params.m = grad_y.size(0);
     params.n = grad_y.size(1);
     params.k = in_features;
     params.grad_y = check_matrix(grad_y, "grad_y", params.m, params.n, grad_y);
-    params.compute_dtype = check_float_dtype(compute_dtype, "compute_dtype");
+    params.compute_dtype = check_float_dtype(compute_dtype, "compute_dtype", params.grad_y.dtype);
+    const DType grad_dtype = check_float_dtype(x_dtype, "x_dtype", params.grad_y.dtype);
 
     const std::optional<Nf4Weight> weight =
         check_optional_weight(codes, absmax, nested, nested_blocksize, params.n, params.k, blocksize, quant_type,
-                              weight_dtype, grad_y);
+                              weight_dtype, params.compute_dtype, grad_y);
     params.weight = weight ? &*weight : nullptr;
+    OptionalTensor add_rows, x_rows;
     if (add) {
-        check_dtype(*add, "add", x_dtype);
-        params.add = check_matrix(*add, "add", params.m, params.k, grad_y);
+        add_rows = as_rows(*add, "add");
+        check_dtype(*add, "add", scalar_type(grad_dtype));
+        params.add = check_matrix(*add_rows, "add", params.m, params.k, grad_y);
     }
     Adapters adapters = check_adapters(lora_A, lora_B, scaling, dropout, seeds, params.n, params.k, grad_y);
     const size_t count = adapters.list.size();
@@ -150,7 +169,8 @@ std::tuple<Tensor, Tensor, Tensor> backward(Tensor grad_y, std::optional<Tensor>
     }
     if (size_A > 0) {
         if (!x) bad_argument("x", "none", "the forward's x, since lora_A's gradient is wanted");
-        params.x = check_matrix(*x, "x", params.m, params.k, grad_y);
+        x_rows = as_rows(*x, "x");
+        params.x = check_matrix(*x_rows, "x", params.m, params.k, grad_y);
     }
     if (size_B > 0) {
         if (!s) bad_argument("s", "none", "the forward's s, since lora_B's gradient is wanted");
@@ -158,7 +178,9 @@ std::tuple<Tensor, Tensor, Tensor> backward(Tensor grad_y, std::optional<Tensor>
         check_array(*s, "s", ScalarType::Float, params.m * adapters.total_rank, grad_y);
         params.s = static_cast<const float*>(s->const_data_ptr());
     }
-    Tensor grad_x = empty(grad_y, {wants_x ? params.m : 0, params.k}, x_dtype);
+    std::vector<int64_t> sizes{0, params.k};
+    if (wants_x) sizes = sizes_of_rows(given_grad_y, params.k);
+    Tensor grad_x = empty(grad_y, sizes, scalar_type(grad_dtype));
     Tensor grad_A = empty(grad_y, {size_A}, ScalarType::Float);
     Tensor grad_B = empty(grad_y, {size_B}, ScalarType::Float);
     float* next_A = static_cast<float*>(grad_A.mutable_data_ptr());
@@ -182,10 +204,11 @@ std::tuple<Tensor, Tensor, Tensor> backward(Tensor grad_y, std::optional<Tensor>
         torch::stable::zero_(grad_B);
         return {grad_x, grad_A, grad_B};
     }
-    if (wants_x) params.grad_x = {grad_x.mutable_data_ptr(), check_float_dtype(grad_x, "x_dtype"), params.k};
+    if (wants_x) params.grad_x = {grad_x.mutable_data_ptr(), grad_dtype, params.k};
 #if defined(PEFT_KERNELS_CUDA)
     if (runs_on_cuda(grad_y)) {
-        LoraLinearOnCuda(params, grad_y).backward(params, grad_y, grad_x, grad_A, grad_B);
+        Tensor grad_x_rows = as_rows(grad_x, "grad_x");
+        LoraLinearOnCuda(params, grad_y).backward(params, grad_y, grad_x_rows, grad_A, grad_B);
         return {grad_x, grad_A, grad_B};
     }
 #endif
@@ -199,14 +222,14 @@ std::tuple<Tensor, Tensor, Tensor> backward(Tensor grad_y, std::optional<Tensor>
 STABLE_TORCH_LIBRARY_FRAGMENT(PEFT_KERNELS_NAMESPACE, m) {
     m.def(
         "lora_linear_forward(Tensor x, Tensor? codes, Tensor? absmax, Tensor[] nested, int nested_blocksize, "
-        "int out_features, int blocksize, str quant_type, ScalarType weight_dtype, ScalarType compute_dtype, "
-        "ScalarType out_dtype, Tensor? bias, Tensor? add, Tensor[] lora_A, Tensor[] lora_B, float[] scaling, "
-        "float[] dropout, Tensor? seeds) -> (Tensor y, Tensor s)");
+        "int out_features, int blocksize, str quant_type, ScalarType? weight_dtype, ScalarType? compute_dtype, "
+        "ScalarType? out_dtype, Tensor? bias, Tensor? add, Tensor[] lora_A, Tensor[] lora_B, float[] scaling, "
+        "float[]? dropout, Tensor? seeds) -> (Tensor y, Tensor s)");
     m.def(
         "lora_linear_backward(Tensor grad_y, Tensor? x, Tensor? s, Tensor? codes, Tensor? absmax, Tensor[] nested, "
-        "int nested_blocksize, int in_features, int blocksize, str quant_type, ScalarType weight_dtype, "
-        "ScalarType compute_dtype, ScalarType x_dtype, Tensor? add, Tensor[] lora_A, Tensor[] lora_B, "
-        "float[] scaling, float[] dropout, Tensor? seeds, bool wants_x, bool[] wants_A, bool[] wants_B) "
+        "int nested_blocksize, int in_features, int blocksize, str quant_type, ScalarType? weight_dtype, "
+        "ScalarType? compute_dtype, ScalarType? x_dtype, Tensor? add, Tensor[] lora_A, Tensor[] lora_B, "
+        "float[] scaling, float[]? dropout, Tensor? seeds, bool wants_x, bool[] wants_A, bool[] wants_B) "
         "-> (Tensor grad_x, Tensor grad_A, Tensor grad_B)");
 #if defined(PEFT_KERNELS_CUDA)
     m.def("lora_linear_set_crossover(str device_name, int forward, int backward) -> ()");

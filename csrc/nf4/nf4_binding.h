@@ -28,7 +28,7 @@ inline int32_t check_blocksize(int64_t blocksize) { return check_blocksize(block
 // The fields of an NF4Weight (peft_kernels/ops/nf4.py), in its order. The result points into the tensors. A shape of
 // other than two dimensions becomes one row.
 inline Nf4Weight check_nf4_weight(const Tensor& codes, const Tensor& absmax, const std::vector<int64_t>& shape,
-                                  ScalarType dtype, int64_t blocksize, const std::string& quant_type,
+                                  DType dtype, int64_t blocksize, const std::string& quant_type,
                                   const std::vector<Tensor>& nested, int64_t nested_blocksize) {
     Nf4Weight weight{};
     const int64_t count = check_count(shape, "shape");
@@ -36,7 +36,7 @@ inline Nf4Weight check_nf4_weight(const Tensor& codes, const Tensor& absmax, con
     weight.k = shape.size() == 2 ? shape[1] : count;
     weight.log2_blocksize = check_blocksize(blocksize);
     weight.quant_type = check_quant_type(quant_type);
-    weight.dtype = check_float_dtype(dtype, "weight dtype");
+    weight.dtype = dtype;
     const int64_t blocks = count / blocksize + (count % blocksize != 0);
     check_array(codes, "codes", ScalarType::Byte, count / 2 + count % 2, codes);
     weight.codes = static_cast<const uint8_t*>(codes.const_data_ptr());

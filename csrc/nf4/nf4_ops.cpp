@@ -27,8 +27,8 @@ Tensor dequantize_all(Tensor codes, Tensor absmax, std::vector<int64_t> shape, S
                       int64_t blocksize, std::string quant_type, std::vector<Tensor> nested, int64_t nested_blocksize,
                       ScalarType dtype) {
     Nf4DequantizeParams params{};
-    params.weight =
-        check_nf4_weight(codes, absmax, shape, weight_dtype, blocksize, quant_type, nested, nested_blocksize);
+    params.weight = check_nf4_weight(codes, absmax, shape, check_float_dtype(weight_dtype, "weight dtype"), blocksize,
+                                     quant_type, nested, nested_blocksize);
     params.out_dtype = check_float_dtype(dtype, "dtype");
     Tensor out = torch::stable::new_empty(codes, shape, dtype);
     if (out.numel() == 0) return out;
@@ -43,8 +43,8 @@ void dequantize_rows(Tensor codes, Tensor absmax, std::vector<int64_t> shape, Sc
                      int64_t blocksize, std::string quant_type, std::vector<Tensor> nested, int64_t nested_blocksize,
                      int64_t first_row, Tensor out) {
     Nf4DequantizeParams params{};
-    params.weight =
-        check_nf4_weight(codes, absmax, shape, weight_dtype, blocksize, quant_type, nested, nested_blocksize);
+    params.weight = check_nf4_weight(codes, absmax, shape, check_float_dtype(weight_dtype, "weight dtype"), blocksize,
+                                     quant_type, nested, nested_blocksize);
     if (shape.size() != 2) bad_argument("shape", describe_shape(shape), "[N, K]");
     params.out_dtype = check_float_dtype(out, "out");
     const int64_t n = shape[0], k = shape[1];

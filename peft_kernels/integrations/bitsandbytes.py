@@ -13,9 +13,10 @@ from bitsandbytes.functional import QuantState
 from torch import Tensor
 
 from ..cuda import why_not
-from ..ops.lora_linear import lora_linear
+from ..ops._arguments import autocast_dtype
+from ..ops.lora_linear import lora_linear_of_layer
 from ..ops.nf4 import NF4Weight
-from .linear import BaseProduct
+from .linear import BaseProduct, parameter
 from .registry import FLOAT_DTYPES, FusedLayer, mention, register, why_not_input
 
 mention(bnb.nn.Linear4bit)
@@ -53,8 +54,8 @@ class Fused4bit(FusedLayer):
         if isinstance(product, str):
             self.log_stock_path(product)
             return super().forward(x)
-        weight, bias, compute_dtype, out_dtype = product
-        return lora_linear(x, weight, bias, compute_dtype=compute_dtype, out_dtype=out_dtype)
+        weight, bias, *dtypes = product
+        return lora_linear_of_layer(x, weight, bias, (), (), (), (), *dtypes)
 
     def base_product(self, x: Tensor) -> BaseProduct | str:
         """What `lora_linear` is to be called with; or why this input has to take the stock path."""
@@ -66,17 +67,16 @@ class Fused4bit(FusedLayer):
         if not self.compute_type_is_set:
             self.set_compute_type(x)
             self.compute_type_is_set = True
-        device_type = x.device.type
-        autocast = torch.is_autocast_enabled(device_type)
-        compute_dtype = torch.get_autocast_dtype(device_type) if autocast else self.compute_dtype or x.dtype
+        own_dtype = self.compute_dtype or x.dtype
+        compute_dtype = autocast_dtype(x) or own_dtype
         if compute_dtype not in FLOAT_DTYPES:
             return f"the compute dtype is {compute_dtype}"
         weight = self.nf4_weight()
         if x.shape[-1] != weight.shape[-1]:
             return f"x has {x.shape[-1]} features, and the weight has shape {list(weight.shape)}"
-        bias, bias_dtype = self.bias, self.compute_dtype or x.dtype
-        if bias is not None and bias.dtype != bias_dtype:
-            bias.data = bias.data.to(bias_dtype)  # in place, as bitsandbytes does it
+        bias = parameter(self, "bias")
+        if bias is not None and bias.dtype != own_dtype:
+            bias.data = bias.data.to(own_dtype)  # in place, as bitsandbytes does it
         return weight, bias, compute_dtype, x.dtype
 
     def nf4_weight(self) -> NF4Weight:
@@ -88,21 +88,18 @@ class Fused4bit(FusedLayer):
         Raises:
             ValueError: the weight is not quantised, or its quant_state does not fit it.
         """
-        weight = self.weight
+        weight = parameter(self, "weight")
         quant_state = getattr(weight, "quant_state", None)
+        compiling = torch.compiler.is_compiling()
+        if not compiling and self._view is not None and _shows(*self._view, weight, quant_state):
+            return self._view[1]
         if quant_state is None and self.quant_state is not None:
             bnb.nn.modules.fix_4bit_weight_quant_state_from_module(self)
             weight, quant_state = self.weight, self.quant_state
-        if quant_state is None or torch.compiler.is_compiling():
+        if quant_state is None or compiling:
             return NF4Weight.from_params4bit(weight)
         if vars(quant_state).get("packing_format_for_cpu", False):
             quant_state = self._undo_repacking(quant_state)  # done by a stock layer that shares the weight
-        if self._view is not None:
-            seen, view = self._view
-            with torch._C.DisableTorchFunctionSubclass():  # Params4bit's __torch_function__ would take 1 µs more
-                same_memory = view.codes.data_ptr() == weight.data_ptr()
-            if same_memory and seen is quant_state and _shows(view, quant_state):
-                return view
         view = NF4Weight.from_params4bit(weight)
         self._view = quant_state, view
         return view
@@ -121,10 +118,13 @@ class Fused4bit(FusedLayer):
         return {name: value for name, value in vars(self).items() if name not in self.own_state}
 
 
-def _shows(view: NF4Weight, quant_state: QuantState) -> bool:
-    """Whether the view's statistics are the quant_state's own tensors; not so if they had to be converted."""
-    if view.absmax is not quant_state.absmax:
+def _shows(seen: QuantState, view: NF4Weight, weight: Tensor, quant_state: QuantState | None) -> bool:
+    """Whether the view consists of the weight's and the quant_state's own tensors; not so if any was converted."""
+    if seen is not quant_state or view.absmax is not quant_state.absmax:
         return False
+    with torch._C.DisableTorchFunctionSubclass():  # Params4bit's __torch_function__ would take 1 µs more
+        if view.codes.data_ptr() != weight.data_ptr():
+            return False
     state2 = quant_state.state2
     if state2 is None:
         return True

@@ -6,11 +6,12 @@ import torch
 from torch import Tensor, nn
 
 from ..cuda import why_not
+from ..ops._arguments import autocast_dtype
 from ..ops.nf4 import NF4Weight
 from .registry import FLOAT_DTYPES, FusedLayer, why_not_input
 
 # The arguments of `lora_linear` and `ia3_linear` for the frozen layer: weight, bias, compute_dtype and out_dtype.
-BaseProduct = tuple[Tensor | NF4Weight, Tensor | None, torch.dtype | None, torch.dtype | None]
+BaseProduct = tuple[Tensor | NF4Weight, Tensor | None, torch.dtype, torch.dtype]
 
 
 class OnLinear(FusedLayer):
@@ -34,14 +35,12 @@ def dense_product(base: nn.Module, x: Tensor) -> BaseProduct | str:
     """What an `nn.Linear` computes for x, as the fused operations take it; or why x has to take the stock path."""
     if reason := why_not_linear(base) or why_not_input(x):
         return reason
-    weight, bias = base.weight, base.bias
+    weight, bias = parameter(base, "weight"), parameter(base, "bias")
     if reason := why_not_weight(weight):
         return reason
-    device = x.device
-    if device != weight.device:
-        return f"x is on {device.type}, and the weight on {weight.device.type}"
-    if torch.is_autocast_enabled(device.type):
-        dtype = torch.get_autocast_dtype(device.type)
+    if x.device != weight.device:
+        return f"x is on {x.device.type}, and the weight on {weight.device.type}"
+    if dtype := autocast_dtype(x):
         return weight, bias, dtype, dtype
     if x.dtype != weight.dtype or (bias is not None and x.dtype != bias.dtype):
         return "x and the base layer differ in dtype"  # which PEFT's forward raises an error for
@@ -64,6 +63,20 @@ def why_not_weight(weight: Tensor) -> str | None:
 
 def why_not_skip(module: nn.Module) -> str | None:
     """What is attached to a module that the fused path would leave out by not calling it."""
-    if module._forward_pre_hooks or module._forward_hooks or module._backward_pre_hooks or module._backward_hooks:
+    state = module.__dict__
+    if (
+        state["_forward_pre_hooks"]
+        or state["_forward_hooks"]
+        or state["_backward_pre_hooks"]
+        or state["_backward_hooks"]
+    ):
         return "hooks"
-    return "a forward that was replaced on the instance" if "forward" in module.__dict__ else None
+    return "a forward that was replaced on the instance" if "forward" in state else None
+
+
+def parameter(module: nn.Module, name: str) -> Tensor | None:
+    """The attribute, where it usually is: nn.Module looks there last, which takes 0.5 µs."""
+    try:
+        return module._parameters[name]
+    except KeyError:
+        return getattr(module, name)

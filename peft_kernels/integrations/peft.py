@@ -11,8 +11,8 @@ from peft.tuners import lora
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from ..ops.lora_linear import lora_linear
-from .linear import BaseProduct, OnLinear, why_not_skip
+from ..ops.lora_linear import lora_linear_of_layer
+from .linear import BaseProduct, OnLinear, parameter, why_not_skip
 from .registry import FLOAT_DTYPES, FusedLayer, mention, register
 
 mention(BaseTunerLayer)
@@ -38,8 +38,8 @@ class FusedLoRA(FusedLayer):
         if isinstance(call, str):
             self.log_stock_path(call)
             return super().forward(x, *args, **kwargs)
-        (weight, bias, compute_dtype, out_dtype), adapters = call
-        return lora_linear(x, weight, bias, *adapters, compute_dtype=compute_dtype, out_dtype=out_dtype)
+        (weight, bias, *dtypes), adapters = call
+        return lora_linear_of_layer(x, weight, bias, *adapters, *dtypes)
 
     def base_product(self, base: nn.Module, x: Tensor) -> BaseProduct | str:
         """What `lora_linear` is to be called with for the base layer; or why this input has to take the stock path."""
@@ -61,7 +61,8 @@ class FusedLoRA(FusedLayer):
         if isinstance(product, str):
             return product
         lora_A, lora_B, scaling, dropout = adapters = ([], [], [], [])
-        for name in self.active_adapters:
+        names = self._active_adapter
+        for name in (names,) if isinstance(names, str) else names:
             adapter = self._adapter(name)
             if adapter is None:
                 continue
@@ -87,7 +88,7 @@ class FusedLoRA(FusedLayer):
         b, dropout = modules["lora_B"]._modules[name], modules["lora_dropout"]._modules[name]
         if not (type(a) is type(b) is nn.Linear):
             return f"adapter {name!r} is made of {type(a).__name__} and {type(b).__name__}, not of torch.nn.Linear"
-        if b.bias is not None:
+        if parameter(b, "bias") is not None:
             return f"adapter {name!r} has lora_bias"
         p = 0.0
         if type(dropout) is nn.Dropout and dropout.p < 1:
@@ -96,7 +97,7 @@ class FusedLoRA(FusedLayer):
             return f"adapter {name!r} has the dropout {dropout}"
         if reason := why_not_skip(a) or why_not_skip(b) or why_not_skip(dropout):
             return f"adapter {name!r} has {reason}"
-        weight_A, weight_B = a.weight, b.weight
+        weight_A, weight_B = parameter(a, "weight"), parameter(b, "weight")
         if weight_A.dtype not in FLOAT_DTYPES or weight_B.dtype not in FLOAT_DTYPES:
             return f"adapter {name!r} is {weight_A.dtype} and {weight_B.dtype}"
         return weight_A, weight_B, float(self.scaling[name]), p

@@ -114,12 +114,13 @@ class BottleneckAdapter(nn.Module):
         return torch.sigmoid(score.float()).mean(dim=-2, keepdim=True)
 
     def _adapt(self, x: Tensor, residual: Tensor, norm: nn.LayerNorm | None = None) -> Tensor:
+        down, up = self.down, self.up
         return adapter(
             x,
-            self.down.weight,
-            self.down.bias,
-            self.up.weight,
-            self.up.bias,
+            down.weight,
+            down.bias,
+            up.weight,
+            up.bias,
             residual=residual,
             activation=self.activation,
             scale=self.scale,

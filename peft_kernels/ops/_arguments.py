@@ -48,17 +48,27 @@ def drawn_seed(dropout: float, seed: Tensor | None, device: torch.device) -> Ten
 
 
 def autocasts(device_type: str) -> bool:
-    return device_type != "meta" and torch.is_autocast_enabled(device_type)
+    return torch._C._is_any_autocast_enabled() and device_type != "meta" and torch.is_autocast_enabled(device_type)
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
     """Autocast's dtype on x's device, if it is on."""
+    if not torch._C._is_any_autocast_enabled():  # a tenth of the time that asking for one device takes
+        return None
     return torch.get_autocast_dtype(x.device.type) if autocasts(x.device.type) else None
 
 
 def matrix(x: Tensor) -> Tensor:
     """x [..., d] as a matrix with dense rows; copied only where they are not."""
-    return dense_rows(x if x.dim() == 2 else x.reshape(x.shape[:-1].numel(), x.shape[-1]))
+    if x.dim() != 2:
+        size = x.shape[-1]
+        x = x.reshape(-1, size) if size else x.reshape(x.shape[:-1].numel(), size)
+    return x if x.is_contiguous() else dense_rows(x)
+
+
+def like_rows(y: Tensor, x: Tensor) -> Tensor:
+    """A result y [rows, e] for an x [..., d], as [..., e]."""
+    return y if x.dim() == 2 else y.view(x.shape[:-1] + y.shape[1:])
 
 
 def dense_rows(x: Tensor) -> Tensor:

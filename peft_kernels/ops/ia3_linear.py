@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .. import _extension  # noqa: F401
-from ._arguments import any_requires_grad, bad, matrix
+from ._arguments import any_requires_grad, bad, like_rows, matrix
 from ._linear import check_devices, check_product, named, product_dtypes, weight_arguments, without_autocast
 from .nf4 import NF4Weight
 
@@ -73,7 +73,7 @@ def ia3_linear(
         y = call.separate_passes(flat, bias, l_in, l_out)
     else:
         y, _ = call.forward(flat, bias, l_in, l_out, False)
-    return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[-1])
+    return like_rows(y, x)
 
 
 @dataclass(frozen=True)
@@ -84,17 +84,17 @@ class _Call:
     compute_dtype: torch.dtype
     out_dtype: torch.dtype
 
-    def weight_arguments(self, side: int) -> tuple:
+    def weight_arguments(self, side: int, x_dtype: torch.dtype) -> tuple:
         dense = None
         if not isinstance(self.weight, NF4Weight):
             dense = self.weight if self.weight.stride(-1) == 1 else self.weight.contiguous()
-        return dense, *weight_arguments(self.weight, self.weight.shape[side], self.compute_dtype)
+        return dense, *weight_arguments(self.weight, self.weight.shape[side], self.compute_dtype, x_dtype)
 
     def forward(self, x, bias, l_in, l_out, keeps_unscaled: bool) -> tuple[Tensor, Tensor]:
         """Returns y [M, N], and y before l_out, if it is to be kept."""
         return torch.ops.peft_kernels.ia3_linear_forward(
-            x, *self.weight_arguments(0), self.compute_dtype, self.out_dtype, bias, _fp32(l_in), _fp32(l_out),
-            keeps_unscaled,
+            x, *self.weight_arguments(0, x.dtype), None if self.out_dtype is x.dtype else self.out_dtype, bias,
+            _fp32(l_in), _fp32(l_out), keeps_unscaled,
         )  # fmt: skip
 
     def separate_passes(self, x, bias, l_in, l_out) -> Tensor:
@@ -107,7 +107,7 @@ class _Call:
     def backward(self, grad_y, x, x_dtype, unscaled, l_in, l_out, wants_x, wants_l_in, wants_l_out):
         """Returns the gradients of x, l_in and l_out, without elements where not wanted."""
         return torch.ops.peft_kernels.ia3_linear_backward(
-            grad_y, x, unscaled, *self.weight_arguments(1), self.compute_dtype, x_dtype, _fp32(l_in), _fp32(l_out),
+            grad_y, x, unscaled, *self.weight_arguments(1, grad_y.dtype), x_dtype, _fp32(l_in), _fp32(l_out),
             wants_x, wants_l_in, wants_l_out,
         )  # fmt: skip
 

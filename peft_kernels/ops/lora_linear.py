@@ -5,8 +5,10 @@ LoRA: Hu et al. 2021 (arXiv:2106.09685). QLoRA: Dettmers et al. 2023 (arXiv:2305
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .. import _extension  # noqa: F401
-from ._arguments import any_requires_grad, bad, dense_rows, matrix
+from ._arguments import any_requires_grad, bad, matrix
 from ._linear import check_devices, check_product, named, product_dtypes, weight_arguments, without_autocast
 from .nf4 import NF4Weight
 
@@ -58,20 +60,31 @@ def lora_linear(
     """
     _check(x, weight, bias, lora_A, lora_B, scaling, dropout, compute_dtype, out_dtype, seeds)
     compute_dtype, out_dtype = product_dtypes(x, compute_dtype, out_dtype)
-    if seeds is None and any(dropout):
+    return lora_linear_of_layer(x, weight, bias, lora_A, lora_B, scaling, dropout, compute_dtype, out_dtype, seeds)
+
+
+def lora_linear_of_layer(
+    x: Tensor,
+    weight: Tensor | NF4Weight,
+    bias: Tensor | None,
+    lora_A: Sequence[Tensor],
+    lora_B: Sequence[Tensor],
+    scaling: Sequence[float],
+    dropout: Sequence[float],
+    compute_dtype: torch.dtype,
+    out_dtype: torch.dtype,
+    seeds: Tensor | None = None,
+) -> Tensor:
+    """`lora_linear` of arguments whose types are known to be right, and of x as wide as the weight."""
+    if seeds is None and dropout and any(dropout):
         seeds = torch.randint(torch.iinfo(torch.int64).max, (len(dropout),), device=x.device)
-    call = _Call(weight, compute_dtype, out_dtype, tuple(scaling), tuple(dropout))
-    flat = matrix(x)
-    # PEFT's adapters that are combined by their singular values are transposed.
-    lora_A, lora_B = [dense_rows(a) for a in lora_A], [dense_rows(b) for b in lora_B]
     dense = None if isinstance(weight, NF4Weight) else weight
     # Without the second condition torch.compile would lose `ctx`: where nothing needs a gradient, it takes forward's
     # signature, whose *adapters hold two tensors, for one without it.
     if torch.is_grad_enabled() and any_requires_grad(x, bias, dense, *lora_A, *lora_B):
-        y = _LoRALinear.apply(flat, bias, seeds, dense, call, len(lora_A), *lora_A, *lora_B)
-    else:
-        y, _ = call.forward(flat, bias, seeds, lora_A, lora_B)
-    return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[-1])
+        call = _Call(weight, compute_dtype, out_dtype, tuple(scaling), tuple(dropout))
+        return _LoRALinear.apply(x, bias, seeds, dense, call, len(lora_A), *lora_A, *lora_B)
+    return _forward(x, weight, bias, lora_A, lora_B, scaling, dropout, compute_dtype, out_dtype, seeds)[0]
 
 
 def _check(x, weight, bias, lora_A, lora_B, scaling, dropout, compute_dtype, out_dtype, seeds) -> None:
@@ -81,17 +94,11 @@ def _check(x, weight, bias, lora_A, lora_B, scaling, dropout, compute_dtype, out
     so the texts are made only on failure.
     """
     check_product(x, weight, bias, compute_dtype, out_dtype)
-    for name, items, kind in (
-        ("lora_A", lora_A, Tensor),
-        ("lora_B", lora_B, Tensor),
-        ("scaling", scaling, (float, int)),
-        ("dropout", dropout, (float, int)),
-    ):
-        if not isinstance(items, (list, tuple)):
-            bad(name, items, "a list or tuple with an item for each adapter")
-        for item in items:
-            if not isinstance(item, kind):
-                bad(name, item, "tensors" if kind is Tensor else "numbers")
+    _check_items("lora_A", lora_A, Tensor)
+    _check_items("lora_B", lora_B, Tensor)
+    _check_items("scaling", scaling, (float, int))
+    if dropout != ():
+        _check_items("dropout", dropout, (float, int))
     if seeds is not None and not (
         isinstance(seeds, Tensor) and seeds.dtype is torch.int64 and seeds.shape == (len(lora_A),)
     ):
@@ -100,6 +107,31 @@ def _check(x, weight, bias, lora_A, lora_B, scaling, dropout, compute_dtype, out
         for name, items in (("lora_B", lora_B), ("scaling", scaling), ("dropout", dropout)):
             if items:
                 raise ValueError(f"{name}: got {len(items)} items, wanted none, since lora_A has none")
+
+
+def _check_items(name: str, items: Any, kind: type | tuple[type, ...]) -> None:
+    if not isinstance(items, (list, tuple)):
+        bad(name, items, "a list or tuple with an item for each adapter")
+    for item in items:
+        if not isinstance(item, kind):
+            bad(name, item, "tensors" if kind is Tensor else "numbers")
+
+
+def _forward(x, weight, bias, lora_A, lora_B, scaling, dropout, compute_dtype, out_dtype, seeds):
+    """Returns y [..., N] and s [rows of x, Σ rank]."""
+    add = None
+    if not isinstance(weight, NF4Weight):
+        with without_autocast(x.device.type):
+            bias = None if bias is None else bias.to(compute_dtype)
+            rows = x if x.dim() == 2 else x.contiguous()  # as torch has other products for other strides
+            add = F.linear(rows.to(compute_dtype), weight.to(compute_dtype), bias).to(out_dtype)
+        bias = None
+        if not lora_A:
+            return add, x.new_empty((x.shape[:-1].numel(), 0), dtype=torch.float32)
+    return torch.ops.peft_kernels.lora_linear_forward(
+        x, *weight_arguments(weight, weight.shape[0], compute_dtype, x.dtype),
+        None if out_dtype is x.dtype else out_dtype, bias, add, lora_A, lora_B, scaling, dropout or None, seeds,
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -112,23 +144,12 @@ class _Call:
     scaling: tuple[float, ...]
     dropout: tuple[float, ...]
 
-    def forward(self, x: Tensor, bias: Tensor | None, seeds: Tensor | None, lora_A, lora_B) -> tuple[Tensor, Tensor]:
-        """Returns y [M, N] and s [M, Σ rank]."""
-        add = None
-        if not isinstance(self.weight, NF4Weight):
-            dtype = self.compute_dtype
-            with without_autocast(x.device.type):
-                add = F.linear(x.to(dtype), self.weight.to(dtype), None if bias is None else bias.to(dtype))
-            add, bias = add.to(self.out_dtype), None
-            if not lora_A:
-                return add, x.new_empty((x.shape[0], 0), dtype=torch.float32)
-        return torch.ops.peft_kernels.lora_linear_forward(
-            x, *weight_arguments(self.weight, self.weight.shape[0], self.compute_dtype), self.compute_dtype,
-            self.out_dtype, bias, add, lora_A, lora_B, self.scaling, self.dropout, seeds,
-        )  # fmt: skip
+    def forward(self, x, bias, seeds, lora_A, lora_B) -> tuple[Tensor, Tensor]:
+        dtypes = self.compute_dtype, self.out_dtype
+        return _forward(x, self.weight, bias, lora_A, lora_B, self.scaling, self.dropout, *dtypes, seeds)
 
     def backward(self, grad_y, x, x_dtype, s, seeds, lora_A, lora_B, wants_x, wants_A, wants_B):
-        """Returns grad_x [M, K] or None, and lists of the gradients of A and B in fp32, None where not wanted."""
+        """Returns grad_x [..., K] or None, and lists of the gradients of A and B in fp32, None where not wanted."""
         add = None
         if wants_x and not isinstance(self.weight, NF4Weight):
             dtype = self.compute_dtype
@@ -137,8 +158,8 @@ class _Call:
         if not any(wants_A + wants_B) and (not wants_x or (add is not None and not lora_A)):
             return add, [None] * len(lora_A), [None] * len(lora_A)
         grad_x, grad_A, grad_B = torch.ops.peft_kernels.lora_linear_backward(
-            grad_y, x, s, *weight_arguments(self.weight, self.weight.shape[1], self.compute_dtype), self.compute_dtype,
-            x_dtype, add, lora_A, lora_B, self.scaling, self.dropout, seeds, wants_x, wants_A, wants_B,
+            grad_y, x, s, *weight_arguments(self.weight, self.weight.shape[1], self.compute_dtype, grad_y.dtype),
+            x_dtype, add, lora_A, lora_B, self.scaling, self.dropout or None, seeds, wants_x, wants_A, wants_B,
         )  # fmt: skip
         return grad_x if wants_x else None, _split(grad_A, lora_A, wants_A), _split(grad_B, lora_B, wants_B)
 
@@ -173,17 +194,15 @@ class _LoRALinear(torch.autograd.Function):
         n = ctx.num_adapters
         wants_x, wants_bias, _, wants_weight = ctx.needs_input_grad[:4]
         wants_A, wants_B = list(ctx.needs_input_grad[6 : 6 + n]), list(ctx.needs_input_grad[6 + n :])
-        if grad_y.stride(-1) != 1:
-            grad_y = grad_y.contiguous()
         grad_x, grad_A, grad_B = ctx.call.backward(
             grad_y, x, ctx.x_dtype, s, seeds, adapters[:n], adapters[n:], wants_x, wants_A, wants_B
         )
-        grad_bias = grad_y.sum(0, dtype=torch.float32).to(ctx.bias_dtype) if wants_bias else None
+        grad_bias = matrix(grad_y).sum(0, dtype=torch.float32).to(ctx.bias_dtype) if wants_bias else None
         grad_weight = None
         if wants_weight:
             dtype = ctx.call.compute_dtype
             with without_autocast(grad_y.device.type):
-                grad_weight = (grad_y.to(dtype).T @ x.to(dtype)).to(weight.dtype)
+                grad_weight = (matrix(grad_y).to(dtype).T @ matrix(x).to(dtype)).to(weight.dtype)
         return grad_x, grad_bias, None, grad_weight, None, None, *grad_A, *grad_B
 
 
@@ -193,9 +212,8 @@ def _(x, codes, absmax, nested, nested_blocksize, out_features, blocksize, quant
     # A tensor on meta beside others on the CPU comes here, not to the kernel.
     check_devices(x, named(codes=[codes], absmax=[absmax], nested=nested, bias=[bias], add=[add], lora_A=lora_A,
                            lora_B=lora_B, seeds=[seeds]))  # fmt: skip
-    m = x.shape[0]
-    s = x.new_empty((m, sum(a.shape[0] for a in lora_A)), dtype=torch.float32)
-    return x.new_empty((m, out_features), dtype=out_dtype), s
+    s = x.new_empty((math.prod(x.shape[:-1]), sum(a.shape[0] for a in lora_A)), dtype=torch.float32)
+    return x.new_empty((*x.shape[:-1], out_features), dtype=out_dtype), s
 
 
 @torch.library.register_fake("peft_kernels::lora_linear_backward")
@@ -205,5 +223,5 @@ def _(grad_y, x, s, codes, absmax, nested, nested_blocksize, in_features, blocks
                                 lora_A=lora_A, lora_B=lora_B, seeds=[seeds]))  # fmt: skip
     size_A = sum(a.numel() for a, want in zip(lora_A, wants_A, strict=True) if want)
     size_B = sum(b.numel() for b, want in zip(lora_B, wants_B, strict=True) if want)
-    grad_x = grad_y.new_empty((grad_y.shape[0] if wants_x else 0, in_features), dtype=x_dtype)
+    grad_x = grad_y.new_empty((*grad_y.shape[:-1], in_features) if wants_x else (0, in_features), dtype=x_dtype)
     return grad_x, *(grad_y.new_empty((size,), dtype=torch.float32) for size in (size_A, size_B))

@@ -15,11 +15,10 @@ namespace peft_kernels {
 namespace {
 
 void check_common(GluParams& params, const Tensor& gate, const Tensor& up, const std::string& activation) {
-    if (gate.dim() != 2) bad_argument("gate", describe(gate), "a matrix [M, N]");
     params.m = gate.size(0);
     params.n = gate.size(1);
     params.gate = check_matrix(gate, "gate", params.m, params.n, gate);
-    check_dtype(up, "up", gate.scalar_type());
+    check_dtype(up, "up", dtype_of(gate));
     params.up = check_matrix(up, "up", params.m, params.n, gate);
     params.activation = check_activation(activation);
 }
@@ -28,11 +27,12 @@ Matrix new_matrix(Tensor& tensor, const GluParams& params) {
     return {tensor.mutable_data_ptr(), params.gate.dtype, params.n};
 }
 
-// -> y [M, N]
-Tensor forward(Tensor gate, Tensor up, std::string activation) {
+// gate, up [..., N] -> y [..., N]
+Tensor forward(Tensor given_gate, Tensor given_up, std::string activation) {
+    const Tensor gate = as_rows(given_gate, "gate"), up = as_rows(given_up, "up");
     GluForwardParams params{};
     check_common(params, gate, up, activation);
-    Tensor y = empty(gate, {params.m, params.n}, gate.scalar_type());
+    Tensor y = empty(gate, given_gate.sizes(), dtype_of(gate));
     if (y.numel() == 0) return y;
     params.y = new_matrix(y, params);
 #if defined(PEFT_KERNELS_CUDA)
@@ -46,14 +46,16 @@ Tensor forward(Tensor gate, Tensor up, std::string activation) {
     return y;
 }
 
-// -> grad_gate, grad_up [M, N]
-std::tuple<Tensor, Tensor> backward(Tensor grad_y, Tensor gate, Tensor up, std::string activation) {
+// -> grad_gate, grad_up [..., N]
+std::tuple<Tensor, Tensor> backward(Tensor given_grad_y, Tensor given_gate, Tensor given_up, std::string activation) {
+    const Tensor grad_y = as_rows(given_grad_y, "grad_y");
+    const Tensor gate = as_rows(given_gate, "gate"), up = as_rows(given_up, "up");
     GluBackwardParams params{};
     check_common(params, gate, up, activation);
-    check_dtype(grad_y, "grad_y", gate.scalar_type());
+    check_dtype(grad_y, "grad_y", dtype_of(gate));
     params.grad_y = check_matrix(grad_y, "grad_y", params.m, params.n, gate);
-    Tensor grad_gate = empty(gate, {params.m, params.n}, gate.scalar_type());
-    Tensor grad_up = empty(gate, {params.m, params.n}, gate.scalar_type());
+    Tensor grad_gate = empty(gate, given_gate.sizes(), dtype_of(gate));
+    Tensor grad_up = empty(gate, given_gate.sizes(), dtype_of(gate));
     if (grad_up.numel() == 0) return {grad_gate, grad_up};
     params.grad_gate = new_matrix(grad_gate, params);
     params.grad_up = new_matrix(grad_up, params);

@@ -17,7 +17,7 @@ namespace peft_kernels {
 namespace {
 
 void check_common(RmsNormParams& params, const Tensor& x, const Tensor& weight, double offset) {
-    if (x.dim() != 2 || x.size(1) == 0) bad_argument("x", describe(x), "a matrix [M, d] with columns");
+    if (x.size(1) == 0) bad_argument("x", describe(x), "rows of one column at least");
     params.m = x.size(0);
     params.d = x.size(1);
     params.x = check_matrix(x, "x", params.m, params.d, x);
@@ -27,12 +27,13 @@ void check_common(RmsNormParams& params, const Tensor& x, const Tensor& weight, 
     params.offset = static_cast<float>(offset);
 }
 
-// -> y [M, d] of out_dtype, rstd [M] in fp32
-std::tuple<Tensor, Tensor> forward(Tensor x, Tensor weight, double eps, double offset, ScalarType out_dtype) {
+// x [..., d] -> y [..., d] of out_dtype, rstd [rows of x] in fp32
+std::tuple<Tensor, Tensor> forward(Tensor given_x, Tensor weight, double eps, double offset, ScalarType out_dtype) {
+    const Tensor x = as_rows(given_x, "x");
     RmsNormForwardParams params{};
     check_common(params, x, weight, offset);
     params.eps = static_cast<float>(eps);
-    Tensor y = empty(x, {params.m, params.d}, out_dtype);
+    Tensor y = empty(x, given_x.sizes(), out_dtype);
     Tensor rstd = empty(x, {params.m}, ScalarType::Float);
     if (params.m == 0) return {y, rstd};
     params.y = {y.mutable_data_ptr(), check_float_dtype(out_dtype, "out_dtype"), params.d};
@@ -67,15 +68,16 @@ void backward_on_cuda(const RmsNormBackwardParams& params, const Tensor& x) {
 }
 #endif
 
-// -> grad_x [M, d] of x's dtype, grad_weight [d] in fp32; without elements where not wanted
-std::tuple<Tensor, Tensor> backward(Tensor grad_y, Tensor x, Tensor weight, Tensor rstd, double offset, bool wants_x,
-                                    bool wants_weight) {
+// -> grad_x [..., d] like x, grad_weight [d] in fp32; without elements where not wanted
+std::tuple<Tensor, Tensor> backward(Tensor given_grad_y, Tensor given_x, Tensor weight, Tensor rstd, double offset,
+                                    bool wants_x, bool wants_weight) {
+    const Tensor grad_y = as_rows(given_grad_y, "grad_y"), x = as_rows(given_x, "x");
     RmsNormBackwardParams params{};
     check_common(params, x, weight, offset);
     params.grad_y = check_matrix(grad_y, "grad_y", params.m, params.d, x);
     check_array(rstd, "rstd", ScalarType::Float, params.m, x);
     params.rstd = static_cast<const float*>(rstd.const_data_ptr());
-    Tensor grad_x = empty(x, {wants_x ? params.m : 0, params.d}, x.scalar_type());
+    Tensor grad_x = wants_x ? empty(x, given_x.sizes(), dtype_of(x)) : empty(x, {0, params.d}, dtype_of(x));
     Tensor grad_weight = empty(x, {wants_weight ? params.d : 0}, ScalarType::Float);
     if (wants_x) params.grad_x = {grad_x.mutable_data_ptr(), params.x.dtype, params.d};
     if (wants_weight) params.grad_weight = static_cast<float*>(grad_weight.mutable_data_ptr());

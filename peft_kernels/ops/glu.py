@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .. import _extension  # noqa: F401
-from ._arguments import any_requires_grad, bad, is_float, matrix
+from ._arguments import any_requires_grad, bad, is_float
 from ._linear import check_devices
 from .adapter import activation_name
 
@@ -30,14 +30,10 @@ def glu(gate: Tensor, up: Tensor, activation: str = "silu") -> Tensor:
         bad("gate", gate, "a float32, bfloat16 or float16 tensor [..., N]")
     if not isinstance(up, Tensor) or up.shape != gate.shape or up.dtype is not gate.dtype:
         bad("up", up, f"a tensor like gate, {str(gate.dtype).removeprefix('torch.')} {list(gate.shape)}")
-    check_devices(gate, [("up", up)])
     activation = activation_name(activation)
-    flat_gate, flat_up = matrix(gate), matrix(up)
     if torch.is_grad_enabled() and any_requires_grad(gate, up):
-        y = _Glu.apply(flat_gate, flat_up, activation)
-    else:
-        y = torch.ops.peft_kernels.glu_forward(flat_gate, flat_up, activation)
-    return y if gate.dim() == 2 else y.view(gate.shape)
+        return _Glu.apply(gate, up, activation)
+    return torch.ops.peft_kernels.glu_forward(gate, up, activation)
 
 
 class _Glu(torch.autograd.Function):
@@ -51,11 +47,12 @@ class _Glu(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad_y):
         gate, up = ctx.saved_tensors
-        return *torch.ops.peft_kernels.glu_backward(matrix(grad_y), gate, up, ctx.activation), None
+        return *torch.ops.peft_kernels.glu_backward(grad_y, gate, up, ctx.activation), None
 
 
 @torch.library.register_fake("peft_kernels::glu_forward")
 def _(gate, up, activation):
+    check_devices(gate, [("up", up)])
     return gate.new_empty(gate.shape)
 
 

@@ -3,12 +3,14 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .. import _extension  # noqa: F401
-from ._arguments import DTYPES, any_requires_grad, bad, is_float, matrix
+from ._arguments import DTYPES, any_requires_grad, bad, is_float
 from ._linear import check_devices
 
 
@@ -37,18 +39,15 @@ def rms_norm(
         bad("x", x, "a float32, bfloat16 or float16 tensor [..., d] with d of at least 1")
     if not is_float(weight) or weight.shape != x.shape[-1:]:
         bad("weight", weight, f"a float32, bfloat16 or float16 tensor [{x.shape[-1]}], for x of shape {list(x.shape)}")
-    check_devices(x, [("weight", weight)])
     if not eps >= 0:
         bad("eps", eps, "a number of at least 0")
     out_dtype = out_dtype or torch.promote_types(x.dtype, weight.dtype)
     if out_dtype not in DTYPES:
         bad("out_dtype", out_dtype, "torch.float32, torch.bfloat16 or torch.float16")
-    flat, weight = matrix(x), weight.contiguous()
+    weight = weight.contiguous()
     if torch.is_grad_enabled() and any_requires_grad(x, weight):
-        y = _RmsNorm.apply(flat, weight, eps, offset, out_dtype)
-    else:
-        y, _ = torch.ops.peft_kernels.rms_norm_forward(flat, weight, eps, offset, out_dtype)
-    return y if x.dim() == 2 else y.view(x.shape)
+        return _RmsNorm.apply(x, weight, eps, offset, out_dtype)
+    return torch.ops.peft_kernels.rms_norm_forward(x, weight, eps, offset, out_dtype)[0]
 
 
 class _RmsNorm(torch.autograd.Function):
@@ -65,7 +64,7 @@ class _RmsNorm(torch.autograd.Function):
         x, weight, rstd = ctx.saved_tensors
         wants_x, wants_weight = ctx.needs_input_grad[:2]
         grad_x, grad_weight = torch.ops.peft_kernels.rms_norm_backward(
-            matrix(grad_y), x, weight, rstd, ctx.offset, wants_x, wants_weight
+            grad_y, x, weight, rstd, ctx.offset, wants_x, wants_weight
         )
         return (
             grad_x if wants_x else None,
@@ -78,10 +77,14 @@ class _RmsNorm(torch.autograd.Function):
 
 @torch.library.register_fake("peft_kernels::rms_norm_forward")
 def _(x, weight, eps, offset, out_dtype):
-    return x.new_empty(x.shape, dtype=out_dtype), x.new_empty(x.shape[:1], dtype=torch.float32)
+    check_devices(x, [("weight", weight)])
+    return x.new_empty(x.shape, dtype=out_dtype), x.new_empty((math.prod(x.shape[:-1]),), dtype=torch.float32)
 
 
 @torch.library.register_fake("peft_kernels::rms_norm_backward")
 def _(grad_y, x, weight, rstd, offset, wants_x, wants_weight):
-    m, d = x.shape
-    return x.new_empty((m if wants_x else 0, d)), x.new_empty((d if wants_weight else 0,), dtype=torch.float32)
+    d = x.shape[-1]
+    return (
+        x.new_empty(x.shape if wants_x else (0, d)),
+        x.new_empty((d if wants_weight else 0,), dtype=torch.float32),
+    )

@@ -20,8 +20,8 @@ from transformers.activations import GELUActivation, GELUTanh, NewGELUActivation
 from ..cuda import why_not
 from ..ops.glu import glu
 from ..ops.rms_norm import rms_norm
-from .linear import why_not_skip
-from .registry import FusedLayer, register, why_not_input
+from .linear import parameter, why_not_skip
+from .registry import FLOAT_DTYPES, FusedLayer, register, why_not_input
 
 # What `glu` calls the σ of each class of activations.
 _ACTIVATIONS: dict[type[nn.Module], str] = {
@@ -67,16 +67,15 @@ class FusedRMSNorm(Lookalike):
     offset: ClassVar[float] = 0.0
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        weight = self.weight
-        reason = why_not_input(hidden_states) or why_not_input(weight) or why_not_on(hidden_states, weight)
-        if reason:
+        weight = parameter(self, "weight")
+        if reason := why_not_both(hidden_states, weight):
             self.log_stock_path(reason)
             return super().forward(hidden_states)
         eps, out_dtype = getattr(self, self.eps_name), self.out_dtype(hidden_states, weight)
         return rms_norm(hidden_states, weight, eps, offset=self.offset, out_dtype=out_dtype)
 
     def why_stock(self) -> str | None:
-        return why_not_input(self.weight) or why_not_on(self.weight)
+        return why_not_both(self.weight, self.weight)
 
     @staticmethod
     def out_dtype(x: Tensor, weight: Tensor) -> torch.dtype:
@@ -85,6 +84,8 @@ class FusedRMSNorm(Lookalike):
 
 
 class FusedRMSNormRoundedLast(FusedRMSNorm):
+    """The stock layer in one operation. It rounds the product alone, to x's dtype."""
+
     model, class_name = "olmo2", "Olmo2RMSNorm"
 
     @staticmethod
@@ -93,11 +94,15 @@ class FusedRMSNormRoundedLast(FusedRMSNorm):
 
 
 class FusedRMSNormWithOffset(FusedRMSNormRoundedLast):
+    """The stock layer in one operation. Its weight is the difference from 1."""
+
     model, class_name, methods = "gemma", "GemmaRMSNorm", ("forward", "_norm")
     eps_name, offset = "eps", 1.0
 
 
 class FusedT5LayerNorm(FusedRMSNorm):
+    """The stock layer, which has no mean and no bias, in one operation."""
+
     model, class_name = "t5", "T5LayerNorm"
 
     @staticmethod
@@ -112,7 +117,7 @@ class FusedGatedMLP(Lookalike):
 
     def forward(self, x: Tensor) -> Tensor:
         gate, up = self.gate_proj(x), self.up_proj(x)
-        reason = why_not_input(gate) or why_not_input(up) or why_not_on(gate, up) or why_not_activation(self.act_fn)
+        reason = why_not_both(gate, up) or why_not_activation(self.act_fn)
         if not reason and (gate.dtype is not up.dtype or gate.shape != up.shape):
             reason = "the gate and what it gates differ in dtype or shape"
         if reason:
@@ -121,15 +126,18 @@ class FusedGatedMLP(Lookalike):
         return self.down_proj(glu(gate, up, _ACTIVATIONS[type(self.act_fn)]))
 
     def why_stock(self) -> str | None:
-        parameter = next(self.parameters(), None)
-        return why_not_activation(self.act_fn) or (None if parameter is None else why_not_on(parameter))
+        weight = next(self.parameters(), None)
+        return why_not_activation(self.act_fn) or (None if weight is None else why_not(weight.device))
 
 
-def why_not_on(*tensors: Tensor) -> str | None:
-    device = tensors[0].device
-    if any(tensor.device != device for tensor in tensors):
-        return "its tensors are on several devices"
-    return None if device.type == "cpu" else why_not(device)
+def why_not_both(x: Tensor, other: Tensor) -> str | None:
+    """Why no fused operation can take both."""
+    if reason := why_not_input(x):
+        return reason
+    if other.dtype not in FLOAT_DTYPES:
+        return f"an operand is {other.dtype}"
+    device = x.device
+    return why_not(device) if other.device == device else f"operands are on {device.type} and {other.device.type}"
 
 
 def why_not_activation(activation: nn.Module) -> str | None:

@@ -44,19 +44,20 @@ def _check(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> None:
         isinstance(k, Tensor)
         and k.dtype is q.dtype
         and k.dim() == 4
-        and (k.shape[0], *k.shape[2:]) == (batch, length, head_dim)
+        and k.shape == (batch, k.size(1), length, head_dim)
     ):
         bad("k", k, f"{describe(q).split()[0]} [{batch}, H_kv, {length}, {head_dim}], for q {list(q.shape)}")
+    shape = getattr(cos, "shape", None)
     for name, angles in (("cos", cos), ("sin", sin)):
         if not (
             is_float(angles)
-            and angles.dim() == 3
-            and angles.shape[0] in (1, batch)
-            and angles.shape[1] == length
-            and angles.shape[2] <= head_dim
-            and angles.shape[2] % 2 == 0
-            and angles.shape == cos.shape
+            and angles.shape == shape
             and angles.dtype is cos.dtype
+            and len(shape) == 3
+            and shape[0] in (1, batch)
+            and shape[1] == length
+            and shape[2] <= head_dim
+            and shape[2] % 2 == 0
         ):
             wanted = f"a float32, bfloat16 or float16 tensor [{batch} or 1, {length}, R]"
             bad(name, angles, f"{wanted} with an even R of at most {head_dim}, the same for both")

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 
 from benchmarks.options import expression, names
-from peft_kernels.ops import adapter, ia3_linear, lora_linear, quantize_4bit
+from peft_kernels.ops import adapter, glu, ia3_linear, lora_linear, quantize_4bit, rms_norm
 
 ROOT = Path(__file__).parent.parent
 sys.path.append(str(ROOT / "tests"))
@@ -142,6 +142,26 @@ def attend(queries: int, heads: tuple[int, int], dim: int, prefix: int = 0, trai
     return Case("ia3_attention", name + " backward" * training, prepare)
 
 
+def normalised(m: int, d: int, training: bool = False) -> Case:
+    """RMSNorm in bf16: its forward, or forward and backward with the weight's gradient."""
+
+    def prepare() -> Callable[[], object]:
+        x, weight = (torch.randn(shape).bfloat16().requires_grad_(training) for shape in ((m, d), (d,)))
+        return (lambda: rms_norm(x, weight).sum().backward()) if training else lambda: rms_norm(x, weight)
+
+    return Case("rms_norm", f"m={m} d={d}" + " backward" * training, prepare)
+
+
+def gated(m: int, n: int) -> Case:
+    """A SwiGLU in bf16, forward and backward."""
+
+    def prepare() -> Callable[[], object]:
+        gate, up = (torch.randn(m, n).bfloat16().requires_grad_() for _ in range(2))
+        return lambda: glu(gate, up).sum().backward()
+
+    return Case("glu", f"m={m} n={n} backward", prepare)
+
+
 CASES = (
     quantize((576, 576), "bfloat16", 64),
     quantize((576, 576), "float32", 4096),
@@ -163,6 +183,9 @@ CASES = (
     bottleneck(512, 768, 64, "float32", training=True),
     attend(512, (2, 2), 64, training=True),
     attend(512, (4, 1), 128, prefix=32, training=True),
+    normalised(64, 576),
+    normalised(64, 4096, training=True),
+    gated(64, 1536),
 )
 
 

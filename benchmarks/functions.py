@@ -16,7 +16,8 @@ from benchmarks.timing import Contender
 from peft_kernels import cpu
 
 Tensors = dict[str, Tensor]
-Function = Callable[[Tensors], Tensor]
+Results = Tensor | tuple[Tensor, ...]
+Function = Callable[[Tensors], Results]
 
 
 @dataclass
@@ -26,7 +27,7 @@ class Problem:
     Attributes:
         name: of the case.
         leaves: what the functions are given; all have gradients.
-        grad: of the result.
+        grad: of the result, or of each result.
         functions: by contender; FUSED among them.
         oracle: the same on fp64 tensors.
         tolerance: the largest relative rms error of the fused one's results.
@@ -37,7 +38,7 @@ class Problem:
 
     name: str
     leaves: Tensors
-    grad: Tensor
+    grad: Results
     functions: dict[str, Function]
     oracle: Function
     tolerance: float
@@ -46,12 +47,17 @@ class Problem:
     optional: Collection[str] = ()
 
 
+def several(results: Results) -> tuple[Tensor, ...]:
+    return (results,) if isinstance(results, Tensor) else results
+
+
 def results(problem: Problem, function: Function, leaves: Tensors) -> Tensors:
     """The result and every gradient, by name."""
     leaves = {name: tensor.detach().requires_grad_() for name, tensor in leaves.items()}
-    y = function(leaves)
-    y.backward(problem.grad.to(y.dtype))
-    return {"result": y.detach()} | {name: leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}
+    found = several(function(leaves))
+    torch.autograd.backward(found, [grad.to(y.dtype) for y, grad in zip(found, several(problem.grad), strict=True)])
+    named = {f"result {i}": y.detach() for i, y in enumerate(found)}
+    return named | {name: leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}
 
 
 def check(problem: Problem, isas: Sequence[str]) -> dict[str, float]:
@@ -76,7 +82,7 @@ def check(problem: Problem, isas: Sequence[str]) -> dict[str, float]:
 
 def contender(problem: Problem, name: str, isa: str = "") -> Contender:
     leaves = {key: tensor.detach().requires_grad_() for key, tensor in problem.leaves.items()}
-    kept: list[Tensor] = []
+    kept: list[Results] = []
 
     def reset() -> None:
         for leaf in leaves.values():
@@ -84,7 +90,7 @@ def contender(problem: Problem, name: str, isa: str = "") -> Contender:
 
     phases = {
         "forward": lambda: kept.append(problem.functions[name](leaves)),
-        "backward": lambda: kept.pop().backward(problem.grad),
+        "backward": lambda: torch.autograd.backward(several(kept.pop()), several(problem.grad)),
     }
     return Contender(name, phases, reset, isa)
 

@@ -12,14 +12,7 @@ from tolerances import FP32_SUM, ROUNDING, VERSUS_STOCK
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 import peft_kernels
-from peft_kernels.integrations import causal_lm_loss as module
 from peft_kernels.integrations.causal_lm_loss import causal_lm_loss
-
-
-@pytest.fixture(autouse=True)
-def small_chunks(monkeypatch):
-    """Several chunks, the last of which is not full."""
-    monkeypatch.setattr(module, "_CHUNK", 4 * VOCABULARY + 1)
 
 
 def problem(dtype=torch.float32, batch=2, length=11):
@@ -87,8 +80,10 @@ def test_large_logits_stay_finite():
 def test_label_out_of_range(label):
     logits, labels = problem()
     labels[1, 3] = label
-    with pytest.raises((IndexError, RuntimeError), match="out of bounds"):
+    with pytest.raises(IndexError, match=f"targets: got {label} for row 13, wanted a class"):
         causal_lm_loss(logits, labels, VOCABULARY)
+    with pytest.raises((IndexError, RuntimeError), match="out of bounds"):
+        ForCausalLMLoss(logits, labels, VOCABULARY)
 
 
 def test_keeps_a_number_for_each_row():
@@ -102,8 +97,11 @@ def test_keeps_a_number_for_each_row():
 
 def test_compiled():
     logits, labels = problem()
-    compiled = torch.compile(causal_lm_loss, backend="eager")
-    assert torch.allclose(compiled(logits, labels, VOCABULARY), causal_lm_loss(logits, labels, VOCABULARY))
+    compiled = torch.compile(causal_lm_loss, backend="aot_eager", fullgraph=True)
+    for got, wanted in zip(
+        value_and_gradient(compiled, logits, labels), value_and_gradient(causal_lm_loss, logits, labels), strict=True
+    ):
+        assert torch.equal(got, wanted)
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])

@@ -4,12 +4,11 @@
 
 #include <cstdint>
 
+#include "common/activation.h"
 #include "common/dtype.h"
 #include "common/isa.h"
 
 namespace peft_kernels {
-
-enum class Activation : int32_t { kNone, kRelu, kGelu, kGeluTanh, kSilu, kTanh, kLeakyRelu };
 
 struct LayerNorm {
     bool present;

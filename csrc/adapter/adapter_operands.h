@@ -15,53 +15,6 @@ namespace {
 
 inline int64_t chunks_of(int64_t outputs) { return divide_up(outputs, kRightOutputs); }
 
-// ---- σ ------------------------------------------------------------------------------------------------------------
-
-struct Activated {
-    F32 value, slope;
-};
-
-template <Activation kActivation>
-inline Activated activate(F32 z) {
-    if constexpr (kActivation == Activation::kRelu) {
-        // A NaN stays one, as torch's does.
-        return {z < 0.0f ? F32{} : z, z > 0.0f ? broadcast(1.0f) : F32{}};
-    } else if constexpr (kActivation == Activation::kLeakyRelu) {
-        return {z > 0.0f ? z : z * 0.01f, z > 0.0f ? broadcast(1.0f) : broadcast(0.01f)};
-    } else if constexpr (kActivation == Activation::kGelu) {
-        const Normal at = normal(z);
-        return {z * at.integral, fma(z, at.phi, at.integral)};
-    } else if constexpr (kActivation == Activation::kGeluTanh) {
-        // z (1 + tanh u) / 2 = z sigmoid(2u), with u = √(2/π) (z + 0.044715 z³)
-        constexpr float kScale = 1.59576912f, kCubic = 0.044715f;
-        const F32 square = z * z;
-        const F32 s = sigmoid(kScale * z * fma(square, broadcast(kCubic), broadcast(1.0f)));
-        const F32 inner = kScale * fma(square, broadcast(3 * kCubic), broadcast(1.0f));
-        return {z * s, fma(z * inner, s * (1.0f - s), s)};
-    } else if constexpr (kActivation == Activation::kSilu) {
-        const F32 s = sigmoid(z);
-        return {z * s, s * fma(z, 1.0f - s, broadcast(1.0f))};
-    } else if constexpr (kActivation == Activation::kTanh) {
-        const F32 t = tanh(z);
-        return {t, 1.0f - t * t};
-    } else {
-        return {z, broadcast(1.0f)};
-    }
-}
-
-template <class Body>
-void dispatch_activation(Activation activation, const Body& body) {
-    switch (activation) {
-        case Activation::kNone: return body(Constant<Activation::kNone>{});
-        case Activation::kRelu: return body(Constant<Activation::kRelu>{});
-        case Activation::kGelu: return body(Constant<Activation::kGelu>{});
-        case Activation::kGeluTanh: return body(Constant<Activation::kGeluTanh>{});
-        case Activation::kSilu: return body(Constant<Activation::kSilu>{});
-        case Activation::kTanh: return body(Constant<Activation::kTanh>{});
-        case Activation::kLeakyRelu: return body(Constant<Activation::kLeakyRelu>{});
-    }
-}
-
 // ---- Rows ---------------------------------------------------------------------------------------------------------
 
 // Whole vectors of a matrix of T, by row and column.

@@ -20,19 +20,6 @@ namespace {
 
 using Tensors = std::vector<Tensor>;
 
-Activation check_activation(const std::string& name) {
-    constexpr std::pair<const char*, Activation> kKnown[] = {
-        {"none", Activation::kNone},           {"relu", Activation::kRelu}, {"gelu", Activation::kGelu},
-        {"gelu_tanh", Activation::kGeluTanh},  {"silu", Activation::kSilu}, {"tanh", Activation::kTanh},
-        {"leaky_relu", Activation::kLeakyRelu}};
-    std::string known;
-    for (const auto& [text, activation] : kKnown) {
-        if (name == text) return activation;
-        known += (known.empty() ? "" : ", ") + std::string(text);
-    }
-    bad_argument("activation", "'" + name + "'", "one of " + known);
-}
-
 void check_list(size_t got, const char* name, size_t wanted) {
     if (got != wanted)
         bad_argument(name, std::to_string(got) + " items", std::to_string(wanted) + ", one for each down_weight");

@@ -2,44 +2,9 @@
 #pragma once
 
 #include "adapter/adapter_tile.cuh"
+#include "common/activation.cuh"
 
 namespace peft_kernels::cuda {
-
-// ---- σ ------------------------------------------------------------------------------------------------------------
-
-struct Activated {
-    float value, slope;
-};
-
-__device__ inline float sigmoid(float z) { return 1.0f / (1.0f + expf(-z)); }
-
-__device__ inline Activated activate(Activation activation, float z) {
-    switch (activation) {
-        case Activation::kRelu: return {z < 0 ? 0.0f : z, z > 0 ? 1.0f : 0.0f};  // a NaN stays one, as torch's does
-        case Activation::kLeakyRelu: return {z > 0 ? z : z * 0.01f, z > 0 ? 1.0f : 0.01f};
-        case Activation::kGelu: {
-            const float integral = 0.5f * erfcf(-0.707106781f * z);  // of the normal density, up to z
-            return {z * integral, fmaf(z, 0.398942280f * expf(-0.5f * z * z), integral)};
-        }
-        case Activation::kGeluTanh: {
-            // z (1 + tanh u) / 2 = z sigmoid(2u), with u = √(2/π) (z + 0.044715 z³)
-            constexpr float kScale = 1.59576912f, kCubic = 0.044715f;
-            const float square = z * z, s = sigmoid(kScale * z * fmaf(square, kCubic, 1.0f));
-            const float inner = kScale * fmaf(square, 3 * kCubic, 1.0f);
-            return {z * s, fmaf(z * inner, s * (1 - s), s)};
-        }
-        case Activation::kSilu: {
-            const float s = sigmoid(z);
-            return {z * s, s * fmaf(z, 1 - s, 1.0f)};
-        }
-        case Activation::kTanh: {
-            const float t = tanhf(z);
-            return {t, 1 - t * t};
-        }
-        case Activation::kNone: break;
-    }
-    return {z, 1.0f};
-}
 
 // ---- the bottleneck ------------------------------------------------------------------------------------------------
 

@@ -10,7 +10,9 @@
 #include <optional>
 #include <stdexcept>
 #include <string>
+#include <utility>
 
+#include "common/activation.h"
 #include "common/dtype.h"
 
 namespace peft_kernels {
@@ -136,6 +138,36 @@ inline ConstMatrix check_matrix(const Tensor& tensor, const char* name, int64_t 
     if (columns > 1 && tensor.stride(1) != 1)
         bad_argument(name, "strides " + describe_shape(tensor.strides()), "dense rows: an inner stride of 1");
     return {tensor.const_data_ptr(), check_float_dtype(tensor, name), tensor.stride(0)};
+}
+
+inline Activation check_activation(const std::string& name) {
+    constexpr std::pair<const char*, Activation> kKnown[] = {
+        {"none", Activation::kNone},           {"relu", Activation::kRelu}, {"gelu", Activation::kGelu},
+        {"gelu_tanh", Activation::kGeluTanh},  {"silu", Activation::kSilu}, {"tanh", Activation::kTanh},
+        {"leaky_relu", Activation::kLeakyRelu}};
+    std::string known;
+    for (const auto& [text, activation] : kKnown) {
+        if (name == text) return activation;
+        known += (known.empty() ? "" : ", ") + std::string(text);
+    }
+    bad_argument("activation", "'" + name + "'", "one of " + known);
+}
+
+// [batch, heads, rows, head_dim] of a floating-point type, with a dense last dimension, on the device of `reference`.
+inline ConstHeads check_heads(const Tensor& tensor, const char* name, std::initializer_list<int64_t> shape,
+                              const Tensor& reference) {
+    check_shape(tensor, name, shape);
+    check_device(tensor, name, reference);
+    if (tensor.size(3) > 1 && tensor.stride(3) != 1)
+        bad_argument(name, "strides " + describe_shape(tensor.strides()), "dense rows: an inner stride of 1");
+    return {tensor.const_data_ptr(), check_float_dtype(tensor, name), tensor.stride(0), tensor.stride(1),
+            tensor.stride(2)};
+}
+
+inline ConstHeads check_heads_like(const Tensor& tensor, const char* name, std::initializer_list<int64_t> shape,
+                                   const Tensor& reference) {
+    check_dtype(tensor, name, reference.scalar_type());
+    return check_heads(tensor, name, shape, reference);
 }
 
 // The product of the sizes, none negative, which an int64 must hold.

@@ -22,4 +22,17 @@ struct Matrix {
     int64_t stride;  // in elements
 };
 
+// Rows [batch][head][row][head_dim] whose last dimension is dense; strides are in elements.
+struct ConstHeads {
+    const void* data;
+    DType dtype;
+    int64_t batch_stride, head_stride, row_stride;
+};
+
+struct Heads {
+    void* data;
+    DType dtype;
+    int64_t batch_stride, head_stride, row_stride;
+};
+
 }  // namespace peft_kernels

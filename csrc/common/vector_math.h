@@ -4,6 +4,7 @@
 // The polynomials are fits of this project: least maximum of the (relative) error, by iterated weights.
 #pragma once
 
+#include "common/activation.h"
 #include "common/simd.h"
 
 namespace peft_kernels {
@@ -51,8 +52,12 @@ inline F32 exp2(F32 x) {
 // e^x; 0 below -87.3, where fp32 becomes subnormal.
 inline F32 exp(F32 x) {
     constexpr float kRound = 0x1.8p23f;  // adding it leaves a whole number in the low bits
+#if defined(__AVX512F__)
+    const F32 bounded = x;  // the processor multiplies with powers of 2 beyond fp32's range
+#else
     F32 bounded = x > 89.0f ? broadcast(89.0f) : x;
     bounded = bounded < -88.0f ? broadcast(-88.0f) : bounded;
+#endif
     const F32 shifted = fma(bounded, broadcast(1.44269504f), broadcast(kRound));
     const F32 n = shifted - kRound;
     // ln 2 in two parts, the first of few bits, so that its product with n is exact.
@@ -60,14 +65,26 @@ inline F32 exp(F32 x) {
     const F32 tail =
         polynomial(r, {0.5f, 0.166666657f, 0.0416662954f, 0.00833349675f, 0.00139446498f, 0.000197903573f});
     const F32 power = fma(r * r, tail, r) + 1.0f;
+#if defined(__AVX512F__)
+    const F32 value = _mm512_scalef_ps(power, n);
+#else
     // 2^n in two factors: n reaches 128.
     const U32 exponent = (U32)shifted << 23;
     const F32 half = (F32)(exponent - (1u << 23) + 0x3F800000u);
     const F32 value = power * half * 2.0f;
+#endif
     return x < -87.3f ? F32{} : x > 88.72f ? broadcast(__builtin_inff()) : value;
 }
 
-inline F32 sigmoid(F32 x) { return 1.0f / (1.0f + exp(-x)); }
+// The logistic function s, and 1 - s, without cancellation in either.
+struct Sigmoid {
+    F32 value, complement;
+};
+
+inline Sigmoid sigmoid(F32 x) {
+    const F32 e = exp(x < 0.0f ? x : -x), larger = 1.0f / (1.0f + e), smaller = e * larger;
+    return {x < 0.0f ? smaller : larger, x < 0.0f ? larger : smaller};
+}
 
 inline F32 tanh(F32 x) {
     const F32 magnitude = x < 0.0f ? -x : x;
@@ -94,6 +111,53 @@ inline Normal normal(F32 x) {
                      polynomial(t, {0.0999043214f, 0.104339112f, 0.048307147f, 0.243935584f, -0.234025169f,
                                     0.326125193f, -0.0885861923f});
     return {e * 0.398942280f, x < 0.0f ? tail : 1.0f - tail};
+}
+
+// ---- Activations ---------------------------------------------------------------------------------------------------
+
+struct Activated {
+    F32 value, slope;
+};
+
+template <Activation kActivation>
+inline Activated activate(F32 z) {
+    if constexpr (kActivation == Activation::kRelu) {
+        // A NaN stays one, as torch's does.
+        return {z < 0.0f ? F32{} : z, z > 0.0f ? broadcast(1.0f) : F32{}};
+    } else if constexpr (kActivation == Activation::kLeakyRelu) {
+        return {z > 0.0f ? z : z * 0.01f, z > 0.0f ? broadcast(1.0f) : broadcast(0.01f)};
+    } else if constexpr (kActivation == Activation::kGelu) {
+        const Normal at = normal(z);
+        return {z * at.integral, fma(z, at.phi, at.integral)};
+    } else if constexpr (kActivation == Activation::kGeluTanh) {
+        // z (1 + tanh u) / 2 = z sigmoid(2u), with u = √(2/π) (z + 0.044715 z³)
+        constexpr float kScale = 1.59576912f, kCubic = 0.044715f;
+        const F32 square = z * z;
+        const Sigmoid s = sigmoid(kScale * z * fma(square, broadcast(kCubic), broadcast(1.0f)));
+        const F32 inner = kScale * fma(square, broadcast(3 * kCubic), broadcast(1.0f));
+        return {z * s.value, fma(z * inner, s.value * s.complement, s.value)};
+    } else if constexpr (kActivation == Activation::kSilu) {
+        const Sigmoid s = sigmoid(z);
+        return {z * s.value, s.value * fma(z, s.complement, broadcast(1.0f))};
+    } else if constexpr (kActivation == Activation::kTanh) {
+        const F32 t = tanh(z);
+        return {t, 1.0f - t * t};
+    } else {
+        return {z, broadcast(1.0f)};
+    }
+}
+
+template <class Body>
+void dispatch_activation(Activation activation, const Body& body) {
+    switch (activation) {
+        case Activation::kNone: return body(Constant<Activation::kNone>{});
+        case Activation::kRelu: return body(Constant<Activation::kRelu>{});
+        case Activation::kGelu: return body(Constant<Activation::kGelu>{});
+        case Activation::kGeluTanh: return body(Constant<Activation::kGeluTanh>{});
+        case Activation::kSilu: return body(Constant<Activation::kSilu>{});
+        case Activation::kTanh: return body(Constant<Activation::kTanh>{});
+        case Activation::kLeakyRelu: return body(Constant<Activation::kLeakyRelu>{});
+    }
 }
 
 }  // namespace

@@ -9,19 +9,6 @@
 
 namespace peft_kernels {
 
-// Rows [batch][head][row][head_dim] whose last dimension is dense; strides are in elements.
-struct ConstHeads {
-    const void* data;
-    DType dtype;
-    int64_t batch_stride, head_stride, row_stride;
-};
-
-struct Heads {
-    void* data;
-    DType dtype;
-    int64_t batch_stride, head_stride, row_stride;
-};
-
 // What is added to the scores, by element: numbers, or minus infinity where a bool is false.
 struct AttentionMask {
     const void* data;  // may be null

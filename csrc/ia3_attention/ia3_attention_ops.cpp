@@ -22,23 +22,6 @@ namespace {
 
 using MaybeTensor = std::optional<Tensor>;
 
-// [batch, heads, rows, head_dim] of a floating-point type, with a dense last dimension, on the device of `reference`.
-ConstHeads check_heads(const Tensor& tensor, const char* name, std::initializer_list<int64_t> shape,
-                       const Tensor& reference) {
-    check_shape(tensor, name, shape);
-    check_device(tensor, name, reference);
-    if (tensor.size(3) > 1 && tensor.stride(3) != 1)
-        bad_argument(name, "strides " + describe_shape(tensor.strides()), "dense rows: an inner stride of 1");
-    return {tensor.const_data_ptr(), check_float_dtype(tensor, name), tensor.stride(0), tensor.stride(1),
-            tensor.stride(2)};
-}
-
-ConstHeads check_heads_like(const Tensor& tensor, const char* name, std::initializer_list<int64_t> shape,
-                            const Tensor& reference) {
-    check_dtype(tensor, name, reference.scalar_type());
-    return check_heads(tensor, name, shape, reference);
-}
-
 const float* check_scales(const MaybeTensor& scales, const char* name, int64_t count, const Tensor& reference) {
     if (!scales) return nullptr;
     check_array(*scales, name, ScalarType::Float, count, reference);

@@ -1,6 +1,6 @@
 // The pass of ia3_linear over a matrix on a GPU, where no product takes the scales along: launcher.
 //
-//   out [m, columns] = scale ⊙ in        sums [columns] = Σₘ in ⊙ other
+//   out [m, columns] = scale ⊙ in        sums [columns] = Σₘ row_scale in ⊙ other
 //
 // Either may be left out. in is x or dx' (dx before l_in), or grad_y, or y before l_out; the sums are the gradients of
 // l_in and l_out. There are no float atomics: results are the same bits at every run.
@@ -17,11 +17,12 @@ namespace peft_kernels {
 struct ScaleColumnsParams {
     int64_t m;
     ScaleColumnsPlan plan;
-    ConstMatrix in;      // [m, columns]
-    const float* scale;  // [columns]; null: ones
-    Matrix out;          // [m, columns]; data may be null, and may be in's if the dtype is
-    ConstMatrix other;   // [m, columns]; data may be null when sums is
-    float* sums;         // [plan.row_blocks, columns]: parts of the sums; null: not wanted
+    ConstMatrix in;                    // [m, columns]
+    const float* scale;                // [columns]; null: ones
+    Matrix out;                        // [m, columns]; data may be null, and may be in's if the dtype is
+    ConstMatrix other;                 // [m, columns]; data may be null when sums is
+    float* sums;                       // [plan.row_blocks, columns]: parts of the sums; null: not wanted
+    const float* row_scale = nullptr;  // [m], of the sums; null: ones
 };
 
 namespace cuda {

@@ -1,6 +1,6 @@
 // Scales the columns of a matrix, and sums its product with another over the rows:
 //
-//   out [m, columns] = scale ⊙ in        sums [part of the rows, columns] = Σₘ in ⊙ other
+//   out [m, columns] = scale ⊙ in        sums [part of the rows, columns] = Σₘ row_scale in ⊙ other
 //
 //     rows  ┌──────┬──────┬───     a CTA: 128 columns, 4 of each lane; its 8 warps take turns at the rows
 //       ↓   │ 0  0 │ 1  0 │        and add their sums in shared memory, in order
@@ -11,8 +11,8 @@
 // time, by branches that a warp takes together: there is one instance for 27 combinations.
 #pragma once
 
+#include "common/fours.cuh"
 #include "ia3_linear/ia3_linear_scale.h"
-#include "lora_linear/lora_linear_gemm_operands.cuh"
 
 namespace peft_kernels::cuda {
 
@@ -35,7 +35,9 @@ static __global__ void __launch_bounds__(32 * ScaleColumnsPlan::kWarps, ScaleCol
         const float4 in = load_four(params.in, row, column, count, in_aligned);
         if (params.sums) {
             const float4 other = load_four(params.other, row, column, count, other_aligned);
-            sum.x += in.x * other.x, sum.y += in.y * other.y, sum.z += in.z * other.z, sum.w += in.w * other.w;
+            const float r = params.row_scale ? params.row_scale[row] : 1.0f;
+            sum.x += r * in.x * other.x, sum.y += r * in.y * other.y;
+            sum.z += r * in.z * other.z, sum.w += r * in.w * other.w;
         }
         if (params.out.data)
             store_four(params.out, row, column, count, out_aligned,

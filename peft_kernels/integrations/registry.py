@@ -29,7 +29,7 @@ from ..printing import PrintedReport, starred
 # that is made of its layers has imported it.
 _PACKAGES = {
     "bitsandbytes": ("bitsandbytes",),
-    "transformers": ("transformers", "causal_lm_loss"),
+    "transformers": ("transformers", "transformers_layers", "causal_lm_loss"),
     "peft": ("peft", "peft_ia3", "peft_prefix"),
 }
 
@@ -207,8 +207,9 @@ def accelerate(model: nn.Module) -> Report:
     Fused are, on the CPU and, LoRA, on CUDA devices that the package was built for: PEFT's `lora.Linear` on an
     `nn.Linear` and `lora.bnb.Linear4bit` (Hu et al. 2021, arXiv:2106.09685; Dettmers et al. 2023, arXiv:2305.14314),
     `ia3.Linear` and `ia3.bnb.Linear4bit` (Liu et al. 2022, arXiv:2205.05638), PEFT's models with prefix tuning (Li and
-    Liang 2021, arXiv:2101.00190), the attention of transformers' Llama, Mistral, Qwen, GPT-2, OPT and BERT, the loss of
-    its causal language models, and bitsandbytes' `Linear4bit`. Parameters, their names, state_dict, saving, merging and
+    Liang 2021, arXiv:2101.00190), the attention of transformers' Llama, Mistral, Qwen, GPT-2, OPT and BERT, the rotary
+    embedding of the first three, RMSNorm and the gated feed-forward blocks of transformers' models, the loss of its
+    causal language models, and bitsandbytes' `Linear4bit`. Parameters, their names, state_dict, saving, merging and
     switching adapters go on as before, and results have the dtype that the stock layers return. Whatever can't be fused
     keeps its stock forward, and the report says why; what only an input can tell (its device or dtype,
     `adapter_names`) is decided at each forward, and logged once.

@@ -18,6 +18,7 @@ from transformers.masking_utils import prepare_padding_mask, sdpa_mask
 
 from ..ops.ia3_attention import ia3_attention
 from .registry import FusedLayer, register, why_not_input
+from .rotary import with_fused_rotary
 
 # The attention implementation's name in transformers' registries and configurations.
 NAME = "peft_kernels"
@@ -180,6 +181,7 @@ AttentionMaskInterface.register(NAME, mask)
 
 class FusedAttention(FusedLayer):
     """The stock layer, with flash-style attention; transformers looks the function up in the model's configuration.
+    Where the layer rotates its queries and keys, that is one operation.
 
     Causal, sliding-window and padding masks are told to the kernel, not written out. In training, attention dropout
     takes torch's attention.
@@ -225,6 +227,8 @@ def __getattr__(name: str) -> type:
         if name == attention_class:
             stock = getattr(importlib.import_module(f"transformers.models.{model_type}.modeling_{model_type}"), name)
             members = {"__doc__": FusedAttention.__doc__, "__module__": __name__}
+            if forward := with_fused_rotary(stock.forward):
+                members["forward"] = forward
             globals()[name] = register(type(name, (FusedAttention, stock), members))
             return globals()[name]
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

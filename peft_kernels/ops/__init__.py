@@ -1,11 +1,15 @@
 """The fused functions, one module a family."""
 
 from .adapter import ACTIVATIONS, AdapterWeights, adapter, adapter_grouped, bottleneck
+from .cross_entropy import cross_entropy
 from .fusion import fusion, fusion_of_bottlenecks
+from .glu import glu
 from .ia3_attention import ia3_attention
 from .ia3_linear import ia3_linear
 from .lora_linear import lora_linear
 from .nf4 import NF4Weight, dequantize_4bit, dequantize_4bit_rows, quantize_4bit
+from .rms_norm import rms_norm
+from .rotary import rotary
 
 __all__ = [
     "ACTIVATIONS",
@@ -14,12 +18,16 @@ __all__ = [
     "adapter",
     "adapter_grouped",
     "bottleneck",
+    "cross_entropy",
     "dequantize_4bit",
     "dequantize_4bit_rows",
     "fusion",
     "fusion_of_bottlenecks",
+    "glu",
     "ia3_attention",
     "ia3_linear",
     "lora_linear",
     "quantize_4bit",
+    "rms_norm",
+    "rotary",
 ]

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .. import _extension  # noqa: F401
+from ._arguments import autocast_dtype, dense_inner
 from ._attention_by_torch import attention_by_torch, rotated
 from ._attention_plan import is_aligned, print_plan, why_torch
 
@@ -68,8 +69,8 @@ def ia3_attention(
     for name, x in (("q", q), ("k", k), ("v", v)):
         if not isinstance(x, Tensor) or x.dim() != 4 or x.dtype not in _DTYPES or x.shape[3] == 0:
             _bad(name, x, "a float32, bfloat16 or float16 tensor [B, heads, S, D]")
-    if q.device.type != "meta" and torch.is_autocast_enabled(q.device.type):
-        q, k, v = (x.to(torch.get_autocast_dtype(q.device.type)) for x in (q, k, v))
+    if dtype := autocast_dtype(q):
+        q, k, v = (x.to(dtype) for x in (q, k, v))
     _check(q, k, v, l_q, l_k, l_v, scale, window, key_padding_mask, attn_mask, prefix_k, prefix_v, rope)
     scale = float(q.shape[3] ** -0.5 if scale is None else scale)
     if _has_gpu_plan(q.device):
@@ -90,7 +91,7 @@ def ia3_attention(
         scale, causal, window or 0,
         None if key_padding_mask is None else key_padding_mask.contiguous(), attn_mask, cos, sin,
     )  # fmt: skip
-    tensors = *(_dense(x) for x in (q, k, v)), l_q, l_k, l_v, prefix_k, prefix_v
+    tensors = *(dense_inner(x) for x in (q, k, v)), l_q, l_k, l_v, prefix_k, prefix_v
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors):
         out = _IA3Attention.apply(call, *tensors)
     else:
@@ -103,11 +104,6 @@ def _has_gpu_plan(device: torch.device) -> bool:
     return device.type not in ("cpu", "meta")
 
 
-def _dense(x: Tensor | None) -> Tensor | None:
-    """The kernels take rows at any distance, but no gaps within them."""
-    return x if x is None or x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
-
-
 def _angles(part: Tensor) -> Tensor:
     """[B or 1, S_k, R]."""
     return (part if part.dim() == 3 else part[None]).float().contiguous()
@@ -117,7 +113,7 @@ def _prepared(tensors: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
     """q, k, v, l_q, l_k, l_v, prefix_k, prefix_v as the ops take them."""
     q, k, v, *scales, prefix_k, prefix_v = tensors
     scales = (None if l is None else l.float().reshape(-1) for l in scales)  # noqa: E741
-    return q, k, v, *scales, _dense(prefix_k), _dense(prefix_v)
+    return q, k, v, *scales, dense_inner(prefix_k), dense_inner(prefix_v)
 
 
 @dataclass(frozen=True)
@@ -168,7 +164,7 @@ class _IA3Attention(torch.autograd.Function):
         if _has_gpu_plan(grad_out.device) and not is_aligned(grad_out):
             grad_out = grad_out.contiguous()
         grads = torch.ops.peft_kernels.ia3_attention_backward(
-            _dense(grad_out).transpose(1, 2), *ctx.call.arguments(*prepared), out, out_real, lse, wants
+            dense_inner(grad_out).transpose(1, 2), *ctx.call.arguments(*prepared), out, out_real, lse, wants
         )
         grads = [*(grad.transpose(1, 2) for grad in grads[:3]), *grads[3:]]
         return None, *(

@@ -1,0 +1,89 @@
+"""The cross-entropy of bf16 logits: checked against fp64, then timed against torch's in fp32, and compiled."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from benchmarks import functions
+from benchmarks.functions import Problem, Tensors
+from benchmarks.records import FUSED, Faster, Record, Target
+from benchmarks.report import benchmark
+from peft_kernels import cpu
+from peft_kernels.ops import cross_entropy
+from peft_kernels.testing.reference.cross_entropy import cross_entropy as oracle
+
+TORCH, COMPILED = "torch", "compiled"
+BASELINES = {"torch": (TORCH,), "compiled": (COMPILED,)}
+TOLERANCE = 4e-3  # the gradient is rounded to bf16
+
+
+@dataclass(frozen=True)
+class Case:
+    """A shape, and what is wanted of it with the processor's fastest instruction set."""
+
+    rows: int
+    classes: int
+    large: bool = False
+    wanted: tuple[Target, ...] = ()
+
+    def __str__(self) -> str:
+        return f"M={self.rows} V={self.classes}"
+
+    def targets(self, phase: str, isa: str) -> tuple[Target, ...]:
+        """What is wanted in a phase."""
+        return tuple(target for target in self.wanted if target.phase == phase) if isa == cpu.isas()[-1] else ()
+
+
+CASES = (
+    Case(1024, 49152, wanted=(Faster("both", TORCH, 10),)),
+    Case(1024, 50257),  # GPT-2's, whose rows are not aligned
+    Case(512, 151936, large=True),
+)
+
+
+def make_problem(case: Case) -> Problem:
+    torch.manual_seed(0)
+    classes = torch.randint(case.classes, (case.rows,))
+
+    def work(phase: str) -> tuple[float, float]:
+        logits = case.rows * case.classes
+        return 2 * logits * (1 if phase == "forward" else 2), 3 * logits  # a difference, a power, a sum or a product
+
+    def by_torch(t: Tensors) -> Tensor:
+        return F.cross_entropy(t["logits"].float(), classes)
+
+    return Problem(
+        str(case),
+        {"logits": (3 * torch.randn(case.rows, case.classes)).bfloat16()},
+        torch.tensor(1.0),
+        {
+            FUSED: lambda t: cross_entropy(t["logits"], classes).mean(),
+            TORCH: by_torch,
+            COMPILED: torch.compile(by_torch, dynamic=False),
+        },
+        lambda t: oracle(t["logits"], classes).mean(),
+        TOLERANCE,
+        work,
+        case.targets,
+        optional=(COMPILED,),
+    )
+
+
+def run(case: Case, vs: Sequence[str], isas: Sequence[str], seconds: float, say: Callable[[str], None]) -> list[Record]:
+    """Checks and then times a case."""
+    return functions.measure(
+        make_problem(case), [name for group in vs for name in BASELINES[group]], isas, seconds, say
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    benchmark("cross_entropy", __doc__.splitlines()[0], CASES, BASELINES, run, arguments)
+
+
+if __name__ == "__main__":
+    main()

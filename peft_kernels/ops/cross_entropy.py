@@ -1,0 +1,65 @@
+"""The cross-entropy of logits with classes, in one pass over the logits each way, which are never copied to fp32."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .. import _extension  # noqa: F401
+from ._arguments import bad, is_float, matrix
+
+
+def cross_entropy(logits: Tensor, targets: Tensor, ignore_index: int = -100) -> Tensor:
+    """`-log softmax(logits)[target]` of each row, computed in fp32. Saved for backward: the logits, two numbers a row.
+
+    Args:
+        logits: [..., V], fp32, bf16 or fp16.
+        targets: int64 [...], each a class of at least 0 and below V, or ignore_index.
+        ignore_index: rows whose target it is have neither a loss nor a gradient: both are zero.
+
+    Returns:
+        fp32 [...].
+
+    Raises:
+        ValueError: a shape, dtype or device that does not fit; it names the argument, what it got and what it wanted.
+        IndexError: a target that is no class, as torch's function raises.
+    """
+    if not is_float(logits) or logits.dim() == 0:
+        bad("logits", logits, "a float32, bfloat16 or float16 tensor [..., V]")
+    if not isinstance(targets, Tensor) or targets.dtype is not torch.int64 or targets.shape != logits.shape[:-1]:
+        bad("targets", targets, f"an int64 tensor {list(logits.shape[:-1])}, for logits {list(logits.shape)}")
+    rows, flat = matrix(logits), targets.reshape(-1)
+    if torch.is_grad_enabled() and logits.requires_grad:
+        losses = _CrossEntropy.apply(rows, flat, ignore_index)
+    else:
+        losses, _ = torch.ops.peft_kernels.cross_entropy_forward(rows, flat, ignore_index)
+    return losses.view(targets.shape)
+
+
+class _CrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, logits, targets, ignore_index):
+        losses, statistics = torch.ops.peft_kernels.cross_entropy_forward(logits, targets, ignore_index)
+        ctx.save_for_backward(logits, targets, statistics)
+        ctx.ignore_index = ignore_index
+        return losses
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_losses):
+        grad = torch.ops.peft_kernels.cross_entropy_backward(
+            grad_losses.contiguous(), *ctx.saved_tensors, ctx.ignore_index
+        )
+        return grad, None, None
+
+
+@torch.library.register_fake("peft_kernels::cross_entropy_forward")
+def _(logits, targets, ignore_index):
+    rows = logits.shape[0]
+    return logits.new_empty((rows,), dtype=torch.float32), logits.new_empty((rows, 2), dtype=torch.float32)
+
+
+@torch.library.register_fake("peft_kernels::cross_entropy_backward")
+def _(grad_losses, logits, targets, statistics, ignore_index):
+    return logits.new_empty(logits.shape)

@@ -1,0 +1,87 @@
+"""RMSNorm, `y = x / √(mean(x²) + ε) ⊙ w`: Zhang and Sennrich 2019, "Root Mean Square Layer Normalization"
+(arXiv:1910.07467)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .. import _extension  # noqa: F401
+from ._arguments import DTYPES, any_requires_grad, bad, is_float, matrix
+from ._linear import check_devices
+
+
+def rms_norm(
+    x: Tensor, weight: Tensor, eps: float = 1e-6, *, offset: float = 0.0, out_dtype: torch.dtype | None = None
+) -> Tensor:
+    """`y = x / √(mean(x²) + eps) ⊙ (weight + offset)` over the last dimension, in fp32 and rounded once.
+
+    Saved for backward: x, and one number a row.
+
+    Args:
+        x: [..., d], fp32, bf16 or fp16.
+        weight: [d], fp32, bf16 or fp16.
+        eps: is added to the mean of the squares.
+        offset: is added to the weight: 1 where its difference from 1 is what is trained, as in Gemma.
+        out_dtype: of y; by default what x and weight are promoted to.
+
+    Returns:
+        [..., d] in out_dtype.
+
+    Raises:
+        ValueError: a shape, dtype, device or number that does not fit; it names the argument, what it got and what it
+            wanted.
+    """
+    if not is_float(x) or x.dim() == 0 or x.shape[-1] == 0:
+        bad("x", x, "a float32, bfloat16 or float16 tensor [..., d] with d of at least 1")
+    if not is_float(weight) or weight.shape != x.shape[-1:]:
+        bad("weight", weight, f"a float32, bfloat16 or float16 tensor [{x.shape[-1]}], for x of shape {list(x.shape)}")
+    check_devices(x, [("weight", weight)])
+    if not eps >= 0:
+        bad("eps", eps, "a number of at least 0")
+    out_dtype = out_dtype or torch.promote_types(x.dtype, weight.dtype)
+    if out_dtype not in DTYPES:
+        bad("out_dtype", out_dtype, "torch.float32, torch.bfloat16 or torch.float16")
+    flat, weight = matrix(x), weight.contiguous()
+    if torch.is_grad_enabled() and any_requires_grad(x, weight):
+        y = _RmsNorm.apply(flat, weight, eps, offset, out_dtype)
+    else:
+        y, _ = torch.ops.peft_kernels.rms_norm_forward(flat, weight, eps, offset, out_dtype)
+    return y if x.dim() == 2 else y.view(x.shape)
+
+
+class _RmsNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, eps, offset, out_dtype):
+        y, rstd = torch.ops.peft_kernels.rms_norm_forward(x, weight, eps, offset, out_dtype)
+        ctx.save_for_backward(x, weight, rstd)
+        ctx.offset = offset
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_y):
+        x, weight, rstd = ctx.saved_tensors
+        wants_x, wants_weight = ctx.needs_input_grad[:2]
+        grad_x, grad_weight = torch.ops.peft_kernels.rms_norm_backward(
+            matrix(grad_y), x, weight, rstd, ctx.offset, wants_x, wants_weight
+        )
+        return (
+            grad_x if wants_x else None,
+            grad_weight.to(weight.dtype) if wants_weight else None,
+            None,
+            None,
+            None,
+        )
+
+
+@torch.library.register_fake("peft_kernels::rms_norm_forward")
+def _(x, weight, eps, offset, out_dtype):
+    return x.new_empty(x.shape, dtype=out_dtype), x.new_empty(x.shape[:1], dtype=torch.float32)
+
+
+@torch.library.register_fake("peft_kernels::rms_norm_backward")
+def _(grad_y, x, weight, rstd, offset, wants_x, wants_weight):
+    m, d = x.shape
+    return x.new_empty((m if wants_x else 0, d)), x.new_empty((d if wants_weight else 0,), dtype=torch.float32)

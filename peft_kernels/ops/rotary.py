@@ -1,0 +1,91 @@
+"""The rotary embedding of queries and keys as one operation: `x cos + rotate_half(x) sin`.
+
+RoPE: Su et al. 2021 (arXiv:2104.09864), with the channels paired as in transformers' Llama: i with i + R/2.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .. import _extension  # noqa: F401
+from ._arguments import bad, dense_inner, describe, is_float
+
+
+def rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """Rotates q and k by the angles of their positions, in fp32 with one rounding. Saved for backward: cos and sin.
+
+    Args:
+        q: [B, H, S, D], fp32, bf16 or fp16.
+        k: [B, H_kv, S, D] of q's dtype.
+        cos, sin: [B, S, R] or [1, S, R], fp32, bf16 or fp16, without gradients. R is even; the channels from R on are
+            copied.
+
+    Returns:
+        Both rotated, in the dtype that q and cos promote to, each stored in the order of its input.
+
+    Raises:
+        ValueError: a shape, dtype or device that does not fit; it names the argument, what it got and what it wanted.
+    """
+    _check(q, k, cos, sin)
+    out_dtype = torch.promote_types(q.dtype, cos.dtype)
+    q, k, cos, sin = map(dense_inner, (q, k, cos, sin))
+    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad):
+        return _Rotary.apply(q, k, cos, sin, out_dtype)
+    return torch.ops.peft_kernels.rotary(q, k, cos, sin, out_dtype, False)
+
+
+def _check(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> None:
+    if not is_float(q) or q.dim() != 4:
+        bad("q", q, "a float32, bfloat16 or float16 tensor [B, H, S, D]")
+    batch, _, length, head_dim = q.shape
+    if not (
+        isinstance(k, Tensor)
+        and k.dtype is q.dtype
+        and k.dim() == 4
+        and (k.shape[0], *k.shape[2:]) == (batch, length, head_dim)
+    ):
+        bad("k", k, f"{describe(q).split()[0]} [{batch}, H_kv, {length}, {head_dim}], for q {list(q.shape)}")
+    for name, angles in (("cos", cos), ("sin", sin)):
+        if not (
+            is_float(angles)
+            and angles.dim() == 3
+            and angles.shape[0] in (1, batch)
+            and angles.shape[1] == length
+            and angles.shape[2] <= head_dim
+            and angles.shape[2] % 2 == 0
+            and angles.shape == cos.shape
+            and angles.dtype is cos.dtype
+        ):
+            wanted = f"a float32, bfloat16 or float16 tensor [{batch} or 1, {length}, R]"
+            bad(name, angles, f"{wanted} with an even R of at most {head_dim}, the same for both")
+        if angles.requires_grad:
+            raise ValueError(f"{name}: got one that requires a gradient, wanted one that does not")
+
+
+class _Rotary(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, k, cos, sin, out_dtype):
+        ctx.save_for_backward(cos, sin)
+        ctx.in_dtype = q.dtype
+        return torch.ops.peft_kernels.rotary(q, k, cos, sin, out_dtype, False)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_q, grad_k):
+        grads = torch.ops.peft_kernels.rotary(
+            dense_inner(grad_q), dense_inner(grad_k), *ctx.saved_tensors, ctx.in_dtype, True
+        )
+        return *grads, None, None, None
+
+
+@torch.library.register_fake("peft_kernels::rotary")
+def _(q, k, cos, sin, out_dtype, backwards):
+    def like(x):
+        batch, heads, length, head_dim = x.shape
+        if x.stride(1) >= x.stride(2):
+            return x.new_empty((batch, heads, length, head_dim), dtype=out_dtype)
+        return x.new_empty((batch, length, heads, head_dim), dtype=out_dtype).transpose(1, 2)
+
+    return like(q), like(k)

@@ -267,6 +267,31 @@ def test_opcheck(platform, shape, base, dropout):
     torch.library.opcheck(ops.lora_linear_backward.default, op_arguments(case, case.grad_y))
 
 
+@pytest.mark.parametrize("dtype", [None, torch.float32], ids=["same", "fp32"])
+def test_opcheck_of_more_dimensions(platform, dtype):
+    # Strided rows of three dimensions, and dtypes that the ops are left to know.
+    m, n, k = 38, 40, 128
+    case = make_case(m, n, k, (8, 3), torch.float32)
+    x = case.x.view(2, m // 2, k).transpose(0, 1)
+    grad_y = case.grad_y.view(2, m // 2, n).transpose(0, 1)
+    weight, adapters = case.weight, (case.lora_A, case.lora_B, case.scaling, None, None)
+    quantised = weight.codes, weight.absmax, weight.nested, weight.nested_blocksize
+    form = weight.blocksize, weight.quant_type, dtype, dtype, dtype
+    forward, backward = ops.lora_linear_forward.default, ops.lora_linear_backward.default
+    arguments = (x, *quantised, n, *form, None, None, *adapters)
+    torch.library.opcheck(forward, arguments)
+    y, s = forward(*arguments)
+    flat, flat_s = forward(x.reshape(m, k), *arguments[1:])
+    assert torch.equal(y.reshape(m, n), flat) and torch.equal(s, flat_s)
+
+    arguments = (grad_y, x, s, *quantised, k, *form, None, *adapters, True, [True, True], [True, False])
+    torch.library.opcheck(backward, arguments)
+    grads = backward(*arguments)
+    flat = backward(grad_y.reshape(m, n), x.reshape(m, k), *arguments[2:])
+    assert grads[0].shape == x.shape and torch.equal(grads[0].reshape(m, k), flat[0])
+    assert torch.equal(grads[1], flat[1]) and torch.equal(grads[2], flat[2])
+
+
 @pytest.mark.parametrize("base", ["nf4", "dense"])
 def test_meta_shapes(base):
     case = make_case(*TRAINING, (8, 3), torch.bfloat16, base=base)

@@ -15,10 +15,11 @@
 namespace peft_kernels {
 namespace {
 
-// [B, H, S, D], stored as `like` is: with the heads of a position, or with the positions of a head side by side.
+// [B, H, S, D], stored as `like` is: with the heads of a position, or with the positions of a head side by side. One
+// position is both, and a step of decoding is spared the view.
 Tensor empty_heads(const Tensor& like, ScalarType dtype) {
     const int64_t batch = like.size(0), heads = like.size(1), length = like.size(2), head_dim = like.size(3);
-    if (like.stride(1) >= like.stride(2)) return empty(like, {batch, heads, length, head_dim}, dtype);
+    if (length == 1 || like.stride(1) >= like.stride(2)) return empty(like, {batch, heads, length, head_dim}, dtype);
     return torch::stable::transpose(empty(like, {batch, length, heads, head_dim}, dtype), 1, 2);
 }
 

@@ -85,7 +85,7 @@ class _Rotary(torch.autograd.Function):
 def _(q, k, cos, sin, out_dtype, backwards):
     def like(x):
         batch, heads, length, head_dim = x.shape
-        if x.stride(1) >= x.stride(2):
+        if length == 1 or x.stride(1) >= x.stride(2):
             return x.new_empty((batch, heads, length, head_dim), dtype=out_dtype)
         return x.new_empty((batch, length, heads, head_dim), dtype=out_dtype).transpose(1, 2)
 

@@ -29,7 +29,7 @@ from ..printing import PrintedReport, starred
 # that is made of its layers has imported it.
 _PACKAGES = {
     "bitsandbytes": ("bitsandbytes",),
-    "transformers": ("transformers", "transformers_layers", "causal_lm_loss"),
+    "transformers": ("transformers", "transformers_layers", "causal_lm_loss", "output_layer"),
     "peft": ("peft", "peft_ia3", "peft_prefix"),
 }
 
@@ -209,10 +209,10 @@ def accelerate(model: nn.Module) -> Report:
     arXiv:2305.14314), `ia3.Linear` and `ia3.bnb.Linear4bit` (Liu et al. 2022, arXiv:2205.05638), PEFT's models with
     prefix tuning (Li and Liang 2021, arXiv:2101.00190), the attention of transformers' Llama, Mistral, Qwen, GPT-2, OPT
     and BERT, the rotary embedding of the first three, RMSNorm and the gated feed-forward blocks of transformers'
-    models, the loss of its causal language models, and bitsandbytes' `Linear4bit`. Parameters, their names, state_dict,
-    saving, merging and switching adapters go on as before, and results have the dtype that the stock layers return.
-    Whatever can't be fused keeps its stock forward, and the report says why; what only an input can tell (its device or
-    dtype, `adapter_names`) is decided at each forward, and logged once.
+    models, the loss of its causal language models, their output layers (on the CPU), and bitsandbytes' `Linear4bit`.
+    Parameters, their names, state_dict, saving, merging and switching adapters go on as before, and results have the
+    dtype that the stock layers return. Whatever can't be fused keeps its stock forward, and the report says why; what
+    only an input can tell (its device or dtype, `adapter_names`) is decided at each forward, and logged once.
 
     Differences that are meant: dropout draws other masks; LoRA branches are computed in fp32; a 4-bit weight is never
     repacked for bitsandbytes' own CPU kernels (one that already was is converted back, once); a 4-bit unmerge puts
@@ -242,7 +242,7 @@ def accelerate(model: nn.Module) -> Report:
             continue
         reasons[module] = reason = _why_not(fused, module)
         if reason is None:
-            _change_class(module, fused)
+            change_class(module, fused)
             remarks[module] = module.prepare()
 
     # A second walk: whether a layer takes the fused path can depend on the layers inside it.
@@ -284,7 +284,7 @@ def restore(model: nn.Module) -> None:
             module.release()
             for name in module.own_state:
                 vars(module).pop(name, None)
-            _change_class(module, module.stock)
+            change_class(module, module.stock)
 
 
 def why_not_input(x: Any) -> str | None:
@@ -320,7 +320,7 @@ def _why_not(fused: type[FusedLayer], module: nn.Module) -> str | None:
     return fused.why_not(module)
 
 
-def _change_class(module: nn.Module, cls: type[nn.Module]) -> None:
+def change_class(module: nn.Module, cls: type[nn.Module]) -> None:
     # Hooks of the accelerate library keep the forward that they wrap as a bound method in the instance, where it
     # would outlive the change.
     for name in ("forward", "_old_forward"):

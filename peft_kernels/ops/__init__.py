@@ -6,6 +6,7 @@ from .fusion import fusion, fusion_of_bottlenecks
 from .glu import glu
 from .ia3_attention import ia3_attention
 from .ia3_linear import ia3_linear
+from .linear import linear
 from .lora_linear import lora_linear
 from .nf4 import NF4Weight, dequantize_4bit, dequantize_4bit_rows, quantize_4bit
 from .rms_norm import rms_norm
@@ -26,6 +27,7 @@ __all__ = [
     "glu",
     "ia3_attention",
     "ia3_linear",
+    "linear",
     "lora_linear",
     "quantize_4bit",
     "rms_norm",

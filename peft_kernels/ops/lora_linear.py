@@ -11,13 +11,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .. import _extension  # noqa: F401
 from ._arguments import any_requires_grad, bad, matrix
 from ._linear import check_devices, check_product, named, product_dtypes, weight_arguments, without_autocast
+from .linear import linear
 from .nf4 import NF4Weight
 
 
@@ -124,7 +124,7 @@ def _forward(x, weight, bias, lora_A, lora_B, scaling, dropout, compute_dtype, o
         with without_autocast(x.device.type):
             bias = None if bias is None else bias.to(compute_dtype)
             rows = x if x.dim() == 2 else x.contiguous()  # as torch has other products for other strides
-            add = F.linear(rows.to(compute_dtype), weight.to(compute_dtype), bias).to(out_dtype)
+            add = linear(rows.to(compute_dtype), weight.to(compute_dtype), bias).to(out_dtype)
         bias = None
         if not lora_A:
             return add, x.new_empty((x.shape[:-1].numel(), 0), dtype=torch.float32)

@@ -1,0 +1,26 @@
+// y = x Wᵀ + b for few rows of x, on a CPU: parameters and launcher. Plain data only: no torch, no CUDA headers.
+#pragma once
+
+#include <cstdint>
+
+#include "common/dtype.h"
+#include "common/isa.h"
+
+namespace peft_kernels {
+
+struct LinearParams {
+    int64_t m, n, k;
+    ConstMatrix x;       // [m, k]
+    ConstMatrix weight;  // [n, k]
+    ConstMatrix bias;    // [1, n]; data may be null
+    Matrix y;            // [m, n]
+
+    // Without a workspace only workspace_bytes is set.
+    int32_t threads;
+    void* workspace;
+    int64_t* workspace_bytes;
+};
+
+PEFT_KERNELS_CPU_KERNEL(linear, LinearParams)
+
+}  // namespace peft_kernels

@@ -1,0 +1,54 @@
+"""The output layer of transformers' models, whose weight is most of what a decoding small model reads for a token."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from ..ops.linear import linear
+from .linear import parameter
+from .registry import Setting, change_class, register_setting, why_not_input
+
+
+class Linear(nn.Linear):
+    """An output layer that is read at the memory's speed for few rows on the CPU without gradients."""
+
+    stock = nn.Linear
+
+    def forward(self, input: Tensor) -> Tensor:
+        weight, bias = parameter(self, "weight"), parameter(self, "bias")
+        if type(weight) is not nn.Parameter or why_not_input(input):
+            return F.linear(input, weight, bias)
+        return linear(input, weight, bias)
+
+
+@register_setting
+class FusedOutputLayer(Setting):
+    """The class of a model's output layer."""
+
+    remark = "its output layer, for few tokens"
+
+    @classmethod
+    def applies(cls, module: nn.Module) -> bool:
+        head = _output_layer(module)
+        return type(head) in (nn.Linear, Linear) and "forward" not in vars(head)
+
+    @classmethod
+    def is_set(cls, module: nn.Module) -> bool:
+        return type(_output_layer(module)) is Linear
+
+    @classmethod
+    def set(cls, module: nn.Module) -> None:
+        change_class(module.get_output_embeddings(), Linear)
+
+    @classmethod
+    def unset(cls, module: nn.Module) -> None:
+        change_class(module.get_output_embeddings(), Linear.stock)
+
+
+def _output_layer(module: nn.Module) -> Any:
+    # A model without one returns None.
+    return module.get_output_embeddings() if isinstance(module, PreTrainedModel) else None

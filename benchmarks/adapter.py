@@ -14,9 +14,8 @@ from torch import Tensor
 
 from benchmarks import functions
 from benchmarks.functions import Problem, Tensors
-from benchmarks.records import FUSED, Faster, Record, Target
+from benchmarks.records import FUSED, Faster, Target
 from benchmarks.report import benchmark
-from peft_kernels import cpu
 from peft_kernels.ops import adapter
 from peft_kernels.testing.reference.adapter import adapter as oracle
 
@@ -50,10 +49,6 @@ class Case:
         extras = ["layernorm"] * self.norm + [f"dropout {self.dropout:g}"] * bool(self.dropout)
         extras += [self.activation] * (self.activation != "gelu")
         return " ".join([f"M={self.rows} d={self.d} r={self.rank}", *extras])
-
-    def targets(self, phase: str, isa: str) -> tuple[Target, ...]:
-        """What is wanted in a phase."""
-        return tuple(target for target in self.wanted if target.phase == phase) if isa == cpu.isas()[-1] else ()
 
 
 def _wanted(forward: float, both: float) -> tuple[Target, ...]:
@@ -113,16 +108,12 @@ def make_problem(case: Case) -> Problem:
         lambda t: fused(t, oracle),
         TOLERANCE,
         work,
-        case.targets,
+        case.wanted,
         optional=(COMPILED,),
     )
 
 
-def run(case: Case, vs: Sequence[str], isas: Sequence[str], seconds: float, say: Callable[[str], None]) -> list[Record]:
-    """Checks and then times a case."""
-    return functions.measure(
-        make_problem(case), [name for group in vs for name in BASELINES[group]], isas, seconds, say
-    )
+run = functions.runner(make_problem, BASELINES)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

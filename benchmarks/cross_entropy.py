@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,9 +11,8 @@ from torch import Tensor
 
 from benchmarks import functions
 from benchmarks.functions import Problem, Tensors
-from benchmarks.records import FUSED, Faster, Record, Target
+from benchmarks.records import FUSED, Faster, Target
 from benchmarks.report import benchmark
-from peft_kernels import cpu
 from peft_kernels.ops import cross_entropy
 from peft_kernels.testing.reference.cross_entropy import cross_entropy as oracle
 
@@ -33,10 +32,6 @@ class Case:
 
     def __str__(self) -> str:
         return f"M={self.rows} V={self.classes}"
-
-    def targets(self, phase: str, isa: str) -> tuple[Target, ...]:
-        """What is wanted in a phase."""
-        return tuple(target for target in self.wanted if target.phase == phase) if isa == cpu.isas()[-1] else ()
 
 
 CASES = (
@@ -69,16 +64,12 @@ def make_problem(case: Case) -> Problem:
         lambda t: oracle(t["logits"], classes).mean(),
         TOLERANCE,
         work,
-        case.targets,
+        case.wanted,
         optional=(COMPILED,),
     )
 
 
-def run(case: Case, vs: Sequence[str], isas: Sequence[str], seconds: float, say: Callable[[str], None]) -> list[Record]:
-    """Checks and then times a case."""
-    return functions.measure(
-        make_problem(case), [name for group in vs for name in BASELINES[group]], isas, seconds, say
-    )
+run = functions.runner(make_problem, BASELINES)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,7 +33,7 @@ class Problem:
         oracle: the same on fp64 tensors.
         tolerance: the largest relative rms error of the fused one's results.
         work: bytes and operations that a phase can't do without.
-        targets: of the fused contender in a phase, with an instruction set.
+        wanted: of the fused contender in the phases, with the processor's fastest instruction set.
         optional: contenders that may fail, such as compiled ones.
     """
 
@@ -43,7 +44,7 @@ class Problem:
     oracle: Function
     tolerance: float
     work: Callable[[str], tuple[float, float]]
-    targets: Callable[[str, str], tuple[Target, ...]]
+    wanted: tuple[Target, ...] = ()
     optional: Collection[str] = ()
 
 
@@ -110,7 +111,7 @@ def measure(
     contenders = [contender(problem, FUSED, isa) for isa in isas]
     contenders += timing.runnable([contender(problem, name, isas[0]) for name in names], problem.optional, say)
     samples = timing.interleaved(contenders, seconds)
-    records = []
+    records, fastest = [], cpu.isas()[-1]
     for one, taken in zip(contenders, samples, strict=True):
         fused = one.name == FUSED
         peak = timing.peak_memory(one.run)
@@ -122,7 +123,22 @@ def measure(
                 Record(
                     problem.name, phase, one.name, one.isa if fused else "", values, size, flops,
                     errors[one.isa] if fused else None, peak, saved,
-                    wanted=problem.targets(phase, one.isa) if fused else (),
+                    wanted=tuple(w for w in problem.wanted if w.phase == phase) if fused and one.isa == fastest else (),
                 )
             )  # fmt: skip
     return records
+
+
+def runner(
+    make_problem: Callable[[Any], Problem], baselines: dict[str, Sequence[str]]
+) -> Callable[[Any, Sequence[str], Sequence[str], float, Callable[[str], None]], list[Record]]:
+    """What `report.benchmark` calls for each case of a family: checks and then times its problem, beside the contenders
+    of some groups of baselines."""
+
+    def run(
+        case: Any, vs: Sequence[str], isas: Sequence[str], seconds: float, say: Callable[[str], None]
+    ) -> list[Record]:
+        names = [name for group in vs for name in baselines[group]]
+        return measure(make_problem(case), names, isas, seconds, say)
+
+    return run

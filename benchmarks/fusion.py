@@ -5,7 +5,7 @@ Everything is bf16; the adapters are trained as well, or their bottlenecks are r
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,9 +14,8 @@ from torch import Tensor
 
 from benchmarks import functions
 from benchmarks.functions import Problem, Tensors
-from benchmarks.records import FUSED, Faster, Record, Target
+from benchmarks.records import FUSED, Faster, Target
 from benchmarks.report import benchmark
-from peft_kernels import cpu
 from peft_kernels.ops import fusion, fusion_of_bottlenecks
 from peft_kernels.testing.reference.fusion import fusion as oracle
 
@@ -46,10 +45,6 @@ class Case:
     def __str__(self) -> str:
         extras = [f"bottlenecks r={self.rank}"] * bool(self.rank)
         return " ".join([f"M={self.rows} d={self.d} N={self.adapters}", *extras])
-
-    def targets(self, phase: str, isa: str) -> tuple[Target, ...]:
-        """What is wanted in a phase."""
-        return tuple(target for target in self.wanted if target.phase == phase) if isa == cpu.isas()[-1] else ()
 
 
 # The targets were set for two cores with AMX.
@@ -107,16 +102,12 @@ def make_problem(case: Case) -> Problem:
         lambda t: oracle(t["query"], outputs(t), *matrices(t), residual=t["query"]),
         TOLERANCE,
         work,
-        case.targets,
+        case.wanted,
         optional=(COMPILED,),
     )
 
 
-def run(case: Case, vs: Sequence[str], isas: Sequence[str], seconds: float, say: Callable[[str], None]) -> list[Record]:
-    """Checks and then times a case."""
-    return functions.measure(
-        make_problem(case), [name for group in vs for name in BASELINES[group]], isas, seconds, say
-    )
+run = functions.runner(make_problem, BASELINES)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

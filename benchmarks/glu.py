@@ -5,7 +5,7 @@ Everything is bf16, and has a gradient.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from benchmarks import functions
 from benchmarks.functions import Problem, Tensors
-from benchmarks.records import FUSED, Record, Target
+from benchmarks.records import FUSED
 from benchmarks.report import benchmark
 from peft_kernels.ops import glu
 from peft_kernels.testing.reference.adapter import ACTIVATIONS
@@ -35,10 +35,6 @@ class Case:
 
     def __str__(self) -> str:
         return f"M={self.rows} N={self.columns} {self.activation}"
-
-    def targets(self, phase: str, isa: str) -> tuple[Target, ...]:
-        """What is wanted in a phase."""
-        return ()
 
 
 CASES = (Case(1, 1536), Case(1024, 1536), Case(1024, 1536, "gelu_tanh"), Case(2048, 14336, large=True))
@@ -67,15 +63,11 @@ def make_problem(case: Case) -> Problem:
         lambda t: oracle(t["gate"], t["up"], case.activation),
         TOLERANCE,
         work,
-        case.targets,
         optional=(COMPILED,),
     )
 
 
-def run(case: Case, vs: Sequence[str], isas: Sequence[str], seconds: float, say: Callable[[str], None]) -> list[Record]:
-    """Checks and then times a case."""
-    names = [name for group in vs for name in BASELINES[group]]
-    return functions.measure(make_problem(case), names, isas, seconds, say)
+run = functions.runner(make_problem, BASELINES)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from benchmarks import functions
 from benchmarks.functions import Problem, Tensors
-from benchmarks.records import FUSED, Record, Target
+from benchmarks.records import FUSED
 from benchmarks.report import benchmark
 from peft_kernels.ops import rms_norm
 from peft_kernels.testing.reference.rms_norm import rms_norm as oracle
@@ -36,10 +36,6 @@ class Case:
 
     def __str__(self) -> str:
         return f"M={self.rows} d={self.d}" + " weight trained" * self.trained
-
-    def targets(self, phase: str, isa: str) -> tuple[Target, ...]:
-        """What is wanted in a phase."""
-        return ()
 
 
 CASES = (Case(1, 576), Case(1024, 576), Case(1024, 576, trained=True), Case(2048, 4096, large=True))
@@ -78,15 +74,11 @@ def make_problem(case: Case) -> Problem:
         of(lambda x, w: oracle(x, w, EPS)),
         TOLERANCE,
         work,
-        case.targets,
         optional=(COMPILED,),
     )
 
 
-def run(case: Case, vs: Sequence[str], isas: Sequence[str], seconds: float, say: Callable[[str], None]) -> list[Record]:
-    """Checks and then times a case."""
-    names = [name for group in vs for name in BASELINES[group]]
-    return functions.measure(make_problem(case), names, isas, seconds, say)
+run = functions.runner(make_problem, BASELINES)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

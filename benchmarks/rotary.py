@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,9 +11,8 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from benchmarks import functions
 from benchmarks.functions import Problem, Tensors
-from benchmarks.records import FUSED, Faster, Record, Target
+from benchmarks.records import FUSED, Faster, Target
 from benchmarks.report import benchmark
-from peft_kernels import cpu
 from peft_kernels.ops import rotary
 from peft_kernels.testing.reference.rotary import rotary as oracle
 
@@ -36,10 +35,6 @@ class Case:
 
     def __str__(self) -> str:
         return f"B={self.batch} S={self.length} H={self.heads}/{self.kv_heads} D={self.head_dim}"
-
-    def targets(self, phase: str, isa: str) -> tuple[Target, ...]:
-        """What is wanted in a phase."""
-        return tuple(target for target in self.wanted if target.phase == phase) if isa == cpu.isas()[-1] else ()
 
 
 CASES = (
@@ -77,16 +72,12 @@ def make_problem(case: Case) -> Problem:
         lambda t: oracle(t["q"], t["k"], cos, sin),
         TOLERANCE,
         work,
-        case.targets,
+        case.wanted,
         optional=(COMPILED,),
     )
 
 
-def run(case: Case, vs: Sequence[str], isas: Sequence[str], seconds: float, say: Callable[[str], None]) -> list[Record]:
-    """Checks and then times a case."""
-    return functions.measure(
-        make_problem(case), [name for group in vs for name in BASELINES[group]], isas, seconds, say
-    )
+run = functions.runner(make_problem, BASELINES)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -8,6 +8,7 @@ import tolerances
 import torch
 import torch.nn.functional as F
 from comparison import DTYPES, assert_close, error, short
+from peft import LoraConfig, get_peft_model
 from tiny_models import DECODERS, tiny, tokens
 
 import peft_kernels
@@ -65,13 +66,15 @@ def test_thread_count_changes_no_bit(threads, count):
     assert torch.equal(linear(*case), wanted)
 
 
-@pytest.mark.parametrize("change", ["rows", "gradient", "autocast", "dtypes", "fp64", "weight"])
+@pytest.mark.parametrize("change", ["rows", "gradient", "autocast", "dtypes", "fp64", "weight", "sparse"])
 def test_what_torch_does(change):
     x, weight, bias = make_case(9 if change == "rows" else 2, 12, 16)
     if change == "gradient":
         weight.requires_grad_()
     if change == "fp64":
         x, weight, bias = x.double(), weight.double(), bias.double()
+    if change == "sparse":
+        weight, bias = weight.to_sparse_csr(), None
     if change == "weight":
         weight = weight.T.contiguous().T
     with torch.autocast("cpu", torch.bfloat16, enabled=change == "autocast"):
@@ -113,7 +116,7 @@ def test_output_layer(name):
     options = {"attention_mask": padding, "max_new_tokens": 8, "do_sample": False}
     wanted = model.generate(ids, **options)
     report = peft_kernels.accelerate(model)
-    assert [layer.name for layer in report if "output layer" in layer.reason] == [""]
+    assert [layer.name for layer in report if layer.reason == output_layer.FusedOutputLayer.remark] == ["lm_head"]
     assert type(head) is output_layer.Linear and isinstance(head, torch.nn.Linear)
     assert torch.equal(model.generate(ids, **options), wanted)
     for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
@@ -127,4 +130,19 @@ def test_output_layers_that_are_left_alone():
     model.lm_head.forward = lambda x: x
     peft_kernels.accelerate(model)
     assert type(model.lm_head) is torch.nn.Linear
-    assert not [layer for layer in peft_kernels.accelerate(tiny("bert")) if "output layer" in layer.reason]
+    for model in (tiny("bert"), tiny("llama").double()):
+        peft_kernels.accelerate(model)
+        assert not [layer for layer in model.modules() if type(layer) is output_layer.Linear]
+
+
+@pytest.mark.parametrize("config", [{"target_modules": ["lm_head"]}, {"modules_to_save": ["lm_head"]}], ids=str)
+def test_adapters_around_an_output_layer(config):
+    model = tiny("llama")
+    peft_kernels.accelerate(model)
+    model = get_peft_model(model, LoraConfig(**{"target_modules": ["q_proj"]} | config))
+    ids, padding = tokens()
+    wanted = model(ids, attention_mask=padding).logits
+    peft_kernels.accelerate(model)
+    assert torch.allclose(model(ids, attention_mask=padding).logits, wanted, atol=1e-5)
+    peft_kernels.restore(model)
+    assert not [layer for layer in model.modules() if type(layer) is output_layer.Linear]

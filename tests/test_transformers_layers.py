@@ -1,6 +1,7 @@
 """RMSNorm and gated blocks of transformers' models: which classes are known, what they compute, and the ways back."""
 
 import copy
+import functools
 import pickle
 import subprocess
 import sys
@@ -120,6 +121,27 @@ def test_classes_are_known_by_their_code():
     assert forms(GemmaRMSNorm) == [integration.FusedRMSNormWithOffset]
     assert forms(LlamaMLP) == [integration.FusedGatedMLP]
     assert not forms(Other) and not forms(OtherNorm) and not forms(nn.RMSNorm)
+
+
+def test_classes_that_were_patched(monkeypatch):
+    from transformers.models.llama import modeling_llama
+    from transformers.models.mistral.modeling_mistral import MistralRMSNorm
+
+    def patch(name):
+        stock = getattr(modeling_llama, name).forward
+        monkeypatch.setattr(
+            getattr(modeling_llama, name), "forward", functools.wraps(stock)(lambda *a, **k: stock(*a, **k))
+        )
+
+    peft_kernels.accelerate(tiny("llama"))  # their fused forms are made
+    patch("LlamaRMSNorm")
+    patch("LlamaAttention")
+    for stock in (modeling_llama.LlamaRMSNorm, MistralRMSNorm):  # neither is like one that does something else
+        assert not integration.FusedRMSNorm.fits(stock)
+    report = peft_kernels.accelerate(tiny("llama"))
+    assert {layer.kind: layer.reason for layer in report if not layer.fused} == dict.fromkeys(
+        ("transformers.LlamaRMSNorm", "transformers.LlamaAttention"), "its class's forward was replaced"
+    )
 
 
 @pytest.mark.parametrize("change", ["activation", "hook", "forward"])

@@ -11,32 +11,28 @@
 #include <cfloat>
 
 #include "common/fours.cuh"
+#include "common/row_plan.h"
 #include "cross_entropy/cross_entropy.h"
-#include "cross_entropy/cross_entropy_plan.h"
 
 namespace peft_kernels::cuda {
 
-template <class Params>
-struct CrossEntropyKernelParams {
-    Params problem;
-    CrossEntropyPlan plan;
-};
+// Of four logits, that a lane has under way: 512 logits a warp.
+constexpr int kCrossEntropyFours = 4;
 
 constexpr float kLog2E = 1.44269504f;
 
 // Calls body(columns, counts, logits) with some fours of this thread's of a row at a time.
 template <class Body>
 __device__ inline void for_each_fours(const CrossEntropyParams& p, int64_t row, const Body& body) {
-    constexpr int kFours = CrossEntropyPlan::kFours;
     const bool aligned = has_aligned_fours(p.logits);
     const int64_t step = int64_t{4} * blockDim.x;
 #pragma unroll 1
-    for (int64_t first = int64_t{4} * threadIdx.x; first < p.classes; first += kFours * step) {
-        int64_t columns[kFours];
-        int counts[kFours];
-        float4 x[kFours];
+    for (int64_t first = int64_t{4} * threadIdx.x; first < p.classes; first += kCrossEntropyFours * step) {
+        int64_t columns[kCrossEntropyFours];
+        int counts[kCrossEntropyFours];
+        float4 x[kCrossEntropyFours];
 #pragma unroll
-        for (int i = 0; i < kFours; ++i) {
+        for (int i = 0; i < kCrossEntropyFours; ++i) {
             columns[i] = first + i * step;
             counts[i] = count_four(columns[i], p.classes);
             x[i] = load_four(p.logits, row, columns[i], counts[i], aligned);
@@ -58,7 +54,7 @@ __device__ inline RowStatistics together(const RowStatistics& a, const RowStatis
 
 // Of a row, from those of its threads, in a fixed order; for the first thread.
 __device__ inline RowStatistics statistics_of_row(RowStatistics lane) {
-    __shared__ RowStatistics of_warp[CrossEntropyPlan::kMaxWarps];
+    __shared__ RowStatistics of_warp[RowPlan::kMaxWarps];
 #pragma unroll
     for (int distance = 16; distance > 0; distance /= 2)
         lane = together(lane, {__shfl_xor_sync(0xFFFFFFFF, lane.maximum, distance),
@@ -79,9 +75,8 @@ __device__ inline float log_probability(const CrossEntropyParams& p, int64_t row
     return load_element(p.logits, row, target) - statistics.maximum - logf(statistics.sum);
 }
 
-static __global__ void __launch_bounds__(32 * CrossEntropyPlan::kMaxWarps)
-    cross_entropy_forward_kernel(const __grid_constant__ CrossEntropyKernelParams<CrossEntropyForwardParams> params) {
-    const CrossEntropyForwardParams& p = params.problem;
+static __global__ void __launch_bounds__(32 * RowPlan::kMaxWarps)
+    cross_entropy_forward_kernel(const __grid_constant__ CrossEntropyForwardParams p) {
     const int64_t row = int64_t{blockIdx.x} * blockDim.y + threadIdx.y;
     if (row >= p.m) return;
     const int64_t target = p.targets[row];
@@ -92,12 +87,12 @@ static __global__ void __launch_bounds__(32 * CrossEntropyPlan::kMaxWarps)
         for_each_fours(p, row, [&](const auto&, const auto& counts, auto& x) {
             RowStatistics part{lane.maximum, 0};
 #pragma unroll
-            for (int i = 0; i < CrossEntropyPlan::kFours; ++i) {
+            for (int i = 0; i < kCrossEntropyFours; ++i) {
                 x[i] = first_of_four(x[i], counts[i], -INFINITY);
                 part.maximum = fmaxf(part.maximum, fmaxf(fmaxf(x[i].x, x[i].y), fmaxf(x[i].z, x[i].w)));
             }
 #pragma unroll
-            for (int i = 0; i < CrossEntropyPlan::kFours; ++i) {
+            for (int i = 0; i < kCrossEntropyFours; ++i) {
                 const auto power = [&](float v) { return exp2f((v - part.maximum) * kLog2E); };
                 part.sum += (power(x[i].x) + power(x[i].y)) + (power(x[i].z) + power(x[i].w));
             }
@@ -109,9 +104,8 @@ static __global__ void __launch_bounds__(32 * CrossEntropyPlan::kMaxWarps)
     p.losses[row] = counts_row ? -log_probability(p, row, target, statistics) : 0.0f;
 }
 
-static __global__ void __launch_bounds__(32 * CrossEntropyPlan::kMaxWarps)
-    cross_entropy_backward_kernel(const __grid_constant__ CrossEntropyKernelParams<CrossEntropyBackwardParams> params) {
-    const CrossEntropyBackwardParams& p = params.problem;
+static __global__ void __launch_bounds__(32 * RowPlan::kMaxWarps)
+    cross_entropy_backward_kernel(const __grid_constant__ CrossEntropyBackwardParams p) {
     const int64_t row = int64_t{blockIdx.x} * blockDim.y + threadIdx.y;
     if (row >= p.m) return;
     const bool aligned = has_aligned_fours(p.grad);
@@ -129,7 +123,7 @@ static __global__ void __launch_bounds__(32 * CrossEntropyPlan::kMaxWarps)
     const float factor = isnan(log_p) ? log_p : p.grad_losses[row];
     for_each_fours(p, row, [&](const auto& columns, const auto& counts, const auto& x) {
 #pragma unroll
-        for (int i = 0; i < CrossEntropyPlan::kFours; ++i) {
+        for (int i = 0; i < kCrossEntropyFours; ++i) {
             const auto gradient = [&](float v, int j) {
                 const float power = exp2f(fmaf(v - statistics.maximum, kLog2E, -logarithm));
                 return columns[i] + j == target ? at_target : power * factor;

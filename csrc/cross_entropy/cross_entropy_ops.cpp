@@ -1,6 +1,4 @@
 // The cross_entropy ops: schemas, checks, allocation. See cross_entropy.h for what they compute.
-#include <torch/csrc/stable/ops.h>
-
 #include <stdexcept>
 #include <tuple>
 

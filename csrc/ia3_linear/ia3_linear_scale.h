@@ -1,6 +1,7 @@
-// The pass of ia3_linear over a matrix on a GPU, where no product takes the scales along: launcher.
+// The pass of ia3_linear over a matrix on a GPU, where no product takes the scales along, and of rms_norm for the
+// gradient of its weight: launcher.
 //
-//   out [m, columns] = scale ⊙ in        sums [columns] = Σₘ row_scale in ⊙ other
+//   out [m, columns] = scale ⊙ in        sums [columns] = Σₘ row_scaleₘ in ⊙ other
 //
 // Either may be left out. in is x or dx' (dx before l_in), or grad_y, or y before l_out; the sums are the gradients of
 // l_in and l_out. There are no float atomics: results are the same bits at every run.

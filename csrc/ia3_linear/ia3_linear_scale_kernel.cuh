@@ -1,6 +1,6 @@
 // Scales the columns of a matrix, and sums its product with another over the rows:
 //
-//   out [m, columns] = scale ⊙ in        sums [part of the rows, columns] = Σₘ row_scale in ⊙ other
+//   out [m, columns] = scale ⊙ in        sums [part of the rows, columns] = Σₘ row_scaleₘ in ⊙ other
 //
 //     rows  ┌──────┬──────┬───     a CTA: 128 columns, 4 of each lane; its 8 warps take turns at the rows
 //       ↓   │ 0  0 │ 1  0 │        and add their sums in shared memory, in order

@@ -130,8 +130,8 @@ std::tuple<Tensor, Tensor> forward(const Tensor& given_x, const OptionalTensor& 
     return {y, s};
 }
 
-// grad_y [..., n], x [..., k] -> grad_x [..., k], grad_A (flat, adapter after adapter, each [rank, k]), grad_B (flat, each [n, rank]);
-// what is not wanted has no elements.
+// grad_y [..., n], x [..., k] -> grad_x [..., k], grad_A (flat, adapter after adapter, each [rank, k]), grad_B (flat,
+// each [n, rank]); what is not wanted has no elements.
 std::tuple<Tensor, Tensor, Tensor> backward(
     const Tensor& given_grad_y, const OptionalTensor& x, const OptionalTensor& s, const OptionalTensor& codes,
     const OptionalTensor& absmax, const Tensors& nested, int64_t nested_blocksize, int64_t in_features,

@@ -10,16 +10,14 @@
 #pragma once
 
 #include "common/fours.cuh"
+#include "common/row_plan.h"
 #include "rms_norm/rms_norm.h"
-#include "rms_norm/rms_norm_plan.h"
 
 namespace peft_kernels::cuda {
 
-template <class Params>
-struct RmsNormKernelParams {
-    Params problem;
-    RmsNormPlan plan;
-};
+// Of four columns, that a lane keeps in registers: 1024 columns a warp, and 16384 of a row. What is beyond them is read
+// twice.
+constexpr int kRmsNormFours = 8;
 
 __device__ inline float dot(float4 a, float4 b) { return a.x * b.x + a.y * b.y + a.z * b.z + a.w * b.w; }
 
@@ -29,16 +27,16 @@ class LaneOfRow {
 public:
     __device__ LaneOfRow(int64_t d, const Load& load) : d_(d), load_(load) {
 #pragma unroll
-        for (int i = 0; i < RmsNormPlan::kFours; ++i) kept_[i] = load(column(i), count_four(column(i), d));
+        for (int i = 0; i < kRmsNormFours; ++i) kept_[i] = load(column(i), count_four(column(i), d));
     }
 
     // Calls body(column, count, values) for each four columns of the lane.
     template <class Body>
     __device__ void for_each_four(const Body& body) const {
 #pragma unroll
-        for (int i = 0; i < RmsNormPlan::kFours; ++i) body(column(i), count_four(column(i), d_), kept_[i]);
+        for (int i = 0; i < kRmsNormFours; ++i) body(column(i), count_four(column(i), d_), kept_[i]);
 #pragma unroll 1
-        for (int64_t at = column(RmsNormPlan::kFours); at < d_; at += 4 * blockDim.x)
+        for (int64_t at = column(kRmsNormFours); at < d_; at += 4 * blockDim.x)
             body(at, count_four(at, d_), load_(at, count_four(at, d_)));
     }
 
@@ -47,12 +45,12 @@ private:
 
     int64_t d_;
     const Load& load_;
-    Kept kept_[RmsNormPlan::kFours];
+    Kept kept_[kRmsNormFours];
 };
 
 // The sum over the threads of a row, for each of them.
 __device__ inline float sum_of_row(float value) {
-    __shared__ float of_warp[RmsNormPlan::kMaxWarps];
+    __shared__ float of_warp[RowPlan::kMaxWarps];
 #pragma unroll
     for (int distance = 16; distance > 0; distance /= 2) value += __shfl_xor_sync(0xFFFFFFFF, value, distance);
     const int warps = blockDim.x / 32;
@@ -70,9 +68,8 @@ __device__ inline float4 load_weight(const RmsNormParams& p, int64_t column, int
     return make_float4(w.x + p.offset, w.y + p.offset, w.z + p.offset, w.w + p.offset);
 }
 
-static __global__ void __launch_bounds__(32 * RmsNormPlan::kMaxWarps, 1)
-    rms_norm_forward_kernel(const __grid_constant__ RmsNormKernelParams<RmsNormForwardParams> params) {
-    const RmsNormForwardParams& p = params.problem;
+static __global__ void __launch_bounds__(32 * RowPlan::kMaxWarps, 1)
+    rms_norm_forward_kernel(const __grid_constant__ RmsNormForwardParams p) {
     const int64_t row = int64_t{blockIdx.x} * blockDim.y + threadIdx.y;
     if (row >= p.m) return;
     const bool x_aligned = has_aligned_fours(p.x), y_aligned = has_aligned_fours(p.y);
@@ -93,9 +90,8 @@ struct InputAndGradient {
     float4 x, g;
 };
 
-static __global__ void __launch_bounds__(32 * RmsNormPlan::kMaxWarps, 1)
-    rms_norm_backward_kernel(const __grid_constant__ RmsNormKernelParams<RmsNormBackwardParams> params) {
-    const RmsNormBackwardParams& p = params.problem;
+static __global__ void __launch_bounds__(32 * RowPlan::kMaxWarps, 1)
+    rms_norm_backward_kernel(const __grid_constant__ RmsNormBackwardParams p) {
     const int64_t row = int64_t{blockIdx.x} * blockDim.y + threadIdx.y;
     if (row >= p.m) return;
     const bool x_aligned = has_aligned_fours(p.x), grad_aligned = has_aligned_fours(p.grad_y);

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..ops.linear import linear
 from .linear import parameter
-from .registry import Setting, change_class, register_setting, why_not_input
+from .registry import FLOAT_DTYPES, Setting, change_class, register_setting, why_not_input
 
 
 class Linear(nn.Linear):
@@ -27,18 +25,23 @@ class Linear(nn.Linear):
 
 @register_setting
 class FusedOutputLayer(Setting):
-    """The class of a model's output layer."""
+    """The class of a model's output layer: it applies to a model, and is set on the layer, wherever that is by now."""
 
-    remark = "its output layer, for few tokens"
+    remark = "for few tokens"
 
     @classmethod
     def applies(cls, module: nn.Module) -> bool:
-        head = _output_layer(module)
-        return type(head) in (nn.Linear, Linear) and "forward" not in vars(head)
+        head = module.get_output_embeddings() if isinstance(module, PreTrainedModel) else None
+        return (
+            type(head) is nn.Linear
+            and "forward" not in vars(head)
+            and head.weight.is_cpu
+            and head.weight.dtype in FLOAT_DTYPES
+        )
 
     @classmethod
     def is_set(cls, module: nn.Module) -> bool:
-        return type(_output_layer(module)) is Linear
+        return type(module) is Linear
 
     @classmethod
     def set(cls, module: nn.Module) -> None:
@@ -46,9 +49,4 @@ class FusedOutputLayer(Setting):
 
     @classmethod
     def unset(cls, module: nn.Module) -> None:
-        change_class(module.get_output_embeddings(), Linear.stock)
-
-
-def _output_layer(module: nn.Module) -> Any:
-    # A model without one returns None.
-    return module.get_output_embeddings() if isinstance(module, PreTrainedModel) else None
+        change_class(module, Linear.stock)

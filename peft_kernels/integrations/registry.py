@@ -12,7 +12,7 @@ import importlib
 import logging
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import MethodType
 from typing import Any, ClassVar, TypeVar
@@ -43,6 +43,7 @@ class FusedLayer:
     """What a fused class adds to the stock class that it extends; its bases are a mixin of this kind and the stock."""
 
     stock: ClassVar[type[nn.Module]]
+    stock_forward: ClassVar[Callable]  # what the stock class had for it when this one was made
     # Attributes that exist only on a fused instance, and that `restore` drops.
     own_state: ClassVar[tuple[str, ...]] = ()
 
@@ -109,6 +110,7 @@ _mentioned: list[type[nn.Module]] = []
 def register(fused: Fused) -> Fused:
     """Class decorator: enters a fused class into the table under the stock class that it extends."""
     fused.stock = fused.__bases__[-1]
+    fused.stock_forward = fused.stock.forward
     _table[fused.stock] = fused
     return fused
 
@@ -214,7 +216,8 @@ def accelerate(model: nn.Module) -> Report:
     dtype that the stock layers return. Whatever can't be fused keeps its stock forward, and the report says why; what
     only an input can tell (its device or dtype, `adapter_names`) is decided at each forward, and logged once.
 
-    Differences that are meant: dropout draws other masks; LoRA branches are computed in fp32; a 4-bit weight is never
+    Differences that are meant: dropout draws other masks; LoRA branches are computed in fp32; norms, gated blocks and
+    rotary embeddings are rounded once; a label that is no class makes a loss on a GPU NaN; a 4-bit weight is never
     repacked for bitsandbytes' own CPU kernels (one that already was is converted back, once); a 4-bit unmerge puts
     the original weight back, which is kept while merged; `ia3.bnb.Linear4bit` returns x's dtype, not fp32, and can be
     merged; a prefix is in no cache, whose length counts tokens alone; models whose attention is `sdpa` are set to
@@ -280,7 +283,7 @@ def restore(model: nn.Module) -> None:
         for setting in _settings:
             if setting.is_set(module):
                 setting.unset(module)
-        if isinstance(module, FusedLayer):
+        if isinstance(module, FusedLayer) and type(module) in _table.values():  # not parametrised since
             module.release()
             for name in module.own_state:
                 vars(module).pop(name, None)
@@ -294,6 +297,8 @@ def why_not_input(x: Any) -> str | None:
     if x.dtype not in FLOAT_DTYPES or x.layout is not torch.strided:
         return f"x is {x.layout if x.dtype in FLOAT_DTYPES else x.dtype}"
     # These go by rules for each operation, which only torch's own have.
+    if type(x).__name__ == "DTensor":
+        return "x is a DTensor"
     if torch._C._are_functorch_transforms_active():
         return "a transform of torch.func is under way"
     if forward_ad._current_level >= 0:
@@ -317,6 +322,8 @@ def _load_packages() -> None:
 def _why_not(fused: type[FusedLayer], module: nn.Module) -> str | None:
     if "forward" in vars(module):
         return "its forward was replaced on the instance"
+    if fused.stock.forward is not fused.stock_forward:
+        return "its class's forward was replaced"
     return fused.why_not(module)
 
 

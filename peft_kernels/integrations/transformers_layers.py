@@ -46,7 +46,8 @@ class Lookalike(FusedLayer):
     @classmethod
     def fits(cls, stock: type) -> bool:
         module = importlib.import_module(f"transformers.models.{cls.model}.modeling_{cls.model}")
-        return _code(stock, cls.methods) == _code(getattr(module, cls.class_name), cls.methods)
+        wanted = _code(getattr(module, cls.class_name), cls.methods)
+        return wanted is not None and _code(stock, cls.methods) == wanted
 
     @classmethod
     def made_for(cls, stock: type) -> type:
@@ -75,7 +76,8 @@ class FusedRMSNorm(Lookalike):
         return rms_norm(hidden_states, weight, eps, offset=self.offset, out_dtype=out_dtype)
 
     def why_stock(self) -> str | None:
-        return why_not_both(self.weight, self.weight)
+        weight = self.weight
+        return why_not(weight.device) if weight.dtype in FLOAT_DTYPES else f"its weight is {weight.dtype}"
 
     @staticmethod
     def out_dtype(x: Tensor, weight: Tensor) -> torch.dtype:
@@ -134,8 +136,8 @@ def why_not_both(x: Tensor, other: Tensor) -> str | None:
     """Why no fused operation can take both."""
     if reason := why_not_input(x):
         return reason
-    if other.dtype not in FLOAT_DTYPES:
-        return f"an operand is {other.dtype}"
+    if other.dtype not in FLOAT_DTYPES or type(other).__name__ == "DTensor":
+        return f"an operand is {other.dtype}, a {type(other).__name__}"
     device = x.device
     return why_not(device) if other.device == device else f"operands are on {device.type} and {other.device.type}"
 
@@ -171,17 +173,21 @@ def _classes() -> Iterator[type]:
         if ".modeling_" in name:
             for value in list(vars(module).values()):
                 if isinstance(value, type) and issubclass(value, nn.Module) and value.__module__ == name:
-                    yield value
+                    yield value  # by its name in the module, under which a pickled one is looked for
 
 
 def _code(stock: type, methods: tuple[str, ...]) -> list[tuple] | None:
-    """What methods of a class do, to be compared; None if it lacks one."""
-    functions = [inspect.unwrap(getattr(stock, method, None)) for method in methods]
-    if not all(inspect.isfunction(function) for function in functions):
-        return None
-    codes = [function.__code__ for function in functions]
-    # The first constant is the documentation.
-    return [(code.co_code, code.co_consts[1:], code.co_names, code.co_varnames) for code in codes]
+    """What methods of a class do, to be compared; None if one is not what the file of the class says."""
+    file = getattr(sys.modules.get(stock.__module__), "__file__", None)
+    codes = []
+    for method in methods:
+        function = getattr(stock, method, None)
+        if not inspect.isfunction(function) or function.__closure__ or function.__code__.co_filename != file:
+            return None
+        code = function.__code__
+        constants = tuple(constant for constant in code.co_consts if constant != function.__doc__)
+        codes.append((code.co_code, constants, code.co_names, code.co_varnames, code.co_argcount))
+    return codes
 
 
 def __getattr__(name: str) -> type:

@@ -15,7 +15,7 @@ from .nf4 import NF4Weight
 def check_product(x, weight, bias, compute_dtype, out_dtype) -> None:
     """Refuses what the ops would not see, or would see too late to say what is wrong: types, a dense weight, and x
     against the weight. It runs at every call, so the texts are made only on failure."""
-    if not (isinstance(x, Tensor) and x.dtype in DTYPES) or x.dim() == 0:
+    if not is_float(x) or x.dim() == 0:
         bad("x", x, "a float32, bfloat16 or float16 tensor [..., K]")
     nf4 = isinstance(weight, NF4Weight)
     if not (nf4 or is_float(weight)) or len(weight.shape) != 2:

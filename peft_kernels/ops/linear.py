@@ -32,6 +32,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         few
         and is_float(x)
         and weight.dtype is x.dtype
+        and weight.layout is torch.strided
+        and weight.dim() == 2
         and weight.stride(1) == 1
         and (bias is None or (bias.dtype is x.dtype and bias.is_contiguous()))
         and not torch._C._is_any_autocast_enabled()

@@ -49,9 +49,7 @@ class _EmulatedOps(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         operation = func.__name__.split(".")[0]
-        has_kernel = func.namespace == "peft_kernels" and torch._C._dispatch_has_kernel_for_dispatch_key(
-            f"{NAMESPACE}::{operation}", "CPU"
-        )
+        has_kernel = func.namespace == "peft_kernels" and hasattr(getattr(torch.ops, NAMESPACE), operation)
         tensors = [value for value in tree_leaves((args, kwargs)) if isinstance(value, torch.Tensor)]
         if not has_kernel or not all(map(_has_memory, tensors)):
             return func(*args, **kwargs)

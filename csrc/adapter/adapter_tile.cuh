@@ -18,6 +18,7 @@
 #include "adapter/adapter_cuda.h"
 #include "common/elements.cuh"
 #include "common/philox.cuh"
+#include "common/warp.cuh"
 
 namespace peft_kernels::cuda {
 
@@ -401,12 +402,6 @@ __device__ inline float median_of_8(float value, bool exists) {
     }
     const uint32_t found = __ballot_sync(0xFFFFFFFF, smaller == 3) >> first & 0xFF;
     return __shfl_sync(0xFFFFFFFF, value, first + (found ? __ffs(found) - 1 : 0));
-}
-
-__device__ inline float sum_of_warp(float value) {
-#pragma unroll
-    for (int distance = 1; distance < 32; distance *= 2) value += __shfl_xor_sync(0xFFFFFFFF, value, distance);
-    return value;
 }
 
 // Which of kCount columns from `column` on are kept, a bit each; column is a multiple of 4.

@@ -20,6 +20,7 @@
 #include "common/elements.cuh"
 #include "common/philox.cuh"
 #include "common/ptx.cuh"
+#include "common/warp.cuh"
 #include "fusion/fusion_plan.h"
 
 namespace peft_kernels::cuda {
@@ -131,13 +132,7 @@ __device__ inline void store_vector(const float (&values)[kVector], E* row, int 
 
 // ---- a row of the batch -------------------------------------------------------------------------------------------
 
-__device__ inline float warp_sum(float value) {
-#pragma unroll
-    for (int distance = 16; distance > 0; distance /= 2) value += __shfl_xor_sync(0xFFFFFFFF, value, distance);
-    return value;
-}
-
-__device__ inline float warp_max(float value) {
+__device__ inline float max_of_warp(float value) {
 #pragma unroll
     for (int distance = 16; distance > 0; distance /= 2)
         value = fmaxf(value, __shfl_xor_sync(0xFFFFFFFF, value, distance));
@@ -201,7 +196,7 @@ public:
             for (int distance = kVector / 2; distance > 0; distance /= 2)
 #pragma unroll
                 for (int j = 0; j < distance; ++j) sums[j] += sums[j + distance];
-            const float sum = warp_sum(sums[0]);
+            const float sum = sum_of_warp(sums[0]);
             if (threadIdx.x % 32 == 0) numbers(0)[threadIdx.x / 32 * params_.num_adapters + i] = sum;
         }
         if (params_.plan.warps > 1)
@@ -270,14 +265,14 @@ __global__ void __launch_bounds__(32 * FusionPlan::kMaxWarps)
         scores[turn] = (row.product(i) + offset) * row.kept(p, i) / p.temperature;
         most = fmaxf(most, scores[turn]);
     }
-    most = warp_max(most);
+    most = max_of_warp(most);
 #pragma unroll
     for (int turn = 0; turn < Row::kTurns; ++turn) {
         if (lane + 32 * turn >= n) continue;
         scores[turn] = expf(scores[turn] - most);
         sum += scores[turn];
     }
-    const float factor = 1.0f / warp_sum(sum);
+    const float factor = 1.0f / sum_of_warp(sum);
 #pragma unroll
     for (int turn = 0; turn < Row::kTurns; ++turn) {
         const int i = lane + 32 * turn;
@@ -321,7 +316,7 @@ __global__ void __launch_bounds__(32 * FusionPlan::kMaxWarps)
         gradients[turn] = row.product(i) + (p.grad_probabilities ? p.grad_probabilities[row.index * n + i] : 0.0f);
         sum = fmaf(probabilities[turn], gradients[turn], sum);
     }
-    const float mean = warp_sum(sum);
+    const float mean = sum_of_warp(sum);
 #pragma unroll
     for (int turn = 0; turn < Row::kTurns; ++turn) {
         const int i = lane + 32 * turn;

@@ -11,6 +11,7 @@
 
 #include "common/fours.cuh"
 #include "common/row_plan.h"
+#include "common/warp.cuh"
 #include "rms_norm/rms_norm.h"
 
 namespace peft_kernels::cuda {
@@ -51,8 +52,7 @@ private:
 // The sum over the threads of a row, for each of them.
 __device__ inline float sum_of_row(float value) {
     __shared__ float of_warp[RowPlan::kMaxWarps];
-#pragma unroll
-    for (int distance = 16; distance > 0; distance /= 2) value += __shfl_xor_sync(0xFFFFFFFF, value, distance);
+    value = sum_of_warp(value);
     const int warps = blockDim.x / 32;
     if (warps == 1) return value;
     if (threadIdx.x % 32 == 0) of_warp[threadIdx.x / 32] = value;

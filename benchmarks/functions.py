@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,8 @@ from peft_kernels import cpu
 
 Tensors = dict[str, Tensor]
 Results = Tensor | tuple[Tensor, ...]
+COMPILED = "compiled"  # a contender that may fail, and that keeps what no hook sees
+
 Function = Callable[[Tensors], Results]
 
 
@@ -34,7 +36,6 @@ class Problem:
         tolerance: the largest relative rms error of the fused one's results.
         work: bytes and operations that a phase can't do without.
         wanted: of the fused contender in the phases, with the processor's fastest instruction set.
-        optional: contenders that may fail, such as compiled ones.
     """
 
     name: str
@@ -45,7 +46,6 @@ class Problem:
     tolerance: float
     work: Callable[[str], tuple[float, float]]
     wanted: tuple[Target, ...] = ()
-    optional: Collection[str] = ()
 
 
 def several(results: Results) -> tuple[Tensor, ...]:
@@ -109,13 +109,13 @@ def measure(
     torch.compiler.reset()  # past a number of compiled functions torch would silently stop compiling
     errors = check(problem, isas)
     contenders = [contender(problem, FUSED, isa) for isa in isas]
-    contenders += timing.runnable([contender(problem, name, isas[0]) for name in names], problem.optional, say)
+    contenders += timing.runnable([contender(problem, name, isas[0]) for name in names], [COMPILED], say)
     samples = timing.interleaved(contenders, seconds)
     records, fastest = [], cpu.isas()[-1]
     for one, taken in zip(contenders, samples, strict=True):
         fused = one.name == FUSED
         peak = timing.peak_memory(one.run)
-        saved = None if one.name in problem.optional else saved_by(problem, one.name)
+        saved = None if one.name == COMPILED else saved_by(problem, one.name)
         for phase, values in taken.items():
             parts = [problem.work(part) for part in (("forward", "backward") if phase == "both" else (phase,))]
             size, flops = (sum(part) for part in zip(*parts, strict=True))
@@ -130,15 +130,14 @@ def measure(
 
 
 def runner(
-    make_problem: Callable[[Any], Problem], baselines: dict[str, Sequence[str]]
+    make_problem: Callable[[Any], Problem], baselines: dict[str, str]
 ) -> Callable[[Any, Sequence[str], Sequence[str], float, Callable[[str], None]], list[Record]]:
     """What `report.benchmark` calls for each case of a family: checks and then times its problem, beside the contenders
-    of some groups of baselines."""
+    that some names on the command line stand for."""
 
     def run(
         case: Any, vs: Sequence[str], isas: Sequence[str], seconds: float, say: Callable[[str], None]
     ) -> list[Record]:
-        names = [name for group in vs for name in baselines[group]]
-        return measure(make_problem(case), names, isas, seconds, say)
+        return measure(make_problem(case), [baselines[name] for name in vs], isas, seconds, say)
 
     return run

@@ -12,15 +12,15 @@ import torch
 from torch import Tensor
 
 from benchmarks import functions
-from benchmarks.functions import Problem, Tensors
+from benchmarks.functions import COMPILED, Problem, Tensors
 from benchmarks.records import FUSED
 from benchmarks.report import benchmark
 from peft_kernels.ops import glu
 from peft_kernels.testing.reference.adapter import ACTIVATIONS
 from peft_kernels.testing.reference.glu import glu as oracle
 
-EAGER, COMPILED = "eager", "compiled"
-BASELINES = {"eager": (EAGER,), "compiled": (COMPILED,)}
+EAGER = "eager"
+BASELINES = {"eager": EAGER, "compiled": COMPILED}
 TOLERANCE = 5e-3  # the roundings of the results to bf16
 
 
@@ -63,7 +63,6 @@ def make_problem(case: Case) -> Problem:
         lambda t: oracle(t["gate"], t["up"], case.activation),
         TOLERANCE,
         work,
-        optional=(COMPILED,),
     )
 
 

@@ -10,14 +10,14 @@ from torch import Tensor
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from benchmarks import functions
-from benchmarks.functions import Problem, Tensors
+from benchmarks.functions import COMPILED, Problem, Tensors
 from benchmarks.records import FUSED, Faster, Target
 from benchmarks.report import benchmark
 from peft_kernels.ops import rotary
 from peft_kernels.testing.reference.rotary import rotary as oracle
 
-TORCH, COMPILED = "torch", "compiled"
-BASELINES = {"torch": (TORCH,), "compiled": (COMPILED,)}
+TORCH = "torch"
+BASELINES = {"torch": TORCH, "compiled": COMPILED}
 TOLERANCE = 3e-3  # results and gradients are rounded to bf16
 
 
@@ -73,7 +73,6 @@ def make_problem(case: Case) -> Problem:
         TOLERANCE,
         work,
         case.wanted,
-        optional=(COMPILED,),
     )
 
 

@@ -283,7 +283,7 @@ def restore(model: nn.Module) -> None:
         for setting in _settings:
             if setting.is_set(module):
                 setting.unset(module)
-        if isinstance(module, FusedLayer) and type(module) in _table.values():  # not parametrised since
+        if isinstance(module, FusedLayer) and _table.get(module.stock) is type(module):  # not parametrised since
             module.release()
             for name in module.own_state:
                 vars(module).pop(name, None)

@@ -291,23 +291,27 @@ private:
         const ConstMatrix added = p_.adds_grad_y ? p_.grad_y : ConstMatrix{};
         for_each_part(rows, p_.d, [&](int64_t begin, int64_t some, int64_t first, int64_t columns) {
             const int64_t row = row0 + begin, next = first + columns, next_columns = min_of(columns, p_.d - next);
-            if (Product::kFetchedRows && !streams_) prefetch_rows<true>(p_.grad_x, row, some, next, next_columns);
+            if (Product::kFetches && !streams_) prefetch_rows<true>(p_.grad_x, row, some, next, next_columns);
             with_vectors(added, row, first, columns, [&](auto grad_y) {
                 if (!adapter) return write_part(p_.grad_x, row, some, first, columns, streams_, grad_y);
-                const auto write = [&](const auto& make_value, const auto&... given) {
+                const auto write = [&](const auto& fetch, const auto& make_value, const auto&... given) {
                     write_products<Product>(dz.from(begin), some, weights->down.right(first / kRightOutputs, 0),
-                                            scratch.tile, p_.grad_x, row, first, streams_, make_value, given...);
+                                            scratch.tile, p_.grad_x, row, first, streams_, fetch, make_value, given...);
                 };
                 if (!adapter->norm.present)
                     return write(
+                        NoFetch{},
                         [](auto added) {
                             return [=](F32 dn, int64_t i, int64_t column) { return added(i, column) + dn; };
                         },
                         grad_y);
                 const RowNorm* norms = scratch.norm + begin;
-                prefetch_rows<false>(p_.x, row, some, next, next_columns);  // this is the first time that x is read
+                // This is the first time that x is read. Fetched a few lines at a time it takes 0.6 x the time (d = 4096).
+                if (!Product::kFetches) prefetch_rows<false>(p_.x, row, some, next, next_columns);
+                const FetchRows<Product> fetch_x(part_of(p_.x, row, next), next_columns, adapter->rank);
                 with_vectors(p_.x, row, first, columns, [&](auto x) {
                     write(
+                        fetch_x,
                         [=](auto added, auto of_x) {
                             return [=](F32 dn, int64_t i, int64_t column) {
                                 const RowNorm norm = norms[i];
@@ -339,18 +343,12 @@ private:
                 for (int64_t column = 0; column < columns; column += kRightOutputs) {
                     const Right right{scratch.right, left.depth, min_of(kRightOutputs, columns - column), terms};
                     fill(row0 + row, first + column, right);
-                    // The next rows, in whole parts: each product has its share of them.
-                    const int64_t next = row + kReducedRows, next_rows = min_of(kReducedRows, rows - next);
-                    const int64_t share = divide_up(next_rows * kRightOutputs, columns),
-                                  begin = column / kRightOutputs * share;
-                    multiply_fetching<Product>(left, count, right, scratch.sums + column * sum_rows(), kRightOutputs,
-                                               started, [&](int64_t r, int64_t some) {
-                                                   const int64_t from = begin + r * share / count;
-                                                   const int64_t to =
-                                                       min_of(begin + (r + some) * share / count, next_rows);
-                                                   prefetch_rows<false>(source, row0 + next + from, to - from, first,
-                                                                        columns);
-                                               });
+                    // The same rows' next columns; behind the last, the next rows' first ones.
+                    const bool last = column + kRightOutputs >= columns;
+                    const int64_t next = row + (last ? kReducedRows : 0), of_next = last ? 0 : column + kRightOutputs;
+                    Product::multiply(left, count, right, scratch.sums + column * sum_rows(), kRightOutputs, started,
+                                      FetchReduced<Product>(part_of(source, row0 + next, first + of_next), rows - next,
+                                                            count));
                 }
             }
         }

@@ -256,7 +256,7 @@ private:
         for (int64_t row = 0; drops && row < rows; ++row)
             dropout_keep_bits(dropout, row0 + row, 0, p_.d, scratch.keep + row * keep_bytes(p_.d));
         for_each_part(rows, p_.d, [&](int64_t begin, int64_t some, int64_t first, int64_t columns) {
-            if (Product::kFetchedRows && !streams_ && !p_.post_norm.present)  // the next columns
+            if (Product::kFetches && !streams_ && !p_.post_norm.present)  // the next columns
                 prefetch_rows<true>(p_.y, row0 + begin, some, first + columns, min_of(columns, p_.d - first - columns));
             with_vectors(p_.residual, row0 + begin, first, columns, [&](auto residual) {
                 if (!adapter) return write_y(row0, begin, some, first, columns, scratch, residual);
@@ -293,8 +293,8 @@ private:
     void expand(const Left& h, const Right& up, int64_t row0, int64_t begin, int64_t rows, int64_t first,
                 const Scratch& scratch, const MakeValue& make_value, const Residual& residual) const {
         if (!p_.post_norm.present)
-            return write_products<Product>(h, rows, up, scratch.tile, p_.y, row0 + begin, first, streams_, make_value,
-                                           residual);
+            return write_products<Product>(h, rows, up, scratch.tile, p_.y, row0 + begin, first, streams_, NoFetch{},
+                                           make_value, residual);
         Product::multiply(h, rows, up, scratch.tile, kRightOutputs, false);
         write_y(row0, begin, rows, first, up.outputs, scratch,
                 [value = make_value(residual), tile = scratch.tile](int64_t row, int64_t column) {

@@ -50,7 +50,7 @@ struct VectorProduct {
 
     struct Unit {};  // what a thread has to hold while it multiplies
 
-    static constexpr int64_t kFetchedRows = 2 * kTileRows;  // see multiply_fetching
+    static constexpr bool kFetches = true;  // calls a Fetch while it multiplies (see NoFetch)
 
     static constexpr int64_t padded_rows(int64_t rows) { return rows; }
     static constexpr int64_t padded_depth(int64_t depth) { return round_up(depth, kLanes); }
@@ -110,6 +110,19 @@ struct VectorProduct {
                 const Bf16Vector row = load_bf16(rows + k * stride + column, outputs - column);
                 return bits ? keep_where(row, bits + k * bits_stride, column) : row;
             };
+            if (outputs == kRightOutputs && depth == padded_depth(depth) &&
+                !bits) {  // 0.4 x the time of the other loop
+                uint32_t* to = step_at(0, 0);
+                for (int64_t k = 0; k < depth; k += 2, rows += 2 * stride)
+                    for (int64_t column = 0; column < kRightOutputs; column += 2 * kLanes, to += 2 * kLanes) {
+                        Bf16Vector low, high;
+                        interleave(load_bf16(rows + column, 2 * kLanes), load_bf16(rows + stride + column, 2 * kLanes),
+                                   low, high);
+                        store_vector(to, low);
+                        store_vector(to + kLanes, high);
+                    }
+                return;
+            }
             for (int64_t k = 0; k < padded_depth(depth); k += 2)
                 for (int64_t strip = 0; strip < strips(); strip += 2) {
                     Bf16Vector low, high;
@@ -121,10 +134,12 @@ struct VectorProduct {
 #endif
     };
 
-    static void multiply(const Left& left, int64_t rows, const Right& right, float* sums, int64_t stride,
-                         bool accumulate) {
+    // Not inlined: in some callers GCC 12 then keeps less in registers, which costs up to 0.3 x the time.
+    template <class Fetch = NoFetch>
+    [[gnu::noinline]] static void multiply(const Left& left, int64_t rows, const Right& right, float* sums,
+                                           int64_t stride, bool accumulate, const Fetch& fetch = {}) {
         PEFT_KERNELS_ISA::multiply<Multiply>(left.rows(), rows, right.step_at(0, 0), right.strips(), right.steps(),
-                                             sums, stride, accumulate);
+                                             sums, stride, accumulate, 0, right.steps(), fetch);
     }
 
     // Hands the sums of a whole right operand to a sink while they are in registers (see multiply_tile).
@@ -132,11 +147,12 @@ struct VectorProduct {
     static constexpr bool hands_over(int64_t rows, int64_t outputs) {
         return rows >= kFullTilesRows && outputs == kRightOutputs;
     }
-    template <class Sink>
-    static void multiply(const Left& left, int64_t rows, const Right& right, const Sink& sink) {
+    template <class Sink, class Fetch = NoFetch>
+    static void multiply(const Left& left, int64_t rows, const Right& right, const Sink& sink,
+                         const Fetch& fetch = {}) {
         for (int64_t strip = 0; strip < right.strips(); strip += kTileStrips)
             multiply_group<Multiply, kTileStrips, kTileRows - 1>(left.rows(), rows, right.step_at(strip, 0),
-                                                                 right.steps(), strip, sink);
+                                                                 right.steps(), strip, sink, fetch);
     }
 };
 
@@ -149,8 +165,8 @@ using F32Product = VectorProduct<MultiplyF32, float>;
 struct TileProduct {
     using Element = BFloat16;
     using Unit = TileUnit;
-    static constexpr int64_t kFetchedRows = 0;  // not measured to help tiles
-    static constexpr bool kHandsOver = false;   // sums go to memory in whole tiles
+    static constexpr bool kFetches = false;    // not measured to help tiles
+    static constexpr bool kHandsOver = false;  // sums go to memory in whole tiles
 
     static constexpr int64_t padded_rows(int64_t rows) { return round_up(rows, kTileSide); }
     static constexpr int64_t padded_depth(int64_t depth) { return round_up(depth, kTileDepth); }
@@ -220,8 +236,9 @@ struct TileProduct {
     };
 
     // Of two operands with several terms each, the products whose size is below the sums' precision are left out.
+    template <class Fetch = NoFetch>
     static void multiply(const Left& left, int64_t rows, const Right& right, float* sums, int64_t stride,
-                         bool accumulate) {
+                         bool accumulate, const Fetch& = {}) {
         const int64_t size = panel(left.depth), steps = padded_depth(left.depth) / kTileDepth;
         for (int64_t output = 0; output < right.outputs; output += kPanelSide)
             for (int64_t row = 0; row < rows; row += kPanelSide) {
@@ -255,17 +272,10 @@ void dispatch_product(bool rounds, const Body& body) {
 
 // ---- Filling operands ---------------------------------------------------------------------------------------------
 
-// Product::multiply that calls fetch(first row, rows) for each group of the left rows before it is multiplied: room for
-// prefetches of what is multiplied next, a few at a time, so that none waits for the others.
-template <class Product, class Fetch>
-void multiply_fetching(const typename Product::Left& left, int64_t rows, const typename Product::Right& right,
-                       float* sums, int64_t stride, bool accumulate, const Fetch& fetch) {
-    if constexpr (Product::kFetchedRows == 0) return Product::multiply(left, rows, right, sums, stride, accumulate);
-    for (int64_t row = 0; row < rows; row += Product::kFetchedRows) {
-        const int64_t some = min_of(Product::kFetchedRows, rows - row);
-        fetch(row, some);
-        Product::multiply(left.from(row), some, right, sums + row * stride, stride, accumulate);
-    }
+// The steps of 32 bits that a product on vectors takes.
+template <class Product>
+constexpr int64_t steps_of(int64_t depth) {
+    return Product::padded_depth(depth) * static_cast<int64_t>(sizeof(typename Product::Element)) / 4;
 }
 
 template <class Product>

@@ -68,25 +68,37 @@ struct SumsTile {
     }
 };
 
-template <class Multiply, int kRows, int kStrips, class Sink>
+// What a tile calls every kFetchedSteps with its rows' count, the first of them and the step: room for prefetches of what
+// comes next, a few at a time, so that none waits for the others.
+constexpr int64_t kFetchedSteps = 16;  // a cache line of each row
+struct NoFetch {
+    template <class Count>
+    void operator()(Count, int64_t, int64_t) const {}
+};
+
+template <class Multiply, int kRows, int kStrips, class Sink, class Fetch>
 inline void multiply_tile(const Rows& rows, int64_t first_row, const uint32_t* strips, int64_t steps, int64_t strip,
-                          const Sink& sink) {
+                          const Sink& sink, const Fetch& fetch) {
     F32 sums[kRows][kStrips] = {};
     const char* at[kRows];
 #pragma GCC unroll 6
     for (int row = 0; row < kRows; ++row) at[row] = rows.row(first_row + row);
     int64_t offset = 0;
-    for (int64_t step = 0; step < steps; ++step, offset += rows.step_stride, strips += kStrips * kLanes) {
-        U32 vectors[kStrips];
+    for (int64_t step = 0; step < steps;) {
+        fetch(Constant<kRows>{}, first_row, step);
+        const int64_t end = kSame<Fetch, NoFetch> ? steps : min_of(step + kFetchedSteps, steps);
+        for (; step < end; ++step, offset += rows.step_stride, strips += kStrips * kLanes) {
+            U32 vectors[kStrips];
 #pragma GCC unroll 4
-        for (int i = 0; i < kStrips; ++i) vectors[i] = load_vector<U32>(strips + i * kLanes);
+            for (int i = 0; i < kStrips; ++i) vectors[i] = load_vector<U32>(strips + i * kLanes);
 #pragma GCC unroll 6
-        for (int row = 0; row < kRows; ++row) {
-            uint32_t value;
-            memcpy(&value, at[row] + offset, sizeof value);
+            for (int row = 0; row < kRows; ++row) {
+                uint32_t value;
+                memcpy(&value, at[row] + offset, sizeof value);
 #pragma GCC unroll 4
-            for (int i = 0; i < kStrips; ++i)
-                sums[row][i] = Multiply::add_product(sums[row][i], vectors[i], broadcast(value));
+                for (int i = 0; i < kStrips; ++i)
+                    sums[row][i] = Multiply::add_product(sums[row][i], vectors[i], broadcast(value));
+            }
         }
     }
 #pragma GCC unroll 6
@@ -107,24 +119,25 @@ inline void for_each_tile(int64_t num_rows, const Body& body) {
 // So many rows make tiles of kTileRows and kTileRows - 1 rows only.
 constexpr int64_t kFullTilesRows = (kTileRows - 1) * (kTileRows - 2);
 
-template <class Multiply, int kStrips, int kLeast, class Sink>
+template <class Multiply, int kStrips, int kLeast, class Sink, class Fetch>
 inline void multiply_group(const Rows& rows, int64_t num_rows, const uint32_t* strips, int64_t steps, int64_t strip,
-                           const Sink& sink) {
+                           const Sink& sink, const Fetch& fetch) {
     for_each_tile<kLeast>(num_rows, [&](auto height, int64_t row) {
-        multiply_tile<Multiply, decltype(height)::kValue, kStrips>(rows, row, strips, steps, strip, sink);
+        multiply_tile<Multiply, decltype(height)::kValue, kStrips>(rows, row, strips, steps, strip, sink, fetch);
     });
 }
 
 // tile[row][output] (+)= sum over steps of rows[row][step] * strips[output][step], outputs in whole strips. Of the strips'
 // steps, only `part_steps` from `first_step` on, which are all that the rows have.
-template <class Multiply>
+template <class Multiply, class Fetch = NoFetch>
 inline void multiply(const Rows& rows, int64_t num_rows, const uint32_t* strips, int64_t num_strips, int64_t steps,
-                     float* tile, int64_t tile_stride, bool accumulate, int64_t first_step, int64_t part_steps) {
+                     float* tile, int64_t tile_stride, bool accumulate, int64_t first_step, int64_t part_steps,
+                     const Fetch& fetch = {}) {
     const SumsTile sink{tile, tile_stride, accumulate};
     for (int64_t strip = 0; strip < num_strips; strip += kTileStrips)
         dispatch_range<1, kTileStrips>(min_of<int64_t>(num_strips - strip, kTileStrips), [&](auto count) {
             const uint32_t* group = strips + (strip * steps + first_step * count.kValue) * kLanes;
-            multiply_group<Multiply, decltype(count)::kValue, 1>(rows, num_rows, group, part_steps, strip, sink);
+            multiply_group<Multiply, decltype(count)::kValue, 1>(rows, num_rows, group, part_steps, strip, sink, fetch);
         });
 }
 

@@ -39,6 +39,11 @@ constexpr T max_of(T a, T b) {
 }
 constexpr int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
+template <class A, class B>
+constexpr bool kSame = false;
+template <class A>
+constexpr bool kSame<A, A> = true;
+
 // A number as a type, for lambdas that want it at compile time.
 template <auto kConstant>
 struct Constant {

@@ -16,7 +16,7 @@ class AdapterBackward {
 public:
     explicit AdapterBackward(const AdapterBackwardParams& params)
         : p_(params),
-          block_(adapter_block_rows(params.m, params.d, params.threads)),
+          block_(block_rows<Product>(params)),
           strip_(adapter_reduced_columns(params.d, params.threads)),
           wants_x_(params.grad_x.data != nullptr),
           streams_(streams(params.grad_x, params.m, params.d)),
@@ -49,7 +49,7 @@ public:
         const auto scratch = [&](int worker) { return Scratch(workers + worker * worker_bytes, *this); };
         prepare();
         if (wants_dz_ || p_.grad_gate || p_.wants_up)
-            for_each_block(p_, [&](int64_t run, int64_t row, int64_t rows, int worker) {
+            for_each_block(p_, block_, [&](int64_t run, int64_t row, int64_t rows, int worker) {
                 adapt(run, row, rows, scratch(worker));
             });
         const int64_t strips = divide_up(p_.d, strip_);

@@ -13,7 +13,7 @@ class AdapterForward {
 public:
     explicit AdapterForward(const AdapterForwardParams& params)
         : p_(params),
-          block_(adapter_block_rows(params.m, params.d, params.threads)),
+          block_(block_rows<Product>(params)),
           streams_(!params.post_norm.present && streams(params.y, params.m, params.d)) {}
 
     void run() {
@@ -37,7 +37,7 @@ public:
             widen_vector(p_.post_norm.weight, p_.d, 1.0f, post_gamma_);
             widen_vector(p_.post_norm.bias, p_.d, 0.0f, post_beta_);
         }
-        for_each_block(p_, [&](int64_t run, int64_t row, int64_t rows, int worker) {
+        for_each_block(p_, block_, [&](int64_t run, int64_t row, int64_t rows, int worker) {
             const Scratch scratch(workers + worker * worker_bytes, *this);
             adapt(p_.runs[run], p_.runs[run].first_row + row, rows, scratch);
         });

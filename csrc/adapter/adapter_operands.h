@@ -358,10 +358,16 @@ inline Dropout dropout_of(const AdapterParams& p) {
 
 // ---- Tasks --------------------------------------------------------------------------------------------------------
 
-// Calls body(run, first row within the run, rows, worker) for every block of rows.
+// Rows of one task. On vectors 32 are best: what they leave in L2 is there when it is used again. With 64 it takes 1.02 to
+// 1.03 x the time (d = 768 and 4096, forward and backward, operands from memory, an L2 of 1 MB).
+template <class Product>
+int64_t block_rows(const AdapterParams& p) {
+    return Product::kFetches ? 32 : adapter_block_rows(p.m, p.d, p.threads);
+}
+
+// Calls body(run, first row within the run, rows, worker) for every `block` rows.
 template <class Body>
-void for_each_block(const AdapterParams& p, const Body& body) {
-    const int64_t block = adapter_block_rows(p.m, p.d, p.threads);
+void for_each_block(const AdapterParams& p, int64_t block, const Body& body) {
     int64_t blocks = 0;
     for (int64_t i = 0; i < p.num_runs; ++i) blocks += divide_up(p.runs[i].rows, block);
     parallel_for_each(blocks, [&](int64_t task, int worker) {

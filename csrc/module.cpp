@@ -44,6 +44,9 @@ PyObject* unchanged(PyObject*, PyObject* lists) {
         return nullptr;
     const Py_ssize_t num_values = PyList_Size(values), num_types = PyList_Size(types);
     const Py_ssize_t num_lengths = PyList_Size(lengths);
+    for (Py_ssize_t i = 0; i < num_values; i += 3) __builtin_prefetch(PyList_GetItem(values, i));
+    for (Py_ssize_t i = 0; i < num_types; i += 2) __builtin_prefetch(PyList_GetItem(types, i));
+    for (Py_ssize_t i = 0; i < num_lengths; i += 2) __builtin_prefetch(PyList_GetItem(lengths, i));
     for (Py_ssize_t i = 0; i + 2 < num_values; i += 3) {
         PyObject* found = PyDict_GetItemWithError(PyList_GetItem(values, i), PyList_GetItem(values, i + 1));
         if (!found && PyErr_Occurred()) return nullptr;

@@ -1,4 +1,4 @@
-// The decoder_layer ops: what a decoder layer of the Llama kind does before and after its attention, for a few tokens.
+// The decoder_layer ops: what a decoder layer of the Llama kind does before and after its attention.
 //
 //   before   n = norm(x);  q, k, v = n Wᵀ each, with its LoRA;  norms of q's and k's heads;  q and k rotated
 //   after    h = x + attended W_oᵀ;  n = norm(h);  y = h + (σ(n W_gateᵀ) ⊙ (n W_upᵀ)) W_downᵀ,  each W with its LoRA

@@ -212,17 +212,18 @@ def accelerate(model: nn.Module) -> Report:
     prefix tuning (Li and Liang 2021, arXiv:2101.00190), the attention of transformers' Llama, Mistral, Qwen, GPT-2, OPT
     and BERT, the rotary embedding of the first three, RMSNorm and the gated feed-forward blocks of transformers'
     models, the loss of its causal language models, their output layers (on the CPU), the decoder layers of the first
-    three for a few tokens (on the CPU), and bitsandbytes' `Linear4bit`. Parameters, their names, state_dict, saving,
+    three in inference (on the CPU), and bitsandbytes' `Linear4bit`. Parameters, their names, state_dict, saving,
     merging and switching adapters go on as before, and results have the dtype that the stock layers return. Whatever
     can't be fused keeps its stock forward, and the report says why; what only an input can tell (its device or dtype,
     `adapter_names`) is decided at each forward, and logged once.
 
     Differences that are meant: dropout draws other masks; LoRA branches are computed in fp32; norms, gated blocks and
-    rotary embeddings are rounded once, and so are residual sums of a few tokens; a label that is no class makes a loss
-    on a GPU NaN; a 4-bit weight is never repacked for bitsandbytes' own CPU kernels (one that already was is converted
-    back, once); a 4-bit unmerge puts the original weight back, which is kept while merged; `ia3.bnb.Linear4bit` returns
-    x's dtype, not fp32, and can be merged; a prefix is in no cache, whose length counts tokens alone; models whose
-    attention is `sdpa` are set to this package's; a gradient can't be differentiated once more.
+    rotary embeddings are rounded once, and so are residual sums without gradients; a label that is no class makes a
+    loss on a GPU NaN; a 4-bit weight is never repacked for bitsandbytes' own CPU kernels (one that already was is
+    converted back, once); a 4-bit unmerge puts the original weight back, which is kept while merged;
+    `ia3.bnb.Linear4bit` returns x's dtype, not fp32, and can be merged; a prefix is in no cache, whose length counts
+    tokens alone; models whose attention is `sdpa` are set to this package's; a gradient can't be differentiated once
+    more.
 
     Args:
         model: any module; calling again covers layers that were added since, and reports on all.

@@ -1,4 +1,4 @@
-"""What a decoder layer of the Llama kind does before and after its attention, each in one call, for a few new tokens.
+"""What a decoder layer of the Llama kind does before and after its attention, each in one call.
 
 Llama: Touvron et al. 2023 (arXiv:2302.13971). Its linear layers may be 4-bit, and may have LoRA (Hu et al. 2021,
 arXiv:2106.09685). The computation is that of `rms_norm`, `lora_linear`, `rotary` and `glu`, whose kernels run here.
@@ -39,6 +39,9 @@ class Projections:
 
     They are all dense, or all of one 4-bit format, and have all a bias or none. The tensors are not copied.
 
+    Attributes:
+        dense: which of the two they are.
+
     Raises:
         ValueError: they differ in that.
     """
@@ -50,7 +53,8 @@ class Projections:
             refuse("projections", "some of another format than others", "all of one, and all with a bias or without")
         counts = [len(lora_A) for lora_A in adapters[0]]
         first = weights[0]
-        if isinstance(first, NF4Weight):
+        self.dense = not isinstance(first, NF4Weight)
+        if not self.dense:
             codes, absmax = [w.codes for w in weights], [w.absmax for w in weights]
             nested = [tensor for w in weights for tensor in w.nested]
             weight = codes, absmax, nested, first.nested_blocksize, first.blocksize, first.quant_type, first.dtype
@@ -88,7 +92,7 @@ def before_attention(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Queries, keys and values: the norm, three projections, norms of heads if there are any, and the rotary embedding.
 
-    It is for inference on the CPU: without gradients, and fast for a few rows only.
+    It is for inference on the CPU, without gradients; dense projections are fast for a few rows only.
 
     Args:
         x: [B, S, K], fp32, bf16 or fp16.

@@ -93,7 +93,7 @@ class FusedDecoderLayer(Lookalike):
         return None if self.input_layernorm.weight.is_cpu else "it is for the CPU"
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        plan = None if args or self.training else self._plan_for(hidden_states, **kwargs)
+        plan = None if args else self._plan_for(hidden_states, **kwargs)
         if plan is None:
             return super().forward(hidden_states, *args, **kwargs)
         layer = self._modules["self_attn"]
@@ -113,11 +113,12 @@ class FusedDecoderLayer(Lookalike):
         layer = self._modules["self_attn"]
         if not (
             _suits(x)
+            and isinstance(layer, FusedAttention)
+            and not layer.training  # when it may have dropout
             and type(_cache_of(kwargs)) in (DynamicCache, type(None))
             and position_embeddings is not None
             and are_usual_angles(*position_embeddings, *x.shape[:2], layer.head_dim)
             and position_embeddings[0].dtype is x.dtype
-            and isinstance(layer, FusedAttention)
             and layer.config._attn_implementation == NAME
             and has_stock_rotary(type(layer).stock)
         ):

@@ -7,10 +7,9 @@ other kinds, gradients, many tokens of dense layers) takes the stock layer's for
 
 from __future__ import annotations
 
-import importlib
 import math
 from collections.abc import Callable, Sequence
-from functools import cache, partial
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -20,34 +19,14 @@ from transformers import DynamicCache
 from ..ops.decoder_layer import Norm, Projection, Projections, after_attention, before_attention
 from ..ops.linear import FEW_ROWS
 from .linear import NO_ADAPTERS, Adaptable, dense_product, parameter, watch_dense, why_not_skip
-from .lookalike import Lookalike, form, same_code
-from .registry import FusedLayer, why_not_input
+from .lookalike import Lookalike, form
+from .registry import FusedLayer, fused_form, why_not_input
 from .rotary import are_usual_angles, has_stock_rotary
-from .transformers import NAME, FusedAttention, attention
+from .transformers import NAME, FusedLlamaAttention, attention
 from .transformers_layers import ACTIVATIONS, FusedGatedMLP, FusedRMSNorm, why_not_activation, why_not_both
 from .watch import Watch
 
 _PARTS = ("input_layernorm", "self_attn", "post_attention_layernorm", "mlp")
-
-Window = Callable[[nn.Module], int | None]
-
-# The attention layers whose forward is known, and where each has the size of its window.
-_WINDOWS: dict[str, Window] = {
-    "llama.LlamaAttention": lambda layer: None,
-    "mistral.MistralAttention": lambda layer: getattr(layer.config, "sliding_window", None),
-    "qwen2.Qwen2Attention": lambda layer: layer.sliding_window,
-    "qwen3.Qwen3Attention": lambda layer: layer.sliding_window,
-}
-
-
-@cache
-def _window_of(attention_class: type[nn.Module]) -> Window | None:
-    for name, window in _WINDOWS.items():
-        model, class_name = name.split(".")
-        module = importlib.import_module(f"transformers.models.{model}.modeling_{model}")
-        if same_code(attention_class, getattr(module, class_name)):
-            return window
-    return None
 
 
 class _UnsuitedError(Exception):
@@ -78,7 +57,7 @@ class FusedDecoderLayer(Lookalike):
     @classmethod
     def applies(cls, layer: nn.Module) -> bool:
         attention_class = type(layer.self_attn)
-        return _window_of(getattr(attention_class, "stock", attention_class)) is not None
+        return issubclass(fused_form(attention_class) or attention_class, FusedLlamaAttention)
 
     def prepare(self) -> str:
         return "for inference"
@@ -102,7 +81,7 @@ class FusedDecoderLayer(Lookalike):
         q, k, v = plan.before(hidden_states, cos=cos, sin=sin)
         if cache is not None:
             k, v = cache.update(k, v, layer.layer_idx)
-        window = _window_of(type(layer).stock)(layer)
+        window = layer.window()
         attended, _ = attention(layer, q, k, v, mask, scaling=layer.scaling, sliding_window=window, **kwargs)
         return plan.after(hidden_states, attended.flatten(2))
 
@@ -113,7 +92,7 @@ class FusedDecoderLayer(Lookalike):
         layer = self._modules["self_attn"]
         if not (
             _suits(x)
-            and isinstance(layer, FusedAttention)
+            and isinstance(layer, FusedLlamaAttention)
             and not layer.training  # when it may have dropout
             and type(_cache_of(kwargs)) in (DynamicCache, type(None))
             and position_embeddings is not None

@@ -12,7 +12,7 @@ import inspect
 import sys
 from collections.abc import Callable, Iterator
 from types import FunctionType
-from typing import ClassVar, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 from torch import nn
 from transformers import modeling_layers
@@ -40,10 +40,15 @@ class Lookalike(FusedLayer):
         return same_code(stock, getattr(module, cls.class_name), cls.methods)
 
     @classmethod
+    def members(cls, stock: type) -> dict[str, Any]:
+        """What the fused class of a stock class has for itself."""
+        return {}
+
+    @classmethod
     def made_for(cls, stock: type) -> type:
         """The fused class of a stock class. Its qualified name leads `__getattr__` back to the stock class, when a
         pickled model asks for it."""
-        members = {"__doc__": cls.__doc__, "__module__": __name__}
+        members = {"__doc__": cls.__doc__, "__module__": __name__, **cls.members(stock)}
         made = type(stock.__name__, (cls, stock), members)
         made.__qualname__ = f"{stock.__module__.replace('.', '/')}:{stock.__qualname__}"
         globals()[made.__qualname__] = made
@@ -53,7 +58,7 @@ class Lookalike(FusedLayer):
 Form = TypeVar("Form", bound=type[Lookalike])
 
 # The modules here that have forms.
-_FORMS_IN = ("transformers_layers", "decoder_layer")
+_FORMS_IN = ("transformers", "transformers_layers", "decoder_layer")
 
 _DECORATORS = {modeling_layers.__file__, deprecation.__file__}
 
@@ -98,16 +103,19 @@ def same_code(stock: type, other: type, methods: tuple[str, ...] = ("forward",))
 
 def _code(stock: type, methods: tuple[str, ...]) -> list[tuple] | None:
     """What methods of a class do, to be compared; None if one is not what the file of the class says."""
-    file = getattr(sys.modules.get(stock.__module__), "__file__", None)
-    codes = []
-    for method in methods:
-        function = _undecorated(getattr(stock, method, None))
-        if function is None or function.__closure__ or function.__code__.co_filename != file:
-            return None
-        code = function.__code__
-        constants = tuple(constant for constant in code.co_consts if constant != function.__doc__)
-        codes.append((code.co_code, constants, code.co_names, code.co_varnames, code.co_argcount))
-    return codes
+    codes = [code_of(getattr(stock, method, None), stock.__module__) for method in methods]
+    return None if None in codes else codes
+
+
+def code_of(function: Callable | None, module: str) -> tuple | None:
+    """What a function does, to be compared; None if it is not what the file of a module says."""
+    function = _undecorated(function)
+    file = getattr(sys.modules.get(module), "__file__", None)
+    if function is None or function.__closure__ or function.__code__.co_filename != file:
+        return None
+    code = function.__code__
+    constants = tuple(constant for constant in code.co_consts if constant != function.__doc__)
+    return code.co_code, constants, code.co_names, code.co_varnames, code.co_argcount
 
 
 def _undecorated(function: Callable | None) -> FunctionType | None:

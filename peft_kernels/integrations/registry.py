@@ -29,7 +29,7 @@ from ..printing import PrintedReport, starred
 # that is made of its layers has imported it.
 _PACKAGES = {
     "bitsandbytes": ("bitsandbytes",),
-    "transformers": ("transformers", "lookalike", "causal_lm_loss", "output_layer"),
+    "transformers": ("lookalike", "causal_lm_loss", "output_layer"),
     "peft": ("peft", "peft_ia3", "peft_prefix"),
 }
 
@@ -124,6 +124,11 @@ def register_setting(setting: AnySetting) -> AnySetting:
 def mention(stock: type[nn.Module]) -> None:
     """Has the report mention instances of a class, and of its subclasses, even if none of them can be fused."""
     _mentioned.append(stock)
+
+
+def fused_form(stock: type[nn.Module]) -> type[FusedLayer] | None:
+    """The fused class of a stock class, if it has one."""
+    return _table.get(stock)
 
 
 def describe(cls: type) -> str:

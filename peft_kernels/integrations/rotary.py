@@ -13,9 +13,11 @@ from types import CellType, FunctionType, ModuleType
 from typing import Any
 
 from torch import Tensor, nn
+from transformers.models.llama import modeling_llama
 
 from ..cuda import why_not
 from ..ops.rotary import rotary
+from .lookalike import code_of
 from .registry import FLOAT_DTYPES, why_not_input
 
 _NAME = "apply_rotary_pos_emb"
@@ -50,6 +52,15 @@ def with_fused_rotary(forward: Callable) -> FunctionType | None:
     else:
         copy.__wrapped__ = inner
     return copy
+
+
+def is_usual_rotary(stock: type[nn.Module]) -> bool:
+    """Whether an attention class rotates as Llama's does, if it calls such a global at all."""
+    module, llama = sys.modules[stock.__module__], modeling_llama.__name__
+    return not hasattr(module, _NAME) or all(
+        code_of(getattr(module, name, None), module.__name__) == code_of(getattr(modeling_llama, name), llama)
+        for name in (_NAME, "rotate_half")
+    )
 
 
 @cache

@@ -16,6 +16,7 @@ from torch import nn
 
 import peft_kernels
 from peft_kernels.integrations import lookalike
+from peft_kernels.integrations import transformers as attention
 from peft_kernels.integrations import transformers_layers as integration
 from peft_kernels.ops import rms_norm
 
@@ -122,6 +123,18 @@ def test_classes_are_known_by_their_code():
     assert forms(GemmaRMSNorm) == [integration.FusedRMSNormWithOffset]
     assert forms(LlamaMLP) == [integration.FusedGatedMLP]
     assert not forms(Other) and not forms(OtherNorm) and not forms(nn.RMSNorm)
+
+
+def test_attention_is_known_by_its_code():
+    from transformers.models.glm.modeling_glm import GlmAttention
+    from transformers.models.llama.modeling_llama import LlamaAttention
+    from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeAttention
+    from transformers.models.roberta.modeling_roberta import RobertaSelfAttention
+
+    assert lookalike.form_of(LlamaAttention) is attention.FusedLlamaAttention
+    assert lookalike.form_of(Qwen3MoeAttention) is attention.FusedQwen3Attention
+    assert lookalike.form_of(RobertaSelfAttention) is attention.FusedBertAttention
+    assert lookalike.form_of(GlmAttention) is None  # its forward is Llama's, but it rotates in another way
 
 
 def test_classes_that_were_patched(monkeypatch):

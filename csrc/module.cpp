@@ -9,7 +9,7 @@
 
 // Raised whenever a schema changes, together with EXPECTED_OPS_VERSION in peft_kernels/_extension.py:
 // an old binary beside new Python code is then refused at import.
-#define PEFT_KERNELS_OPS_VERSION 10
+#define PEFT_KERNELS_OPS_VERSION 11
 
 namespace {
 
@@ -44,7 +44,7 @@ PyObject* unchanged(PyObject*, PyObject* lists) {
         return nullptr;
     const Py_ssize_t num_values = PyList_Size(values), num_types = PyList_Size(types);
     const Py_ssize_t num_lengths = PyList_Size(lengths);
-    for (Py_ssize_t i = 0; i < num_values; i += 3) __builtin_prefetch(PyList_GetItem(values, i));
+    for (Py_ssize_t i = 0; i < num_values; ++i) __builtin_prefetch(PyList_GetItem(values, i));
     for (Py_ssize_t i = 0; i < num_types; i += 2) __builtin_prefetch(PyList_GetItem(types, i));
     for (Py_ssize_t i = 0; i < num_lengths; i += 2) __builtin_prefetch(PyList_GetItem(lengths, i));
     for (Py_ssize_t i = 0; i + 2 < num_values; i += 3) {

@@ -132,35 +132,64 @@ def test_strides():
     ("change", "message"),
     [
         ({"x": torch.ones(2, HIDDEN)}, r"x: got float32 \[2, 128\], wanted a tensor \[B, S, K\]"),
-        ({"head_dim": 48}, r"out_features: got \[128, 64, 64\], wanted multiples of head_dim, 48"),
+        ({"x": torch.ones(2, 3, 64)}, r"norm: got float32 \[128\], wanted float32 with 64 elements"),
+        (
+            {"head_dim": 48},
+            "projections: got 128 features, wanted as out_features says, and a multiple of head_dim, 48",
+        ),
         ({"norm": Norm(torch.ones(4))}, r"norm: got float32 \[4\], wanted float32 with 128 elements"),
         ({"cos": torch.ones(2, 3, 7)}, r"cos: got float32 \[2, 3, 7\], wanted \[B or 1, S, R\] with an even R"),
         ({"k_norm": torch.ones(3)}, r"k_norm: got float32 \[3\], wanted float32 with 32 elements"),
-        ({"projections": 2}, "weights: got 2 items, wanted 3 items"),
     ],
-    ids=["x", "head_dim", "norm", "cos", "k_norm", "projections"],
+    ids=["x", "width", "head_dim", "norm", "cos", "k_norm"],
 )
 def test_bad_arguments(change, message):
-    arguments = make_before()
-    if change == {"projections": 2}:
-        change = {"projections": arguments["projections"][:2]}
     with pytest.raises(ValueError, match=message):
-        before_attention(**given(arguments | change))
+        before_attention(**given(make_before() | change))
 
 
-def test_bad_arguments_after_attention():
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"attended": torch.ones(2, 3, 128).half()}, r"attended: got float16 \[6, 128\], wanted float32"),
+        ({"attended": torch.ones(2, 3, 96)}, "projections: got one of 128 features, wanted 96 features"),
+        ({"activation": "relu2"}, "activation: got 'relu2', wanted one of none"),
+        ({"x": torch.ones(2, 3, 128, requires_grad=True)}, "x: got one that requires a gradient"),
+    ],
+    ids=["dtype", "width", "activation", "gradient"],
+)
+def test_bad_arguments_after_attention(change, message):
+    with pytest.raises(ValueError, match=message):
+        after_attention(**given(make_after() | change))
+
+
+def test_bad_projections():
+    before, after = make_before(), make_after()
+    q, k, _ = before["projections"]
+    _, gate, up, down = after["projections"]
+    with pytest.raises(ValueError, match=r"projections: got uint8 \[\d+\], wanted 3 of decoder_layer_projections"):
+        before_attention(**given(before | {"projections": [q, k]}))
+    with pytest.raises(ValueError, match=r"projections: got \[192, 192, 192, 128\] features, wanted K, N, N, K with"):
+        after_attention(**given(after | {"projections": [gate, gate, up, down]}))
+    with pytest.raises(ValueError, match=r"lora_B: got shape \[64, 4\], wanted \[128, 4\]"):
+        Projections([q._replace(lora_B=k.lora_B)])
+    with pytest.raises(ValueError, match=r"lora_A: got strides \[1, 4\], wanted dense rows"):
+        Projections([q._replace(lora_A=[q.lora_A[0].T.contiguous().T])])
+    with pytest.raises(ValueError, match="projections: got dense weights, wanted bfloat16, as x"):
+        dense = make_before(base="dense")
+        before_attention(**given(dense | {"x": dense["x"].bfloat16()}))
+    with pytest.raises(ValueError, match="projections: got none"):
+        Projections([])
+
+
+def test_projections_keep_memory():
     arguments = make_after()
-    with pytest.raises(ValueError, match=r"attended: got bfloat16 \[6, 128\], wanted float32"):
-        after_attention(**given(arguments | {"attended": arguments["attended"].bfloat16()}))
-    with pytest.raises(
-        ValueError, match=r"out_features: got \[192, 192, 192, 128\], wanted K, N, N, K with x's K = 128"
-    ):
-        projections = [arguments["projections"][1], *arguments["projections"][1:]]
-        after_attention(**given(arguments | {"projections": projections}))
-    with pytest.raises(ValueError, match="activation: got 'relu2', wanted one of none"):
-        after_attention(**given(arguments | {"activation": "relu2"}))
-    with pytest.raises(ValueError, match="x: got one that requires a gradient"):
-        after_attention(**given(arguments | {"x": arguments["x"].requires_grad_()}))
+    projections = Projections(arguments["projections"])
+    wanted = after_attention(**arguments | {"projections": projections})
+    for projection in arguments["projections"]:
+        for matrix in projection.lora_A:
+            matrix.data = torch.zeros_like(matrix)
+    assert torch.equal(after_attention(**arguments | {"projections": projections}), wanted)
 
 
 def test_projections_that_differ():
@@ -173,15 +202,14 @@ def test_projections_that_differ():
 
 @pytest.mark.parametrize("base", ["nested", "dense"])
 def test_opcheck(base):
-    arguments = make_before(base=base)
-    norm, projections = arguments["norm"], Projections(arguments["projections"]).arguments
-    rest = (HEAD_DIM, None, None, arguments["cos"], arguments["sin"])
     ops = torch.ops.peft_kernels
-    torch.library.opcheck(ops.decoder_layer_before.default, (arguments["x"], *norm, *projections, *rest))
-    arguments = make_after(base=base)
-    inputs = arguments["x"], arguments["attended"], *arguments["norm"]
-    projections = Projections(arguments["projections"]).arguments
-    torch.library.opcheck(ops.decoder_layer_after.default, (*inputs, *projections, "silu"))
+    arguments = given(make_before(base=base))
+    projections = arguments["projections"]
+    rest = (projections.packed, projections.out_features, HEAD_DIM, None, None, arguments["cos"], arguments["sin"])
+    torch.library.opcheck(ops.decoder_layer_before.default, (arguments["x"], *arguments["norm"], *rest))
+    arguments = given(make_after(base=base))
+    rest = (*arguments["norm"], arguments["projections"].packed, "silu")
+    torch.library.opcheck(ops.decoder_layer_after.default, (arguments["x"], arguments["attended"], *rest))
 
 
 # ---- Models -------------------------------------------------------------------------------------------------------
@@ -331,6 +359,10 @@ CHANGES = {
     "merged": lambda model: model.merge_adapter(),
     "scale": lambda model: lora_of(model).scale_layer(3.0),
     "weight of A": _replace_weight,
+    "memory of A": lambda model: setattr(
+        lora_of(model).lora_A["default"].weight, "data", 2 * lora_of(model).lora_A["default"].weight
+    ),
+    "numbers of A": lambda model: lora_of(model).lora_A["default"].weight.data.mul_(2),
     "weight of the base": _change_base,
     "memory of the base": _change_memory,
     "weight of a norm": lambda model: setattr(

@@ -5,8 +5,9 @@
 //
 // There are no kernels here: those of rms_norm, lora_linear, linear, rotary and glu run one after the other. What is
 // saved is Python between them, which takes longer than they do where the model is small: a token of SmolLM2's took
-// 17 ms, and takes 11 with them.
+// 17 ms, and takes 10 with them. So that a call has little to look at, projections are packed once.
 #include <array>
+#include <cstring>
 #include <memory>
 #include <optional>
 #include <string>
@@ -40,105 +41,154 @@ private:
     Matrix matrix_;
 };
 
-// Adapted linear layers, as an op takes them: lists with an item for each. The 4-bit weights of a call are all of one
-// format; where they are dense there is no absmax, where a bias is missing there is none at all.
-struct Projections {
-    const Tensors& weights;  // codes, or [n, k]
-    const Tensors& absmax;
-    const Tensors& nested;  // (code, absmax, offset) for each, or none
-    int64_t nested_blocksize;
-    int64_t blocksize;
-    const std::string& quant_type;
-    std::optional<ScalarType> weight_dtype;
-    const Integers& out_features;
-    const Tensors& biases;
-    const Integers& num_adapters;  // of each
-    const Tensors& lora_A;         // of all, one after the other
-    const Tensors& lora_B;
-    const Numbers& scaling;
+// A linear layer and its adapters: plain data, which points into tensors that the caller keeps.
+struct Projection {
+    int64_t n, k;
+    Nf4Weight nf4;      // without codes the weight is dense
+    ConstMatrix dense;  // [n, k]
+    ConstMatrix bias;   // [1, n]; data may be null
+    int64_t first_adapter, total_rank;
+    int32_t num_adapters;
 };
 
-// One of them, checked.
-class Projection {
+// Several of them, packed into a tensor of bytes by decoder_layer_projections: checked once, for many calls.
+class Projections {
 public:
-    Projection(const Projections& all, size_t index, int64_t k, const Tensor& x)
-        : x_(x), n_(all.out_features[index]), k_(k) {
-        const Tensor& weight = all.weights[index];
-        const DType dtype = check_float_dtype(x, "x");
-        if (all.absmax.empty()) {
-            check_dtype(weight, "weights", dtype_of(x));
-            dense_ = check_matrix(weight, "weights", n_, k, x);
-        } else {
-            Tensors nested;
-            if (!all.nested.empty()) nested.assign(&all.nested[3 * index], &all.nested[3 * index] + 3);
-            nf4_ = check_optional_weight(weight, all.absmax[index], nested, all.nested_blocksize, n_, k, all.blocksize,
-                                         all.quant_type, all.weight_dtype, dtype, x);
-        }
-        if (!all.biases.empty()) bias_ = check_bias(all.biases[index], n_, x);
-        if (bias_.data && !nf4_) check_dtype(all.biases[index], "biases", dtype_of(x));
-        int64_t first = 0;
-        for (size_t i = 0; i < index; ++i) first += all.num_adapters[i];
-        const auto part = [&](const auto& list) {
-            return std::decay_t<decltype(list)>(list.begin() + first, list.begin() + first + all.num_adapters[index]);
-        };
-        adapters_ =
-            check_adapters(part(all.lora_A), part(all.lora_B), part(all.scaling), std::nullopt, std::nullopt, n_, k, x);
+    static Tensor pack(const std::vector<Projection>& projections, const std::vector<LoraAdapter>& adapters,
+                       const Tensor& like) {
+        const Header header{kMagic, static_cast<int64_t>(projections.size())};
+        const size_t size = projections.size() * sizeof(Projection),
+                     adapters_size = adapters.size() * sizeof(LoraAdapter);
+        const Tensor packed =
+            empty(like, {static_cast<int64_t>(sizeof(Header) + size + adapters_size)}, ScalarType::Byte);
+        char* bytes = static_cast<char*>(packed.mutable_data_ptr());
+        memcpy(bytes, &header, sizeof header);
+        memcpy(bytes + sizeof header, projections.data(), size);
+        if (adapters_size) memcpy(bytes + sizeof header + size, adapters.data(), adapters_size);
+        return packed;
+    }
+
+    Projections(const Tensor& packed, int64_t count, const Tensor& x) : x_(x) {
+        const auto* header = static_cast<const Header*>(packed.const_data_ptr());
+        if (dtype_of(packed) != ScalarType::Byte || packed.numel() < static_cast<int64_t>(sizeof(Header)) ||
+            header->magic != kMagic || header->count != count)
+            bad_argument("projections", describe(packed), std::to_string(count) + " of decoder_layer_projections");
+        list_ = reinterpret_cast<const Projection*>(header + 1);
+        adapters_ = reinterpret_cast<const LoraAdapter*>(list_ + count);
+    }
+
+    // One of them, for rows [m, k] of x's dtype.
+    const Projection& get(int index, int64_t k) const {
+        const Projection& w = list_[index];
+        if (w.k != k)
+            bad_argument("projections", "one of " + std::to_string(w.k) + " features", std::to_string(k) + " features");
+        if (!w.nf4.codes && w.dense.dtype != check_float_dtype(x_, "x"))
+            bad_argument("projections", "dense weights", describe(dtype_of(x_)) + ", as x");
+        return w;
     }
 
     // y = x Wᵀ + b + add, with the adapters
-    void run(const ConstMatrix& x, int64_t m, ConstMatrix add, const Matrix& y) const {
-        if (m == 0 || n_ == 0) return;
-        if (nf4_ || !adapters_.list.empty()) {
+    void run(const Projection& w, const ConstMatrix& x, int64_t m, ConstMatrix add, const Matrix& y) const {
+        if (m == 0 || w.n == 0) return;
+        if (w.nf4.codes || w.num_adapters > 0) {
             LoraLinearForwardParams params{};
             params.m = m;
-            params.n = n_;
-            params.k = k_;
-            params.weight = nf4_ ? &*nf4_ : nullptr;
+            params.n = w.n;
+            params.k = w.k;
+            params.weight = w.nf4.codes ? &w.nf4 : nullptr;
             params.compute_dtype = x.dtype;
-            params.adapters = adapters_.list.data();
-            params.num_adapters = static_cast<int32_t>(adapters_.list.size());
-            params.total_rank = adapters_.total_rank;
+            params.adapters = adapters_ + w.first_adapter;
+            params.num_adapters = w.num_adapters;
+            params.total_rank = w.total_rank;
             params.x = x;
-            if (nf4_) params.bias = bias_;
+            if (w.nf4.codes) params.bias = w.bias;
             params.add = add;
-            std::vector<float> s(m * adapters_.total_rank);
+            std::vector<float> s(m * w.total_rank);
             params.s = s.data();
             params.y = y;
             run_cpu(&dispatch::lora_linear_forward, params, x_);
             add = read_only(y);
         }
-        if (nf4_) return;
-        LinearParams params{m, n_, k_, x, dense_, bias_, add, y, 0, nullptr, nullptr};
+        if (w.nf4.codes) return;
+        LinearParams params{m, w.n, w.k, x, w.dense, w.bias, add, y, 0, nullptr, nullptr};
         run_cpu(&dispatch::linear, params, x_);
     }
 
 private:
+    struct Header {
+        int64_t magic, count;
+    };
+    static constexpr int64_t kMagic = 0x6a6f7250'6b6e6570;
+
     const Tensor& x_;
-    int64_t n_, k_;
-    std::optional<Nf4Weight> nf4_;
-    ConstMatrix dense_{}, bias_{};
-    CheckedAdapters adapters_;
+    const Projection* list_;
+    const LoraAdapter* adapters_;
 };
 
-void check_counts(const Projections& all, size_t count) {
+// Lists with an item for each projection; adapters of all, one after the other. Where weights are dense there is no
+// absmax, where biases are missing there is none at all.
+Tensor pack(const Tensors& weights, const Tensors& absmax, const Tensors& nested, int64_t nested_blocksize,
+            int64_t blocksize, const std::string& quant_type, ScalarType weight_dtype, const Integers& in_features,
+            const Integers& out_features, const Tensors& biases, const Integers& num_adapters, const Tensors& lora_A,
+            const Tensors& lora_B, const Numbers& scaling) {
+    const size_t count = weights.size();
+    if (count == 0) bad_argument("weights", "none", "one at least");
     const auto check = [](const auto& list, const char* name, size_t wanted, bool optional = false) {
         if (list.size() != wanted && !(optional && list.empty()))
             bad_argument(name, counted(list.size()), counted(wanted) + (optional ? ", or none" : ""));
     };
-    check(all.weights, "weights", count);
-    check(all.absmax, "absmax", count, true);
-    check(all.nested, "nested", 3 * count, true);
-    check(all.out_features, "out_features", count);
-    check(all.biases, "biases", count, true);
-    check(all.num_adapters, "num_adapters", count);
-    int64_t adapters = 0;
-    for (int64_t some : all.num_adapters) {
+    check(absmax, "absmax", count, true);
+    check(nested, "nested", 3 * count, true);
+    check(in_features, "in_features", count);
+    check(out_features, "out_features", count);
+    check(biases, "biases", count, true);
+    check(num_adapters, "num_adapters", count);
+    size_t total = 0;
+    for (int64_t some : num_adapters) {
         if (some < 0) bad_argument("num_adapters", std::to_string(some), "a number of at least 0");
-        adapters += some;
+        total += some;
     }
-    check(all.lora_A, "lora_A", adapters);
-    check(all.lora_B, "lora_B", adapters);
-    check(all.scaling, "scaling", adapters);
+    check(lora_A, "lora_A", total);
+    check(lora_B, "lora_B", total);
+    check(scaling, "scaling", total);
+
+    std::vector<Projection> projections(count);
+    std::vector<LoraAdapter> adapters;
+    const Tensor& reference = weights[0];
+    const DType dtype = check_float_dtype(weight_dtype, "weight_dtype");
+    for (size_t i = 0; i < count; ++i) {
+        Projection& w = projections[i];
+        w.n = out_features[i];
+        w.k = in_features[i];
+        if (absmax.empty()) {
+            check_dtype(weights[i], "weights", weight_dtype);
+            w.dense = check_matrix(weights[i], "weights", w.n, w.k, reference);
+        } else {
+            Tensors statistics;
+            if (!nested.empty()) statistics.assign(&nested[3 * i], &nested[3 * i] + 3);
+            w.nf4 = check_nf4_weight(weights[i], absmax[i], {w.n, w.k}, dtype, blocksize, quant_type, statistics,
+                                     nested_blocksize);
+        }
+        if (!biases.empty()) w.bias = check_bias(biases[i], w.n, reference);
+        if (w.bias.data && !w.nf4.codes) check_dtype(biases[i], "biases", weight_dtype);
+        w.first_adapter = static_cast<int64_t>(adapters.size());
+        w.num_adapters = static_cast<int32_t>(num_adapters[i]);
+        const auto part = [&](const auto& list) {
+            const auto begin = list.begin() + w.first_adapter;
+            return std::decay_t<decltype(list)>(begin, begin + w.num_adapters);
+        };
+        for (const Tensors* matrices : {&lora_A, &lora_B})
+            for (const Tensor& matrix : part(*matrices))
+                if (matrix.dim() == 2 && matrix.size(1) > 1 &&
+                    matrix.stride(1) != 1)  // a copy would not outlive the call
+                    bad_argument(matrices == &lora_A ? "lora_A" : "lora_B",
+                                 "strides " + describe_shape(matrix.strides()), "dense rows: an inner stride of 1");
+        const CheckedAdapters checked =
+            check_adapters(part(lora_A), part(lora_B), part(scaling), std::nullopt, std::nullopt, w.n, w.k, reference);
+        w.total_rank = checked.total_rank;
+        adapters.insert(adapters.end(), checked.list.begin(), checked.list.end());
+    }
+    return Projections::pack(projections, adapters, reference);
 }
 
 struct Norm {
@@ -166,24 +216,14 @@ struct Norm {
 
 // x [B, S, K] -> q [B, H, S, D], k and v [B, H_kv, S, D], each stored as [B, S, H, D]
 std::tuple<Tensor, Tensor, Tensor> before(const Tensor& given_x, const Tensor& norm, double eps, double offset,
-                                          const Tensors& weights, const Tensors& absmax, const Tensors& nested,
-                                          int64_t nested_blocksize, int64_t blocksize, const std::string& quant_type,
-                                          std::optional<ScalarType> weight_dtype, const Integers& out_features,
-                                          const Tensors& biases, const Integers& num_adapters, const Tensors& lora_A,
-                                          const Tensors& lora_B, const Numbers& scaling, int64_t head_dim,
+                                          const Tensor& projections, const Integers& out_features, int64_t head_dim,
                                           const std::optional<Tensor>& q_norm, const std::optional<Tensor>& k_norm,
                                           const Tensor& cos, const Tensor& sin) {
     if (given_x.dim() != 3) bad_argument("x", describe(given_x), "a tensor [B, S, K]");
     const Tensor x = as_rows(given_x, "x");
     const int64_t m = x.size(0), width = x.size(1), batch = given_x.size(0), length = given_x.size(1);
     const ConstMatrix rows = check_matrix(x, "x", m, width, x);
-    const Projections all{weights,      absmax, nested,       nested_blocksize, blocksize, quant_type, weight_dtype,
-                          out_features, biases, num_adapters, lora_A,           lora_B,    scaling};
-    check_counts(all, 3);
-    for (int64_t features : out_features)
-        if (head_dim < 1 || features % head_dim != 0)
-            bad_argument("out_features", describe_shape(out_features),
-                         "multiples of head_dim, " + std::to_string(head_dim));
+    const Projections all(projections, 3, x);
     const Norm normalise{eps, offset, x};
     const Scratch normed(m, width, rows.dtype);
     normalise.run(rows, m, width, norm, "norm", normed);
@@ -194,23 +234,24 @@ std::tuple<Tensor, Tensor, Tensor> before(const Tensor& given_x, const Tensor& n
     rotation.length = length;
     rotation.head_dim = head_dim;
     std::vector<Scratch> unrotated;
-    for (size_t i = 0; i < 3; ++i) {
-        const int64_t n = out_features[i], heads = n / head_dim;
+    for (int i = 0; i < 3; ++i) {
+        const Projection& w = all.get(i, width);
+        if (head_dim < 1 || w.n % head_dim != 0 || out_features.size() != 3 || out_features[i] != w.n)
+            bad_argument("projections", std::to_string(w.n) + " features",
+                         "as out_features says, and a multiple of head_dim, " + std::to_string(head_dim));
+        const int64_t n = w.n, heads = n / head_dim;
         const Tensor out = empty(x, {m, n}, dtype_of(x));
         const Matrix stored{out.mutable_data_ptr(), rows.dtype, n};
-        const std::array<int64_t, 4> sizes{batch, heads, length, head_dim},
-            strides{length * n, head_dim, n, int64_t{1}};
+        const int64_t sizes[] = {batch, heads, length, head_dim}, strides[] = {length * n, head_dim, n, 1};
         AtenTensorHandle handle;
-        STABLE_TORCH_ERROR_CODE_CHECK(
-            aoti_torch__reinterpret_tensor(out.get(), 4, sizes.data(), strides.data(), 0, &handle));
+        STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(out.get(), 4, sizes, strides, 0, &handle));
         outs[i] = Tensor(handle);
-        const Projection projection(all, i, width, x);
         if (i == 2) {
-            projection.run(normed, m, {}, stored);
+            all.run(w, normed, m, {}, stored);
             break;
         }
         const Matrix& y = unrotated.emplace_back(m, n, rows.dtype);
-        projection.run(normed, m, {}, y);
+        all.run(w, normed, m, {}, y);
         if (const auto& of_heads = i == 0 ? q_norm : k_norm) {
             const Matrix each{y.data, y.dtype, head_dim};
             normalise.run(read_only(each), m * heads, head_dim, *of_heads, i == 0 ? "q_norm" : "k_norm", each);
@@ -226,59 +267,58 @@ std::tuple<Tensor, Tensor, Tensor> before(const Tensor& given_x, const Tensor& n
 
 // x [B, S, K], attended [B, S, H D] -> y [B, S, K]
 Tensor after(const Tensor& given_x, const Tensor& given_attended, const Tensor& norm, double eps, double offset,
-             const Tensors& weights, const Tensors& absmax, const Tensors& nested, int64_t nested_blocksize,
-             int64_t blocksize, const std::string& quant_type, std::optional<ScalarType> weight_dtype,
-             const Integers& out_features, const Tensors& biases, const Integers& num_adapters, const Tensors& lora_A,
-             const Tensors& lora_B, const Numbers& scaling, const std::string& activation) {
+             const Tensor& projections, const std::string& activation) {
     const Tensor x = as_rows(given_x, "x"), attended = as_rows(given_attended, "attended");
     const int64_t m = x.size(0), width = x.size(1);
     const ConstMatrix rows = check_matrix(x, "x", m, width, x);
     check_dtype(attended, "attended", dtype_of(x));
-    const Projections all{weights,      absmax, nested,       nested_blocksize, blocksize, quant_type, weight_dtype,
-                          out_features, biases, num_adapters, lora_A,           lora_B,    scaling};
-    check_counts(all, 4);
-    const int64_t inner = out_features[1];
-    if (out_features[0] != width || out_features[2] != inner || out_features[3] != width)
-        bad_argument("out_features", describe_shape(out_features), "K, N, N, K with x's K = " + std::to_string(width));
-    const Projection o(all, 0, attended.size(1), x), gate(all, 1, width, x), up(all, 2, width, x),
-        down(all, 3, inner, x);
-
+    const Projections all(projections, 4, x);
+    const Projection& o = all.get(0, attended.size(1));
+    const Projection& gate = all.get(1, width);
+    const Projection& up = all.get(2, width);
+    const Projection& down = all.get(3, gate.n);
+    if (o.n != width || up.n != gate.n || down.n != width) {
+        const Integers sizes{o.n, gate.n, up.n, down.n};
+        bad_argument("projections", describe_shape(sizes) + " features",
+                     "K, N, N, K with x's K = " + std::to_string(width));
+    }
     const Scratch summed(m, width, rows.dtype), normed(m, width, rows.dtype);
-    o.run(check_matrix(attended, "attended", m, attended.size(1), x), m, rows, summed);
+    all.run(o, check_matrix(attended, "attended", m, o.k, x), m, rows, summed);
     Norm{eps, offset, x}.run(summed, m, width, norm, "norm", normed);
-    const Scratch gated(m, inner, rows.dtype), other(m, inner, rows.dtype);
-    gate.run(normed, m, {}, gated);
-    up.run(normed, m, {}, other);
+    const Scratch gated(m, gate.n, rows.dtype), other(m, gate.n, rows.dtype);
+    all.run(gate, normed, m, {}, gated);
+    all.run(up, normed, m, {}, other);
     GluForwardParams glu{};
     glu.m = m;
-    glu.n = inner;
+    glu.n = gate.n;
     glu.gate = gated;
     glu.up = other;
     glu.activation = check_activation(activation);
     glu.y = gated;
-    if (m > 0 && inner > 0) dispatch::glu_forward(glu);
+    if (m > 0 && gate.n > 0) dispatch::glu_forward(glu);
     Tensor y = empty(x, given_x.sizes(), dtype_of(x));
-    down.run(gated, m, summed, {y.mutable_data_ptr(), rows.dtype, width});
+    all.run(down, gated, m, summed, {y.mutable_data_ptr(), rows.dtype, width});
     return y;
 }
 
 }  // namespace
 }  // namespace peft_kernels
 
-#define PEFT_KERNELS_PROJECTIONS_                                                                               \
-    "Tensor[] weights, Tensor[] absmax, Tensor[] nested, int nested_blocksize, int blocksize, str quant_type, " \
-    "ScalarType? weight_dtype, int[] out_features, Tensor[] biases, int[] num_adapters, Tensor[] lora_A, "      \
-    "Tensor[] lora_B, float[] scaling, "
-
 STABLE_TORCH_LIBRARY_FRAGMENT(peft_kernels, m) {
-    m.def("decoder_layer_before(Tensor x, Tensor norm, float eps, float offset, " PEFT_KERNELS_PROJECTIONS_
-          "int head_dim, Tensor? q_norm, Tensor? k_norm, Tensor cos, Tensor sin) -> (Tensor q, Tensor k, Tensor v)");
     m.def(
-        "decoder_layer_after(Tensor x, Tensor attended, Tensor norm, float eps, float "
-        "offset, " PEFT_KERNELS_PROJECTIONS_ "str activation) -> Tensor y");
+        "decoder_layer_projections(Tensor[] weights, Tensor[] absmax, Tensor[] nested, int nested_blocksize, "
+        "int blocksize, str quant_type, ScalarType weight_dtype, int[] in_features, int[] out_features, "
+        "Tensor[] biases, int[] num_adapters, Tensor[] lora_A, Tensor[] lora_B, float[] scaling) -> Tensor");
+    m.def(
+        "decoder_layer_before(Tensor x, Tensor norm, float eps, float offset, Tensor projections, int[] out_features, "
+        "int head_dim, Tensor? q_norm, Tensor? k_norm, Tensor cos, Tensor sin) -> (Tensor q, Tensor k, Tensor v)");
+    m.def(
+        "decoder_layer_after(Tensor x, Tensor attended, Tensor norm, float eps, float offset, Tensor projections, "
+        "str activation) -> Tensor y");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(peft_kernels, CPU, m) {
+    m.impl("decoder_layer_projections", TORCH_BOX(&peft_kernels::pack));
     m.impl("decoder_layer_before", TORCH_BOX(&peft_kernels::before));
     m.impl("decoder_layer_after", TORCH_BOX(&peft_kernels::after));
 }

@@ -65,13 +65,12 @@ class Fused4bit(Adaptable):
     def watch(self, watch: Watch) -> None:
         weight = self._parameters["weight"]
         quant_state = weight.quant_state
-        watch.items(self._parameters, "weight", "bias")
+        watch.parameters(self, "weight", "bias")
         watch.attributes(self, "compute_dtype")
         watch.attributes(weight, "quant_state")
         watch.attributes(quant_state, "absmax", "offset", "state2")
         if quant_state.state2 is not None:
             watch.attributes(quant_state.state2, "absmax", "code")
-        watch.address(weight)
 
     def base_product(self, x: Tensor) -> BaseProduct | str:
         """What `lora_linear` is to be called with; or why this input has to take the stock path."""

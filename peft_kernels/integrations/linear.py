@@ -70,7 +70,7 @@ def dense_product(base: nn.Module, x: Tensor) -> BaseProduct | str:
 
 def watch_dense(base: nn.Module, watch: Watch) -> None:
     """Has all watched that `dense_product` makes its result of."""
-    watch.items(base._parameters, "weight", "bias")
+    watch.parameters(base, "weight", "bias")
 
 
 def why_not_linear(base: nn.Module) -> str | None:

@@ -95,7 +95,7 @@ class FusedLoRA(Adaptable):
                     if part == "lora_dropout":
                         watch.attributes(module, "p", "training")
                     else:
-                        watch.items(module._parameters, "weight", "bias")
+                        watch.parameters(module, "weight", "bias")
 
     def _adapter(self, name: str) -> tuple[Tensor, Tensor, float, float] | str | None:
         """A, B, scaling and dropout of an adapter; or why it can't be fused; or None if this layer lacks it."""

@@ -35,18 +35,21 @@ class Projection(NamedTuple):
 
 
 class Projections:
-    """Several projections, as the operations take them: made once, for many calls.
+    """Several projections, as the operations take them: checked once, for many calls.
 
-    They are all dense, or all of one 4-bit format, and have all a bias or none. The tensors are not copied.
+    They are all dense, of one dtype, or all of one 4-bit format, and have all a bias or none. The tensors are not
+    copied, and their memory is kept: what is written into it later is seen, other memory that a tensor is given is not.
 
     Attributes:
         dense: which of the two they are.
 
     Raises:
-        ValueError: they differ in that.
+        ValueError: they differ in that, or something of one does not fit.
     """
 
     def __init__(self, projections: Sequence[Projection]) -> None:
+        if not projections:
+            refuse("projections", "none", "one at least")
         weights, biases, *adapters = zip(*projections, strict=True)
         kinds = {(_format(weight), bias is None) for weight, bias in zip(weights, biases, strict=True)}
         if len(kinds) > 1:
@@ -54,16 +57,25 @@ class Projections:
         counts = [len(lora_A) for lora_A in adapters[0]]
         first = weights[0]
         self.dense = not isinstance(first, NF4Weight)
-        if not self.dense:
-            codes, absmax = [w.codes for w in weights], [w.absmax for w in weights]
-            nested = [tensor for w in weights for tensor in w.nested]
-            weight = codes, absmax, nested, first.nested_blocksize, first.blocksize, first.quant_type, first.dtype
+        if self.dense:
+            format_ = [w.detach() for w in weights], (), (), 256, 64, "nf4", first.dtype
         else:
-            weight = weights, (), (), 256, 64, "nf4", None
-        sizes = [w.shape[0] for w in weights]
-        self.lora_A, self.lora_B, scaling = ([item for items in lists for item in items] for lists in adapters)
-        biases = () if biases[0] is None else biases
-        self.arguments = *weight, sizes, biases, counts, self.lora_A, self.lora_B, scaling
+            codes, absmax = [w.codes.detach() for w in weights], [w.absmax.detach() for w in weights]
+            nested = [tensor.detach() for w in weights for tensor in w.nested]
+            format_ = codes, absmax, nested, first.nested_blocksize, first.blocksize, first.quant_type, first.dtype
+        self.out_features, in_features = ([w.shape[side] for w in weights] for side in (0, 1))
+        self._adapters = lora_A, lora_B, scaling = [[item for items in lists for item in items] for lists in adapters]
+        given = (
+            *format_, in_features, self.out_features, () if biases[0] is None else [bias.detach() for bias in biases],
+            counts, [a.detach() for a in lora_A], [b.detach() for b in lora_B], scaling,
+        )  # fmt: skip
+        self._kept = given
+        self.packed = torch.ops.peft_kernels.decoder_layer_projections(*given)
+
+    def check_no_gradients(self, x: Tensor) -> None:
+        lora_A, lora_B, _ = self._adapters
+        if torch.is_grad_enabled() and any_requires_grad(x, *lora_A, *lora_B):
+            refuse("x", "one that requires a gradient, or adapters that do", "a call under torch.no_grad()")
 
 
 def _format(weight: Tensor | NF4Weight) -> tuple:
@@ -109,9 +121,9 @@ def before_attention(
         ValueError: a shape, dtype, device or number that does not fit; it names the argument, what it got and what it
             wanted.
     """
-    _check_gradients(x, projections)
+    projections.check_no_gradients(x)
     return torch.ops.peft_kernels.decoder_layer_before(
-        x, *norm, *projections.arguments, head_dim, q_norm, k_norm, cos, sin
+        x, *norm, projections.packed, projections.out_features, head_dim, q_norm, k_norm, cos, sin
     )
 
 
@@ -135,23 +147,16 @@ def after_attention(x: Tensor, attended: Tensor, norm: Norm, projections: Projec
         ValueError: a shape, dtype, device or number that does not fit; it names the argument, what it got and what it
             wanted.
     """
-    _check_gradients(x, projections)
-    return torch.ops.peft_kernels.decoder_layer_after(x, attended, *norm, *projections.arguments, activation)
-
-
-def _check_gradients(x: Tensor, projections: Projections) -> None:
-    if torch.is_grad_enabled() and any_requires_grad(x, *projections.lora_A, *projections.lora_B):
-        refuse("x", "one that requires a gradient, or adapters that do", "a call under torch.no_grad()")
+    projections.check_no_gradients(x)
+    return torch.ops.peft_kernels.decoder_layer_after(x, attended, *norm, projections.packed, activation)
 
 
 @torch.library.register_fake("peft_kernels::decoder_layer_before")
-def _(x, norm, eps, offset, weights, absmax, nested, nested_blocksize, blocksize, quant_type, weight_dtype,
-      out_features, biases, num_adapters, lora_A, lora_B, scaling, head_dim, q_norm, k_norm, cos, sin):  # fmt: skip
+def _(x, norm, eps, offset, projections, out_features, head_dim, q_norm, k_norm, cos, sin):
     batch, length, _ = x.shape
     return tuple(x.new_empty((batch, length, n // head_dim, head_dim)).transpose(1, 2) for n in out_features)
 
 
 @torch.library.register_fake("peft_kernels::decoder_layer_after")
-def _(x, attended, norm, eps, offset, weights, absmax, nested, nested_blocksize, blocksize, quant_type, weight_dtype,
-      out_features, biases, num_adapters, lora_A, lora_B, scaling, activation):  # fmt: skip
+def _(x, attended, norm, eps, offset, projections, activation):
     return x.new_empty(x.shape)

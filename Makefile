@@ -40,7 +40,7 @@ test-asan: $(INSTALLED)  ## run the kernels' tests under the address and undefin
 	    LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so) $$($${CXX:-c++} -print-file-name=libubsan.so)" \
 	    ASAN_OPTIONS=detect_leaks=0:halt_on_error=1:detect_stack_use_after_return=0 \
 	    UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
-	    $(BIN)/pytest -m "not slow" -k "not emulated" -o pythonpath= --capture=sys tests/test_nf4.py $(wildcard tests/test_lora_linear*.py tests/test_ia3_attention*.py tests/test_adapter*.py) $(addprefix tests/test_,$(addsuffix .py,fusion cross_entropy rotary rms_norm glu linear)) $(ARGS)
+	    $(BIN)/pytest -m "not slow" -k "not emulated" -o pythonpath= --capture=sys tests/test_nf4.py $(wildcard tests/test_lora_linear*.py tests/test_ia3_attention*.py tests/test_adapter*.py) $(addprefix tests/test_,$(addsuffix .py,fusion cross_entropy rotary rms_norm glu linear decoder_layer)) $(ARGS)
 
 test-gpu: export PEFT_KERNELS_CUDA := 1
 test-gpu: $(INSTALLED)  ## run every test with the CUDA kernels built in, on a machine with a CUDA device

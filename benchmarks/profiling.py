@@ -14,9 +14,18 @@ from torch import nn
 from torch.autograd.profiler_util import FunctionEvent
 from torch.profiler import ProfilerActivity, profile, record_function
 
+from peft_kernels.integrations.decoder_layer import FusedDecoderLayer
+
 LINEAR, HEAD, ATTENTION, MLP, NORM = "linear layers", "lm_head and loss", "attention", "activation", "norms"
+LAYER = "layers, but attention"
 OPTIMIZER, REST, PYTHON = "optimizer", "other operations", "Python in between"
-GROUPS = (LINEAR, HEAD, ATTENTION, MLP, NORM, OPTIMIZER, REST, PYTHON)
+GROUPS = (LINEAR, HEAD, ATTENTION, MLP, NORM, LAYER, OPTIMIZER, REST, PYTHON)
+# Operations that a whole layer calls, whose modules would then be called instead if they had marks.
+_OF_LAYERS = {
+    "peft_kernels::decoder_layer_before": LAYER,
+    "peft_kernels::decoder_layer_after": LAYER,
+    "peft_kernels::ia3_attention_forward": ATTENTION,
+}
 _BACKWARD = "autograd::engine::evaluate_function"
 
 
@@ -53,6 +62,8 @@ def by_group(events: list[FunctionEvent]) -> dict[str, float]:
 def _group(event: FunctionEvent, makers: dict[int, FunctionEvent]) -> str | None:
     """The innermost group around an event; None outside of the call."""
     while event is not None:
+        if event.name in _OF_LAYERS:
+            return _OF_LAYERS[event.name]
         if event.name in GROUPS:
             return event.name
         if event.name.startswith("Optimizer."):
@@ -73,13 +84,15 @@ def _within_backward(event: FunctionEvent | None) -> bool:
 def _marks(model: PeftModel) -> Iterator[None]:
     """Puts the groups' names around the modules' forwards, and around the loss.
 
-    Hooks on a layer within a LoRA layer would send the latter back to its stock forward; those here are outside.
+    Hooks on a layer within a LoRA layer would send the latter back to its stock forward; those here are outside. So
+    they are of a decoder layer that is fused in inference.
     """
     base = model.get_base_model()
     handles = []
-    tuned = [name for name, module in base.named_modules() if isinstance(module, BaseTunerLayer)]
+    whole = (BaseTunerLayer,) if torch.is_grad_enabled() else (BaseTunerLayer, FusedDecoderLayer)
+    outer = [name for name, module in base.named_modules() if isinstance(module, whole)]
     for name, module in base.named_modules():
-        if name.startswith(tuple(f"{layer}." for layer in tuned)):
+        if name.startswith(tuple(f"{layer}." for layer in outer)):
             continue
         if group := _group_of_module(name, module, base.get_output_embeddings()):
             handles += _mark(module, group)

@@ -1,4 +1,4 @@
-// The Python module `peft_kernels._C`. Importing it registers the ops; it has one function, build_info().
+// The Python module `peft_kernels._C`. Importing it registers the ops; its functions are build_info() and unchanged().
 #include <Python.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -9,7 +9,7 @@
 
 // Raised whenever a schema changes, together with EXPECTED_OPS_VERSION in peft_kernels/_extension.py:
 // an old binary beside new Python code is then refused at import.
-#define PEFT_KERNELS_OPS_VERSION 9
+#define PEFT_KERNELS_OPS_VERSION 11
 
 namespace {
 
@@ -35,7 +35,36 @@ PyObject* build_info(PyObject*, PyObject*) {
     );
 }
 
+// Whether places are as they were: [dict, key, value, ...] are still those very values (None: or missing), the types of
+// [object, type, ...] are those, and [container, length, ...] have those lengths. In Python it takes four times as long;
+// and as all this has left the caches when it is looked at, the processor should have many looks under way at once.
+PyObject* unchanged(PyObject*, PyObject* lists) {
+    PyObject *values, *types, *lengths;
+    if (!PyArg_ParseTuple(lists, "O!O!O!", &PyList_Type, &values, &PyList_Type, &types, &PyList_Type, &lengths))
+        return nullptr;
+    const Py_ssize_t num_values = PyList_Size(values), num_types = PyList_Size(types);
+    const Py_ssize_t num_lengths = PyList_Size(lengths);
+    for (Py_ssize_t i = 0; i < num_values; ++i) __builtin_prefetch(PyList_GetItem(values, i));
+    for (Py_ssize_t i = 0; i < num_types; i += 2) __builtin_prefetch(PyList_GetItem(types, i));
+    for (Py_ssize_t i = 0; i < num_lengths; i += 2) __builtin_prefetch(PyList_GetItem(lengths, i));
+    for (Py_ssize_t i = 0; i + 2 < num_values; i += 3) {
+        PyObject* found = PyDict_GetItemWithError(PyList_GetItem(values, i), PyList_GetItem(values, i + 1));
+        if (!found && PyErr_Occurred()) return nullptr;
+        if ((found ? found : Py_None) != PyList_GetItem(values, i + 2)) Py_RETURN_FALSE;
+    }
+    for (Py_ssize_t i = 0; i + 1 < num_types; i += 2)
+        if (reinterpret_cast<PyObject*>(Py_TYPE(PyList_GetItem(types, i))) != PyList_GetItem(types, i + 1))
+            Py_RETURN_FALSE;
+    for (Py_ssize_t i = 0; i + 1 < num_lengths; i += 2) {
+        const Py_ssize_t length = PyObject_Size(PyList_GetItem(lengths, i));
+        if (length < 0) return nullptr;
+        if (length != PyLong_AsSsize_t(PyList_GetItem(lengths, i + 1))) Py_RETURN_FALSE;
+    }
+    Py_RETURN_TRUE;
+}
+
 PyMethodDef methods[] = {{"build_info", build_info, METH_NOARGS, "How this binary was built."},
+                         {"unchanged", unchanged, METH_VARARGS, "Whether places in a model are as they were."},
                          {nullptr, nullptr, 0, nullptr}};
 
 PyModuleDef module = {

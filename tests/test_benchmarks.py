@@ -526,11 +526,14 @@ def test_model(tiny_model, phase):
     found, profiles = model.run(case, tiny_model, [STOCK, DENSE_LORA], [cpu.isa()], 0.0, rank=2, least=1)
     assert [r.contender for r in found] == [FUSED, STOCK, DENSE_LORA] and all(r.tokens == 8 for r in found)
     assert all((r.saved is not None) == (phase == "train") for r in found)
-    for seconds in profiles.values():
+    for name, seconds in profiles.items():
         assert set(seconds) == set(profiling.GROUPS)
         spent = {group for group, value in seconds.items() if value > 0}
-        assert spent >= set(profiling.GROUPS) - {profiling.OPTIMIZER}
+        whole = name == FUSED and phase != "train"  # layers
+        missing = {profiling.LINEAR, profiling.MLP} if whole else {profiling.LAYER}
+        assert spent >= set(profiling.GROUPS) - {profiling.OPTIMIZER} - missing
         assert (profiling.OPTIMIZER in spent) == (phase == "train")
+        assert (profiling.LAYER in spent) == whole
 
 
 def test_breakdown_counts_a_backward_where_its_forward_was():

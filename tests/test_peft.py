@@ -412,7 +412,7 @@ def test_layers_on_the_cuda_kernels(kind):
 def test_other_devices_are_left_to_stock():
     x = torch.empty(2, IN_FEATURES, device="meta")
     for kind, reason in (("4bit", "no fused kernel for meta"), ("dense", "x is on meta, and the weight on cpu")):
-        assert layer_of(fused_model(kind))._call(x, (), {}) == reason
+        assert layer_of(fused_model(kind)).adapted_product(x) == reason
     (row,) = peft_kernels.accelerate(lora_model("dense").to("meta"))
     assert (row.fused, row.reason) == (False, "no fused kernel for meta")
 
@@ -490,8 +490,8 @@ def test_language_model(kind):
     stock = tiny_lora_llama(kind == "4bit")
     fused = copy.deepcopy(stock)
     report = peft_kernels.accelerate(fused)
-    # Of two blocks of the model: attention, MLP, two norms; then the last norm, the output layer and the loss.
-    assert len(report.fused) == (28 if kind == "4bit" else 14) + 2 * 4 + 3 and not report.left_alone
+    # Of two decoder layers: itself, attention, MLP, two norms; then the last norm, the output layer and the loss.
+    assert len(report.fused) == (28 if kind == "4bit" else 14) + 2 * 5 + 3 and not report.left_alone
     tokens = torch.randint(128, (2, 9))
     results = []
     for model in (stock, fused):

@@ -6,7 +6,7 @@ import pickle
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from tiny_models import DECODERS, assert_same, assert_same_steps, step, tiny, tokens
+from tiny_models import DECODERS, ENCODERS, assert_same, assert_same_steps, step, tiny, tokens
 from transformers import StaticCache
 
 import peft_kernels
@@ -15,7 +15,7 @@ import peft_kernels.integrations.transformers as integration
 
 def lora(model, **config):
     targets = {"target_modules": ["c_fc"]} if model.config.model_type == "gpt2" else {"target_modules": "all-linear"}
-    task = "SEQ_CLS" if model.config.model_type == "bert" else "CAUSAL_LM"
+    task = "SEQ_CLS" if model.config.model_type in ENCODERS else "CAUSAL_LM"
     model = get_peft_model(model, LoraConfig(r=2, task_type=task, init_lora_weights=False, **targets, **config))
     return model.train()
 
@@ -29,7 +29,7 @@ def accelerated(model):
     return model
 
 
-@pytest.mark.parametrize("name", [*DECODERS, "bert"])
+@pytest.mark.parametrize("name", [*DECODERS, *ENCODERS])
 def test_trains_as_stock_does(name):
     # The other layers of a GPT-2 are no torch.nn.Linear.
     report = assert_same_steps(lora(tiny(name)), *tokens(), left_alone=("peft.Linear",) if name == "gpt2" else ())

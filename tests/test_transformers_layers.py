@@ -15,6 +15,8 @@ from tolerances import VERSUS_STOCK
 from torch import nn
 
 import peft_kernels
+from peft_kernels.integrations import lookalike
+from peft_kernels.integrations import transformers as attention
 from peft_kernels.integrations import transformers_layers as integration
 from peft_kernels.ops import rms_norm
 
@@ -77,7 +79,7 @@ def test_trains_as_stock_does(name):
     for key, value in step(model).items():
         assert error(value, wanted[key]) <= SAME_STEP, key
     peft_kernels.restore(model)
-    assert not any(isinstance(layer, integration.Lookalike) for layer in model.modules())
+    assert not any(isinstance(layer, lookalike.Lookalike) for layer in model.modules())
     for key, value in step(model).items():
         assert torch.equal(value, wanted[key])
 
@@ -115,12 +117,24 @@ def test_classes_are_known_by_their_code():
             return x
 
     def forms(stock):
-        return [form for form in integration._FORMS if form.fits(stock)]
+        return [form for form in lookalike._forms if form.fits(stock)]
 
     assert forms(LlamaRMSNorm) == forms(MistralRMSNorm) == [integration.FusedRMSNorm]
     assert forms(GemmaRMSNorm) == [integration.FusedRMSNormWithOffset]
     assert forms(LlamaMLP) == [integration.FusedGatedMLP]
     assert not forms(Other) and not forms(OtherNorm) and not forms(nn.RMSNorm)
+
+
+def test_attention_is_known_by_its_code():
+    from transformers.models.glm.modeling_glm import GlmAttention
+    from transformers.models.llama.modeling_llama import LlamaAttention
+    from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeAttention
+    from transformers.models.roberta.modeling_roberta import RobertaSelfAttention
+
+    assert lookalike.form_of(LlamaAttention) is attention.FusedLlamaAttention
+    assert lookalike.form_of(Qwen3MoeAttention) is attention.FusedQwen3Attention
+    assert lookalike.form_of(RobertaSelfAttention) is attention.FusedBertAttention
+    assert lookalike.form_of(GlmAttention) is None  # its forward is Llama's, but it rotates in another way
 
 
 def test_classes_that_were_patched(monkeypatch):
@@ -139,7 +153,9 @@ def test_classes_that_were_patched(monkeypatch):
     for stock in (modeling_llama.LlamaRMSNorm, MistralRMSNorm):  # neither is like one that does something else
         assert not integration.FusedRMSNorm.fits(stock)
     report = peft_kernels.accelerate(tiny("llama"))
-    assert {layer.kind: layer.reason for layer in report if not layer.fused} == dict.fromkeys(
+    reasons = {layer.kind: layer.reason for layer in report if not layer.fused}
+    assert reasons.pop("transformers.LlamaDecoderLayer") == "its input_layernorm is not fused"
+    assert reasons == dict.fromkeys(
         ("transformers.LlamaRMSNorm", "transformers.LlamaAttention"), "its class's forward was replaced"
     )
 
@@ -211,9 +227,9 @@ def test_copies_and_pickles(tmp_path):
 
 def test_no_such_fused_class():
     with pytest.raises(AttributeError, match="Linear has no fused form"):
-        getattr(integration, "torch/nn:Linear")
+        getattr(lookalike, "torch/nn:Linear")
     with pytest.raises(AttributeError, match="has no attribute 'other'"):
-        integration.other  # noqa: B018
+        lookalike.other  # noqa: B018
 
 
 def test_inputs_for_the_stock_path():

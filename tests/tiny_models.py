@@ -13,32 +13,35 @@ _GPT2 = {"n_embd": "hidden", "n_inner": "intermediate", "n_layer": 2, "n_head": 
          "attn_pdrop": 0.0, "resid_pdrop": 0.0, "embd_pdrop": 0.0}  # fmt: skip
 _LLAMA = {"hidden_size": "hidden", "intermediate_size": "intermediate", "num_hidden_layers": 2,
           "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64}  # fmt: skip
+_BERT = {"hidden_size": "hidden", "intermediate_size": "intermediate", "num_hidden_layers": 2,
+         "num_attention_heads": 4, "max_position_embeddings": 66, "hidden_dropout_prob": 0.0,
+         "attention_probs_dropout_prob": 0.0}  # fmt: skip
 _CONFIGS = {
     "llama": (transformers.LlamaConfig, _LLAMA),
     "mistral": (transformers.MistralConfig, {**_LLAMA, "sliding_window": None}),
     "qwen2": (transformers.Qwen2Config, _LLAMA),
     "qwen3": (transformers.Qwen3Config, {**_LLAMA, "head_dim": 16}),
+    "granite": (transformers.GraniteConfig, _LLAMA),
     "gpt2": (transformers.GPT2Config, _GPT2),
     "opt": (transformers.OPTConfig, {
         "hidden_size": "hidden", "word_embed_proj_dim": "hidden", "ffn_dim": "intermediate", "num_hidden_layers": 2,
         "num_attention_heads": 4, "max_position_embeddings": 64, "dropout": 0.0, "attention_dropout": 0.0,
     }),
-    "bert": (transformers.BertConfig, {
-        "hidden_size": "hidden", "intermediate_size": "intermediate", "num_hidden_layers": 2, "num_attention_heads": 4,
-        "max_position_embeddings": 64, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0,
-    }),
+    "bert": (transformers.BertConfig, _BERT),
+    "roberta": (transformers.RobertaConfig, _BERT),
 }  # fmt: skip
 
-DECODERS = [name for name in _CONFIGS if name != "bert"]
+ENCODERS = ["bert", "roberta"]
+DECODERS = [name for name in _CONFIGS if name not in ENCODERS]
 
 
 def tiny(name: str, hidden: int = 32, intermediate: int = 48, **config) -> nn.Module:
-    """A causal language model, or a classifier if it is a BERT; in training mode."""
+    """A causal language model, or a classifier if it is an encoder; in training mode."""
     kind, fields = _CONFIGS[name]
     sizes = {"hidden": hidden, "intermediate": intermediate}
     fields = {key: sizes.get(value, value) for key, value in fields.items()} | config
     config = kind(vocab_size=VOCABULARY, pad_token_id=PADDING, bos_token_id=1, eos_token_id=END, **fields)
-    auto = transformers.AutoModelForSequenceClassification if name == "bert" else transformers.AutoModelForCausalLM
+    auto = transformers.AutoModelForSequenceClassification if name in ENCODERS else transformers.AutoModelForCausalLM
     return auto.from_config(config).train()
 
 

@@ -4,10 +4,18 @@
 
 #include <algorithm>
 #include <atomic>
+#include <thread>
 
 namespace peft_kernels {
 
 int num_threads() { return static_cast<int>(torch::stable::get_num_threads()); }
+
+void Gate::spin() const {
+    // A thread that is late has most likely been descheduled, perhaps for this one.
+    constexpr int kTries = 1 << 12;
+    for (int tries = 0; !is_open(); ++tries)
+        if (tries >= kTries) std::this_thread::yield();
+}
 
 void parallel_for_each(int64_t tasks, ParallelBody body, void* context) {
     const int64_t threads = std::min<int64_t>(num_threads(), tasks);

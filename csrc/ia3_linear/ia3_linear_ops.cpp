@@ -15,7 +15,6 @@
 namespace peft_kernels {
 namespace {
 
-using Tensors = std::vector<Tensor>;
 using OptionalTensor = std::optional<Tensor>;
 using OptionalDtype = std::optional<ScalarType>;
 

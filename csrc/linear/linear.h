@@ -1,4 +1,4 @@
-// y = x Wᵀ + b for few rows of x, on a CPU: parameters and launcher. Plain data only: no torch, no CUDA headers.
+// y = x Wᵀ + b + add for few rows of x, on a CPU: parameters and launcher. Plain data only: no torch, no CUDA headers.
 #pragma once
 
 #include <cstdint>
@@ -13,6 +13,7 @@ struct LinearParams {
     ConstMatrix x;       // [m, k]
     ConstMatrix weight;  // [n, k]
     ConstMatrix bias;    // [1, n]; data may be null
+    ConstMatrix add;     // [m, n] of y's dtype; data may be null, or y's
     Matrix y;            // [m, n]
 
     // Without a workspace only workspace_bytes is set.

@@ -49,7 +49,9 @@ inline void multiply_rows(const LinearParams& p, const float* x, int64_t x_strid
                 values += load_partial(static_cast<const Pointee<decltype(type)>*>(p.bias.data) + row, kCount);
         });
         dispatch_dtype(p.y.dtype, [&](auto* type) {
-            store_partial(static_cast<Pointee<decltype(type)>*>(row_of(p.y, first_x + i, row)), values, kCount);
+            using Y = Pointee<decltype(type)>;
+            if (p.add.data) values += load_partial(static_cast<const Y*>(row_of(p.add, first_x + i, row)), kCount);
+            store_partial(static_cast<Y*>(row_of(p.y, first_x + i, row)), values, kCount);
         });
     }
 }

@@ -1,17 +1,24 @@
 // Decode and middle shapes of lora_linear's forward, in bf16: up to 64 rows of x.
 // For sources that are compiled once per instruction set, and only for those.
 //
-// Vectors run along k, in combed order (lora_linear_comb.h), so the weight is decoded without being transposed: 19
-// instructions for 128 weights. (Without vcvtne2ps2bf16 the tables take as long as that saves: 0.8-1.1 of the time with
-// fp32 products, on AVX-512 and AVX2.) kQuad rows of W are multiplied with up to kMostRows rows of x at a time; every product
-// has a vector of sums, which the LoRA branch is added to before its lanes are:
+// Vectors run along k, in combed order (lora_linear_comb.h), so the weight is decoded without being transposed: 13
+// instructions for 128 weights, beside those for absmax. (Without vcvtne2ps2bf16 the tables take as long as that saves:
+// 0.8-1.1 of the time with fp32 products, on AVX-512 and AVX2.) Every product has a vector of sums, which the LoRA
+// branch is added to before its lanes are:
 //
-//                     x: kMostRows rows          up to kDirectRows rows of x: W goes from registers into the
-//               ┌───┬───┬───┬───┬───┬───┐        products; more: a part of k of the four rows (8 KB) is decoded
-//         k     │   │   │   │   │   │   │        into L1, where every group of rows of x reads it
-//    W: ┌───┐   ├───┼───┼───┼───┼───┼───┤
-//       │   │   │ sums, a vector each   │
-//       └───┘   └───┴───┴───┴───┴───┴───┘
+//                     x: up to kMostRows         up to kDirectRows rows of x: W goes from registers into the
+//               ┌───┬───┬───┬───┐                products; more: a part of k of kPanelWeights rows (12 KB) is
+//         k     │   │   │   │   │                decoded into L1, where every group of rows of x reads it
+//    W: ┌───┐   ├───┼───┼───┼───┤
+//       │   │   │ sums, a vector│
+//       │   │   │ each          │
+//       └───┘   └───┴───┴───┴───┘
+//
+// What bounds it, on a core of Zen 5 (cycles for 128 weights): one row 6 and 1 for absmax, where its instructions take
+// 5.5 from registers; M rows 2 M for the products at two vdpbf16ps a cycle, 8 or 9 for the weight and its way through
+// L1, and a tenth for sums and for x from L2. Lookups do not hide among products: 36 of these take 17.8 cycles, three
+// decoded combs 13.6, and both of them, however mixed, 31. So decoding the next panel meanwhile gave nothing (M = 8
+// and 32: 1.01-1.05 of the time).
 #pragma once
 
 #if defined(__AVX512BF16__)
@@ -23,12 +30,20 @@ namespace peft_kernels {
 namespace PEFT_KERNELS_ISA {
 namespace {
 
-constexpr int kQuad = 4;
-constexpr int kMostRows = 6;    // 24 sums, 4 vectors of W and one of x: 29 of 32 registers
-constexpr int kDirectRows = 4;  // 16 sums
-constexpr int64_t kComb = 128;  // elements whose codes fill a register
-constexpr int kCombVectors = 4;
-constexpr int64_t kCombedDepth = 8;  // combs decoded at a time
+constexpr int kQuad = 4;  // ranks of A that are multiplied at once
+
+// Most rows of x that W is multiplied with from registers, four rows of it up to kWideRows, else two. Time of panels
+// over this: M = 4 1.1, 5 1.13, 6 1.08; 8, whose sums leave too few registers, 0.98.
+constexpr int kDirectRows = 6;
+constexpr int kWideRows = 4;
+
+// Rows of x and of W whose sums are in registers otherwise. 6 x 4 read more of x from L2: 1.03 of the time.
+constexpr int kMostRows = 4;
+constexpr int kPanelWeights = 6;
+constexpr int64_t kCombedDepth = 8;  // combs of a panel
+
+constexpr int64_t kCombedOutputs = 96;  // stored at a time
+constexpr int64_t kAbsmaxRows = 16;     // whose absmax is made at a time: few, since memory is idle meanwhile
 
 // 128 elements in natural order -> the comb: vector j has elements j, j + 4, j + 8 ...
 inline void comb(const uint32_t* natural, U32* out) {
@@ -56,51 +71,6 @@ inline void comb_row(const T* x, const float* scale, int64_t columns, U32* out) 
     }
 }
 
-// The combs of rows of W.
-class CombedWeight {
-public:
-    explicit CombedWeight(const Nf4Weight& w)
-        : w_(w),
-          values_(_mm512_load_ps(codebook(w.quant_type))),
-          runs_(w.k / kBlock),
-          combs_(divide_up(w.k, kComb)),
-          ahead_(divide_up(int64_t{4096}, max_of<int64_t>(1, kQuad * w.k / 2)) * kQuad * w.k / 2) {}
-
-    int64_t combs() const { return combs_; }
-    int64_t runs() const { return runs_; }
-    // [row][run], of neighbouring rows
-    void absmax(int64_t row, int64_t rows, float* out) const { runs_absmax(w_, row * w_.k, rows * runs_, out); }
-    const uint8_t* codes(int64_t row) const { return w_.codes + row * w_.k / 2; }
-    void prefetch_absmax(int64_t row, int64_t rows) const {
-        const int64_t first = row * runs_, end = min_of(row + rows, w_.n) * runs_;
-        for (int64_t run = first; w_.absmax.nested_codes && run < end; run += 64)
-            __builtin_prefetch(w_.absmax.nested_codes + run);
-    }
-
-    // Comb `index` of a row. The codes of a later row are asked for: each row is a stream of its own, too short for the
-    // hardware to get ahead. It is the first one beyond 4 KB, since memory takes longer than the next kQuad rows of a
-    // short k (1536 x 576 from memory: 43 us instead of 50).
-    void decode(const uint8_t* codes, const float* absmax, int64_t index, U32 (&out)[kCombVectors]) const {
-        const __m512i second = _mm512_inserti64x4(_mm512_setzero_si512(), _mm256_set1_epi16(16), 1);
-        const bool whole = 2 * index + 1 < runs_;
-        const __m512i table = table_of_two(w_, values_, absmax[2 * index], whole ? absmax[2 * index + 1] : 0);
-        const uint8_t* from = codes + index * kComb / 2;
-        __builtin_prefetch(from + ahead_);
-        const __m512i words = whole ? _mm512_loadu_si512(from) : _mm512_maskz_loadu_epi64(0xF, from);
-        // The first element of a byte is in its high nibble.
-        out[0] = (U32)lookup_two(table, _mm512_srli_epi16(words, 4), second);
-        out[1] = (U32)lookup_two(table, words, second);
-        out[2] = (U32)lookup_two(table, _mm512_srli_epi16(words, 12), second);
-        out[3] = (U32)lookup_two(table, _mm512_srli_epi16(words, 8), second);
-    }
-
-private:
-    const Nf4Weight w_;
-    const __m512 values_;
-    const int64_t runs_, combs_;
-    const int64_t ahead_;  // bytes
-};
-
 // The sums of four vectors' lanes, side by side. In a fixed order, so that every run gives the same bits.
 inline __m128 horizontal_sums(F32 a, F32 b, F32 c, F32 d) {
     const __m512 ab = _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
@@ -111,19 +81,22 @@ inline __m128 horizontal_sums(F32 a, F32 b, F32 c, F32 d) {
     return _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
 }
 
+// The same for kCount vectors: 2, 4 or 6.
+template <int kCount>
+inline void add_lanes(const F32* sums, float* out) {
+    if constexpr (kCount >= 4) _mm_storeu_ps(out, horizontal_sums(sums[0], sums[1], sums[2], sums[3]));
+    if constexpr (kCount % 4 == 2) {
+        const F32 &a = sums[kCount - 2], &b = sums[kCount - 1];
+        _mm_storel_pi(reinterpret_cast<__m64*>(out + kCount - 2), horizontal_sums(a, b, a, b));
+    }
+}
+
 // Calls body(first, count as a constant) for rows in groups of nearly the same size, at most kMostRows.
 template <class Body>
 inline void for_each_group(int64_t rows, const Body& body) {
-    for (int64_t row = 0, groups = divide_up(rows, kMostRows); groups > 0; --groups) {
+    for (int64_t row = 0, groups = divide_up(rows, int64_t{kMostRows}); groups > 0; --groups) {
         const int64_t count = divide_up(rows - row, groups);
-        switch (count) {
-            case 1: body(row, Constant<1>{}); break;
-            case 2: body(row, Constant<2>{}); break;
-            case 3: body(row, Constant<3>{}); break;
-            case 4: body(row, Constant<4>{}); break;
-            case 5: body(row, Constant<5>{}); break;
-            case 6: body(row, Constant<6>{}); break;
-        }
+        dispatch_range<1, kMostRows>(count, [&](auto constant) { body(row, constant); });
         row += count;
     }
 }
@@ -131,14 +104,17 @@ inline void for_each_group(int64_t rows, const Body& body) {
 class CombedForward {
 public:
     explicit CombedForward(const LoraLinearForwardParams& params)
-        : p_(params), weight_(rounded_once(*params.weight, params.compute_dtype)) {
+        : p_(params), weight_(rounded_once(*params.weight, params.compute_dtype), weights()) {
         for (int a = 0; a < p_.num_adapters; ++a) ranks_ += divide_up(p_.adapters[a].rank, kLanes) * kLanes;
-        // Tasks of about half a million products and lookups, some ten microseconds on one core: waking a thread for
-        // less takes longer (576 x 576, M = 1: 18.5 us in one task, 20.5 in nine on two threads).
-        const int64_t row_cost = max_of<int64_t>(1, p_.k * (kQuad + p_.m) / (kQuad + 1));
-        const int64_t most = max_of<int64_t>(1, (int64_t{1} << 19) / row_cost / kLanes) * kLanes;
+        // Tasks of at most a quarter of a million products and lookups, some five microseconds on one core; the first
+        // lines of each come late. (The 210 layers of SmolLM2-135M, M = 1, from memory, two threads: 2.1 ms; with tasks
+        // of half or twice the size 1.1 of that.) Decoding takes as long as four rows.
+        const int64_t row_cost = max_of<int64_t>(1, p_.k * (4 + p_.m) / 5);
+        const int64_t most = max_of(kCombedOutputs, (int64_t{1} << 18) / row_cost / kLanes * kLanes);
         const int64_t tasks = max_of<int64_t>(1, divide_up(p_.n, most));  // of the same size
         task_outputs_ = divide_up(divide_up(p_.n, tasks), kLanes) * kLanes;
+        const int64_t most_combs = direct() ? weight_.combs() : kCombedDepth;
+        depth_ = divide_up(weight_.combs(), max_of<int64_t>(1, divide_up(weight_.combs(), most_combs)));
     }
 
     void run() {
@@ -153,12 +129,27 @@ public:
             return;
         }
         make_x();
-        make_s();
-        parallel_for_each(divide_up(p_.n, task_outputs_), [&](int64_t task, int worker) {
+        const int64_t tasks = divide_up(p_.n, task_outputs_);
+        int64_t shrinks = prepare_s();
+        if (tasks == 1)  // Waking a thread takes 3-5 us: 192 x 576, M = 1, from memory, 16.6 us instead of 18.8.
+            while (shrinks > 0) make_s(--shrinks);
+        Gate shrunk(shrinks);
+        parallel_for_each(shrinks + tasks, [&](int64_t task, int worker) {
+            if (task < shrinks) {
+                make_s(task);
+                return shrunk.arrive();
+            }
             const Scratch scratch(workers + worker * worker_bytes, *this);
-            const int64_t end = min_of((task + 1) * task_outputs_, p_.n);
-            for (int64_t n = task * task_outputs_; n < end; n += kTaskOutputs)
-                make_y(n, min_of(kTaskOutputs, end - n), scratch);
+            const int64_t first = (task - shrinks) * task_outputs_, end = min_of(first + task_outputs_, p_.n);
+            prefetch_codes(*p_.weight, first * p_.k, weight_.ahead());
+            for (int64_t n = 0; n < rows_ahead(); ++n) prefetch_B(first + n);
+            for (int64_t n = first; n < end; n += kCombedOutputs) {
+                const int64_t outputs = min_of(kCombedOutputs, end - n);
+                if (weight_.dtype() == DType::kFloat16)
+                    make_y<DType::kFloat16>(n, outputs, scratch, shrunk);
+                else
+                    make_y<DType::kBFloat16>(n, outputs, scratch, shrunk);
+            }
         });
     }
 
@@ -166,11 +157,11 @@ private:
     struct Scratch {  // of one worker
         Scratch(char* base, const CombedForward& f) {
             Arena arena(base);
-            absmax = arena.take<float>(kTaskOutputs * f.weight_.runs());
-            panel = arena.take<U32>(kCombedDepth * kCombVectors * kQuad);
-            sums = arena.take<F32>(f.p_.m * kQuad);
-            tile = arena.take<float>(f.p_.m * kTaskOutputs);
-            bias = arena.take<float>(kTaskOutputs);
+            absmax = arena.take<float>(kCombedOutputs * f.weight_.runs());
+            panel = arena.take<U32>(kCombedDepth * kCombVectors * kPanelWeights);
+            sums = arena.take<F32>(f.p_.m * kPanelWeights);
+            tile = arena.take<float>(f.p_.m * kCombedOutputs);
+            bias = arena.take<float>(kCombedOutputs);
             bytes = arena.used();
         }
         float* absmax;
@@ -180,6 +171,16 @@ private:
         float* bias;
         int64_t bytes;
     };
+
+    bool direct() const { return p_.m <= kDirectRows; }
+    int weights() const { return p_.m <= kWideRows ? 4 : direct() ? 2 : kPanelWeights; }  // rows of W at a time
+
+    // B is read as far ahead as the codes are.
+    int64_t rows_ahead() const { return divide_up(weight_.ahead(), p_.k / 2); }
+    void prefetch_B(int64_t n) const {
+        for (int a = 0; a < p_.num_adapters; ++a)
+            __builtin_prefetch(row_of(p_.adapters[a].lora_B, min_of(n, p_.n - 1)));
+    }
 
     int64_t row_vectors() const { return weight_.combs() * kCombVectors; }
     void make_x() const {
@@ -193,37 +194,50 @@ private:
         });
     }
 
-    // s = drop(x) Aᵀ / (1 - p), and what the branch multiplies with B.
-    void make_s() const {
-        int64_t offset = 0, rank = 0;
+    // What make_s needs; returns the number of its tasks.
+    int64_t prepare_s() const {
+        int64_t offset = 0, tasks = 0;
         for (int a = 0; a < p_.num_adapters; ++a) {
-            const LoraAdapter& adapter = p_.adapters[a];
+            const int64_t rank = p_.adapters[a].rank, padded = divide_up(rank, int64_t{kLanes}) * kLanes;
             kept_.make(a, 0, p_.m);
-            const uint8_t* keep = kept_.at(a, 0, 0);
-            // Tasks of at least 32k products, for the same reason.
-            const int64_t quads = max_of<int64_t>(1, (int64_t{1} << 15) / max_of<int64_t>(1, p_.k * p_.m * kQuad));
-            const int64_t task_ranks = quads * kQuad;
-            parallel_for_each(divide_up(adapter.rank, task_ranks), [&](int64_t task, int) {
-                dispatch_dtype(p_.x.dtype, [&](auto* x_type) {
-                    dispatch_dtype(adapter.lora_A.dtype, [&](auto* a_type) {
-                        for (int64_t r = task * task_ranks; r < min_of((task + 1) * task_ranks, adapter.rank);
-                             r += kQuad)
-                            for (int64_t i = 0; i < p_.m;) {
-                                const auto shrink = [&](auto rows) {
-                                    shrink_quad<Pointee<decltype(x_type)>, Pointee<decltype(a_type)>,
-                                                decltype(rows)::kValue>(adapter, keep, i, r, rank, offset);
-                                    i += decltype(rows)::kValue;
-                                };
-                                p_.m - i >= kQuad ? shrink(Constant<kQuad>{}) : shrink(Constant<1>{});
-                            }
-                    });
-                });
-            });
             for (int64_t i = 0; i < p_.m; ++i)
-                for (int64_t r = adapter.rank; r % kLanes; ++r) s_[i * ranks_ + offset + r] = 0;
-            offset += divide_up(adapter.rank, kLanes) * kLanes;
-            rank += adapter.rank;
+                for (int64_t r = rank; r < padded; ++r) s_[i * ranks_ + offset + r] = 0;
+            offset += padded;
+            tasks += divide_up(rank, task_ranks());
         }
+        return tasks;
+    }
+
+    // Ranks of an adapter that make a task of at least 8k products.
+    int64_t task_ranks() const {
+        return max_of<int64_t>(1, (int64_t{1} << 13) / max_of<int64_t>(1, p_.k * p_.m * kQuad)) * kQuad;
+    }
+
+    // s = drop(x) Aᵀ / (1 - p), and what the branch multiplies with B, of some ranks.
+    void make_s(int64_t task) const {
+        int64_t offset = 0, rank = 0;
+        int a = 0;
+        for (; task >= divide_up(p_.adapters[a].rank, task_ranks()); ++a) {
+            task -= divide_up(p_.adapters[a].rank, task_ranks());
+            offset += divide_up(p_.adapters[a].rank, int64_t{kLanes}) * kLanes;
+            rank += p_.adapters[a].rank;
+        }
+        const LoraAdapter& adapter = p_.adapters[a];
+        const uint8_t* keep = kept_.at(a, 0, 0);
+        const int64_t end = min_of((task + 1) * task_ranks(), adapter.rank);
+        dispatch_dtype(p_.x.dtype, [&](auto* x_type) {
+            dispatch_dtype(adapter.lora_A.dtype, [&](auto* a_type) {
+                for (int64_t r = task * task_ranks(); r < end; r += kQuad)
+                    for (int64_t i = 0; i < p_.m;) {
+                        const auto shrink = [&](auto rows) {
+                            shrink_quad<Pointee<decltype(x_type)>, Pointee<decltype(a_type)>, decltype(rows)::kValue>(
+                                adapter, keep, i, r, rank, offset);
+                            i += decltype(rows)::kValue;
+                        };
+                        p_.m - i >= kQuad ? shrink(Constant<kQuad>{}) : shrink(Constant<1>{});
+                    }
+            });
+        });
     }
 
     // Ranks [r, r + kQuad) of some rows.
@@ -238,7 +252,11 @@ private:
             const int64_t count = p_.k - column;
             F32 v[kQuad];
 #pragma GCC unroll 4
-            for (int j = 0; j < kQuad; ++j) v[j] = load_some(a[j] + column, count);
+            for (int j = 0; j < kQuad; ++j) {
+                // As with the codes, the quad is one run of memory.
+                __builtin_prefetch(a[0] + kQuad * column + j * kLanes + CombedWeight::kAhead / sizeof(A));
+                v[j] = load_some(a[j] + column, count);
+            }
 #pragma GCC unroll 4
             for (int i = 0; i < kRows; ++i) {
                 F32 x = load_some(static_cast<const X*>(row_of(p_.x, row + i)) + column, count);
@@ -258,116 +276,166 @@ private:
         }
     }
 
+    // kDtype: float16 where W is rounded to it first.
+    template <DType kDtype>
+    void make_y(int64_t n, int64_t outputs, const Scratch& scratch, const Gate& shrunk) const {
+        switch (weights()) {
+            case 4: return make_y<kDtype, 4>(n, outputs, scratch, shrunk);
+            case 2: return make_y<kDtype, 2>(n, outputs, scratch, shrunk);
+            default: return make_y<kDtype, kPanelWeights>(n, outputs, scratch, shrunk);
+        }
+    }
+
     // y = x Wᵀ + b + scaling s Bᵀ, or y = scale_n ⊙ (x Wᵀ + b), for some outputs of all rows
-    void make_y(int64_t n0, int64_t outputs, const Scratch& scratch) const {
-        weight_.absmax(n0, outputs, scratch.absmax);
-        weight_.prefetch_absmax(n0 + outputs, kTaskOutputs);
-        for (int64_t n = 0; n < outputs; n += kQuad) {
-            int64_t rows[kQuad];
-            const uint8_t* codes[kQuad];
-            const float* absmax[kQuad];
-            for (int j = 0; j < kQuad; ++j) {
-                const int64_t row = min_of(n + j, outputs - 1);  // as above
-                rows[j] = n0 + row;
-                codes[j] = weight_.codes(n0 + row);
-                absmax[j] = scratch.absmax + row * weight_.runs();
-                for (int a = 0; a < p_.num_adapters; ++a) __builtin_prefetch(row_of(p_.adapters[a].lora_B, n0 + row));
-            }
-            if (p_.m <= kDirectRows)
-                for_each_group(p_.m, [&](int64_t, auto count) {
-                    if constexpr (decltype(count)::kValue <= kDirectRows)
-                        multiply_direct<decltype(count)::kValue>(codes, absmax, scratch.sums);
-                });
+    template <DType kDtype, int kWeights>
+    void make_y(int64_t n0, int64_t outputs, const Scratch& scratch, const Gate& shrunk) const {
+        // kWeights rows of W at a time, of which the last may begin with some that were multiplied before.
+        const int64_t begin = min_of(n0, p_.n - kWeights), rows = n0 + outputs - begin;
+        int64_t ready = 0;
+        const auto make_absmax = [&](int64_t end) {
+            for (; ready < min_of(end, rows); ready += kAbsmaxRows)
+                weight_.absmax(begin + ready, min_of(kAbsmaxRows, rows - ready),
+                               scratch.absmax + ready * weight_.runs());
+        };
+        const auto part_at = [&](int64_t row, int64_t first) {
+            return Part{weight_.codes(begin + row), scratch.absmax + row * weight_.runs(), first,
+                        min_of(first + depth_, weight_.combs()), min_of(first + depth_, weight_.whole_combs())};
+        };
+        make_absmax(kWeights);
+        weight_.prefetch_absmax(begin + rows, kCombedOutputs);
+        for (int64_t n = 0; n < rows; n += kWeights) {
+            const int64_t row = min_of(n, rows - kWeights);
+            make_absmax(n + 2 * kWeights);
+            for (int64_t j = 0; j < kWeights; ++j) prefetch_B(begin + row + j + rows_ahead());
+            if constexpr (kWeights == kPanelWeights)
+                for (int64_t first = 0; first < weight_.combs(); first += depth_) {
+                    const Part part = part_at(row, first);
+                    decode_part<kDtype>(part, scratch.panel);
+                    for_each_group(p_.m, [&](int64_t i, auto count) {
+                        multiply_part<count.kValue>(x_ + i * row_vectors() + first * kCombVectors, part, scratch.panel,
+                                                    scratch.sums + i * kWeights);
+                    });
+                }
             else
-                multiply_panels(codes, absmax, scratch);
-            add_branch(rows, scratch.sums);
-            for (int64_t i = 0; i < p_.m; ++i) {
-                const F32* sums = scratch.sums + i * kQuad;
-                _mm_storeu_ps(scratch.tile + i * kTaskOutputs + n, horizontal_sums(sums[0], sums[1], sums[2], sums[3]));
-            }
+                dispatch_range<kWeights == 4 ? 1 : kWideRows + 1, kWeights == 4 ? kWideRows : kDirectRows>(
+                    p_.m, [&](auto count) {
+                        multiply_direct<count.kValue, kWeights, kDtype>(part_at(row, 0), scratch.sums);
+                    });
+            shrunk.wait();
+            add_branch<kWeights>(begin + row, scratch.sums);
+            for (int64_t i = 0; i < p_.m; ++i)
+                add_lanes<kWeights>(scratch.sums + i * kWeights, scratch.tile + i * kCombedOutputs + row);
         }
         if (p_.bias.data)
             dispatch_dtype(p_.bias.dtype, [&](auto* type) {
                 const auto* bias = static_cast<const Pointee<decltype(type)>*>(p_.bias.data);
                 widen_rows(bias + n0, 0, 1, outputs, nullptr, 0, scratch.bias, 0);
             });
-        store_y(p_, scratch.tile, kTaskOutputs, 0, p_.m, n0, outputs, p_.bias.data ? scratch.bias : nullptr);
+        store_y(p_, scratch.tile + n0 - begin, kCombedOutputs, 0, p_.m, n0, outputs,
+                p_.bias.data ? scratch.bias : nullptr);
     }
 
-    // sums[row of x][row of W] of all rows of x, of which there are kRows.
-    template <int kRows>
-    void multiply_direct(const uint8_t* const (&codes)[kQuad], const float* const (&absmax)[kQuad], F32* out) const {
+    // Combs [begin, end) of some rows of W, of which those before whole_end have both their runs.
+    struct Part {
+        const uint8_t* codes;
+        const float* absmax;
+        int64_t begin, end, whole_end;
+    };
+
+    // To panel[comb][vector][row of W].
+    template <DType kDtype>
+    [[gnu::noinline]] void decode_part(const Part& part, U32* panel) const {
+        const CombedWeight weight = weight_;
+        const auto decode = [&](int64_t index, bool half) {
+#pragma GCC unroll 6
+            for (int j = 0; j < kPanelWeights; ++j) {
+                weight.prefetch<kPanelWeights>(part.codes, index, j);
+                const __m512i table = weight.table<kDtype>(part.absmax, index, j, half);
+                const __m512i codes = weight.comb(part.codes, index, j, half);
+                U32* to = panel + (index - part.begin) * kCombVectors * kPanelWeights + j;
+#pragma GCC unroll 4
+                for (int v = 0; v < kCombVectors; ++v) to[v * kPanelWeights] = lookup_comb(table, codes, v);
+            }
+        };
+        for (int64_t index = part.begin; index < part.whole_end; ++index) decode(index, false);
+        if (part.whole_end < part.end) decode(part.whole_end, true);
+    }
+
+    // sums[row of x][row of W] of all rows of x, of which there are kRows, and of all combs.
+    template <int kRows, int kWeights, DType kDtype>
+    [[gnu::noinline]] void multiply_direct(const Part& part, F32* out) const {
         // A product waits for the one before it onto the same sums: the fewer sums, the more often they are split.
         constexpr int kTurns = kRows == 1 ? 2 : 1;
-        F32 sums[kTurns][kRows][kQuad] = {};
-        for (int64_t index = 0; index < weight_.combs(); ++index) {
-            const U32* x = x_ + index * kCombVectors;
+        F32 sums[kTurns][kRows][kWeights] = {};
+        const CombedWeight weight = weight_;
+        const int64_t stride = row_vectors();
+        const U32* x = x_ + part.begin * kCombVectors;
+        const uint8_t* codes = part.codes;
+        const float* absmax = part.absmax;
+        const auto multiply = [&](int64_t index, bool half) {
+            __m512i tables[kWeights], combs[kWeights];
 #pragma GCC unroll 4
-            for (int j = 0; j < kQuad; ++j) {
-                U32 decoded[kCombVectors];
-                weight_.decode(codes[j], absmax[j], index, decoded);
+            for (int j = 0; j < kWeights; ++j) {
+                weight.prefetch<kWeights>(codes, index, j);
+                tables[j] = weight.table<kDtype>(absmax, index, j, half);
+                combs[j] = weight.comb(codes, index, j, half);
+            }
 #pragma GCC unroll 4
-                for (int v = 0; v < kCombVectors; ++v)
+            for (int v = 0; v < kCombVectors; ++v, ++x) {
+                U32 decoded[kWeights];
 #pragma GCC unroll 4
-                    for (int i = 0; i < kRows; ++i) {
+                for (int j = 0; j < kWeights; ++j) decoded[j] = lookup_comb(tables[j], combs[j], v);
+#pragma GCC unroll 8
+                for (int i = 0; i < kRows; ++i)
+#pragma GCC unroll 4
+                    for (int j = 0; j < kWeights; ++j) {
                         F32& sum = sums[v % kTurns][i][j];
-                        sum = MultiplyBf16Pairs::add_product(sum, decoded[v], x[i * row_vectors() + v]);
+                        sum = MultiplyBf16Pairs::add_product(sum, decoded[j], x[i * stride]);
                     }
             }
-        }
+        };
+        int64_t index = part.begin;
+        for (; index < part.whole_end; ++index) multiply(index, false);
+        if (index < part.end) multiply(index, true);
+#pragma GCC unroll 8
         for (int i = 0; i < kRows; ++i)
-            for (int j = 0; j < kQuad; ++j)
-                out[i * kQuad + j] = kTurns == 1 ? sums[0][i][j] : sums[0][i][j] + sums[kTurns - 1][i][j];
+#pragma GCC unroll 4
+            for (int j = 0; j < kWeights; ++j)
+                out[i * kWeights + j] = kTurns == 1 ? sums[0][i][j] : sums[0][i][j] + sums[kTurns - 1][i][j];
     }
 
-    void multiply_panels(const uint8_t* const (&codes)[kQuad], const float* const (&absmax)[kQuad],
-                         const Scratch& scratch) const {
-        for (int64_t first = 0; first < weight_.combs(); first += kCombedDepth) {
-            const int64_t combs = min_of(kCombedDepth, weight_.combs() - first);
-            for (int64_t index = 0; index < combs; ++index)
-#pragma GCC unroll 4
-                for (int j = 0; j < kQuad; ++j) {
-                    U32 decoded[kCombVectors];
-                    weight_.decode(codes[j], absmax[j], first + index, decoded);
-#pragma GCC unroll 4
-                    for (int v = 0; v < kCombVectors; ++v)
-                        scratch.panel[(index * kCombVectors + v) * kQuad + j] = decoded[v];
-                }
-            for_each_group(p_.m, [&](int64_t row, auto count) {
-                multiply_panel<decltype(count)::kValue>(x_ + row * row_vectors() + first * kCombVectors, scratch.panel,
-                                                        combs * kCombVectors, first > 0, scratch.sums + row * kQuad);
-            });
-        }
-    }
-
+    // The sums of kRows rows of x and a part, whose panel is given.
     template <int kRows>
-    void multiply_panel(const U32* x, const U32* panel, int64_t steps, bool accumulate, F32* out) const {
-        F32 sums[kRows][kQuad] = {};
-        const U32* rows[kRows];
-        for (int i = 0; i < kRows; ++i) rows[i] = x + i * row_vectors();
-        for (int64_t step = 0; step < steps; ++step, panel += kQuad)
-#pragma GCC unroll 6
-            for (int i = 0; i < kRows; ++i)
+    [[gnu::noinline]] void multiply_part(const U32* x, const Part& part, const U32* panel, F32* out) const {
+        F32 sums[kRows][kPanelWeights] = {};
+        const int64_t stride = row_vectors(), steps = (part.end - part.begin) * kCombVectors;
+        for (int64_t step = 0; step < steps; ++step, ++x, panel += kPanelWeights)
 #pragma GCC unroll 4
-                for (int j = 0; j < kQuad; ++j)
-                    sums[i][j] = MultiplyBf16Pairs::add_product(sums[i][j], panel[j], rows[i][step]);
+            for (int i = 0; i < kRows; ++i)
+#pragma GCC unroll 6
+                for (int j = 0; j < kPanelWeights; ++j)
+                    sums[i][j] = MultiplyBf16Pairs::add_product(sums[i][j], panel[j], x[i * stride]);
+        const bool accumulate = part.begin > 0;
+#pragma GCC unroll 4
         for (int i = 0; i < kRows; ++i)
-            for (int j = 0; j < kQuad; ++j, ++out) *out = accumulate ? *out + sums[i][j] : sums[i][j];
+#pragma GCC unroll 6
+            for (int j = 0; j < kPanelWeights; ++j, ++out) *out = accumulate ? *out + sums[i][j] : sums[i][j];
     }
 
-    void add_branch(const int64_t (&rows)[kQuad], F32* sums) const {
+    template <int kWeights>
+    void add_branch(int64_t n, F32* sums) const {
         const float* s = s_;
         for (int a = 0; a < p_.num_adapters; ++a) {
             const LoraAdapter& adapter = p_.adapters[a];
             dispatch_dtype(adapter.lora_B.dtype, [&](auto* type) {
                 using T = Pointee<decltype(type)>;
                 for (int64_t r = 0; r < adapter.rank; r += kLanes, s += kLanes) {
-                    F32 b[kQuad];
-                    for (int j = 0; j < kQuad; ++j)
-                        b[j] = load_some(static_cast<const T*>(row_of(adapter.lora_B, rows[j], r)), adapter.rank - r);
+                    F32 b[kWeights];
+                    for (int j = 0; j < kWeights; ++j)
+                        b[j] = load_some(static_cast<const T*>(row_of(adapter.lora_B, n + j, r)), adapter.rank - r);
                     for (int64_t i = 0; i < p_.m; ++i)
-                        for (int j = 0; j < kQuad; ++j)
-                            sums[i * kQuad + j] = fma(b[j], load(s + i * ranks_), sums[i * kQuad + j]);
+                        for (int j = 0; j < kWeights; ++j)
+                            sums[i * kWeights + j] = fma(b[j], load(s + i * ranks_), sums[i * kWeights + j]);
                 }
             });
         }
@@ -377,6 +445,7 @@ private:
     const CombedWeight weight_;
     int64_t ranks_ = 0;  // each adapter's padded to whole vectors with zeros
     int64_t task_outputs_;
+    int64_t depth_;       // combs decoded at a time
     U32* x_ = nullptr;    // [m][combs][kCombVectors]
     float* s_ = nullptr;  // [m][ranks], scaled
     KeptBits kept_{p_};
@@ -384,8 +453,8 @@ private:
 
 // Whether the calls' weight has blocks that combs are made of, and their rows are few.
 inline bool suits_combs(const LoraLinearParams& params) {
-    return params.m <= most_combed_rows(params.k) && params.compute_dtype == DType::kBFloat16 && params.weight &&
-           has_aligned_blocks(*params.weight);
+    return params.m <= most_combed_rows(params.k) && params.n >= kPanelWeights &&
+           params.compute_dtype == DType::kBFloat16 && params.weight && has_aligned_blocks(*params.weight);
 }
 
 }  // namespace

@@ -120,7 +120,9 @@ void decode(const ConstMatrix& w, int64_t row, int64_t column, int64_t count, T*
 
 // The strips are decoded a cache line a row, and the rows are far apart: the hardware does not get ahead of that by
 // itself (M = 32, 4096 x 4096: a third of the decoding was waiting).
-inline void prefetch_codes(const Nf4Weight& w, int64_t element) { __builtin_prefetch(w.codes + element / 2); }
+inline void prefetch_codes(const Nf4Weight& w, int64_t element, int64_t bytes = 1) {
+    for (int64_t byte = 0; byte < bytes; byte += 64) __builtin_prefetch(w.codes + element / 2 + byte);
+}
 inline void prefetch_weight(const Nf4Weight& w, int64_t row, int64_t column) { prefetch_codes(w, row * w.k + column); }
 inline void prefetch_weight(const ConstMatrix& w, int64_t row, int64_t column) {
     __builtin_prefetch(row_of(w, row, column));
@@ -170,7 +172,7 @@ inline int64_t decode_pairs_of_rows(const Nf4Weight& w, int64_t k0, int64_t outp
         const int64_t begin = (n0 + 2 * step) * w.k + k0;
         prefetch_codes(w, begin + kAhead * w.k);
         prefetch_codes(w, begin + (kAhead + 1) * w.k);
-        const __m512i table = table_of_two(w, values, absmax(begin), absmax(begin + w.k));
+        const __m512i table = table_of_two(w.dtype, values, absmax(begin), absmax(begin + w.k));
         const uint8_t* first = w.codes + begin / 2;
         for (int64_t k = 0; k < kBlock; k += 32, first += 16) {
             __m512i low, high;

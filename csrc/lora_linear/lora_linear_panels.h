@@ -31,7 +31,7 @@ inline void decode_combed(const Nf4Weight& w, const uint8_t* first, const uint8_
         _mm256_store_si256(reinterpret_cast<__m256i*>(to + kTileDepth), _mm512_extracti64x4_epi64(combs, 1));
     };
     for (int64_t block = 0; block < blocks; ++block, first += kBlock / 2, second += kBlock / 2) {
-        const __m512i table = table_of_two(w, values, first_absmax[block], second_absmax[block]);
+        const __m512i table = table_of_two(w.dtype, values, first_absmax[block], second_absmax[block]);
         const __m512i codes =
             _mm512_inserti64x4(_mm512_castsi256_si512(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(first))),
                                _mm256_loadu_si256(reinterpret_cast<const __m256i*>(second)), 1);
@@ -153,7 +153,7 @@ inline void decode_right(const Nf4Weight& w, int64_t k0, int64_t columns, int64_
             prefetch_codes(w, begin + kAhead * w.k);
             prefetch_codes(w, begin + (kAhead + 1) * w.k);
             const float* of_row = absmax + (n0 + n) * runs + k0 / kBlock;
-            const __m512i table = table_of_two(w, values, of_row[0], of_row[runs]);
+            const __m512i table = table_of_two(w.dtype, values, of_row[0], of_row[runs]);
             const uint8_t* first = w.codes + begin / 2;
             for (int64_t k = 0; k < columns; k += kPanelSide, first += kPanelSide / 2, out += stride) {
                 __m512i low, high;

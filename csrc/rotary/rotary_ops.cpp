@@ -3,10 +3,9 @@
 
 #include <tuple>
 
-#include "common/checks.h"
 #include "common/launch.h"
 #include "common/registration.h"
-#include "rotary/rotary.h"
+#include "rotary/rotary_binding.h"
 
 #if defined(PEFT_KERNELS_CUDA)
 #include "common/cuda_check.h"
@@ -23,19 +22,6 @@ Tensor empty_heads(const Tensor& like, ScalarType dtype) {
     return torch::stable::transpose(empty(like, {batch, length, heads, head_dim}, dtype), 1, 2);
 }
 
-ConstHeads check_angles(const Tensor& angles, const char* name, const RotaryParams& params, const Tensor& reference) {
-    check_device(angles, name, reference);
-    if (angles.dim() != 3 || (angles.size(0) != 1 && angles.size(0) != params.batch) ||
-        angles.size(1) != params.length || angles.size(2) != params.channels)
-        bad_argument(name, describe(angles),
-                     "[B or 1, S, R] = [" + std::to_string(params.batch) + " or 1, " + std::to_string(params.length) +
-                         ", " + std::to_string(params.channels) + "]");
-    if (params.channels > 1 && angles.stride(2) != 1)
-        bad_argument(name, "strides " + describe_shape(angles.strides()), "dense rows: an inner stride of 1");
-    return {angles.const_data_ptr(), check_float_dtype(angles, name), angles.size(0) == 1 ? 0 : angles.stride(0), 0,
-            angles.stride(1)};
-}
-
 // -> q and k rotated, in out_dtype
 std::tuple<Tensor, Tensor> rotary(Tensor q, Tensor k, Tensor cos, Tensor sin, ScalarType out_dtype, bool backwards) {
     RotaryParams params{};
@@ -45,12 +31,7 @@ std::tuple<Tensor, Tensor> rotary(Tensor q, Tensor k, Tensor cos, Tensor sin, Sc
     params.length = q.size(2);
     params.head_dim = q.size(3);
     params.backwards = backwards;
-    params.channels = cos.dim() == 3 ? cos.size(2) : 0;
-    if (params.channels % 2 != 0 || params.channels > params.head_dim)
-        bad_argument("cos", describe(cos),
-                     "[B or 1, S, R] with an even R of at most " + std::to_string(params.head_dim));
-    params.cos = check_angles(cos, "cos", params, q);
-    params.sin = check_angles(sin, "sin", params, q);
+    check_angles(params, cos, sin, q);
     const DType dtype = check_float_dtype(out_dtype, "out_dtype");
     Tensor outs[2];
     for (int i = 0; i < 2; ++i) {

@@ -16,14 +16,15 @@ from ..cuda import why_not
 from ..ops._arguments import autocast_dtype
 from ..ops.lora_linear import lora_linear_of_layer
 from ..ops.nf4 import NF4Weight
-from .linear import BaseProduct, parameter
-from .registry import FLOAT_DTYPES, FusedLayer, mention, register, why_not_input
+from .linear import NO_ADAPTERS, Adaptable, Adapters, BaseProduct, parameter
+from .registry import FLOAT_DTYPES, mention, register, why_not_input
+from .watch import Watch
 
 mention(bnb.nn.Linear4bit)
 mention(bnb.nn.Linear8bitLt)
 
 
-class Fused4bit(FusedLayer):
+class Fused4bit(Adaptable):
     """`y = x dequant(W)ᵀ + b` in `compute_dtype`, returned in x's dtype, in training and evaluation alike."""
 
     own_state = ("_view",)
@@ -56,6 +57,20 @@ class Fused4bit(FusedLayer):
             return super().forward(x)
         weight, bias, *dtypes = product
         return lora_linear_of_layer(x, weight, bias, (), (), (), (), *dtypes)
+
+    def adapted_product(self, x: Tensor) -> tuple[BaseProduct, Adapters] | str:
+        product = self.base_product(x)
+        return product if isinstance(product, str) else (product, NO_ADAPTERS)
+
+    def watch(self, watch: Watch) -> None:
+        weight = self._parameters["weight"]
+        quant_state = weight.quant_state
+        watch.parameters(self, "weight", "bias")
+        watch.attributes(self, "compute_dtype")
+        watch.attributes(weight, "quant_state")
+        watch.attributes(quant_state, "absmax", "offset", "state2")
+        if quant_state.state2 is not None:
+            watch.attributes(quant_state.state2, "absmax", "code")
 
     def base_product(self, x: Tensor) -> BaseProduct | str:
         """What `lora_linear` is to be called with; or why this input has to take the stock path."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -9,9 +11,25 @@ from ..cuda import why_not
 from ..ops._arguments import autocast_dtype
 from ..ops.nf4 import NF4Weight
 from .registry import FLOAT_DTYPES, FusedLayer, why_not_input
+from .watch import Watch
 
 # The arguments of `lora_linear` and `ia3_linear` for the frozen layer: weight, bias, compute_dtype and out_dtype.
 BaseProduct = tuple[Tensor | NF4Weight, Tensor | None, torch.dtype, torch.dtype]
+# LoRA's for each active adapter: A, B, scaling and dropout.
+Adapters = tuple[Sequence[Tensor], Sequence[Tensor], Sequence[float], Sequence[float]]
+NO_ADAPTERS: Adapters = ((), (), (), ())
+
+
+class Adaptable(FusedLayer):
+    """A linear layer that `lora_linear` computes, whether it has adapters or is what they are put on."""
+
+    def adapted_product(self, x: Tensor) -> tuple[BaseProduct, Adapters] | str:
+        """What the operation is to be called with; or why x has to take the stock path."""
+        raise NotImplementedError
+
+    def watch(self, watch: Watch) -> None:
+        """Has all watched that `adapted_product` makes its result of, x and autocast apart."""
+        raise NotImplementedError
 
 
 class OnLinear(FusedLayer):
@@ -30,6 +48,9 @@ class OnLinear(FusedLayer):
     def base_product(self, base: nn.Module, x: Tensor) -> BaseProduct | str:
         return dense_product(base, x)
 
+    def watch_base(self, base: nn.Module, watch: Watch) -> None:
+        watch_dense(base, watch)
+
 
 def dense_product(base: nn.Module, x: Tensor) -> BaseProduct | str:
     """What an `nn.Linear` computes for x, as the fused operations take it; or why x has to take the stock path."""
@@ -45,6 +66,11 @@ def dense_product(base: nn.Module, x: Tensor) -> BaseProduct | str:
     if x.dtype != weight.dtype or (bias is not None and x.dtype != bias.dtype):
         return "x and the base layer differ in dtype"  # which PEFT's forward raises an error for
     return weight, bias, x.dtype, x.dtype
+
+
+def watch_dense(base: nn.Module, watch: Watch) -> None:
+    """Has all watched that `dense_product` makes its result of."""
+    watch.parameters(base, "weight", "bias")
 
 
 def why_not_linear(base: nn.Module) -> str | None:

@@ -12,13 +12,14 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from ..ops.lora_linear import lora_linear_of_layer
-from .linear import BaseProduct, OnLinear, parameter, why_not_skip
-from .registry import FLOAT_DTYPES, FusedLayer, mention, register
+from .linear import NO_ADAPTERS, Adaptable, Adapters, BaseProduct, OnLinear, parameter, why_not_skip
+from .registry import FLOAT_DTYPES, mention, register
+from .watch import Watch
 
 mention(BaseTunerLayer)
 
 
-class FusedLoRA(FusedLayer):
+class FusedLoRA(Adaptable):
     """`y = x Wᵀ + b + Σᵢ scalingᵢ · dropoutᵢ(x) Aᵢᵀ Bᵢᵀ` over the active adapters, in the dtype that PEFT returns.
 
     Merged or disabled adapters, `adapter_names`, and adapters that are more than A and B (DoRA, `lora_bias`, …) take
@@ -34,7 +35,7 @@ class FusedLoRA(FusedLayer):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if self._disable_adapters or self.merged_adapters:
             return super().forward(x, *args, **kwargs)
-        call = self._call(x, args, kwargs)
+        call = _why_stock_call(args, kwargs) or self.adapted_product(x)
         if isinstance(call, str):
             self.log_stock_path(call)
             return super().forward(x, *args, **kwargs)
@@ -45,21 +46,22 @@ class FusedLoRA(FusedLayer):
         """What `lora_linear` is to be called with for the base layer; or why this input has to take the stock path."""
         raise NotImplementedError
 
+    def watch_base(self, base: nn.Module, watch: Watch) -> None:
+        """Has all watched that `base_product` makes its result of."""
+        raise NotImplementedError
+
     # The rest runs at every forward, before the kernel starts: hence the dictionaries of nn.Module, read directly.
 
-    def _call(self, x: Tensor, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, tuple] | str:
-        """What `lora_linear` is to be called with; or why PEFT's forward has to be."""
-        for name, value in kwargs.items():
-            if value is not None:
-                return f"{name} was given"
-        if args:
-            return "further positional arguments were given"
+    def adapted_product(self, x: Tensor) -> tuple[BaseProduct, Adapters] | str:
         base = self._modules["base_layer"]
         if reason := why_not_skip(base):
             return f"its base layer has {reason}"
         product = self.base_product(base, x)
         if isinstance(product, str):
             return product
+        if self._disable_adapters or self.merged_adapters:
+            both = self._disable_adapters and self.merged_adapters
+            return "its adapters are merged and disabled" if both else (product, NO_ADAPTERS)
         lora_A, lora_B, scaling, dropout = adapters = ([], [], [], [])
         names = self._active_adapter
         for name in (names,) if isinstance(names, str) else names:
@@ -76,6 +78,24 @@ class FusedLoRA(FusedLayer):
             scaling.append(scale)
             dropout.append(p)
         return product, adapters
+
+    def watch(self, watch: Watch) -> None:
+        modules = self._modules
+        watch.attributes(self, "_disable_adapters", "_active_adapter", "cast_input_dtype_enabled")
+        watch.lengths(self.merged_adapters, self.lora_variant)
+        watch.items(modules, "base_layer")
+        watch.module(modules["base_layer"])
+        self.watch_base(modules["base_layer"], watch)
+        for name in self.active_adapters:
+            watch.items(self.scaling, name)
+            for part in ("lora_A", "lora_B", "lora_dropout"):
+                watch.items(modules[part]._modules, name)
+                if module := modules[part]._modules.get(name):
+                    watch.module(module)
+                    if part == "lora_dropout":
+                        watch.attributes(module, "p", "training")
+                    else:
+                        watch.parameters(module, "weight", "bias")
 
     def _adapter(self, name: str) -> tuple[Tensor, Tensor, float, float] | str | None:
         """A, B, scaling and dropout of an adapter; or why it can't be fused; or None if this layer lacks it."""
@@ -101,6 +121,13 @@ class FusedLoRA(FusedLayer):
         if weight_A.dtype not in FLOAT_DTYPES or weight_B.dtype not in FLOAT_DTYPES:
             return f"adapter {name!r} is {weight_A.dtype} and {weight_B.dtype}"
         return weight_A, weight_B, float(self.scaling[name]), p
+
+
+def _why_stock_call(args: tuple, kwargs: dict[str, Any]) -> str | None:
+    for name, value in kwargs.items():
+        if value is not None:
+            return f"{name} was given"
+    return "further positional arguments were given" if args else None
 
 
 @register
@@ -134,6 +161,9 @@ if hasattr(lora, "Linear4bit"):  # bitsandbytes is installed
 
         def base_product(self, base: nn.Module, x: Tensor) -> BaseProduct | str:
             return base.base_product(x) if isinstance(base, Fused4bit) else "its base layer is not fused"
+
+        def watch_base(self, base: nn.Module, watch: Watch) -> None:
+            base.watch(watch)
 
         def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
             base = self.get_base_layer()

@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from functools import update_wrapper
+from functools import cache, update_wrapper
 from types import CellType, FunctionType, ModuleType
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
+from transformers.models.llama import modeling_llama
 
 from ..cuda import why_not
 from ..ops.rotary import rotary
+from .lookalike import code_of
 from .registry import FLOAT_DTYPES, why_not_input
 
 _NAME = "apply_rotary_pos_emb"
@@ -52,9 +54,30 @@ def with_fused_rotary(forward: Callable) -> FunctionType | None:
     return copy
 
 
+def is_usual_rotary(stock: type[nn.Module]) -> bool:
+    """Whether an attention class rotates as Llama's does, if it calls such a global at all."""
+    module, llama = sys.modules[stock.__module__], modeling_llama.__name__
+    return not hasattr(module, _NAME) or all(
+        code_of(getattr(module, name, None), module.__name__) == code_of(getattr(modeling_llama, name), llama)
+        for name in (_NAME, "rotate_half")
+    )
+
+
+@cache
+def _stock(module: ModuleType) -> Callable:
+    """A module's function, as it was when its layers were first fused."""
+    return getattr(module, _NAME)
+
+
+def has_stock_rotary(stock: type[nn.Module]) -> bool:
+    """Whether the function that an attention class calls is still the one that is fused."""
+    module = sys.modules[stock.__module__]
+    return getattr(module, _NAME) is _stock(module)
+
+
 def _fused(module: ModuleType) -> Callable:
     """The fused form of a module's function."""
-    stock = getattr(module, _NAME)
+    stock = _stock(module)
 
     def apply_rotary_pos_emb(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *args: Any, **kwargs: Any) -> Any:
         current = getattr(module, _NAME)
@@ -71,10 +94,16 @@ def _is_usual(q: Any, k: Any, cos: Any, sin: Any) -> bool:
         and why_not(q.device) is None
         and q.dim() == 4
         and k.dtype is q.dtype
-        and cos.dtype in FLOAT_DTYPES
+        and are_usual_angles(cos, sin, q.shape[0], *q.shape[2:])
+    )
+
+
+def are_usual_angles(cos: Any, sin: Any, batch: int, length: int, head_dim: int) -> bool:
+    return (
+        cos.dtype in FLOAT_DTYPES
         and cos.dim() == 3
-        and cos.shape[0] in (1, q.shape[0])
-        and cos.shape[1:] == q.shape[2:]
+        and cos.shape[0] in (1, batch)
+        and cos.shape[1:] == (length, head_dim)
         and sin.shape == cos.shape
         and sin.dtype is cos.dtype
         and not (cos.requires_grad or sin.requires_grad)

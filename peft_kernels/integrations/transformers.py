@@ -5,9 +5,7 @@ A mask function that is missing from the second registry would have transformers
 
 from __future__ import annotations
 
-import importlib
 import inspect
-import sys
 from typing import Any
 
 import torch
@@ -17,8 +15,9 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import prepare_padding_mask, sdpa_mask
 
 from ..ops.ia3_attention import ia3_attention
-from .registry import FusedLayer, register, why_not_input
-from .rotary import with_fused_rotary
+from .lookalike import Lookalike, form
+from .registry import why_not_input
+from .rotary import is_usual_rotary, with_fused_rotary
 
 # The attention implementation's name in transformers' registries and configurations.
 NAME = "peft_kernels"
@@ -26,17 +25,6 @@ NAME = "peft_kernels"
 # It travels with the call and not by the modules' state, so that a layer that is run again for gradient checkpointing
 # has the same, whatever has been called since.
 PREFIX = "peft_kernels_prefix"
-
-# The attention classes that can be fused: model type -> class.
-_ATTENTION = {
-    "bert": "BertSelfAttention",
-    "gpt2": "GPT2Attention",
-    "llama": "LlamaAttention",
-    "mistral": "MistralAttention",
-    "opt": "OPTAttention",
-    "qwen2": "Qwen2Attention",
-    "qwen3": "Qwen3Attention",
-}
 
 
 # ---- The attention function ---------------------------------------------------------------------------------------
@@ -179,7 +167,7 @@ AttentionMaskInterface.register(NAME, mask)
 # ---- The attention layers -----------------------------------------------------------------------------------------
 
 
-class FusedAttention(FusedLayer):
+class FusedAttention(Lookalike):
     """The stock layer, with flash-style attention; transformers looks the function up in the model's configuration.
     Where the layer rotates its queries and keys, that is one operation.
 
@@ -213,22 +201,64 @@ class FusedAttention(FusedLayer):
         dropout = dropout.p if isinstance(dropout, nn.Dropout) else dropout
         return f"attention dropout of {dropout}" if self.training and dropout > 0 else None
 
+    @classmethod
+    def fits(cls, stock: type) -> bool:
+        return super().fits(stock) and is_usual_rotary(stock)
 
-def register_loaded() -> None:
-    """Registers the attention classes of the models that have been imported by now."""
-    for model_type, name in _ATTENTION.items():
-        if name not in globals() and f"transformers.models.{model_type}.modeling_{model_type}" in sys.modules:
-            __getattr__(name)
+    @classmethod
+    def members(cls, stock: type) -> dict[str, Any]:
+        forward = with_fused_rotary(stock.forward)
+        return {"forward": forward} if forward else {}
 
 
-def __getattr__(name: str) -> type:
-    # Also when a pickled model asks for its layers' class.
-    for model_type, attention_class in _ATTENTION.items():
-        if name == attention_class:
-            stock = getattr(importlib.import_module(f"transformers.models.{model_type}.modeling_{model_type}"), name)
-            members = {"__doc__": FusedAttention.__doc__, "__module__": __name__}
-            if forward := with_fused_rotary(stock.forward):
-                members["forward"] = forward
-            globals()[name] = register(type(name, (FusedAttention, stock), members))
-            return globals()[name]
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+@form
+class FusedBertAttention(FusedAttention):
+    __doc__ = FusedAttention.__doc__
+    model, class_name = "bert", "BertSelfAttention"
+
+
+@form
+class FusedGPT2Attention(FusedAttention):
+    __doc__ = FusedAttention.__doc__
+    model, class_name = "gpt2", "GPT2Attention"
+
+
+@form
+class FusedOPTAttention(FusedAttention):
+    __doc__ = FusedAttention.__doc__
+    model, class_name = "opt", "OPTAttention"
+
+
+@form
+class FusedLlamaAttention(FusedAttention):
+    __doc__ = FusedAttention.__doc__
+    model, class_name = "llama", "LlamaAttention"
+
+    def window(self) -> int | None:
+        """How many positions back the layer sees, if that is limited."""
+        return None
+
+
+@form
+class FusedMistralAttention(FusedLlamaAttention):
+    __doc__ = FusedAttention.__doc__
+    model, class_name = "mistral", "MistralAttention"
+
+    def window(self) -> int | None:
+        return getattr(self.config, "sliding_window", None)
+
+
+@form
+class FusedQwen2Attention(FusedLlamaAttention):
+    __doc__ = FusedAttention.__doc__
+    model, class_name = "qwen2", "Qwen2Attention"
+
+    def window(self) -> int | None:
+        return self.sliding_window
+
+
+@form
+class FusedQwen3Attention(FusedQwen2Attention):
+    """The same, with norms of the queries' and the keys' heads."""
+
+    model, class_name = "qwen3", "Qwen3Attention"

@@ -11,7 +11,7 @@ from ._arguments import any_requires_grad, is_float
 
 # Milliseconds of ours and torch's, in bf16 on two cores with AVX-512, for a weight of 4096 x 4096 and 1, 4, 8, 16 rows:
 # 0.58 / 1.11, 0.75 / 0.98, 1.17 / 1.21, 2.06 / 1.44. For 49152 x 576: 0.82 / 2.14, 0.86 / 2.57, 1.62 / 2.95, 3.2 / 3.5.
-_FEW_ROWS = 8
+FEW_ROWS = 8
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -27,7 +27,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     Returns:
         [..., N]; for few rows, sums of fp32 products, rounded once.
     """
-    few = x.is_cpu and x.dim() > 0 and x.numel() <= _FEW_ROWS * x.shape[-1]
+    few = x.is_cpu and x.dim() > 0 and x.numel() <= FEW_ROWS * x.shape[-1]
     if (
         few
         and is_float(x)

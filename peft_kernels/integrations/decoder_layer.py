@@ -1,0 +1,211 @@
+"""The decoder layers of transformers' Llama and its like, in inference.
+
+A decoding model calls some twenty modules and operations a layer, each for microseconds of work. Here a layer is two
+operations, with the cache and the attention between them. Whatever its modules would do differently (hooks, adapters of
+other kinds, gradients, many tokens of dense layers) takes the stock layer's forward, which calls them one by one.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache
+
+from ..ops.decoder_layer import Norm, Projection, Projections, after_attention, before_attention
+from ..ops.linear import FEW_ROWS
+from .linear import NO_ADAPTERS, Adaptable, dense_product, parameter, watch_dense, why_not_skip
+from .lookalike import Lookalike, form
+from .registry import FusedLayer, fused_form, why_not_input
+from .rotary import are_usual_angles, has_stock_rotary
+from .transformers import NAME, FusedLlamaAttention, attention
+from .transformers_layers import ACTIVATIONS, FusedGatedMLP, FusedRMSNorm, why_not_activation, why_not_both
+from .watch import Watch
+
+_PARTS = ("input_layernorm", "self_attn", "post_attention_layernorm", "mlp")
+
+
+class _UnsuitedError(Exception):
+    """A layer's modules have to be called one by one."""
+
+
+class _Plan(NamedTuple):
+    """A layer's two operations, for inputs of one dtype and for as long as what they are made of stays as it is."""
+
+    before: Callable[..., tuple[Tensor, Tensor, Tensor]]
+    after: Callable[..., Tensor]
+    dtype: torch.dtype
+    most_rows: float
+    watch: Watch
+
+
+@form
+class FusedDecoderLayer(Lookalike):
+    """The stock layer; without gradients on the CPU, two operations with its attention between them.
+
+    There a sum with the residual is rounded once, with the product that is added to it. Dense layers take a few tokens.
+    """
+
+    model, class_name = "llama", "LlamaDecoderLayer"
+    own_state = ("_plan",)
+    _plan: _Plan | None = None
+
+    @classmethod
+    def applies(cls, layer: nn.Module) -> bool:
+        attention_class = type(layer.self_attn)
+        return issubclass(fused_form(attention_class) or attention_class, FusedLlamaAttention)
+
+    def prepare(self) -> str:
+        return "for inference"
+
+    def why_stock(self) -> str | None:
+        for name in _PARTS:
+            part = getattr(self, name)
+            if not isinstance(part, FusedLayer):
+                return f"its {name} is not fused"
+            if reason := why_not_skip(part) or part.why_stock():
+                return f"its {name} has {reason}"
+        return None if self.input_layernorm.weight.is_cpu else "it is for the CPU"
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        plan = None if args else self._plan_for(hidden_states, **kwargs)
+        if plan is None:
+            return super().forward(hidden_states, *args, **kwargs)
+        layer = self._modules["self_attn"]
+        cos, sin = kwargs.pop("position_embeddings")
+        mask, cache = kwargs.pop("attention_mask", None), _cache_of(kwargs)
+        q, k, v = plan.before(hidden_states, cos=cos, sin=sin)
+        if cache is not None:
+            k, v = cache.update(k, v, layer.layer_idx)
+        window = layer.window()
+        attended, _ = attention(layer, q, k, v, mask, scaling=layer.scaling, sliding_window=window, **kwargs)
+        return plan.after(hidden_states, attended.flatten(2))
+
+    def _plan_for(
+        self, x: Tensor, position_embeddings: tuple[Tensor, Tensor] | None = None, **kwargs: Any
+    ) -> _Plan | None:
+        """How the layer's output is made; None where its modules have to be called."""
+        layer = self._modules["self_attn"]
+        if not (
+            _suits(x)
+            and isinstance(layer, FusedLlamaAttention)
+            and not layer.training  # when it may have dropout
+            and type(_cache_of(kwargs)) in (DynamicCache, type(None))
+            and position_embeddings is not None
+            and are_usual_angles(*position_embeddings, *x.shape[:2], layer.head_dim)
+            and position_embeddings[0].dtype is x.dtype
+            and layer.config._attn_implementation == NAME
+            and has_stock_rotary(type(layer).stock)
+        ):
+            return None
+        if self._plan is None or self._plan.dtype is not x.dtype or not self._plan.watch.holds():
+            try:
+                self._plan = self._make_plan(x)
+            except _UnsuitedError:
+                self._plan = None
+        plan = self._plan
+        return None if plan is None or x.numel() > plan.most_rows * x.shape[2] else plan
+
+    def _make_plan(self, x: Tensor) -> _Plan:
+        """For x, and for all that is like it.
+
+        Raises:
+            _UnsuitedError: it would not be all that the modules do.
+        """
+        watch = Watch()
+        norm, layer, norm_after, mlp = parts = [self._modules[name] for name in _PARTS]
+        if not isinstance(mlp, FusedGatedMLP) or why_not_activation(mlp.act_fn):
+            raise _UnsuitedError
+        watch.items(self._modules, *_PARTS)
+        watch.items(mlp._modules, "act_fn")
+        for module in (*parts, mlp.act_fn):
+            _skip(module, watch)
+        norm, norm_after = _norm(norm, x, watch), _norm(norm_after, x, watch)
+        heads = [_norm(getattr(layer, name), x, watch) for name in ("q_norm", "k_norm") if hasattr(layer, name)]
+        if any(of_heads[1:] != norm[1:] for of_heads in heads):
+            raise _UnsuitedError
+        weights = dict(zip(("q_norm", "k_norm"), (of_heads.weight for of_heads in heads), strict=False))
+        qkv = _projections(layer, ("q_proj", "k_proj", "v_proj"), x, watch)
+        others = _projections(layer, ("o_proj",), x, watch)
+        others += _projections(mlp, ("gate_proj", "up_proj", "down_proj"), x, watch)
+        try:
+            qkv, others = Projections(qkv), Projections(others)
+        except ValueError as error:
+            raise _UnsuitedError from error
+        before = partial(before_attention, norm=norm, projections=qkv, head_dim=layer.head_dim, **weights)
+        activation = ACTIVATIONS[type(mlp.act_fn)]
+        after = partial(after_attention, norm=norm_after, projections=others, activation=activation)
+        # Milliseconds of SmolLM2's modules in 4 bits and of the operations, for so many tokens after a prompt: 15.5 and
+        # 9.0 (1), 20.8 and 14.4 (8), 43.6 and 36.1 (64), 118 and 94 (256), 235 and 205 (512).
+        most_rows = FEW_ROWS if qkv.dense or others.dense else math.inf
+        return _Plan(before, after, x.dtype, most_rows, watch)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy's plan would be of the original's weights.
+        return {name: value for name, value in vars(self).items() if name not in self.own_state}
+
+
+def _cache_of(kwargs: dict[str, Any]) -> Any:
+    """The cache, whose argument transformers has given another name."""
+    cache = kwargs.get("cache")
+    return kwargs.get("past_key_values") if cache is None else cache
+
+
+def _suits(x: Tensor) -> bool:
+    """Whether x is what the operations are for."""
+    return (
+        not torch.is_grad_enabled()
+        and why_not_input(x) is None
+        and x.is_cpu
+        and x.dim() == 3
+        and x.numel() > 0
+        and not torch._C._is_any_autocast_enabled()
+        and not torch.compiler.is_compiling()
+    )
+
+
+def _skip(module: nn.Module, watch: Watch) -> None:
+    """Sees to it that nothing is left out by not calling a module."""
+    if why_not_skip(module):
+        raise _UnsuitedError
+    watch.module(module)
+
+
+def _norm(layer: nn.Module, x: Tensor, watch: Watch) -> Norm:
+    if not isinstance(layer, FusedRMSNorm):
+        raise _UnsuitedError
+    _skip(layer, watch)
+    weight = parameter(layer, "weight")
+    if why_not_both(x, weight) or layer.out_dtype(x, weight) is not x.dtype:
+        raise _UnsuitedError
+    watch.items(layer._parameters, "weight")
+    watch.attributes(layer, layer.eps_name)
+    return Norm(weight, getattr(layer, layer.eps_name), layer.offset)
+
+
+def _projections(block: nn.Module, names: Sequence[str], x: Tensor, watch: Watch) -> list[Projection]:
+    watch.items(block._modules, *names)
+    return [_projection(block._modules[name], x, watch) for name in names]
+
+
+def _projection(layer: nn.Module, x: Tensor, watch: Watch) -> Projection:
+    """What a linear layer and its adapters do, for input of x's kind."""
+    _skip(layer, watch)
+    if x.shape[-1] != layer.in_features:
+        x = x.new_empty((0, layer.in_features))
+    if isinstance(layer, Adaptable):
+        found = layer.adapted_product(x)
+        layer.watch(watch)
+    else:
+        found = dense_product(layer, x), NO_ADAPTERS
+        watch_dense(layer, watch)
+    if isinstance(found, str) or isinstance(found[0], str):
+        raise _UnsuitedError
+    (weight, bias, *dtypes), (lora_A, lora_B, scaling, dropout) = found
+    if any(dropout) or any(dtype is not x.dtype for dtype in dtypes):
+        raise _UnsuitedError
+    return Projection(weight, bias, lora_A, lora_B, scaling)

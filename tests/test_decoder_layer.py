@@ -1,0 +1,501 @@
+"""The decoder_layer family against fp64, and models that decode with it: which do, and what they look out for."""
+
+import copy
+import inspect
+import pickle
+
+import bitsandbytes as bnb
+import pytest
+import tolerances
+import torch
+from comparison import DTYPES, assert_close, error, short
+from peft import IA3Config, LoraConfig, get_peft_model
+from peft_models import randomize
+from tiny_models import SAME_STEP, tiny
+from torch import nn
+from transformers import DynamicCache, LlamaModel, StaticCache
+
+import peft_kernels
+from peft_kernels.integrations import decoder_layer as integration
+from peft_kernels.ops import quantize_4bit
+from peft_kernels.ops.decoder_layer import Norm, Projection, Projections, after_attention, before_attention
+from peft_kernels.testing.reference import decoder_layer as oracle
+
+# Newer versions of transformers have another name for it.
+CACHE = "cache" if "cache" in inspect.signature(LlamaModel.forward).parameters else "past_key_values"
+
+MODELS = ["llama", "mistral", "qwen2", "qwen3"]
+HIDDEN, INNER, HEAD_DIM = 128, 192, 32
+
+
+# ---- The operations -----------------------------------------------------------------------------------------------
+
+
+def make_projection(n, k, dtype, base="nf4", bias=False, ranks=(4,)):
+    weight = (torch.randn(n, k) / k**0.5).to(dtype)
+    if base != "dense":
+        weight = quantize_4bit(weight, quant_type="nf4", double_quant=base == "nested")
+    lora_A = [torch.randn(r, k) / k**0.5 for r in ranks]
+    lora_B = [torch.randn(n, r) for r in ranks]
+    b = torch.randn(n).to(dtype) if bias else None
+    return Projection(weight, b, lora_A, lora_B, [0.5] * len(ranks))
+
+
+def make_before(
+    batch=2, length=3, dtype=torch.float32, head_norms=False, heads=(4, 2, 2), channels=HEAD_DIM, **options
+):
+    """The arguments of before_attention, but projections as a list."""
+    cos, sin = torch.randn(2, batch, length, channels).to(dtype)
+    return {
+        "x": torch.randn(batch, length, HIDDEN).to(dtype),
+        "norm": Norm(1 + 0.2 * torch.randn(HIDDEN).to(dtype), 1e-5),
+        "projections": [make_projection(HEAD_DIM * count, HIDDEN, dtype, **options) for count in heads],
+        "head_dim": HEAD_DIM,
+        "cos": cos,
+        "sin": sin,
+        "q_norm": torch.rand(HEAD_DIM).to(dtype) if head_norms else None,
+        "k_norm": torch.rand(HEAD_DIM).to(dtype) if head_norms else None,
+    }
+
+
+def make_after(batch=2, length=3, dtype=torch.float32, activation="silu", **options):
+    shapes = ((HIDDEN, 4 * HEAD_DIM), (INNER, HIDDEN), (INNER, HIDDEN), (HIDDEN, INNER))
+    return {
+        "x": torch.randn(batch, length, HIDDEN).to(dtype),
+        "attended": torch.randn(batch, length, 4 * HEAD_DIM).to(dtype),
+        "norm": Norm(0.2 * torch.randn(HIDDEN).to(dtype), 1e-6, 1.0),
+        "projections": [make_projection(*shape, dtype, **options) for shape in shapes],
+        "activation": activation,
+    }
+
+
+def given(arguments):
+    return arguments | {"projections": Projections(arguments["projections"])}
+
+
+VARIANTS = {
+    "nf4": {},
+    "double-quantised": {"base": "nested", "bias": True},
+    "no-adapters": {"ranks": ()},
+    "two-adapters": {"ranks": (4, 17), "length": 1},
+    "dense": {"base": "dense", "bias": True, "batch": 1},
+    "dense-no-adapters": {"base": "dense", "ranks": (), "length": 4},
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=short)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_before_attention(cpu_isa, variant, dtype):
+    arguments = make_before(dtype=dtype, head_norms=variant in ("nf4", "dense"), **VARIANTS[variant])
+    outs = before_attention(**given(arguments))
+    # Rounded: the norm, the projection, the norm of the heads, and the result.
+    for name, out, wanted in zip("qkv", outs, oracle.before_attention(**arguments), strict=True):
+        assert out.dtype is dtype and out.transpose(1, 2).is_contiguous()
+        assert_close(out, wanted, 3 * tolerances.product(dtype, dtype), name)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=short)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_after_attention(cpu_isa, variant, dtype):
+    arguments = make_after(dtype=dtype, **VARIANTS[variant])
+    y = after_attention(**given(arguments))
+    assert y.dtype is dtype
+    assert_close(y, oracle.after_attention(**arguments), 3 * tolerances.product(dtype, dtype))
+
+
+def test_other_sizes():
+    """One head of each, angles for a part of its channels that are the same for the whole batch, another activation."""
+    arguments = make_before(heads=(1, 1, 1), channels=10)
+    arguments |= {name: arguments[name][:1] for name in ("cos", "sin")}
+    for out, wanted in zip(before_attention(**given(arguments)), oracle.before_attention(**arguments), strict=True):
+        assert_close(out, wanted, tolerances.FP32_SUM)
+    arguments = make_after(activation="gelu_tanh")
+    assert_close(after_attention(**given(arguments)), oracle.after_attention(**arguments), tolerances.FP32_SUM)
+
+
+def test_empty():
+    for out in before_attention(**given(make_before(batch=0))):
+        assert out.shape[0] == 0 and out.shape[2:] == (3, HEAD_DIM)
+    assert after_attention(**given(make_after(length=0))).shape == (2, 0, HIDDEN)
+
+
+def test_strides():
+    before, after = make_before(), make_after()
+    spread = {"x": before["x"].transpose(0, 1).contiguous().transpose(0, 1)}
+    for out, wanted in zip(before_attention(**given(before | spread)), before_attention(**given(before)), strict=True):
+        assert torch.equal(out, wanted)
+    spread = {"attended": after["attended"].transpose(1, 2).contiguous().transpose(1, 2)}
+    assert torch.equal(after_attention(**given(after | spread)), after_attention(**given(after)))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"x": torch.ones(2, HIDDEN)}, r"x: got float32 \[2, 128\], wanted a tensor \[B, S, K\]"),
+        ({"x": torch.ones(2, 3, 64)}, r"norm: got float32 \[128\], wanted float32 with 64 elements"),
+        (
+            {"head_dim": 48},
+            "projections: got 128 features, wanted as out_features says, and a multiple of head_dim, 48",
+        ),
+        ({"norm": Norm(torch.ones(4))}, r"norm: got float32 \[4\], wanted float32 with 128 elements"),
+        ({"cos": torch.ones(2, 3, 7)}, r"cos: got float32 \[2, 3, 7\], wanted \[B or 1, S, R\] with an even R"),
+        ({"k_norm": torch.ones(3)}, r"k_norm: got float32 \[3\], wanted float32 with 32 elements"),
+    ],
+    ids=["x", "width", "head_dim", "norm", "cos", "k_norm"],
+)
+def test_bad_arguments(change, message):
+    with pytest.raises(ValueError, match=message):
+        before_attention(**given(make_before() | change))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"attended": torch.ones(2, 3, 128).half()}, r"attended: got float16 \[6, 128\], wanted float32"),
+        ({"attended": torch.ones(2, 3, 96)}, "projections: got one of 128 features, wanted 96 features"),
+        ({"activation": "relu2"}, "activation: got 'relu2', wanted one of none"),
+        ({"x": torch.ones(2, 3, 128, requires_grad=True)}, "x: got one that requires a gradient"),
+    ],
+    ids=["dtype", "width", "activation", "gradient"],
+)
+def test_bad_arguments_after_attention(change, message):
+    with pytest.raises(ValueError, match=message):
+        after_attention(**given(make_after() | change))
+
+
+def test_bad_projections():
+    before, after = make_before(), make_after()
+    q, k, _ = before["projections"]
+    _, gate, up, down = after["projections"]
+    with pytest.raises(ValueError, match=r"projections: got uint8 \[\d+\], wanted 3 of decoder_layer_projections"):
+        before_attention(**given(before | {"projections": [q, k]}))
+    with pytest.raises(ValueError, match=r"projections: got \[192, 192, 192, 128\] features, wanted K, N, N, K with"):
+        after_attention(**given(after | {"projections": [gate, gate, up, down]}))
+    with pytest.raises(ValueError, match=r"lora_B: got shape \[64, 4\], wanted \[128, 4\]"):
+        Projections([q._replace(lora_B=k.lora_B)])
+    with pytest.raises(ValueError, match=r"lora_A: got strides \[1, 4\], wanted dense rows"):
+        Projections([q._replace(lora_A=[q.lora_A[0].T.contiguous().T])])
+    with pytest.raises(ValueError, match="projections: got dense weights, wanted bfloat16, as x"):
+        dense = make_before(base="dense")
+        before_attention(**given(dense | {"x": dense["x"].bfloat16()}))
+    with pytest.raises(ValueError, match="projections: got none"):
+        Projections([])
+
+
+def test_projections_keep_memory():
+    arguments = make_after()
+    projections = Projections(arguments["projections"])
+    wanted = after_attention(**arguments | {"projections": projections})
+    for projection in arguments["projections"]:
+        for matrix in projection.lora_A:
+            matrix.data = torch.zeros_like(matrix)
+    assert torch.equal(after_attention(**arguments | {"projections": projections}), wanted)
+
+
+def test_projections_that_differ():
+    nf4, nested, dense = (make_projection(8, 64, torch.float32, base) for base in ("nf4", "nested", "dense"))
+    biased = make_projection(8, 64, torch.float32, bias=True)
+    for other in (nested, dense, biased):
+        with pytest.raises(ValueError, match="projections: got some of another format than others"):
+            Projections([nf4, nf4, other])
+
+
+@pytest.mark.parametrize("base", ["nested", "dense"])
+def test_opcheck(base):
+    ops = torch.ops.peft_kernels
+    arguments = given(make_before(base=base))
+    projections = arguments["projections"]
+    rest = (projections.packed, projections.out_features, HEAD_DIM, None, None, arguments["cos"], arguments["sin"])
+    torch.library.opcheck(ops.decoder_layer_before.default, (arguments["x"], *arguments["norm"], *rest))
+    arguments = given(make_after(base=base))
+    rest = (*arguments["norm"], arguments["projections"].packed, "silu")
+    torch.library.opcheck(ops.decoder_layer_after.default, (arguments["x"], arguments["attended"], *rest))
+
+
+# ---- Models -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """How often layers were computed by the operations."""
+    calls = []
+    stock = integration.after_attention
+    monkeypatch.setattr(
+        integration, "after_attention", lambda *args, **kwargs: calls.append(1) or stock(*args, **kwargs)
+    )
+    return calls
+
+
+def quantised(model, dtype=torch.float32):
+    """With bitsandbytes' layers in the place of its blocks' linear layers."""
+    for module in list(model.modules()):
+        for name, child in list(module.named_children()):
+            if type(child) is nn.Linear and name != "lm_head":
+                layer = bnb.nn.Linear4bit(
+                    child.in_features, child.out_features, child.bias is not None, dtype, quant_type="nf4"
+                )
+                layer.load_state_dict(child.state_dict())
+                layer.support_avx512bf16_for_cpu = False  # else stock would round its statistics to bf16
+                setattr(module, name, layer.to("cpu"))
+    model.is_loaded_in_4bit = True
+    return model
+
+
+def make(name="llama", base="4bit", lora=True, **config):
+    model = tiny(name, hidden=64, intermediate=128, **config)
+    for layer in model.modules():
+        if "Norm" in type(layer).__name__:
+            nn.init.normal_(layer.weight, 1, 0.2)
+    if base == "4bit":
+        model = quantised(model)
+    if lora:
+        model = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear", lora_dropout=0.1))
+        randomize(model)
+    return model.eval()
+
+
+def decode(model, steps=3, rows=2, prompt=12):
+    """The logits of some tokens, one by one after a prompt."""
+    generator = torch.Generator().manual_seed(3)
+    ids = torch.randint(3, 60, (rows, prompt + steps), generator=generator)
+    padding = torch.ones_like(ids)
+    padding[0, :3] = 0
+    cache, logits = DynamicCache(), []
+    with torch.no_grad():
+        for begin, end in [(0, prompt), *((i, i + 1) for i in range(prompt, prompt + steps))]:
+            out = model(ids[:, begin:end], attention_mask=padding[:, :end], **{CACHE: cache})
+            logits.append(out.logits[:, -1])
+    return torch.stack(logits)
+
+
+@pytest.mark.parametrize("lora", [True, False], ids=["lora", "no-lora"])
+@pytest.mark.parametrize("base", ["4bit", "dense"])
+@pytest.mark.parametrize("name", MODELS)
+def test_decodes_as_stock_does(name, base, lora, calls):
+    model = make(name, base, lora)
+    wanted = decode(model)
+    report = peft_kernels.accelerate(model)
+    rows = [layer for layer in report if layer.kind.endswith("DecoderLayer")]
+    assert [(layer.fused, layer.reason) for layer in rows] == [(True, "for inference")] * 2
+    assert error(decode(model), wanted) <= SAME_STEP
+    count = 2 * (4 if base == "4bit" else 3)  # dense layers leave the prompt to their modules
+    assert len(calls) == count
+    peft_kernels.restore(model)
+    assert torch.equal(decode(model), wanted) and len(calls) == count
+
+
+def test_error_in_bf16(calls):
+    """Against fp64."""
+    exact = make(base="dense").double()
+    model = copy.deepcopy(exact).bfloat16()
+    exact.load_state_dict(model.state_dict())
+    wanted, stock = decode(exact), decode(model)
+    peft_kernels.accelerate(model)
+    ours = decode(model)
+    assert ours.dtype is stock.dtype and len(calls) == 6
+    assert error(ours, wanted) <= tolerances.VERSUS_STOCK * error(stock, wanted)
+
+
+def test_generation(calls):
+    model = make(base="dense")
+    ids = torch.randint(3, 60, (2, 12))
+    options = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False}
+    wanted = model.generate(input_ids=ids, **options)
+    peft_kernels.accelerate(model)
+    assert torch.equal(model.generate(input_ids=ids, **options), wanted) and len(calls) == 14
+
+
+def test_window(calls):
+    model = make("mistral", sliding_window=4)
+    wanted = decode(model)
+    peft_kernels.accelerate(model)
+    assert error(decode(model), wanted) <= SAME_STEP and len(calls) == 8
+
+
+def layers_of(model):
+    return model.get_base_model().model.layers
+
+
+def lora_of(model):
+    return layers_of(model)[1].mlp.down_proj
+
+
+def _replace_weight(model):
+    layer = lora_of(model).lora_A["default"]
+    layer.weight = nn.Parameter(2 * layer.weight)
+
+
+def _change_base(model):
+    base = lora_of(model).base_layer
+    other = bnb.nn.Linear4bit(base.in_features, base.out_features, False, torch.float32, quant_type="nf4")
+    nn.init.normal_(other.weight, std=0.1)
+    base.weight = other.to("cpu").weight
+
+
+def _change_memory(model):
+    weight = lora_of(model).base_layer.weight
+    weight.data = torch.randint_like(weight.data, 256)
+
+
+def _new_adapter(model):
+    model.add_adapter("other", LoraConfig(r=2, target_modules="all-linear"))
+    randomize(model)
+    model.set_adapter("other")
+
+
+def _dora(model):
+    model.add_adapter("other", LoraConfig(r=2, target_modules=r".*layers\.1\.mlp\.down_proj", use_dora=True))
+    model.set_adapter("other")
+
+
+def _double(module, args, out):
+    return 2 * out
+
+
+CHANGES = {
+    "adapter": _new_adapter,
+    "dora": _dora,
+    "disabled": lambda model: model.base_model.disable_adapter_layers(),
+    "merged": lambda model: model.merge_adapter(),
+    "scale": lambda model: lora_of(model).scale_layer(3.0),
+    "weight of A": _replace_weight,
+    "memory of A": lambda model: setattr(
+        lora_of(model).lora_A["default"].weight, "data", 2 * lora_of(model).lora_A["default"].weight
+    ),
+    "numbers of A": lambda model: lora_of(model).lora_A["default"].weight.data.mul_(2),
+    "weight of the base": _change_base,
+    "memory of the base": _change_memory,
+    "weight of a norm": lambda model: setattr(
+        layers_of(model)[0].input_layernorm, "weight", nn.Parameter(torch.ones(64))
+    ),
+    "eps": lambda model: setattr(layers_of(model)[1].post_attention_layernorm, "variance_epsilon", 1.0),
+    "activation": lambda model: setattr(layers_of(model)[0].mlp, "act_fn", nn.ReLU()),
+    "projection": lambda model: setattr(layers_of(model)[0].self_attn, "v_proj", nn.Linear(64, 32, bias=False)),
+    "block": lambda model: setattr(layers_of(model)[0], "mlp", nn.Identity()),
+    "hook on A": lambda model: lora_of(model).lora_A["default"].register_forward_hook(_double),
+    "hook on a layer": lambda model: layers_of(model)[0].self_attn.k_proj.register_forward_hook(_double),
+    "hook on a block": lambda model: layers_of(model)[0].mlp.register_forward_hook(_double),
+    "hook on a norm": lambda model: layers_of(model)[0].input_layernorm.register_forward_pre_hook(
+        lambda module, args: (args[0] + 1,)
+    ),
+    "forward": lambda model: setattr(
+        lora_of(model).lora_B["default"], "forward", lambda x: torch.zeros(*x.shape[:-1], 64)
+    ),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_sees_what_changes(change, calls):
+    """After having decoded, so that the layers have their plans."""
+    model = make()
+    ours = copy.deepcopy(model)
+    before = decode(model)
+    peft_kernels.accelerate(ours)
+    assert error(decode(ours), before) <= SAME_STEP
+    for changed in (model, ours):
+        torch.manual_seed(5)
+        CHANGES[change](changed)
+    wanted = decode(model)
+    assert error(wanted, before) > 10 * SAME_STEP
+    calls.clear()
+    assert error(decode(ours), wanted) <= SAME_STEP
+    assert calls  # the other layer's, at least
+
+
+def test_changes_that_are_undone(calls):
+    model = make()
+    peft_kernels.accelerate(model)
+    wanted = decode(model)
+    handle = lora_of(model).register_forward_hook(_double)
+    assert error(decode(model), wanted) > 10 * SAME_STEP
+    handle.remove()
+    calls.clear()
+    assert torch.equal(decode(model), wanted) and len(calls) == 8
+    with model.disable_adapter():
+        assert error(decode(model), wanted) > 10 * SAME_STEP
+    assert torch.equal(decode(model), wanted)
+    model.merge_adapter()
+    model.unmerge_adapter()
+    assert torch.equal(decode(model), wanted)
+
+
+def test_restored_in_part(calls):
+    model = make()
+    wanted = decode(model)
+    peft_kernels.accelerate(model)
+    decode(model)
+    peft_kernels.restore(layers_of(model)[0].mlp)
+    calls.clear()
+    assert error(decode(model), wanted) <= SAME_STEP and len(calls) == 4
+
+
+def test_copies_and_pickles(calls):
+    model = make()
+    peft_kernels.accelerate(model)
+    wanted = decode(model)
+    copies = copy.deepcopy(model), pickle.loads(pickle.dumps(model))
+    nn.init.zeros_(lora_of(model).lora_B["default"].weight)
+    for copied in copies:
+        calls.clear()
+        assert "_plan" not in vars(layers_of(copied)[0])
+        assert torch.equal(decode(copied), wanted) and len(calls) == 8
+
+
+@pytest.mark.parametrize(
+    "change", ["gradients", "autocast", "training", "tokens", "static cache", "attention", "angles"]
+)
+def test_left_to_the_modules(change, calls):
+    model = make(base="dense" if change == "tokens" else "4bit")
+    peft_kernels.accelerate(model)
+    ids = torch.randint(3, 60, (2, 5 if change == "tokens" else 1))
+    options = {}
+    if change == "training":
+        model.train()
+    if change == "static cache":
+        options[CACHE] = StaticCache(config=model.config, max_cache_len=20)
+    if change == "attention":
+        model.set_attn_implementation("eager")
+    if change == "angles":
+        embedding = model.get_base_model().model.rotary_emb
+        embedding.register_forward_hook(lambda module, args, out: tuple(angles.half() for angles in out))
+    with (
+        torch.set_grad_enabled(change == "gradients"),
+        torch.autocast("cpu", torch.bfloat16, enabled=change == "autocast"),
+    ):
+        model(ids, **options)
+    assert not calls
+
+
+def test_other_adapters_are_left_to_the_modules(calls):
+    model = get_peft_model(
+        make(lora=False), IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"])
+    )
+    model.eval()
+    wanted = decode(model)
+    peft_kernels.accelerate(model)
+    assert error(decode(model), wanted) <= SAME_STEP and not calls
+
+
+def test_layers_that_were_patched(monkeypatch, calls):
+    from transformers.models.llama import modeling_llama
+
+    model = make()
+    peft_kernels.accelerate(model)
+    wanted = decode(model)
+    stock = modeling_llama.apply_rotary_pos_emb
+    monkeypatch.setattr(
+        modeling_llama, "apply_rotary_pos_emb", lambda q, k, *args, **kwargs: stock(q, k, *args, **kwargs)
+    )
+    calls.clear()
+    assert error(decode(model), wanted) <= SAME_STEP and not calls
+
+
+def test_reasons():
+    model = make()
+    layers_of(model)[0].mlp.register_forward_hook(_double)
+    layers_of(model)[1].mlp.act_fn = nn.Softplus()
+    report = peft_kernels.accelerate(model)
+    assert [layer.reason for layer in report if layer.kind.endswith("DecoderLayer")] == [
+        "its mlp has hooks",
+        "its mlp has its activation is a Softplus",
+    ]

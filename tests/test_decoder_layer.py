@@ -419,12 +419,13 @@ def test_changes_that_are_undone(calls):
     assert torch.equal(decode(model), wanted)
 
 
-def test_restored_in_part(calls):
+@pytest.mark.parametrize("part", ["mlp", "mlp.down_proj", "mlp.down_proj.base_layer", "input_layernorm"])
+def test_restored_in_part(part, calls):
     model = make()
     wanted = decode(model)
     peft_kernels.accelerate(model)
     decode(model)
-    peft_kernels.restore(layers_of(model)[0].mlp)
+    peft_kernels.restore(layers_of(model)[0].get_submodule(part))
     calls.clear()
     assert error(decode(model), wanted) <= SAME_STEP and len(calls) == 4
 
@@ -499,3 +500,28 @@ def test_reasons():
         "its mlp has hooks",
         "its mlp has its activation is a Softplus",
     ]
+
+
+def test_norms_that_change_dtype(calls):
+    """As PEFT's prepare_model_for_kbit_training changes them, in place."""
+    model = make(base="dense").bfloat16()
+    for layer in model.modules():
+        for matrices in (getattr(layer, name, None) for name in ("lora_A", "lora_B")):
+            if matrices is not None:
+                matrices.float()
+    ours = copy.deepcopy(model)
+    peft_kernels.accelerate(ours)
+    decode(ours)
+    assert calls
+    calls.clear()
+    for changed in (model, ours):
+        for layer in changed.modules():
+            if "Norm" in type(layer).__name__:
+                layer.float()
+    with torch.autocast("cpu", torch.bfloat16):
+        decode(ours)
+    with pytest.raises(RuntimeError, match="dtype"):
+        decode(model)
+    with pytest.raises(RuntimeError, match="dtype"):
+        decode(ours)
+    assert not calls

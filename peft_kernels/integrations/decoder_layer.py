@@ -182,7 +182,7 @@ def _norm(layer: nn.Module, x: Tensor, watch: Watch) -> Norm:
     weight = parameter(layer, "weight")
     if why_not_both(x, weight) or layer.out_dtype(x, weight) is not x.dtype:
         raise _UnsuitedError
-    watch.items(layer._parameters, "weight")
+    watch.parameters(layer, "weight")
     watch.attributes(layer, layer.eps_name)
     return Norm(weight, getattr(layer, layer.eps_name), layer.offset)
 
@@ -197,15 +197,14 @@ def _projection(layer: nn.Module, x: Tensor, watch: Watch) -> Projection:
     _skip(layer, watch)
     if x.shape[-1] != layer.in_features:
         x = x.new_empty((0, layer.in_features))
-    if isinstance(layer, Adaptable):
-        found = layer.adapted_product(x)
-        layer.watch(watch)
-    else:
-        found = dense_product(layer, x), NO_ADAPTERS
-        watch_dense(layer, watch)
+    found = layer.adapted_product(x) if isinstance(layer, Adaptable) else (dense_product(layer, x), NO_ADAPTERS)
     if isinstance(found, str) or isinstance(found[0], str):
         raise _UnsuitedError
     (weight, bias, *dtypes), (lora_A, lora_B, scaling, dropout) = found
     if any(dropout) or any(dtype is not x.dtype for dtype in dtypes):
         raise _UnsuitedError
+    if isinstance(layer, Adaptable):
+        layer.watch(watch)
+    else:
+        watch_dense(layer, watch)
     return Projection(weight, bias, lora_A, lora_B, scaling)

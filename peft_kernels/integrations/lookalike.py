@@ -48,7 +48,7 @@ class Lookalike(FusedLayer):
     def made_for(cls, stock: type) -> type:
         """The fused class of a stock class. Its qualified name leads `__getattr__` back to the stock class, when a
         pickled model asks for it."""
-        members = {"__doc__": cls.__doc__, "__module__": __name__, **cls.members(stock)}
+        members = {"__doc__": inspect.getdoc(cls), "__module__": __name__, **cls.members(stock)}
         made = type(stock.__name__, (cls, stock), members)
         made.__qualname__ = f"{stock.__module__.replace('.', '/')}:{stock.__qualname__}"
         globals()[made.__qualname__] = made

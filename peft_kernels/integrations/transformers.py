@@ -213,25 +213,21 @@ class FusedAttention(Lookalike):
 
 @form
 class FusedBertAttention(FusedAttention):
-    __doc__ = FusedAttention.__doc__
     model, class_name = "bert", "BertSelfAttention"
 
 
 @form
 class FusedGPT2Attention(FusedAttention):
-    __doc__ = FusedAttention.__doc__
     model, class_name = "gpt2", "GPT2Attention"
 
 
 @form
 class FusedOPTAttention(FusedAttention):
-    __doc__ = FusedAttention.__doc__
     model, class_name = "opt", "OPTAttention"
 
 
 @form
 class FusedLlamaAttention(FusedAttention):
-    __doc__ = FusedAttention.__doc__
     model, class_name = "llama", "LlamaAttention"
 
     def window(self) -> int | None:
@@ -241,7 +237,6 @@ class FusedLlamaAttention(FusedAttention):
 
 @form
 class FusedMistralAttention(FusedLlamaAttention):
-    __doc__ = FusedAttention.__doc__
     model, class_name = "mistral", "MistralAttention"
 
     def window(self) -> int | None:
@@ -250,7 +245,6 @@ class FusedMistralAttention(FusedLlamaAttention):
 
 @form
 class FusedQwen2Attention(FusedLlamaAttention):
-    __doc__ = FusedAttention.__doc__
     model, class_name = "qwen2", "Qwen2Attention"
 
     def window(self) -> int | None:

@@ -56,6 +56,14 @@ inline Tensor empty(const Tensor& like, Sizes sizes, ScalarType dtype) {
     return tensor;
 }
 
+// The memory of a tensor as one of other sizes.
+inline Tensor reinterpreted(const Tensor& tensor, Sizes sizes, Sizes strides) {
+    AtenTensorHandle handle;
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(tensor.get(), static_cast<int64_t>(sizes.size()),
+                                                                 sizes.data(), strides.data(), 0, &handle));
+    return Tensor(handle);
+}
+
 // A tensor [..., columns] as a matrix with dense rows: itself or a view where it has them, else a copy.
 inline Tensor as_rows(const Tensor& tensor, const char* name) {
     const int64_t dimensions = tensor.dim();
@@ -70,10 +78,7 @@ inline Tensor as_rows(const Tensor& tensor, const char* name) {
     if (dimensions == 2) return dense;
     int64_t rows = 1;
     for (int64_t i = 0; i < dimensions - 1; ++i) rows *= tensor.size(i);
-    const int64_t sizes[] = {rows, columns}, strides[] = {std::max<int64_t>(1, columns), 1};
-    AtenTensorHandle handle;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(dense.get(), 2, sizes, strides, 0, &handle));
-    return Tensor(handle);
+    return reinterpreted(dense, {rows, columns}, {std::max<int64_t>(1, columns), 1});
 }
 
 // The sizes of a result [..., columns] for a tensor [..., k].

@@ -177,10 +177,10 @@ Tensor pack(const Tensors& weights, const Tensors& absmax, const Tensors& nested
             const auto begin = list.begin() + w.first_adapter;
             return std::decay_t<decltype(list)>(begin, begin + w.num_adapters);
         };
+        // check_adapters would make a copy of other matrices, which would not outlive this call.
         for (const Tensors* matrices : {&lora_A, &lora_B})
             for (const Tensor& matrix : part(*matrices))
-                if (matrix.dim() == 2 && matrix.size(1) > 1 &&
-                    matrix.stride(1) != 1)  // a copy would not outlive the call
+                if (matrix.dim() == 2 && matrix.size(1) > 1 && matrix.stride(1) != 1)
                     bad_argument(matrices == &lora_A ? "lora_A" : "lora_B",
                                  "strides " + describe_shape(matrix.strides()), "dense rows: an inner stride of 1");
         const CheckedAdapters checked =
@@ -242,10 +242,7 @@ std::tuple<Tensor, Tensor, Tensor> before(const Tensor& given_x, const Tensor& n
         const int64_t n = w.n, heads = n / head_dim;
         const Tensor out = empty(x, {m, n}, dtype_of(x));
         const Matrix stored{out.mutable_data_ptr(), rows.dtype, n};
-        const int64_t sizes[] = {batch, heads, length, head_dim}, strides[] = {length * n, head_dim, n, 1};
-        AtenTensorHandle handle;
-        STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(out.get(), 4, sizes, strides, 0, &handle));
-        outs[i] = Tensor(handle);
+        outs[i] = reinterpreted(out, {batch, heads, length, head_dim}, {length * n, head_dim, n, 1});
         if (i == 2) {
             all.run(w, normed, m, {}, stored);
             break;

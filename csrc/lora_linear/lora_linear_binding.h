@@ -1,4 +1,4 @@
-// What the bindings of lora_linear and ia3_linear share: they launch the same kernels.
+// What the bindings of lora_linear, ia3_linear and decoder_layer share: they launch the same kernels.
 #pragma once
 
 #include <cmath>

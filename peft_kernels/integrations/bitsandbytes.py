@@ -5,8 +5,6 @@ Dettmers et al. 2023, "QLoRA: Efficient Finetuning of Quantized LLMs" (arXiv:230
 
 from __future__ import annotations
 
-from typing import Any
-
 import bitsandbytes as bnb
 import torch
 from bitsandbytes.functional import QuantState
@@ -17,14 +15,14 @@ from ..ops._arguments import autocast_dtype
 from ..ops.lora_linear import lora_linear_of_layer
 from ..ops.nf4 import NF4Weight
 from .linear import NO_ADAPTERS, Adaptable, Adapters, BaseProduct, parameter
-from .registry import FLOAT_DTYPES, mention, register, why_not_input
+from .registry import FLOAT_DTYPES, Caching, mention, register, why_not_input
 from .watch import Watch
 
 mention(bnb.nn.Linear4bit)
 mention(bnb.nn.Linear8bitLt)
 
 
-class Fused4bit(Adaptable):
+class Fused4bit(Caching, Adaptable):
     """`y = x dequant(W)ᵀ + b` in `compute_dtype`, returned in x's dtype, in training and evaluation alike."""
 
     own_state = ("_view",)
@@ -127,10 +125,6 @@ class Fused4bit(Adaptable):
         weight.data = codes.view(vars(quant_state).get("original_storage_type") or torch.uint8)
         weight.quant_state = self.quant_state = QuantState.from_dict(view.as_dict(), device=codes.device)
         return weight.quant_state
-
-    def __getstate__(self) -> dict[str, Any]:
-        # The view shares the weight's memory; a copy of it would not.
-        return {name: value for name, value in vars(self).items() if name not in self.own_state}
 
 
 def _shows(seen: QuantState, view: NF4Weight, weight: Tensor, quant_state: QuantState | None) -> bool:

@@ -20,7 +20,7 @@ from ..ops.decoder_layer import Norm, Projection, Projections, after_attention, 
 from ..ops.linear import FEW_ROWS
 from .linear import NO_ADAPTERS, Adaptable, dense_product, parameter, watch_dense, why_not_skip
 from .lookalike import Lookalike, form
-from .registry import FusedLayer, fused_form, why_not_input
+from .registry import Caching, FusedLayer, fused_form, why_not_input
 from .rotary import are_usual_angles, has_stock_rotary
 from .transformers import NAME, FusedLlamaAttention, attention
 from .transformers_layers import ACTIVATIONS, FusedGatedMLP, FusedRMSNorm, why_not_activation, why_not_both
@@ -44,7 +44,7 @@ class _Plan(NamedTuple):
 
 
 @form
-class FusedDecoderLayer(Lookalike):
+class FusedDecoderLayer(Caching, Lookalike):
     """The stock layer; without gradients on the CPU, two operations with its attention between them.
 
     There a sum with the residual is rounded once, with the product that is added to it. Dense layers take a few tokens.
@@ -143,10 +143,6 @@ class FusedDecoderLayer(Lookalike):
         # 9.0 (1), 20.8 and 14.4 (8), 43.6 and 36.1 (64), 118 and 94 (256), 235 and 205 (512).
         most_rows = FEW_ROWS if qkv.dense or others.dense else math.inf
         return _Plan(before, after, x.dtype, most_rows, watch)
-
-    def __getstate__(self) -> dict[str, Any]:
-        # A copy's plan would be of the original's weights.
-        return {name: value for name, value in vars(self).items() if name not in self.own_state}
 
 
 def _cache_of(kwargs: dict[str, Any]) -> Any:

@@ -2,7 +2,7 @@
 
 transformers writes the same lines out in each model's file, under the model's name. So a class has the fused form of
 another one if its methods have the same code. In transformers 5.24 that is so for 177 classes of RMSNorms, 136 gated
-feed-forward blocks and 71 decoder layers.
+feed-forward blocks, 54 attention layers and 73 decoder layers.
 """
 
 from __future__ import annotations

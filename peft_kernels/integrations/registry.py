@@ -76,6 +76,13 @@ class FusedLayer:
             _logger.warning("a %s takes its stock forward: %s", describe(type(self)), reason)
 
 
+class Caching(FusedLayer):
+    """One whose own state is derived from its tensors; a copy of the layer begins without it."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name not in self.own_state}
+
+
 class Setting:
     """Something that is set on a module, whose class stays; its methods are given the module."""
 
@@ -247,7 +254,7 @@ def accelerate(model: nn.Module) -> Report:
         for setting in _settings:
             if setting.applies(module):
                 setting.set(module)
-        fused = _table.get(type(module))
+        fused = fused_form(type(module))
         if fused is None or not fused.applies(module):
             continue
         reasons[module] = reason = _why_not(fused, module)
@@ -290,7 +297,7 @@ def restore(model: nn.Module) -> None:
         for setting in _settings:
             if setting.is_set(module):
                 setting.unset(module)
-        if isinstance(module, FusedLayer) and _table.get(module.stock) is type(module):  # not parametrised since
+        if isinstance(module, FusedLayer) and fused_form(module.stock) is type(module):  # not parametrised since
             module.release()
             for name in module.own_state:
                 vars(module).pop(name, None)

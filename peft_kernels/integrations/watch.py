@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from .._extension import _C
 
+# What `why_not_skip` looks for, which spells them out to be fast.
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 
 

@@ -64,17 +64,16 @@ class Projections:
             nested = [tensor.detach() for w in weights for tensor in w.nested]
             format_ = codes, absmax, nested, first.nested_blocksize, first.blocksize, first.quant_type, first.dtype
         self.out_features, in_features = ([w.shape[side] for w in weights] for side in (0, 1))
-        self._adapters = lora_A, lora_B, scaling = [[item for items in lists for item in items] for lists in adapters]
-        given = (
+        lora_A, lora_B, scaling = ([item for items in lists for item in items] for lists in adapters)
+        self._adapters = *lora_A, *lora_B
+        self._kept = (
             *format_, in_features, self.out_features, () if biases[0] is None else [bias.detach() for bias in biases],
             counts, [a.detach() for a in lora_A], [b.detach() for b in lora_B], scaling,
         )  # fmt: skip
-        self._kept = given
-        self.packed = torch.ops.peft_kernels.decoder_layer_projections(*given)
+        self.packed = torch.ops.peft_kernels.decoder_layer_projections(*self._kept)
 
     def check_no_gradients(self, x: Tensor) -> None:
-        lora_A, lora_B, _ = self._adapters
-        if torch.is_grad_enabled() and any_requires_grad(x, *lora_A, *lora_B):
+        if torch.is_grad_enabled() and any_requires_grad(x, *self._adapters):
             refuse("x", "one that requires a gradient, or adapters that do", "a call under torch.no_grad()")
 
 

@@ -16,12 +16,8 @@ from torch.autograd.function import once_differentiable
 from .. import _extension  # noqa: F401
 from ._arguments import any_requires_grad, bad, like_rows, matrix
 from ._linear import check_devices, check_product, named, product_dtypes, weight_arguments, without_autocast
-from .linear import linear
+from .linear import FEW_ROWS, linear
 from .nf4 import NF4Weight
-
-# Decoding with a dense weight: `linear` reads it several times as fast as a kernel that packs it first, and passes over
-# so few rows of x and y cost nothing.
-_FEW_ROWS = 8
 
 
 def ia3_linear(
@@ -69,7 +65,9 @@ def ia3_linear(
     dense = None if isinstance(weight, NF4Weight) else weight
     if torch.is_grad_enabled() and any_requires_grad(x, bias, dense, l_in, l_out):
         y = _IA3Linear.apply(flat, bias, dense, l_in, l_out, call)
-    elif dense is not None and flat.shape[0] <= _FEW_ROWS:
+    elif dense is not None and flat.shape[0] <= FEW_ROWS:
+        # `linear` reads the weight several times as fast as a kernel that packs it first, and passes over so few rows
+        # of x and y cost nothing.
         y = call.separate_passes(flat, bias, l_in, l_out)
     else:
         y, _ = call.forward(flat, bias, l_in, l_out, False)

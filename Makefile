@@ -7,6 +7,7 @@ INSTALLED := $(VENV)/.installed
 INSTALL = $(BIN)/pip install --quiet --no-build-isolation --editable ".[test]"
 SOURCES := setup.py CMakeLists.txt pyproject.toml $(shell find csrc -type f)
 ASAN := build/asan
+AMX := build/amx
 
 # The build takes cmake, ninja and the checks of `make format` from the environment, and nothing needs the network.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
@@ -14,7 +15,7 @@ export HF_HUB_OFFLINE := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-adapters test test-asan test-gpu bench format clean
+.PHONY: help demo demo-adapters test test-asan test-amx test-gpu bench format clean
 
 help:  ## show this list
 	@sed -n 's/^\([a-z-]*\):.*  ## /\1|/p' Makefile | awk -F'|' '{printf "  make %-13s %s\n", $$1, $$2}'
@@ -41,6 +42,12 @@ test-asan: $(INSTALLED)  ## run the kernels' tests under the address and undefin
 	    ASAN_OPTIONS=detect_leaks=0:halt_on_error=1:detect_stack_use_after_return=0 \
 	    UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
 	    $(BIN)/pytest -m "not slow" -k "not emulated" -o pythonpath= --capture=sys tests/test_nf4.py $(wildcard tests/test_lora_linear*.py tests/test_ia3_attention*.py tests/test_adapter*.py) $(addprefix tests/test_,$(addsuffix .py,fusion cross_entropy rotary rms_norm glu linear decoder_layer)) $(ARGS)
+
+# A third one, with AMX in software (tests/amx_emulator.h).
+test-amx: $(INSTALLED)  ## run the tests of the kernels for AMX on a processor that has AVX-512 with bf16, but no AMX
+	PEFT_KERNELS_CUDA=0 PEFT_KERNELS_EMULATE_AMX=1 \
+	    $(BIN)/python setup.py --quiet build --build-lib $(AMX) --build-temp $(AMX)/tree
+	PYTHONPATH=$(CURDIR)/$(AMX) $(BIN)/pytest -k amx -o pythonpath= $(ARGS)
 
 test-gpu: export PEFT_KERNELS_CUDA := 1
 test-gpu: $(INSTALLED)  ## run every test with the CUDA kernels built in, on a machine with a CUDA device

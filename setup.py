@@ -1,7 +1,8 @@
 """Builds `peft_kernels._C` with CMake and Ninja. Metadata lives in pyproject.toml.
 
 Environment: PEFT_KERNELS_CUDA=0/1 leaves out or demands the CUDA kernels (by default they are built when nvcc is
-found); TORCH_CUDA_ARCH_LIST names the architectures; PEFT_KERNELS_SANITIZE names sanitizers.
+found); TORCH_CUDA_ARCH_LIST names the architectures; PEFT_KERNELS_SANITIZE names sanitizers;
+PEFT_KERNELS_EMULATE_AMX=1 runs the kernels for AMX in software, for tests on a processor without it.
 """
 
 import os
@@ -81,6 +82,7 @@ class CMakeBuild(build_ext):
             "TORCH_LIBRARY_DIR": TORCH_LIB_PATH,
             "CMAKE_LIBRARY_OUTPUT_DIRECTORY": str(target.parent),
             "PEFT_KERNELS_SANITIZE": os.environ.get("PEFT_KERNELS_SANITIZE", ""),
+            "PEFT_KERNELS_EMULATE_AMX": os.environ.get("PEFT_KERNELS_EMULATE_AMX", "0"),
             "PEFT_KERNELS_WITH_CUDA": "OFF",
         }
         nvcc = find_nvcc()

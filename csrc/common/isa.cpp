@@ -12,10 +12,15 @@
 namespace peft_kernels {
 namespace {
 
-#if defined(__x86_64__)
+#if defined(PEFT_KERNELS_EMULATE_AMX)
+bool has_tiles() { return true; }
+#elif defined(__x86_64__)
 // The kernel keeps the tile registers of a process only after it has asked for them: ARCH_REQ_XCOMP_PERM for
 // XFEATURE_XTILEDATA. Kernels before 5.16 refuse.
-bool tiles_permitted() { return syscall(SYS_arch_prctl, 0x1023, 18) == 0; }
+bool has_tiles() {
+    return __builtin_cpu_supports("amx-tile") && __builtin_cpu_supports("amx-bf16") &&
+           syscall(SYS_arch_prctl, 0x1023, 18) == 0;
+}
 #endif
 
 std::vector<Isa> detect() {
@@ -31,8 +36,7 @@ std::vector<Isa> detect() {
     isas.push_back(Isa::kAvx512);
     if (!__builtin_cpu_supports("avx512bf16") || !__builtin_cpu_supports("avx512vbmi")) return isas;
     isas.push_back(Isa::kAvx512Bf16);
-    if (__builtin_cpu_supports("amx-tile") && __builtin_cpu_supports("amx-bf16") && tiles_permitted())
-        isas.push_back(Isa::kAmx);
+    if (has_tiles()) isas.push_back(Isa::kAmx);
 #endif
     return isas;
 }

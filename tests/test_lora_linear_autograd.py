@@ -241,21 +241,36 @@ def test_compile_draws_seeds(platform):
     assert not torch.equal(first, second)
 
 
-def op_arguments(case, grad_y=None):
-    """The arguments of the forward op or, with a grad_y, of the backward op; both with everything that is optional."""
-    weight, dtype = case.weight, case.x.dtype
-    features = weight.shape[0 if grad_y is None else 1]
-    quantised = (
-        weight.codes, weight.absmax, weight.nested, weight.nested_blocksize, features, weight.blocksize,
-        weight.quant_type, weight.dtype, dtype, dtype,
-    )  # fmt: skip
-    adapters = case.lora_A, case.lora_B, case.scaling, case.dropout, case.seeds
-    if grad_y is None:
-        return case.x, *quantised, case.bias, torch.randn_like(case.grad_y), *adapters
+def format_of(weight, dtype, names):
+    """Keyword arguments of the ops: how the weight is stored, and `dtype` for each name."""
+    return {
+        "blocksize": weight.blocksize, "quant_type": weight.quant_type, "nested_blocksize": weight.nested_blocksize,
+        **dict.fromkeys(names, dtype),
+    }  # fmt: skip
+
+
+FORWARD_DTYPES = "weight_dtype", "compute_dtype", "out_dtype"
+
+
+def forward_op_arguments(case):
+    """With everything that is optional."""
+    weight = case.weight
+    options = {"dropout": case.dropout, "seeds": case.seeds, "bias": case.bias, "add": torch.randn_like(case.grad_y)}
+    return (
+        (case.x, weight.codes, weight.absmax, weight.nested, weight.shape[0], case.lora_A, case.lora_B, case.scaling),
+        options | format_of(weight, case.x.dtype, FORWARD_DTYPES),
+    )
+
+
+def backward_op_arguments(case):
+    """With everything that is optional."""
+    weight, dtype, count = case.weight, case.x.dtype, len(case.lora_A)
     s = torch.randn(len(case.x), sum(a.shape[0] for a in case.lora_A))
-    count = len(case.lora_A)
-    return (grad_y, case.x, s, *quantised, torch.randn_like(case.x), *adapters,
-            True, [True] * count, [i % 2 == 0 for i in range(count)])  # fmt: skip
+    return (
+        case.grad_y, case.x, s, weight.codes, weight.absmax, weight.nested, weight.nested_blocksize, weight.shape[1],
+        weight.blocksize, weight.quant_type, weight.dtype, dtype, dtype, torch.randn_like(case.x), case.lora_A,
+        case.lora_B, case.scaling, case.dropout, case.seeds, True, [True] * count, [i % 2 == 0 for i in range(count)],
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize("dropout", [(), (0.5, 0.0)], ids=["plain", "dropout"])
@@ -263,8 +278,9 @@ def op_arguments(case, grad_y=None):
 @pytest.mark.parametrize("shape", [DECODE, TRAINING, (0, 40, 128)], ids=["decode", "training", "empty"])
 def test_opcheck(platform, shape, base, dropout):
     case = make_case(*shape, (8, 3), torch.bfloat16, base=base, dropout=dropout)
-    torch.library.opcheck(ops.lora_linear_forward.default, op_arguments(case))
-    torch.library.opcheck(ops.lora_linear_backward.default, op_arguments(case, case.grad_y))
+    for op in (ops.lora_linear, ops.lora_linear_forward):
+        torch.library.opcheck(op.default, *forward_op_arguments(case))
+    torch.library.opcheck(ops.lora_linear_backward.default, backward_op_arguments(case))
 
 
 @pytest.mark.parametrize("dtype", [None, torch.float32], ids=["same", "fp32"])
@@ -274,17 +290,17 @@ def test_opcheck_of_more_dimensions(platform, dtype):
     case = make_case(m, n, k, (8, 3), torch.float32)
     x = case.x.view(2, m // 2, k).transpose(0, 1)
     grad_y = case.grad_y.view(2, m // 2, n).transpose(0, 1)
-    weight, adapters = case.weight, (case.lora_A, case.lora_B, case.scaling, None, None)
-    quantised = weight.codes, weight.absmax, weight.nested, weight.nested_blocksize
-    form = weight.blocksize, weight.quant_type, dtype, dtype, dtype
+    weight, adapters = case.weight, (case.lora_A, case.lora_B, case.scaling)
+    quantised = weight.codes, weight.absmax, weight.nested
     forward, backward = ops.lora_linear_forward.default, ops.lora_linear_backward.default
-    arguments = (x, *quantised, n, *form, None, None, *adapters)
-    torch.library.opcheck(forward, arguments)
-    y, s = forward(*arguments)
-    flat, flat_s = forward(x.reshape(m, k), *arguments[1:])
+    arguments, options = (x, *quantised, n, *adapters), format_of(weight, dtype, FORWARD_DTYPES)
+    torch.library.opcheck(forward, arguments, options)
+    y, s = forward(*arguments, **options)
+    flat, flat_s = forward(x.reshape(m, k), *arguments[1:], **options)
     assert torch.equal(y.reshape(m, n), flat) and torch.equal(s, flat_s)
 
-    arguments = (grad_y, x, s, *quantised, k, *form, None, *adapters, True, [True, True], [True, False])
+    form = weight.nested_blocksize, k, weight.blocksize, weight.quant_type, dtype, dtype, dtype
+    arguments = (grad_y, x, s, *quantised, *form, None, *adapters, None, None, True, [True, True], [True, False])
     torch.library.opcheck(backward, arguments)
     grads = backward(*arguments)
     flat = backward(grad_y.reshape(m, n), x.reshape(m, k), *arguments[2:])

@@ -44,9 +44,8 @@ def forward_s(x, lora_A, p, seed):
     n, rank = 1, lora_A.shape[0]
     add = torch.zeros(x.shape[0], n)
     _, s = ops.lora_linear_forward(
-        x, None, None, (), 256, n, 64, "nf4", x.dtype, x.dtype, x.dtype, None, add,
-        [lora_A], [torch.zeros(n, rank)], [1.0], [p], torch.tensor([seed]),
-    )  # fmt: skip
+        x, None, None, (), n, [lora_A], [torch.zeros(n, rank)], [1.0], dropout=[p], seeds=torch.tensor([seed]), add=add
+    )
     return s
 
 

@@ -56,6 +56,13 @@ def weight_arguments(weight: Tensor | NF4Weight, features: int, compute_dtype: t
     return None, None, (), 256, features, 64, "nf4", None, compute
 
 
+def weight_options(w: NF4Weight) -> dict[str, int | str]:
+    """How the elements are stored, as keyword arguments of an op, as far as that is not the usual way."""
+    if w.blocksize == 64 and w.quant_type == "nf4" and w.nested_blocksize == 256:
+        return {}
+    return {"blocksize": w.blocksize, "quant_type": w.quant_type, "nested_blocksize": w.nested_blocksize}
+
+
 def without_autocast(device_type: str) -> AbstractContextManager:
     """For products in compute_dtype, which may be the caller's choice."""
     return torch.autocast(device_type, enabled=False) if autocasts(device_type) else nullcontext()

@@ -16,9 +16,19 @@ from torch.autograd.function import once_differentiable
 
 from .. import _extension  # noqa: F401
 from ._arguments import any_requires_grad, bad, matrix
-from ._linear import check_devices, check_product, named, product_dtypes, weight_arguments, without_autocast
+from ._linear import (
+    check_devices,
+    check_product,
+    named,
+    product_dtypes,
+    weight_arguments,
+    weight_options,
+    without_autocast,
+)
 from .linear import linear
 from .nf4 import NF4Weight
+
+_LORA_LINEAR = torch.ops.peft_kernels.lora_linear.default  # to look it up costs each call 0.3 µs
 
 
 def lora_linear(
@@ -84,7 +94,7 @@ def lora_linear_of_layer(
     if torch.is_grad_enabled() and any_requires_grad(x, bias, dense, *lora_A, *lora_B):
         call = _Call(weight, compute_dtype, out_dtype, tuple(scaling), tuple(dropout))
         return _LoRALinear.apply(x, bias, seeds, dense, call, len(lora_A), *lora_A, *lora_B)
-    return _forward(x, weight, bias, lora_A, lora_B, scaling, dropout, compute_dtype, out_dtype, seeds)[0]
+    return _forward(x, weight, bias, lora_A, lora_B, scaling, dropout, compute_dtype, out_dtype, seeds, False)[0]
 
 
 def _check(x, weight, bias, lora_A, lora_B, scaling, dropout, compute_dtype, out_dtype, seeds) -> None:
@@ -117,21 +127,32 @@ def _check_items(name: str, items: Any, kind: type | tuple[type, ...]) -> None:
             bad(name, item, "tensors" if kind is Tensor else "numbers")
 
 
-def _forward(x, weight, bias, lora_A, lora_B, scaling, dropout, compute_dtype, out_dtype, seeds):
-    """Returns y [..., N] and s [rows of x, Σ rank]."""
-    add = None
-    if not isinstance(weight, NF4Weight):
+def _forward(x, weight, bias, lora_A, lora_B, scaling, dropout, compute_dtype, out_dtype, seeds, wants_s):
+    """Returns y [..., N], and s [rows of x, Σ rank] if it is wanted."""
+    if isinstance(weight, NF4Weight):
+        stored, options = (weight.codes, weight.absmax, weight.nested, weight.shape[0]), weight_options(weight)
+        if weight.dtype is not compute_dtype:
+            options["weight_dtype"] = weight.dtype
+        if bias is not None:
+            options["bias"] = bias
+    else:
         with without_autocast(x.device.type):
             bias = None if bias is None else bias.to(compute_dtype)
             rows = x if x.dim() == 2 else x.contiguous()  # as torch has other products for other strides
             add = linear(rows.to(compute_dtype), weight.to(compute_dtype), bias).to(out_dtype)
-        bias = None
         if not lora_A:
-            return add, x.new_empty((x.shape[:-1].numel(), 0), dtype=torch.float32)
-    return torch.ops.peft_kernels.lora_linear_forward(
-        x, *weight_arguments(weight, weight.shape[0], compute_dtype, x.dtype),
-        None if out_dtype is x.dtype else out_dtype, bias, add, lora_A, lora_B, scaling, dropout or None, seeds,
-    )  # fmt: skip
+            return add, None
+        stored, options = (None, None, (), weight.shape[0]), {"add": add}
+    if compute_dtype is not x.dtype:
+        options["compute_dtype"] = compute_dtype
+    if out_dtype is not x.dtype:
+        options["out_dtype"] = out_dtype
+    if dropout:
+        options["dropout"] = dropout
+        options["seeds"] = seeds
+    if wants_s:
+        return torch.ops.peft_kernels.lora_linear_forward(x, *stored, lora_A, lora_B, scaling, **options)
+    return _LORA_LINEAR(x, *stored, lora_A, lora_B, scaling, **options), None
 
 
 @dataclass(frozen=True)
@@ -144,9 +165,9 @@ class _Call:
     scaling: tuple[float, ...]
     dropout: tuple[float, ...]
 
-    def forward(self, x, bias, seeds, lora_A, lora_B) -> tuple[Tensor, Tensor]:
+    def forward(self, x, bias, seeds, lora_A, lora_B, wants_s) -> tuple[Tensor, Tensor | None]:
         dtypes = self.compute_dtype, self.out_dtype
-        return _forward(x, self.weight, bias, lora_A, lora_B, self.scaling, self.dropout, *dtypes, seeds)
+        return _forward(x, self.weight, bias, lora_A, lora_B, self.scaling, self.dropout, *dtypes, seeds, wants_s)
 
     def backward(self, grad_y, x, x_dtype, s, seeds, lora_A, lora_B, wants_x, wants_A, wants_B):
         """Returns grad_x [..., K] or None, and lists of the gradients of A and B in fp32, None where not wanted."""
@@ -179,10 +200,10 @@ class _LoRALinear(torch.autograd.Function):
     def forward(ctx, x, bias, seeds, weight, call, num_adapters, *adapters):
         # `weight` repeats call.weight where it is dense, so that autograd sees it.
         lora_A, lora_B = adapters[:num_adapters], adapters[num_adapters:]
-        y, s = call.forward(x, bias, seeds, lora_A, lora_B)
         needs_A, needs_B = ctx.needs_input_grad[6 : 6 + num_adapters], ctx.needs_input_grad[6 + num_adapters :]
+        y, s = call.forward(x, bias, seeds, lora_A, lora_B, any(needs_B))
         keeps_x = any(needs_A) or ctx.needs_input_grad[3]
-        ctx.save_for_backward(x if keeps_x else None, s if any(needs_B) else None, seeds, weight, *adapters)
+        ctx.save_for_backward(x if keeps_x else None, s, seeds, weight, *adapters)
         ctx.call, ctx.x_dtype, ctx.num_adapters = call, x.dtype, num_adapters
         ctx.bias_dtype = None if bias is None else bias.dtype
         return y
@@ -206,14 +227,19 @@ class _LoRALinear(torch.autograd.Function):
         return grad_x, grad_bias, None, grad_weight, None, None, *grad_A, *grad_B
 
 
-@torch.library.register_fake("peft_kernels::lora_linear_forward")
-def _(x, codes, absmax, nested, nested_blocksize, out_features, blocksize, quant_type, weight_dtype, compute_dtype,
-      out_dtype, bias, add, lora_A, lora_B, scaling, dropout, seeds):  # fmt: skip
+@torch.library.register_fake("peft_kernels::lora_linear")
+def _fake_y(x, codes, absmax, nested, out_features, lora_A, lora_B, scaling, *, dropout=None, seeds=None, bias=None,
+            add=None, out_dtype=None, **format):  # fmt: skip
     # A tensor on meta beside others on the CPU comes here, not to the kernel.
     check_devices(x, named(codes=[codes], absmax=[absmax], nested=nested, bias=[bias], add=[add], lora_A=lora_A,
                            lora_B=lora_B, seeds=[seeds]))  # fmt: skip
-    s = x.new_empty((math.prod(x.shape[:-1]), sum(a.shape[0] for a in lora_A)), dtype=torch.float32)
-    return x.new_empty((*x.shape[:-1], out_features), dtype=out_dtype), s
+    return x.new_empty((*x.shape[:-1], out_features), dtype=out_dtype)
+
+
+@torch.library.register_fake("peft_kernels::lora_linear_forward")
+def _(x, codes, absmax, nested, out_features, lora_A, *arguments, **options):
+    y = _fake_y(x, codes, absmax, nested, out_features, lora_A, *arguments, **options)
+    return y, x.new_empty((math.prod(x.shape[:-1]), sum(a.shape[0] for a in lora_A)), dtype=torch.float32)
 
 
 @torch.library.register_fake("peft_kernels::lora_linear_backward")

@@ -86,7 +86,9 @@ def lora_linear_of_layer(
     seeds: Tensor | None = None,
 ) -> Tensor:
     """`lora_linear` of arguments whose types are known to be right, and of x as wide as the weight."""
-    if seeds is None and dropout and any(dropout):
+    if not any(dropout):
+        dropout = ()
+    elif seeds is None:
         seeds = torch.randint(torch.iinfo(torch.int64).max, (len(dropout),), device=x.device)
     dense = None if isinstance(weight, NF4Weight) else weight
     # Without the second condition torch.compile would lose `ctx`: where nothing needs a gradient, it takes forward's

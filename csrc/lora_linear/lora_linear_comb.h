@@ -59,15 +59,19 @@ inline void runs_absmax(const Nf4Weight& w, int64_t begin, int64_t count, float*
     }
 }
 
-// The 16 values of a block of one row and the 16 of another: a table for vpermw, whose bit 4 chooses the row.
-inline __m512i table_of_two(DType dtype, __m512 codebook, float first_absmax, float second_absmax) {
-    __m512 first = _mm512_mul_ps(codebook, _mm512_set1_ps(first_absmax));
-    __m512 second = _mm512_mul_ps(codebook, _mm512_set1_ps(second_absmax));
+// 32 elements of a weight of this dtype as bf16, one after the other.
+inline __m512i elements_of(DType dtype, __m512 first, __m512 second) {
     if (dtype == DType::kFloat16) {
         first = _mm512_cvtph_ps(_mm512_cvtps_ph(first, _MM_FROUND_TO_NEAREST_INT));
         second = _mm512_cvtph_ps(_mm512_cvtps_ph(second, _MM_FROUND_TO_NEAREST_INT));
     }
     return (__m512i)_mm512_cvtne2ps_pbh(second, first);  // flushes subnormals, as the tile unit does
+}
+
+// The 16 values of a block of one row and the 16 of another: a table for vpermw, whose bit 4 chooses the row.
+inline __m512i table_of_two(DType dtype, __m512 codebook, float first_absmax, float second_absmax) {
+    return elements_of(dtype, _mm512_mul_ps(codebook, _mm512_set1_ps(first_absmax)),
+                       _mm512_mul_ps(codebook, _mm512_set1_ps(second_absmax)));
 }
 
 // Lookups in such a table, of indices in the lowest four bits of each word; `row` is 16 where the second row is meant.

@@ -128,10 +128,77 @@ inline void prefetch_weight(const ConstMatrix& w, int64_t row, int64_t column) {
     __builtin_prefetch(row_of(w, row, column));
 }
 
+#if defined(__AVX512BF16__)
+// decode_strips where a row is whole blocks. What is transposed is codes, eight to a word, and not elements, which take
+// four times the room; these are looked up in fp32 then, so that 16 rows can share a table. A core of Zen 5 takes 4.9 ns
+// for 128 elements instead of 9.1, of which 1 for absmax.
+template <DType kDtype>
+inline void decode_strips_of_blocks(const Nf4Weight& w, int64_t n0, int64_t outputs, int64_t k0, int64_t count,
+                                    uint32_t* strips) {
+    const int64_t num_strips = strips_for(outputs), steps = count / 2, runs = count / kBlock;
+    const __m512 values = _mm512_load_ps(codebook(w.quant_type));
+    // Rows 0 to 7 twice, and rows 8 to 15: for both elements of a pair, of which the first is in the high nibble.
+    const __m512i low_rows = _mm512_srli_epi32((__m512i)lane_index(), 1);
+    const __m512i twice[2] = {low_rows, _mm512_add_epi32(low_rows, _mm512_set1_epi32(kLanes / 2))};
+    const __m512i first_pair = _mm512_set1_epi64(4);
+    alignas(64) float absmax[kLanes * 2 * kStripSteps / kBlock];  // [run][row]
+    for (int64_t strip = 0; strip < num_strips; ++strip) {
+        const auto row_at = [&](int64_t row) { return (n0 + min_of(strip * kLanes + row, outputs - 1)) * w.k + k0; };
+        for (int64_t run = 0; run < runs; run += kLanes) {
+            U32 of_rows[kLanes];
+            for (int64_t row = 0; row < kLanes; ++row)
+                runs_absmax(w, row_at(row) + run * kBlock, min_of<int64_t>(kLanes, runs - run),
+                            (float*)(of_rows + row));
+            transpose(of_rows);
+            for (int i = 0; i < kLanes; ++i) store_vector(absmax + (run + i) * kLanes, of_rows[i]);
+        }
+        uint32_t* to = strip_at(strips, num_strips, steps, 0, strip);
+        const int64_t stride = strip_at(strips, num_strips, steps, 1, strip) - to;
+        for (int64_t run = 0; run < runs; run += 2) {
+            const int64_t some = min_of<int64_t>(2, runs - run);
+            U32 words[kLanes];
+            for (int64_t row = 0; row < kLanes; ++row) {
+                const uint8_t* codes = w.codes + (row_at(row) + run * kBlock) / 2;
+                __builtin_prefetch(codes + kBlock);
+                words[row] = (U32)_mm512_maskz_loadu_epi64(some == 2 ? 0xFF : 0xF, codes);
+            }
+            transpose(words);
+            for (int64_t block = 0; block < some; ++block) {
+                const __m512 of_rows = _mm512_load_ps(absmax + (run + block) * kLanes);
+                const __m512 scales[2] = {_mm512_permutexvar_ps(twice[0], of_rows),
+                                          _mm512_permutexvar_ps(twice[1], of_rows)};
+                for (int64_t word = 0; word < kBlock / 8; ++word) {
+                    const __m512i codes = (__m512i)words[block * kBlock / 8 + word];
+                    const __m512i halves[2] = {_mm512_permutexvar_epi32(twice[0], codes),
+                                               _mm512_permutexvar_epi32(twice[1], codes)};
+#pragma GCC unroll 4
+                    for (int pair = 0; pair < 4; ++pair, to += stride) {
+                        const __m512i shift = _mm512_add_epi32(first_pair, _mm512_set1_epi32(8 * pair));
+                        const auto half = [&](int i) {
+                            const __m512i indices = _mm512_srlv_epi32(halves[i], shift);
+                            return _mm512_mul_ps(_mm512_permutexvar_ps(indices, values), scales[i]);
+                        };
+                        store_vector(to, elements_of(kDtype, half(0), half(1)));
+                    }
+                }
+            }
+        }
+    }
+}
+#endif
+
 // Outputs are rows [n0, n0 + outputs) of W, the reduction runs over elements [k0, k0 + count) of each: the vectors
 // that are decoded run along k, so they are transposed, kLanes rows at a time.
 template <class T, int kElements, class Weight>
 void decode_strips(const Weight& w, int64_t n0, int64_t outputs, int64_t k0, int64_t count, uint32_t* strips) {
+#if defined(__AVX512BF16__)
+    if constexpr (kElements == 2 && kSame<Weight, Nf4Weight>)
+        if (has_aligned_blocks(w) && k0 % kBlock == 0 && count % kBlock == 0) {
+            if (w.dtype == DType::kFloat16)
+                return decode_strips_of_blocks<DType::kFloat16>(w, n0, outputs, k0, count, strips);
+            return decode_strips_of_blocks<DType::kBFloat16>(w, n0, outputs, k0, count, strips);
+        }
+#endif
     constexpr int64_t kSpan = 2 * 64;  // elements decoded before they are transposed: the rows stay in L1
     const int64_t num_strips = strips_for(outputs), steps = divide_up(count, kElements);
     T rows[kLanes][kSpan + 32];  // + 32: rows a power of two apart would share their cache sets

@@ -13,20 +13,24 @@ constexpr int64_t kStripSteps = 1024;
 // Rows that go through all of a task's steps (base, branch, store) together; 8 register tiles.
 constexpr int64_t kRowBlock = 48;
 
-// Blocks of equal length: a short last one would load and store its sums for little work.
+// Blocks of nearly equal length, since a short last one would load and store its sums for little work; whole lines of
+// codes.
 constexpr int64_t strip_steps(int64_t steps) {
+    constexpr int64_t kLine = 64;
     const int64_t blocks = (steps + kStripSteps - 1) / kStripSteps;
-    return blocks == 0 ? kStripSteps : (steps + blocks - 1) / blocks;
+    return blocks == 0 ? kStripSteps : ((steps + blocks - 1) / blocks + kLine - 1) / kLine * kLine;
 }
+static_assert(strip_steps(2048) == 1024 && strip_steps(2080) == 704 && strip_steps(288) == 320);
 
 // Rows that are multiplied in combed order (lora_linear_combed.h), where the instruction set can. Each product ends with
-// sums over lanes, which a short reduction is not worth. Time of strips over combs: 4096 x 4096 1.67 (16 rows), 1.35
-// (32), 1.1 (64), 1.0 (96), 0.9 (128); 576 x 576 1.4 (16), 1.1 (32), 0.9 (64).
+// sums over lanes, which a short reduction is not worth. Time of strips over combs: 4096 x 4096 1.12 (24 rows), 1.09
+// (32), 1.0 (48, 64); 576 x 1536 1.33 (16), 1.17 (24), 1.1 (48), 1.04 (64); 576 x 576 1.15 (16), 1.03 (24), 1.0 (36);
+// 1536 x 576 1.08 (16), 0.98 (24), 0.9 (36).
 constexpr int64_t most_combed_rows(int64_t reduction) {
-    const int64_t rows = reduction / 16;
+    const int64_t rows = reduction / 24;
     return rows < 64 ? rows : 64;
 }
-static_assert(most_combed_rows(4096) == 64 && most_combed_rows(576) == 36);
+static_assert(most_combed_rows(4096) == 64 && most_combed_rows(576) == 24);
 
 struct LoraLinearPlan {
     bool dot;            // few rows: vectors run along the reduction

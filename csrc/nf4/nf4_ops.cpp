@@ -3,6 +3,7 @@
 
 #include <tuple>
 
+#include "common/launch.h"
 #include "common/registration.h"
 #include "nf4/nf4_binding.h"
 
@@ -30,7 +31,7 @@ Tensor dequantize_all(Tensor codes, Tensor absmax, std::vector<int64_t> shape, S
     params.weight = check_nf4_weight(codes, absmax, shape, check_float_dtype(weight_dtype, "weight dtype"), blocksize,
                                      quant_type, nested, nested_blocksize);
     params.out_dtype = check_float_dtype(dtype, "dtype");
-    Tensor out = torch::stable::new_empty(codes, shape, dtype);
+    Tensor out = empty(codes, shape, dtype);
     if (out.numel() == 0) return out;
     params.count = out.numel();
     params.out = out.mutable_data_ptr();
@@ -78,8 +79,8 @@ std::tuple<Tensor, Tensor> quantize(Tensor input, int64_t blocksize, std::string
     input = torch::stable::contiguous(input);
     params.count = input.numel();
     const int64_t blocks = params.count / blocksize + (params.count % blocksize != 0);
-    Tensor codes = torch::stable::new_empty(input, {params.count / 2 + params.count % 2}, ScalarType::Byte);
-    Tensor absmax = torch::stable::new_empty(input, {blocks}, ScalarType::Float);
+    Tensor codes = empty(input, {params.count / 2 + params.count % 2}, ScalarType::Byte);
+    Tensor absmax = empty(input, {blocks}, ScalarType::Float);
     if (params.count == 0) return {codes, absmax};
     params.input = input.const_data_ptr();
     params.codes = static_cast<uint8_t*>(codes.mutable_data_ptr());

@@ -28,3 +28,10 @@ def assert_close(actual: Tensor, expected: Tensor, tolerance: float, what: str =
     assert actual.isfinite().all(), f"{what}: not finite"
     measured = error(actual, expected)
     assert measured <= tolerance, f"{what}: relative rms error {measured:.3g}, wanted at most {tolerance:.3g}"
+
+
+def same_results(actual: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
+    """Bit for bit, under the same names."""
+    assert actual.keys() == wanted.keys()
+    for name, value in wanted.items():
+        assert torch.equal(actual[name], value), name

@@ -11,6 +11,10 @@ def short(dtype: torch.dtype) -> str:
     return {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype]
 
 
+def mode_id(mode: tuple[torch.dtype, ...]) -> str:
+    return "-".join(map(short, mode))
+
+
 def rms(tensor: Tensor) -> float:
     return tensor.double().square().mean().sqrt().item()
 

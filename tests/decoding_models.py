@@ -1,12 +1,14 @@
 """Small models that decode, projections, and what may change about a model after it has decoded."""
 
+import copy
 import inspect
 
 import bitsandbytes as bnb
 import torch
+from comparison import error
 from peft import LoraConfig, get_peft_model
 from peft_models import randomize
-from tiny_models import tiny
+from tiny_models import SAME_STEP, tiny
 from torch import nn
 from transformers import DynamicCache, LlamaModel
 
@@ -139,3 +141,21 @@ CHANGES = {
         lora_of(model).lora_B["default"], "forward", lambda x: torch.zeros(*x.shape[:-1], 64)
     ),
 }
+
+
+def check_sees(change, accelerate, calls):
+    """That a model's output is stock's after a change that comes when it has decoded, so that its layers keep what they
+    found out; and that the fused calls, which `calls` counts, go on."""
+    model = make()
+    ours = copy.deepcopy(model)
+    before = decode(model)
+    accelerate(ours)
+    assert error(decode(ours), before) <= SAME_STEP
+    for changed in (model, ours):
+        torch.manual_seed(5)
+        CHANGES[change](changed)
+    wanted = decode(model)
+    assert error(wanted, before) > 10 * SAME_STEP
+    calls.clear()
+    assert error(decode(ours), wanted) <= SAME_STEP
+    assert calls  # the other layers', at least

@@ -1,6 +1,7 @@
 """How the tests of all families compare a result with its oracle's."""
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -39,3 +40,16 @@ def same_results(actual: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
     assert actual.keys() == wanted.keys()
     for name, value in wanted.items():
         assert torch.equal(actual[name], value), name
+
+
+def views_of_x(x: Tensor) -> dict[str, Tensor]:
+    """A matrix as rows that lie otherwise in memory; some of three dimensions."""
+    m, d = x.shape
+    return {
+        "row-strided": F.pad(x, (3, 5))[:, 3 : 3 + d],
+        "every-second-row": x.repeat_interleave(2, 0)[::2],
+        "transposed": x.T.contiguous().T,
+        "inner-strided": x.repeat_interleave(2, 1)[:, ::2],
+        "3d": x.view(2, m // 2, d),
+        "3d-transposed": x.view(2, m // 2, d).transpose(0, 1).contiguous().transpose(0, 1),
+    }

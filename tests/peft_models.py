@@ -81,11 +81,6 @@ def oracle(layer: nn.Module, x: Tensor, adapters: tuple[str, ...] | None = None)
     )
 
 
-def relative_error(got: Tensor, want: Tensor) -> float:
-    got, want = got.detach().double(), want.detach().double()
-    return float((got - want).norm() / want.norm())
-
-
 def fused_model(kind, *args, **kwargs):
     model = lora_model(kind, *args, **kwargs)
     assert all(row.fused for row in peft_kernels.accelerate(model))

@@ -5,9 +5,8 @@ from dataclasses import replace
 import pytest
 import tolerances
 import torch
-import torch.nn.functional as F
 from adapter_cases import MODES, call, eager, expected, make_case, run
-from comparison import DTYPES, assert_close, error, mode_id, short
+from comparison import DTYPES, assert_close, error, mode_id, short, views_of_x
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -159,18 +158,6 @@ def test_not_finite_stays_in_its_row(backend, special):
 
 
 # ---- strides, empty tensors, broadcasting ------------------------------------------------------------------------
-
-
-def views_of_x(x):
-    m, d = x.shape
-    return {
-        "row-strided": F.pad(x, (3, 5))[:, 3 : 3 + d],
-        "every-second-row": x.repeat_interleave(2, 0)[::2],
-        "transposed": x.T.contiguous().T,
-        "inner-strided": x.repeat_interleave(2, 1)[:, ::2],
-        "3d": x.view(2, m // 2, d),
-        "3d-transposed": x.view(2, m // 2, d).transpose(0, 1).contiguous().transpose(0, 1),
-    }
 
 
 @pytest.mark.parametrize("view", list(views_of_x(torch.zeros(2, 1))))

@@ -8,7 +8,8 @@ import pickle
 import bitsandbytes as bnb
 import pytest
 import torch
-from peft_models import IN_FEATURES, OUT_FEATURES, dense_weight, is_repacked, linear4bit, relative_error
+from comparison import error
+from peft_models import IN_FEATURES, OUT_FEATURES, dense_weight, is_repacked, linear4bit
 from torch import nn
 
 import peft_kernels
@@ -66,7 +67,7 @@ def test_exact_as_stock(format, dtype):
     want = run(lambda x: reference(x, dense_weight(stock), stock.bias))
     for ours, theirs, true in zip(run(fused), run(stock), want, strict=True):
         assert ours.dtype == theirs.dtype
-        assert relative_error(ours, true) <= ERROR_RATIO * relative_error(theirs, true)
+        assert error(ours, true) <= ERROR_RATIO * error(theirs, true)
 
 
 @pytest.mark.parametrize("autocast", [None, torch.bfloat16, torch.float16], ids=names)
@@ -133,7 +134,7 @@ def test_repacked_weight_is_converted_once(format, can_repack):
     assert not is_repacked(layer) and layer.quant_state is layer.weight.quant_state
     assert torch.equal(as_bytes(layer.weight.data), as_bytes(codes))
     assert layer.weight.dtype == format["quant_storage"]
-    assert relative_error(dense_weight(layer), want) < 2.0**-8
+    assert error(dense_weight(layer), want) < 2.0**-8
     x = torch.randn(2, IN_FEATURES)
     layer(x)
     storage, view = layer.weight.data_ptr(), layer.nf4_weight()
@@ -154,7 +155,7 @@ def test_repacking_by_a_layer_that_shares_the_weight(can_repack):
     want = fused(x)
     stock.eval()(x)
     assert is_repacked(fused)
-    assert relative_error(fused(x), want) < 2.0**-8
+    assert error(fused(x), want) < 2.0**-8
     assert not is_repacked(fused)
 
 
@@ -166,10 +167,10 @@ def test_nested_offset_in_bf16():
     x = torch.randn(3, IN_FEATURES, dtype=torch.bfloat16, requires_grad=True)
     y = layer(x)
     y.sum().backward()
-    assert relative_error(y, reference(x, dense_weight(layer), layer.bias)) < 2.0**-7
+    assert error(y, reference(x, dense_weight(layer), layer.bias)) < 2.0**-7
     assert x.grad.isfinite().all()
     layer.weight.quant_state.offset += 1  # the fp32 copy of it must not be kept
-    assert relative_error(layer(x), y) > 0.1
+    assert error(layer(x), y) > 0.1
 
 
 @pytest.mark.parametrize("change", ["data", "parameter", "in-place", "statistics", "offset", "moved", "assign"])
@@ -265,7 +266,7 @@ def test_blocks_that_straddle_rows():
     layer = bnb.nn.Linear4bit(IN_FEATURES + 32, OUT_FEATURES, quant_type="nf4").to("cpu")
     peft_kernels.accelerate(layer)
     x = torch.randn(3, IN_FEATURES + 32)
-    assert relative_error(layer(x), reference(x, dense_weight(layer), layer.bias)) < 1e-6
+    assert error(layer(x), reference(x, dense_weight(layer), layer.bias)) < 1e-6
 
 
 def copies(layer):
@@ -287,7 +288,7 @@ def test_copies_stay_fused_and_restorable():
         assert other.weight.data_ptr() != layer.weight.data_ptr()
         peft_kernels.restore(other)
         assert type(other) is bnb.nn.Linear4bit
-        assert relative_error(other(x), want) < BF16_TOLERANCE
+        assert error(other(x), want) < BF16_TOLERANCE
     assert torch.equal(layer(x), want)
 
 

@@ -4,7 +4,7 @@ import pytest
 import tolerances
 import torch
 import torch.nn.functional as F
-from comparison import mode_id
+from comparison import mode_id, views_of_x
 from hypothesis import given
 from hypothesis import strategies as st
 from lora_linear_cases import (
@@ -216,18 +216,6 @@ def test_nan_and_infinity_propagate(backend, rows, base, special):
 
 
 # ---- strides and empty tensors -----------------------------------------------------------------------------------
-
-
-def views_of_x(x):
-    m, k = x.shape
-    return {
-        "row-strided": F.pad(x, (3, 5))[:, 3 : 3 + k],
-        "every-second-row": x.repeat_interleave(2, 0)[::2],
-        "transposed": x.T.contiguous().T,
-        "inner-strided": x.repeat_interleave(2, 1)[:, ::2],
-        "3d": x.view(2, m // 2, k),
-        "3d-transposed": x.view(2, m // 2, k).transpose(0, 1).contiguous().transpose(0, 1),
-    }
 
 
 @pytest.mark.parametrize("view", list(views_of_x(torch.zeros(2, 1))))

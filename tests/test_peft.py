@@ -11,6 +11,7 @@ import bitsandbytes as bnb
 import ptx_emulator
 import pytest
 import torch
+from comparison import error
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.helpers import disable_input_dtype_casting
 from peft.tuners import lora
@@ -26,7 +27,6 @@ from peft_models import (
     lora_model,
     oracle,
     randomize,
-    relative_error,
 )
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -87,7 +87,7 @@ def test_exact_as_stock(kind, dtype, adapter_dtype):
     x, grad = torch.randn(3, 11, IN_FEATURES, dtype=dtype), torch.randn(3, 11, OUT_FEATURES, dtype=dtype)
     for ours, theirs, want in zip(*(gradients(model, x, grad) for model in (fused, stock, true)), strict=True):
         assert ours.dtype == theirs.dtype and ours.shape == theirs.shape
-        assert relative_error(ours, want) <= max(ERROR_RATIO * relative_error(theirs, want), FP32_NOISE)
+        assert error(ours, want) <= max(ERROR_RATIO * error(theirs, want), FP32_NOISE)
 
 
 @pytest.mark.parametrize("adapter_dtype", [torch.float32, torch.bfloat16], ids=names)
@@ -125,7 +125,7 @@ def test_training_and_evaluation(kind):
         model.eval()
         torch.testing.assert_close(model(x), want, **FP32)
         model.train()
-        assert relative_error(model(x), want) > 0.01
+        assert error(model(x), want) > 0.01
         assert not torch.equal(model(x), model(x))
     if kind == "4bit":
         assert not is_repacked(layer_of(model).base_layer)
@@ -405,7 +405,7 @@ def test_layers_on_the_cuda_kernels(kind):
         y = layer(x)
         y.backward(torch.ones_like(y))
         kernels = " ".join(record["kernel"] for record in launches())
-    assert relative_error(y, oracle(layer, x)) < 1e-5
+    assert error(y, oracle(layer, x)) < 1e-5
     assert all(name in kernels for name in ("lora_shrink", "lora_expand", "lora_dy_pass", "lora_x_pass"))
 
 

@@ -7,8 +7,9 @@ import bitsandbytes as bnb
 import pytest
 import tolerances
 import torch
+from comparison import error
 from peft import IA3Config, get_peft_model
-from peft_models import IN_FEATURES, OUT_FEATURES, OneLayer, dense_weight, layer_of, linear4bit, relative_error
+from peft_models import IN_FEATURES, OUT_FEATURES, OneLayer, dense_weight, layer_of, linear4bit
 from tiny_models import assert_same_steps, tiny, tokens
 from torch import nn
 
@@ -71,10 +72,10 @@ def test_as_near_to_fp64_as_stock(kind, side, dtype, rows):
     ours = step(model, x, grad)
     assert ours["y"].dtype == dtype
     for name, want in wanted.items():
-        bound = tolerances.VERSUS_STOCK * relative_error(theirs[name], want) + tolerances.FP32_SUM
+        bound = tolerances.VERSUS_STOCK * error(theirs[name], want) + tolerances.FP32_SUM
         # PEFT's 4-bit layer returns fp32 for any x; ours rounds y once, and its gradient is rounded as well.
         bound = max(bound, tolerances.product(dtype, dtype) if kind == "4bit" else 0)
-        assert relative_error(ours[name], want) <= bound, name
+        assert error(ours[name], want) <= bound, name
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -88,9 +89,9 @@ def test_active_adapters_multiply(kind, side, dtype):
     layer = layer_of(model)
     tolerance = tolerances.product(dtype, dtype)
     model.base_model.set_adapter(["default", "other"])
-    assert relative_error(model(x), expected(layer, x, ["default", "other"])) <= tolerance
+    assert error(model(x), expected(layer, x, ["default", "other"])) <= tolerance
     model.set_adapter("other")
-    assert relative_error(model(x), expected(layer, x, ["other"])) <= tolerance
+    assert error(model(x), expected(layer, x, ["other"])) <= tolerance
     with model.disable_adapter():
         assert torch.equal(model(x), layer.base_layer(x))
 
@@ -104,7 +105,7 @@ def test_restore_copy_and_pickle(kind):
         assert type(layer_of(other)) is type(layer_of(model))
     peft_kernels.restore(model)
     assert type(layer_of(model)).__module__.startswith("peft.")
-    assert relative_error(model(x), wanted) <= tolerances.FP32_SUM
+    assert error(model(x), wanted) <= tolerances.FP32_SUM
 
 
 def test_conv1d_and_hooks_keep_their_path():
@@ -112,9 +113,7 @@ def test_conv1d_and_hooks_keep_their_path():
     layer_of(model).base_layer.register_forward_hook(lambda *_: None)
     (report,) = peft_kernels.accelerate(model)
     assert not report.fused and report.reason == "its base layer has hooks"
-    assert (
-        relative_error(model(torch.ones(2, IN_FEATURES)), expected(layer_of(model), torch.ones(2, IN_FEATURES))) < 1e-6
-    )
+    assert error(model(torch.ones(2, IN_FEATURES)), expected(layer_of(model), torch.ones(2, IN_FEATURES))) < 1e-6
 
 
 # ---- merging -----------------------------------------------------------------------------------------------------
@@ -129,7 +128,7 @@ def test_scaled_rows_are_exact(quant_type, nested):
     scaled = weight.scale_rows(scale)
     assert scaled.codes is weight.codes and scaled.nested == ()
     wanted = weight.dequantize().double() * scale[:, None].double()
-    assert relative_error(scaled.dequantize(), wanted) <= tolerances.ROUNDING[torch.float32] * 4
+    assert error(scaled.dequantize(), wanted) <= tolerances.ROUNDING[torch.float32] * 4
     powers = torch.tensor([2.0, -0.5, 1.0, 4.0]).repeat(10)
     assert torch.equal(weight.scale_rows(powers).dequantize(), weight.dequantize() * powers[:, None])
 
@@ -157,7 +156,7 @@ def test_merge_and_unmerge(nested, dtype):
         model.merge_adapter()
         assert layer.merged and base.weight.quant_state.nested is False
         assert torch.equal(base.weight.data, codes)
-        assert relative_error(model(x), wanted) <= tolerances.product(dtype, dtype)
+        assert error(model(x), wanted) <= tolerances.product(dtype, dtype)
         # bitsandbytes reads it too.
         dense = bnb.functional.dequantize_4bit(base.weight.data, base.weight.quant_state)
         assert torch.equal(dense, NF4Weight.from_params4bit(base.weight).dequantize())
@@ -176,7 +175,7 @@ def test_merge_of_several_adapters_one_by_one():
     layer.merge(adapter_names=["default"])
     layer.merge(adapter_names=["other"])
     assert layer.merged_adapters == ["default", "other"]
-    assert relative_error(model(x), wanted) <= tolerances.FP32_SUM
+    assert error(model(x), wanted) <= tolerances.FP32_SUM
     with model.disable_adapter():  # whose forward unmerges, as PEFT's dense layer's does
         assert torch.equal(model(x), layer.base_layer(x)) and not layer.merged
 
@@ -187,7 +186,7 @@ def test_restore_unmerges():
     model.merge_adapter()
     peft_kernels.restore(model)
     assert not layer_of(model).merged_adapters
-    assert relative_error(model(x), wanted) <= tolerances.FP32_SUM
+    assert error(model(x), wanted) <= tolerances.FP32_SUM
 
 
 def test_merge_refuses_what_is_not_finite():
@@ -241,7 +240,7 @@ def test_merge_ia3(name):
         wanted = model(ids, padding).logits
         peft_kernels.merge_ia3(model)
         assert all(layer.merged for layer in model.modules() if hasattr(layer, "ia3_l"))
-        assert relative_error(model(ids, padding).logits, wanted) <= 1e-5
+        assert error(model(ids, padding).logits, wanted) <= 1e-5
         model.unmerge_adapter()
         assert torch.equal(model(ids, padding).logits, wanted)
     assert all(

@@ -5,6 +5,7 @@ import pickle
 
 import pytest
 import torch
+from comparison import error
 from peft import LoraConfig
 from peft.tuners import lora
 from peft_models import (
@@ -17,7 +18,6 @@ from peft_models import (
     lora_model,
     oracle,
     randomize,
-    relative_error,
 )
 from torch import nn
 
@@ -46,7 +46,7 @@ def test_merging(kind):
     model.merge_adapter()
     merged = reference(x, dense_weight(layer.base_layer), layer.base_layer.bias).float()
     torch.testing.assert_close(model(x), merged, **FP32)
-    assert relative_error(model(x), want) < (0.2 if kind == "4bit" else 1e-5)
+    assert error(model(x), want) < (0.2 if kind == "4bit" else 1e-5)
     model.unmerge_adapter()
     torch.testing.assert_close(model(x), want, **FP32)
     model.merge_adapter()
@@ -82,7 +82,7 @@ def test_unmerging_4bit_is_exact(cycles, nested, storage):
     want = model(x)
     for _ in range(cycles):
         model.merge_adapter(["default"])
-        assert relative_error(model(x), want) < 0.25
+        assert error(model(x), want) < 0.25
         model.merge_adapter(["b"])  # one after the other: what is put back must be what was there before the first
         model.to("cpu")
         model.unmerge_adapter()
@@ -114,7 +114,7 @@ def test_unmerging_leaves_a_replaced_weight_to_peft():
     layer.base_layer.weight = linear4bit().weight
     want = dense_weight(layer.base_layer) - layer.get_delta_weight("default").double()
     model.unmerge_adapter()
-    assert relative_error(dense_weight(layer.base_layer), want) < 0.2
+    assert error(dense_weight(layer.base_layer), want) < 0.2
 
 
 def test_adapter_merged_before_the_layer_was_fused():
@@ -127,7 +127,7 @@ def test_adapter_merged_before_the_layer_was_fused():
     assert layer_of(model).merged_adapters == ["default", "b"]
     model.unmerge_adapter()
     assert layer_of(model).merged_adapters == []
-    assert 0 < relative_error(dense_weight(layer_of(model).base_layer), original) < 0.4  # PEFT's arithmetic
+    assert 0 < error(dense_weight(layer_of(model).base_layer), original) < 0.4  # PEFT's arithmetic
 
 
 def test_merge_that_fails_halfway_is_undone_exactly():
@@ -150,7 +150,7 @@ def test_merge_and_unload(kind):
     want = model(x)
     plain = model.merge_and_unload()
     assert not any(isinstance(module, lora.LoraLayer) for module in plain.modules())
-    assert relative_error(plain(x), want) < (0.2 if kind == "4bit" else 1e-5)
+    assert error(plain(x), want) < (0.2 if kind == "4bit" else 1e-5)
 
 
 def test_unmerging_dora_on_4bit_puts_the_weight_back():

@@ -196,10 +196,6 @@ __global__ void __launch_bounds__(kAdapterThreads, 2)
 
 // ---- what becomes of products with d -------------------------------------------------------------------------------
 
-// A warp's columns [column0, column0 + 32) of y or grad_x.
-template <class T>
-constexpr int kLaneVectors = 8 / kVector<T>;  // of a row: 1, fp32: 2
-
 // y = residual + s (product + b_up)
 template <class T>
 class ForwardOutput {

@@ -207,7 +207,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     console.rule("Training", align="left")
     train(runs, batches, console)
 
-    console.rule("The same without dropout, to compare the loss curves", align="left")
+    console.rule("One row a step, without dropout, to compare the loss curves", align="left")
     curves = compare_curves(settings, batches[:AGREEMENT_STEPS, :1], console)
 
     with console.status("Measuring memory, each model in a process of its own"):

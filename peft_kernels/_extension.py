@@ -3,7 +3,10 @@
 import torch  # noqa: F401  (its libraries must be loaded before _C)
 
 EXPECTED_OPS_VERSION = 13
-_REBUILD = "Build it with `pip install --no-build-isolation .` in the project's folder (or `pip install peft_kernels`)."
+_REBUILD = (
+    "Build it with `pip install --editable .` in the project's folder; what is installed there without --editable, a "
+    "Python started in that folder does not see."
+)
 
 try:
     from . import _C

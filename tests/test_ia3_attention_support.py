@@ -117,7 +117,7 @@ def documented() -> str:
     return DOCUMENT.read_text().split(BEGIN)[1].split(END)[0]
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="module", params=["emulated"])  # the name by which such tests are left out
 def made():
     if reason := ptx_emulator.missing():
         pytest.skip(reason)

@@ -235,6 +235,8 @@ def test_compile():
         ({"residual": torch.ones(3, 16)}, r"residual: got float32 \[3, 16\], wanted a tensor \[4, 16\]"),
         ({"a1": torch.ones(4, 8)}, r"adapter_outputs: got float32 \[4, 8\], wanted .* tensors \[4, 16\]"),
         ({"a1": torch.ones(4, 16).int()}, r"adapter_outputs: got int32 \[4, 16\]"),
+        ({"a1": torch.ones(4, 16, device="meta")}, "adapter_outputs: got a tensor on meta, wanted one on cpu"),
+        ({"key_weight": torch.ones(16, 16, device="meta")}, "key_weight: got a tensor on meta, .* where query_input"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )

@@ -24,6 +24,7 @@ from ._arguments import (
     matrix,
     refuse,
 )
+from ._linear import check_devices, named
 
 
 def fusion(
@@ -68,6 +69,7 @@ def fusion(
         dropout, seed, out_dtype,
     )  # fmt: skip
     _check_list("adapter_outputs", adapter_outputs, query_input.shape)
+    check_devices(query_input, named(adapter_outputs=adapter_outputs), "query_input")
     t, key_offset = attention.keyed_query()
     outputs = [matrix(output) for output in adapter_outputs]
     offsets = None if key_offset is None else key_offset.expand(-1, len(outputs)).contiguous()
@@ -117,6 +119,9 @@ def fusion_of_bottlenecks(
             bad("up_weights", w, f"[{d}, {h.shape[-1]}], for a bottleneck {list(h.shape)}")
         if b is not None and (not isinstance(b, Tensor) or b.shape != (d,)):
             bad("up_biases", b, f"a tensor [{d}] or None")
+    check_devices(
+        query_input, named(bottlenecks=bottlenecks, up_weights=up_weights, up_biases=up_biases), "query_input"
+    )
     t, key_offset = attention.keyed_query()
     # aᵢ · t = hᵢ · (scaleᵢ W_up,ᵢᵀ t) + scaleᵢ b_up,ᵢ · t, and Σ Pᵢ aᵢ = Σ scaleᵢ W_up,ᵢ (Pᵢ hᵢ) + Pᵢ scaleᵢ b_up,ᵢ.
     up = torch.cat([_scaled(w, s) for w, s in zip(up_weights, scales, strict=True)], dim=1).to(dtype)
@@ -177,6 +182,9 @@ class _Attention(NamedTuple):
         if not (isinstance(temperature, (int, float)) and 0 < temperature < float("inf")):
             bad("temperature", temperature, "a positive number")
         check_dropout(dropout, seed)
+        check_devices(x, named(query_weight=[query_weight], query_bias=[query_bias], key_weight=[key_weight],
+                               key_bias=[key_bias], value_weight=[value_weight], value_bias=[value_bias],
+                               residual=[residual], seed=[seed]), "query_input")  # fmt: skip
         seed = drawn_seed(dropout, seed, x.device)
         cast_to = autocast_dtype(x)
         dtype = cast_to or x.dtype

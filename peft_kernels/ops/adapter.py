@@ -6,7 +6,7 @@ the scale: He et al. 2022 (arXiv:2110.04366).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
@@ -139,9 +139,14 @@ def adapter_grouped(
 
     The other arguments, the result and the errors are those of `adapter`.
     """
-    index = index.tolist() if isinstance(index, Tensor) else list(index)
+    index = index.tolist() if isinstance(index, Tensor) else index
+    if not isinstance(index, Collection):
+        bad("index", index, "a position for each x[i]")
+    index = list(index)
     if not isinstance(x, Tensor) or x.dim() < 2 or len(index) != x.shape[0]:
         refuse("index", f"{len(index)} items", f"one for each x[i]; x is {describe(x)}")
+    if not isinstance(adapters, Sequence):
+        refuse("adapters", f"a {type(adapters).__name__}", "a sequence of AdapterWeights")
     if not adapters:
         refuse("adapters", "none", "at least one AdapterWeights")
     return _adapters(x, adapters, index, residual, activation, gate, post_layer_norm, dropout, seed, out_dtype)

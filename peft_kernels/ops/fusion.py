@@ -15,6 +15,7 @@ from torch.autograd.function import once_differentiable
 
 from .. import _extension  # noqa: F401
 from ._arguments import (
+    DTYPES,
     any_requires_grad,
     autocast_dtype,
     bad,
@@ -111,14 +112,16 @@ def fusion_of_bottlenecks(
     )  # fmt: skip
     _check_list("bottlenecks", bottlenecks, query_input.shape[:-1])
     for name, items in (("up_weights", up_weights), ("up_biases", up_biases), ("scales", scales)):
+        if not isinstance(items, (list, tuple)):
+            bad(name, items, "a list or tuple with an item for each bottleneck")
         if len(items) != len(bottlenecks):
             refuse(name, f"{len(items)} items", f"{len(bottlenecks)}, one for each bottleneck")
     dtype, d = attention.dtype, query_input.shape[-1]
     for h, w, b in zip(bottlenecks, up_weights, up_biases, strict=True):
-        if not isinstance(w, Tensor) or w.shape != (d, h.shape[-1]):
-            bad("up_weights", w, f"[{d}, {h.shape[-1]}], for a bottleneck {list(h.shape)}")
-        if b is not None and (not isinstance(b, Tensor) or b.shape != (d,)):
-            bad("up_biases", b, f"a tensor [{d}] or None")
+        if not is_float(w) or w.shape != (d, h.shape[-1]):
+            bad("up_weights", w, f"a floating-point tensor [{d}, {h.shape[-1]}], for a bottleneck {list(h.shape)}")
+        if b is not None and (not is_float(b) or b.shape != (d,)):
+            bad("up_biases", b, f"a float32, bfloat16 or float16 tensor [{d}] or None")
     check_devices(
         query_input, named(bottlenecks=bottlenecks, up_weights=up_weights, up_biases=up_biases), "query_input"
     )
@@ -175,10 +178,12 @@ class _Attention(NamedTuple):
                 continue
             if not is_float(weight) or weight.shape != (d, d):
                 bad(f"{name}_weight", weight, f"a float32, bfloat16 or float16 tensor [{d}, {d}]")
-            if bias is not None and (not isinstance(bias, Tensor) or bias.shape != (d,)):
-                bad(f"{name}_bias", bias, f"a tensor [{d}] or None")
-        if residual is not None and (not isinstance(residual, Tensor) or residual.shape != x.shape):
-            bad("residual", residual, f"a tensor {list(x.shape)}, as query_input is")
+            if bias is not None and (not is_float(bias) or bias.shape != (d,)):
+                bad(f"{name}_bias", bias, f"a float32, bfloat16 or float16 tensor [{d}] or None")
+        if residual is not None and (not is_float(residual) or residual.shape != x.shape):
+            bad("residual", residual, f"a float32, bfloat16 or float16 tensor {list(x.shape)}, as query_input is")
+        if out_dtype is not None and out_dtype not in DTYPES:
+            bad("out_dtype", out_dtype, "float32, bfloat16 or float16")
         if not (isinstance(temperature, (int, float)) and 0 < temperature < float("inf")):
             bad("temperature", temperature, "a positive number")
         check_dropout(dropout, seed)

@@ -2,7 +2,7 @@
 
 import torch  # noqa: F401  (its libraries must be loaded before _C)
 
-EXPECTED_OPS_VERSION = 12
+EXPECTED_OPS_VERSION = 13
 _REBUILD = "Build it with `pip install --no-build-isolation .` in the project's folder (or `pip install peft_kernels`)."
 
 try:

@@ -11,6 +11,10 @@ def short(dtype: torch.dtype) -> str:
     return {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype]
 
 
+def mode_id(mode: tuple[torch.dtype, ...]) -> str:
+    return "-".join(map(short, mode))
+
+
 def rms(tensor: Tensor) -> float:
     return tensor.double().square().mean().sqrt().item()
 
@@ -28,3 +32,10 @@ def assert_close(actual: Tensor, expected: Tensor, tolerance: float, what: str =
     assert actual.isfinite().all(), f"{what}: not finite"
     measured = error(actual, expected)
     assert measured <= tolerance, f"{what}: relative rms error {measured:.3g}, wanted at most {tolerance:.3g}"
+
+
+def same_results(actual: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
+    """Bit for bit, under the same names."""
+    assert actual.keys() == wanted.keys()
+    for name, value in wanted.items():
+        assert torch.equal(actual[name], value), name

@@ -7,7 +7,7 @@ import tolerances
 import torch
 import torch.nn.functional as F
 from adapter_cases import MODES, call, eager, expected, make_case, run
-from comparison import DTYPES, assert_close, error, short
+from comparison import DTYPES, assert_close, error, mode_id, short
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -15,10 +15,6 @@ from peft_kernels.ops import ACTIVATIONS
 
 # (M, d, r): odd, in the middle of vectors, tiles and panels; several blocks of rows, several chunks of r.
 SHAPES = [(1, 16, 1), (3, 17, 5), (33, 64, 16), (70, 100, 31), (130, 65, 64), (300, 96, 70), (9, 257, 130)]
-
-
-def mode_id(mode):
-    return "-".join(short(dtype) for dtype in mode)
 
 
 def shape_id(shape):

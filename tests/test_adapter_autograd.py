@@ -6,19 +6,13 @@ import pytest
 import tolerances
 import torch
 from adapter_cases import call, make_case, run
-from comparison import assert_close
+from comparison import assert_close, same_results
 from torch.utils.checkpoint import checkpoint
 
 from peft_kernels.ops import adapter
 
 ops = torch.ops.peft_kernels
 EVERYTHING = {"norm": True, "post_norm": True, "scale": "learned", "gate": True, "dropout": 0.1}
-
-
-def same_results(actual, wanted):
-    assert actual.keys() == wanted.keys()
-    for name, value in wanted.items():
-        assert torch.equal(actual[name], value), name
 
 
 def saved_bytes(case):

@@ -3,7 +3,7 @@
 import pytest
 import tolerances
 import torch
-from comparison import assert_close, short
+from comparison import assert_close, same_results, short
 from ia3_attention_cases import Case, angles, expected, make_case, run
 from torch.utils.checkpoint import checkpoint
 
@@ -11,12 +11,6 @@ from peft_kernels.ops import ia3_attention
 
 ops = torch.ops.peft_kernels
 SHAPE = (2, 4, 2, 37, 70, 24)
-
-
-def same_results(actual, wanted):
-    assert actual.keys() == wanted.keys()
-    for name, value in wanted.items():
-        assert torch.equal(actual[name], value), name
 
 
 def everything(dtype=torch.float32, shape=SHAPE) -> Case:

@@ -4,6 +4,7 @@ import pytest
 import tolerances
 import torch
 import torch.nn.functional as F
+from comparison import mode_id
 from ia3_linear_cases import LEAVES, expected, make_case, run
 from lora_linear_cases import BASES, DTYPES, assert_close, error, short
 from torch.utils.checkpoint import checkpoint
@@ -22,10 +23,6 @@ MODES = [
     (torch.bfloat16, torch.bfloat16),
     (torch.float16, torch.float16),
 ]
-
-
-def mode_id(mode):
-    return "-".join(short(dtype) for dtype in mode)
 
 
 def shape_id(shape):

@@ -4,6 +4,7 @@ import pytest
 import tolerances
 import torch
 import torch.nn.functional as F
+from comparison import mode_id
 from hypothesis import given
 from hypothesis import strategies as st
 from lora_linear_cases import (
@@ -38,10 +39,6 @@ MODES = [
     (torch.float16, torch.float16),
     (torch.float32, torch.bfloat16),
 ]
-
-
-def mode_id(mode):
-    return "-".join(short(dtype) for dtype in mode)
 
 
 def shape_id(shape):

@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import tolerances
 import torch
+from comparison import same_results
 from lora_linear_cases import assert_close, expected, make_case, run, short, stock
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
@@ -15,12 +16,6 @@ from peft_kernels.ops import NF4Weight, lora_linear
 ops = torch.ops.peft_kernels
 
 DECODE, TRAINING = (4, 40, 128), (37, 40, 128)
-
-
-def same_results(actual, wanted):
-    assert actual.keys() == wanted.keys()
-    for name, value in wanted.items():
-        assert torch.equal(actual[name], value), name
 
 
 def storages(tensors):

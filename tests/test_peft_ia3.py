@@ -8,7 +8,7 @@ import pytest
 import tolerances
 import torch
 from peft import IA3Config, get_peft_model
-from peft_models import IN_FEATURES, OUT_FEATURES, OneLayer, dense_weight, linear4bit
+from peft_models import IN_FEATURES, OUT_FEATURES, OneLayer, dense_weight, layer_of, linear4bit, relative_error
 from tiny_models import assert_same_steps, tiny, tokens
 from torch import nn
 
@@ -39,19 +39,11 @@ def randomize(model):
             nn.init.normal_(parameter)
 
 
-def layer_of(model):
-    return model.base_model.model.lin
-
-
 def expected(layer, x, names=("default",)):
     scale = torch.stack([layer.ia3_l[name].flatten().double() for name in names]).prod(0)
     l_in, l_out = (scale, None) if layer.is_feedforward else (None, scale)
     base = layer.get_base_layer()
     return oracle(x, dense_weight(base), base.bias, l_in, l_out)
-
-
-def relative_error(got, want):
-    return float((got.detach().double() - want.detach().double()).norm() / want.detach().double().norm())
 
 
 def step(model, x, grad):

@@ -5,9 +5,8 @@
 //
 // There are no kernels here: those of rms_norm, lora_linear, linear, rotary and glu run one after the other. What is
 // saved is Python between them, which takes longer than they do where the model is small: a token of SmolLM2's took
-// 17 ms, and takes 10 with them. So that a call has little to look at, projections are packed once.
+// 17 ms, and takes 10 with them.
 #include <array>
-#include <cstring>
 #include <memory>
 #include <optional>
 #include <string>
@@ -16,17 +15,12 @@
 
 #include "common/registration.h"
 #include "glu/glu.h"
-#include "linear/linear.h"
-#include "lora_linear/lora_linear_binding.h"
+#include "projections/projections.h"
 #include "rms_norm/rms_norm.h"
 #include "rotary/rotary_binding.h"
 
 namespace peft_kernels {
 namespace {
-
-using Integers = std::vector<int64_t>;
-
-ConstMatrix read_only(const Matrix& matrix) { return {matrix.data, matrix.dtype, matrix.stride}; }
 
 // [rows, columns] of x's dtype, for the time of a call
 class Scratch {
@@ -40,156 +34,6 @@ private:
     std::unique_ptr<char[]> bytes_;
     Matrix matrix_;
 };
-
-// A linear layer and its adapters: plain data, which points into tensors that the caller keeps.
-struct Projection {
-    int64_t n, k;
-    Nf4Weight nf4;      // without codes the weight is dense
-    ConstMatrix dense;  // [n, k]
-    ConstMatrix bias;   // [1, n]; data may be null
-    int64_t first_adapter, total_rank;
-    int32_t num_adapters;
-};
-
-// Several of them, packed into a tensor of bytes by decoder_layer_projections: checked once, for many calls.
-class Projections {
-public:
-    static Tensor pack(const std::vector<Projection>& projections, const std::vector<LoraAdapter>& adapters,
-                       const Tensor& like) {
-        const Header header{kMagic, static_cast<int64_t>(projections.size())};
-        const size_t size = projections.size() * sizeof(Projection),
-                     adapters_size = adapters.size() * sizeof(LoraAdapter);
-        const Tensor packed =
-            empty(like, {static_cast<int64_t>(sizeof(Header) + size + adapters_size)}, ScalarType::Byte);
-        char* bytes = static_cast<char*>(packed.mutable_data_ptr());
-        memcpy(bytes, &header, sizeof header);
-        memcpy(bytes + sizeof header, projections.data(), size);
-        if (adapters_size) memcpy(bytes + sizeof header + size, adapters.data(), adapters_size);
-        return packed;
-    }
-
-    Projections(const Tensor& packed, int64_t count, const Tensor& x) : x_(x) {
-        const auto* header = static_cast<const Header*>(packed.const_data_ptr());
-        if (dtype_of(packed) != ScalarType::Byte || packed.numel() < static_cast<int64_t>(sizeof(Header)) ||
-            header->magic != kMagic || header->count != count)
-            bad_argument("projections", describe(packed), std::to_string(count) + " of decoder_layer_projections");
-        list_ = reinterpret_cast<const Projection*>(header + 1);
-        adapters_ = reinterpret_cast<const LoraAdapter*>(list_ + count);
-    }
-
-    // One of them, for rows [m, k] of x's dtype.
-    const Projection& get(int index, int64_t k) const {
-        const Projection& w = list_[index];
-        if (w.k != k)
-            bad_argument("projections", "one of " + std::to_string(w.k) + " features", std::to_string(k) + " features");
-        if (!w.nf4.codes && w.dense.dtype != check_float_dtype(x_, "x"))
-            bad_argument("projections", "dense weights", describe(dtype_of(x_)) + ", as x");
-        return w;
-    }
-
-    // y = x Wᵀ + b + add, with the adapters
-    void run(const Projection& w, const ConstMatrix& x, int64_t m, ConstMatrix add, const Matrix& y) const {
-        if (m == 0 || w.n == 0) return;
-        if (w.nf4.codes || w.num_adapters > 0) {
-            LoraLinearForwardParams params{};
-            params.m = m;
-            params.n = w.n;
-            params.k = w.k;
-            params.weight = w.nf4.codes ? &w.nf4 : nullptr;
-            params.compute_dtype = x.dtype;
-            params.adapters = adapters_ + w.first_adapter;
-            params.num_adapters = w.num_adapters;
-            params.total_rank = w.total_rank;
-            params.x = x;
-            if (w.nf4.codes) params.bias = w.bias;
-            params.add = add;
-            std::vector<float> s(m * w.total_rank);
-            params.s = s.data();
-            params.y = y;
-            run_cpu(&dispatch::lora_linear_forward, params, x_);
-            add = read_only(y);
-        }
-        if (w.nf4.codes) return;
-        LinearParams params{m, w.n, w.k, x, w.dense, w.bias, add, y, 0, nullptr, nullptr};
-        run_cpu(&dispatch::linear, params, x_);
-    }
-
-private:
-    struct Header {
-        int64_t magic, count;
-    };
-    static constexpr int64_t kMagic = 0x6a6f7250'6b6e6570;
-
-    const Tensor& x_;
-    const Projection* list_;
-    const LoraAdapter* adapters_;
-};
-
-// Lists with an item for each projection; adapters of all, one after the other. Where weights are dense there is no
-// absmax, where biases are missing there is none at all.
-Tensor pack(const Tensors& weights, const Tensors& absmax, const Tensors& nested, int64_t nested_blocksize,
-            int64_t blocksize, const std::string& quant_type, ScalarType weight_dtype, const Integers& in_features,
-            const Integers& out_features, const Tensors& biases, const Integers& num_adapters, const Tensors& lora_A,
-            const Tensors& lora_B, const Numbers& scaling) {
-    const size_t count = weights.size();
-    if (count == 0) bad_argument("weights", "none", "one at least");
-    const auto check = [](const auto& list, const char* name, size_t wanted, bool optional = false) {
-        if (list.size() != wanted && !(optional && list.empty()))
-            bad_argument(name, counted(list.size()), counted(wanted) + (optional ? ", or none" : ""));
-    };
-    check(absmax, "absmax", count, true);
-    check(nested, "nested", 3 * count, true);
-    check(in_features, "in_features", count);
-    check(out_features, "out_features", count);
-    check(biases, "biases", count, true);
-    check(num_adapters, "num_adapters", count);
-    size_t total = 0;
-    for (int64_t some : num_adapters) {
-        if (some < 0) bad_argument("num_adapters", std::to_string(some), "a number of at least 0");
-        total += some;
-    }
-    check(lora_A, "lora_A", total);
-    check(lora_B, "lora_B", total);
-    check(scaling, "scaling", total);
-
-    std::vector<Projection> projections(count);
-    std::vector<LoraAdapter> adapters;
-    const Tensor& reference = weights[0];
-    const DType dtype = check_float_dtype(weight_dtype, "weight_dtype");
-    for (size_t i = 0; i < count; ++i) {
-        Projection& w = projections[i];
-        w.n = out_features[i];
-        w.k = in_features[i];
-        if (absmax.empty()) {
-            check_dtype(weights[i], "weights", weight_dtype);
-            w.dense = check_matrix(weights[i], "weights", w.n, w.k, reference);
-        } else {
-            Tensors statistics;
-            if (!nested.empty()) statistics.assign(&nested[3 * i], &nested[3 * i] + 3);
-            w.nf4 = check_nf4_weight(weights[i], absmax[i], {w.n, w.k}, dtype, blocksize, quant_type, statistics,
-                                     nested_blocksize);
-        }
-        if (!biases.empty()) w.bias = check_bias(biases[i], w.n, reference);
-        if (w.bias.data && !w.nf4.codes) check_dtype(biases[i], "biases", weight_dtype);
-        w.first_adapter = static_cast<int64_t>(adapters.size());
-        w.num_adapters = static_cast<int32_t>(num_adapters[i]);
-        const auto part = [&](const auto& list) {
-            const auto begin = list.begin() + w.first_adapter;
-            return std::decay_t<decltype(list)>(begin, begin + w.num_adapters);
-        };
-        // check_adapters would make a copy of other matrices, which would not outlive this call.
-        for (const Tensors* matrices : {&lora_A, &lora_B})
-            for (const Tensor& matrix : part(*matrices))
-                if (matrix.dim() == 2 && matrix.size(1) > 1 && matrix.stride(1) != 1)
-                    bad_argument(matrices == &lora_A ? "lora_A" : "lora_B",
-                                 "strides " + describe_shape(matrix.strides()), "dense rows: an inner stride of 1");
-        const CheckedAdapters checked =
-            check_adapters(part(lora_A), part(lora_B), part(scaling), std::nullopt, std::nullopt, w.n, w.k, reference);
-        w.total_rank = checked.total_rank;
-        adapters.insert(adapters.end(), checked.list.begin(), checked.list.end());
-    }
-    return Projections::pack(projections, adapters, reference);
-}
 
 struct Norm {
     double eps, offset;
@@ -303,10 +147,6 @@ Tensor after(const Tensor& given_x, const Tensor& given_attended, const Tensor& 
 
 STABLE_TORCH_LIBRARY_FRAGMENT(peft_kernels, m) {
     m.def(
-        "decoder_layer_projections(Tensor[] weights, Tensor[] absmax, Tensor[] nested, int nested_blocksize, "
-        "int blocksize, str quant_type, ScalarType weight_dtype, int[] in_features, int[] out_features, "
-        "Tensor[] biases, int[] num_adapters, Tensor[] lora_A, Tensor[] lora_B, float[] scaling) -> Tensor");
-    m.def(
         "decoder_layer_before(Tensor x, Tensor norm, float eps, float offset, Tensor projections, int[] out_features, "
         "int head_dim, Tensor? q_norm, Tensor? k_norm, Tensor cos, Tensor sin) -> (Tensor q, Tensor k, Tensor v)");
     m.def(
@@ -315,7 +155,6 @@ STABLE_TORCH_LIBRARY_FRAGMENT(peft_kernels, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(peft_kernels, CPU, m) {
-    m.impl("decoder_layer_projections", TORCH_BOX(&peft_kernels::pack));
     m.impl("decoder_layer_before", TORCH_BOX(&peft_kernels::before));
     m.impl("decoder_layer_after", TORCH_BOX(&peft_kernels::after));
 }

@@ -15,17 +15,17 @@ from ..ops._arguments import autocast_dtype
 from ..ops.lora_linear import lora_linear_of_layer
 from ..ops.nf4 import NF4Weight
 from .linear import NO_ADAPTERS, Adaptable, Adapters, BaseProduct, parameter
-from .registry import FLOAT_DTYPES, Caching, mention, register, why_not_input
+from .registry import FLOAT_DTYPES, mention, register, why_not_input
 from .watch import Watch
 
 mention(bnb.nn.Linear4bit)
 mention(bnb.nn.Linear8bitLt)
 
 
-class Fused4bit(Caching, Adaptable):
+class Fused4bit(Adaptable):
     """`y = x dequant(W)ᵀ + b` in `compute_dtype`, returned in x's dtype, in training and evaluation alike."""
 
-    own_state = ("_view",)
+    derived = ("_view", *Adaptable.derived)
     _view: tuple[QuantState, NF4Weight] | None = None
 
     # bitsandbytes' own forward, which some inputs still take, repacks the weight in place only if this holds. A
@@ -49,6 +49,8 @@ class Fused4bit(Caching, Adaptable):
         return None
 
     def forward(self, x: Tensor) -> Tensor:
+        if (y := self.projected(x)) is not None:
+            return y
         product = self.base_product(x)
         if isinstance(product, str):
             self.log_stock_path(product)

@@ -16,11 +16,12 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from ..ops.decoder_layer import Norm, Projection, Projections, after_attention, before_attention
+from ..ops.decoder_layer import Norm, after_attention, before_attention
 from ..ops.linear import FEW_ROWS
-from .linear import NO_ADAPTERS, Adaptable, dense_product, parameter, watch_dense, why_not_skip
+from ..ops.projections import Projection, Projections
+from .linear import NO_ADAPTERS, Adaptable, dense_product, packable, parameter, suits_packed, watch_dense, why_not_skip
 from .lookalike import Lookalike, form
-from .registry import Caching, FusedLayer, fused_form, why_not_input
+from .registry import Caching, FusedLayer, fused_form
 from .rotary import are_usual_angles, has_stock_rotary
 from .transformers import NAME, FusedLlamaAttention, attention
 from .transformers_layers import ACTIVATIONS, FusedGatedMLP, FusedRMSNorm, why_not_activation, why_not_both
@@ -51,7 +52,7 @@ class FusedDecoderLayer(Caching, Lookalike):
     """
 
     model, class_name = "llama", "LlamaDecoderLayer"
-    own_state = ("_plan",)
+    derived = ("_plan",)
     _plan: _Plan | None = None
 
     @classmethod
@@ -91,7 +92,9 @@ class FusedDecoderLayer(Caching, Lookalike):
         """How the layer's output is made; None where its modules have to be called."""
         layer = self._modules["self_attn"]
         if not (
-            _suits(x)
+            suits_packed(x)
+            and x.dim() == 3
+            and x.numel() > 0
             and isinstance(layer, FusedLlamaAttention)
             and not layer.training  # when it may have dropout
             and type(_cache_of(kwargs)) in (DynamicCache, type(None))
@@ -151,19 +154,6 @@ def _cache_of(kwargs: dict[str, Any]) -> Any:
     return kwargs.get("past_key_values") if cache is None else cache
 
 
-def _suits(x: Tensor) -> bool:
-    """Whether x is what the operations are for."""
-    return (
-        not torch.is_grad_enabled()
-        and why_not_input(x) is None
-        and x.is_cpu
-        and x.dim() == 3
-        and x.numel() > 0
-        and not torch._C._is_any_autocast_enabled()
-        and not torch.compiler.is_compiling()
-    )
-
-
 def _skip(module: nn.Module, watch: Watch) -> None:
     """Sees to it that nothing is left out by not calling a module."""
     if why_not_skip(module):
@@ -194,13 +184,11 @@ def _projection(layer: nn.Module, x: Tensor, watch: Watch) -> Projection:
     if x.shape[-1] != layer.in_features:
         x = x.new_empty((0, layer.in_features))
     found = layer.adapted_product(x) if isinstance(layer, Adaptable) else (dense_product(layer, x), NO_ADAPTERS)
-    if isinstance(found, str) or isinstance(found[0], str):
-        raise _UnsuitedError
-    (weight, bias, *dtypes), (lora_A, lora_B, scaling, dropout) = found
-    if any(dropout) or any(dtype is not x.dtype for dtype in dtypes):
+    projection = packable(found, x)
+    if projection is None:
         raise _UnsuitedError
     if isinstance(layer, Adaptable):
         layer.watch(watch)
     else:
         watch_dense(layer, watch)
-    return Projection(weight, bias, lora_A, lora_B, scaling)
+    return projection

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from ..cuda import why_not
 from ..ops._arguments import autocast_dtype
+from ..ops.linear import FEW_ROWS
 from ..ops.nf4 import NF4Weight
-from .registry import FLOAT_DTYPES, FusedLayer, why_not_input
+from ..ops.projections import Projection, Projections, project
+from .registry import FLOAT_DTYPES, Caching, FusedLayer, why_not_input
 from .watch import Watch
 
 # The arguments of `lora_linear` and `ia3_linear` for the frozen layer: weight, bias, compute_dtype and out_dtype.
@@ -20,8 +23,19 @@ Adapters = tuple[Sequence[Tensor], Sequence[Tensor], Sequence[float], Sequence[f
 NO_ADAPTERS: Adapters = ((), (), (), ())
 
 
-class Adaptable(FusedLayer):
+class _Packed(NamedTuple):
+    """A layer for inputs of one dtype, and for as long as what it is made of stays as it is."""
+
+    projections: Projections
+    dtype: torch.dtype
+    watch: Watch
+
+
+class Adaptable(Caching):
     """A linear layer that `lora_linear` computes, whether it has adapters or is what they are put on."""
+
+    derived = ("_packed",)
+    _packed: _Packed | None = None
 
     def adapted_product(self, x: Tensor) -> tuple[BaseProduct, Adapters] | str:
         """What the operation is to be called with; or why x has to take the stock path."""
@@ -30,6 +44,50 @@ class Adaptable(FusedLayer):
     def watch(self, watch: Watch) -> None:
         """Has all watched that `adapted_product` makes its result of, x and autocast apart."""
         raise NotImplementedError
+
+    def projected(self, x: Tensor) -> Tensor | None:
+        """The layer's output for a few rows in inference, if it needs no more than a look at what was packed before.
+
+        One row of a 4-bit layer of 576 x 576 with LoRA takes 13 µs then instead of 20.
+        """
+        if not suits_packed(x) or x.shape[-1:] != (self.in_features,) or x.numel() > FEW_ROWS * self.in_features:
+            return None
+        packed = self._packed
+        if packed is None or packed.dtype is not x.dtype or not packed.watch.holds():
+            self._packed = packed = self._pack(x)
+        return None if packed is None else project(x, packed.projections)
+
+    def _pack(self, x: Tensor) -> _Packed | None:
+        projection = packable(self.adapted_product(x), x)
+        if projection is None:
+            return None
+        watch = Watch()
+        self.watch(watch)
+        try:
+            return _Packed(Projections([projection]), x.dtype, watch)
+        except ValueError:  # which the operation says better
+            return None
+
+
+def suits_packed(x: Tensor) -> bool:
+    """Whether packed projections are for such an x, here and now."""
+    return (
+        not torch.is_grad_enabled()
+        and why_not_input(x) is None
+        and x.is_cpu
+        and not torch._C._is_any_autocast_enabled()
+        and not torch.compiler.is_compiling()
+    )
+
+
+def packable(found: tuple[BaseProduct | str, Adapters] | str, x: Tensor) -> Projection | None:
+    """What `adapted_product` found, for `Projections`; None where it is not all that the layer does to x."""
+    if isinstance(found, str) or isinstance(found[0], str):
+        return None
+    (weight, bias, *dtypes), (lora_A, lora_B, scaling, dropout) = found
+    if any(dropout) or any(dtype is not x.dtype for dtype in dtypes):
+        return None
+    return Projection(weight, bias, lora_A, lora_B, scaling)
 
 
 class OnLinear(FusedLayer):

@@ -33,6 +33,8 @@ class FusedLoRA(Adaptable):
         return next((adapter for adapter in adapters if isinstance(adapter, str)), None)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if not (args or kwargs) and (y := self.projected(x)) is not None:
+            return y
         if self._disable_adapters or self.merged_adapters:
             return super().forward(x, *args, **kwargs)
         call = _why_stock_call(args, kwargs) or self.adapted_product(x)

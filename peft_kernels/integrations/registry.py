@@ -77,10 +77,25 @@ class FusedLayer:
 
 
 class Caching(FusedLayer):
-    """One whose own state is derived from its tensors; a copy of the layer begins without it."""
+    """One that keeps what it derives from its tensors; a copy of the layer begins without it, and so does a layer that
+    is moved, which would hold on to memory otherwise."""
+
+    derived: ClassVar[tuple[str, ...]] = ()  # attributes, which `restore` drops as well
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in vars(self).items() if name not in self.own_state}
+        return {name: value for name, value in vars(self).items() if name not in self.derived}
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Any:
+        self.forget()
+        return super()._apply(*args, **kwargs)
+
+    def release(self) -> None:
+        self.forget()
+        super().release()
+
+    def forget(self) -> None:
+        for name in self.derived:
+            vars(self).pop(name, None)
 
 
 class Setting:

@@ -5,10 +5,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ...ops.decoder_layer import Norm, Projection
-from ...ops.nf4 import NF4Weight
+from ...ops.decoder_layer import Norm
+from ...ops.projections import Projection
 from .glu import glu
-from .lora_linear import lora_linear
+from .projections import project
 from .rms_norm import rms_norm
 from .rotary import rotary
 
@@ -26,7 +26,7 @@ def before_attention(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Queries, keys and values [B, heads, S, D] in dtype, of x [B, S, K]."""
     x = _normed(x, norm, dtype)
-    heads = [_projected(x, projection, dtype).unflatten(-1, (-1, head_dim)) for projection in projections]
+    heads = [project(x, projection, dtype).unflatten(-1, (-1, head_dim)) for projection in projections]
     for i, weight in enumerate((q_norm, k_norm)):
         if weight is not None:
             heads[i] = _normed(heads[i], norm._replace(weight=weight), dtype)
@@ -44,17 +44,11 @@ def after_attention(
 ) -> Tensor:
     """The layer's output [B, S, K] in dtype, of its input x [B, S, K] and attended [B, S, H D]."""
     o, gate, up, down = projections
-    x = x.to(dtype) + _projected(attended, o, dtype)
+    x = x.to(dtype) + project(attended, o, dtype)
     normed = _normed(x, norm, dtype)
-    gated = glu(_projected(normed, gate, dtype), _projected(normed, up, dtype), activation, dtype=dtype)
-    return x + _projected(gated, down, dtype)
+    gated = glu(project(normed, gate, dtype), project(normed, up, dtype), activation, dtype=dtype)
+    return x + project(gated, down, dtype)
 
 
 def _normed(x: Tensor, norm: Norm, dtype: torch.dtype) -> Tensor:
     return rms_norm(x, norm.weight, norm.eps, offset=norm.offset, dtype=dtype)
-
-
-def _projected(x: Tensor, projection: Projection, dtype: torch.dtype) -> Tensor:
-    weight, bias, *adapters = projection
-    weight = weight.dequantize() if isinstance(weight, NF4Weight) else weight
-    return lora_linear(x, weight, bias, *adapters, dtype=dtype)

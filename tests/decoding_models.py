@@ -1,0 +1,161 @@
+"""Small models that decode, projections, and what may change about a model after it has decoded."""
+
+import copy
+import inspect
+
+import bitsandbytes as bnb
+import torch
+from comparison import error
+from peft import LoraConfig, get_peft_model
+from peft_models import randomize
+from tiny_models import SAME_STEP, tiny
+from torch import nn
+from transformers import DynamicCache, LlamaModel
+
+from peft_kernels.ops import quantize_4bit
+from peft_kernels.ops.projections import Projection
+
+# Newer versions of transformers have another name for it.
+CACHE = "cache" if "cache" in inspect.signature(LlamaModel.forward).parameters else "past_key_values"
+
+
+def make_projection(n, k, dtype, base="nf4", bias=False, ranks=(4,)):
+    weight = (torch.randn(n, k) / k**0.5).to(dtype)
+    if base != "dense":
+        weight = quantize_4bit(weight, quant_type="nf4", double_quant=base == "nested")
+    lora_A = [torch.randn(r, k) / k**0.5 for r in ranks]
+    lora_B = [torch.randn(n, r) for r in ranks]
+    b = torch.randn(n).to(dtype) if bias else None
+    return Projection(weight, b, lora_A, lora_B, [0.5] * len(ranks))
+
+
+def quantised(model, dtype=torch.float32):
+    """With bitsandbytes' layers in the place of its blocks' linear layers."""
+    for module in list(model.modules()):
+        for name, child in list(module.named_children()):
+            if type(child) is nn.Linear and name != "lm_head":
+                layer = bnb.nn.Linear4bit(
+                    child.in_features, child.out_features, child.bias is not None, dtype, quant_type="nf4"
+                )
+                layer.load_state_dict(child.state_dict())
+                layer.support_avx512bf16_for_cpu = False  # else stock would round its statistics to bf16
+                setattr(module, name, layer.to("cpu"))
+    model.is_loaded_in_4bit = True
+    return model
+
+
+def make(name="llama", base="4bit", lora=True, **config):
+    model = tiny(name, hidden=64, intermediate=128, **config)
+    for layer in model.modules():
+        if "Norm" in type(layer).__name__:
+            nn.init.normal_(layer.weight, 1, 0.2)
+    if base == "4bit":
+        model = quantised(model)
+    if lora:
+        model = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear", lora_dropout=0.1))
+        randomize(model)
+    return model.eval()
+
+
+def decode(model, steps=3, rows=2, prompt=12):
+    """The logits of some tokens, one by one after a prompt."""
+    generator = torch.Generator().manual_seed(3)
+    ids = torch.randint(3, 60, (rows, prompt + steps), generator=generator)
+    padding = torch.ones_like(ids)
+    padding[0, :3] = 0
+    cache, logits = DynamicCache(), []
+    with torch.no_grad():
+        for begin, end in [(0, prompt), *((i, i + 1) for i in range(prompt, prompt + steps))]:
+            out = model(ids[:, begin:end], attention_mask=padding[:, :end], **{CACHE: cache})
+            logits.append(out.logits[:, -1])
+    return torch.stack(logits)
+
+
+def layers_of(model):
+    return model.get_base_model().model.layers
+
+
+def lora_of(model):
+    return layers_of(model)[1].mlp.down_proj
+
+
+def _replace_weight(model):
+    layer = lora_of(model).lora_A["default"]
+    layer.weight = nn.Parameter(2 * layer.weight)
+
+
+def _change_base(model):
+    base = lora_of(model).base_layer
+    other = bnb.nn.Linear4bit(base.in_features, base.out_features, False, torch.float32, quant_type="nf4")
+    nn.init.normal_(other.weight, std=0.1)
+    base.weight = other.to("cpu").weight
+
+
+def _change_memory(model):
+    weight = lora_of(model).base_layer.weight
+    weight.data = torch.randint_like(weight.data, 256)
+
+
+def _new_adapter(model):
+    model.add_adapter("other", LoraConfig(r=2, target_modules="all-linear"))
+    randomize(model)
+    model.set_adapter("other")
+
+
+def _dora(model):
+    model.add_adapter("other", LoraConfig(r=2, target_modules=r".*layers\.1\.mlp\.down_proj", use_dora=True))
+    model.set_adapter("other")
+
+
+def double(module, args, out):
+    return 2 * out
+
+
+CHANGES = {
+    "adapter": _new_adapter,
+    "dora": _dora,
+    "disabled": lambda model: model.base_model.disable_adapter_layers(),
+    "merged": lambda model: model.merge_adapter(),
+    "scale": lambda model: lora_of(model).scale_layer(3.0),
+    "weight of A": _replace_weight,
+    "memory of A": lambda model: setattr(
+        lora_of(model).lora_A["default"].weight, "data", 2 * lora_of(model).lora_A["default"].weight
+    ),
+    "numbers of A": lambda model: lora_of(model).lora_A["default"].weight.data.mul_(2),
+    "weight of the base": _change_base,
+    "memory of the base": _change_memory,
+    "weight of a norm": lambda model: setattr(
+        layers_of(model)[0].input_layernorm, "weight", nn.Parameter(torch.ones(64))
+    ),
+    "eps": lambda model: setattr(layers_of(model)[1].post_attention_layernorm, "variance_epsilon", 1.0),
+    "activation": lambda model: setattr(layers_of(model)[0].mlp, "act_fn", nn.ReLU()),
+    "projection": lambda model: setattr(layers_of(model)[0].self_attn, "v_proj", nn.Linear(64, 32, bias=False)),
+    "block": lambda model: setattr(layers_of(model)[0], "mlp", nn.Identity()),
+    "hook on A": lambda model: lora_of(model).lora_A["default"].register_forward_hook(double),
+    "hook on a layer": lambda model: layers_of(model)[0].self_attn.k_proj.register_forward_hook(double),
+    "hook on a block": lambda model: layers_of(model)[0].mlp.register_forward_hook(double),
+    "hook on a norm": lambda model: layers_of(model)[0].input_layernorm.register_forward_pre_hook(
+        lambda module, args: (args[0] + 1,)
+    ),
+    "forward": lambda model: setattr(
+        lora_of(model).lora_B["default"], "forward", lambda x: torch.zeros(*x.shape[:-1], 64)
+    ),
+}
+
+
+def check_sees(change, accelerate, calls):
+    """That a model's output is stock's after a change that comes when it has decoded, so that its layers keep what they
+    found out; and that the fused calls, which `calls` counts, go on."""
+    model = make()
+    ours = copy.deepcopy(model)
+    before = decode(model)
+    accelerate(ours)
+    assert error(decode(ours), before) <= SAME_STEP
+    for changed in (model, ours):
+        torch.manual_seed(5)
+        CHANGES[change](changed)
+    wanted = decode(model)
+    assert error(wanted, before) > 10 * SAME_STEP
+    calls.clear()
+    assert error(decode(ours), wanted) <= SAME_STEP
+    assert calls  # the other layers', at least

@@ -85,6 +85,8 @@ def test_rows_are_independent_of_their_batch(platform):
         ([0, 1], r"index: got 2 items, wanted one for each x\[i\]; x is float32 \[3, 8, 16\]"),
         ([0, 3, 0], "index: got 3, wanted the position of one of 2 adapters, or -1"),
         ([0, -2, 0], "index: got -2, wanted the position"),
+        (0, r"index: got 0, a int, wanted a position for each x\[i\]"),
+        (torch.tensor(0), "index: got 0, a int"),
     ],
     ids=str,
 )
@@ -99,5 +101,7 @@ def test_bad_adapters():
     plain, normed = (AdapterWeights(*(make_adapters(16, torch.float32)[0][name] for name in FIELDS)) for _ in "ab")
     with pytest.raises(ValueError, match="adapters: got none, wanted at least one AdapterWeights"):
         adapter_grouped(x, [], [0, 0, 0])
+    with pytest.raises(ValueError, match="adapters: got a AdapterWeights, wanted a sequence of AdapterWeights"):
+        adapter_grouped(x, plain, [0, 0, 0])
     with pytest.raises(ValueError, match="layer_norm: got some adapters with one and some without"):
         adapter_grouped(x, [plain, replace(normed, layer_norm=(None, None, 1e-5))], [0, 1, 0])

@@ -198,8 +198,9 @@ def test_target_out_of_range(target):
         ({"targets": torch.zeros(5).long()}, r"targets: got int64 \[5\], wanted an int64 tensor \[4\]"),
         ({"targets": torch.zeros(4)}, r"targets: got float32 \[4\], wanted an int64 tensor \[4\]"),
         ({"targets": None}, r"targets: got None, a NoneType, wanted an int64 tensor \[4\]"),
+        ({"targets": torch.zeros(4, device="meta").long()}, "targets: got a tensor on meta, wanted one on cpu"),
     ],
-    ids=["dtype", "scalar", "shape", "target-dtype", "none"],
+    ids=["dtype", "scalar", "shape", "target-dtype", "none", "meta"],
 )
 def test_bad_arguments(change, message):
     with pytest.raises(ValueError, match=message):

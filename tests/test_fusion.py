@@ -230,11 +230,14 @@ def test_compile():
     [
         ({"query_input": torch.ones(2)}, r"query_weight: got float32 \[16, 16\], wanted .* \[2, 2\]"),
         ({"key_weight": torch.ones(16, 8)}, r"key_weight: got float32 \[16, 8\], wanted .* \[16, 16\]"),
-        ({"value_bias": torch.ones(3)}, r"value_bias: got float32 \[3\], wanted a tensor \[16\] or None"),
+        ({"value_bias": torch.ones(3)}, r"value_bias: got float32 \[3\], wanted .* tensor \[16\] or None"),
         ({"value_weight": None}, r"value_bias: got float32 \[16\], wanted None"),
-        ({"residual": torch.ones(3, 16)}, r"residual: got float32 \[3, 16\], wanted a tensor \[4, 16\]"),
+        ({"residual": torch.ones(3, 16)}, r"residual: got float32 \[3, 16\], wanted .* tensor \[4, 16\]"),
+        ({"residual": torch.ones(4, 16).double()}, r"residual: got float64 \[4, 16\], wanted a float32"),
         ({"a1": torch.ones(4, 8)}, r"adapter_outputs: got float32 \[4, 8\], wanted .* tensors \[4, 16\]"),
         ({"a1": torch.ones(4, 16).int()}, r"adapter_outputs: got int32 \[4, 16\]"),
+        ({"a1": torch.ones(4, 16, device="meta")}, "adapter_outputs: got a tensor on meta, wanted one on cpu"),
+        ({"key_weight": torch.ones(16, 16, device="meta")}, "key_weight: got a tensor on meta, .* where query_input"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
@@ -249,8 +252,9 @@ def test_bad_tensors(change, message):
         ({"temperature": 0.0}, "temperature: got 0.0, a float, wanted a positive number"),
         ({"dropout": 1.0}, r"dropout: got 1.0, a float, wanted a probability in \[0, 1\)"),
         ({"seed": torch.tensor(3)}, r"seed: got int64 \[\], wanted an int64 tensor \[1\]"),
+        ({"out_dtype": torch.int32}, "out_dtype: got torch.int32, a dtype, wanted float32, bfloat16 or float16"),
     ],
-    ids=["temperature", "dropout", "seed"],
+    ids=["temperature", "dropout", "seed", "out_dtype"],
 )
 def test_bad_options(options, message):
     with pytest.raises(ValueError, match=message):

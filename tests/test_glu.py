@@ -115,7 +115,7 @@ def test_compile():
         ({"gate": torch.ones(3, 4).int()}, r"gate: got int32 \[3, 4\], wanted a float32, bfloat16 or float16 tensor"),
         ({"up": torch.ones(3, 5)}, r"up: got float32 \[3, 5\], wanted a tensor like gate, float32 \[3, 4\]"),
         ({"up": torch.ones(3, 4).half()}, r"up: got float16 \[3, 4\], wanted a tensor like gate, float32 \[3, 4\]"),
-        ({"up": torch.ones(3, 4, device="meta")}, "up: got a tensor on meta, wanted one on cpu"),
+        ({"up": torch.ones(3, 4, device="meta")}, "up: got a tensor on meta, wanted one on cpu, where gate is"),
         ({"activation": "sin"}, "activation: got 'sin', wanted one of"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",

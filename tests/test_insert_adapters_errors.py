@@ -34,6 +34,7 @@ def model():
     ("options", "text"),
     [
         ({"kind": "lora"}, "kind: got 'lora', wanted one of houlsby, pfeiffer, parallel"),
+        ({"kind": ["lora"]}, "kind: got ['lora'], wanted one of houlsby, pfeiffer, parallel"),
         ({"activation": "softmax"}, "activation: got 'softmax', wanted one of relu, gelu"),
         ({"bottleneck": 0}, "bottleneck: got 0, wanted a positive integer"),
         ({"scale": "fixed"}, "scale: got 'fixed', wanted a finite number, or 'learned'"),
@@ -109,6 +110,9 @@ def test_module_where_another_adapter_acts_otherwise(kind, module):
         lambda model: peft_kernels.save_adapter(model, "folder"),
         lambda model: peft_kernels.load_adapter(model, "folder"),
         lambda model: peft_kernels.adapter_rows(model, []).__enter__(),
+        lambda model: peft_kernels.attach_prefix(model, length=4),
+        peft_kernels.detach_prefix,
+        peft_kernels.merge_ia3,
     ],
 )
 def test_not_a_module(call):
@@ -120,6 +124,7 @@ def test_not_a_module(call):
     ("call", "text"),
     [
         (lambda model: peft_kernels.set_adapter(model, "c"), "name: got 'c', wanted one of 'a', 'b'"),
+        (lambda model: peft_kernels.set_adapter(model, ["a"]), "name: got ['a'], wanted one of 'a', 'b'"),
         (lambda model: peft_kernels.remove_adapters(model, "c"), "name: got 'c', wanted one of 'a', 'b'"),
         (lambda model: peft_kernels.freeze_adapters(model, "a", "c"), "name: got 'c', wanted one of 'a', 'b'"),
         (lambda model: peft_kernels.unfreeze_adapters(model, "c"), "name: got 'c', wanted one of 'a', 'b'"),

@@ -101,6 +101,8 @@ def test_opcheck_and_compile():
         ({"weight": torch.ones(4)}, r"weight: got float32 \[4\], wanted a matrix \[N, K\]"),
         ({"weight": torch.ones(3, 4).half()}, r"weight: got float16 \[3, 4\], wanted float32"),
         ({"bias": torch.ones(4)}, r"bias: got float32 \[4\], wanted float32 with 3 elements"),
+        ({"weight": torch.ones(3, 4, device="meta")}, "weight: got a tensor on meta, wanted one on cpu, where x is"),
+        ({"bias": torch.ones(3, device="meta")}, "bias: got a tensor on meta, wanted one on cpu"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import numpy
 import pytest
 import torch
 from lora_linear_cases import make_case
@@ -106,6 +107,7 @@ ANY_BASE = {
     "scaling-inf": ({"scaling": [float("-inf")]}, "scaling: got -inf, wanted a finite"),
     "scaling-huge": ({"scaling": [1e39]}, "scaling: got 9999.*, wanted a finite float32 number"),
     "dropout-number": ({"dropout": 0.5}, "dropout: got 0.5, a float, wanted a list or tuple"),
+    "dropout-array": ({"dropout": numpy.array([0.5])}, "dropout: got array.* wanted a list or tuple"),
     "dropout-twice": ({"dropout": [0.5, 0.5]}, "dropout: got 2 items, wanted 1 item, one for each lora_A"),
     "dropout-one": ({"dropout": [1.0]}, r"dropout: got 1.0*, wanted a probability in \[0, 1\)"),
     "dropout-negative": ({"dropout": [-0.1]}, r"dropout: got -0.10*, wanted a probability"),

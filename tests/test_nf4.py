@@ -387,8 +387,11 @@ def test_imports_without_bitsandbytes():
         ((torch.ones(4), 8192), "blocksize: got 8192"),
         ((torch.ones(4), -64), "blocksize: got -64"),
         ((torch.ones(4), 64, "int4"), "quant_type: got 'int4', wanted 'nf4' or 'fp4'"),
+        (([1.0],), r"tensor: got \[1.0\], a list, wanted a tensor"),
+        ((torch.ones(4), 64.0), "blocksize: got 64.0, a float, wanted a power of two from 32 to 4096"),
+        ((torch.ones(4), 64, None), "quant_type: got None, a NoneType, wanted 'nf4' or 'fp4'"),
     ],
-    ids=["int64", "float64", "blocksize-48", "blocksize-8192", "blocksize-negative", "int4"],
+    ids=["int64", "float64", "blocksize-48", "blocksize-8192", "blocksize-negative", "int4", "list", "float", "none"],
 )
 def test_quantize_bad_input(arguments, message):
     with pytest.raises(ValueError, match=message):
@@ -434,6 +437,12 @@ def test_dequantize_bad_input(change, message):
     weight = quantize_4bit(torch.randn(64, 96), double_quant=True)
     with pytest.raises(ValueError, match=message):
         change(weight).dequantize()
+
+
+@pytest.mark.parametrize("function", [dequantize_4bit, lambda w: dequantize_4bit_rows(w, 0, torch.empty(4, 4))])
+def test_dequantize_no_weight(function):
+    with pytest.raises(ValueError, match="weight: got a Tensor, wanted an NF4Weight"):
+        function(torch.ones(4, 4))
 
 
 def test_dequantize_bad_dtype():

@@ -144,6 +144,8 @@ def test_compile():
         ({"weight": None}, r"weight: got None, a NoneType"),
         ({"weight": torch.ones(4, device="meta")}, "weight: got a tensor on meta, wanted one on cpu"),
         ({"eps": -1.0}, "eps: got -1.0, a float, wanted a number of at least 0"),
+        ({"eps": None}, "eps: got None, a NoneType, wanted a number"),
+        ({"offset": "one"}, "offset: got 'one', a str, wanted a number"),
         ({"out_dtype": torch.float64}, "out_dtype: got torch.float64"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",

@@ -175,6 +175,8 @@ def test_compile():
         ({"cos": torch.ones(1, 5, 3)}, r"cos: .* an even R of at most 8"),
         ({"sin": torch.ones(1, 5, 6)}, r"sin: got float32 \[1, 5, 6\], wanted .* the same for both"),
         ({"sin": torch.ones(1, 5, 8).half()}, r"sin: got float16 \[1, 5, 8\], wanted .* the same for both"),
+        ({"k": torch.ones(2, 1, 5, 8, device="meta")}, "k: got a tensor on meta, wanted one on cpu, where q is"),
+        ({"sin": torch.ones(1, 5, 8, device="meta")}, "sin: got a tensor on meta"),
         ({"sin": torch.ones(1, 5, 8).requires_grad_()}, r"sin: got one that requires a gradient"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",

@@ -12,7 +12,7 @@ import torch
 from rich.table import Table
 from torch import nn
 
-from ..integrations.registry import FLOAT_DTYPES
+from ..integrations.registry import FLOAT_DTYPES, check_module
 from ..nn import AdapterFusion
 from ..printing import PrintedReport, starred
 from .config import AdapterConfig, FusionConfig
@@ -418,18 +418,13 @@ def require_setup(model: nn.Module) -> Setup:
     return setup
 
 
-def check_module(model: Any) -> None:
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model: got {type(model).__name__}, wanted a torch.nn.Module")
-
-
 def check_dtype(dtype: torch.dtype) -> None:
     if dtype not in FLOAT_DTYPES:
         raise ValueError(f"dtype: got {dtype}, wanted one of {', '.join(map(str, FLOAT_DTYPES))}")
 
 
 def check_known(setup: Setup, name: str) -> None:
-    if name not in setup.adapters and name not in setup.fusions:
+    if name not in [*setup.adapters, *setup.fusions]:  # a list, since a name may be unhashable
         raise ValueError(f"name: got {name!r}, wanted {one_of([*setup.adapters, *setup.fusions])}")
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ..ops.ia3_linear import ia3_linear
 from ..ops.nf4 import NF4Weight
 from .linear import BaseProduct, OnLinear, why_not_skip
-from .registry import FLOAT_DTYPES, FusedLayer, register
+from .registry import FLOAT_DTYPES, FusedLayer, check_module, register
 
 
 class FusedIA3(FusedLayer):
@@ -246,8 +246,10 @@ if hasattr(ia3, "Linear4bit"):  # bitsandbytes is installed
             adapter_names: by default the active ones.
 
         Raises:
+            TypeError: `model` is not a module.
             ValueError: layers that this can't be done for, each with the reason; nothing has been merged then.
         """
+        check_module(model)
         merges, problems = [], []
         for name, layer in model.named_modules():
             if not isinstance(layer, ia3.IA3Layer):

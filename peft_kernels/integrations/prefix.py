@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import Cache, DynamicCache, PreTrainedModel
 
 from ..nn.prefix import PrefixEncoder
-from .registry import accelerate
+from .registry import accelerate, check_module
 from .transformers import NAME, PREFIX, FusedAttention
 
 Prefix = tuple[tuple[Tensor, Tensor], ...]
@@ -43,8 +43,10 @@ def attach_prefix(
         The encoder.
 
     Raises:
+        TypeError: `model` is not a module.
         ValueError: the attention of the model is not fused, it has a prefix already, or the encoder does not fit it.
     """
+    check_module(model)
     backbone = backbone_of(model)
     config = backbone.config
     if any(isinstance(hook, _Attached) for hook in backbone._forward_pre_hooks.values()):
@@ -73,8 +75,10 @@ def detach_prefix(model: nn.Module) -> None:
     """Undoes `attach_prefix`, but for the acceleration, which is `restore`'s to undo.
 
     Raises:
+        TypeError: `model` is not a module.
         ValueError: the model has no prefix.
     """
+    check_module(model)
     backbone = backbone_of(model)
     if not remove_hooks(backbone, lambda hook: isinstance(hook, _Attached)):
         raise ValueError("model: got one without a prefix, wanted one that attach_prefix was called on")

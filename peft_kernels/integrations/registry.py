@@ -261,7 +261,7 @@ def accelerate(model: nn.Module) -> Report:
     Raises:
         TypeError: `model` is not a module.
     """
-    _check_module(model)
+    check_module(model)
     _load_packages()
     reasons: dict[nn.Module, str | None] = {}
     remarks: dict[nn.Module, str] = {}
@@ -307,7 +307,7 @@ def restore(model: nn.Module) -> None:
     Raises:
         TypeError: `model` is not a module.
     """
-    _check_module(model)
+    check_module(model)
     for module in model.modules():
         for setting in _settings:
             if setting.is_set(module):
@@ -335,7 +335,7 @@ def why_not_input(x: Any) -> str | None:
     return "torch.jit.trace is under way" if torch._C._get_tracing_state() is not None else None
 
 
-def _check_module(model: Any) -> None:
+def check_module(model: Any) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: got {type(model).__name__}, wanted a torch.nn.Module")
 

@@ -68,10 +68,10 @@ def without_autocast(device_type: str) -> AbstractContextManager:
     return torch.autocast(device_type, enabled=False) if autocasts(device_type) else nullcontext()
 
 
-def check_devices(x: Tensor, tensors: Iterable[tuple[str, Tensor | None]]) -> None:
+def check_devices(x: Tensor, tensors: Iterable[tuple[str, Tensor | None]], x_name: str = "x") -> None:
     for name, tensor in tensors:
         if tensor is not None and tensor.device != x.device:
-            raise ValueError(f"{name}: got a tensor on {tensor.device}, wanted one on {x.device}, where x is")
+            raise ValueError(f"{name}: got a tensor on {tensor.device}, wanted one on {x.device}, where {x_name} is")
 
 
 def named(**lists: Sequence[Tensor | None]) -> list[tuple[str, Tensor | None]]:

@@ -6,7 +6,7 @@ the scale: He et al. 2022 (arXiv:2110.04366).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
@@ -30,6 +30,7 @@ from ._arguments import (
     matrix,
     refuse,
 )
+from ._linear import check_devices, named
 
 LayerNorm = tuple[Tensor | None, Tensor | None, float]  # weight [d], bias [d], eps
 
@@ -138,9 +139,14 @@ def adapter_grouped(
 
     The other arguments, the result and the errors are those of `adapter`.
     """
-    index = index.tolist() if isinstance(index, Tensor) else list(index)
+    index = index.tolist() if isinstance(index, Tensor) else index
+    if not isinstance(index, Collection):
+        bad("index", index, "a position for each x[i]")
+    index = list(index)
     if not isinstance(x, Tensor) or x.dim() < 2 or len(index) != x.shape[0]:
         refuse("index", f"{len(index)} items", f"one for each x[i]; x is {describe(x)}")
+    if not isinstance(adapters, Sequence):
+        refuse("adapters", f"a {type(adapters).__name__}", "a sequence of AdapterWeights")
     if not adapters:
         refuse("adapters", "none", "at least one AdapterWeights")
     return _adapters(x, adapters, index, residual, activation, gate, post_layer_norm, dropout, seed, out_dtype)
@@ -442,6 +448,10 @@ def _split(flat: Tensor, likes: Sequence[Tensor | int]) -> list[Tensor | None]:
 def _(x, residual, gate, run_rows, run_adapters, down_weight, down_bias, up_weight, up_bias, scale, norm_weight,
       norm_bias, norm_eps, post_norm_weight, post_norm_bias, post_norm_eps, activation, dropout, seed, compute_dtype,
       out_dtype, saves):  # fmt: skip
+    # A tensor on meta beside others on the CPU comes here, not to the kernel.
+    check_devices(x, named(residual=[residual], gate=[gate], down_weight=down_weight, down_bias=down_bias,
+                           up_weight=up_weight, up_bias=up_bias, layer_norm=[*norm_weight, *norm_bias],
+                           post_layer_norm=[*post_norm_weight, *post_norm_bias], seed=[seed]))  # fmt: skip
     m = x.shape[0]
     pre = x.new_empty((m if saves else 0, max(w.shape[0] for w in down_weight)), dtype=compute_dtype)
     stats = x.new_empty((m if saves and norm_eps else 0, 2), dtype=torch.float32)

@@ -8,6 +8,7 @@ from torch.autograd.function import once_differentiable
 
 from .. import _extension  # noqa: F401
 from ._arguments import bad, is_float, matrix
+from ._linear import check_devices
 
 
 def cross_entropy(logits: Tensor, targets: Tensor, ignore_index: int = -100) -> Tensor:
@@ -57,6 +58,7 @@ class _CrossEntropy(torch.autograd.Function):
 
 @torch.library.register_fake("peft_kernels::cross_entropy_forward")
 def _(logits, targets, ignore_index):
+    check_devices(logits, [("targets", targets)], "logits")
     rows = logits.shape[0]
     return logits.new_empty((rows,), dtype=torch.float32), logits.new_empty((rows, 2), dtype=torch.float32)
 

@@ -15,6 +15,7 @@ from torch.autograd.function import once_differentiable
 
 from .. import _extension  # noqa: F401
 from ._arguments import (
+    DTYPES,
     any_requires_grad,
     autocast_dtype,
     bad,
@@ -24,6 +25,7 @@ from ._arguments import (
     matrix,
     refuse,
 )
+from ._linear import check_devices, named
 
 
 def fusion(
@@ -68,6 +70,7 @@ def fusion(
         dropout, seed, out_dtype,
     )  # fmt: skip
     _check_list("adapter_outputs", adapter_outputs, query_input.shape)
+    check_devices(query_input, named(adapter_outputs=adapter_outputs), "query_input")
     t, key_offset = attention.keyed_query()
     outputs = [matrix(output) for output in adapter_outputs]
     offsets = None if key_offset is None else key_offset.expand(-1, len(outputs)).contiguous()
@@ -109,14 +112,19 @@ def fusion_of_bottlenecks(
     )  # fmt: skip
     _check_list("bottlenecks", bottlenecks, query_input.shape[:-1])
     for name, items in (("up_weights", up_weights), ("up_biases", up_biases), ("scales", scales)):
+        if not isinstance(items, (list, tuple)):
+            bad(name, items, "a list or tuple with an item for each bottleneck")
         if len(items) != len(bottlenecks):
             refuse(name, f"{len(items)} items", f"{len(bottlenecks)}, one for each bottleneck")
     dtype, d = attention.dtype, query_input.shape[-1]
     for h, w, b in zip(bottlenecks, up_weights, up_biases, strict=True):
-        if not isinstance(w, Tensor) or w.shape != (d, h.shape[-1]):
-            bad("up_weights", w, f"[{d}, {h.shape[-1]}], for a bottleneck {list(h.shape)}")
-        if b is not None and (not isinstance(b, Tensor) or b.shape != (d,)):
-            bad("up_biases", b, f"a tensor [{d}] or None")
+        if not is_float(w) or w.shape != (d, h.shape[-1]):
+            bad("up_weights", w, f"a floating-point tensor [{d}, {h.shape[-1]}], for a bottleneck {list(h.shape)}")
+        if b is not None and (not is_float(b) or b.shape != (d,)):
+            bad("up_biases", b, f"a float32, bfloat16 or float16 tensor [{d}] or None")
+    check_devices(
+        query_input, named(bottlenecks=bottlenecks, up_weights=up_weights, up_biases=up_biases), "query_input"
+    )
     t, key_offset = attention.keyed_query()
     # aᵢ · t = hᵢ · (scaleᵢ W_up,ᵢᵀ t) + scaleᵢ b_up,ᵢ · t, and Σ Pᵢ aᵢ = Σ scaleᵢ W_up,ᵢ (Pᵢ hᵢ) + Pᵢ scaleᵢ b_up,ᵢ.
     up = torch.cat([_scaled(w, s) for w, s in zip(up_weights, scales, strict=True)], dim=1).to(dtype)
@@ -170,13 +178,18 @@ class _Attention(NamedTuple):
                 continue
             if not is_float(weight) or weight.shape != (d, d):
                 bad(f"{name}_weight", weight, f"a float32, bfloat16 or float16 tensor [{d}, {d}]")
-            if bias is not None and (not isinstance(bias, Tensor) or bias.shape != (d,)):
-                bad(f"{name}_bias", bias, f"a tensor [{d}] or None")
-        if residual is not None and (not isinstance(residual, Tensor) or residual.shape != x.shape):
-            bad("residual", residual, f"a tensor {list(x.shape)}, as query_input is")
+            if bias is not None and (not is_float(bias) or bias.shape != (d,)):
+                bad(f"{name}_bias", bias, f"a float32, bfloat16 or float16 tensor [{d}] or None")
+        if residual is not None and (not is_float(residual) or residual.shape != x.shape):
+            bad("residual", residual, f"a float32, bfloat16 or float16 tensor {list(x.shape)}, as query_input is")
+        if out_dtype is not None and out_dtype not in DTYPES:
+            bad("out_dtype", out_dtype, "float32, bfloat16 or float16")
         if not (isinstance(temperature, (int, float)) and 0 < temperature < float("inf")):
             bad("temperature", temperature, "a positive number")
         check_dropout(dropout, seed)
+        check_devices(x, named(query_weight=[query_weight], query_bias=[query_bias], key_weight=[key_weight],
+                               key_bias=[key_bias], value_weight=[value_weight], value_bias=[value_bias],
+                               residual=[residual], seed=[seed]), "query_input")  # fmt: skip
         seed = drawn_seed(dropout, seed, x.device)
         cast_to = autocast_dtype(x)
         dtype = cast_to or x.dtype

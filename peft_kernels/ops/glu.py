@@ -52,7 +52,7 @@ class _Glu(torch.autograd.Function):
 
 @torch.library.register_fake("peft_kernels::glu_forward")
 def _(gate, up, activation):
-    check_devices(gate, [("up", up)])
+    check_devices(gate, [("up", up)], "gate")
     return gate.new_empty(gate.shape)
 
 

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from .. import _extension  # noqa: F401
 from ._arguments import any_requires_grad, is_float
+from ._linear import check_devices
 
 # Milliseconds of ours and torch's, in bf16 on two cores with AVX-512, for a weight of 4096 x 4096 and 1, 4, 8, 16 rows:
 # 0.58 / 1.11, 0.75 / 0.98, 1.17 / 1.21, 2.06 / 1.44. For 49152 x 576: 0.82 / 2.14, 0.86 / 2.57, 1.62 / 2.95, 3.2 / 3.5.
@@ -45,4 +46,5 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 @torch.library.register_fake("peft_kernels::linear")
 def _(x, weight, bias):
+    check_devices(x, [("weight", weight), ("bias", bias)])
     return x.new_empty((*x.shape[:-1], weight.shape[0]))

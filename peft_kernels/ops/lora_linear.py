@@ -109,8 +109,7 @@ def _check(x, weight, bias, lora_A, lora_B, scaling, dropout, compute_dtype, out
     _check_items("lora_A", lora_A, Tensor)
     _check_items("lora_B", lora_B, Tensor)
     _check_items("scaling", scaling, (float, int))
-    if dropout != ():
-        _check_items("dropout", dropout, (float, int))
+    _check_items("dropout", dropout, (float, int))
     if seeds is not None and not (
         isinstance(seeds, Tensor) and seeds.dtype is torch.int64 and seeds.shape == (len(lora_A),)
     ):

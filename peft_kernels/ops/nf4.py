@@ -256,6 +256,13 @@ def quantize_4bit(
     Raises:
         ValueError: the dtype, blocksize or quant_type is none of the above; it names the argument.
     """
+    for name, value, kind, wanted in (
+        ("tensor", tensor, Tensor, "a tensor"),
+        ("blocksize", blocksize, int, "a power of two from 32 to 4096"),
+        ("quant_type", quant_type, str, "'nf4' or 'fp4'"),
+    ):
+        if not isinstance(value, kind):
+            raise ValueError(f"{name}: got {value!r}, a {type(value).__name__}, wanted {wanted}")
     codes, absmax = torch.ops.peft_kernels.nf4_quantize(tensor.detach(), blocksize, quant_type)
     nested: tuple[Tensor, ...] = ()
     if double_quant:
@@ -279,6 +286,7 @@ def dequantize_4bit(weight: NF4Weight, dtype: torch.dtype | None = None) -> Tens
     Raises:
         ValueError: a field of `weight` does not fit the others; it names the field, what it got and what it wanted.
     """
+    _check_weight(weight)
     return torch.ops.peft_kernels.nf4_dequantize(
         weight.codes,
         weight.absmax,
@@ -306,6 +314,7 @@ def dequantize_4bit_rows(weight: NF4Weight, first_row: int, out: Tensor) -> Tens
     Raises:
         ValueError: a field of `weight`, first_row or out does not fit; it names what.
     """
+    _check_weight(weight)
     torch.ops.peft_kernels.nf4_dequantize_rows(
         weight.codes,
         weight.absmax,
@@ -319,6 +328,11 @@ def dequantize_4bit_rows(weight: NF4Weight, first_row: int, out: Tensor) -> Tens
         out,
     )
     return out
+
+
+def _check_weight(weight: Any) -> None:
+    if not isinstance(weight, NF4Weight):
+        raise ValueError(f"weight: got a {type(weight).__name__}, wanted an NF4Weight")
 
 
 @torch.library.register_fake("peft_kernels::nf4_dequantize")

@@ -11,6 +11,7 @@ from torch.autograd.function import once_differentiable
 
 from .. import _extension  # noqa: F401
 from ._arguments import bad, dense_inner, describe, is_float
+from ._linear import check_devices
 
 
 def rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
@@ -83,6 +84,8 @@ class _Rotary(torch.autograd.Function):
 
 @torch.library.register_fake("peft_kernels::rotary")
 def _(q, k, cos, sin, out_dtype, backwards):
+    check_devices(q, [("k", k), ("cos", cos), ("sin", sin)], "q")
+
     def like(x):
         batch, heads, length, head_dim = x.shape
         if length == 1 or x.stride(1) >= x.stride(2):

@@ -32,8 +32,10 @@ def main() -> None:
         arguments = [argument for argument in sys.argv[1:] if argument != EMULATED]
         return importlib.import_module("benchmarks.emulated").main(arguments)
     name, arguments = (sys.argv[1:2] or [""])[0], sys.argv[2:]
+    known = "".join(f"\n  {known:14} {purpose}" for known, purpose in BENCHMARKS.items())
+    if name in ("-h", "--help"):
+        return print(f"python -m benchmarks NAME [options], or {EMULATED}; NAME --help shows the options of{known}")
     if name not in BENCHMARKS:
-        known = "".join(f"\n  {known:14} {purpose}" for known, purpose in BENCHMARKS.items())
         sys.exit(f"python -m benchmarks NAME [options]: got the name '{name}', wanted {EMULATED}, or one of{known}")
     importlib.import_module(f"benchmarks.{name}").main(arguments)
 

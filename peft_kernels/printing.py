@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+from collections.abc import Iterable, Iterator
 
 from rich.console import Console
 from rich.table import Table
@@ -24,3 +25,13 @@ class PrintedReport:
 def starred(name: str) -> str:
     """A module's name with a star for each number, so that a model's layers can share a row."""
     return re.sub(r"(^|\.)\d+(?=\.|$)", r"\1*", name)
+
+
+def indented(names: Iterable[str]) -> Iterator[str]:
+    """Modules' names, in the model's order, without what the name of a module around them has said already."""
+    around: list[str] = []
+    for name in names:
+        while around and not name.startswith(around[-1]):
+            around.pop()
+        yield "  " * len(around) + name.removeprefix(around[-1] if around else "") if name else "(the model)"
+        around.append(f"{name}." if name else "")

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from .. import cpu
-from ..printing import PrintedReport, starred
+from ..printing import PrintedReport, indented, starred
 
 # Packages whose layers can be fused, with the modules here that fuse them. None of them is imported before a model
 # that is made of its layers has imported it.
@@ -209,9 +209,10 @@ class Report(PrintedReport):
         for heading in ("layer", "class", "forward"):
             table.add_column(heading, overflow="fold")
         table.add_column("layers", justify="right")
-        for (name, kind, fused, reason), count in rows.items():
+        names = indented(name for name, *_ in rows)
+        for name, ((_, kind, fused, reason), count) in zip(names, rows.items(), strict=True):
             verdict = "fused" if fused else "left alone"
-            table.add_row(name or "(the model)", kind, f"{verdict}: {reason}" if reason else verdict, str(count))
+            table.add_row(name, kind, f"{verdict}: {reason}" if reason else verdict, str(count))
         return table
 
     def __repr__(self) -> str:

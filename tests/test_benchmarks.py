@@ -129,6 +129,7 @@ def test_help_lists_them(monkeypatch, capsys):
     text = capsys.readouterr().out
     assert all(f"\n  {name} " in text for name in command.BENCHMARKS)
 
+
 @pytest.mark.parametrize("name", command.BENCHMARKS)
 def test_every_benchmark_can_be_run_by_its_name(name, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["benchmarks", name, "--help"])

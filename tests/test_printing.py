@@ -4,7 +4,9 @@ from peft_kernels.printing import indented, starred
 
 
 def test_numbers_become_stars():
-    assert starred("layers.3.experts.12.w1") == "layers.*.experts.*.w1" and starred("3") == "*" and starred("l3") == "l3"
+    assert (
+        starred("layers.3.experts.12.w1") == "layers.*.experts.*.w1" and starred("3") == "*" and starred("l3") == "l3"
+    )
 
 
 def test_names_are_indented_below_those_around_them():

@@ -47,7 +47,7 @@ test-asan: $(INSTALLED)  ## run the kernels' tests under the address and undefin
 test-amx: $(INSTALLED)  ## run the tests of the kernels for AMX on a processor that has AVX-512 with bf16, but no AMX
 	PEFT_KERNELS_CUDA=0 PEFT_KERNELS_EMULATE_AMX=1 \
 	    $(BIN)/python setup.py --quiet build --build-lib $(AMX) --build-temp $(AMX)/tree
-	PYTHONPATH=$(CURDIR)/$(AMX) $(BIN)/pytest -k amx -o pythonpath= $(ARGS)
+	PYTHONPATH=$(CURDIR)/$(AMX):$(CURDIR) $(BIN)/pytest -k amx -o pythonpath= $(ARGS)
 
 test-gpu: export PEFT_KERNELS_CUDA := 1
 test-gpu: $(INSTALLED)  ## run every test with the CUDA kernels built in, on a machine with a CUDA device

@@ -109,6 +109,7 @@ ANY_BASE = {
     "dropout-number": ({"dropout": 0.5}, "dropout: got 0.5, a float, wanted a list or tuple"),
     "dropout-array": ({"dropout": numpy.array([0.5])}, "dropout: got array.* wanted a list or tuple"),
     "dropout-twice": ({"dropout": [0.5, 0.5]}, "dropout: got 2 items, wanted 1 item, one for each lora_A"),
+    "dropout-zeros": ({"dropout": [0.0, 0.0]}, "dropout: got 2 items, wanted 1 item, one for each lora_A"),
     "dropout-one": ({"dropout": [1.0]}, r"dropout: got 1.0*, wanted a probability in \[0, 1\)"),
     "dropout-negative": ({"dropout": [-0.1]}, r"dropout: got -0.10*, wanted a probability"),
     "dropout-nan": ({"dropout": [float("nan")]}, "dropout: got nan, wanted a probability"),

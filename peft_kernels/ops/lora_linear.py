@@ -86,10 +86,11 @@ def lora_linear_of_layer(
     seeds: Tensor | None = None,
 ) -> Tensor:
     """`lora_linear` of arguments whose types are known to be right, and of x as wide as the weight."""
-    if not any(dropout):
+    if any(dropout):
+        if seeds is None:
+            seeds = torch.randint(torch.iinfo(torch.int64).max, (len(dropout),), device=x.device)
+    elif len(dropout) == len(lora_A):  # another number of zeros is the op's to refuse
         dropout = ()
-    elif seeds is None:
-        seeds = torch.randint(torch.iinfo(torch.int64).max, (len(dropout),), device=x.device)
     dense = None if isinstance(weight, NF4Weight) else weight
     # Without the second condition torch.compile would lose `ctx`: where nothing needs a gradient, it takes forward's
     # signature, whose *adapters hold two tensors, for one without it.

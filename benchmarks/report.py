@@ -72,7 +72,7 @@ class Report:
         """Sums up, and draws the plot."""
         verdicts = [met for record in self.records for _, met in judge(record, self.records) if met is not None]
         if verdicts:
-            self.console.print(f"{sum(verdicts)} of {len(verdicts)} targets met, which were set for two cores with AMX")
+            self.console.print(f"{sum(verdicts)} of {len(verdicts)} targets met")
         plot.draw(self.records, self.run, self.path.with_suffix(".png"))
         self.console.print(f"Saved: {self.path}.csv, {self.path}.png", soft_wrap=True)
 

@@ -29,9 +29,9 @@ def starred(name: str) -> str:
 
 def indented(names: Iterable[str]) -> Iterator[str]:
     """Modules' names, in the model's order, without what the name of a module around them has said already."""
-    around: list[str] = []
+    around = [""]  # prefixes of the names inside those modules
     for name in names:
-        while around and not name.startswith(around[-1]):
+        while not name.startswith(around[-1]):
             around.pop()
-        yield "  " * len(around) + name.removeprefix(around[-1] if around else "") if name else "(the model)"
+        yield "  " * (len(around) - 1) + name.removeprefix(around[-1]) if name else "(the model)"
         around.append(f"{name}." if name else "")

@@ -56,7 +56,7 @@ class AdapterConfig:
     leave_out: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        if self.kind not in tuple(KINDS):
+        if self.kind not in tuple(KINDS):  # a tuple, since kind may be unhashable
             raise ValueError(f"kind: got {self.kind!r}, wanted one of {', '.join(KINDS)}")
         if self.locations is None:
             object.__setattr__(self, "locations", KINDS[self.kind])

@@ -38,6 +38,7 @@ class Case:
         queries: how many of the last positions ask; all of them by default.
         scales: whether there are l_q, l_k and l_v.
         prefix: its length.
+        dropout: of the weights; checked without it, since torch draws another mask.
         training: forward and backward; otherwise a forward without autograd.
     """
 
@@ -49,6 +50,7 @@ class Case:
     queries: int = 0
     scales: bool = True
     prefix: int = 0
+    dropout: float = 0.0
     training: bool = False
     large: bool = False
     wanted: tuple[Target, ...] = ()
@@ -61,7 +63,7 @@ class Case:
         heads = f"H={self.heads}" + (f"/{self.kv_heads}" if self.kv_heads != self.heads else "")
         parts = ["train" if self.training else "eval", f"B={self.batch}", heads, f"S={self.keys}", f"D={self.head_dim}"]
         parts += [f"queries={self.queries}"] * bool(self.queries) + [f"prefix={self.prefix}"] * bool(self.prefix)
-        return " ".join(parts + ["unscaled"] * (not self.scales))
+        return " ".join(parts + ["unscaled"] * (not self.scales) + [f"dropout={self.dropout}"] * bool(self.dropout))
 
     def targets(self, phase: str, isa: str) -> tuple[Target, ...]:
         """What is wanted in a phase; nothing of the slower instruction sets."""
@@ -73,6 +75,8 @@ CASES = (
     Case(4, 32, 32, 1024, 64, wanted=(Faster("forward", PLAIN, 2),)),
     Case(4, 32, 32, 1024, 64, training=True, wanted=(Faster("both", STOCK, 2.5),)),
     Case(4, 9, 3, 256, 64, training=True),
+    Case(8, 12, 12, 512, 64, scales=False, training=True),
+    Case(8, 12, 12, 512, 64, scales=False, dropout=0.1, training=True),
     Case(2, 32, 8, 1024, 128, training=True),
     Case(1, 32, 8, 4096, 128, queries=1),
     Case(4, 9, 3, 512, 64, queries=1),
@@ -119,7 +123,7 @@ def make_problem(case: Case) -> Problem:
 
 
 def fused(problem: Problem) -> Tensor:
-    return ia3_attention(**problem.tensors, causal=True)
+    return ia3_attention(**problem.tensors, causal=True, dropout=problem.case.dropout)
 
 
 def stock(problem: Problem) -> Tensor:
@@ -143,7 +147,9 @@ def _attend(case: Case, q, k, v, prefix_k, prefix_v) -> Tensor:
             mask = F.pad(visible(case.num_queries, case.keys, True, None), (case.prefix, 0), value=True)
     causal = mask is None and case.num_queries > 1
     grouped = case.kv_heads != case.heads
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=grouped)
+    return F.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, dropout_p=case.dropout, is_causal=causal, enable_gqa=grouped
+    )
 
 
 def check(case: Case, isas: Sequence[str]) -> dict[str, float]:
@@ -153,7 +159,7 @@ def check(case: Case, isas: Sequence[str]) -> dict[str, float]:
         ArithmeticError: the result or, in training, a gradient is further from fp64 than stock's, by more than 5 %.
     """
     group = case.heads // case.kv_heads
-    small = replace(case, batch=1, heads=group, kv_heads=1)
+    small = replace(case, batch=1, heads=group, kv_heads=1, dropout=0.0)
     problem = make_problem(small)
     doubles = {name: tensor.detach().double().requires_grad_(case.training) for name, tensor in problem.tensors.items()}
     wanted = _results(Problem(small, doubles, problem.grad_out), lambda p: oracle(**p.tensors, causal=True))

@@ -482,6 +482,12 @@ def test_ia3_attention(prefix_length, queries, training):
     assert all(0 < r.error < 0.01 for r in found if r.contender == FUSED)
 
 
+def test_ia3_attention_with_dropout():
+    case = ia3_attention.Case(2, 4, 2, 40, 16, dropout=0.1, training=True)
+    found = ia3_attention.run(case, ["stock"], [cpu.isa()], 0.0, shout)
+    assert {record.phase for record in found} == {"forward", "backward", "both"}
+
+
 def test_ia3_attention_finds_a_difference(monkeypatch):
     monkeypatch.setattr(ia3_attention, "fused", lambda p: 1.01 * ia3_attention.stock(p))
     with pytest.raises(ArithmeticError, match="out: got an error of"):

@@ -216,6 +216,34 @@ def test_scales_are_those_of_the_heads():
     assert torch.equal(ia3_attention(*(case.tensors[name] for name in "qkv"), **heads), out)
 
 
+# ---- dropout -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=short)
+@pytest.mark.parametrize("prefix", [0, 7])
+@pytest.mark.parametrize("shape", SHAPES[1:], ids=shape_id)
+def test_dropout(cpu_isa, shape, prefix, dtype):
+    seed = torch.tensor([2**40 + SHAPES.index(shape)])
+    check(make(shape, dtype, prefix=prefix, dropout=0.3, seed=seed, causal=shape[3] <= shape[4]))
+
+
+@pytest.mark.parametrize("mask", list(masks()))
+def test_dropout_with_masks(cpu_isa, mask):
+    check(make(SHAPE, prefix=3, dropout=0.1, seed=torch.tensor([5]), **masks()[mask]))
+
+
+def test_dropout_keeps_its_share():
+    """Values of one: a result is the sum of the weights that were kept, over the share that is."""
+    case = make((4, 8, 8, 64, 256, 8), scales=())
+    case.tensors["q"].zero_()  # equal weights
+    case.tensors["v"].fill_(1)
+    out = ia3_attention(**case.tensors, dropout=0.25)
+    count = 4 * 8 * 64 * 256
+    share = out[..., 0].mean().item() * 0.75
+    assert abs(share - 0.75) <= 5 * (0.75 * 0.25 / count) ** 0.5
+    assert not torch.equal(ia3_attention(**case.tensors, dropout=0.25), out)
+
+
 # ---- rotary embedding --------------------------------------------------------------------------------------------
 
 

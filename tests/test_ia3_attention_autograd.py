@@ -18,7 +18,8 @@ def everything(dtype=torch.float32, shape=SHAPE) -> Case:
     batch, heads, _, num_queries, num_keys, _ = shape
     return make_case(
         *shape, dtype=dtype, prefix=5, causal=True, window=60, key_padding_mask=torch.rand(batch, num_keys) > 0.2,
-        attn_mask=torch.randn(1, heads, num_queries, num_keys), rope=angles(num_keys, 16),
+        attn_mask=torch.randn(1, heads, num_queries, num_keys), rope=angles(num_keys, 16), dropout=0.1,
+        seed=torch.tensor([7]),
     )  # fmt: skip
 
 
@@ -146,6 +147,7 @@ def op_arguments(case: Case) -> tuple:
     return (
         q, k, tensors["v"], *scales, 0.2, True, 60, options["key_padding_mask"],
         options["attn_mask"].expand(*q.shape[:3], k.shape[2]), tensors["prefix_k"], tensors["prefix_v"], cos, sin,
+        options["dropout"], options["seed"],
     )  # fmt: skip
 
 
@@ -168,7 +170,7 @@ def test_meta_shapes():
     wanted = run(case)
     case.tensors = {name: tensor.to("meta") for name, tensor in case.tensors.items()}
     case.grad_out = case.grad_out.to("meta")
-    for name in ("key_padding_mask", "attn_mask"):
+    for name in ("key_padding_mask", "attn_mask", "seed"):
         case.options[name] = case.options[name].to("meta")
     case.options["rope"] = tuple(part.to("meta") for part in case.options["rope"])
     for name, value in run(case).items():

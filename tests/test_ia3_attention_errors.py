@@ -48,6 +48,8 @@ CASES = {
     "scale-text": ({"scale": "1"}, "scale: got '1', a str, wanted a finite float32 number"),
     "scale-nan": ({"scale": float("nan")}, "scale: got nan, a float, wanted a finite float32 number"),
     "scale-huge": ({"scale": 1e39}, "scale: got 1e\\+39, a float, wanted a finite float32 number"),
+    "dropout-one": ({"dropout": 1}, "dropout: got 1, a int, wanted a probability in \\[0, 1\\)"),
+    "seed-float": ({"dropout": 0.1, "seed": torch.ones(1)}, "seed: got float32 .*, wanted an int64 tensor"),
     "window-zero": ({"window": 0}, "window: got 0, a int, wanted a whole number of at least 1"),
     "window-float": ({"window": 2.0}, "window: got 2.0, a float"),
     "padding-int": (
@@ -122,6 +124,7 @@ FORWARD = {
     "prefix_v": ({12: None}, "prefix_v: got none, wanted a tensor"),
     "prefix": ({11: torch.ones(2, 5, 23)}, r"prefix_k: got shape \[2, 5, 23\], wanted \[2, 5, 24\]"),
     "sin": ({14: None}, "sin: got none, wanted a tensor"),
+    "seed": ({16: None}, "seed: got none, wanted an int64 tensor, since there is dropout"),
     "cos": ({13: torch.ones(1, 70, 26)}, r"cos: got float32 \[1, 70, 26\], wanted .* an even R of at most 24"),
 }  # fmt: skip
 

@@ -19,7 +19,7 @@ from peft_kernels.ops import _attention_by_torch, _attention_plan, ia3_attention
 DOCUMENT = Path(__file__).parent.parent / "docs/ia3_attention.md"
 BEGIN, END = "<!-- begin of the table -->\n", "<!-- end of the table -->\n"
 SHAPE = (2, 4, 2, 33, 33, 16)
-MASKLESS = {"causal": False, "window": None, "key_padding_mask": None, "attn_mask": None}
+MASKLESS = {"causal": False, "window": None, "key_padding_mask": None, "attn_mask": None, "dropout": 0.0}
 PADDING = torch.arange(33) >= torch.tensor([[4], [20]])
 MASKS = {
     "none": {},

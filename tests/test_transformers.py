@@ -106,18 +106,29 @@ def test_gradient_checkpointing(reentrant):
     assert_same(step(model, ids, padding), wanted)
 
 
-def test_attention_dropout_takes_torchs_attention(caplog):
-    model = tiny("llama", attention_dropout=0.5)
+@pytest.mark.parametrize("name", ["llama", "bert"])
+def test_attention_dropout(name):
+    option = {"llama": "attention_dropout", "bert": "attention_probs_dropout_prob"}[name]
+    model = tiny(name, **{option: 0.5})
     ids, padding = tokens()
-    report = peft_kernels.accelerate(model)
-    assert {layer.reason for layer in attention_rows(report)} == {"attention dropout of 0.5"}
-    torch.manual_seed(3)
-    got = model(ids, padding).logits
-    peft_kernels.restore(model)
-    torch.manual_seed(3)
-    assert torch.allclose(got, model(ids, padding).logits, atol=1e-5)
-    peft_kernels.accelerate(model.eval())
-    assert all(layer.fused for layer in peft_kernels.accelerate(model))
+    assert all(layer.fused for layer in attention_rows(peft_kernels.accelerate(model)))
+
+    def logits(seed):
+        torch.manual_seed(seed)
+        with torch.no_grad():
+            return model(ids, padding).logits
+
+    assert torch.equal(logits(3), logits(3)) and not torch.equal(logits(3), logits(4))
+    dropped = logits(3)
+    model.eval()
+    assert torch.equal(logits(3), logits(4)) and not torch.equal(logits(3), dropped)
+
+
+def test_attention_dropout_of_one_takes_torchs_attention():
+    model = tiny("llama", attention_dropout=1.0)
+    ids, padding = tokens()
+    wanted = model(ids, padding).logits
+    assert torch.allclose(accelerated(model)(ids, padding).logits, wanted, atol=1e-5)
 
 
 def test_older_versions_are_left_alone(monkeypatch):

@@ -102,13 +102,8 @@ void check_common(AdapterParams& params, const std::vector<BottleneckAdapter>& a
     params.num_runs = static_cast<int64_t>(runs.size());
     params.activation = check_activation(activation);
     params.compute_dtype = compute_dtype;
-    if (!(dropout >= 0 && dropout < 1)) bad_argument("dropout", std::to_string(dropout), "a probability in [0, 1)");
-    if (dropout > 0) {
-        if (!seed) bad_argument("seed", "none", "an int64 tensor, since there is dropout");
-        check_array(*seed, "seed", ScalarType::Long, 1, reference);
-        params.dropout = dropout;
-        params.seed = static_cast<const int64_t*>(seed->const_data_ptr());
-    }
+    params.seed = check_dropout(dropout, seed, reference);
+    params.dropout = dropout;
     if (gate) {
         check_array(*gate, "gate", ScalarType::Float, params.m, reference);
         params.gate = static_cast<const float*>(gate->const_data_ptr());

@@ -102,6 +102,15 @@ inline void check_array(const Tensor& tensor, const char* name, ScalarType dtype
     check_contiguous(tensor, name);
 }
 
+// The seed of a dropout's mask; null where nothing is dropped.
+inline const int64_t* check_dropout(double dropout, const std::optional<Tensor>& seed, const Tensor& reference) {
+    if (!(dropout >= 0 && dropout < 1)) bad_argument("dropout", std::to_string(dropout), "a probability in [0, 1)");
+    if (dropout == 0) return nullptr;
+    if (!seed) bad_argument("seed", "none", "an int64 tensor, since there is dropout");
+    check_array(*seed, "seed", ScalarType::Long, 1, reference);
+    return static_cast<const int64_t*>(seed->const_data_ptr());
+}
+
 // A floating-point type that the kernels read and write.
 inline DType check_float_dtype(ScalarType type, const char* name) {
     switch (type) {

@@ -69,6 +69,20 @@ inline void philox4x32(U32 (&c)[4], const uint32_t (&keys)[10][2]) {
     }
 }
 
+// One bit for each of the eight columns that a counter decides over.
+using KeptColumns = uint8_t __attribute__((vector_size(kLanes)));
+
+inline KeptColumns kept_columns(const Dropout& dropout, U32 group, U32 row, U32 row_high) {
+    U32 c[4] = {group, row, row_high, U32{}};
+    philox4x32(c, dropout.keys);
+    U32 kept{};
+    for (int j = 0; j < 4; ++j) {
+        kept |= (U32)((c[j] & 0xFFFF) >= dropout.threshold) & (1u << (2 * j));
+        kept |= (U32)((c[j] >> 16) >= dropout.threshold) & (2u << (2 * j));
+    }
+    return __builtin_convertvector(kept, KeptColumns);
+}
+
 // Bytes that dropout_keep_bits writes: whole vectors of the generator, which decides over 8 columns a lane.
 constexpr int64_t keep_bytes(int64_t columns) { return divide_up(columns, 8 * kLanes) * kLanes; }
 
@@ -76,18 +90,9 @@ constexpr int64_t keep_bytes(int64_t columns) { return divide_up(columns, 8 * kL
 inline void dropout_keep_bits(const Dropout& dropout, int64_t row, int64_t first_column, int64_t columns,
                               uint8_t* bits) {
     const U32 first_group = static_cast<uint32_t>(first_column / 8) + lane_index();
-    for (int64_t group = 0; group * 8 < columns; group += kLanes) {
-        U32 c[4] = {static_cast<uint32_t>(group) + first_group, broadcast(static_cast<uint32_t>(row)),
-                    broadcast(static_cast<uint32_t>(row >> 32)), U32{}};
-        philox4x32(c, dropout.keys);
-        U32 kept{};
-        for (int j = 0; j < 4; ++j) {
-            kept |= (U32)((c[j] & 0xFFFF) >= dropout.threshold) & (1u << (2 * j));
-            kept |= (U32)((c[j] >> 16) >= dropout.threshold) & (2u << (2 * j));
-        }
-        using U8 = uint8_t __attribute__((vector_size(kLanes)));
-        store_vector(bits + group, __builtin_convertvector(kept, U8));
-    }
+    const U32 low = broadcast(static_cast<uint32_t>(row)), high = broadcast(static_cast<uint32_t>(row >> 32));
+    for (int64_t group = 0; group * 8 < columns; group += kLanes)
+        store_vector(bits + group, kept_columns(dropout, static_cast<uint32_t>(group) + first_group, low, high));
 }
 
 }  // namespace

@@ -55,13 +55,8 @@ std::vector<FusedAdapter> check_common(FusionParams& params, const Tensor& t, co
     params.temperature = static_cast<float>(temperature);
     if (!(params.temperature > 0 && std::isfinite(params.temperature)))
         bad_argument("temperature", std::to_string(temperature), "a positive number");
-    if (!(dropout >= 0 && dropout < 1)) bad_argument("dropout", std::to_string(dropout), "a probability in [0, 1)");
-    if (dropout > 0) {
-        if (!seed) bad_argument("seed", "none", "an int64 tensor, since there is dropout");
-        check_array(*seed, "seed", ScalarType::Long, 1, t);
-        params.dropout = dropout;
-        params.seed = static_cast<const int64_t*>(seed->const_data_ptr());
-    }
+    params.seed = check_dropout(dropout, seed, t);
+    params.dropout = dropout;
 #if defined(PEFT_KERNELS_CUDA)
     if (runs_on_cuda(t)) {
         constexpr int64_t kMaxColumns = int64_t{1} << 30;  // int32 counts them

@@ -37,6 +37,8 @@ struct Ia3AttentionParams {
     const uint8_t* key_padding_mask;  // [batch, num_keys], 0 where a key is hidden; or null
     AttentionMask attn_mask;
     Rope rope;
+    double dropout;       // of the weights
+    const int64_t* seed;  // one; may be null without dropout
 
     int32_t threads;
     void* workspace;  // null: only workspace_bytes is set

@@ -118,6 +118,7 @@ private:
         float *lse, *delta;            // [kQueries]: log2 of the sum of weights; Σ weight · its gradient
         float *scores, *grad_weights;  // [key][kQueries]
         float* bias;                   // see ScoreMask
+        uint8_t* keep;                 // see WeightDropout
         typename Products::Element *weights, *grad_scores;  // rows, whose steps are the queries
         uint32_t* grad_score_strips;                        // the latter again, as strips whose steps are the keys
         float* grad_q;  // [dim][kQueries]; once more for the prefix if that is kept apart
@@ -138,6 +139,7 @@ private:
             scores = arena.take<float>(kScores);
             grad_weights = arena.take<float>(kScores);
             bias = arena.take<float>(b.p_.attn_mask.data ? ScoreMask::kScratch : 0);
+            keep = arena.take<uint8_t>(b.problem_.dropout_scratch());
             if constexpr (Products::kStepElements == 1) {
                 // fp32 results take their operands' place, and rows of keys are strips as well.
                 weights = scores;
@@ -198,13 +200,15 @@ private:
                     const BackwardKeys<Products>&keys = scratch.keys, &prefix = scratch.prefix;
                     flow({keys, scratch.q, scratch.grad, wants_k_ ? keys.grad_rows : nullptr,
                           wants_v_ ? keys.grad_values : nullptr, wants_q_ ? grad_q : nullptr},
-                         mask, count, scratch);
+                         mask, problem_.dropout_of_keys(batch, head, block * kQueries, scratch.keep), count, scratch);
                     if (has_prefix)
                         flow({prefix, scratch.prefix_q, scratch.prefix_grad,
                               p_.grad_prefix_k ? prefix.grad_rows : nullptr,
                               p_.grad_prefix_v ? prefix.grad_values : nullptr,
                               wants_q_ ? grad_q + query_sums() - dim_ * kQueries : nullptr},
-                             ScoreMask(p_.prefix_length), p_.prefix_length, scratch);
+                             ScoreMask(p_.prefix_length),
+                             problem_.dropout_of_prefix(batch, head, block * kQueries, scratch.keep), p_.prefix_length,
+                             scratch);
                     if (plan_.key_splits == 1 && wants_q_)
                         finish_queries(batch, head, block * kQueries, grad_q, batch_part, scratch);
                 }
@@ -276,7 +280,8 @@ private:
     }
 
     // Adds what a block of queries and the first `count` of some keys have to do with each other to the gradients.
-    void flow(const Flow& f, const ScoreMask& mask, int64_t count, const Scratch& scratch) const {
+    void flow(const Flow& f, const ScoreMask& mask, const WeightDropout& dropout, int64_t count,
+              const Scratch& scratch) const {
         if (!f.grad_k && !f.grad_v && !f.grad_q) return;
         constexpr int64_t kStep = Products::kStepElements, kSize = sizeof(typename Products::Element);
         const int64_t first = f.keys.first_key;
@@ -289,7 +294,11 @@ private:
             if (f.grad_k || f.grad_q)
                 Products::multiply({f.keys.values + at * dim_, dim_ * kSize, 4}, keys, f.grad.lanes, kTileStrips,
                                    dim_ / kStep, scratch.grad_weights, kQueries, false);
-            differentiate_softmax(mask.apply(scratch.scores, key, keys, problem_.factor), keys, scratch);
+            const float factor = mask.apply(scratch.scores, key, keys, problem_.factor);
+            if (const uint8_t* keep = dropout.keep_bits(key, keys))
+                differentiate_softmax<true>(factor, keys, keep, dropout.scale(), scratch);
+            else
+                differentiate_softmax<false>(factor, keys, nullptr, 1.0f, scratch);
             const auto add = [&](const typename Products::Element* rows, const uint32_t* steps, float* sums) {
                 Products::multiply({rows, kQueries * kSize, 4}, keys, steps, dim_ / kLanes, kQueries / kStep,
                                    sums + at * dim_, dim_, true);
@@ -302,8 +311,11 @@ private:
         }
     }
 
-    // The weights of scores times factor, and the gradients of the scores by those of the weights.
-    static void differentiate_softmax(float factor, int64_t keys, const Scratch& scratch) {
+    // The weights of scores times factor, and the gradients of the scores by those of the weights. Where weights were
+    // dropped, `keep` says which were not, and keep_scale what these were multiplied with.
+    template <bool kDrops>
+    static void differentiate_softmax(float factor, int64_t keys, const uint8_t* keep, float keep_scale,
+                                      const Scratch& scratch) {
         constexpr int kStep = Products::kStepElements;
         for (int64_t key = 0; key < keys; key += kStep)
 #pragma GCC unroll 4
@@ -316,7 +328,13 @@ private:
                         const int64_t lane = (strip + j) * kLanes, at = (key + i) * kQueries + lane;
                         weights[i][j] = Products::exp2(
                             fma(load(scratch.scores + at), broadcast(factor), -load(scratch.lse + lane)));
-                        grads[i][j] = weights[i][j] * (load(scratch.grad_weights + at) - load(scratch.delta + lane));
+                        F32 grad = load(scratch.grad_weights + at);
+                        const auto dropped = [&](F32 v) {
+                            return keep_where(v * keep_scale, keep + (key + i) * WeightDropout::kKeyBytes, lane);
+                        };
+                        if constexpr (kDrops) grad = dropped(grad);
+                        grads[i][j] = weights[i][j] * (grad - load(scratch.delta + lane));
+                        if constexpr (kDrops) weights[i][j] = dropped(weights[i][j]);
                     }
                 Products::store_steps(weights, kQueries, scratch.weights + key * kQueries + strip * kLanes);
                 Products::store_steps(grads, kQueries, scratch.grad_scores + key * kQueries + strip * kLanes);

@@ -45,6 +45,7 @@ const char* ia3_attention_refusal(const Ia3AttentionParams& params) {
     if (query_device(device) != cudaSuccess || device.compute_capability < 80)
         return "the device is older than sm_80: it has no cp.async and no products of bf16";
     if (params.q.dtype == DType::kFloat32) return "q is fp32, which the matrix unit would round to tf32";
+    if (params.dropout > 0) return "weights can't be dropped here";
     if (params.rope.cos) return "rotations are not made here: q and k have to be rotated before";
     if (params.head_dim % 8 != 0 || params.head_dim > 256) return "head_dim is no multiple of 8 up to 256";
     // Strides in elements; of a dimension of one row they mean nothing, but are checked alike.

@@ -61,8 +61,10 @@ inline void raise_max(float factor, Stage& stage, Attended& attended) {
 }
 
 // Turns the scores, times factor, of keys [begin, end) of a stage into weights. fp32 weights may take their place.
-template <class Products>
-inline void make_weights(float factor, const Stage& stage, int64_t begin, int64_t end, Attended& attended) {
+// Where `keep` says so, [key][kQueries] bits, a weight becomes zero after it was added up.
+template <class Products, bool kDrops>
+inline void make_weights(float factor, const Stage& stage, int64_t begin, int64_t end, const uint8_t* keep,
+                         Attended& attended) {
     constexpr int kStep = Products::kStepElements;
     F32 max[kTileStrips], sum[kTileStrips];
 #pragma GCC unroll 4
@@ -79,6 +81,8 @@ inline void make_weights(float factor, const Stage& stage, int64_t begin, int64_
                 const F32 score = load(stage.scores + (key + i) * kQueries + strip * kLanes);
                 step[i] = Products::exp2(fma(score, broadcast(factor), -max[strip]));
                 sum[strip] += step[i];
+                if constexpr (kDrops)
+                    step[i] = keep_where(step[i], keep + (key + i) * WeightDropout::kKeyBytes, strip * kLanes);
             }
             store_vector(stage.weights + (key / kStep * kTileStrips + strip) * kLanes, Products::step(step));
         }
@@ -156,7 +160,8 @@ private:
         float* prefix_rows;                  // of the prefix's share of the results
         uint32_t *queries, *prefix_queries;  // strips whose lanes are the queries, for either kind of keys
         Stage stages[2];
-        float* bias;  // see ScoreMask
+        float* bias;    // see ScoreMask
+        uint8_t* keep;  // see WeightDropout
         ForwardKeys<Products> keys, prefix_keys;
         Attended real, prefix;
 
@@ -169,6 +174,7 @@ private:
                                  : queries),
               stages{stage(arena), stage(arena)},
               bias(arena.take<float>(f.p_.attn_mask.data ? ScoreMask::kScratch : 0)),
+              keep(arena.take<uint8_t>(f.problem_.dropout_scratch())),
               keys(arena, f.plan_.heads, f.p_.num_keys, f.dim_),
               prefix_keys(arena, f.plan_.heads, f.p_.prefix_length, f.dim_),
               real(attended(arena, f.dim_)),
@@ -211,13 +217,14 @@ private:
             const int64_t kv_head = head / problem_.group - first_head;  // in the set
             pack_queries(problem_.queries(batch, head), query, scratch.rows, scratch.queries);
             const ScoreMask mask(p_, batch, head, query, scratch.bias);
-            attend_keys(scratch.keys, kv_head, scratch.queries, mask, scratch, scratch.real);
+            attend_keys(scratch.keys, kv_head, scratch.queries, mask,
+                        problem_.dropout_of_keys(batch, head, query, scratch.keep), scratch, scratch.real);
             scratch.prefix.clear();
             if (problem_.prefix_apart())
                 pack_queries(problem_.prefix_queries(batch, head), query, scratch.rows, scratch.prefix_queries);
             if (p_.prefix_length)
-                attend_keys(scratch.prefix_keys, kv_head, scratch.prefix_queries, ScoreMask(p_.prefix_length), scratch,
-                            scratch.prefix);
+                attend_keys(scratch.prefix_keys, kv_head, scratch.prefix_queries, ScoreMask(p_.prefix_length),
+                            problem_.dropout_of_prefix(batch, head, query, scratch.keep), scratch, scratch.prefix);
             finish(batch, head, query, scratch);
         }
     }
@@ -233,7 +240,7 @@ private:
     // the scores of the next block and for the sums of the one before are made in between, which is work for the tile
     // unit. The processor reorders instructions over a few hundred of them, so they have to take turns that often.
     void attend_keys(const ForwardKeys<Products>& keys, int64_t kv_head, const uint32_t* queries, const ScoreMask& mask,
-                     const Scratch& scratch, Attended& attended) const {
+                     const WeightDropout& dropout, const Scratch& scratch, Attended& attended) const {
         attended.clear();
         KeyBlocks<Products> blocks(mask, 0, mask.end());
         Stage stages[2] = {scratch.stages[0], scratch.stages[1]};
@@ -248,10 +255,15 @@ private:
             if (has_previous) rescale_sums(other, attended);
             KeyBlock next{};
             has_next = blocks.next(next);
+            const uint8_t* keep = dropout.keep_bits(stage.block.key, stage.block.count);
             const int64_t parts = divide_up(stage.block.count, Products::kTurn);
             for (int64_t part = 0; part < parts; ++part) {
-                make_weights<Products>(factor, stage, part * Products::kTurn,
-                                       min_of((part + 1) * Products::kTurn, stage.block.count), attended);
+                const int64_t begin = part * Products::kTurn;
+                const int64_t end = min_of(begin + Products::kTurn, stage.block.count);
+                if (keep)
+                    make_weights<Products, true>(factor, stage, begin, end, keep, attended);
+                else
+                    make_weights<Products, false>(factor, stage, begin, end, nullptr, attended);
                 if (has_previous) add_values(keys, kv_head, other, part, parts, attended);
                 if (has_next) add_scores(keys, kv_head, queries, next, part, parts, other.scores);
             }
@@ -312,8 +324,8 @@ private:
             const F32 real_scale = Products::exp2(real_max - max), prefix_scale = Products::exp2(prefix_max - max);
             const F32 total = load(real.weight + lane) * real_scale + load(prefix.weight + lane) * prefix_scale;
             const F32 inverse = total == 0.0f ? F32{} : 1.0f / total;
-            store(real_share + lane, real_scale * inverse);
-            store(prefix_share + lane, prefix_scale * inverse);
+            store(real_share + lane, real_scale * (inverse * problem_.dropout.keep_scale));
+            store(prefix_share + lane, prefix_scale * (inverse * problem_.dropout.keep_scale));
             for (int64_t i = lane; i < min_of(count, lane + kLanes); ++i) {
                 const float sum = total[i - lane];
                 p_.lse[(batch * p_.heads + head) * p_.num_queries + query + i] =

@@ -42,7 +42,8 @@ ConstHeads check_prefix(const Tensor& prefix, const char* name, const Ia3Attenti
 void check_call(Ia3AttentionParams& params, const Tensor& q, const Tensor& k, const Tensor& v, const MaybeTensor& l_q,
                 const MaybeTensor& l_k, const MaybeTensor& l_v, double scale, bool causal, int64_t window,
                 const MaybeTensor& key_padding_mask, const MaybeTensor& attn_mask, const MaybeTensor& prefix_k,
-                const MaybeTensor& prefix_v, const MaybeTensor& cos, const MaybeTensor& sin) {
+                const MaybeTensor& prefix_v, const MaybeTensor& cos, const MaybeTensor& sin, double dropout,
+                const MaybeTensor& seed) {
     if (q.dim() != 4) bad_argument("q", describe(q), "a tensor [B, H, S_q, D]");
     if (k.dim() != 4) bad_argument("k", describe(k), "a tensor [B, H_kv, S_k, D]");
     params.batch = q.size(0);
@@ -94,6 +95,8 @@ void check_call(Ia3AttentionParams& params, const Tensor& q, const Tensor& k, co
         params.prefix_k = check_prefix(*prefix_k, "prefix_k", params, q);
         params.prefix_v = check_prefix(*prefix_v, "prefix_v", params, q);
     }
+    params.seed = check_dropout(dropout, seed, q);
+    params.dropout = dropout;
     if (cos.has_value() != sin.has_value())
         bad_argument(cos ? "sin" : "cos", "none", "a tensor, since the other one is given");
     if (!cos) return;
@@ -138,10 +141,11 @@ void check_cuda_operands(const Ia3AttentionParams& params) {
 std::tuple<Tensor, Tensor, Tensor> forward(Tensor q, Tensor k, Tensor v, MaybeTensor l_q, MaybeTensor l_k,
                                            MaybeTensor l_v, double scale, bool causal, int64_t window,
                                            MaybeTensor key_padding_mask, MaybeTensor attn_mask, MaybeTensor prefix_k,
-                                           MaybeTensor prefix_v, MaybeTensor cos, MaybeTensor sin, bool training) {
+                                           MaybeTensor prefix_v, MaybeTensor cos, MaybeTensor sin, double dropout,
+                                           MaybeTensor seed, bool training) {
     Ia3AttentionForwardParams params{};
     check_call(params, q, k, v, l_q, l_k, l_v, scale, causal, window, key_padding_mask, attn_mask, prefix_k, prefix_v,
-               cos, sin);
+               cos, sin, dropout, seed);
     const ScalarType dtype = q.scalar_type();
     Tensor out = empty(q, {params.batch, params.num_queries, params.heads, params.head_dim}, dtype);
     Tensor out_real =
@@ -192,11 +196,11 @@ void run_backward(Ia3AttentionBackwardParams& params, [[maybe_unused]] const Ten
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
     Tensor grad_out, Tensor q, Tensor k, Tensor v, MaybeTensor l_q, MaybeTensor l_k, MaybeTensor l_v, double scale,
     bool causal, int64_t window, MaybeTensor key_padding_mask, MaybeTensor attn_mask, MaybeTensor prefix_k,
-    MaybeTensor prefix_v, MaybeTensor cos, MaybeTensor sin, MaybeTensor out, MaybeTensor out_real, Tensor lse,
-    std::vector<bool> wants) {
+    MaybeTensor prefix_v, MaybeTensor cos, MaybeTensor sin, double dropout, MaybeTensor seed, MaybeTensor out,
+    MaybeTensor out_real, Tensor lse, std::vector<bool> wants) {
     Ia3AttentionBackwardParams params{};
     check_call(params, q, k, v, l_q, l_k, l_v, scale, causal, window, key_padding_mask, attn_mask, prefix_k, prefix_v,
-               cos, sin);
+               cos, sin, dropout, seed);
     const int64_t batch = params.batch, heads = params.heads, kv_heads = params.kv_heads, dim = params.head_dim;
     params.grad_out = check_heads_like(grad_out, "grad_out", {batch, heads, params.num_queries, dim}, q);
     if (l_v) {
@@ -260,11 +264,13 @@ STABLE_TORCH_LIBRARY_FRAGMENT(PEFT_KERNELS_NAMESPACE, m) {
     m.def(
         "ia3_attention_forward(Tensor q, Tensor k, Tensor v, Tensor? l_q, Tensor? l_k, Tensor? l_v, float scale, "
         "bool causal, int window, Tensor? key_padding_mask, Tensor? attn_mask, Tensor? prefix_k, Tensor? prefix_v, "
-        "Tensor? cos, Tensor? sin, bool training) -> (Tensor out, Tensor out_real, Tensor lse)");
+        "Tensor? cos, Tensor? sin, float dropout, Tensor? seed, bool training) -> (Tensor out, Tensor out_real, Tensor "
+        "lse)");
     m.def(
         "ia3_attention_backward(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor? l_q, Tensor? l_k, Tensor? l_v, "
         "float scale, bool causal, int window, Tensor? key_padding_mask, Tensor? attn_mask, Tensor? prefix_k, "
-        "Tensor? prefix_v, Tensor? cos, Tensor? sin, Tensor? out, Tensor? out_real, Tensor lse, bool[] wants) -> "
+        "Tensor? prefix_v, Tensor? cos, Tensor? sin, float dropout, Tensor? seed, Tensor? out, Tensor? out_real, "
+        "Tensor lse, bool[] wants) -> "
         "(Tensor grad_q, Tensor grad_k, Tensor grad_v, Tensor grad_l_q, Tensor grad_l_k, Tensor grad_l_v, "
         "Tensor grad_prefix_k, Tensor grad_prefix_v)");
 }

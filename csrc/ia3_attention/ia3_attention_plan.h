@@ -44,7 +44,9 @@ constexpr Ia3AttentionPlan ia3_attention_plan(int64_t batch, int64_t heads, int6
 
 template <class Params>
 constexpr Ia3AttentionPlan ia3_attention_plan(const Params& p) {
-    return ia3_attention_plan(p.batch, p.heads, p.kv_heads, p.num_queries, p.num_keys, p.head_dim);
+    Ia3AttentionPlan plan = ia3_attention_plan(p.batch, p.heads, p.kv_heads, p.num_queries, p.num_keys, p.head_dim);
+    plan.decodes = plan.decodes && p.dropout == 0;  // few queries are usually those of inference
+    return plan;
 }
 
 // 32 heads of 4 sequences: 32 tasks of 4 heads each; backward, each of a head.

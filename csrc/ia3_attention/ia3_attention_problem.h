@@ -2,6 +2,7 @@
 // For sources that are compiled once per instruction set, and only for those.
 #pragma once
 
+#include "ia3_attention/ia3_attention_dropout.h"
 #include "ia3_attention/ia3_attention_mask.h"
 
 namespace peft_kernels {
@@ -14,9 +15,14 @@ struct Problem {
     const int64_t dim;       // head_dim, padded
     const float factor;      // of scores, in units of the base-2 logarithm
     float *l_q, *l_k, *l_v;  // [head][dim], padded; null where not given
+    const Dropout dropout;
 
     Problem(const Ia3AttentionParams& params, int64_t dim, Arena& arena)
-        : p(params), group(params.heads / params.kv_heads), dim(dim), factor(params.scale * kLog2E) {
+        : p(params),
+          group(params.heads / params.kv_heads),
+          dim(dim),
+          factor(params.scale * kLog2E),
+          dropout(params.seed ? static_cast<uint64_t>(*params.seed) : 0, params.dropout) {
         const auto pad = [&](const float* scales, int64_t heads) {
             float* padded = scales ? arena.take<float>(heads * dim) : nullptr;
             for (int64_t head = 0; padded && head < heads; ++head) {
@@ -56,6 +62,16 @@ struct Problem {
     HeadRows values(int64_t batch, int64_t kv_head) const { return plain(p.v, batch, kv_head, p.num_keys); }
     HeadRows prefix_keys(int64_t kv_head) const { return plain(p.prefix_k, 0, kv_head, p.prefix_length); }
     HeadRows prefix_values(int64_t kv_head) const { return plain(p.prefix_v, 0, kv_head, p.prefix_length); }
+
+    // Of the weights for the queries from first_query on.
+    WeightDropout dropout_of_prefix(int64_t batch, int64_t head, int64_t first_query, uint8_t* scratch) const {
+        return {dropout, (batch * p.heads + head) * (p.prefix_length + p.num_keys), first_query, scratch};
+    }
+    WeightDropout dropout_of_keys(int64_t batch, int64_t head, int64_t first_query, uint8_t* scratch) const {
+        const int64_t first_row = (batch * p.heads + head) * (p.prefix_length + p.num_keys) + p.prefix_length;
+        return {dropout, first_row, first_query, scratch};
+    }
+    int64_t dropout_scratch() const { return p.dropout > 0 ? WeightDropout::kScratch : 0; }
 
     const float* scale(const float* scales, int64_t head) const { return scales ? scales + head * dim : nullptr; }
 

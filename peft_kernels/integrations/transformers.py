@@ -61,7 +61,9 @@ def attention(
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, is_causal=False, **kwargs
         )
-    out = ia3_attention(query, key, value, scale=scaling, prefix_k=prefix_k, prefix_v=prefix_v, **masks)
+    out = ia3_attention(
+        query, key, value, scale=scaling, prefix_k=prefix_k, prefix_v=prefix_v, dropout=dropout, **masks
+    )
     return out.transpose(1, 2), None
 
 
@@ -70,7 +72,7 @@ def _is_cross(module: nn.Module) -> bool:
 
 
 def _why_stock_input(query: Tensor, value: Tensor, dropout: float, kwargs: dict[str, Any]) -> str | None:
-    if dropout > 0:
+    if dropout >= 1:
         return f"attention dropout of {dropout}"
     for name in ("softcap", "s_aux", "position_bias"):
         if kwargs.get(name) is not None:
@@ -171,8 +173,7 @@ class FusedAttention(Lookalike):
     """The stock layer, with flash-style attention; transformers looks the function up in the model's configuration.
     Where the layer rotates its queries and keys, that is one operation.
 
-    Causal, sliding-window and padding masks are told to the kernel, not written out. In training, attention dropout
-    takes torch's attention.
+    Causal, sliding-window and padding masks are told to the kernel, not written out.
     """
 
     @classmethod
@@ -194,12 +195,7 @@ class FusedAttention(Lookalike):
         if (implementation := self.config._attn_implementation) != NAME:
             return f"its attention is now {implementation!r}"
         parameter = next(self.parameters())
-        if not parameter.is_cpu:
-            return f"no fused kernel for {parameter.device.type}"
-        names = ("attention_dropout", "attn_dropout", "dropout")
-        dropout = next(vars(self).get(name, self._modules.get(name)) for name in names if hasattr(self, name))
-        dropout = dropout.p if isinstance(dropout, nn.Dropout) else dropout
-        return f"attention dropout of {dropout}" if self.training and dropout > 0 else None
+        return None if parameter.is_cpu else f"no fused kernel for {parameter.device.type}"
 
     @classmethod
     def fits(cls, stock: type) -> bool:

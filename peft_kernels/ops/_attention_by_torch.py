@@ -30,6 +30,7 @@ def attention_by_torch(
     key_padding_mask: Tensor | None,
     attn_mask: Tensor | None,
     rope: tuple[Tensor, Tensor] | None,
+    dropout: float,
 ) -> Tensor:
     """The arguments of `ia3_attention`, checked; returns [B, H, S_q, D]."""
     batch, heads, num_queries, head_dim = q.shape
@@ -61,7 +62,7 @@ def attention_by_torch(
         hidden = ~mask.any(-1, keepdim=True) if mask.dtype is torch.bool else (mask == -torch.inf).all(-1, keepdim=True)
         mask = mask.masked_fill(hidden, mask.dtype is torch.bool)
     out = F.scaled_dot_product_attention(
-        q, k, v, attn_mask=mask, is_causal=mask is None and causal, scale=scale, enable_gqa=group > 1
+        q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=mask is None and causal, scale=scale, enable_gqa=group > 1
     )
     if hidden is not None:
         out = out.masked_fill(hidden, 0)

@@ -27,6 +27,7 @@ def why_torch(
     window: int | None,
     key_padding_mask: Tensor | None,
     attn_mask: Tensor | None,
+    dropout: float,
 ) -> str | None:
     """Why a call goes to torch's attention; None if it goes to the kernels.
 
@@ -35,6 +36,8 @@ def why_torch(
     head_dim = q.shape[3]
     if reason := why_not(q.device):
         return reason
+    if dropout > 0:
+        return "the kernels drop no weights"
     if q.dtype == torch.float32:
         return "q is fp32, which the kernels' matrix unit would round"
     if head_dim % 8 or head_dim > 256:

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .. import _extension  # noqa: F401
-from ._arguments import autocast_dtype, dense_inner
+from ._arguments import autocast_dtype, check_dropout, dense_inner, drawn_seed
 from ._attention_by_torch import attention_by_torch, rotated
 from ._attention_plan import is_aligned, print_plan, why_torch
 
@@ -37,6 +37,8 @@ def ia3_attention(
     prefix_k: Tensor | None = None,
     prefix_v: Tensor | None = None,
     rope: tuple[Tensor, Tensor] | None = None,
+    dropout: float = 0.0,
+    seed: Tensor | None = None,
 ) -> Tensor:
     """`softmax(scale · (l_q⊙q)[P_k; l_k⊙k]ᵀ + mask) [P_v; l_v⊙v]`, with gradients for all but masks and angles.
 
@@ -58,6 +60,9 @@ def ia3_attention(
             masks and the rotary embedding.
         rope: (cos, sin), each [S_k, R] or [B or 1, S_k, R] with an even R ≤ D: the first R channels of l_q⊙q and l_k⊙k
             are rotated, channel i with channel i + R/2. Row j is of key j's position, and of the query's that is there.
+        dropout: the probability in [0, 1) with which a weight is dropped, after the softmax.
+        seed: int64 [1], the key of the dropout's mask; by default drawn from torch's generator. On the CPU only: on a
+            GPU calls with dropout go to torch's attention.
 
     Returns:
         [B, H, S_q, D] of q's dtype, stored as [B, S_q, H, D]: `.transpose(1, 2)` is contiguous.
@@ -72,13 +77,16 @@ def ia3_attention(
     if dtype := autocast_dtype(q):
         q, k, v = (x.to(dtype) for x in (q, k, v))
     _check(q, k, v, l_q, l_k, l_v, scale, window, key_padding_mask, attn_mask, prefix_k, prefix_v, rope)
+    check_dropout(dropout, seed)
     scale = float(q.shape[3] ** -0.5 if scale is None else scale)
     if _has_gpu_plan(q.device):
         masks = {"causal": causal, "window": window, "key_padding_mask": key_padding_mask, "attn_mask": attn_mask}
         tensors = q, k, v, l_q, l_k, l_v, prefix_k, prefix_v
-        if reason := why_torch(*tensors, **masks):
+        if seed is not None:
+            _bad("seed", seed, f"None on {q.device.type}, where torch draws the mask")
+        if reason := why_torch(*tensors, dropout=dropout, **masks):
             print_plan(q, reason)
-            out = attention_by_torch(*tensors, scale=scale, rope=rope, **masks)
+            out = attention_by_torch(*tensors, scale=scale, rope=rope, dropout=dropout, **masks)
             return out.transpose(1, 2).contiguous().transpose(1, 2)
         if rope is not None:
             # A rotation stands between the scales and the products; made here, it is differentiated by autograd.
@@ -89,7 +97,8 @@ def ia3_attention(
     cos, sin = (None, None) if rope is None else (_angles(part) for part in rope)
     call = _Call(
         scale, causal, window or 0,
-        None if key_padding_mask is None else key_padding_mask.contiguous(), attn_mask, cos, sin,
+        None if key_padding_mask is None else key_padding_mask.contiguous(), attn_mask, cos, sin, dropout,
+        drawn_seed(dropout, seed, q.device),
     )  # fmt: skip
     tensors = *(dense_inner(x) for x in (q, k, v)), l_q, l_k, l_v, prefix_k, prefix_v
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors):
@@ -127,12 +136,14 @@ class _Call:
     attn_mask: Tensor | None
     cos: Tensor | None
     sin: Tensor | None
+    dropout: float
+    seed: Tensor | None
 
     def arguments(self, q, k, v, l_q, l_k, l_v, prefix_k, prefix_v) -> tuple:
         """The arguments that both ops have."""
         return (
             q, k, v, l_q, l_k, l_v, self.scale, self.causal, self.window, self.key_padding_mask, self.attn_mask,
-            prefix_k, prefix_v, self.cos, self.sin,
+            prefix_k, prefix_v, self.cos, self.sin, self.dropout, self.seed,
         )  # fmt: skip
 
     def forward(self, tensors: tuple[Tensor | None, ...], training: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -175,7 +186,7 @@ class _IA3Attention(torch.autograd.Function):
 
 @torch.library.register_fake("peft_kernels::ia3_attention_forward")
 def _(q, k, v, l_q, l_k, l_v, scale, causal, window, key_padding_mask, attn_mask, prefix_k, prefix_v, cos, sin,
-      training):  # fmt: skip
+      dropout, seed, training):  # fmt: skip
     batch, heads, num_queries, head_dim = q.shape
     out = q.new_empty((batch, num_queries, heads, head_dim))
     real = q.new_empty((batch if training and l_v is not None else 0, num_queries, heads, head_dim))
@@ -184,7 +195,7 @@ def _(q, k, v, l_q, l_k, l_v, scale, causal, window, key_padding_mask, attn_mask
 
 @torch.library.register_fake("peft_kernels::ia3_attention_backward")
 def _(grad_out, q, k, v, l_q, l_k, l_v, scale, causal, window, key_padding_mask, attn_mask, prefix_k, prefix_v, cos,
-      sin, out, out_real, lse, wants):  # fmt: skip
+      sin, dropout, seed, out, out_real, lse, wants):  # fmt: skip
     def rows(x, want):
         batch, heads, length, head_dim = x.shape
         return x.new_empty((batch if want else 0, length, heads, head_dim))

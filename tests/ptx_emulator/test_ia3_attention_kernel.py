@@ -117,7 +117,7 @@ def test_saved_for_the_backward(emulated):
     tensors["l_v"][::7] = 0
     arguments = (
         *(tensors[name] for name in ("q", "k", "v", "l_q", "l_k", "l_v")), 0.125, True, 0, None, None,
-        tensors["prefix_k"], tensors["prefix_v"], None, None, True,
+        tensors["prefix_k"], tensors["prefix_v"], None, None, 0.0, None, True,
     )  # fmt: skip
     out, real, lse = torch.ops.peft_kernels.ia3_attention_forward(*arguments)
     assert emulated()
@@ -246,10 +246,13 @@ def test_rows_at_any_address_go_to_torch(emulated):
     assert_close(out, expected_forward(case), tolerances.attention(BF16))
 
 
-def test_the_op_refuses_what_it_has_no_kernel_for(emulated):
-    case = make_case(dtype=torch.float32, scales=())
+@pytest.mark.parametrize(
+    ("dtype", "dropout", "reason"), [(torch.float32, 0.0, "q is fp32"), (BF16, 0.1, "weights can't be dropped here")]
+)
+def test_the_op_refuses_what_it_has_no_kernel_for(emulated, dtype, dropout, reason):
+    case = make_case(dtype=dtype, scales=())
     tensors = (case.tensors[name] for name in "qkv")
-    with pytest.raises(ValueError, match="no CUDA kernel takes these tensors: q is fp32"):
+    with pytest.raises(ValueError, match=f"no CUDA kernel takes these tensors: {reason}"):
         torch.ops.peft_kernels.ia3_attention_forward(
-            *tensors, None, None, None, 1.0, False, 0, None, None, None, None, None, None, False
+            *tensors, None, None, None, 1.0, False, 0, *[None] * 6, dropout, torch.tensor([1]), False
         )

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from .philox import dropout_mask
+
 
 def ia3_attention(
     q: Tensor,
@@ -20,6 +22,8 @@ def ia3_attention(
     prefix_k: Tensor | None = None,
     prefix_v: Tensor | None = None,
     rope: tuple[Tensor, Tensor] | None = None,
+    dropout: float = 0.0,
+    seed: Tensor | None = None,
     dtype: torch.dtype = torch.float64,
 ) -> Tensor:
     """`softmax((l_q⊙q)[P_k; l_k⊙k]ᵀ · scale + mask) [P_v; l_v⊙v]`, differentiable by autograd.
@@ -51,6 +55,10 @@ def ia3_attention(
     # A row without a visible key gives zeros: its softmax would be 0/0.
     hidden = (scores == -torch.inf).all(dim=-1, keepdim=True)
     weights = scores.masked_fill(hidden, 0).softmax(dim=-1).masked_fill(hidden, 0)
+    if dropout > 0:
+        # One mask, whose rows are the keys of every head, those of the prefix first, and whose columns are the queries.
+        keep = dropout_mask(seed.item(), batch * heads * k.shape[2], num_queries, dropout)
+        weights = weights * keep.view(batch, heads, k.shape[2], num_queries).mT / (1 - dropout)
     return weights @ v
 
 

@@ -181,6 +181,8 @@ def _projections(block: nn.Module, names: Sequence[str], x: Tensor, watch: Watch
 def _projection(layer: nn.Module, x: Tensor, watch: Watch) -> Projection:
     """What a linear layer and its adapters do, for input of x's kind."""
     _skip(layer, watch)
+    if not hasattr(layer, "in_features"):  # no linear layer, or a Conv1D
+        raise _UnsuitedError
     if x.shape[-1] != layer.in_features:
         x = x.new_empty((0, layer.in_features))
     found = layer.adapted_product(x) if isinstance(layer, Adaptable) else (dense_product(layer, x), NO_ADAPTERS)

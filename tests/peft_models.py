@@ -4,6 +4,7 @@ import bitsandbytes as bnb
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 import peft_kernels
 from peft_kernels.ops.nf4 import NF4Weight
@@ -32,13 +33,27 @@ def linear4bit(dtype: torch.dtype | None = torch.float32, bias: bool = True, **k
     return layer.to("cpu")
 
 
+def conv1d(dtype: torch.dtype = torch.float32) -> Conv1D:
+    """transformers' linear layer with the weight stored as [in, out], as GPT-2 has it."""
+    layer = Conv1D(OUT_FEATURES, IN_FEATURES)
+    nn.init.normal_(layer.weight, std=IN_FEATURES**-0.5)
+    nn.init.normal_(layer.bias)
+    return layer.to(dtype)
+
+
+def base_layer(kind: str, dtype: torch.dtype) -> nn.Module:
+    if kind == "dense":
+        return nn.Linear(IN_FEATURES, OUT_FEATURES, dtype=dtype)
+    return linear4bit(dtype) if kind == "4bit" else conv1d(dtype)
+
+
 def lora_model(
     kind: str, dtype: torch.dtype = torch.float32, base: nn.Module | None = None, nonzero: bool = True, **config
 ) -> PeftModel:
-    """A PEFT model on a `kind` of 'dense' or '4bit', in training mode, whose B is not zero."""
+    """A PEFT model on a `kind` of 'dense', 'conv1d' or '4bit', in training mode, whose B is not zero."""
     if base is None:
-        base = linear4bit(dtype) if kind == "4bit" else nn.Linear(IN_FEATURES, OUT_FEATURES, dtype=dtype)
-    config = {"r": 4, "lora_alpha": 8, "target_modules": ["lin"]} | config
+        base = base_layer(kind, dtype)
+    config = {"r": 4, "lora_alpha": 8, "target_modules": ["lin"], "fan_in_fan_out": kind == "conv1d"} | config
     model = get_peft_model(OneLayer(base), LoraConfig(**config))
     if nonzero:
         randomize(model)
@@ -60,10 +75,12 @@ def is_repacked(layer: bnb.nn.Linear4bit) -> bool:
 
 
 def dense_weight(layer: nn.Module) -> Tensor:
-    """The base weight in fp64."""
+    """The base weight [out, in] in fp64."""
     weight = layer.weight
     if hasattr(weight, "quant_state"):
         weight = NF4Weight.from_params4bit(weight).dequantize()
+    elif isinstance(layer, Conv1D):
+        weight = weight.T
     return weight.detach().double()
 
 

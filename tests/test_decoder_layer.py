@@ -8,10 +8,11 @@ import tolerances
 import torch
 from comparison import DTYPES, assert_close, error, short
 from decoding_models import CACHE, CHANGES, check_sees, decode, double, layers_of, lora_of, make, make_projection
-from peft import IA3Config, get_peft_model
+from peft import IA3Config, LoraConfig, get_peft_model
 from tiny_models import SAME_STEP
 from torch import nn
 from transformers import StaticCache
+from transformers.pytorch_utils import Conv1D
 
 import peft_kernels
 from peft_kernels.integrations import decoder_layer as integration
@@ -309,6 +310,18 @@ def test_other_adapters_are_left_to_the_modules(calls):
     wanted = decode(model)
     peft_kernels.accelerate(model)
     assert error(decode(model), wanted) <= SAME_STEP and not calls
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["plain", "lora"])
+def test_conv1d_is_left_to_the_modules(lora, calls):
+    model = make(base="dense", lora=False)
+    model.model.layers[1].self_attn.v_proj = Conv1D(32, 64)
+    if lora:
+        model = get_peft_model(model, LoraConfig(r=4, target_modules=["v_proj"], init_lora_weights=False)).eval()
+    wanted = decode(model)
+    peft_kernels.accelerate(model)
+    assert error(decode(model), wanted) <= SAME_STEP
+    assert len(calls) == 3  # the other layer's, for each token
 
 
 def test_layers_that_were_patched(monkeypatch, calls):

@@ -29,6 +29,8 @@ from peft_models import (
     randomize,
 )
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.pytorch_utils import Conv1D
@@ -45,7 +47,7 @@ FP32_NOISE = 2.0**-21
 BF16_TOLERANCE = 2 * 2.0**-8
 FP32 = {"rtol": 1e-5, "atol": 1e-5}
 
-KINDS = ("dense", "4bit")
+KINDS = ("dense", "conv1d", "4bit")
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 pytestmark = pytest.mark.filterwarnings(
@@ -298,8 +300,9 @@ def test_input_casting_that_is_disabled(kind):
         assert model(x).dtype == torch.bfloat16
 
 
-def test_trained_base_weight_and_bias():
-    stock = lora_model("dense")
+@pytest.mark.parametrize("kind", ["dense", "conv1d"])
+def test_trained_base_weight_and_bias(kind):
+    stock = lora_model(kind)
     fused = copy.deepcopy(stock)
     peft_kernels.accelerate(fused)
     x = torch.randn(3, IN_FEATURES)
@@ -354,18 +357,63 @@ def test_variant_added_later_falls_through_while_it_is_active(kind, caplog):
     assert torch.equal(model(x), want)
 
 
-def test_conv1d_is_left_alone():
-    stock = lora_model("dense", base=Conv1D(OUT_FEATURES, IN_FEATURES), fan_in_fan_out=True)
-    (row,) = peft_kernels.accelerate(stock)
-    assert (row.fused, row.reason) == (False, "its base layer is a Conv1D, not a torch.nn.Linear")
-    assert type(layer_of(stock)) is lora.Linear
+class _Made(TorchDispatchMode):
+    """What operations return that is no view of other memory."""
+
+    def __init__(self):
+        super().__init__()
+        self.tensors = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if not func.is_view:
+            self.tensors += [leaf for leaf in tree_leaves(out) if isinstance(leaf, torch.Tensor)]
+        return out
 
 
-def test_transposed_weight_is_left_alone():
-    model = lora_model("dense")
-    layer_of(model).fan_in_fan_out = True
+@pytest.mark.parametrize("dtype", FLOATS, ids=names)
+@pytest.mark.parametrize("kind", ["dense", "conv1d"])
+def test_base_weight_is_neither_copied_nor_kept(kind, dtype):
+    model = fused_model(kind, dtype)
+    weight, saved = layer_of(model).base_layer.weight, []
+    x = torch.randn(3, IN_FEATURES, dtype=dtype, requires_grad=True)
+    with _Made() as made, torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        model(x).float().sum().backward()
+        with torch.no_grad():
+            model(x)
+    assert made.tensors and not [tensor for tensor in made.tensors if tensor.numel() >= weight.numel()]
+    assert saved and {t.data_ptr() for t in saved if t.numel() >= weight.numel()} <= {weight.data_ptr()}
+
+
+@pytest.mark.parametrize("rows", [1, 40])
+def test_conv1d_takes_the_product_of_stock(rows):
+    """An adapter apart, it is the very number: torch's product of the same operands."""
+    model = lora_model("conv1d", nonzero=False)
+    x = torch.randn(rows, IN_FEATURES)
+    with torch.no_grad():
+        want = model(x)
+        peft_kernels.accelerate(model)
+        assert torch.equal(model(x), want)
+    peft_kernels.restore(model)
+    assert type(layer_of(model)) is lora.Linear and type(layer_of(model).base_layer) is Conv1D
+
+
+def test_fan_in_fan_out_is_for_merging_alone():
+    model = lora_model("conv1d")
+    x = torch.randn(3, IN_FEATURES)
+    layer_of(model).fan_in_fan_out = False  # with which PEFT can't merge
+    assert [row.fused for row in peft_kernels.accelerate(model)] == [True]
+    torch.testing.assert_close(model(x), oracle(layer_of(model), x).float(), **FP32)
+
+
+def test_conv1d_of_another_forward_is_left_alone():
+    class Doubled(Conv1D):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    model = lora_model("conv1d", base=Doubled(OUT_FEATURES, IN_FEATURES))
     (row,) = peft_kernels.accelerate(model)
-    assert row.reason == "its base weight is stored transposed (fan_in_fan_out)"
+    assert (row.fused, row.reason) == (False, "its base layer is a Doubled, not a torch.nn.Linear")
 
 
 def test_peft_layers_without_a_fused_form_are_mentioned():
@@ -393,7 +441,7 @@ def test_hooks_inside_a_layer_are_called(kind, part, caplog):
     assert stock_path_reasons(model, caplog, torch.randn(3, IN_FEATURES)) == []
 
 
-@pytest.mark.parametrize("kind", ["4bit", "dense"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_layers_on_the_cuda_kernels(kind):
     if reason := ptx_emulator.missing():
         pytest.skip(reason)
@@ -485,7 +533,7 @@ def tiny_lora_llama(quantized: bool, **config) -> PeftModel:
     return model.train()
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["dense", "4bit"])
 def test_language_model(kind):
     stock = tiny_lora_llama(kind == "4bit")
     fused = copy.deepcopy(stock)
@@ -504,7 +552,7 @@ def test_language_model(kind):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["dense", "4bit"])
 def test_trainer_with_bf16_autocast_and_checkpointing(kind, tmp_path):
     from transformers import Trainer, TrainingArguments  # slow to import
 

@@ -9,7 +9,7 @@ import tolerances
 import torch
 from comparison import error
 from peft import IA3Config, get_peft_model
-from peft_models import IN_FEATURES, OUT_FEATURES, OneLayer, dense_weight, layer_of, linear4bit
+from peft_models import IN_FEATURES, OUT_FEATURES, OneLayer, base_layer, dense_weight, layer_of, linear4bit
 from tiny_models import assert_same_steps, tiny, tokens
 from torch import nn
 
@@ -23,9 +23,7 @@ DTYPES = [torch.float32, torch.bfloat16]
 
 
 def ia3_model(kind, side="out", dtype=torch.float32, fused=True, base=None, **config):
-    if base is None:
-        base = linear4bit(dtype) if kind == "4bit" else nn.Linear(IN_FEATURES, OUT_FEATURES, dtype=dtype)
-    model = OneLayer(base)
+    model = OneLayer(base_layer(kind, dtype) if base is None else base)
     config |= {"target_modules": ["lin"], "feedforward_modules": ["lin"] if side == "in" else []}
     model = get_peft_model(model, IA3Config(**config)).train()
     randomize(model)
@@ -108,7 +106,14 @@ def test_restore_copy_and_pickle(kind):
     assert error(model(x), wanted) <= tolerances.FP32_SUM
 
 
-def test_conv1d_and_hooks_keep_their_path():
+def test_conv1d_keeps_its_path():
+    model = ia3_model("conv1d", fused=False, fan_in_fan_out=True)
+    (report,) = peft_kernels.accelerate(model)
+    assert (report.fused, report.reason) == (False, "its base layer is a Conv1D, not a torch.nn.Linear")
+    assert error(model(torch.ones(2, IN_FEATURES)), expected(layer_of(model), torch.ones(2, IN_FEATURES))) < 1e-6
+
+
+def test_hooks_keep_their_path():
     model = ia3_model("dense", fused=False)
     layer_of(model).base_layer.register_forward_hook(lambda *_: None)
     (report,) = peft_kernels.accelerate(model)

@@ -26,7 +26,7 @@ from peft_kernels.testing.reference.lora_linear import lora_linear as reference
 
 FP32 = {"rtol": 1e-5, "atol": 1e-5}
 
-KINDS = ("dense", "4bit")
+KINDS = ("dense", "conv1d", "4bit")
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:Merge lora module", "ignore:Unmerge lora module", "ignore:Already following"

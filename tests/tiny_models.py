@@ -80,16 +80,14 @@ def assert_same(actual: dict[str, Tensor], wanted: dict[str, Tensor], tolerance:
         assert difference <= tolerance * value.norm() + 1e-9, f"{name}: {difference / value.norm()}"
 
 
-def assert_same_steps(
-    model: nn.Module, ids: Tensor, padding: Tensor, left_alone: tuple[str, ...] = ()
-) -> peft_kernels.integrations.Report:
+def assert_same_steps(model: nn.Module, ids: Tensor, padding: Tensor) -> peft_kernels.integrations.Report:
     """Accelerates a model, and compares its steps with and without padding with stock's.
 
-    Every layer has to be fused, except for those of the kinds that may be left alone.
+    Every layer has to be fused.
     """
     wanted = [step(model, ids, mask) for mask in (padding, None)]
     report = peft_kernels.accelerate(model)
-    assert not [layer for layer in report.left_alone if layer.kind not in left_alone]
+    assert not report.left_alone
     for mask, want in zip((padding, None), wanted, strict=True):
         assert_same(step(model, ids, mask), want)
     return report

@@ -24,7 +24,7 @@ from .lookalike import Lookalike, form
 from .registry import Caching, FusedLayer, fused_form
 from .rotary import are_usual_angles, has_stock_rotary
 from .transformers import NAME, FusedLlamaAttention, attention
-from .transformers_layers import ACTIVATIONS, FusedGatedMLP, FusedRMSNorm, why_not_activation, why_not_both
+from .transformers_layers import FusedGatedMLP, FusedRMSNorm, activation_name, why_not_activation, why_not_both
 from .watch import Watch
 
 _PARTS = ("input_layernorm", "self_attn", "post_attention_layernorm", "mlp")
@@ -140,7 +140,7 @@ class FusedDecoderLayer(Caching, Lookalike):
         except ValueError as error:
             raise _UnsuitedError from error
         before = partial(before_attention, norm=norm, projections=qkv, head_dim=layer.head_dim, **weights)
-        activation = ACTIVATIONS[type(mlp.act_fn)]
+        activation = activation_name(mlp.act_fn)
         after = partial(after_attention, norm=norm_after, projections=others, activation=activation)
         # Milliseconds of SmolLM2's modules in 4 bits and of the operations, for so many tokens after a prompt: 15.5 and
         # 9.0 (1), 20.8 and 14.4 (8), 43.6 and 36.1 (64), 118 and 94 (256), 235 and 205 (512).
@@ -181,6 +181,8 @@ def _projections(block: nn.Module, names: Sequence[str], x: Tensor, watch: Watch
 def _projection(layer: nn.Module, x: Tensor, watch: Watch) -> Projection:
     """What a linear layer and its adapters do, for input of x's kind."""
     _skip(layer, watch)
+    if not hasattr(layer, "in_features"):  # no linear layer, or a Conv1D
+        raise _UnsuitedError
     if x.shape[-1] != layer.in_features:
         x = x.new_empty((0, layer.in_features))
     found = layer.adapted_product(x) if isinstance(layer, Adaptable) else (dense_product(layer, x), NO_ADAPTERS)

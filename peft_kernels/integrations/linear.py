@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -91,13 +92,14 @@ def packable(found: tuple[BaseProduct | str, Adapters] | str, x: Tensor) -> Proj
 
 
 class OnLinear(FusedLayer):
-    """An adapter's fused layer whose base layer is an `nn.Linear`; goes before the class of its method."""
+    """An adapter's fused layer on an `nn.Linear` or a `Conv1D`; goes before the class of its method.
+
+    PEFT's `fan_in_fan_out` tells how to merge, which is PEFT's own; what is computed is told by the base layer's class.
+    """
 
     @classmethod
     def why_not(cls, layer: nn.Module) -> str | None:
-        if reason := why_not_linear(layer.base_layer):
-            return reason
-        return "its base weight is stored transposed (fan_in_fan_out)" if layer.fan_in_fan_out else None
+        return why_not_linear(layer.base_layer)
 
     def why_stock(self) -> str | None:
         base = self.base_layer
@@ -111,12 +113,15 @@ class OnLinear(FusedLayer):
 
 
 def dense_product(base: nn.Module, x: Tensor) -> BaseProduct | str:
-    """What an `nn.Linear` computes for x, as the fused operations take it; or why x has to take the stock path."""
+    """What an `nn.Linear` or a `Conv1D` computes for x, as the fused operations take it; or why x has to take the stock
+    path."""
     if reason := why_not_linear(base) or why_not_input(x):
         return reason
     weight, bias = parameter(base, "weight"), parameter(base, "bias")
     if reason := why_not_weight(weight):
         return reason
+    if is_conv1d(base):
+        weight = weight.T
     if x.device != weight.device:
         return f"x is on {x.device.type}, and the weight on {weight.device.type}"
     if dtype := autocast_dtype(x):
@@ -132,9 +137,15 @@ def watch_dense(base: nn.Module, watch: Watch) -> None:
 
 
 def why_not_linear(base: nn.Module) -> str | None:
-    if getattr(type(base), "stock", type(base)).forward is nn.Linear.forward:
+    if getattr(type(base), "stock", type(base)).forward is nn.Linear.forward or is_conv1d(base):
         return None
     return f"its base layer is a {type(base).__name__}, not a torch.nn.Linear"
+
+
+def is_conv1d(base: nn.Module) -> bool:
+    """Whether it computes what transformers' `Conv1D` does: a linear layer whose weight is stored as [K, N]."""
+    module = sys.modules.get("transformers.pytorch_utils")  # which bitsandbytes' layers alone do without
+    return module is not None and type(base).forward is module.Conv1D.forward
 
 
 def why_not_weight(weight: Tensor) -> str | None:

@@ -12,7 +12,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from ..ops.lora_linear import lora_linear_of_layer
-from .linear import NO_ADAPTERS, Adaptable, Adapters, BaseProduct, OnLinear, parameter, why_not_skip
+from .linear import NO_ADAPTERS, Adaptable, Adapters, BaseProduct, OnLinear, is_conv1d, parameter, why_not_skip
 from .registry import FLOAT_DTYPES, mention, register
 from .watch import Watch
 
@@ -135,6 +135,10 @@ def _why_stock_call(args: tuple, kwargs: dict[str, Any]) -> str | None:
 @register
 class Linear(OnLinear, FusedLoRA, lora.Linear):
     __doc__ = FusedLoRA.__doc__
+
+    def projected(self, x: Tensor) -> Tensor | None:
+        # What is packed has dense rows; to find that out at every call takes as long as the rest of it.
+        return None if is_conv1d(self._modules["base_layer"]) else super().projected(x)
 
 
 if hasattr(lora, "Linear4bit"):  # bitsandbytes is installed

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..ops.ia3_linear import ia3_linear
 from ..ops.nf4 import NF4Weight
-from .linear import BaseProduct, OnLinear, why_not_skip
+from .linear import BaseProduct, OnLinear, is_conv1d, why_not_skip
 from .registry import FLOAT_DTYPES, FusedLayer, check_module, register
 
 
@@ -81,6 +81,12 @@ class FusedIA3(FusedLayer):
 @register
 class Linear(OnLinear, FusedIA3, ia3.Linear):
     __doc__ = FusedIA3.__doc__
+
+    @classmethod
+    def why_not(cls, layer: nn.Module) -> str | None:
+        if is_conv1d(layer.base_layer):  # the op reads rows of the weight; with torch's product nothing is gained
+            return "its base layer is a Conv1D, not a torch.nn.Linear"
+        return super().why_not(layer)
 
 
 if hasattr(ia3, "Linear4bit"):  # bitsandbytes is installed

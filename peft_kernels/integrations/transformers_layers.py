@@ -6,7 +6,7 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
-from transformers.activations import GELUActivation, GELUTanh, NewGELUActivation, SiLUActivation
+from transformers.activations import FastGELUActivation, GELUActivation, GELUTanh, NewGELUActivation, SiLUActivation
 
 from ..cuda import why_not
 from ..ops.glu import glu
@@ -18,7 +18,7 @@ from .registry import FLOAT_DTYPES, why_not_input
 # What `glu` calls the σ of each class of activations.
 ACTIVATIONS: dict[type[nn.Module], str] = {
     SiLUActivation: "silu", nn.SiLU: "silu", nn.ReLU: "relu", nn.Tanh: "tanh", GELUActivation: "gelu",
-    GELUTanh: "gelu_tanh", NewGELUActivation: "gelu_tanh",
+    GELUTanh: "gelu_tanh", NewGELUActivation: "gelu_tanh", FastGELUActivation: "gelu_tanh",
 }  # fmt: skip
 
 
@@ -92,7 +92,7 @@ class FusedGatedMLP(Lookalike):
         if reason:
             self.log_stock_path(reason)
             return self.down_proj(self.act_fn(gate) * up)
-        return self.down_proj(glu(gate, up, ACTIVATIONS[type(self.act_fn)]))
+        return self.down_proj(glu(gate, up, activation_name(self.act_fn)))
 
     def why_stock(self) -> str | None:
         weight = next(self.parameters(), None)
@@ -109,9 +109,15 @@ def why_not_both(x: Tensor, other: Tensor) -> str | None:
     return why_not(device) if other.device == device else f"operands are on {device.type} and {other.device.type}"
 
 
+def activation_name(activation: nn.Module) -> str | None:
+    """What `glu` calls an activation, stock or fused; None if it has none of it."""
+    cls = type(activation)
+    return ACTIVATIONS.get(getattr(cls, "stock", cls))
+
+
 def why_not_activation(activation: nn.Module) -> str | None:
     """Why `glu` can't do what an activation does."""
-    if type(activation) not in ACTIVATIONS:
+    if activation_name(activation) is None:
         return f"its activation is a {type(activation).__name__}"
     reason = why_not_skip(activation)
     return reason and f"{reason} on its activation"

@@ -18,6 +18,7 @@ BENCHMARKS = {
     "prefix": "attention to a trainable prefix: forward, backward and memory",
     "rms_norm": "RMSNorm: forward, backward and memory",
     "glu": "gated linear units: forward, backward and memory",
+    "dropout": "dropout: forward, backward and memory",
     "cross_entropy": "the loss of language models: forward, backward and memory",
     "rotary": "the rotary embedding of queries and keys: forward, backward and memory",
     "nf4": "quantise and dequantise",

@@ -16,7 +16,17 @@ from typing import NamedTuple
 import torch
 
 from benchmarks.options import expression, names
-from peft_kernels.ops import adapter, cross_entropy, glu, ia3_linear, lora_linear, quantize_4bit, rms_norm, rotary
+from peft_kernels.ops import (
+    adapter,
+    cross_entropy,
+    dropout,
+    glu,
+    ia3_linear,
+    lora_linear,
+    quantize_4bit,
+    rms_norm,
+    rotary,
+)
 
 ROOT = Path(__file__).parent.parent
 sys.path.append(str(ROOT / "tests"))
@@ -183,6 +193,16 @@ def gated(m: int, n: int) -> Case:
     return Case("glu", f"m={m} n={n} backward", prepare)
 
 
+def dropped(m: int, n: int, dtype: str) -> Case:
+    """Dropout, forward and backward."""
+
+    def prepare() -> Callable[[], object]:
+        x = torch.randn(m, n).to(getattr(torch, dtype)).requires_grad_()
+        return lambda: dropout(x, 0.1).sum().backward()
+
+    return Case("dropout", f"m={m} n={n} {dtype} backward", prepare)
+
+
 CASES = (
     quantize((576, 576), "bfloat16", 64),
     quantize((576, 576), "float32", 4096),
@@ -211,6 +231,7 @@ CASES = (
     normalised(64, 576),
     normalised(64, 4096, training=True),
     gated(64, 1536),
+    *(dropped(64, 768, dtype) for dtype in ("bfloat16", "float32")),
 )
 
 

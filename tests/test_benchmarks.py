@@ -18,6 +18,7 @@ from benchmarks import __main__ as command
 from benchmarks import (
     adapter,
     cross_entropy,
+    dropout,
     fusion,
     glu,
     ia3_attention,
@@ -55,6 +56,7 @@ BENCHMARKS = {
     "rotary": rotary,
     "rms_norm": rms_norm,
     "glu": glu,
+    "dropout": dropout,
     "nf4": nf4,
     "model": model,
 }
@@ -354,6 +356,7 @@ def test_report(tmp_path):
         (rotary, rotary.Case(1, 7, 4, 2, 16), rotary.TORCH),
         (rms_norm, rms_norm.Case(9, 50, trained=True), rms_norm.EAGER),
         (glu, glu.Case(9, 50), glu.EAGER),
+        (dropout, dropout.Case(9, 50), dropout.TORCH),
     ],
     ids=str,
 )
@@ -370,7 +373,7 @@ def test_functions(module, case, other):
     else:
         assert (saved[FUSED] == 0) == (module is glu) and saved[FUSED] < saved[other]
     for size, flops in [(r.size, r.flops) for r in found]:
-        assert size > 0 and (flops > 0 or module is glu)
+        assert size > 0 and (flops > 0 or module in (glu, dropout))
 
 
 def test_functions_are_checked(monkeypatch):

@@ -64,17 +64,21 @@ inline Tensor reinterpreted(const Tensor& tensor, Sizes sizes, Sizes strides) {
     return Tensor(handle);
 }
 
+// The tensor, or a copy where it has gaps or lies in another order.
+inline Tensor as_dense(const Tensor& tensor) {
+    if (tensor.is_contiguous()) return tensor;
+    Tensor dense = empty(tensor, tensor.sizes(), dtype_of(tensor));
+    torch::stable::copy_(dense, tensor);
+    return dense;
+}
+
 // A tensor [..., columns] as a matrix with dense rows: itself or a view where it has them, else a copy.
 inline Tensor as_rows(const Tensor& tensor, const char* name) {
     const int64_t dimensions = tensor.dim();
     if (dimensions == 0) bad_argument(name, describe(tensor), "a tensor of one dimension at least");
     const int64_t columns = tensor.size(dimensions - 1);
     if (dimensions == 2 && (columns <= 1 || tensor.stride(1) == 1)) return tensor;
-    Tensor dense = tensor;
-    if (!tensor.is_contiguous()) {
-        dense = empty(tensor, tensor.sizes(), dtype_of(tensor));
-        torch::stable::copy_(dense, tensor);
-    }
+    const Tensor dense = as_dense(tensor);
     if (dimensions == 2) return dense;
     int64_t rows = 1;
     for (int64_t i = 0; i < dimensions - 1; ++i) rows *= tensor.size(i);

@@ -27,14 +27,17 @@ public:
     // A bit for each weight, [key][kQueries]; null where nothing is dropped. A vector of the generator is several keys.
     const uint8_t* keep_bits(int64_t first_key, int64_t count) const {
         if (dropout_.threshold == 0) return nullptr;
-        const U32 group = lane_index() % kKeyBytes + first_group_, key_of_lane = lane_index() / kKeyBytes;
-        for (int64_t key = 0; key < count; key += kLanes / kKeyBytes) {
-            const int64_t row = first_row_ + first_key + key;
-            const U32 first = broadcast(static_cast<uint32_t>(row)), low = first + key_of_lane;
-            const U32 carry = (U32)(low < first);  // all bits: minus one
-            const U32 high = broadcast(static_cast<uint32_t>(row >> 32)) - carry;
-            store_vector(bits_ + key * kKeyBytes, kept_columns(dropout_, group, low, high));
-        }
+        constexpr int64_t kKeys = kLanes / kKeyBytes;  // of a vector
+        const auto counters = [&](int64_t vector, U32(&c)[4]) {
+            const int64_t row = first_row_ + first_key + vector * kKeys;
+            const U32 first = broadcast(static_cast<uint32_t>(row));
+            c[0] = lane_index() % kKeyBytes + first_group_;
+            c[1] = first + lane_index() / kKeyBytes;
+            // Where the lower half has run over, the comparison is all bits, which is minus one.
+            c[2] = broadcast(static_cast<uint32_t>(row >> 32)) - (U32)(c[1] < first);
+            c[3] = U32{};
+        };
+        store_keep_bits(dropout_, divide_up(count, kKeys), counters, bits_);
         return bits_;
     }
 

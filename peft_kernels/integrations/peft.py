@@ -12,9 +12,12 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from ..ops.lora_linear import lora_linear_of_layer
+from .dropout import Dropout
 from .linear import NO_ADAPTERS, Adaptable, Adapters, BaseProduct, OnLinear, is_conv1d, parameter, why_not_skip
 from .registry import FLOAT_DTYPES, mention, register
 from .watch import Watch
+
+_DROPOUTS = (nn.Dropout, Dropout)
 
 mention(BaseTunerLayer)
 
@@ -113,7 +116,7 @@ class FusedLoRA(Adaptable):
         if parameter(b, "bias") is not None:
             return f"adapter {name!r} has lora_bias"
         p = 0.0
-        if type(dropout) is nn.Dropout and dropout.p < 1:
+        if type(dropout) in _DROPOUTS and dropout.p < 1:
             p = dropout.p if dropout.training else 0.0
         elif type(dropout) is not nn.Identity:
             return f"adapter {name!r} has the dropout {dropout}"

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import importlib
 import logging
+import re
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -28,12 +29,16 @@ from ..printing import PrintedReport, indented, starred
 # Packages whose layers can be fused, with the modules here that fuse them. None of them is imported before a model
 # that is made of its layers has imported it.
 _PACKAGES = {
+    "torch": ("dropout",),
     "bitsandbytes": ("bitsandbytes",),
     "transformers": ("lookalike", "activations", "causal_lm_loss", "output_layer"),
     "peft": ("peft", "peft_ia3", "peft_prefix"),
 }
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+# Parts that an adapter's layer computes itself when it is fused.
+_INNER = re.compile(r"(.*)\.(base_layer|lora_dropout\.[^.]+)")
 
 _logger = logging.getLogger("peft_kernels")
 _logged: set[tuple[type, str]] = set()
@@ -179,7 +184,7 @@ class LayerReport:
 @dataclass(frozen=True, repr=False)
 class Report(PrintedReport):
     """What `accelerate` did, layer by layer. Printed, it is a table in which numbered layers share a row, without the
-    base layers that run inside a fused layer.
+    base layers and dropouts that run inside a fused layer.
 
     Attributes:
         layers: in the model's order.
@@ -220,11 +225,12 @@ class Report(PrintedReport):
 
     def _outer_layers(self) -> list[LayerReport]:
         fused = {layer.name for layer in self.fused}
-        return [
-            layer
-            for layer in self.layers
-            if not (layer.fused and not layer.reason and layer.name.removesuffix(".base_layer") in fused - {layer.name})
-        ]
+
+        def is_inner(layer: LayerReport) -> bool:
+            inner = _INNER.fullmatch(layer.name)
+            return layer.fused and not layer.reason and inner is not None and inner[1] in fused
+
+        return [layer for layer in self.layers if not is_inner(layer)]
 
     def _summary(self) -> str:
         counts = Counter(layer.fused for layer in self._outer_layers())
@@ -240,10 +246,10 @@ def accelerate(model: nn.Module) -> Report:
     prefix tuning (Li and Liang 2021, arXiv:2101.00190), the attention of transformers' Llama, Mistral, Qwen, GPT-2,
     OPT, BERT and what has their code, the rotary embedding in it, RMSNorm, GELUs that are several operations and the
     gated feed-forward blocks of transformers' models, the loss of its causal language models, their output layers (on
-    the CPU), decoder layers like Llama's in inference (on the CPU), and bitsandbytes' `Linear4bit`. Parameters, their
-    names, state_dict, saving, merging and switching adapters go on as before, and results have the dtype that the stock
-    layers return. Whatever can't be fused keeps its stock forward, and the report says why; what only an input can tell
-    (its device or dtype, `adapter_names`) is decided at each forward, and logged once.
+    the CPU), decoder layers like Llama's in inference (on the CPU), `torch.nn.Dropout`, and bitsandbytes' `Linear4bit`.
+    Parameters, their names, state_dict, saving, merging and switching adapters go on as before, and results have the
+    dtype that the stock layers return. Whatever can't be fused keeps its stock forward, and the report says why; what
+    only an input can tell (its device or dtype, `adapter_names`) is decided at each forward, and logged once.
 
     Differences that are meant: dropout draws other masks; LoRA branches are computed in fp32; norms, GELUs, gated
     blocks and rotary embeddings are rounded once, and so are residual sums without gradients; a label that is no class

@@ -2,6 +2,7 @@
 
 from .adapter import ACTIVATIONS, AdapterWeights, adapter, adapter_grouped, bottleneck
 from .cross_entropy import cross_entropy
+from .dropout import dropout
 from .fusion import fusion, fusion_of_bottlenecks
 from .glu import glu
 from .ia3_attention import ia3_attention
@@ -22,6 +23,7 @@ __all__ = [
     "cross_entropy",
     "dequantize_4bit",
     "dequantize_4bit_rows",
+    "dropout",
     "fusion",
     "fusion_of_bottlenecks",
     "glu",

@@ -33,9 +33,9 @@ def is_float(value: Any) -> bool:
     return isinstance(value, Tensor) and value.dtype in DTYPES
 
 
-def check_dropout(dropout: Any, seed: Any) -> None:
+def check_dropout(dropout: Any, seed: Any, name: str = "dropout") -> None:
     if not (isinstance(dropout, (int, float)) and 0 <= dropout < 1):
-        bad("dropout", dropout, "a probability in [0, 1)")
+        bad(name, dropout, "a probability in [0, 1)")
     if seed is not None and not (isinstance(seed, Tensor) and seed.dtype is torch.int64 and seed.shape == (1,)):
         bad("seed", seed, "an int64 tensor [1]")
 

@@ -1,4 +1,4 @@
-"""The kernels of rms_norm and glu: what a launch fetches, sectors, banks, registers, order of blocks."""
+"""The kernels of rms_norm, glu and dropout: what a launch fetches, sectors, banks, registers, order of blocks."""
 
 from pathlib import Path
 
@@ -7,10 +7,12 @@ import torch
 from comparison import DTYPES, short
 
 import ptx_emulator
-from peft_kernels.ops import glu, rms_norm
+from peft_kernels.ops import dropout, glu, rms_norm
 from ptx_emulator import report
 
-SOURCES = [Path(__file__).parent.parent.parent / "csrc" / name for name in ("rms_norm/rms_norm.cu", "glu/glu.cu")]
+# How many matrices the kernels of a forward and of a backward read and write.
+FAMILIES = {"rms_norm": ((1, 1), (2, 1)), "glu": ((2, 1), (3, 2)), "dropout": ((1, 1), (1, 1))}
+CSRC = Path(__file__).parent.parent.parent / "csrc"
 
 pytestmark = pytest.mark.skipif(bool(ptx_emulator.missing()), reason=str(ptx_emulator.missing()))
 
@@ -27,9 +29,9 @@ def run(family, m, columns, dtype):
     """The results of a forward and a backward."""
     a = torch.randn(m, columns).to(dtype).requires_grad_()
     b = torch.randn(columns if family == "rms_norm" else (m, columns)).to(dtype).requires_grad_()
-    y = rms_norm(a, b) if family == "rms_norm" else glu(a, b)
+    y = {"rms_norm": rms_norm, "glu": glu, "dropout": lambda a, _: dropout(a, 0.3)}[family](a, b)
     y.backward(torch.randn(y.shape).to(dtype))
-    return y, a.grad, b.grad
+    return [y, *(operand.grad for operand in (a, b) if operand.grad is not None)]
 
 
 # Of a warp, of several, and of all that a row can have.
@@ -38,14 +40,13 @@ SHAPES = {"one-warp": (10, 768), "four-warps": (3, 4096), "sixteen-warps": (2, 1
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=short)
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
-@pytest.mark.parametrize("family", ["rms_norm", "glu"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_moves_every_byte_once(emulated, family, shape, dtype):
     y, *_ = run(family, *shape, dtype)
-    records = [record for record in emulated() if "norm" in record["kernel"] or "glu" in record["kernel"]]
-    assert len(records) == 2
-    for record, matrices in zip(records, ((1, 1), (2, 1)) if family == "rms_norm" else ((2, 1), (3, 2)), strict=True):
-        # The weight of RMSNorm is a small operand, which every row reads.
-        read = sum(count for name, count in record["sectors_read"].items() if "weight" not in name)
+    records = [record for record in emulated() if family in record["kernel"]]
+    for record, matrices in zip(records, FAMILIES[family], strict=True):
+        # The weight of RMSNorm and the seed of a dropout are small operands, which every row or warp reads.
+        read = sum(count for name, count in record["sectors_read"].items() if not name.startswith(("weight", "seed")))
         numbers = shape[0]  # a sector of each row's rstd
         for sectors, count in zip((read, record["global_store"]["sectors"]), matrices, strict=True):
             assert count * y.nbytes <= 32 * sectors <= 1.05 * count * y.nbytes + 32 * numbers, record["kernel"]
@@ -57,7 +58,7 @@ def test_moves_every_byte_once(emulated, family, shape, dtype):
         assert record["order_dependent_atomics"] == 0
 
 
-@pytest.mark.parametrize("family", ["rms_norm", "glu"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_any_order_of_blocks_gives_the_same_bits(emulated, family):
     def results(seed):
         torch.manual_seed(0)
@@ -72,10 +73,10 @@ def test_any_order_of_blocks_gives_the_same_bits(emulated, family):
 @pytest.mark.parametrize(
     "architecture", ["sm_80", *(pytest.param(card, marks=pytest.mark.slow) for card in ("sm_86", "sm_89", "sm_90"))]
 )
-@pytest.mark.parametrize("source", SOURCES, ids=lambda source: source.stem)
-def test_registers(source, architecture):
-    kernels = report.resources(source, architecture, includes=(source.parent.parent,))
-    assert len(kernels) == 2
+@pytest.mark.parametrize("family", FAMILIES)
+def test_registers(family, architecture):
+    kernels = report.resources(CSRC / family / f"{family}.cu", architecture, includes=(CSRC,))
+    assert len(kernels) == (1 if family == "dropout" else 2)
     for kernel, used in kernels.items():
         assert used.spill_bytes == used.stack_bytes == 0, kernel
         assert used.registers <= 128, kernel  # 512 threads

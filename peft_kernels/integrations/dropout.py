@@ -1,0 +1,33 @@
+"""`torch.nn.Dropout`, fused: torch draws a CPU's masks on one thread, and keeps them for the backward."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from ..cuda import why_not
+from ..ops.dropout import dropout
+from .registry import FusedLayer, register, why_not_input
+
+
+@register
+class Dropout(FusedLayer, nn.Dropout):
+    """The stock layer with a mask that is made again in the backward. One in place, or of p = 1, keeps its forward."""
+
+    @classmethod
+    def applies(cls, layer: nn.Dropout) -> bool:
+        return 0 < layer.p < 1 and not layer.inplace
+
+    def forward(self, input: Tensor) -> Tensor:
+        if not self.training:
+            return input  # as torch's function does, past its checks
+        if self.inplace or not 0 < self.p < 1:
+            return super().forward(input)
+        if reason := why_not_input(input) or why_not(input.device) or _why_not_layout(input):
+            self.log_stock_path(reason)
+            return super().forward(input)
+        return dropout(input, self.p)
+
+
+def _why_not_layout(x: Tensor) -> str | None:
+    """The stock layer's result lies in memory as x does, which a later view may count on."""
+    return None if x.is_contiguous() else "x is not contiguous"

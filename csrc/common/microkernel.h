@@ -229,13 +229,21 @@ template <class T>
 inline void strips_of_columns(const T* matrix, int64_t stride, int64_t rows, int64_t columns, float scale,
                               uint32_t* strips) {
     const int64_t num_strips = divide_up(rows, kLanes);
-    for (int64_t strip = 0; strip < num_strips; ++strip)
-        for (int64_t step = 0; step < columns; ++step) {
-            F32 v{};
-            for (int64_t lane = 0; lane < min_of<int64_t>(kLanes, rows - strip * kLanes); ++lane)
-                v[lane] = to_float(matrix[(strip * kLanes + lane) * stride + step]) * scale;
-            store_vector(strip_at(strips, num_strips, columns, step, strip), v);
+    for (int64_t strip = 0; strip < num_strips; ++strip) {
+        const int64_t group = strip / kTileStrips * kTileStrips;
+        const int64_t step_size = min_of<int64_t>(kTileStrips, num_strips - group) * kLanes;
+        uint32_t* out = strip_at(strips, num_strips, columns, 0, strip);
+        const T* from = matrix + strip * kLanes * stride;
+        const int64_t lanes = min_of<int64_t>(kLanes, rows - strip * kLanes);
+        for (int64_t step = 0; step < columns; step += kLanes) {
+            U32 square[kLanes] = {};
+            for (int64_t lane = 0; lane < lanes; ++lane)
+                square[lane] = (U32)(load_some(from + lane * stride + step, columns - step) * scale);
+            transpose(square);
+            for (int64_t i = 0; i < min_of<int64_t>(kLanes, columns - step); ++i, out += step_size)
+                store_vector(out, square[i]);
         }
+    }
 }
 
 // ---- Results ------------------------------------------------------------------------------------------------------

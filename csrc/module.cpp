@@ -23,6 +23,8 @@ std::vector<std::string> cpu_isas() {
     return names;
 }
 
+bool cpu_is_intel() { return peft_kernels::is_intel(); }
+
 void set_cpu_isa(std::string name) { peft_kernels::set_isa(name.c_str()); }
 
 PyObject* build_info(PyObject*, PyObject*) {
@@ -75,12 +77,14 @@ PyModuleDef module = {
 STABLE_TORCH_LIBRARY(peft_kernels, m) {
     m.def("cpu_isa() -> str");
     m.def("cpu_isas() -> str[]");
+    m.def("cpu_is_intel() -> bool");
     m.def("set_cpu_isa(str name) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(peft_kernels, CompositeExplicitAutograd, m) {
     m.impl("cpu_isa", TORCH_BOX(&cpu_isa));
     m.impl("cpu_isas", TORCH_BOX(&cpu_isas));
+    m.impl("cpu_is_intel", TORCH_BOX(&cpu_is_intel));
     m.impl("set_cpu_isa", TORCH_BOX(&set_cpu_isa));
 }
 

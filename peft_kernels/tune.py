@@ -65,7 +65,8 @@ def backward(weight: NF4Weight, x: Tensor) -> Callable[[], object]:
     grad_y = torch.randn(x.shape[0], weight.shape[0], dtype=x.dtype, device=x.device)
     return lambda: torch.ops.peft_kernels.lora_linear_backward(
         grad_y, None, None, weight.codes, weight.absmax, weight.nested, weight.nested_blocksize, weight.shape[1],
-        weight.blocksize, weight.quant_type, weight.dtype, x.dtype, x.dtype, None, (), (), (), (), None, True, (), (),
+        weight.blocksize, weight.quant_type, weight.dtype, x.dtype, x.dtype, None, None, (), (), (), (), None, True,
+        (), (),
     )  # fmt: skip
 
 

@@ -263,8 +263,9 @@ def backward_op_arguments(case):
     s = torch.randn(len(case.x), sum(a.shape[0] for a in case.lora_A))
     return (
         case.grad_y, case.x, s, weight.codes, weight.absmax, weight.nested, weight.nested_blocksize, weight.shape[1],
-        weight.blocksize, weight.quant_type, weight.dtype, dtype, dtype, torch.randn_like(case.x), case.lora_A,
-        case.lora_B, case.scaling, case.dropout, case.seeds, True, [True] * count, [i % 2 == 0 for i in range(count)],
+        weight.blocksize, weight.quant_type, weight.dtype, dtype, dtype, None, torch.randn_like(case.x),
+        case.lora_A, case.lora_B, case.scaling, case.dropout, case.seeds, True, [True] * count,
+        [i % 2 == 0 for i in range(count)],
     )  # fmt: skip
 
 
@@ -295,7 +296,7 @@ def test_opcheck_of_more_dimensions(platform, dtype):
     assert torch.equal(y.reshape(m, n), flat) and torch.equal(s, flat_s)
 
     form = weight.nested_blocksize, k, weight.blocksize, weight.quant_type, dtype, dtype, dtype
-    arguments = (grad_y, x, s, *quantised, *form, None, *adapters, None, None, True, [True, True], [True, False])
+    arguments = (grad_y, x, s, *quantised, *form, None, None, *adapters, None, None, True, [True, True], [True, False])
     torch.library.opcheck(backward, arguments)
     grads = backward(*arguments)
     flat = backward(grad_y.reshape(m, n), x.reshape(m, k), *arguments[2:])

@@ -212,7 +212,8 @@ def forward_arguments(**changes):
     arguments = {
         "x": case.x, "codes": weight.codes, "absmax": weight.absmax, "nested": (), "nested_blocksize": 256,
         "out_features": 24, "blocksize": 64, "quant_type": "nf4", "weight_dtype": torch.float32,
-        "compute_dtype": torch.float32, "out_dtype": torch.float32, "bias": case.bias, "add": None,
+        "compute_dtype": torch.float32, "out_dtype": torch.float32, "bias": case.bias, "dense": None,
+        "add": None,
         "lora_A": case.lora_A, "lora_B": case.lora_B, "scaling": case.scaling, "dropout": case.dropout,
         "seeds": case.seeds,
     }  # fmt: skip

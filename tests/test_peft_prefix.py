@@ -169,15 +169,13 @@ def test_models_of_others_are_left_alone():
     assert not layer.fused and layer.reason == "its model is not a transformers.PreTrainedModel"
 
 
-@pytest.mark.parametrize("what", ["dropout", "window", "eager"])
+@pytest.mark.parametrize("what", ["window", "eager"])
 def test_stock_path(what, caplog):
-    config = {"dropout": {"attention_dropout": 0.5}, "window": {"sliding_window": 6}, "eager": {}}[what]
-    model = prefix_model("mistral" if what == "window" else "llama", **config)
+    model = prefix_model("mistral", sliding_window=6) if what == "window" else prefix_model("llama")
     if what == "eager":
         model.get_base_model().set_attn_implementation("eager")
     report = peft_kernels.accelerate(model)
     reason = {
-        "dropout": "attention dropout of 0.5",
         "window": "its attention has a window, out of which PEFT's prefix would slide",
         "eager": "0 of the 2 layers of this llama have fused attention",
     }[what]

@@ -53,7 +53,7 @@ def backward(grad_y, x, lora_A, lora_B, p, seed):
     """grad_x (without the base product) and grad_A."""
     k, rank = lora_A.shape[1], lora_A.shape[0]
     grad_x, grad_A, _ = ops.lora_linear_backward(
-        grad_y, x, None, None, None, (), 256, k, 64, "nf4", x.dtype, x.dtype, x.dtype, None,
+        grad_y, x, None, None, None, (), 256, k, 64, "nf4", x.dtype, x.dtype, x.dtype, None, None,
         [lora_A], [lora_B], [1.0], [p], torch.tensor([seed]), True, [True], [False],
     )  # fmt: skip
     return grad_x, grad_A.view(rank, k)

@@ -81,6 +81,15 @@ const std::vector<Isa>& supported_isas() {
 
 Isa current_isa() { return current(); }
 
+bool is_intel() {
+#if defined(__x86_64__)
+    __builtin_cpu_init();
+    return __builtin_cpu_is("intel");
+#else
+    return false;
+#endif
+}
+
 void set_isa(const char* name) { current() = find(name, "cpu_isa"); }
 
 }  // namespace peft_kernels

@@ -20,6 +20,8 @@ const std::vector<Isa>& supported_isas();
 // The fastest supported one, unless PEFT_KERNELS_CPU_ISA or set_isa named another.
 Isa current_isa();
 
+bool is_intel();  // who made the processor
+
 // Throws std::invalid_argument when the name is unknown or this processor lacks it.
 void set_isa(const char* name);
 

@@ -25,24 +25,6 @@ const float* check_scale(const std::optional<Tensor>& scale, const char* name, i
     return static_cast<const float*>(scale->const_data_ptr());
 }
 
-// A weight [n, k] of either kind.
-struct Weight {
-    std::optional<Nf4Weight> nf4;
-    ConstMatrix dense;
-
-    void give(LoraLinearParams& params) const {
-        params.weight = nf4 ? &*nf4 : nullptr;
-        params.dense = nf4 ? nullptr : &dense;
-    }
-};
-
-Weight check_weight(const std::optional<Tensor>& dense, std::optional<Nf4Weight> nf4, int64_t n, int64_t k,
-                    const Tensor& reference) {
-    if (dense.has_value() == nf4.has_value())
-        bad_argument("dense", dense ? "a dense and a 4-bit weight" : "no weight", "a dense or a 4-bit weight");
-    return {nf4, dense ? check_matrix(*dense, "dense", n, k, reference) : ConstMatrix{}};
-}
-
 // -> y [m, n], and (l_in ⊙ x) Wᵀ + b [m, n], in y's dtype; without elements if it is not to be kept.
 std::tuple<Tensor, Tensor> forward(const Tensor& x, const OptionalTensor& dense, const OptionalTensor& codes,
                                    const OptionalTensor& absmax, const Tensors& nested, int64_t nested_blocksize,
@@ -58,12 +40,13 @@ std::tuple<Tensor, Tensor> forward(const Tensor& x, const OptionalTensor& dense,
     params.x = check_matrix(x, "x", params.m, params.k, x);
     params.compute_dtype = check_float_dtype(compute_dtype, "compute_dtype", params.x.dtype);
     const DType y_dtype = check_float_dtype(out_dtype, "out_dtype", params.x.dtype);
-    const Weight weight =
+    const LinearWeight weight =
         check_weight(dense,
                      check_optional_weight(codes, absmax, nested, nested_blocksize, params.n, params.k, blocksize,
                                            quant_type, weight_dtype, params.compute_dtype, x),
                      params.n, params.k, x);
     weight.give(params);
+    if (!params.weight && !params.dense) bad_argument("dense", "no weight", "a dense or a 4-bit weight");
     if (bias) params.bias = check_bias(*bias, params.n, x);
     params.scale_k = check_scale(l_in, "l_in", params.k, x);
     params.scale_n = check_scale(l_out, "l_out", params.n, x);
@@ -98,12 +81,13 @@ std::tuple<Tensor, Tensor, Tensor> backward(
     params.grad_y = check_matrix(grad_y, "grad_y", params.m, params.n, grad_y);
     params.compute_dtype = check_float_dtype(compute_dtype, "compute_dtype", params.grad_y.dtype);
     const DType grad_dtype = check_float_dtype(x_dtype, "x_dtype", params.grad_y.dtype);
-    const Weight weight =
+    const LinearWeight weight =
         check_weight(dense,
                      check_optional_weight(codes, absmax, nested, nested_blocksize, params.n, params.k, blocksize,
                                            quant_type, weight_dtype, params.compute_dtype, grad_y),
                      params.n, params.k, grad_y);
     weight.give(params);
+    if (!params.weight && !params.dense) bad_argument("dense", "no weight", "a dense or a 4-bit weight");
     params.scale_k = check_scale(l_in, "l_in", params.k, grad_y);
     params.scale_n = check_scale(l_out, "l_out", params.n, grad_y);
     if (wants_l_in) {

@@ -26,6 +26,7 @@ struct LoraLinearParams {
     int64_t m, n, k;
     const Nf4Weight* weight;   // [n, k], or null: see `dense`
     const ConstMatrix* dense;  // [n, k], or null as well: the caller made the base product and passes it as `add`
+    bool dense_is_transposed;  // it lies as [k, n]
     DType compute_dtype;       // of the base product
     const LoraAdapter* adapters;
     int32_t num_adapters;

@@ -28,6 +28,28 @@ inline std::optional<Nf4Weight> check_optional_weight(
                             quant_type, nested, nested_blocksize);
 }
 
+// A weight [n, k] of either kind, or none.
+struct LinearWeight {
+    std::optional<Nf4Weight> nf4;
+    std::optional<ConstMatrix> dense;
+    bool is_transposed = false;  // the dense one lies as [k, n]
+
+    void give(LoraLinearParams& params) const {
+        params.weight = nf4 ? &*nf4 : nullptr;
+        params.dense = dense ? &*dense : nullptr;
+        params.dense_is_transposed = is_transposed;
+    }
+};
+
+inline LinearWeight check_weight(const std::optional<Tensor>& dense, std::optional<Nf4Weight> nf4, int64_t n, int64_t k,
+                                 const Tensor& reference) {
+    if (!dense) return {nf4, std::nullopt};
+    if (nf4) bad_argument("dense", "a dense and a 4-bit weight", "a dense or a 4-bit weight");
+    check_shape(*dense, "dense", {n, k});
+    if (dense->stride(1) == 1 || k <= 1) return {std::nullopt, check_matrix(*dense, "dense", n, k, reference)};
+    return {std::nullopt, check_matrix(torch::stable::transpose(*dense, 0, 1), "dense", k, n, reference), true};
+}
+
 inline ConstMatrix check_bias(const Tensor& bias, int64_t n, const Tensor& reference) {
     const ScalarType dtype = bias.scalar_type();
     check_shape(bias, "bias", {n});

@@ -190,10 +190,11 @@ void forward_dot(const LoraLinearForwardParams& p) {
     });
 }
 
-// Whether the rows of W begin blocks of a 4-bit weight, or there is no W.
+// Whether the rows of W begin blocks of a 4-bit weight. Without one, several rows of x share what strips are made for.
 inline bool suits_dot(const LoraLinearParams& params) {
     const Nf4Weight* weight = params.weight;
-    return !params.dense && (!weight || weight->k % (int64_t{1} << weight->log2_blocksize) == 0);
+    if (!weight) return !params.dense && params.m == 1;
+    return weight->k % (int64_t{1} << weight->log2_blocksize) == 0;
 }
 
 }  // namespace

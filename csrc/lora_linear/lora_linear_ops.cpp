@@ -17,6 +17,12 @@ namespace {
 using OptionalTensor = std::optional<Tensor>;
 using OptionalDtype = std::optional<ScalarType>;
 
+#if defined(PEFT_KERNELS_CUDA)
+void check_no_dense(const LoraLinearParams& params) {
+    if (params.dense) bad_argument("dense", "a tensor", "none on a GPU, whose library makes the product, as `add`");
+}
+#endif
+
 // What `forward` returns: y alone, or also s for backward.
 using Y = Tensor;
 using YAndS = std::tuple<Tensor, Tensor>;
@@ -27,7 +33,8 @@ Result forward(const Tensor& given_x, const OptionalTensor& codes, const Optiona
                int64_t out_features, const Tensors& lora_A, const Tensors& lora_B, const Numbers& scaling,
                const std::optional<Numbers>& dropout, const OptionalTensor& seeds, const OptionalTensor& bias,
                const OptionalTensor& add, int64_t blocksize, const std::string& quant_type, int64_t nested_blocksize,
-               OptionalDtype weight_dtype, OptionalDtype compute_dtype, OptionalDtype out_dtype) {
+               OptionalDtype weight_dtype, OptionalDtype compute_dtype, OptionalDtype out_dtype,
+               const OptionalTensor& dense) {
     const Tensor x = as_rows(given_x, "x");
     LoraLinearForwardParams params{};
     params.m = x.size(0);
@@ -37,10 +44,12 @@ Result forward(const Tensor& given_x, const OptionalTensor& codes, const Optiona
     params.compute_dtype = check_float_dtype(compute_dtype, "compute_dtype", params.x.dtype);
     const DType y_dtype = check_float_dtype(out_dtype, "out_dtype", params.x.dtype);
 
-    const std::optional<Nf4Weight> weight =
-        check_optional_weight(codes, absmax, nested, nested_blocksize, params.n, params.k, blocksize, quant_type,
-                              weight_dtype, params.compute_dtype, x);
-    params.weight = weight ? &*weight : nullptr;
+    const LinearWeight weight =
+        check_weight(dense,
+                     check_optional_weight(codes, absmax, nested, nested_blocksize, params.n, params.k, blocksize,
+                                           quant_type, weight_dtype, params.compute_dtype, x),
+                     params.n, params.k, x);
+    weight.give(params);
     if (bias) params.bias = check_bias(*bias, params.n, x);
     OptionalTensor add_rows;
     if (add) {
@@ -62,11 +71,13 @@ Result forward(const Tensor& given_x, const OptionalTensor& codes, const Optiona
             return YAndS{y, s};
     };
     if (params.m == 0 || params.n == 0) return result();
-    if (!params.weight && params.num_adapters == 0) bad_argument("codes", "none", "a weight, or at least one adapter");
+    if (!params.weight && !params.dense && params.num_adapters == 0)
+        bad_argument("codes", "none", "a weight, or at least one adapter");
     params.y = {y.mutable_data_ptr(), y_dtype, params.n};
     params.s = static_cast<float*>(s.mutable_data_ptr());
 #if defined(PEFT_KERNELS_CUDA)
     if (runs_on_cuda(x)) {
+        check_no_dense(params);
         Tensor y_rows = as_rows(y, "y");
         LoraLinearOnCuda(params, x).forward(params, x, y_rows, s);
         return result();
@@ -82,9 +93,9 @@ std::tuple<Tensor, Tensor, Tensor> backward(
     const Tensor& given_grad_y, const OptionalTensor& x, const OptionalTensor& s, const OptionalTensor& codes,
     const OptionalTensor& absmax, const Tensors& nested, int64_t nested_blocksize, int64_t in_features,
     int64_t blocksize, const std::string& quant_type, OptionalDtype weight_dtype, OptionalDtype compute_dtype,
-    OptionalDtype x_dtype, const OptionalTensor& add, const Tensors& lora_A, const Tensors& lora_B,
-    const Numbers& scaling, const std::optional<Numbers>& dropout, const OptionalTensor& seeds, bool wants_x,
-    const std::vector<bool>& wants_A, const std::vector<bool>& wants_B) {
+    OptionalDtype x_dtype, const OptionalTensor& dense, const OptionalTensor& add, const Tensors& lora_A,
+    const Tensors& lora_B, const Numbers& scaling, const std::optional<Numbers>& dropout, const OptionalTensor& seeds,
+    bool wants_x, const std::vector<bool>& wants_A, const std::vector<bool>& wants_B) {
     const Tensor grad_y = as_rows(given_grad_y, "grad_y");
     LoraLinearBackwardParams params{};
     params.m = grad_y.size(0);
@@ -94,10 +105,12 @@ std::tuple<Tensor, Tensor, Tensor> backward(
     params.compute_dtype = check_float_dtype(compute_dtype, "compute_dtype", params.grad_y.dtype);
     const DType grad_dtype = check_float_dtype(x_dtype, "x_dtype", params.grad_y.dtype);
 
-    const std::optional<Nf4Weight> weight =
-        check_optional_weight(codes, absmax, nested, nested_blocksize, params.n, params.k, blocksize, quant_type,
-                              weight_dtype, params.compute_dtype, grad_y);
-    params.weight = weight ? &*weight : nullptr;
+    const LinearWeight weight =
+        check_weight(dense,
+                     check_optional_weight(codes, absmax, nested, nested_blocksize, params.n, params.k, blocksize,
+                                           quant_type, weight_dtype, params.compute_dtype, grad_y),
+                     params.n, params.k, grad_y);
+    weight.give(params);
     OptionalTensor add_rows, x_rows;
     if (add) {
         add_rows = as_rows(*add, "add");
@@ -153,6 +166,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(
     if (wants_x) params.grad_x = {grad_x.mutable_data_ptr(), grad_dtype, params.k};
 #if defined(PEFT_KERNELS_CUDA)
     if (runs_on_cuda(grad_y)) {
+        check_no_dense(params);
         Tensor grad_x_rows = as_rows(grad_x, "grad_x");
         LoraLinearOnCuda(params, grad_y).backward(params, grad_y, grad_x_rows, grad_A, grad_B);
         return {grad_x, grad_A, grad_B};
@@ -171,13 +185,14 @@ STABLE_TORCH_LIBRARY_FRAGMENT(PEFT_KERNELS_NAMESPACE, m) {
         "(Tensor x, Tensor? codes, Tensor? absmax, Tensor[] nested, int out_features, Tensor[] lora_A, "
         "Tensor[] lora_B, float[] scaling, *, float[]? dropout=None, Tensor? seeds=None, Tensor? bias=None, "
         "Tensor? add=None, int blocksize=64, str quant_type='nf4', int nested_blocksize=256, "
-        "ScalarType? weight_dtype=None, ScalarType? compute_dtype=None, ScalarType? out_dtype=None)";
+        "ScalarType? weight_dtype=None, ScalarType? compute_dtype=None, ScalarType? out_dtype=None, "
+        "Tensor? dense=None)";
     m.def(("lora_linear" + arguments + " -> Tensor y").c_str());
     m.def(("lora_linear_forward" + arguments + " -> (Tensor y, Tensor s)").c_str());
     m.def(
         "lora_linear_backward(Tensor grad_y, Tensor? x, Tensor? s, Tensor? codes, Tensor? absmax, Tensor[] nested, "
         "int nested_blocksize, int in_features, int blocksize, str quant_type, ScalarType? weight_dtype, "
-        "ScalarType? compute_dtype, ScalarType? x_dtype, Tensor? add, Tensor[] lora_A, Tensor[] lora_B, "
+        "ScalarType? compute_dtype, ScalarType? x_dtype, Tensor? dense, Tensor? add, Tensor[] lora_A, Tensor[] lora_B, "
         "float[] scaling, float[]? dropout, Tensor? seeds, bool wants_x, bool[] wants_A, bool[] wants_B) "
         "-> (Tensor grad_x, Tensor grad_A, Tensor grad_B)");
 #if defined(PEFT_KERNELS_CUDA)

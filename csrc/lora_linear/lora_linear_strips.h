@@ -10,6 +10,9 @@ namespace {
 
 // Columns of x or dy that a shrink widens at a time: its strips of A or B (16 KB at rank 16) stay in L1.
 constexpr int64_t kShrinkColumns = 256;
+// Products of fp32 numbers that are added to one sum, before sums are added to each other: with as many as there are
+// rounding them errs twice as much as torch's library does.
+constexpr int64_t kSumSteps = 128;
 // Rows of x or dy that the gradients of A and B take at a time: 256 x 64 x 4 bytes = 64 KB.
 constexpr int64_t kReduceRows = 256;
 
@@ -41,26 +44,33 @@ protected:
 
     // A [rank, k], or B [n, rank]: the strips whose outputs are the ranks.
     void make_shrink_strips(ConstMatrix LoraAdapter::* matrix, bool ranks_are_rows) const {
-        uint32_t* out = shrink_strips_;
-        for (int64_t step = 0; step < reduction_; step += kShrinkColumns)
-            for (int a = 0; a < params_.num_adapters; ++a) {
-                const LoraAdapter& adapter = params_.adapters[a];
-                const int64_t steps = min_of(kShrinkColumns, reduction_ - step);
-                if (ranks_are_rows)
-                    adapter_strips(part_of(adapter.*matrix, 0, step), adapter.rank, steps, true, 1.0f, out);
-                else
-                    adapter_strips(part_of(adapter.*matrix, step, 0), steps, adapter.rank, false, 1.0f, out);
-                out += strips_for(adapter.rank) * kLanes * steps;
-            }
+        constexpr int64_t kTaskColumns = 4 * kShrinkColumns;
+        parallel_for_each(divide_up(reduction_, kTaskColumns), [&](int64_t task, int) {
+            const int64_t first = task * kTaskColumns, end = min_of(first + kTaskColumns, reduction_);
+            uint32_t* out = shrink_strips_ + first * shrunk_;
+            for (int64_t step = first; step < end; step += kShrinkColumns)
+                for (int a = 0; a < params_.num_adapters; ++a) {
+                    const LoraAdapter& adapter = params_.adapters[a];
+                    const int64_t steps = min_of(kShrinkColumns, end - step);
+                    if (ranks_are_rows)
+                        adapter_strips(part_of(adapter.*matrix, 0, step), adapter.rank, steps, true, 1.0f, out);
+                    else
+                        adapter_strips(part_of(adapter.*matrix, step, 0), steps, adapter.rank, false, 1.0f, out);
+                    out += strips_for(adapter.rank) * kLanes * steps;
+                }
+        });
     }
 
-    // What is done to the input's rows before the tasks: conversion and, if `reduces`, the shrink or sums over rows.
+    // What is done to the input's rows before the tasks: conversion and, if `reduces`, the shrink. A few rows are shared
+    // among the threads as well, unless they are to come in whole blocks, as sums over rows are made.
     template <class Body>
-    void for_each_row_block(int64_t first, int64_t rows, bool reduces, const Body& body) const {
+    void for_each_row_block(int64_t first, int64_t rows, bool reduces, bool whole, const Body& body) const {
         if (in_place_ && !reduces) return;
-        parallel_for_each(divide_up(rows, kRowBlock), [&](int64_t task, int worker) {
-            const int64_t row = task * kRowBlock;
-            body(first + row, min_of(kRowBlock, rows - row), worker);
+        const int64_t share = divide_up(divide_up(rows, params_.threads), kTileRows) * kTileRows;
+        const int64_t block = whole ? kRowBlock : min_of(kRowBlock, share);
+        parallel_for_each(divide_up(rows, block), [&](int64_t task, int worker) {
+            const int64_t row = task * block;
+            body(first + row, min_of(block, rows - row), worker);
         });
     }
 
@@ -138,13 +148,15 @@ protected:
         };
         if (!has_base_) return blocks(finish);
         dispatch_compute(params_.compute_dtype, weight_dtype(params_), [&](auto* type, auto arithmetic) {
-            const int64_t block = strip_steps(steps_);
+            const int64_t block = strip_steps(steps_), part = elements_ == 1 ? kSumSteps : block;
             for (int64_t step = 0; step == 0 || step < steps_; step += block) {
                 const int64_t some = min_of(block, steps_ - step);
                 decode(type, arithmetic, step, some, strips);
                 blocks([&](int64_t row, int64_t count, float* sums) {
-                    multiply<decltype(arithmetic)>(base_rows(first, row, step), count, strips, strips_for(outputs),
-                                                   some, sums, kTaskOutputs, step > 0);
+                    for (int64_t at = 0; at == 0 || at < some; at += part)
+                        multiply<decltype(arithmetic)>(base_rows(first, row, step + at), count, strips,
+                                                       strips_for(outputs), some, sums, kTaskOutputs, step + at > 0, at,
+                                                       min_of(part, some - at));
                     if (step + some >= steps_) finish(row, count, sums);
                 });
             }
@@ -181,7 +193,7 @@ public:
         make_shrink_strips(&LoraAdapter::lora_A, true);
         for (int64_t first = 0; first < p_.m; first += chunk_rows()) {
             const int64_t rows = min_of(chunk_rows(), p_.m - first);
-            for_each_row_block(first, rows, shrunk_ > 0, [&](int64_t row, int64_t count, int worker) {
+            for_each_row_block(first, rows, shrunk_ > 0, false, [&](int64_t row, int64_t count, int worker) {
                 convert_rows(first, row, count);
                 if (shrunk_ > 0) make_s(row, count, Scratch(workers + worker * worker_bytes, *this));
             });
@@ -242,8 +254,11 @@ private:
             using T = Pointee<decltype(type)>;
             constexpr int kElements = kStepElements<decltype(arithmetic)>;
             const int64_t k0 = step * kElements;
+            const int64_t elements = min_of(steps * kElements, p_.k - k0);
+            if (p_.dense_is_transposed)
+                return decode_strips_transposed<T, kElements>(*p_.dense, n0, outputs, k0, elements, strips);
             dispatch_weight(p_, [&](const auto& weight) {
-                decode_strips<T, kElements>(weight, n0, outputs, k0, min_of(steps * kElements, p_.k - k0), strips);
+                decode_strips<T, kElements>(weight, n0, outputs, k0, elements, strips);
             });
         };
         const auto finish = [&](int64_t row, int64_t count, float* tile) {
@@ -295,7 +310,8 @@ public:
         if (wants_ds_) make_shrink_strips(&LoraAdapter::lora_B, false);
         for (int64_t first = 0; first < p_.m; first += chunk_rows()) {
             const int64_t rows = min_of(chunk_rows(), p_.m - first);
-            for_each_row_block(first, rows, wants_ds_ || p_.grad_scale_n, [&](int64_t row, int64_t count, int worker) {
+            const bool sums = p_.grad_scale_n;
+            for_each_row_block(first, rows, wants_ds_ || sums, sums, [&](int64_t row, int64_t count, int worker) {
                 convert_rows(first, row, count);
                 if (wants_ds_) make_ds(row, count, scratch(worker));
                 scales_.add_grad_y(row, count);
@@ -367,9 +383,11 @@ private:
             using T = Pointee<decltype(type)>;
             constexpr int kElements = kStepElements<decltype(arithmetic)>;
             const int64_t n0 = step * kElements;
+            const int64_t elements = min_of(steps * kElements, p_.n - n0);
+            if (p_.dense_is_transposed)
+                return decode_strips<T, kElements>(*p_.dense, k0, outputs, n0, elements, strips);
             dispatch_weight(p_, [&](const auto& weight) {
-                decode_strips_transposed<T, kElements>(weight, k0, outputs, n0, min_of(steps * kElements, p_.n - n0),
-                                                       strips);
+                decode_strips_transposed<T, kElements>(weight, k0, outputs, n0, elements, strips);
             });
         };
         const auto finish = [&](int64_t row, int64_t count, float* tile) {

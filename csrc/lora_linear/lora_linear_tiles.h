@@ -19,7 +19,9 @@ namespace PEFT_KERNELS_ISA {
 namespace {
 
 // Whether the tile unit can take a call: it multiplies bf16 only.
-inline bool suits_tiles(const LoraLinearParams& params) { return params.compute_dtype == DType::kBFloat16; }
+inline bool suits_tiles(const LoraLinearParams& params) {
+    return params.compute_dtype == DType::kBFloat16 && !params.dense_is_transposed;
+}
 
 // Rows of x or dy in bf16: where they lie, or dense rows in a buffer.
 struct Bf16Rows {

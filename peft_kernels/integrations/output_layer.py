@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..ops.linear import linear
-from .linear import parameter
-from .registry import FLOAT_DTYPES, Setting, change_class, register_setting, why_not_input
+from .linear import dense_linear, parameter
+from .registry import FLOAT_DTYPES, Setting, change_class, register_setting
 
 
 class Linear(nn.Linear):
@@ -17,10 +15,7 @@ class Linear(nn.Linear):
     stock = nn.Linear
 
     def forward(self, input: Tensor) -> Tensor:
-        weight, bias = parameter(self, "weight"), parameter(self, "bias")
-        if type(weight) is not nn.Parameter or why_not_input(input):
-            return F.linear(input, weight, bias)
-        return linear(input, weight, bias)
+        return dense_linear(input, parameter(self, "weight"), parameter(self, "bias"))
 
 
 @register_setting

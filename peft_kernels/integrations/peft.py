@@ -13,7 +13,17 @@ from torch import Tensor, nn
 
 from ..ops.lora_linear import lora_linear_of_layer
 from .dropout import Dropout
-from .linear import NO_ADAPTERS, Adaptable, Adapters, BaseProduct, OnLinear, is_conv1d, parameter, why_not_skip
+from .linear import (
+    NO_ADAPTERS,
+    Adaptable,
+    Adapters,
+    BaseProduct,
+    OnLinear,
+    is_conv1d,
+    is_linear,
+    parameter,
+    why_not_skip,
+)
 from .registry import FLOAT_DTYPES, mention, register
 from .watch import Watch
 
@@ -111,7 +121,7 @@ class FusedLoRA(Adaptable):
         if name in self.lora_variant:
             return f"adapter {name!r} is a {type(self.lora_variant[name]).__name__}"
         b, dropout = modules["lora_B"]._modules[name], modules["lora_dropout"]._modules[name]
-        if not (type(a) is type(b) is nn.Linear):
+        if not (is_linear(a) and is_linear(b)):
             return f"adapter {name!r} is made of {type(a).__name__} and {type(b).__name__}, not of torch.nn.Linear"
         if parameter(b, "bias") is not None:
             return f"adapter {name!r} has lora_bias"

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import _extension  # noqa: F401
+from .. import cpu
 from ._arguments import any_requires_grad, is_float
 from ._linear import check_devices
 
@@ -42,6 +42,19 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     ):
         return torch.ops.peft_kernels.linear(x, weight, bias)
     return F.linear(x, weight, bias)
+
+
+def outruns_torch(x: Tensor, weight: Tensor, compute_dtype: torch.dtype) -> bool:
+    """Whether `lora_linear`'s kernels make the product with a dense weight [N, K] faster than torch does; the weight's
+    rows or its columns have to be dense."""
+    return (
+        compute_dtype is weight.dtype is torch.float32
+        and x.is_cpu
+        and x.numel() > FEW_ROWS * x.shape[-1]
+        and weight.layout is torch.strided
+        and 1 in weight.stride()
+        and cpu.outruns_torch()
+    )
 
 
 @torch.library.register_fake("peft_kernels::linear")

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .. import _extension  # noqa: F401
 from ._arguments import any_requires_grad, bad, matrix
 from ._linear import (
     check_devices,
@@ -25,7 +24,7 @@ from ._linear import (
     weight_options,
     without_autocast,
 )
-from .linear import linear
+from .linear import linear, outruns_torch
 from .nf4 import NF4Weight
 
 _LORA_LINEAR = torch.ops.peft_kernels.lora_linear.default  # to look it up costs each call 0.3 µs
@@ -137,6 +136,10 @@ def _forward(x, weight, bias, lora_A, lora_B, scaling, dropout, compute_dtype, o
             options["weight_dtype"] = weight.dtype
         if bias is not None:
             options["bias"] = bias
+    elif outruns_torch(x, weight, compute_dtype):
+        stored, options = (None, None, (), weight.shape[0]), {"dense": weight}
+        if bias is not None:
+            options["bias"] = bias
     else:
         with without_autocast(x.device.type):
             bias = None if bias is None else bias.to(compute_dtype)
@@ -173,16 +176,19 @@ class _Call:
 
     def backward(self, grad_y, x, x_dtype, s, seeds, lora_A, lora_B, wants_x, wants_A, wants_B):
         """Returns grad_x [..., K] or None, and lists of the gradients of A and B in fp32, None where not wanted."""
-        add = None
+        dense = add = None
         if wants_x and not isinstance(self.weight, NF4Weight):
             dtype = self.compute_dtype
-            with without_autocast(grad_y.device.type):
-                add = (grad_y.to(dtype) @ self.weight.to(dtype)).to(x_dtype)
+            if outruns_torch(grad_y, self.weight, dtype):
+                dense = self.weight
+            else:
+                with without_autocast(grad_y.device.type):
+                    add = (grad_y.to(dtype) @ self.weight.to(dtype)).to(x_dtype)
         if not any(wants_A + wants_B) and (not wants_x or (add is not None and not lora_A)):
             return add, [None] * len(lora_A), [None] * len(lora_A)
         grad_x, grad_A, grad_B = torch.ops.peft_kernels.lora_linear_backward(
             grad_y, x, s, *weight_arguments(self.weight, self.weight.shape[1], self.compute_dtype, grad_y.dtype),
-            x_dtype, add, lora_A, lora_B, self.scaling, self.dropout or None, seeds, wants_x, wants_A, wants_B,
+            x_dtype, dense, add, lora_A, lora_B, self.scaling, self.dropout or None, seeds, wants_x, wants_A, wants_B,
         )  # fmt: skip
         return grad_x if wants_x else None, _split(grad_A, lora_A, wants_A), _split(grad_B, lora_B, wants_B)
 
@@ -231,10 +237,10 @@ class _LoRALinear(torch.autograd.Function):
 
 @torch.library.register_fake("peft_kernels::lora_linear")
 def _fake_y(x, codes, absmax, nested, out_features, lora_A, lora_B, scaling, *, dropout=None, seeds=None, bias=None,
-            add=None, out_dtype=None, **format):  # fmt: skip
+            add=None, dense=None, out_dtype=None, **format):  # fmt: skip
     # A tensor on meta beside others on the CPU comes here, not to the kernel.
-    check_devices(x, named(codes=[codes], absmax=[absmax], nested=nested, bias=[bias], add=[add], lora_A=lora_A,
-                           lora_B=lora_B, seeds=[seeds]))  # fmt: skip
+    check_devices(x, named(codes=[codes], absmax=[absmax], nested=nested, dense=[dense], bias=[bias], add=[add],
+                           lora_A=lora_A, lora_B=lora_B, seeds=[seeds]))  # fmt: skip
     return x.new_empty((*x.shape[:-1], out_features), dtype=out_dtype)
 
 
@@ -246,8 +252,9 @@ def _(x, codes, absmax, nested, out_features, lora_A, *arguments, **options):
 
 @torch.library.register_fake("peft_kernels::lora_linear_backward")
 def _(grad_y, x, s, codes, absmax, nested, nested_blocksize, in_features, blocksize, quant_type, weight_dtype,
-      compute_dtype, x_dtype, add, lora_A, lora_B, scaling, dropout, seeds, wants_x, wants_A, wants_B):  # fmt: skip
-    check_devices(grad_y, named(x=[x], s=[s], codes=[codes], absmax=[absmax], nested=nested, add=[add],
+      compute_dtype, x_dtype, dense, add, lora_A, lora_B, scaling, dropout, seeds, wants_x, wants_A,
+      wants_B):  # fmt: skip
+    check_devices(grad_y, named(x=[x], s=[s], codes=[codes], absmax=[absmax], nested=nested, dense=[dense], add=[add],
                                 lora_A=lora_A, lora_B=lora_B, seeds=[seeds]))  # fmt: skip
     size_A = sum(a.numel() for a, want in zip(lora_A, wants_A, strict=True) if want)
     size_B = sum(b.numel() for b, want in zip(lora_B, wants_B, strict=True) if want)

@@ -1,0 +1,105 @@
+"""torch.nn.Linear in fp32 where the kernels outrun torch's library; as if they did everywhere."""
+
+import copy
+import pickle
+
+import pytest
+import tolerances
+import torch
+from comparison import assert_close
+from peft import LoraConfig, get_peft_model
+from torch import nn
+
+import peft_kernels
+from peft_kernels.integrations import dense_linear
+
+ROWS, FEATURES = 96, 512  # with as many outputs, enough for the kernels
+
+
+@pytest.fixture(autouse=True)
+def outruns(monkeypatch):
+    monkeypatch.setattr("peft_kernels.cpu.outruns_torch", lambda: True)
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """Counts what goes to the kernels."""
+    made, function = [], peft_kernels.integrations.linear.lora_linear_of_layer
+
+    def counted(*arguments):
+        made.append(arguments)
+        return function(*arguments)
+
+    monkeypatch.setattr("peft_kernels.integrations.linear.lora_linear_of_layer", counted)
+    return made
+
+
+def make(bias=True, dtype=torch.float32):
+    return nn.Sequential(nn.Linear(FEATURES, FEATURES, bias=bias, dtype=dtype))
+
+
+def step(model, x):
+    """y and every gradient, by name."""
+    model.zero_grad()
+    x = x.clone().requires_grad_()
+    y = model(x)
+    torch.manual_seed(1)
+    y.backward(torch.randn(y.shape))
+    grads = {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
+    return {"y": y.detach(), "x": x.grad, **grads}
+
+
+@pytest.mark.parametrize("frozen", [False, True], ids=["trained", "frozen"])
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no-bias"])
+def test_as_stock(bias, frozen, calls):
+    model, x = make(bias), torch.randn(ROWS, FEATURES)
+    model.requires_grad_(not frozen)
+    wanted = step(copy.deepcopy(model).double(), x.double())
+    (row,) = peft_kernels.accelerate(model)
+    assert (row.kind, row.fused) == ("torch.Linear", True)
+    for name, value in step(model, x).items():
+        assert_close(value, wanted[name], tolerances.FP32_SUM, name)
+    assert len(calls) == 1
+
+
+def test_restore_copy_and_pickle():
+    model, x = make(), torch.randn(ROWS, FEATURES)
+    peft_kernels.accelerate(model)
+    wanted = model(x)
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert type(other[0]) is dense_linear.Linear and torch.equal(other(x), wanted)
+    assert list(model.state_dict()) == ["0.weight", "0.bias"]
+    peft_kernels.restore(model)
+    assert type(model[0]) is nn.Linear
+
+
+def test_other_inputs_are_torchs(calls):
+    model = make()
+    peft_kernels.accelerate(model)
+    model(torch.randn(20, FEATURES))  # a small product
+    with torch.autocast("cpu", torch.bfloat16):
+        assert model(torch.randn(ROWS, FEATURES)).dtype is torch.bfloat16
+    with pytest.raises(RuntimeError, match="dtype"):
+        model(torch.randn(ROWS, FEATURES, dtype=torch.float64))
+    assert not calls
+
+
+@pytest.mark.parametrize(
+    "layer", [nn.Linear(512, 16), nn.Linear(512, 512, dtype=torch.bfloat16)], ids=["small", "bf16"]
+)
+def test_others_are_passed_over(layer):
+    assert not list(peft_kernels.accelerate(nn.Sequential(layer)))
+
+
+def test_under_adapters(calls):
+    """A base layer and large adapters are of the fused class; the adapted layer is one operation all the same."""
+    model = get_peft_model(make(), LoraConfig(r=128, target_modules=["0"], init_lora_weights=False))
+    x = torch.randn(ROWS, FEATURES)
+    wanted = step(model, x)
+    report = peft_kernels.accelerate(model)
+    assert all(layer.fused for layer in report)
+    for name, value in step(model, x).items():
+        assert_close(value, wanted[name].double(), 2 * tolerances.FP32_SUM, name)
+    assert not calls
+    with model.disable_adapter():
+        assert torch.allclose(model(x), model.get_base_model()[0].base_layer(x), atol=1e-5)

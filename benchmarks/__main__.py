@@ -23,6 +23,7 @@ BENCHMARKS = {
     "rotary": "the rotary embedding of queries and keys: forward, backward and memory",
     "nf4": "quantise and dequantise",
     "roofline": "a model of the CUDA kernels' times on several cards, from counts; nothing is measured",
+    "architectures": "LoRA on models of several architectures, in fp32 and bf16: training step and memory",
     "model": "a small language model, fine-tuned in three ways: training step, prefill, decoding, breakdown",
 }
 EMULATED = "--emulated"  # instead of a name or beside it

@@ -17,6 +17,7 @@ from torch import nn
 from benchmarks import __main__ as command
 from benchmarks import (
     adapter,
+    architectures,
     cross_entropy,
     dropout,
     fusion,
@@ -58,6 +59,7 @@ BENCHMARKS = {
     "glu": glu,
     "dropout": dropout,
     "nf4": nf4,
+    "architectures": architectures,
     "model": model,
 }
 
@@ -534,6 +536,32 @@ def test_model_with_other_methods(tiny_model, method):
     case = model.Case("train", 1, 8, method=method)
     found, _ = model.run(case, tiny_model, [STOCK], [cpu.isa()], 0.0, least=1)
     assert [r.contender for r in found] == [FUSED, STOCK] and str(case) == f"train 1x8 {method}"
+
+
+@pytest.mark.parametrize("name", ["bert", "t5"])
+def test_architectures(monkeypatch, name):
+    small = {
+        "bert": {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4},
+        "t5": {"d_model": 32, "d_ff": 48, "d_kv": 8, "num_heads": 4},
+    }
+    architecture = architectures.ARCHITECTURES[name]
+    monkeypatch.setitem(
+        architectures.ARCHITECTURES, name, (*architecture[:2], architecture[2] | small[name], architecture[3])
+    )
+    case = architectures.Case(name, "fp32", 2, 8)
+    found = architectures.run(case, ["stock"], [cpu.isa()], 0.0, shout)
+    assert [r.contender for r in found] == [FUSED, STOCK] and all(r.saved > 0 and r.tokens == 16 for r in found)
+    assert found[0].error < 1e-5 and found[1].error is None
+
+
+def test_architectures_find_a_difference(monkeypatch):
+    def worse(model):
+        for parameter in model.parameters():
+            parameter.data.mul_(1.01)
+
+    monkeypatch.setattr(architectures.peft_kernels, "accelerate", worse)
+    with pytest.raises(ArithmeticError, match=r"vit fp32 1, .*: got an error of"):
+        architectures.run(architectures.Case("vit", "fp32", 1), [], [cpu.isa()], 0.0, shout)
 
 
 @pytest.mark.parametrize("phase", ["train", "prefill", "decode"])

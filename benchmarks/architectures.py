@@ -63,7 +63,8 @@ def make_model(case: Case) -> PeftModel:
     torch.manual_seed(0)
     model, config, options, targets = ARCHITECTURES[case.name]
     base = getattr(transformers, model)(getattr(transformers, config)(**options)).to(DTYPES[case.dtype])
-    lora = LoraConfig(r=8, lora_alpha=16, lora_dropout=0.05, target_modules=targets, init_lora_weights=False)
+    lora = LoraConfig(r=8, lora_alpha=16, lora_dropout=0.05, target_modules=targets, init_lora_weights=False,
+                      fan_in_fan_out=case.name == "gpt2")  # fmt: skip
     return get_peft_model(base, lora)
 
 

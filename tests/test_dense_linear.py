@@ -9,6 +9,7 @@ import torch
 from comparison import assert_close
 from peft import LoraConfig, get_peft_model
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 import peft_kernels
 from peft_kernels.integrations import dense_linear
@@ -34,8 +35,8 @@ def calls(monkeypatch):
     return made
 
 
-def make(bias=True, dtype=torch.float32):
-    return nn.Sequential(nn.Linear(FEATURES, FEATURES, bias=bias, dtype=dtype))
+def make(bias=True):
+    return nn.Sequential(nn.Linear(FEATURES, FEATURES, bias=bias))
 
 
 def step(model, x):
@@ -62,15 +63,28 @@ def test_as_stock(bias, frozen, calls):
     assert len(calls) == 1
 
 
-def test_restore_copy_and_pickle():
-    model, x = make(), torch.randn(ROWS, FEATURES)
+@pytest.mark.parametrize("frozen", [False, True], ids=["trained", "frozen"])
+def test_conv1d(frozen, calls):
+    model, x = nn.Sequential(Conv1D(FEATURES + 64, FEATURES)), torch.randn(2, ROWS // 2, FEATURES)
+    model.requires_grad_(not frozen)
+    wanted = step(copy.deepcopy(model).double(), x.double())
+    (row,) = peft_kernels.accelerate(model)
+    assert (row.kind, row.fused) == ("transformers.Conv1D", True)
+    for name, value in step(model, x).items():
+        assert_close(value, wanted[name], tolerances.FP32_SUM, name)
+    assert len(calls) == 1
+
+
+@pytest.mark.parametrize("layer", [nn.Linear(FEATURES, FEATURES), Conv1D(FEATURES, FEATURES)], ids=["linear", "conv1d"])
+def test_restore_copy_and_pickle(layer):
+    model, x = nn.Sequential(copy.deepcopy(layer)), torch.randn(ROWS, FEATURES)
     peft_kernels.accelerate(model)
     wanted = model(x)
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        assert type(other[0]) is dense_linear.Linear and torch.equal(other(x), wanted)
-    assert list(model.state_dict()) == ["0.weight", "0.bias"]
+        assert isinstance(other[0], dense_linear.FusedDense) and torch.equal(other(x), wanted)
+    assert sorted(model.state_dict()) == ["0.bias", "0.weight"]
     peft_kernels.restore(model)
-    assert type(model[0]) is nn.Linear
+    assert type(model[0]) is type(layer)
 
 
 def test_other_inputs_are_torchs(calls):

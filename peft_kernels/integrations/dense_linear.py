@@ -6,18 +6,17 @@ import torch
 from torch import Tensor, nn
 
 from .. import cpu
-from .linear import dense_linear, parameter
+from .linear import own_product, parameter
 from .registry import FusedLayer, register
 
 LEAST_FEATURES = 128  # below, as in most adapters, little time is spent
 
 
-@register
-class Linear(FusedLayer, nn.Linear):
+class FusedDense(FusedLayer):
     """The stock layer; products large enough are `lora_linear`'s, without adapters."""
 
     @classmethod
-    def applies(cls, layer: nn.Linear) -> bool:
+    def applies(cls, layer: nn.Module) -> bool:
         weight = layer.weight
         return (
             weight.dtype is torch.float32
@@ -27,4 +26,14 @@ class Linear(FusedLayer, nn.Linear):
         )
 
     def forward(self, input: Tensor) -> Tensor:
-        return dense_linear(input, parameter(self, "weight"), parameter(self, "bias"))
+        y = own_product(input, self.matrix(), parameter(self, "bias"))
+        return super().forward(input) if y is None else y
+
+    def matrix(self) -> Tensor:
+        """The weight as [N, K]."""
+        return parameter(self, "weight")
+
+
+@register
+class Linear(FusedDense, nn.Linear):
+    __doc__ = FusedDense.__doc__

@@ -7,12 +7,11 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..cuda import why_not
 from ..ops._arguments import autocast_dtype
-from ..ops.linear import FEW_ROWS, linear, outruns_torch
+from ..ops.linear import FEW_ROWS, outruns_torch
 from ..ops.lora_linear import lora_linear_of_layer
 from ..ops.nf4 import NF4Weight
 from ..ops.projections import Projection, Projections, project
@@ -114,21 +113,19 @@ class OnLinear(FusedLayer):
         watch_dense(base, watch)
 
 
-def dense_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """What `torch.nn.functional.linear` computes, by whichever is the fastest."""
+def own_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
+    """What `torch.nn.functional.linear` computes, by the kernels; None where torch is as fast."""
     # An autograd.Function takes 50 µs more than torch's own operation.
     if (
         x.numel() * weight.shape[0] >= 1 << 23
-        and type(weight) is nn.Parameter
+        and type(weight) in (nn.Parameter, Tensor)
         and x.dtype is weight.dtype
         and why_not_input(x) is None
         and autocast_dtype(x) is None
         and outruns_torch(x, weight, x.dtype)
     ):
         return lora_linear_of_layer(x, weight, bias, *NO_ADAPTERS, x.dtype, x.dtype)
-    if type(weight) is not nn.Parameter or why_not_input(x):
-        return F.linear(x, weight, bias)
-    return linear(x, weight, bias)
+    return None
 
 
 def dense_product(base: nn.Module, x: Tensor) -> BaseProduct | str:
@@ -168,7 +165,7 @@ def is_linear(layer: nn.Module) -> bool:
 def is_conv1d(base: nn.Module) -> bool:
     """Whether it computes what transformers' `Conv1D` does: a linear layer whose weight is stored as [K, N]."""
     module = sys.modules.get("transformers.pytorch_utils")  # which bitsandbytes' layers alone do without
-    return module is not None and type(base).forward is module.Conv1D.forward
+    return module is not None and getattr(type(base), "stock", type(base)).forward is module.Conv1D.forward
 
 
 def why_not_weight(weight: Tensor) -> str | None:

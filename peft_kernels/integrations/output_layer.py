@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from .linear import dense_linear, parameter
-from .registry import FLOAT_DTYPES, Setting, change_class, register_setting
+from ..ops.linear import linear
+from .linear import own_product, parameter
+from .registry import FLOAT_DTYPES, Setting, change_class, register_setting, why_not_input
 
 
 class Linear(nn.Linear):
@@ -15,7 +17,12 @@ class Linear(nn.Linear):
     stock = nn.Linear
 
     def forward(self, input: Tensor) -> Tensor:
-        return dense_linear(input, parameter(self, "weight"), parameter(self, "bias"))
+        weight, bias = parameter(self, "weight"), parameter(self, "bias")
+        if (y := own_product(input, weight, bias)) is not None:
+            return y
+        if type(weight) is not nn.Parameter or why_not_input(input):
+            return F.linear(input, weight, bias)
+        return linear(input, weight, bias)
 
 
 @register_setting

@@ -1,0 +1,18 @@
+"""transformers' `Conv1D`, GPT-2's linear layer, in fp32: see `dense_linear`."""
+
+from __future__ import annotations
+
+from torch import Tensor
+from transformers import pytorch_utils
+
+from .dense_linear import FusedDense
+from .linear import parameter
+from .registry import register
+
+
+@register
+class Conv1D(FusedDense, pytorch_utils.Conv1D):
+    __doc__ = FusedDense.__doc__
+
+    def matrix(self) -> Tensor:
+        return parameter(self, "weight").T

@@ -13,8 +13,8 @@ constexpr int64_t kShrinkColumns = 256;
 // Products of fp32 numbers that are added to one sum, before sums are added to each other: with as many as there are
 // rounding them errs twice as much as torch's library does.
 constexpr int64_t kSumSteps = 128;
-// Rows of x or dy that the gradients of A and B take at a time: 256 x 64 x 4 bytes = 64 KB.
-constexpr int64_t kReduceRows = 256;
+// Rows of x or dy that the gradients of A and B take at a time: as many, for the same reason; 32 KB of strips.
+constexpr int64_t kReduceRows = 128;
 
 // What the two directions share: the operand ("input": x, or dy), its rows in 32-bit steps, and the shrunk rows.
 class StripProduct {
@@ -101,6 +101,7 @@ protected:
     void shrink(int64_t first_row, int64_t rows, bool drops, float* wide, uint8_t* bits, float* tile) const {
         dispatch_dtype(input_.dtype, [&](auto* type) {
             using T = Pointee<decltype(type)>;
+            constexpr int64_t part = kSame<T, float> ? kSumSteps : kShrinkColumns;
             for (int64_t column = 0; column == 0 || column < reduction_; column += kShrinkColumns) {
                 const int64_t columns = min_of(kShrinkColumns, reduction_ - column);
                 for (int64_t row = 0; row < rows; row += kTileRows) {
@@ -121,8 +122,9 @@ protected:
                                        keep_bytes(kShrinkColumns), wide, kShrinkColumns);
                         reusable = !drop;
                         const int64_t num_strips = strips_for(adapter.rank);
-                        multiply<MultiplyF32>({wide, kShrinkColumns * 4, 4}, some, strip, num_strips, columns, sums,
-                                              shrunk_, column > 0);
+                        for (int64_t at = 0; at == 0 || at < columns; at += part)
+                            multiply<MultiplyF32>({wide + at, kShrinkColumns * 4, 4}, some, strip, num_strips, columns,
+                                                  sums, shrunk_, column + at > 0, at, min_of(part, columns - at));
                         strip += num_strips * kLanes * columns;
                         sums += num_strips * kLanes;
                     }

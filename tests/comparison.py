@@ -3,6 +3,8 @@
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -53,3 +55,17 @@ def views_of_x(x: Tensor) -> dict[str, Tensor]:
         "3d": x.view(2, m // 2, d),
         "3d-transposed": x.view(2, m // 2, d).transpose(0, 1).contiguous().transpose(0, 1),
     }
+
+
+class Made(TorchDispatchMode):
+    """What operations return that is no view of other memory."""
+
+    def __init__(self):
+        super().__init__()
+        self.tensors = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if not func.is_view:
+            self.tensors += [leaf for leaf in tree_leaves(out) if isinstance(leaf, torch.Tensor)]
+        return out

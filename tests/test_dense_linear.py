@@ -87,6 +87,40 @@ def test_restore_copy_and_pickle(layer):
     assert type(model[0]) is type(layer)
 
 
+def test_compiles_into_one_graph(calls):
+    model, x = make(), torch.randn(ROWS, FEATURES)
+    peft_kernels.accelerate(model)
+    wanted = step(model, x)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    for name, value in step(compiled, x).items():
+        assert_close(value, wanted[name.removeprefix("_orig_mod.")].double(), tolerances.FP32_SUM, name)
+
+
+def test_weight_that_the_backward_does_not_read_may_change():
+    model, x = make(), torch.randn(ROWS, FEATURES)
+    peft_kernels.accelerate(model)
+    y = model(x).sum()
+    with torch.no_grad():
+        model[0].weight.add_(1)
+    y.backward()
+    assert_close(model[0].weight.grad, x.double().sum(0).expand(FEATURES, -1), tolerances.FP32_SUM)
+
+
+def test_bias_that_is_not_dense():
+    model, x = make(), torch.randn(ROWS, FEATURES)
+    model[0].bias = nn.Parameter(torch.randn(2 * FEATURES)[::2])
+    wanted = model(x)
+    peft_kernels.accelerate(model)
+    assert_close(model(x), wanted.double(), tolerances.FP32_SUM)
+
+
+def test_report_after_a_change():
+    model = make()
+    peft_kernels.accelerate(model)
+    (row,) = peft_kernels.accelerate(model.to(torch.bfloat16))
+    assert (row.fused, row.reason) == (False, "its weight is torch.bfloat16")
+
+
 def test_other_inputs_are_torchs(calls):
     model = make()
     peft_kernels.accelerate(model)
@@ -95,6 +129,8 @@ def test_other_inputs_are_torchs(calls):
         assert model(torch.randn(ROWS, FEATURES)).dtype is torch.bfloat16
     with pytest.raises(RuntimeError, match="dtype"):
         model(torch.randn(ROWS, FEATURES, dtype=torch.float64))
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        model(torch.randn(ROWS, FEATURES - 1))
     assert not calls
 
 
@@ -112,6 +148,7 @@ def test_under_adapters(calls):
     wanted = step(model, x)
     report = peft_kernels.accelerate(model)
     assert all(layer.fused for layer in report)
+    assert "2 fused" not in str(report) and "torch.Linear" not in str(report)  # parts of the adapted layer
     for name, value in step(model, x).items():
         assert_close(value, wanted[name].double(), 2 * tolerances.FP32_SUM, name)
     assert not calls

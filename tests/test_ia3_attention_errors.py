@@ -50,6 +50,10 @@ CASES = {
     "scale-huge": ({"scale": 1e39}, "scale: got 1e\\+39, a float, wanted a finite float32 number"),
     "dropout-one": ({"dropout": 1}, "dropout: got 1, a int, wanted a probability in \\[0, 1\\)"),
     "seed-float": ({"dropout": 0.1, "seed": torch.ones(1)}, "seed: got float32 .*, wanted an int64 tensor"),
+    "seed-meta": (
+        {"dropout": 0.1, "seed": torch.ones(1, dtype=torch.int64, device="meta")},
+        "seed: got a tensor on meta, wanted one on cpu, where q is",
+    ),
     "window-zero": ({"window": 0}, "window: got 0, a int, wanted a whole number of at least 1"),
     "window-float": ({"window": 2.0}, "window: got 2.0, a float"),
     "padding-int": (

@@ -4,7 +4,7 @@ import pytest
 import tolerances
 import torch
 import torch.nn.functional as F
-from comparison import mode_id, views_of_x
+from comparison import Made, mode_id, views_of_x
 from hypothesis import given
 from hypothesis import strategies as st
 from lora_linear_cases import (
@@ -20,7 +20,6 @@ from lora_linear_cases import (
     run_stock,
     short,
 )
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from peft_kernels.ops import lora_linear, quantize_4bit
 from peft_kernels.testing.reference.philox import dropout_mask
@@ -169,7 +168,8 @@ def test_random_cases(backend, shape, ranks, mode, base, weight_dtype, blocksize
         else:
             tolerance = tolerances.adapter_gradient(torch.float32 if name == "bias" else adapter_dtype)
         # Small tensors can cancel: what is summed is the measure, not the sum. One number's roundings may all be large.
-        assert rms(actual[name].double() - value) <= 1.5 * tolerance * rms(scales[name]), name
+        tolerance *= 1.5 if value.numel() == 1 else 1
+        assert rms(actual[name].double() - value) <= tolerance * rms(scales[name]), name
 
 
 # ---- against stock -----------------------------------------------------------------------------------------------
@@ -257,18 +257,10 @@ def test_own_product_errs_no_more_than_torchs(own_products, columns, layout):
 def test_own_product_copies_no_weight(own_products):
     case = make_case(40, 300, 200, base="dense")
     case.weight = in_columns(case.weight)
-    made = []
-
-    class Seen(TorchDispatchMode):
-        def __torch_dispatch__(self, function, types, arguments=(), options=None):
-            made.append(str(function))
-            return function(*arguments, **(options or {}))
-
-    case.weight.requires_grad_(False)
     x = case.x.requires_grad_()
-    with Seen():
+    with Made() as made:
         lora_linear(x, case.weight, case.bias, case.lora_A, case.lora_B, case.scaling).sum().backward()
-    assert [name for name in made if "lora_linear" in name] and not [name for name in made if "mm" in name]
+    assert made.tensors and max(tensor.numel() for tensor in made.tensors) < case.weight.numel()
 
 
 # ---- strides and empty tensors -----------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 import copy
 import pickle
 
+import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -47,6 +48,14 @@ def test_is_the_op_in_training_only():
 def test_layers_that_are_passed_over(arguments):
     model = nn.Sequential(nn.Dropout(**arguments))
     assert len(peft_kernels.accelerate(model)) == 0 and type(model[0]) is nn.Dropout
+
+
+@pytest.mark.parametrize("p", [np.float32(0.25), torch.tensor(0.25)], ids=["numpy", "tensor"])
+def test_other_kinds_of_numbers(p):
+    model = nn.Sequential(nn.Dropout(p))
+    assert all(layer.fused for layer in peft_kernels.accelerate(model))
+    y = model(torch.ones(1000))
+    assert set(y.tolist()) == {0.0, torch.tensor(1 / 0.75).item()}
 
 
 def test_settings_that_change_later(caplog):

@@ -2,10 +2,10 @@
 // stay in a cache as fp32. The limit is its traffic: SmolLM2's output layer, 49152 x 576 in bf16, is 57 MB.
 //
 //            k                          Four rows of W at a time, each of which is a stream of its own, and all rows of
-//   W  n   ┌───┬───┬───┐                x: up to 16 sums of vectors. W is converted in registers, so that every
-//          │ 4 rows    │──> y[m][4]     instruction set multiplies in fp32: one load, one conversion and m additions of
-//          ├───┴───┴───┤                products for a vector are less than its way from memory. Where bf16 can be
-//          │ next      │ prefetched     multiplied as it is, also less than its way from a cache.
+//   W  n   ┌───┬───┬───┐                x: up to 16 sums of vectors. W is converted in registers and multiplied in
+//          │ 4 rows    │──> y[m][4]     fp32: one load, one conversion and m additions of products for a vector are
+//          ├───┴───┴───┤                less than its way from memory. Where bf16 can be multiplied as it is, the work is
+//          │ next      │ prefetched     also less than its way from a cache.
 #include "common/parallel_for.h"
 #include "common/rows.h"
 #include "linear/linear.h"
@@ -33,7 +33,7 @@ struct InFloat {
 };
 
 #if defined(__AVX512BF16__)
-// As pairs, whose products are exact. A weight of 768 x 3072 in a cache and 8 rows took 3 x as long in fp32.
+// As pairs, whose products are exact but for numbers below 2^-126, which count as zero. A weight of 768 x 3072 in a cache and 8 rows took 3 x as long in fp32.
 struct InPairs {
     using X = BFloat16;
     static constexpr int64_t kColumns = 2 * kLanes;

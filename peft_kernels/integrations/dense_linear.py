@@ -25,6 +25,14 @@ class FusedDense(FusedLayer):
             and cpu.outruns_torch()
         )
 
+    def why_stock(self) -> str | None:
+        weight = self.weight
+        if type(weight) is not nn.Parameter:
+            return f"its weight is a {type(weight).__name__}"
+        if weight.dtype is not torch.float32:
+            return f"its weight is {weight.dtype}"
+        return None if weight.is_cpu else "it is for the CPU"
+
     def forward(self, input: Tensor) -> Tensor:
         y = own_product(input, self.matrix(), parameter(self, "bias"))
         return super().forward(input) if y is None else y

@@ -25,7 +25,10 @@ class Dropout(FusedLayer, nn.Dropout):
         if reason := why_not_input(input) or why_not(input.device) or _why_not_layout(input):
             self.log_stock_path(reason)
             return super().forward(input)
-        return dropout(input, self.p)
+        return dropout(input, float(self.p))
+
+    def why_stock(self) -> str | None:
+        return None if self.applies(self) else f"its p is {self.p}, in place: {self.inplace}"
 
 
 def _why_not_layout(x: Tensor) -> str | None:

@@ -23,6 +23,7 @@ BaseProduct = tuple[Tensor | NF4Weight, Tensor | None, torch.dtype, torch.dtype]
 # LoRA's for each active adapter: A, B, scaling and dropout.
 Adapters = tuple[Sequence[Tensor], Sequence[Tensor], Sequence[float], Sequence[float]]
 NO_ADAPTERS: Adapters = ((), (), (), ())
+LEAST_PRODUCTS = 1 << 23  # of a layer by itself: an autograd.Function takes 50 µs more than torch's operation
 
 
 class _Packed(NamedTuple):
@@ -114,15 +115,16 @@ class OnLinear(FusedLayer):
 
 
 def own_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
-    """What `torch.nn.functional.linear` computes, by the kernels; None where torch is as fast."""
-    # An autograd.Function takes 50 µs more than torch's own operation.
+    """What `torch.nn.functional.linear` computes, by the kernels; None where torch is as fast, or knows better."""
     if (
-        x.numel() * weight.shape[0] >= 1 << 23
+        x.numel() * weight.shape[0] >= LEAST_PRODUCTS
         and type(weight) in (nn.Parameter, Tensor)
         and x.dtype is weight.dtype
+        and (bias is None or bias.dtype is x.dtype)
         and why_not_input(x) is None
         and autocast_dtype(x) is None
-        and outruns_torch(x, weight, x.dtype)
+        and outruns_torch(x, weight, x.dtype)[0]
+        and not torch.compiler.is_exporting()  # a size would be a condition of the exported program
     ):
         return lora_linear_of_layer(x, weight, bias, *NO_ADAPTERS, x.dtype, x.dtype)
     return None

@@ -12,7 +12,8 @@ from .registry import FLOAT_DTYPES, Setting, change_class, register_setting, why
 
 
 class Linear(nn.Linear):
-    """An output layer that is read at the memory's speed for few rows on the CPU without gradients."""
+    """An output layer that is read at the memory's speed for few rows on the CPU without gradients; in fp32, many rows
+    are multiplied as other layers' are."""
 
     stock = nn.Linear
 

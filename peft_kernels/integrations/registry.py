@@ -38,7 +38,7 @@ _PACKAGES = {
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 # Parts that an adapter's layer computes itself when it is fused.
-_INNER = re.compile(r"(.*)\.(base_layer|lora_dropout\.[^.]+)")
+_INNER = re.compile(r"(.*)\.(base_layer|lora_(A|B|dropout)\.[^.]+)")
 
 _logger = logging.getLogger("peft_kernels")
 _logged: set[tuple[type, str]] = set()

@@ -17,6 +17,7 @@ from .. import _extension  # noqa: F401
 from ._arguments import autocast_dtype, check_dropout, dense_inner, drawn_seed
 from ._attention_by_torch import attention_by_torch, rotated
 from ._attention_plan import is_aligned, print_plan, why_torch
+from ._linear import check_devices
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -187,6 +188,7 @@ class _IA3Attention(torch.autograd.Function):
 @torch.library.register_fake("peft_kernels::ia3_attention_forward")
 def _(q, k, v, l_q, l_k, l_v, scale, causal, window, key_padding_mask, attn_mask, prefix_k, prefix_v, cos, sin,
       dropout, seed, training):  # fmt: skip
+    check_devices(q, [("seed", seed)], "q")
     batch, heads, num_queries, head_dim = q.shape
     out = q.new_empty((batch, num_queries, heads, head_dim))
     real = q.new_empty((batch if training and l_v is not None else 0, num_queries, heads, head_dim))
@@ -196,6 +198,8 @@ def _(q, k, v, l_q, l_k, l_v, scale, causal, window, key_padding_mask, attn_mask
 @torch.library.register_fake("peft_kernels::ia3_attention_backward")
 def _(grad_out, q, k, v, l_q, l_k, l_v, scale, causal, window, key_padding_mask, attn_mask, prefix_k, prefix_v, cos,
       sin, dropout, seed, out, out_real, lse, wants):  # fmt: skip
+    check_devices(q, [("seed", seed)], "q")
+
     def rows(x, want):
         batch, heads, length, head_dim = x.shape
         return x.new_empty((batch if want else 0, length, heads, head_dim))

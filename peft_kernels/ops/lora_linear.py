@@ -96,7 +96,8 @@ def lora_linear_of_layer(
     if torch.is_grad_enabled() and any_requires_grad(x, bias, dense, *lora_A, *lora_B):
         call = _Call(weight, compute_dtype, out_dtype, tuple(scaling), tuple(dropout))
         return _LoRALinear.apply(x, bias, seeds, dense, call, len(lora_A), *lora_A, *lora_B)
-    return _forward(x, weight, bias, lora_A, lora_B, scaling, dropout, compute_dtype, out_dtype, seeds, False)[0]
+    owns = dense is not None and outruns_torch(x, dense, compute_dtype)[0]
+    return _forward(x, weight, bias, lora_A, lora_B, scaling, dropout, compute_dtype, out_dtype, seeds, False, owns)[0]
 
 
 def _check(x, weight, bias, lora_A, lora_B, scaling, dropout, compute_dtype, out_dtype, seeds) -> None:
@@ -128,18 +129,18 @@ def _check_items(name: str, items: Any, kind: type | tuple[type, ...]) -> None:
             bad(name, item, "tensors" if kind is Tensor else "numbers")
 
 
-def _forward(x, weight, bias, lora_A, lora_B, scaling, dropout, compute_dtype, out_dtype, seeds, wants_s):
-    """Returns y [..., N], and s [rows of x, Σ rank] if it is wanted."""
+def _forward(x, weight, bias, lora_A, lora_B, scaling, dropout, compute_dtype, out_dtype, seeds, wants_s, owns):
+    """Returns y [..., N], and s [rows of x, Σ rank] if it is wanted. `owns`: a dense product is the kernels'."""
     if isinstance(weight, NF4Weight):
         stored, options = (weight.codes, weight.absmax, weight.nested, weight.shape[0]), weight_options(weight)
         if weight.dtype is not compute_dtype:
             options["weight_dtype"] = weight.dtype
         if bias is not None:
             options["bias"] = bias
-    elif outruns_torch(x, weight, compute_dtype):
+    elif owns:
         stored, options = (None, None, (), weight.shape[0]), {"dense": weight}
         if bias is not None:
-            options["bias"] = bias
+            options["bias"] = bias.contiguous()
     else:
         with without_autocast(x.device.type):
             bias = None if bias is None else bias.to(compute_dtype)
@@ -170,16 +171,16 @@ class _Call:
     scaling: tuple[float, ...]
     dropout: tuple[float, ...]
 
-    def forward(self, x, bias, seeds, lora_A, lora_B, wants_s) -> tuple[Tensor, Tensor | None]:
+    def forward(self, x, bias, seeds, lora_A, lora_B, wants_s, owns) -> tuple[Tensor, Tensor | None]:
         dtypes = self.compute_dtype, self.out_dtype
-        return _forward(x, self.weight, bias, lora_A, lora_B, self.scaling, self.dropout, *dtypes, seeds, wants_s)
+        return _forward(x, self.weight, bias, lora_A, lora_B, self.scaling, self.dropout, *dtypes, seeds, wants_s, owns)
 
-    def backward(self, grad_y, x, x_dtype, s, seeds, lora_A, lora_B, wants_x, wants_A, wants_B):
+    def backward(self, grad_y, x, x_dtype, s, seeds, lora_A, lora_B, wants_x, wants_A, wants_B, owns):
         """Returns grad_x [..., K] or None, and lists of the gradients of A and B in fp32, None where not wanted."""
         dense = add = None
         if wants_x and not isinstance(self.weight, NF4Weight):
             dtype = self.compute_dtype
-            if outruns_torch(grad_y, self.weight, dtype):
+            if owns:
                 dense = self.weight
             else:
                 with without_autocast(grad_y.device.type):
@@ -209,9 +210,11 @@ class _LoRALinear(torch.autograd.Function):
         # `weight` repeats call.weight where it is dense, so that autograd sees it.
         lora_A, lora_B = adapters[:num_adapters], adapters[num_adapters:]
         needs_A, needs_B = ctx.needs_input_grad[6 : 6 + num_adapters], ctx.needs_input_grad[6 + num_adapters :]
-        y, s = call.forward(x, bias, seeds, lora_A, lora_B, any(needs_B))
+        owns_y, ctx.owns_x = (False, False) if weight is None else outruns_torch(x, weight, call.compute_dtype)
+        y, s = call.forward(x, bias, seeds, lora_A, lora_B, any(needs_B), owns_y)
         keeps_x = any(needs_A) or ctx.needs_input_grad[3]
-        ctx.save_for_backward(x if keeps_x else None, s, seeds, weight, *adapters)
+        keeps_weight = ctx.needs_input_grad[0]  # else it may change before the backward
+        ctx.save_for_backward(x if keeps_x else None, s, seeds, weight if keeps_weight else None, *adapters)
         ctx.call, ctx.x_dtype, ctx.num_adapters = call, x.dtype, num_adapters
         ctx.bias_dtype = None if bias is None else bias.dtype
         return y
@@ -219,19 +222,19 @@ class _LoRALinear(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_y):
-        x, s, seeds, weight, *adapters = ctx.saved_tensors
+        x, s, seeds, _, *adapters = ctx.saved_tensors
         n = ctx.num_adapters
         wants_x, wants_bias, _, wants_weight = ctx.needs_input_grad[:4]
         wants_A, wants_B = list(ctx.needs_input_grad[6 : 6 + n]), list(ctx.needs_input_grad[6 + n :])
         grad_x, grad_A, grad_B = ctx.call.backward(
-            grad_y, x, ctx.x_dtype, s, seeds, adapters[:n], adapters[n:], wants_x, wants_A, wants_B
+            grad_y, x, ctx.x_dtype, s, seeds, adapters[:n], adapters[n:], wants_x, wants_A, wants_B, ctx.owns_x
         )
         grad_bias = matrix(grad_y).sum(0, dtype=torch.float32).to(ctx.bias_dtype) if wants_bias else None
         grad_weight = None
         if wants_weight:
             dtype = ctx.call.compute_dtype
             with without_autocast(grad_y.device.type):
-                grad_weight = (matrix(grad_y).to(dtype).T @ matrix(x).to(dtype)).to(weight.dtype)
+                grad_weight = (matrix(grad_y).to(dtype).T @ matrix(x).to(dtype)).to(ctx.call.weight.dtype)
         return grad_x, grad_bias, None, grad_weight, None, None, *grad_A, *grad_B
 
 

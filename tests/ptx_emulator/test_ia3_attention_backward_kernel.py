@@ -40,6 +40,7 @@ def differentiate(case, wants=None) -> dict[str, torch.Tensor]:
         q, k, v, l_q, l_k, l_v, options.get("scale", q.shape[-1] ** -0.5), options.get("causal", False),
         options.get("window") or 0, options.get("key_padding_mask"),
         None if mask is None else mask.expand(*q.shape[:3], k.shape[2]), prefix_k, prefix_v, None, None,
+        0.0, None,
     )  # fmt: skip
     out, out_real, lse = ops.ia3_attention_forward(*arguments, True)
     given = [name in case.tensors for name in names]

@@ -136,7 +136,7 @@ def attend(queries: int, heads: tuple[int, int], dim: int, prefix: int = 0, trai
         q, k, v = rows(heads[0]), rows(heads[1]), rows(heads[1])
         scales = [1 + 0.3 * torch.randn(count * dim) for count in (heads[0], heads[1], heads[1])]
         prefixes = [torch.randn(heads[1], prefix, dim) for _ in range(2)] if prefix else [None, None]
-        common = (q, k, v, *scales, dim**-0.5, True, 0, None, None, *prefixes, None, None)
+        common = (q, k, v, *scales, dim**-0.5, True, 0, None, None, *prefixes, None, None, 0.0, None)
 
         def call() -> None:
             out, out_real, lse = torch.ops.peft_kernels.ia3_attention_forward(*common, training)

@@ -262,6 +262,7 @@ def test_copies_stay_fused_and_restorable(kind):
 @pytest.mark.parametrize("rows", [2, 40])
 @pytest.mark.parametrize("kind", KINDS)
 def test_compiles_into_one_graph(kind, rows, grad):
+    torch.compiler.reset()  # one function is compiled anew eight times at most
     model = fused_model(kind)
     compiled = torch.compile(layer_of(model), backend="aot_eager", fullgraph=True)
     x = torch.randn(rows, IN_FEATURES)

@@ -51,25 +51,15 @@ def step(model, x):
 
 
 @pytest.mark.parametrize("frozen", [False, True], ids=["trained", "frozen"])
-@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no-bias"])
-def test_as_stock(bias, frozen, calls):
-    model, x = make(bias), torch.randn(ROWS, FEATURES)
+@pytest.mark.parametrize("kind", ["linear", "no-bias", "conv1d"])
+def test_as_stock(kind, frozen, calls):
+    conv1d = kind == "conv1d"
+    model = nn.Sequential(Conv1D(FEATURES + 64, FEATURES)) if conv1d else make(bias=kind == "linear")
+    x = torch.randn(2, ROWS // 2, FEATURES) if conv1d else torch.randn(ROWS, FEATURES)
     model.requires_grad_(not frozen)
     wanted = step(copy.deepcopy(model).double(), x.double())
     (row,) = peft_kernels.accelerate(model)
-    assert (row.kind, row.fused) == ("torch.Linear", True)
-    for name, value in step(model, x).items():
-        assert_close(value, wanted[name], tolerances.FP32_SUM, name)
-    assert len(calls) == 1
-
-
-@pytest.mark.parametrize("frozen", [False, True], ids=["trained", "frozen"])
-def test_conv1d(frozen, calls):
-    model, x = nn.Sequential(Conv1D(FEATURES + 64, FEATURES)), torch.randn(2, ROWS // 2, FEATURES)
-    model.requires_grad_(not frozen)
-    wanted = step(copy.deepcopy(model).double(), x.double())
-    (row,) = peft_kernels.accelerate(model)
-    assert (row.kind, row.fused) == ("transformers.Conv1D", True)
+    assert (row.kind, row.fused) == ("transformers.Conv1D" if conv1d else "torch.Linear", True)
     for name, value in step(model, x).items():
         assert_close(value, wanted[name], tolerances.FP32_SUM, name)
     assert len(calls) == 1

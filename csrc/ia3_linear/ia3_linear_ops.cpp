@@ -40,11 +40,8 @@ std::tuple<Tensor, Tensor> forward(const Tensor& x, const OptionalTensor& dense,
     params.x = check_matrix(x, "x", params.m, params.k, x);
     params.compute_dtype = check_float_dtype(compute_dtype, "compute_dtype", params.x.dtype);
     const DType y_dtype = check_float_dtype(out_dtype, "out_dtype", params.x.dtype);
-    const LinearWeight weight =
-        check_weight(dense,
-                     check_optional_weight(codes, absmax, nested, nested_blocksize, params.n, params.k, blocksize,
-                                           quant_type, weight_dtype, params.compute_dtype, x),
-                     params.n, params.k, x);
+    const LinearWeight weight = check_weight(dense, codes, absmax, nested, nested_blocksize, params.n, params.k,
+                                             blocksize, quant_type, weight_dtype, params.compute_dtype, x);
     weight.give(params);
     if (!params.weight && !params.dense) bad_argument("dense", "no weight", "a dense or a 4-bit weight");
     if (bias) params.bias = check_bias(*bias, params.n, x);
@@ -81,11 +78,8 @@ std::tuple<Tensor, Tensor, Tensor> backward(
     params.grad_y = check_matrix(grad_y, "grad_y", params.m, params.n, grad_y);
     params.compute_dtype = check_float_dtype(compute_dtype, "compute_dtype", params.grad_y.dtype);
     const DType grad_dtype = check_float_dtype(x_dtype, "x_dtype", params.grad_y.dtype);
-    const LinearWeight weight =
-        check_weight(dense,
-                     check_optional_weight(codes, absmax, nested, nested_blocksize, params.n, params.k, blocksize,
-                                           quant_type, weight_dtype, params.compute_dtype, grad_y),
-                     params.n, params.k, grad_y);
+    const LinearWeight weight = check_weight(dense, codes, absmax, nested, nested_blocksize, params.n, params.k,
+                                             blocksize, quant_type, weight_dtype, params.compute_dtype, grad_y);
     weight.give(params);
     if (!params.weight && !params.dense) bad_argument("dense", "no weight", "a dense or a 4-bit weight");
     params.scale_k = check_scale(l_in, "l_in", params.k, grad_y);

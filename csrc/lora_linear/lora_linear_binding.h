@@ -41,8 +41,12 @@ struct LinearWeight {
     }
 };
 
-inline LinearWeight check_weight(const std::optional<Tensor>& dense, std::optional<Nf4Weight> nf4, int64_t n, int64_t k,
-                                 const Tensor& reference) {
+inline LinearWeight check_weight(const std::optional<Tensor>& dense, const std::optional<Tensor>& codes,
+                                 const std::optional<Tensor>& absmax, const Tensors& nested, int64_t nested_blocksize,
+                                 int64_t n, int64_t k, int64_t blocksize, const std::string& quant_type,
+                                 const std::optional<ScalarType>& dtype, DType compute_dtype, const Tensor& reference) {
+    const std::optional<Nf4Weight> nf4 = check_optional_weight(codes, absmax, nested, nested_blocksize, n, k, blocksize,
+                                                               quant_type, dtype, compute_dtype, reference);
     if (!dense) return {nf4, std::nullopt};
     if (nf4) bad_argument("dense", "a dense and a 4-bit weight", "a dense or a 4-bit weight");
     check_shape(*dense, "dense", {n, k});

@@ -44,11 +44,8 @@ Result forward(const Tensor& given_x, const OptionalTensor& codes, const Optiona
     params.compute_dtype = check_float_dtype(compute_dtype, "compute_dtype", params.x.dtype);
     const DType y_dtype = check_float_dtype(out_dtype, "out_dtype", params.x.dtype);
 
-    const LinearWeight weight =
-        check_weight(dense,
-                     check_optional_weight(codes, absmax, nested, nested_blocksize, params.n, params.k, blocksize,
-                                           quant_type, weight_dtype, params.compute_dtype, x),
-                     params.n, params.k, x);
+    const LinearWeight weight = check_weight(dense, codes, absmax, nested, nested_blocksize, params.n, params.k,
+                                             blocksize, quant_type, weight_dtype, params.compute_dtype, x);
     weight.give(params);
     if (bias) params.bias = check_bias(*bias, params.n, x);
     OptionalTensor add_rows;
@@ -105,11 +102,8 @@ std::tuple<Tensor, Tensor, Tensor> backward(
     params.compute_dtype = check_float_dtype(compute_dtype, "compute_dtype", params.grad_y.dtype);
     const DType grad_dtype = check_float_dtype(x_dtype, "x_dtype", params.grad_y.dtype);
 
-    const LinearWeight weight =
-        check_weight(dense,
-                     check_optional_weight(codes, absmax, nested, nested_blocksize, params.n, params.k, blocksize,
-                                           quant_type, weight_dtype, params.compute_dtype, grad_y),
-                     params.n, params.k, grad_y);
+    const LinearWeight weight = check_weight(dense, codes, absmax, nested, nested_blocksize, params.n, params.k,
+                                             blocksize, quant_type, weight_dtype, params.compute_dtype, grad_y);
     weight.give(params);
     OptionalTensor add_rows, x_rows;
     if (add) {

@@ -7,7 +7,7 @@ import bitsandbytes as bnb
 import pytest
 import tolerances
 import torch
-from comparison import error
+from comparison import assert_close, error
 from peft import IA3Config, get_peft_model
 from peft_models import IN_FEATURES, OUT_FEATURES, OneLayer, base_layer, dense_weight, layer_of, linear4bit
 from tiny_models import assert_same_steps, tiny, tokens
@@ -17,7 +17,7 @@ import peft_kernels
 from peft_kernels.ops import NF4Weight, quantize_4bit
 from peft_kernels.testing.reference.ia3_linear import ia3_linear as oracle
 
-KINDS = ["dense", "4bit"]
+KINDS = ["dense", "conv1d", "4bit"]
 SIDES = ["in", "out"]
 DTYPES = [torch.float32, torch.bfloat16]
 
@@ -25,6 +25,7 @@ DTYPES = [torch.float32, torch.bfloat16]
 def ia3_model(kind, side="out", dtype=torch.float32, fused=True, base=None, **config):
     model = OneLayer(base_layer(kind, dtype) if base is None else base)
     config |= {"target_modules": ["lin"], "feedforward_modules": ["lin"] if side == "in" else []}
+    config["fan_in_fan_out"] = kind == "conv1d"
     model = get_peft_model(model, IA3Config(**config)).train()
     randomize(model)
     if fused:
@@ -106,11 +107,10 @@ def test_restore_copy_and_pickle(kind):
     assert error(model(x), wanted) <= tolerances.FP32_SUM
 
 
-def test_conv1d_keeps_its_path():
-    model = ia3_model("conv1d", fused=False, fan_in_fan_out=True)
-    (report,) = peft_kernels.accelerate(model)
-    assert (report.fused, report.reason) == (False, "its base layer is a Conv1D, not a torch.nn.Linear")
-    assert error(model(torch.ones(2, IN_FEATURES)), expected(layer_of(model), torch.ones(2, IN_FEATURES))) < 1e-6
+@pytest.mark.parametrize("side", SIDES)
+def test_runs_on_every_platform(platform, side):
+    model, x = ia3_model("dense", side, torch.bfloat16), torch.randn(40, IN_FEATURES, dtype=torch.bfloat16)
+    assert_close(model(x), expected(layer_of(model), x), 2 * tolerances.product(x.dtype, x.dtype))
 
 
 def test_hooks_keep_their_path():

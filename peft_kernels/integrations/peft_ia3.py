@@ -14,6 +14,7 @@ from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 
 from ..ops.ia3_linear import ia3_linear
+from ..ops.linear import FEW_ROWS
 from ..ops.nf4 import NF4Weight
 from .linear import BaseProduct, OnLinear, is_conv1d, why_not_skip
 from .registry import FLOAT_DTYPES, FusedLayer, check_module, register
@@ -26,11 +27,8 @@ class FusedIA3(FusedLayer):
     """
 
     def why_stock(self) -> str | None:
-        base = self.base_layer
-        if reason := why_not_skip(base):
+        if reason := why_not_skip(self.base_layer):
             return f"its base layer has {reason}"
-        if not base.weight.is_cpu:
-            return f"no fused kernel for {base.weight.device.type}"
         scale = self._scale()
         return scale if isinstance(scale, str) else None
 
@@ -58,22 +56,20 @@ class FusedIA3(FusedLayer):
         product = self.base_product(base, x)
         if isinstance(product, str):
             return product
-        if not x.is_cpu:
-            return f"no fused kernel for {x.device.type}"
         scale = self._scale()
         return scale if isinstance(scale, str) else (product, scale)
 
     def _scale(self) -> Tensor | str | None:
         """The product of the active adapters' vectors, None if there is none; or why it can't be fused."""
-        scale, vectors = None, self._modules["ia3_l"]
+        scale, vectors, device = None, self._modules["ia3_l"], self.base_layer.weight.device
         for name in self.active_adapters:
             if name not in vectors:
                 continue
             vector = vectors[name]
             if vector.dtype not in FLOAT_DTYPES:
                 return f"adapter {name!r} is {vector.dtype}"
-            if not vector.is_cpu:
-                return f"no fused kernel for {vector.device.type}"
+            if vector.device != device:
+                return f"adapter {name!r} is on {vector.device.type}"
             scale = vector.flatten() if scale is None else scale * vector.flatten()
         return scale
 
@@ -82,11 +78,12 @@ class FusedIA3(FusedLayer):
 class Linear(OnLinear, FusedIA3, ia3.Linear):
     __doc__ = FusedIA3.__doc__
 
-    @classmethod
-    def why_not(cls, layer: nn.Module) -> str | None:
-        if is_conv1d(layer.base_layer):  # the op reads rows of the weight; with torch's product nothing is gained
-            return "its base layer is a Conv1D, not a torch.nn.Linear"
-        return super().why_not(layer)
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if is_conv1d(self._modules["base_layer"]) and x.numel() <= FEW_ROWS * self.in_features:
+            return ia3.Linear.forward(
+                self, x, *args, **kwargs
+            )  # the product would be torch's, and the call takes longer
+        return super().forward(x, *args, **kwargs)
 
 
 if hasattr(ia3, "Linear4bit"):  # bitsandbytes is installed

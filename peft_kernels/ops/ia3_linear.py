@@ -60,7 +60,7 @@ def ia3_linear(
             bad(name, scale, f"a floating-point tensor [{size}], for a weight of shape {list(weight.shape)}")
     check_devices(x, (("l_in", l_in), ("l_out", l_out)))
     compute_dtype, out_dtype = product_dtypes(x, compute_dtype, out_dtype)
-    call = _Call(weight, compute_dtype, out_dtype)
+    call = ScaledProduct(weight, compute_dtype, out_dtype)
     flat = matrix(x)
     dense = None if isinstance(weight, NF4Weight) else weight
     if torch.is_grad_enabled() and any_requires_grad(x, bias, dense, l_in, l_out):
@@ -75,8 +75,8 @@ def ia3_linear(
 
 
 @dataclass(frozen=True)
-class _Call:
-    """What one call shares between its forward and its backward, tensors that need gradients apart."""
+class ScaledProduct:
+    """`y = l_out ⊙ ((l_in ⊙ x) Wᵀ + b)` and its gradients, by the ops; what its tensors that need gradients are not."""
 
     weight: Tensor | NF4Weight
     compute_dtype: torch.dtype
@@ -85,7 +85,7 @@ class _Call:
     def weight_arguments(self, side: int, x_dtype: torch.dtype) -> tuple:
         dense = None
         if not isinstance(self.weight, NF4Weight):
-            dense = self.weight if self.weight.stride(-1) == 1 else self.weight.contiguous()
+            dense = self.weight if 1 in self.weight.stride() else self.weight.contiguous()
         return dense, *weight_arguments(self.weight, self.weight.shape[side], self.compute_dtype, x_dtype)
 
     def forward(self, x, bias, l_in, l_out, keeps_unscaled: bool) -> tuple[Tensor, Tensor]:

@@ -13,6 +13,7 @@ BENCHMARKS = {
     "lora_linear": "LoRA on a 4-bit linear layer: forward, backward and memory",
     "adapter": "bottleneck adapters: forward, backward and memory",
     "fusion": "AdapterFusion: forward, backward and memory",
+    "dora_linear": "DoRA on a linear layer, 4-bit or dense: forward, backward and memory",
     "ia3_linear": "(IA)3 on a linear layer, 4-bit or dense: forward, backward and memory",
     "ia3_attention": "(IA)3 in attention: forward, backward and memory",
     "prefix": "attention to a trainable prefix: forward, backward and memory",
@@ -24,7 +25,7 @@ BENCHMARKS = {
     "nf4": "quantise and dequantise",
     "roofline": "a model of the CUDA kernels' times on several cards, from counts; nothing is measured",
     "architectures": "LoRA on models of several architectures, in fp32 and bf16: training step and memory",
-    "model": "a small language model, fine-tuned in three ways: training step, prefill, decoding, breakdown",
+    "model": "a small language model, fine-tuned in four ways: training step, prefill, decoding, breakdown",
 }
 EMULATED = "--emulated"  # instead of a name or beside it
 

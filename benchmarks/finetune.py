@@ -96,14 +96,17 @@ def load_4bit(settings: Settings, dtype: torch.dtype = torch.bfloat16) -> Any:
     )
 
 
-def load_with_lora(settings: Settings, dropout: float, dtype: torch.dtype = torch.bfloat16) -> PeftModel:
-    """The 4-bit model with fresh LoRA adapters on every linear layer."""
+def load_with_lora(
+    settings: Settings, dropout: float, dtype: torch.dtype = torch.bfloat16, dora: bool = False
+) -> PeftModel:
+    """The 4-bit model with fresh LoRA adapters on every linear layer; or DoRA's."""
     config = LoraConfig(
         r=settings.rank,
         lora_alpha=2 * settings.rank,
         lora_dropout=dropout,
         target_modules="all-linear",
         task_type="CAUSAL_LM",
+        use_dora=dora,
     )
     return load_with_peft(settings, config, dtype)
 

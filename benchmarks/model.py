@@ -1,4 +1,4 @@
-"""SmolLM2-135M in 4 bits with LoRA, (IA)³ or a prefix: training step, prefill, decoding, and where the time goes."""
+"""SmolLM2-135M in 4 bits, LoRA, DoRA, (IA)³ or a prefix: training step, prefill, decoding, and where the time goes."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ class Case:
     Attributes:
         phase: "train", a step of training; "prefill", a forward of a prompt; "decode", `generate`, greedily.
         rows, tokens: of the batch; of decoding the new ones.
-        method: "lora", "ia3" or "prefix". A step of (IA)³ is under bf16 autocast: without it PEFT's layers return fp32,
-            which stock's attention refuses beside queries in bf16.
+        method: "lora", "dora", "ia3" or "prefix". A step of (IA)³ is under bf16 autocast: without it PEFT's layers
+            return fp32, which stock's attention refuses beside queries in bf16.
     """
 
     phase: str
@@ -62,6 +62,7 @@ class Case:
 # The targets were set for two cores with AMX.
 CASES = (
     Case("train", 4, 256, 0.05, (Faster("train", STOCK, 2.5),)),
+    Case("train", 4, 256, wanted=(Faster("train", STOCK, 2.5),), method="dora"),
     Case("train", 4, 256, wanted=(Faster("train", STOCK, 2),), method="ia3"),
     Case("train", 4, 256, wanted=(Faster("train", STOCK, 2),), method="prefix"),
     Case("prefill", 1, 256),
@@ -78,8 +79,8 @@ def make_models(case: Case, folder: Path, names: Sequence[str], rank: int) -> di
     }
     runs = {}
     for name in names:
-        if case.method == "lora":
-            model = finetune.load_with_lora(settings, case.dropout)
+        if case.method in ("lora", "dora"):
+            model = finetune.load_with_lora(settings, case.dropout, dora=case.method == "dora")
         else:
             model = finetune.load_with_peft(settings, configs[case.method])
         if name == FUSED:

@@ -19,6 +19,7 @@ from benchmarks import (
     adapter,
     architectures,
     cross_entropy,
+    dora_linear,
     dropout,
     fusion,
     glu,
@@ -48,6 +49,7 @@ EVAL = lora_linear.Case(3, (64, 128))
 TRAIN = lora_linear.Case(9, (64, 128), training=True, dropout=0.25)
 BENCHMARKS = {
     "lora_linear": lora_linear,
+    "dora_linear": dora_linear,
     "ia3_linear": ia3_linear,
     "ia3_attention": ia3_attention,
     "prefix": prefix,
@@ -359,6 +361,8 @@ def test_report(tmp_path):
         (rms_norm, rms_norm.Case(9, 50, trained=True), rms_norm.EAGER),
         (glu, glu.Case(9, 50), glu.EAGER),
         (dropout, dropout.Case(9, 50), dropout.TORCH),
+        (dora_linear, dora_linear.Case(9, (64, 128)), STOCK),
+        (dora_linear, dora_linear.Case(9, (64, 128), False), STOCK),
     ],
     ids=str,
 )
@@ -531,7 +535,7 @@ def test_ia3_linear_checks():
         ia3_linear.check(problem, [cpu.isa()])
 
 
-@pytest.mark.parametrize("method", ["ia3", "prefix"])
+@pytest.mark.parametrize("method", ["dora", "ia3", "prefix"])
 def test_model_with_other_methods(tiny_model, method):
     case = model.Case("train", 1, 8, method=method)
     found, _ = model.run(case, tiny_model, [STOCK], [cpu.isa()], 0.0, least=1)

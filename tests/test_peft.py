@@ -315,21 +315,11 @@ def test_trained_base_weight_and_bias(kind):
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
 
 
-VARIANTS = {
-    "dora": ({"use_dora": True}, "adapter 'default' is a DoraLinearVariant"),
-    "lora_bias": ({"lora_bias": True}, "adapter 'default' has lora_bias"),
-}
-
-
-@pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("kind", KINDS)
-def test_variants_fall_through(kind, variant, caplog):
-    config, reason = VARIANTS[variant]
-    stock = lora_model(kind, **config)
-    for name, parameter in stock.named_parameters():
-        if "lora_magnitude_vector" in name or "lora_B.default.bias" in name:
-            nn.init.uniform_(parameter, 0.5, 2)
-    fused = copy.deepcopy(stock)
+def test_lora_bias_falls_through(kind, caplog):
+    stock = lora_model(kind, lora_bias=True)
+    nn.init.uniform_(layer_of(stock).lora_B["default"].bias, 0.5, 2)
+    fused, reason = copy.deepcopy(stock), "adapter 'default' has lora_bias"
     row = peft_kernels.accelerate(fused).layers[0]
     assert not row.fused and row.reason == reason
     x = torch.randn(3, IN_FEATURES)
@@ -342,16 +332,16 @@ def test_variants_fall_through(kind, variant, caplog):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_variant_added_later_falls_through_while_it_is_active(kind, caplog):
+def test_adapter_added_later_falls_through_while_it_is_active(kind, caplog):
     model = fused_model(kind)
     x = torch.randn(3, IN_FEATURES)
     want = model(x)
-    model.add_adapter("d", LoraConfig(r=2, target_modules=["lin"], use_dora=True))
+    model.add_adapter("b", LoraConfig(r=2, target_modules=["lin"], lora_bias=True))
     assert stock_path_reasons(model, caplog, x) == []
-    model.set_adapter("d")
+    model.set_adapter("b")
     (message,) = stock_path_reasons(model, caplog, x)
-    assert message.endswith("adapter 'd' is a DoraLinearVariant")
-    assert peft_kernels.accelerate(model).layers[0].reason == "adapter 'd' is a DoraLinearVariant"
+    assert message.endswith("adapter 'b' has lora_bias")
+    assert peft_kernels.accelerate(model).layers[0].reason == "adapter 'b' has lora_bias"
     model.set_adapter("default")
     assert peft_kernels.accelerate(model).layers[0].fused
     assert torch.equal(model(x), want)

@@ -142,7 +142,7 @@ def test_dropouts_of_fused_adapters_are_not_printed():
 
 
 def test_dropouts_of_other_adapters_are_used():
-    model = lora_model("dense", lora_dropout=0.1, use_dora=True)
+    model = lora_model("dense", lora_dropout=0.1, lora_bias=True)
     report = peft_kernels.accelerate(model)
     assert "lora_dropout" in str(report) and "layers: 1 fused, 1 left alone" in str(report)
     called = []

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..cuda import why_not
 from ..ops._arguments import autocast_dtype
+from ..ops.dora_linear import squares_of_rows
 from ..ops.lora_linear import lora_linear_of_layer
 from ..ops.nf4 import NF4Weight
 from .linear import NO_ADAPTERS, Adaptable, Adapters, BaseProduct, parameter
@@ -25,8 +26,9 @@ mention(bnb.nn.Linear8bitLt)
 class Fused4bit(Adaptable):
     """`y = x dequant(W)ᵀ + b` in `compute_dtype`, returned in x's dtype, in training and evaluation alike."""
 
-    derived = ("_view", *Adaptable.derived)
+    derived = ("_view", "_squares", *Adaptable.derived)
     _view: tuple[QuantState, NF4Weight] | None = None
+    _squares: tuple[NF4Weight, Tensor] | None = None
 
     # bitsandbytes' own forward, which some inputs still take, repacks the weight in place only if this holds. A
     # property of the class hides the instance's attribute, and leaves it as it was for `restore`.
@@ -118,6 +120,13 @@ class Fused4bit(Adaptable):
         view = NF4Weight.from_params4bit(weight)
         self._view = quant_state, view
         return view
+
+    def squares_of_rows(self) -> Tensor:
+        """`‖w‖²` of each row of the weight, [N] in fp32; kept with the view that it was taken of."""
+        view = self.nf4_weight()
+        if self._squares is None or self._squares[0] is not view:
+            self._squares = view, squares_of_rows(view)
+        return self._squares[1]
 
     def _undo_repacking(self, quant_state: QuantState) -> QuantState:
         """Converts a weight that bitsandbytes repacked for its CPU inference kernels back to the ordinary format."""

@@ -1,6 +1,7 @@
 """PEFT's `lora.Linear` and `lora.bnb.Linear4bit`, fused: the base product and every active adapter in one operation.
 
-LoRA: Hu et al. 2021 (arXiv:2106.09685). QLoRA: Dettmers et al. 2023 (arXiv:2305.14314).
+LoRA: Hu et al. 2021 (arXiv:2106.09685). QLoRA: Dettmers et al. 2023 (arXiv:2305.14314). DoRA: Liu et al. 2024
+(arXiv:2402.09353).
 """
 
 from __future__ import annotations
@@ -8,9 +9,12 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 from peft.tuners import lora
+from peft.tuners.lora import dora
+from peft.tuners.lora.variants import DoraLinearVariant
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
+from ..ops.dora_linear import dora_linear, dora_norm
 from ..ops.lora_linear import lora_linear_of_layer
 from .dropout import Dropout
 from .linear import (
@@ -28,21 +32,24 @@ from .registry import FLOAT_DTYPES, mention, register
 from .watch import Watch
 
 _DROPOUTS = (nn.Dropout, Dropout)
+_Adapter = tuple[Tensor, Tensor, float, float]  # A, B, scaling and dropout
 
 mention(BaseTunerLayer)
 
 
 class FusedLoRA(Adaptable):
-    """`y = x Wᵀ + b + Σᵢ scalingᵢ · dropoutᵢ(x) Aᵢᵀ Bᵢᵀ` over the active adapters, in the dtype that PEFT returns.
+    """`y = x Wᵀ + b + Σᵢ scalingᵢ · dropoutᵢ(x) Aᵢᵀ Bᵢᵀ` over the active adapters, or DoRA's y where the one that is
+    active is a DoRA; in the dtype that PEFT returns.
 
-    Merged or disabled adapters, `adapter_names`, and adapters that are more than A and B (DoRA, `lora_bias`, …) take
-    PEFT's own forward, which calls the base layer.
+    Merged or disabled adapters, `adapter_names`, DoRA beside other adapters, and adapters that are more than A and B
+    (`lora_bias`, …) take PEFT's own forward, which calls the base layer.
     """
 
     def why_stock(self) -> str | None:
         if reason := why_not_skip(self.base_layer):
             return f"its base layer has {reason}"
-        adapters = map(self._adapter, self.active_adapters)
+        name = self._only_dora()
+        adapters = [self._dora(name)] if name else map(self._adapter, self.active_adapters)
         return next((adapter for adapter in adapters if isinstance(adapter, str)), None)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -50,12 +57,16 @@ class FusedLoRA(Adaptable):
             return y
         if self._disable_adapters or self.merged_adapters:
             return super().forward(x, *args, **kwargs)
-        call = _why_stock_call(args, kwargs) or self.adapted_product(x)
+        name = self._only_dora()
+        call = _why_stock_call(args, kwargs) or (self.dora_product(x, name) if name else self.adapted_product(x))
         if isinstance(call, str):
             self.log_stock_path(call)
             return super().forward(x, *args, **kwargs)
-        (weight, bias, *dtypes), adapters = call
-        return lora_linear_of_layer(x, weight, bias, *adapters, *dtypes)
+        (weight, bias, compute_dtype, out_dtype), adapters = call
+        if name is None:
+            return lora_linear_of_layer(x, weight, bias, *adapters, compute_dtype, out_dtype)
+        *adapter, norm = adapters
+        return dora_linear(x, weight, bias, *adapter, norm=norm, compute_dtype=compute_dtype, out_dtype=out_dtype)
 
     def base_product(self, base: nn.Module, x: Tensor) -> BaseProduct | str:
         """What `lora_linear` is to be called with for the base layer; or why this input has to take the stock path."""
@@ -65,13 +76,14 @@ class FusedLoRA(Adaptable):
         """Has all watched that `base_product` makes its result of."""
         raise NotImplementedError
 
+    def squares_of_rows(self, base: nn.Module) -> Tensor | None:
+        """Those of the base layer's weight, where it keeps them."""
+        return None
+
     # The rest runs at every forward, before the kernel starts: hence the dictionaries of nn.Module, read directly.
 
     def adapted_product(self, x: Tensor) -> tuple[BaseProduct, Adapters] | str:
-        base = self._modules["base_layer"]
-        if reason := why_not_skip(base):
-            return f"its base layer has {reason}"
-        product = self.base_product(base, x)
+        product = self._product(x)
         if isinstance(product, str):
             return product
         if self._disable_adapters or self.merged_adapters:
@@ -86,13 +98,33 @@ class FusedLoRA(Adaptable):
             if isinstance(adapter, str):
                 return adapter
             a, b, scale, p = adapter
-            if a.dtype is not x.dtype and not self.cast_input_dtype_enabled:
-                return f"x is {x.dtype}, adapter {name!r} is {a.dtype}, and casting the input is disabled"
+            if reason := self._why_not_cast(x, name, a):
+                return reason
             lora_A.append(a)
             lora_B.append(b)
             scaling.append(scale)
             dropout.append(p)
         return product, adapters
+
+    def dora_product(self, x: Tensor, name: str) -> tuple[BaseProduct, tuple[Any, ...]] | str:
+        """What `dora_linear` is to be called with for the only active adapter; or why x has to take the stock path."""
+        product, found = self._product(x), self._dora(name)
+        if isinstance(product, str) or isinstance(found, str):
+            return product if isinstance(product, str) else found
+        (a, b, scaling, p), magnitude = found
+        if reason := self._why_not_cast(x, name, a):
+            return reason
+        if magnitude.weight.device != x.device:
+            return f"adapter {name!r} has its magnitude on {magnitude.weight.device}"
+        # PEFT's own cache, for those who turned it on.
+        caches, key = dora.ENABLE_DORA_CACHING and not magnitude.training, f"weight-norm-{name}"
+        norm = magnitude._cache_get(key, None) if caches else magnitude._cache_clear()
+        if norm is None:
+            squares = self.squares_of_rows(self._modules["base_layer"])
+            norm = dora_norm(product[0], a, b, scaling, squares=squares)
+            if caches:
+                magnitude._cache_store(key, norm)
+        return product, (a, b, magnitude.weight, scaling, p, norm)
 
     def watch(self, watch: Watch) -> None:
         modules = self._modules
@@ -112,13 +144,44 @@ class FusedLoRA(Adaptable):
                     else:
                         watch.parameters(module, "weight", "bias")
 
-    def _adapter(self, name: str) -> tuple[Tensor, Tensor, float, float] | str | None:
-        """A, B, scaling and dropout of an adapter; or why it can't be fused; or None if this layer lacks it."""
+    def _product(self, x: Tensor) -> BaseProduct | str:
+        base = self._modules["base_layer"]
+        if reason := why_not_skip(base):
+            return f"its base layer has {reason}"
+        return self.base_product(base, x)
+
+    def _why_not_cast(self, x: Tensor, name: str, a: Tensor) -> str | None:
+        if a.dtype is x.dtype or self.cast_input_dtype_enabled:
+            return None
+        return f"x is {x.dtype}, adapter {name!r} is {a.dtype}, and casting the input is disabled"
+
+    def _only_dora(self) -> str | None:
+        """The name of the only active adapter that this layer has, if it is a DoRA."""
+        if not self.lora_variant:
+            return None
+        names = [name for name in self.active_adapters if name in self.lora_A]
+        return names[0] if len(names) == 1 and type(self.lora_variant.get(names[0])) is DoraLinearVariant else None
+
+    def _dora(self, name: str) -> tuple[_Adapter, dora.DoraLinearLayer] | str:
+        adapter = self._adapter(name, DoraLinearVariant)
+        if isinstance(adapter, str):
+            return adapter
+        magnitude = self._modules["lora_magnitude_vector"]._modules[name]
+        if type(magnitude) is not dora.DoraLinearLayer:
+            return f"adapter {name!r} has a magnitude that is a {type(magnitude).__name__}"
+        if reason := why_not_skip(magnitude):
+            return f"adapter {name!r} has {reason}"
+        if magnitude.weight.dtype not in FLOAT_DTYPES:
+            return f"adapter {name!r} has a magnitude in {magnitude.weight.dtype}"
+        return adapter, magnitude
+
+    def _adapter(self, name: str, variant: type | None = None) -> _Adapter | str | None:
+        """What an adapter, of a variant, is made of; or why it can't be fused; or None if this layer lacks it."""
         modules = self._modules
         a = modules["lora_A"]._modules.get(name)
         if a is None:
             return None
-        if name in self.lora_variant:
+        if name in self.lora_variant and type(self.lora_variant[name]) is not variant:
             return f"adapter {name!r} is a {type(self.lora_variant[name]).__name__}"
         b, dropout = modules["lora_B"]._modules[name], modules["lora_dropout"]._modules[name]
         if not (is_linear(a) and is_linear(b)):
@@ -183,6 +246,9 @@ if hasattr(lora, "Linear4bit"):  # bitsandbytes is installed
 
         def watch_base(self, base: nn.Module, watch: Watch) -> None:
             base.watch(watch)
+
+        def squares_of_rows(self, base: nn.Module) -> Tensor | None:
+            return base.squares_of_rows()
 
         def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
             base = self.get_base_layer()

@@ -2,6 +2,7 @@
 
 from .adapter import ACTIVATIONS, AdapterWeights, adapter, adapter_grouped, bottleneck
 from .cross_entropy import cross_entropy
+from .dora_linear import dora_linear, dora_norm
 from .dropout import dropout
 from .fusion import fusion, fusion_of_bottlenecks
 from .glu import glu
@@ -23,6 +24,8 @@ __all__ = [
     "cross_entropy",
     "dequantize_4bit",
     "dequantize_4bit_rows",
+    "dora_linear",
+    "dora_norm",
     "dropout",
     "fusion",
     "fusion_of_bottlenecks",

@@ -1,0 +1,232 @@
+"""DoRA on a frozen linear, dense or 4-bit: `y = g ⊙ (x Wᵀ + scaling · x Aᵀ Bᵀ) + b`, `g = m / ‖W + scaling · B A‖`.
+
+DoRA: Liu et al. 2024, "DoRA: Weight-Decomposed Low-Rank Adaptation" (arXiv:2402.09353). The norm, of each row, is a
+constant to the gradient (section 4.3 there).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ._arguments import any_requires_grad, bad, check_dropout, is_float, like_rows, matrix
+from ._linear import check_devices, check_product, product_dtypes, without_autocast
+from .dropout import dropout as drop
+from .ia3_linear import ScaledProduct, ia3_linear
+from .lora_linear import lora_linear_of_layer
+from .nf4 import NF4Weight, dequantize_4bit_rows
+
+_BRANCH = torch.ops.peft_kernels.lora_linear_forward.default
+_BRANCH_BACKWARD = torch.ops.peft_kernels.lora_linear_backward.default
+
+# Of a weight that is converted to fp32 for its norms. Milliseconds for a weight of 4096 x 4096 in bf16, in panels of
+# 32, 64, 128 and 256 rows, and whole: 2.7, 2.4, 2.2, 1.5, 20.
+_PANEL_ROWS = 256
+
+
+def dora_linear(
+    x: Tensor,
+    weight: Tensor | NF4Weight,
+    bias: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    magnitude: Tensor,
+    scaling: float = 1.0,
+    dropout: float = 0.0,
+    *,
+    norm: Tensor | None = None,
+    compute_dtype: torch.dtype | None = None,
+    out_dtype: torch.dtype | None = None,
+    seed: Tensor | None = None,
+) -> Tensor:
+    """A linear layer whose rows have a direction, learned as LoRA, and a magnitude.
+
+    With dropout it is PEFT's `x Wᵀ + b + (g - 1) ⊙ x̂ Wᵀ + g ⊙ (scaling · x̂ Aᵀ Bᵀ)`, `x̂ = dropout(x)`, which takes a
+    second base product. Neither B A nor its sum with W is ever made. The base product is computed in `compute_dtype`
+    with fp32 accumulation, the branch in fp32. Saved for backward: x̂ (only when A is trained), x̂ Aᵀ, and x̂ Wᵀ in
+    out_dtype (only when the magnitude or B is). Under autocast compute_dtype and out_dtype default to autocast's dtype.
+
+    Args:
+        x: [..., K], fp32, bf16 or fp16.
+        weight: [N, K]; a dense tensor, or an `NF4Weight`, which is frozen.
+        bias: [N], which is not scaled.
+        lora_A, lora_B: [r, K] and [N, r], in fp32, bf16 or fp16.
+        magnitude: m, [N], in fp32, bf16 or fp16.
+        scaling: a number.
+        dropout: a probability in [0, 1). The mask is that of `dropout`.
+        norm: ‖W + scaling · B A‖ of each row, [N]; by default `dora_norm` of the other arguments.
+        compute_dtype: of the base product; by default x's.
+        out_dtype: of y; by default x's.
+        seed: int64 [1], the key of the mask; by default drawn from torch's generator on x's device.
+
+    Returns:
+        [..., N] in out_dtype.
+
+    Raises:
+        ValueError: a shape, dtype, device or number that does not fit; it names the argument, what it got and what it
+            wanted.
+    """
+    check_product(x, weight, bias, compute_dtype, out_dtype)
+    _check_adapter(weight, lora_A, lora_B, scaling)
+    for name, vector in (("magnitude", magnitude), ("norm", norm)):
+        if vector is not None or name == "magnitude":
+            _check_shape(name, vector, (weight.shape[0],))
+    check_dropout(dropout, seed)
+    check_devices(x, (("lora_A", lora_A), ("lora_B", lora_B), ("magnitude", magnitude), ("norm", norm)))
+    dtypes = compute_dtype, out_dtype = product_dtypes(x, compute_dtype, out_dtype)
+    if norm is None:
+        norm = dora_norm(weight, lora_A, lora_B, scaling)
+    gain = magnitude.float() / norm
+    rest, flat = None, matrix(x)
+    if dropout > 0:  # x Wᵀ + (g - 1) ⊙ x̂ Wᵀ = (x - x̂) Wᵀ + g ⊙ x̂ Wᵀ
+        dropped = drop(flat, dropout, seed)
+        rest, flat, bias = lora_linear_of_layer(flat - dropped, weight, bias, (), (), (), (), *dtypes), dropped, None
+    call = _Call(ScaledProduct(weight, compute_dtype, out_dtype), float(scaling))
+    dense = None if isinstance(weight, NF4Weight) else weight
+    arguments = flat, bias, dense, lora_A, gain[:, None] * lora_B, gain
+    if torch.is_grad_enabled() and any_requires_grad(*arguments):
+        y = _DoRALinear.apply(*arguments, call)
+    else:
+        y = call.infer(flat, bias, *arguments[3:])
+    return like_rows(y if rest is None else rest + y, x)
+
+
+@torch.no_grad()
+def dora_norm(
+    weight: Tensor | NF4Weight,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float = 1.0,
+    *,
+    squares: Tensor | None = None,
+) -> Tensor:
+    """`‖W + scaling · B A‖` of each row.
+
+    It is made as `‖w‖² + 2 scaling · b·(A w) + scaling² · b·(A Aᵀ b)`, w and b being rows of W and B: of a product of W
+    with the r rows of A, instead of one of B and A, and passes over matrices [N, K].
+
+    Args:
+        weight: [N, K]; a dense tensor, or an `NF4Weight`.
+        lora_A, lora_B: [r, K] and [N, r].
+        squares: `squares_of_rows(weight)`, if it is known.
+
+    Returns:
+        [N], without a gradient; of products and sums in fp32.
+
+    Raises:
+        ValueError: a shape or dtype that does not fit; it names the argument, what it got and what it wanted.
+    """
+    _check_adapter(weight, lora_A, lora_B, scaling)
+    if squares is None:
+        squares = squares_of_rows(weight)
+    _check_shape("squares", squares, (weight.shape[0],))
+    with without_autocast(lora_A.device.type):
+        a, b = lora_A.float(), lora_B.float()
+        # Not in 16 bits, not even of two terms of A: a GPU's library would round the result.
+        cross, _ = ScaledProduct(weight, torch.float32, torch.float32).forward(a, None, None, None, False)
+        own = scaling * (b @ (a @ a.T))
+        return (squares + scaling * (b * (2 * cross.T + own)).sum(1)).clamp_(min=0).sqrt_()
+
+
+@torch.no_grad()
+def squares_of_rows(weight: Tensor | NF4Weight) -> Tensor:
+    """`‖w‖²` of each row w of a weight [N, K], [N] in fp32."""
+    n, k = weight.shape
+    if isinstance(weight, NF4Weight):
+        buffer = torch.empty(min(_PANEL_ROWS, n), k, device=weight.codes.device)
+        firsts = range(0, max(n, 1), _PANEL_ROWS)
+        panels = (dequantize_4bit_rows(weight, first, buffer[: n - first]) for first in firsts)
+    else:
+        panels = (rows.float() for rows in weight.split(_PANEL_ROWS))
+    return torch.cat([torch.linalg.vector_norm(panel, dim=1) for panel in panels]).square_()
+
+
+def _check_adapter(weight: Tensor | NF4Weight, lora_A: Tensor, lora_B: Tensor, scaling: float) -> None:
+    n, k = weight.shape
+    if not is_float(lora_A) or lora_A.dim() != 2 or lora_A.shape[0] == 0 or lora_A.shape[1] != k:
+        bad("lora_A", lora_A, f"a float32, bfloat16 or float16 tensor [r, {k}], with r at least 1")
+    _check_shape("lora_B", lora_B, (n, lora_A.shape[0]))
+    if not isinstance(scaling, (int, float)) or not math.isfinite(scaling):
+        bad("scaling", scaling, "a finite number")
+
+
+def _check_shape(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
+    if not is_float(tensor) or tensor.shape != shape:
+        bad(name, tensor, f"a float32, bfloat16 or float16 tensor {list(shape)}")
+
+
+@dataclass(frozen=True)
+class _Call:
+    """`y = g ⊙ x Wᵀ + b + scaling · x Aᵀ (g ⊙ B)ᵀ`, whose B has been scaled already."""
+
+    product: ScaledProduct
+    scaling: float
+
+    def infer(self, x, bias, lora_A, lora_B, gain) -> Tensor:
+        product = self.product
+        dtypes = {"compute_dtype": product.compute_dtype, "out_dtype": product.out_dtype}
+        return self.add_branch(x, ia3_linear(x, product.weight, None, None, gain, **dtypes), bias, lora_A, lora_B)[0]
+
+    def add_branch(self, x, add, bias, lora_A, lora_B) -> tuple[Tensor, Tensor]:
+        """Returns y [M, N], and x Aᵀ [M, r] in fp32."""
+        return _BRANCH(
+            x, None, None, (), add.shape[1], [lora_A], [lora_B], [self.scaling], bias=bias, add=add,
+            out_dtype=self.product.out_dtype,
+        )  # fmt: skip
+
+    def backward(self, grad_y, x, x_dtype, s, unscaled, lora_A, lora_B, gain, wants_x, wants_A, wants_B, wants_gain):
+        """Returns the gradients of x, A, B and g; without elements where not wanted."""
+        grad_x, _, grad_gain = self.product.backward(
+            grad_y, None, x_dtype, unscaled, None, gain, wants_x, False, wants_gain
+        )
+        k = lora_A.shape[1]
+        grad_x, grad_A, grad_B = _BRANCH_BACKWARD(
+            grad_y, x, s, None, None, (), 256, k, 64, "nf4", None, None, x_dtype, None, grad_x if wants_x else None,
+            [lora_A], [lora_B], [self.scaling], None, None, wants_x, [wants_A], [wants_B],
+        )  # fmt: skip
+        return grad_x, grad_A, grad_B, grad_gain
+
+
+class _DoRALinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, bias, weight, lora_A, lora_B, gain, call):
+        # `weight` repeats the product's where it is dense, so that autograd sees it.
+        _, _, wants_weight, wants_A, wants_B, wants_gain, _ = ctx.needs_input_grad
+        add, unscaled = call.product.forward(x, None, None, gain, wants_gain)
+        y, s = call.add_branch(x, add, bias, lora_A, lora_B)
+        ctx.save_for_backward(
+            x if wants_A or wants_weight else None, s if wants_B else None, unscaled if wants_gain else None,
+            weight, lora_A, lora_B, gain,
+        )  # fmt: skip
+        ctx.call, ctx.x_dtype = call, x.dtype
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_y):
+        x, s, unscaled, weight, lora_A, lora_B, gain = ctx.saved_tensors
+        wants_x, wants_bias, wants_weight, wants_A, wants_B, wants_gain, _ = ctx.needs_input_grad
+        grad_y = matrix(grad_y)
+        grad_x, grad_A, grad_B, grad_gain = ctx.call.backward(
+            grad_y, x, ctx.x_dtype, s, unscaled, lora_A, lora_B, gain, wants_x, wants_A, wants_B, wants_gain
+        )
+        grad_bias = grad_y.sum(0, dtype=torch.float32).to(ctx.bias_dtype) if wants_bias else None
+        grad_weight = None
+        if wants_weight:
+            dtype = ctx.call.product.compute_dtype
+            with without_autocast(grad_y.device.type):
+                grad_weight = ((grad_y * gain).to(dtype).T @ x.to(dtype)).to(weight.dtype)
+        return (
+            grad_x if wants_x else None,
+            grad_bias,
+            grad_weight,
+            grad_A.view(lora_A.shape).to(lora_A.dtype) if wants_A else None,
+            grad_B.view(lora_B.shape).to(lora_B.dtype) if wants_B else None,
+            grad_gain if wants_gain else None,
+            None,
+        )

@@ -1,5 +1,7 @@
 """How the tests of all families compare a result with its oracle's."""
 
+from collections.abc import Callable, Iterable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -55,6 +57,21 @@ def views_of_x(x: Tensor) -> dict[str, Tensor]:
         "3d": x.view(2, m // 2, d),
         "3d-transposed": x.view(2, m // 2, d).transpose(0, 1).contiguous().transpose(0, 1),
     }
+
+
+def saved_for_backward(call: Callable[[], Tensor], known: Iterable[Tensor | None]) -> tuple[Tensor, dict[int, int]]:
+    """What a call returns, and the bytes of each storage, by address, that autograd holds for it beyond known ones."""
+    saved = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        saved[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        result = call()
+    own = {tensor.untyped_storage().data_ptr() for tensor in known if tensor is not None}
+    return result, {pointer: size for pointer, size in saved.items() if pointer not in own}
 
 
 class Made(TorchDispatchMode):

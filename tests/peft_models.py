@@ -1,5 +1,7 @@
 """Small models with PEFT's and bitsandbytes' layers, and the error of a layer against the fp64 oracle."""
 
+import logging
+
 import bitsandbytes as bnb
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -7,6 +9,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 import peft_kernels
+from peft_kernels.integrations import registry
 from peft_kernels.ops.nf4 import NF4Weight
 from peft_kernels.testing.reference.lora_linear import lora_linear as reference
 
@@ -102,3 +105,20 @@ def fused_model(kind, *args, **kwargs):
     model = lora_model(kind, *args, **kwargs)
     assert all(row.fused for row in peft_kernels.accelerate(model))
     return model
+
+
+def gradients(model: PeftModel, x: Tensor, grad: Tensor) -> list[Tensor | None]:
+    """y, and the gradients of x and of all that an adapter is made of."""
+    x = x.clone().requires_grad_()
+    y = model(x)
+    trained = [parameter for name, parameter in model.named_parameters() if "lora_" in name]
+    return [y.detach(), *torch.autograd.grad(y, [x, *trained], grad.to(y.dtype), allow_unused=True)]
+
+
+def stock_path_reasons(model: nn.Module, caplog, *args, **kwargs) -> list[str]:
+    """Why calls of a model fell through, as logged."""
+    registry._logged.clear()
+    caplog.clear()
+    with caplog.at_level(logging.WARNING, "peft_kernels"):
+        model(*args, **kwargs)
+    return caplog.messages

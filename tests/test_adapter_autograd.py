@@ -6,7 +6,7 @@ import pytest
 import tolerances
 import torch
 from adapter_cases import call, make_case, run
-from comparison import assert_close, same_results
+from comparison import assert_close, same_results, saved_for_backward
 from torch.utils.checkpoint import checkpoint
 
 from peft_kernels.ops import adapter
@@ -17,17 +17,9 @@ EVERYTHING = {"norm": True, "post_norm": True, "scale": "learned", "gate": True,
 
 def saved_bytes(case):
     """What autograd holds after a call, x and the parameters apart."""
-    saved = {}
-
-    def pack(tensor):
-        saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor
-
     case = case.map(lambda tensor: tensor.requires_grad_())
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        y = call(case)  # noqa: F841  (keeps the graph, and so every address, alive)
-    own = {tensor.untyped_storage().data_ptr() for tensor in case.leaves().values()}
-    return sum(size for pointer, size in saved.items() if pointer not in own)
+    _, saved = saved_for_backward(lambda: call(case), case.leaves().values())
+    return sum(saved.values())
 
 
 @pytest.mark.parametrize(("weight_dtype", "size"), [(torch.bfloat16, 2), (torch.float32, 4)], ids=["bf16", "fp32"])

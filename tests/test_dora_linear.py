@@ -6,7 +6,7 @@ import pytest
 import tolerances
 import torch
 import torch.nn.functional as F
-from comparison import DTYPES, assert_close, error, mode_id, short
+from comparison import DTYPES, assert_close, error, mode_id, saved_for_backward, short
 from lora_linear_cases import BASES
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
@@ -225,18 +225,11 @@ def test_saves_and_computes_what_is_asked_for(platform, trained, base):
     case, trained = make_case(30, 40, 128, base=base), trained.split()
     full = run(case)
     leaves = {name: leaf.detach().requires_grad_(name in trained) for name, leaf in case.leaves().items()}
-    saved = {}
-
-    def pack(tensor):
-        saved[tensor.untyped_storage().data_ptr()] = tensor.numel()
-        return tensor
-
-    known = {leaf.untyped_storage().data_ptr() for name, leaf in leaves.items() if name != "x"}
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        y = dora_linear(**{name: leaves.get(name, getattr(case, name)) for name in LEAVES}, scaling=SCALING)
-    kept = sum(size for pointer, size in saved.items() if pointer not in known and size > 5 * 40)
-    trains_gain = "lora_B" in trained or "magnitude" in trained
-    assert kept <= ("lora_A" in trained) * 30 * 128 + trains_gain * 30 * (40 + 5)
+    arguments = {name: leaves.get(name, getattr(case, name)) for name in LEAVES}
+    known = [tensor for name, tensor in leaves.items() if name != "x"]
+    y, saved = saved_for_backward(lambda: dora_linear(**arguments, scaling=SCALING), known)
+    matrices = sum(size for size in saved.values() if size > 4 * 5 * 40)  # B's size, as which g ⊙ B is kept
+    assert matrices == 4 * (("lora_A" in trained) * 30 * 128 + ("magnitude" in trained) * 30 * 40)
     assert y.requires_grad == bool(trained)
     if trained:
         y.backward(case.grad_y)

@@ -3,7 +3,7 @@
 import pytest
 import tolerances
 import torch
-from comparison import assert_close, same_results, short
+from comparison import assert_close, same_results, saved_for_backward, short
 from ia3_attention_cases import Case, angles, expected, make_case, run
 from torch.utils.checkpoint import checkpoint
 
@@ -29,16 +29,8 @@ def everything(dtype=torch.float32, shape=SHAPE) -> Case:
 def saved_bytes(case: Case) -> int:
     """Of the storages that autograd holds after a call, without those of the case's tensors."""
     leaves = {name: tensor.detach().requires_grad_() for name, tensor in case.tensors.items()}
-    own = {tensor.untyped_storage().data_ptr() for tensor in leaves.values()}
-    saved = {}
-
-    def pack(tensor):
-        saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        out = ia3_attention(**leaves, **case.options)  # noqa: F841  (keeps every address alive)
-    return sum(size for pointer, size in saved.items() if pointer not in own)
+    _, saved = saved_for_backward(lambda: ia3_attention(**leaves, **case.options), leaves.values())
+    return sum(saved.values())
 
 
 @pytest.mark.parametrize("scales", [(), ("l_q", "l_k", "l_v")], ids=["plain", "scaled"])

@@ -4,7 +4,7 @@ import pytest
 import tolerances
 import torch
 import torch.nn.functional as F
-from comparison import mode_id
+from comparison import mode_id, saved_for_backward
 from ia3_linear_cases import LEAVES, expected, make_case, run
 from lora_linear_cases import BASES, DTYPES, assert_close, error, short
 from torch.utils.checkpoint import checkpoint
@@ -188,17 +188,10 @@ def test_saves_and_computes_what_is_asked_for(platform, trained, rows, base):
     case, trained = make_case(rows, 40, 128, base=base), trained.split()
     full = run(case)
     leaves = {name: leaf.detach().requires_grad_(name in trained) for name, leaf in case.leaves().items()}
-    saved = {}
-
-    def pack(tensor):
-        saved[tensor.untyped_storage().data_ptr()] = tensor.numel()
-        return tensor
-
-    known = {leaf.untyped_storage().data_ptr() for name, leaf in leaves.items() if name != "x"}
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        y = ia3_linear(**{name: leaves.get(name, getattr(case, name)) for name in LEAVES})
-    kept = sum(size for pointer, size in saved.items() if pointer not in known)
-    assert kept == ("l_in" in trained) * rows * 128 + ("l_out" in trained) * rows * 40
+    arguments = {name: leaves.get(name, getattr(case, name)) for name in LEAVES}
+    known = [tensor for name, tensor in leaves.items() if name != "x"]
+    y, saved = saved_for_backward(lambda: ia3_linear(**arguments), known)
+    assert sum(saved.values()) == 4 * (("l_in" in trained) * rows * 128 + ("l_out" in trained) * rows * 40)
     assert y.requires_grad == bool(trained)
     if trained:
         y.backward(case.grad_y)

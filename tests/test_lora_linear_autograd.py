@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import tolerances
 import torch
-from comparison import same_results
+from comparison import same_results, saved_for_backward
 from lora_linear_cases import assert_close, expected, make_case, run, short, stock
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
@@ -16,23 +16,6 @@ from peft_kernels.ops import NF4Weight, lora_linear
 ops = torch.ops.peft_kernels
 
 DECODE, TRAINING = (4, 40, 128), (37, 40, 128)
-
-
-def storages(tensors):
-    return {tensor.untyped_storage().data_ptr() for tensor in tensors if tensor is not None}
-
-
-def saved_for_backward(function, parameters):
-    """Bytes of the storages that autograd holds after `function`, each once; without those of `parameters`."""
-    saved = {}
-
-    def pack(tensor):
-        saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        y = function()  # noqa: F841  (keeps the graph, and so every address, alive)
-    return {pointer: size for pointer, size in saved.items() if pointer not in storages(parameters)}
 
 
 def frozen_tensors(weight):
@@ -52,7 +35,7 @@ def test_saves_x_s_and_seeds(platform, shape, base, dropout):
 
     def saved(x):
         arguments = case.weight, None, case.lora_A, case.lora_B, case.scaling, case.dropout
-        return saved_for_backward(lambda: lora_linear(x, *arguments), adapters + frozen_tensors(case.weight))
+        return saved_for_backward(lambda: lora_linear(x, *arguments), adapters + frozen_tensors(case.weight))[1]
 
     x = case.x.clone().requires_grad_()
     sizes = saved(x)
@@ -87,8 +70,8 @@ def test_saves_less_than_stock(platform, base, autocast):
     x = case.x.requires_grad_()
     arguments = x, case.weight, None, case.lora_A, case.lora_B, case.scaling, case.dropout
     with torch.autocast(platform, torch.bfloat16, enabled=autocast):
-        ours = saved_for_backward(lambda: lora_linear(*arguments), [x, *adapters, *frozen_tensors(case.weight)])
-        stocks = saved_for_backward(lambda: layer(x), [x, *theirs])
+        _, ours = saved_for_backward(lambda: lora_linear(*arguments), [x, *adapters, *frozen_tensors(case.weight)])
+        _, stocks = saved_for_backward(lambda: layer(x), [x, *theirs])
     assert sum(ours.values()) == m * rank * 4 + 8
     # Stock keeps the mask, and the dropped x in the dtype of A.
     assert sum(stocks.values()) >= m * k * 4

@@ -3,7 +3,6 @@
 import copy
 import io
 import itertools
-import logging
 import pickle
 import warnings
 
@@ -22,11 +21,13 @@ from peft_models import (
     OneLayer,
     dense_weight,
     fused_model,
+    gradients,
     is_repacked,
     layer_of,
     lora_model,
     oracle,
     randomize,
+    stock_path_reasons,
 )
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -55,23 +56,6 @@ pytestmark = pytest.mark.filterwarnings(
 
 def names(value):
     return str(value).removeprefix("torch.")
-
-
-def stock_path_reasons(model, caplog, *args, **kwargs):
-    """Why calls of a model fell through, as logged."""
-    registry._logged.clear()
-    caplog.clear()
-    with caplog.at_level(logging.WARNING, "peft_kernels"):
-        model(*args, **kwargs)
-    return caplog.messages
-
-
-def gradients(model, x, grad):
-    """y and the gradients of x, A and B."""
-    x = x.clone().requires_grad_()
-    y = model(x)
-    trained = [parameter for name, parameter in model.named_parameters() if "lora_" in name]
-    return [y.detach(), *torch.autograd.grad(y, [x, *trained], grad.to(y.dtype), allow_unused=True)]
 
 
 @pytest.mark.parametrize("adapter_dtype", [torch.float32, torch.bfloat16], ids=names)

@@ -2,7 +2,6 @@
 
 import copy
 import itertools
-import logging
 
 import pytest
 import tolerances
@@ -10,11 +9,20 @@ import torch
 from comparison import DTYPES, error, short
 from peft import LoraConfig
 from peft.helpers import DoraCaching
-from peft_models import IN_FEATURES, OUT_FEATURES, dense_weight, is_repacked, layer_of, linear4bit, lora_model
+from peft_models import (
+    IN_FEATURES,
+    OUT_FEATURES,
+    dense_weight,
+    gradients,
+    is_repacked,
+    layer_of,
+    linear4bit,
+    lora_model,
+    stock_path_reasons,
+)
 from torch import nn
 
 import peft_kernels
-from peft_kernels.integrations import registry
 from peft_kernels.ops import dora_linear, dora_norm
 from peft_kernels.testing.reference.dora_linear import dora_linear as reference
 
@@ -48,22 +56,8 @@ def oracle(layer, x, name="default", **options):
     return reference(x, dense_weight(base), base.bias, *parts(layer, name), **options)
 
 
-def reasons(model, caplog, *args, **kwargs):
-    """Why a call of a model fell through, as logged."""
-    registry._logged.clear()
-    caplog.clear()
-    with caplog.at_level(logging.WARNING, "peft_kernels"):
-        model(*args, **kwargs)
-    return [message.split(": ")[1] for message in caplog.messages]
-
-
-def gradients(model, x, grad):
-    """y and the gradients of x, A, B and the magnitude."""
-    x = x.clone().requires_grad_()
-    y = model(x)
-    trained = [parameter for name, parameter in model.named_parameters() if "lora_" in name]
-    assert len(trained) == 3
-    return [y.detach(), *torch.autograd.grad(y, [x, *trained], grad.to(y.dtype))]
+def reasons(*args, **kwargs):
+    return [message.split(": ")[1] for message in stock_path_reasons(*args, **kwargs)]
 
 
 @pytest.mark.parametrize("adapter_dtype", [torch.float32, torch.bfloat16], ids=short)

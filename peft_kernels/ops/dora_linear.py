@@ -47,8 +47,9 @@ def dora_linear(
 
     With dropout it is PEFT's `x Wᵀ + b + (g - 1) ⊙ x̂ Wᵀ + g ⊙ (scaling · x̂ Aᵀ Bᵀ)`, `x̂ = dropout(x)`, which takes a
     second base product. Neither B A nor its sum with W is ever made. The base product is computed in `compute_dtype`
-    with fp32 accumulation, the branch in fp32. Saved for backward: x̂ (only when A is trained), x̂ Aᵀ, and x̂ Wᵀ in
-    out_dtype (only when the magnitude or B is). Under autocast compute_dtype and out_dtype default to autocast's dtype.
+    with fp32 accumulation, the branch in fp32. Saved for backward: x̂ (only when A is trained), x̂ Aᵀ in fp32 (only when
+    B is), and x̂ Wᵀ in out_dtype (only when the magnitude is). Under autocast compute_dtype and out_dtype default to
+    autocast's dtype.
 
     Args:
         x: [..., K], fp32, bf16 or fp16.

@@ -1,6 +1,11 @@
 """Loads the compiled module, or says what to do."""
 
-import torch  # noqa: F401  (its libraries must be loaded before _C)
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch  # its libraries must be loaded before _C
 
 EXPECTED_OPS_VERSION = 14
 _REBUILD = (
@@ -21,3 +26,36 @@ if build_info["ops_version"] != EXPECTED_OPS_VERSION:
         f"peft_kernels: the compiled module {_C.__file__} is stale: it has version {build_info['ops_version']} of the "
         f"ops, this Python code wants {EXPECTED_OPS_VERSION}. {_REBUILD}"
     )
+
+
+def refusing(op: Callable[..., Any]) -> Callable[..., Any]:
+    """An op of ours, whose refusals of an argument are ValueErrors."""
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return op(*args, **kwargs)
+        except RuntimeError as error:
+            if ": got " in str(error) and ", wanted " in str(error):
+                raise ValueError(str(error)) from None
+            raise
+
+    return call
+
+
+def _keep_value_errors() -> None:
+    """Kernels throw `std::invalid_argument`, which is a ValueError in Python; torch 2.15 makes it a RuntimeError."""
+    try:
+        torch.ops.peft_kernels.dropout(torch.empty(0), torch.empty(0), 2.0)
+    except ValueError:
+        return
+    except RuntimeError:
+        pass
+    prefix = "peft_kernels::"
+    for name in torch._C._dispatch_get_all_op_names():
+        if name.startswith(prefix):
+            packet = getattr(torch.ops.peft_kernels, name.removeprefix(prefix))
+            for op in (packet, packet.default):
+                op._op = refusing(op._op)
+
+
+_keep_value_errors()

@@ -15,6 +15,11 @@
 #include "common/activation.h"
 #include "common/dtype.h"
 
+// As the headers of torch 2.10 have it.
+#if !defined(STABLE_TORCH_ERROR_CODE_CHECK)
+#define STABLE_TORCH_ERROR_CODE_CHECK(call) TORCH_ERROR_CODE_CHECK(call)
+#endif
+
 namespace peft_kernels {
 
 using torch::headeronly::ScalarType;

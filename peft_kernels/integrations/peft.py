@@ -116,14 +116,17 @@ class FusedLoRA(Adaptable):
             return reason
         if magnitude.weight.device != x.device:
             return f"adapter {name!r} has its magnitude on {magnitude.weight.device}"
-        # PEFT's own cache, for those who turned it on.
-        caches, key = dora.ENABLE_DORA_CACHING and not magnitude.training, f"weight-norm-{name}"
-        norm = magnitude._cache_get(key, None) if caches else magnitude._cache_clear()
+        # PEFT's own cache, for those who turn it on; from 0.19 on there is one.
+        cache, key = vars(magnitude).get("_dora_cache", {}), f"weight-norm-{name}"
+        caches = getattr(dora, "ENABLE_DORA_CACHING", False) and not magnitude.training
+        if not caches:
+            cache.clear()
+        norm = cache.get(key)
         if norm is None:
             squares = self.squares_of_rows(self._modules["base_layer"])
             norm = dora_norm(product[0], a, b, scaling, squares=squares)
             if caches:
-                magnitude._cache_store(key, norm)
+                cache[key] = norm
         return product, (a, b, magnitude.weight, scaling, p, norm)
 
     def watch(self, watch: Watch) -> None:

@@ -1,12 +1,16 @@
 """The library's CUDA ops on CPU tensors: `with emulated():` sends calls of peft_kernels' ops to them."""
 
+import ctypes
 import functools
+import os
 from contextlib import contextmanager
 from unittest import mock
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+from peft_kernels._extension import refusing
 
 from .build import build, native
 from .device import Registration
@@ -18,7 +22,8 @@ NAMESPACE = "peft_kernels_emulated"
 def load() -> None:
     """Builds the second copy of the ops and registers them."""
     native()
-    torch.ops.load_library(str(build("emulated_ops") / "libemulated_ops.so"))
+    # Its own runtime before the one that a torch for CUDA has loaded for all.
+    ctypes.CDLL(str(build("emulated_ops") / "libemulated_ops.so"), os.RTLD_NOW | os.RTLD_DEEPBIND)
 
 
 class _Allocations(TorchDispatchMode):
@@ -64,7 +69,8 @@ class _EmulatedOps(TorchDispatchMode):
             registration.apply()
             # Straight to the kernel: a plain call would hand the op itself to the mode, and leave the mode for it.
             with _Allocations(registration):
-                return emulated_op.redispatch(torch._C.DispatchKeySet(torch._C.DispatchKey.CPU), *args, **kwargs)
+                redispatch = refusing(emulated_op.redispatch)
+                return redispatch(torch._C.DispatchKeySet(torch._C.DispatchKey.CPU), *args, **kwargs)
 
 
 @contextmanager

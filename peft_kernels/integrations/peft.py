@@ -5,6 +5,7 @@ LoRA: Hu et al. 2021 (arXiv:2106.09685). QLoRA: Dettmers et al. 2023 (arXiv:2305
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from peft.tuners import lora
@@ -12,12 +13,14 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from ..ops.lora_linear import lora_linear_of_layer
+from ..ops.lora_linear_grouped import lora_linear_grouped_of_layer, wants_gradients
 from .dropout import Dropout
 from .linear import (
     NO_ADAPTERS,
     Adaptable,
     Adapters,
     BaseProduct,
+    GroupedAdapters,
     OnLinear,
     is_conv1d,
     is_linear,
@@ -35,8 +38,9 @@ mention(BaseTunerLayer)
 class FusedLoRA(Adaptable):
     """`y = x Wᵀ + b + Σᵢ scalingᵢ · dropoutᵢ(x) Aᵢᵀ Bᵢᵀ` over the active adapters, in the dtype that PEFT returns.
 
-    Merged or disabled adapters, `adapter_names`, and adapters that are more than A and B (DoRA, `lora_bias`, …) take
-    PEFT's own forward, which calls the base layer.
+    With `adapter_names` each sample has its own adapter instead, or none; in inference, as PEFT has it. Merged or
+    disabled adapters, and those that are more than A and B (DoRA, `lora_bias`, …), take PEFT's own forward, which calls
+    the base layer.
     """
 
     def why_stock(self) -> str | None:
@@ -50,12 +54,16 @@ class FusedLoRA(Adaptable):
             return y
         if self._disable_adapters or self.merged_adapters:
             return super().forward(x, *args, **kwargs)
-        call = _why_stock_call(args, kwargs) or self.adapted_product(x)
+        names = kwargs.get("adapter_names")
+        call = _why_stock_call(args, kwargs) or (
+            self.adapted_product(x) if names is None else self._grouped_product(x, names)
+        )
         if isinstance(call, str):
             self.log_stock_path(call)
             return super().forward(x, *args, **kwargs)
         (weight, bias, *dtypes), adapters = call
-        return lora_linear_of_layer(x, weight, bias, *adapters, *dtypes)
+        product = lora_linear_of_layer if names is None else lora_linear_grouped_of_layer
+        return product(x, weight, bias, *adapters, *dtypes)
 
     def base_product(self, base: nn.Module, x: Tensor) -> BaseProduct | str:
         """What `lora_linear` is to be called with for the base layer; or why this input has to take the stock path."""
@@ -93,6 +101,37 @@ class FusedLoRA(Adaptable):
             scaling.append(scale)
             dropout.append(p)
         return product, adapters
+
+    def _grouped_product(self, x: Tensor, adapter_names: Sequence[str]) -> tuple[BaseProduct, GroupedAdapters] | str:
+        """What `adapted_product` returns, where each sample has the adapter of a name."""
+        self._check_forward_args(x, adapter_names=adapter_names)  # whose errors are PEFT's
+        base = self._modules["base_layer"]
+        if reason := why_not_skip(base):
+            return f"its base layer has {reason}"
+        product = self.base_product(base, x)
+        if isinstance(product, str):
+            return product
+        if x.dim() < 2:
+            return "x has no samples"
+        lora_A, lora_B, scaling = adapters = ([], [], [])
+        positions: dict[str, int] = {"__base__": -1}
+        for name in adapter_names:
+            if name in positions:
+                continue
+            adapter = self._adapter(name)
+            if isinstance(adapter, str):
+                return adapter
+            positions[name] = -1 if adapter is None else len(lora_A)
+            if adapter is not None:
+                a, b, scale, p = adapter
+                if p > 0:
+                    return f"adapter {name!r} has dropout, and adapter_names was given"
+                lora_A.append(a)
+                lora_B.append(b)
+                scaling.append(scale)
+        if wants_gradients(x, *product[:2], lora_A, lora_B):
+            return "adapter_names was given, and a gradient is wanted"
+        return product, (*adapters, [positions[name] for name in adapter_names])
 
     def watch(self, watch: Watch) -> None:
         modules = self._modules
@@ -140,7 +179,7 @@ class FusedLoRA(Adaptable):
 
 def _why_stock_call(args: tuple, kwargs: dict[str, Any]) -> str | None:
     for name, value in kwargs.items():
-        if value is not None:
+        if value is not None and name != "adapter_names":
             return f"{name} was given"
     return "further positional arguments were given" if args else None
 

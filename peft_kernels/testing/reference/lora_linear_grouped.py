@@ -19,7 +19,7 @@ def lora_linear_grouped(
     dtype: torch.dtype = torch.float64,
 ) -> Tensor:
     """Each x[b] through `lora_linear` with the adapter that index[b] names, and with none where it is negative."""
-    y = torch.empty(*x.shape[:-1], weight.shape[0], dtype=dtype)
+    y = x.new_empty(*x.shape[:-1], weight.shape[0], dtype=dtype)
     for b, i in enumerate(index):
         adapter = [list(items)[i : i + 1] if i >= 0 else [] for items in (lora_A, lora_B, scaling)]
         y[b] = lora_linear(x[b], weight, bias, *adapter, dtype=dtype)

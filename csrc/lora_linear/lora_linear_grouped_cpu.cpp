@@ -17,9 +17,9 @@ namespace {
 
 // Rows of A and of x that are multiplied at once: as many sums as there are registers for.
 constexpr int kGroupedRanks = 4, kGroupedRows = kLanes == 16 ? 4 : 2;
-constexpr int64_t kShrinkRows = 16;    // of a task
-constexpr int64_t kExpandRows = 256;   // of a task
-constexpr int64_t kTaskProducts = 1 << 15;  // of a shrink, at least, where there are as many ranks
+constexpr int64_t kShrinkRows = 16;           // of a task
+constexpr int64_t kExpandRows = 256;          // of a task
+constexpr int64_t kTaskProducts = 1 << 15;    // of a shrink, at least, where there are as many ranks
 constexpr int64_t kSerialProducts = 1 << 17;  // that one thread makes in the time that waking another takes
 
 class GroupedForward {
@@ -156,7 +156,7 @@ private:
 
     const LoraLinearGroupedParams& p_;
     int64_t most_ranks_ = 0;
-    int64_t shrinks_ = 0;   // tasks
+    int64_t shrinks_ = 0;  // tasks
     int64_t products_ = 0;
     float* s_ = nullptr;  // [m, in the order of `order`][most_ranks], scaled
 };

@@ -32,8 +32,7 @@ def lora_linear_grouped(
     """A linear layer and for each example of a batch one of its LoRA adapters, or none; without gradients.
 
     `y[b] = x[b] Wᵀ + bias + scalingᵢ · x[b] Aᵢᵀ Bᵢᵀ` with i = index[b]. The branches are computed in fp32, as those of
-    `lora_linear` are, whose other arguments these are too. Examples of one adapter need not be neighbours on the CPU; on
-    a GPU, each run of neighbours costs a launch.
+    `lora_linear` are. Examples of one adapter need not be neighbours on the CPU; on a GPU, a run of them is a launch.
 
     Args:
         x: [batch, ..., K], fp32, bf16 or fp16.
@@ -85,11 +84,9 @@ def lora_linear_grouped_of_layer(
     out_dtype: torch.dtype,
 ) -> Tensor:
     """`lora_linear_grouped` of arguments whose types are known to be right, and of x as wide as the weight."""
-    # Rounded once, with the branches: the kernels' own base product stays in fp32 until then, torch's is rounded anyway.
-    if not isinstance(weight, NF4Weight):
-        base_dtype = compute_dtype
-    else:
-        base_dtype = torch.float32 if x.is_cpu else out_dtype
+    base_dtype = compute_dtype
+    if isinstance(weight, NF4Weight):
+        base_dtype = torch.float32 if x.is_cpu else out_dtype  # rounded once, with the branches
     base = lora_linear_of_layer(x, weight, bias, (), (), (), (), compute_dtype, base_dtype)
     options = {} if out_dtype is x.dtype else {"out_dtype": out_dtype}
     return torch.ops.peft_kernels.lora_linear_grouped.default(x, base, index, lora_A, lora_B, scaling, **options)

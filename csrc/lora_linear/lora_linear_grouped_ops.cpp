@@ -103,7 +103,7 @@ Tensor grouped(const Tensor& given_x, const Tensor& given_base, const Integers& 
     const int64_t rows_each = params.m / examples;
 #if defined(PEFT_KERNELS_CUDA)
     if (runs_on_cuda(x)) {
-        forward_on_cuda(params, index, rows_each, x, base, y);
+        forward_on_cuda(params, index, rows_each, x, given_base, y);
         return y;
     }
 #endif

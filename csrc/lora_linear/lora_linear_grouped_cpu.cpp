@@ -17,19 +17,21 @@ namespace {
 
 // Rows of A and of x that are multiplied at once: as many sums as there are registers for.
 constexpr int kGroupedRanks = 4, kGroupedRows = kLanes == 16 ? 4 : 2;
-constexpr int64_t kShrinkRows = 16;           // of a task
-constexpr int64_t kExpandRows = 256;          // of a task
-constexpr int64_t kTaskProducts = 1 << 15;    // of a shrink, at least, where there are as many ranks
-constexpr int64_t kSerialProducts = 1 << 17;  // that one thread makes in the time that waking another takes
+constexpr int64_t kShrinkRows = 16;         // of a task
+constexpr int64_t kExpandRows = 256;        // of a task
+constexpr int64_t kTaskProducts = 1 << 15;  // of a shrink, at least, where there are as many ranks
+// Products and results that one thread makes as fast as two, which are woken twice: 8 us. (To let expanding tasks wait for
+// the shrink in one parallel loop, as CombedForward does, gained nothing here.)
+constexpr int64_t kSerialWork = 1 << 17;
 
 class GroupedForward {
 public:
-    explicit GroupedForward(const LoraLinearGroupedParams& params) : p_(params) {
+    explicit GroupedForward(const LoraLinearGroupedParams& params) : p_(params), work_(params.m * params.n) {
         for (int a = 0; a < p_.num_adapters; ++a) {
             if (rows_of_adapter(a) == 0) continue;
             most_ranks_ = max_of(most_ranks_, p_.adapters[a].rank);
             shrinks_ += shrinks_of(a);
-            products_ += rows_of_adapter(a) * p_.adapters[a].rank * (p_.k + p_.n);
+            work_ += rows_of_adapter(a) * p_.adapters[a].rank * (p_.k + p_.n);
         }
     }
 
@@ -42,21 +44,13 @@ public:
             *p_.workspace_bytes = arena.used();
             return;
         }
+        run_tasks(shrinks_, [&](int64_t task, int) { shrink(task); });
         const int64_t blocks = divide_up(p_.m, kExpandRows);
-        Gate shrunk(shrinks_);
-        const auto run_task = [&](int64_t task, int worker) {
-            if (task < shrinks_) {
-                shrink(task);
-                return shrunk.arrive();
-            }
-            const int64_t first = (task - shrinks_) % blocks * kExpandRows;
-            shrunk.wait();
-            expand((task - shrinks_) / blocks * kTaskOutputs, first, min_of(first + kExpandRows, p_.m),
+        run_tasks(divide_up(p_.n, kTaskOutputs) * blocks, [&](int64_t task, int worker) {
+            const int64_t first = task % blocks * kExpandRows;
+            expand(task / blocks * kTaskOutputs, first, min_of(first + kExpandRows, p_.m),
                    Scratch(workers + worker * worker_bytes, *this));
-        };
-        const int64_t tasks = shrinks_ + divide_up(p_.n, kTaskOutputs) * blocks;
-        if (products_ > kSerialProducts) return parallel_for_each(tasks, run_task);
-        for (int64_t task = 0; task < tasks; ++task) run_task(task, 0);
+        });
     }
 
 private:
@@ -71,6 +65,12 @@ private:
         float* tile;       // [row][output]
         int64_t bytes;
     };
+
+    template <class Body>
+    void run_tasks(int64_t tasks, const Body& body) const {
+        if (work_ > kSerialWork) return parallel_for_each(tasks, body);
+        for (int64_t task = 0; task < tasks; ++task) body(task, 0);
+    }
 
     int64_t rows_of_adapter(int a) const { return p_.indptr[a + 1] - p_.indptr[a]; }
     int64_t ranks_of_task(int a) const {
@@ -155,10 +155,10 @@ private:
     }
 
     const LoraLinearGroupedParams& p_;
+    int64_t work_;
     int64_t most_ranks_ = 0;
     int64_t shrinks_ = 0;  // tasks
-    int64_t products_ = 0;
-    float* s_ = nullptr;  // [m, in the order of `order`][most_ranks], scaled
+    float* s_ = nullptr;   // [m, in the order of `order`][most_ranks], scaled
 };
 
 }  // namespace

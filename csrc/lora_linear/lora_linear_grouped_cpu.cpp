@@ -1,6 +1,6 @@
-// The CPU kernel of lora_linear_grouped, compiled once per instruction set: the branches of a batch in which each row has
-// its own adapter, added to a base product that all rows share. Rows of one adapter are multiplied together, wherever they
-// lie, since what few rows cost is reading A and B:
+// The CPU kernel of lora_linear_grouped, compiled once per instruction set: the branches of a batch in which each row
+// has its own adapter, added to a base product that all rows share. Rows of one adapter are multiplied together,
+// wherever they lie, since what few rows cost is reading A and B:
 //
 //   shrink   s = scaling x Aᵀ     vectors along k      tasks: an adapter, some of its rows, some ranks
 //   expand   y = base + s Bᵀ      vectors along n      tasks: some outputs, some rows of whatever adapters
@@ -20,8 +20,8 @@ constexpr int kGroupedRanks = 4, kGroupedRows = kLanes == 16 ? 4 : 2;
 constexpr int64_t kShrinkRows = 16;         // of a task
 constexpr int64_t kExpandRows = 256;        // of a task
 constexpr int64_t kTaskProducts = 1 << 15;  // of a shrink, at least, where there are as many ranks
-// Products and results that one thread makes as fast as two, which are woken twice: 8 us. (To let expanding tasks wait for
-// the shrink in one parallel loop, as CombedForward does, gained nothing here.)
+// Products and results that one thread makes as fast as two, which are woken twice: 8 us. (To let expanding tasks wait
+// for the shrink in one parallel loop, as CombedForward does, gained nothing here.)
 constexpr int64_t kSerialWork = 1 << 17;
 
 class GroupedForward {

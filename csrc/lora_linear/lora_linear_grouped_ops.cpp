@@ -40,8 +40,8 @@ AnyMatrix from_row(AnyMatrix matrix, int64_t row) {
     return matrix;
 }
 
-// A launch of the branch for each run of examples that have the same adapter, side by side: it may read what it is added
-// to where it writes.
+// A launch of the branch for each run of neighbouring examples that have the same adapter. What it is added to may lie
+// where it writes.
 void forward_on_cuda(const LoraLinearGroupedParams& p, const Integers& index, int64_t rows_each, const Tensor& x,
                      const Tensor& base, Tensor& y) {
     torch::stable::copy_(y, base);

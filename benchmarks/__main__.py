@@ -11,6 +11,7 @@ BENCHMARKS = {
     "demo": "fine-tune a small language model, stock and accelerated, and compare",
     "demo_adapters": "adapters for several tasks on one frozen model, and AdapterFusion over them",
     "lora_linear": "LoRA on a 4-bit linear layer: forward, backward and memory",
+    "lora_linear_grouped": "LoRA adapters of each sample's own on a 4-bit linear layer: forward and memory",
     "adapter": "bottleneck adapters: forward, backward and memory",
     "fusion": "AdapterFusion: forward, backward and memory",
     "dora_linear": "DoRA on a linear layer, 4-bit or dense: forward, backward and memory",
@@ -35,7 +36,7 @@ def main() -> None:
         arguments = [argument for argument in sys.argv[1:] if argument != EMULATED]
         return importlib.import_module("benchmarks.emulated").main(arguments)
     name, arguments = (sys.argv[1:2] or [""])[0], sys.argv[2:]
-    known = "".join(f"\n  {known:14} {purpose}" for known, purpose in BENCHMARKS.items())
+    known = "".join(f"\n  {known:19} {purpose}" for known, purpose in BENCHMARKS.items())
     if name in ("-h", "--help"):
         return print(f"python -m benchmarks NAME [options], or {EMULATED}; NAME --help shows the options of{known}")
     if name not in BENCHMARKS:

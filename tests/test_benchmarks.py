@@ -27,6 +27,7 @@ from benchmarks import (
     ia3_linear,
     lora_layers,
     lora_linear,
+    lora_linear_grouped,
     model,
     nf4,
     options,
@@ -49,6 +50,7 @@ EVAL = lora_linear.Case(3, (64, 128))
 TRAIN = lora_linear.Case(9, (64, 128), training=True, dropout=0.25)
 BENCHMARKS = {
     "lora_linear": lora_linear,
+    "lora_linear_grouped": lora_linear_grouped,
     "dora_linear": dora_linear,
     "ia3_linear": ia3_linear,
     "ia3_attention": ia3_attention,
@@ -524,6 +526,19 @@ def test_ia3_linear(training, feedforward, four_bits):
     if training:
         (saved,) = {r.saved for r in found if r.contender == FUSED}
         assert saved == (9 * 128 * 2 if feedforward else 9 * 64 * 2)
+
+
+def test_lora_linear_grouped(monkeypatch):
+    case = lora_linear_grouped.Case(2, (64, 128))
+    isas = cpu.isas()[-2:]
+    found = lora_linear_grouped.run(case, ["stock", "base"], isas, 0.0, shout)
+    names = [(FUSED, isa) for isa in isas] + [(STOCK, ""), (OWN_BASE, "")]
+    assert [(r.contender, r.isa) for r in found] == names
+    assert all(0 < r.error < lora_linear_grouped.TOLERANCE for r in found if r.contender == FUSED)
+    assert found[0].size > found[-1].size > 0 and found[0].flops > found[-1].flops > 0
+    monkeypatch.setattr(lora_linear_grouped, "TOLERANCE", 1e-9)
+    with pytest.raises(ArithmeticError, match="got an error of"):
+        lora_linear_grouped.run(case, [], isas, 0.0, shout)
 
 
 def test_ia3_linear_checks():

@@ -22,6 +22,8 @@ from .watch import Watch
 BaseProduct = tuple[Tensor | NF4Weight, Tensor | None, torch.dtype, torch.dtype]
 # LoRA's for each active adapter: A, B, scaling and dropout.
 Adapters = tuple[Sequence[Tensor], Sequence[Tensor], Sequence[float], Sequence[float]]
+# `lora_linear_grouped`'s: A, B and scaling of each adapter, and the position of each sample's among them.
+GroupedAdapters = tuple[Sequence[Tensor], Sequence[Tensor], Sequence[float], Sequence[int]]
 NO_ADAPTERS: Adapters = ((), (), (), ())
 LEAST_PRODUCTS = 1 << 23  # of a layer by itself: an autograd.Function takes 50 µs more than torch's operation
 

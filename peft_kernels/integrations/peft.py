@@ -6,6 +6,7 @@ LoRA: Hu et al. 2021 (arXiv:2106.09685). QLoRA: Dettmers et al. 2023 (arXiv:2305
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from peft.tuners import lora
@@ -14,14 +15,16 @@ from peft.tuners.lora.variants import DoraLinearVariant
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from ..ops.dora_linear import dora_linear, dora_norm
+from ..ops.dora_linear import dora_linear_of_layer, dora_norm
 from ..ops.lora_linear import lora_linear_of_layer
+from ..ops.lora_linear_grouped import lora_linear_grouped_of_layer, wants_gradients
 from .dropout import Dropout
 from .linear import (
     NO_ADAPTERS,
     Adaptable,
     Adapters,
     BaseProduct,
+    GroupedAdapters,
     OnLinear,
     is_conv1d,
     is_linear,
@@ -33,6 +36,8 @@ from .watch import Watch
 
 _DROPOUTS = (nn.Dropout, Dropout)
 _Adapter = tuple[Tensor, Tensor, float, float]  # A, B, scaling and dropout
+_DoRA = tuple[Tensor, Tensor, Tensor, Tensor, float, float]  # A, B, magnitude, norm, scaling and dropout
+_Call = tuple[BaseProduct, Adapters | GroupedAdapters | _DoRA]
 
 mention(BaseTunerLayer)
 
@@ -41,8 +46,9 @@ class FusedLoRA(Adaptable):
     """`y = x Wᵀ + b + Σᵢ scalingᵢ · dropoutᵢ(x) Aᵢᵀ Bᵢᵀ` over the active adapters, or DoRA's y where the one that is
     active is a DoRA; in the dtype that PEFT returns.
 
-    Merged or disabled adapters, `adapter_names`, DoRA beside other adapters, and adapters that are more than A and B
-    (`lora_bias`, …) take PEFT's own forward, which calls the base layer.
+    With `adapter_names` each sample has its own adapter instead, or none; in inference, as PEFT has it. Merged or
+    disabled adapters, DoRA beside others, and adapters that are more than A and B (`lora_bias`, …) take PEFT's own
+    forward, which calls the base layer.
     """
 
     def why_stock(self) -> str | None:
@@ -57,16 +63,22 @@ class FusedLoRA(Adaptable):
             return y
         if self._disable_adapters or self.merged_adapters:
             return super().forward(x, *args, **kwargs)
-        name = self._only_dora()
-        call = _why_stock_call(args, kwargs) or (self.dora_product(x, name) if name else self.adapted_product(x))
+        operation, call = self._operation(x, args, kwargs)
         if isinstance(call, str):
             self.log_stock_path(call)
             return super().forward(x, *args, **kwargs)
-        (weight, bias, compute_dtype, out_dtype), adapters = call
-        if name is None:
-            return lora_linear_of_layer(x, weight, bias, *adapters, compute_dtype, out_dtype)
-        *adapter, norm = adapters
-        return dora_linear(x, weight, bias, *adapter, norm=norm, compute_dtype=compute_dtype, out_dtype=out_dtype)
+        (weight, bias, *dtypes), adapters = call
+        return operation(x, weight, bias, *adapters, *dtypes)
+
+    def _operation(self, x: Tensor, args: tuple, kwargs: dict[str, Any]) -> tuple[Callable[..., Tensor], _Call | str]:
+        """What computes this call's result, and of what; or why it has to take the stock path."""
+        if reason := _why_stock_call(args, kwargs):
+            return lora_linear_of_layer, reason
+        if (names := kwargs.get("adapter_names")) is not None:
+            return lora_linear_grouped_of_layer, self._grouped_product(x, names)
+        if name := self._only_dora():
+            return dora_linear_of_layer, self._dora_product(x, name)
+        return lora_linear_of_layer, self.adapted_product(x)
 
     def base_product(self, base: nn.Module, x: Tensor) -> BaseProduct | str:
         """What `lora_linear` is to be called with for the base layer; or why this input has to take the stock path."""
@@ -106,8 +118,8 @@ class FusedLoRA(Adaptable):
             dropout.append(p)
         return product, adapters
 
-    def dora_product(self, x: Tensor, name: str) -> tuple[BaseProduct, tuple[Any, ...]] | str:
-        """What `dora_linear` is to be called with for the only active adapter; or why x has to take the stock path."""
+    def _dora_product(self, x: Tensor, name: str) -> tuple[BaseProduct, _DoRA] | str:
+        """What `adapted_product` returns, where the only active adapter is a DoRA."""
         product, found = self._product(x), self._dora(name)
         if isinstance(product, str) or isinstance(found, str):
             return product if isinstance(product, str) else found
@@ -127,7 +139,35 @@ class FusedLoRA(Adaptable):
             norm = dora_norm(product[0], a, b, scaling, squares=squares)
             if caches:
                 cache[key] = norm
-        return product, (a, b, magnitude.weight, scaling, p, norm)
+        return product, (a, b, magnitude.weight, norm, scaling, p)
+
+    def _grouped_product(self, x: Tensor, adapter_names: Sequence[str]) -> tuple[BaseProduct, GroupedAdapters] | str:
+        """What `adapted_product` returns, where each sample has the adapter of a name."""
+        self._check_forward_args(x, adapter_names=adapter_names)  # whose errors are PEFT's
+        product = self._product(x)
+        if isinstance(product, str):
+            return product
+        if x.dim() < 2:
+            return "x has no samples"
+        lora_A, lora_B, scaling = adapters = ([], [], [])
+        positions: dict[str, int] = {"__base__": -1}
+        for name in adapter_names:
+            if name in positions:
+                continue
+            adapter = self._adapter(name)
+            if isinstance(adapter, str):
+                return adapter
+            positions[name] = -1 if adapter is None else len(lora_A)
+            if adapter is not None:
+                a, b, scale, p = adapter
+                if p > 0:
+                    return f"adapter {name!r} has dropout, and adapter_names was given"
+                lora_A.append(a)
+                lora_B.append(b)
+                scaling.append(scale)
+        if wants_gradients(x, *product[:2], lora_A, lora_B):
+            return "adapter_names was given, and a gradient is wanted"
+        return product, (*adapters, [positions[name] for name in adapter_names])
 
     def watch(self, watch: Watch) -> None:
         modules = self._modules
@@ -206,7 +246,7 @@ class FusedLoRA(Adaptable):
 
 def _why_stock_call(args: tuple, kwargs: dict[str, Any]) -> str | None:
     for name, value in kwargs.items():
-        if value is not None:
+        if value is not None and name != "adapter_names":
             return f"{name} was given"
     return "further positional arguments were given" if args else None
 

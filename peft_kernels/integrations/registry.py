@@ -242,16 +242,16 @@ def accelerate(model: nn.Module) -> Report:
 
     Fused are, on the CPU and, but for attention, on CUDA devices that the package was built for: PEFT's `lora.Linear`
     on an `nn.Linear` or a `Conv1D` and `lora.bnb.Linear4bit` (Hu et al. 2021, arXiv:2106.09685; Dettmers et al. 2023,
-    arXiv:2305.14314), with DoRA as well (Liu et al. 2024, arXiv:2402.09353), `ia3.Linear` and `ia3.bnb.Linear4bit` (Liu
-    et al. 2022, arXiv:2205.05638), PEFT's models with prefix tuning (Li and Liang 2021, arXiv:2101.00190), the
-    attention of transformers' Llama, Mistral, Qwen, GPT-2, OPT, BERT and what has their code, the rotary embedding in
-    it, RMSNorm, GELUs that are several operations and the gated feed-forward blocks of transformers' models, the loss
-    of its causal language models, their output layers (on the CPU), decoder layers like Llama's in inference (on the
-    CPU), `torch.nn.Dropout`, `torch.nn.Linear` and `Conv1D` in fp32 (on CPUs with AVX-512 that are not Intel's), and
-    bitsandbytes' `Linear4bit`. Parameters, their names, state_dict, saving, merging and switching adapters go on as
-    before, and results have the dtype that the stock layers return. Whatever can't be fused keeps its stock forward,
-    and the report says why; what only an input can tell (its device or dtype, `adapter_names`) is decided at each
-    forward, and logged once.
+    arXiv:2305.14314), also with DoRA (Liu et al. 2024, arXiv:2402.09353) or `adapter_names`, `ia3.Linear` and
+    `ia3.bnb.Linear4bit` (Liu et al. 2022, arXiv:2205.05638), PEFT's models with prefix tuning (Li and Liang 2021,
+    arXiv:2101.00190), the attention of transformers' Llama, Mistral, Qwen, GPT-2, OPT, BERT and what has their code,
+    the rotary embedding in it, RMSNorm, GELUs that are several operations and the gated feed-forward blocks of
+    transformers' models, the loss of its causal language models, their output layers (on the CPU), decoder layers like
+    Llama's in inference (on the CPU), `torch.nn.Dropout`, `torch.nn.Linear` and `Conv1D` in fp32 (on CPUs with AVX-512
+    that are not Intel's), and bitsandbytes' `Linear4bit`. Parameters, their names, state_dict, saving, merging and
+    switching adapters go on as before, and results have the dtype that the stock layers return. Whatever can't be fused
+    keeps its stock forward, and the report says why; what only an input can tell (its device or dtype, gradients of a
+    batch with `adapter_names`) is decided at each forward, and logged once.
 
     Differences that are meant: dropout draws other masks; LoRA branches are computed in fp32; norms, GELUs, gated
     blocks and rotary embeddings are rounded once, and so are residual sums without gradients; a label that is no class

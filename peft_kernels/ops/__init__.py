@@ -10,6 +10,7 @@ from .ia3_attention import ia3_attention
 from .ia3_linear import ia3_linear
 from .linear import linear
 from .lora_linear import lora_linear
+from .lora_linear_grouped import lora_linear_grouped
 from .nf4 import NF4Weight, dequantize_4bit, dequantize_4bit_rows, quantize_4bit
 from .rms_norm import rms_norm
 from .rotary import rotary
@@ -34,6 +35,7 @@ __all__ = [
     "ia3_linear",
     "linear",
     "lora_linear",
+    "lora_linear_grouped",
     "quantize_4bit",
     "rms_norm",
     "rotary",

@@ -78,15 +78,34 @@ def dora_linear(
             _check_shape(name, vector, (weight.shape[0],))
     check_dropout(dropout, seed)
     check_devices(x, (("lora_A", lora_A), ("lora_B", lora_B), ("magnitude", magnitude), ("norm", norm)))
-    dtypes = compute_dtype, out_dtype = product_dtypes(x, compute_dtype, out_dtype)
+    dtypes = product_dtypes(x, compute_dtype, out_dtype)
     if norm is None:
         norm = dora_norm(weight, lora_A, lora_B, scaling)
+    return dora_linear_of_layer(x, weight, bias, lora_A, lora_B, magnitude, norm, scaling, dropout, *dtypes, seed)
+
+
+def dora_linear_of_layer(
+    x: Tensor,
+    weight: Tensor | NF4Weight,
+    bias: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    magnitude: Tensor,
+    norm: Tensor,
+    scaling: float,
+    dropout: float,
+    compute_dtype: torch.dtype,
+    out_dtype: torch.dtype,
+    seed: Tensor | None = None,
+) -> Tensor:
+    """`dora_linear` of arguments that are known to be right."""
     gain = magnitude.float() / norm
     rest, flat = None, matrix(x)
     if dropout > 0:  # x Wᵀ + (g - 1) ⊙ x̂ Wᵀ = (x - x̂) Wᵀ + g ⊙ x̂ Wᵀ
         dropped = drop(flat, dropout, seed)
-        rest, flat, bias = lora_linear_of_layer(flat - dropped, weight, bias, (), (), (), (), *dtypes), dropped, None
-    call = _Call(ScaledProduct(weight, compute_dtype, out_dtype), float(scaling))
+        rest = lora_linear_of_layer(flat - dropped, weight, bias, (), (), (), (), compute_dtype, out_dtype)
+        flat, bias = dropped, None
+    call = _Call(ScaledProduct(weight, compute_dtype, out_dtype), scaling)
     dense = None if isinstance(weight, NF4Weight) else weight
     arguments = flat, bias, dense, lora_A, gain[:, None] * lora_B, gain
     if torch.is_grad_enabled() and any_requires_grad(*arguments):

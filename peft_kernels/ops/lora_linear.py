@@ -107,10 +107,10 @@ def _check(x, weight, bias, lora_A, lora_B, scaling, dropout, compute_dtype, out
     so the texts are made only on failure.
     """
     check_product(x, weight, bias, compute_dtype, out_dtype)
-    _check_items("lora_A", lora_A, Tensor)
-    _check_items("lora_B", lora_B, Tensor)
-    _check_items("scaling", scaling, (float, int))
-    _check_items("dropout", dropout, (float, int))
+    check_items("lora_A", lora_A, Tensor)
+    check_items("lora_B", lora_B, Tensor)
+    check_items("scaling", scaling, (float, int))
+    check_items("dropout", dropout, (float, int))
     if seeds is not None and not (
         isinstance(seeds, Tensor) and seeds.dtype is torch.int64 and seeds.shape == (len(lora_A),)
     ):
@@ -121,7 +121,7 @@ def _check(x, weight, bias, lora_A, lora_B, scaling, dropout, compute_dtype, out
                 raise ValueError(f"{name}: got {len(items)} items, wanted none, since lora_A has none")
 
 
-def _check_items(name: str, items: Any, kind: type | tuple[type, ...]) -> None:
+def check_items(name: str, items: Any, kind: type | tuple[type, ...]) -> None:
     if not isinstance(items, (list, tuple)):
         bad(name, items, "a list or tuple with an item for each adapter")
     for item in items:

@@ -117,6 +117,7 @@ CHANGES = {
     "disabled": lambda model: model.base_model.disable_adapter_layers(),
     "merged": lambda model: model.merge_adapter(),
     "scale": lambda model: lora_of(model).scale_layer(3.0),
+    "scalings": lambda model: setattr(lora_of(model), "scaling", {"default": 5.0}),  # rescale_adapter_scale does so
     "weight of A": _replace_weight,
     "memory of A": lambda model: setattr(
         lora_of(model).lora_A["default"].weight, "data", 2 * lora_of(model).lora_A["default"].weight

@@ -392,16 +392,18 @@ def test_compiles_into_one_graph(kind, rows, grad):
             torch.testing.assert_close(ours, theirs)
 
 
+@pytest.mark.parametrize("grad", [False, True], ids=["no-grad", "grad"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_scaling_that_is_a_tensor(kind):
+def test_scaling_that_is_a_tensor(kind, grad):
     model = fused_model(kind)
     x = torch.randn(3, IN_FEATURES)
-    want = model(x)
-    prepare_model_for_compiled_hotswap(model, target_rank=8)
-    assert isinstance(layer_of(model).scaling["default"], torch.Tensor)
-    torch.testing.assert_close(model(x), want, **FP32)
-    layer_of(model).scale_layer(2.0)
-    torch.testing.assert_close(model(x), oracle(layer_of(model), x).float(), **FP32)
+    with torch.set_grad_enabled(grad):
+        want = model(x)
+        prepare_model_for_compiled_hotswap(model, target_rank=8)
+        assert isinstance(layer_of(model).scaling["default"], torch.Tensor)
+        torch.testing.assert_close(model(x), want, **FP32)
+        layer_of(model).scale_layer(2.0)  # in place
+        torch.testing.assert_close(model(x), oracle(layer_of(model), x).float(), **FP32)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -171,13 +171,13 @@ class FusedLoRA(Adaptable):
 
     def watch(self, watch: Watch) -> None:
         modules = self._modules
-        watch.attributes(self, "_disable_adapters", "_active_adapter", "cast_input_dtype_enabled")
+        watch.attributes(self, "_disable_adapters", "_active_adapter", "cast_input_dtype_enabled", "scaling")
         watch.lengths(self.merged_adapters, self.lora_variant)
         watch.items(modules, "base_layer")
         watch.module(modules["base_layer"])
         self.watch_base(modules["base_layer"], watch)
         for name in self.active_adapters:
-            watch.items(self.scaling, name)
+            watch.numbers(self.scaling, name)
             for part in ("lora_A", "lora_B", "lora_dropout"):
                 watch.items(modules[part]._modules, name)
                 if module := modules[part]._modules.get(name):

@@ -27,11 +27,19 @@ class Watch:
         self._lengths: list[Any] = []  # the container and its length
         self._tensors: list[Tensor] = []
         self._addresses: list[int] = []  # of theirs
+        self._numbers: list[Tensor] = []
+        self._found_numbers: list[float] = []  # in these
 
     def items(self, where: dict, *keys: Any) -> None:
         """Items of a dictionary, which are to be the same objects, or missing as they are."""
         for key in keys:
             self._values += where, key, where.get(key)
+
+    def numbers(self, where: dict, *keys: Any) -> None:
+        """Numbers in a dictionary, which are to be the same objects; and of the same value where they are tensors."""
+        self.items(where, *keys)
+        self._numbers += [where[key] for key in keys if isinstance(where.get(key), Tensor)]
+        self._found_numbers = [float(number) for number in self._numbers]
 
     def attributes(self, owner: Any, *names: str) -> None:
         """Attributes of an instance's own, which are to be the same objects, or missing as they are."""
@@ -58,6 +66,8 @@ class Watch:
     def holds(self) -> bool:
         """Whether all of it is as it was."""
         if not _C.unchanged(self._values, self._types, self._lengths):
+            return False
+        if self._numbers and [float(number) for number in self._numbers] != self._found_numbers:
             return False
         return self._found() == self._addresses
 

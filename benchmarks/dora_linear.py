@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import bitsandbytes as bnb
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
@@ -17,7 +16,7 @@ from torch.func import functional_call
 import peft_kernels
 from benchmarks import functions
 from benchmarks.functions import Problem, Tensors
-from benchmarks.lora_layers import RANK, SCALING, STOCK, OneLinear, stored_bytes
+from benchmarks.lora_layers import RANK, SCALING, STOCK, OneLinear, linear4bit, stored_bytes
 from benchmarks.records import FUSED, Faster, Target
 from benchmarks.report import benchmark
 from peft_kernels.ops import NF4Weight
@@ -70,9 +69,7 @@ def make_problem(case: Case) -> Problem:
 
     def layer(dora: bool, fused: bool) -> nn.Module:
         if case.four_bits:
-            base = bnb.nn.Linear4bit(k, n, bias=False, compute_dtype=torch.bfloat16, quant_type="nf4")
-            base.weight = bnb.nn.Params4bit(weight.clone(), False, quant_type="nf4", compress_statistics=True)
-            base = base.to("cpu")  # quantises it
+            base = linear4bit(weight)
         else:
             base = nn.Linear(k, n, bias=False, device="meta")
             base.weight = nn.Parameter(weight, requires_grad=False)

@@ -10,7 +10,6 @@ import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import bitsandbytes as bnb
 import torch
 from peft import IA3Config, get_peft_model
 from torch import Tensor, nn
@@ -18,7 +17,7 @@ from torch import Tensor, nn
 import peft_kernels
 from benchmarks import options, timing
 from benchmarks.finetune import saved_bytes
-from benchmarks.lora_layers import STOCK, OneLinear, stored_bytes
+from benchmarks.lora_layers import STOCK, OneLinear, linear4bit, stored_bytes
 from benchmarks.records import FUSED, Faster, Record, Target
 from benchmarks.report import Report, make_console
 from benchmarks.timing import Contender
@@ -93,11 +92,7 @@ class Problem:
 def make_problem(case: Case) -> Problem:
     n, k = case.shape
     torch.manual_seed(0)
-    linear = bnb.nn.Linear4bit(k, n, bias=False, compute_dtype=torch.bfloat16, quant_type="nf4")
-    linear.weight = bnb.nn.Params4bit(
-        (torch.randn(n, k) / k**0.5).bfloat16(), requires_grad=False, quant_type="nf4", compress_statistics=True
-    )
-    linear = linear.to("cpu")  # quantises it
+    linear = linear4bit((torch.randn(n, k) / k**0.5).bfloat16())
     weight = NF4Weight.from_params4bit(copy.deepcopy(linear.weight))
     dense = nn.Linear(k, n, bias=False, device="meta")
     dense.weight = nn.Parameter(weight.dequantize(), requires_grad=False)

@@ -48,6 +48,13 @@ class OneLinear(nn.Module):
         self.is_loaded_in_4bit = isinstance(linear, bnb.nn.Linear4bit)
 
 
+def linear4bit(weight: Tensor) -> bnb.nn.Linear4bit:
+    """A layer with a weight [N, K], which it quantises to NF4 with double quantisation."""
+    layer = bnb.nn.Linear4bit(*weight.T.shape, bias=False, compute_dtype=torch.bfloat16, quant_type="nf4")
+    layer.weight = bnb.nn.Params4bit(weight, requires_grad=False, quant_type="nf4", compress_statistics=True)
+    return layer.to(weight.device)
+
+
 class _Dequantized(nn.Module):
     """What a 4-bit layer costs without a fused product: our dequantisation, then torch's matrix product."""
 
@@ -82,11 +89,7 @@ def make_problem(case: Case, device: str = "cpu") -> Problem:
 def _make_problem(case: Case, device: str) -> Problem:
     n, k = case.shape
     torch.manual_seed(0)
-    linear = bnb.nn.Linear4bit(k, n, bias=False, compute_dtype=torch.bfloat16, quant_type="nf4")
-    linear.weight = bnb.nn.Params4bit(
-        (torch.randn(n, k) / k**0.5).bfloat16(), requires_grad=False, quant_type="nf4", compress_statistics=True
-    )
-    linear = linear.to(device)  # quantises it
+    linear = linear4bit((torch.randn(n, k) / k**0.5).bfloat16())
     weight = NF4Weight.from_params4bit(copy.deepcopy(linear.weight))
     lora_A, lora_B = torch.randn(RANK, k) / k**0.5, torch.randn(n, RANK) / RANK**0.5
 

@@ -10,14 +10,13 @@ import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-import bitsandbytes as bnb
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 import peft_kernels
 from benchmarks import timing
-from benchmarks.lora_layers import OWN_BASE, RANK, STOCK, OneLinear, relative_error, stored_bytes
+from benchmarks.lora_layers import OWN_BASE, RANK, STOCK, OneLinear, linear4bit, relative_error, stored_bytes
 from benchmarks.records import FUSED, Record
 from benchmarks.report import benchmark
 from benchmarks.timing import Contender
@@ -67,11 +66,7 @@ class Problem:
 def make_problem(case: Case) -> Problem:
     n, k = case.shape
     torch.manual_seed(0)
-    linear = bnb.nn.Linear4bit(k, n, bias=False, compute_dtype=torch.bfloat16, quant_type="nf4")
-    linear.weight = bnb.nn.Params4bit(
-        (torch.randn(n, k) / k**0.5).bfloat16(), requires_grad=False, quant_type="nf4", compress_statistics=True
-    )
-    linear = linear.to("cpu")  # quantises it
+    linear = linear4bit((torch.randn(n, k) / k**0.5).bfloat16())
     config = LoraConfig(r=RANK, target_modules=["linear"])
     model = get_peft_model(OneLinear(linear), config, adapter_name=ADAPTERS[0])
     for name in ADAPTERS[1:]:

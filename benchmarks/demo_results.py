@@ -116,7 +116,8 @@ def describe_machine(device: str) -> str:
 
 
 def describe_versions() -> str:
-    return ", ".join(f"{name} {version(name)}" for name in ("torch", "peft", "bitsandbytes", "transformers"))
+    others = (f"{name} {version(name)}" for name in ("peft", "bitsandbytes", "transformers"))
+    return ", ".join([f"torch {torch.__version__}", *others])  # with what it was built for, which a package may not say
 
 
 def save(results: dict[str, Any], settings: Any, machine: str, path: Path) -> None:

@@ -41,7 +41,7 @@ test-asan: $(INSTALLED)  ## run the kernels' tests under the address and undefin
 	    LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so) $$($${CXX:-c++} -print-file-name=libubsan.so)" \
 	    ASAN_OPTIONS=detect_leaks=0:halt_on_error=1:detect_stack_use_after_return=0 \
 	    UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
-	    $(BIN)/pytest -m "not slow" -k "not emulated" -o pythonpath= --capture=sys tests/test_nf4.py $(wildcard tests/test_lora_linear*.py tests/test_ia3*.py tests/test_adapter*.py) $(addprefix tests/test_,$(addsuffix .py,fusion cross_entropy rotary rms_norm glu dropout linear projections decoder_layer)) $(ARGS)
+	    $(BIN)/pytest -m "not slow" -k "not emulated" -o pythonpath= --capture=sys tests/test_nf4.py $(wildcard tests/test_lora_linear*.py tests/test_ia3*.py tests/test_adapter*.py) $(addprefix tests/test_,$(addsuffix .py,fusion cross_entropy rotary rms_norm glu dropout linear dora_linear projections decoder_layer)) $(ARGS)
 
 # A third one, with AMX in software (tests/amx_emulator.h).
 test-amx: $(INSTALLED)  ## run the tests of the kernels for AMX on a processor that has AVX-512 with bf16, but no AMX

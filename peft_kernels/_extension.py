@@ -44,8 +44,9 @@ def refusing(op: Callable[..., Any]) -> Callable[..., Any]:
 
 def _keep_value_errors() -> None:
     """Kernels throw `std::invalid_argument`, which is a ValueError in Python; torch 2.15 makes it a RuntimeError."""
+    nothing = torch.empty(0, device="cpu")
     try:
-        torch.ops.peft_kernels.dropout(torch.empty(0), torch.empty(0), 2.0)
+        torch.ops.peft_kernels.dropout(nothing, nothing, 2.0)
     except ValueError:
         return
     except RuntimeError:

@@ -154,3 +154,16 @@ def test_wheel_installs_and_works(tmp_path):
     location, values = result.stdout.splitlines()
     assert Path(location).is_relative_to(target)
     assert values == "[1.0, -1.0, 0.0]"
+
+
+def test_refusals_are_value_errors_whatever_torch_makes_of_them():
+    def op(message, *, error=RuntimeError):
+        raise error(message)
+
+    refusing = _extension.refusing(op)
+    with pytest.raises(ValueError, match=r"^p: got 2, wanted a probability$"):
+        refusing("p: got 2, wanted a probability")
+    for error, message in ((RuntimeError, "out of memory"), (TypeError, "x: got 1, wanted 2")):
+        with pytest.raises(error, match=message):
+            refusing(message, error=error)
+    assert _extension.refusing(max)(1, 2) == 2

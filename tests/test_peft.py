@@ -7,7 +7,6 @@ import pickle
 import warnings
 
 import bitsandbytes as bnb
-import decoding_models
 import ptx_emulator
 import pytest
 import torch
@@ -30,14 +29,12 @@ from peft_models import (
     randomize,
     stock_path_reasons,
 )
-from tiny_models import SAME_STEP
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 import peft_kernels
-from peft_kernels.integrations import registry
 from peft_kernels.testing.reference.lora_linear import lora_linear as reference
 
 # Ours may be this much less exact than the stock layer, in relative error against fp64.
@@ -190,154 +187,6 @@ def test_active_adapter_that_the_layer_lacks(kind):
     torch.testing.assert_close(model(x), oracle(layer, x, ()).float(), **FP32)
     layer._active_adapter = ["elsewhere", "default"]
     torch.testing.assert_close(model(x), oracle(layer, x, ("default",)).float(), **FP32)
-
-
-MIXED = ["b", "__base__", "default", "b", "elsewhere", "default"]
-
-
-def mixed_model(kind, dtype=torch.float32, **config):
-    """A stock model in evaluation, whose layer lacks one of the adapters in MIXED, and its accelerated copy."""
-    stock = lora_model(kind, dtype, **config).eval()
-    stock.add_adapter("b", LoraConfig(r=7, target_modules=["lin"]))
-    randomize(stock)
-    layer_of(stock).base_layer.support_avx512bf16_for_cpu = False  # else stock would round its statistics to bf16
-    fused = copy.deepcopy(stock)
-    peft_kernels.accelerate(fused)
-    return stock, fused
-
-
-def mixed_call(model, *args, **kwargs):
-    """Of the layer itself: the model refuses adapters that no layer has."""
-    return layer_of(model)(*args, adapter_names=MIXED, **kwargs)
-
-
-def mixed_oracle(model, x):
-    layer = layer_of(model)
-    return torch.stack(
-        [oracle(layer, row, (name,) if name in layer.lora_A else ()) for row, name in zip(x, MIXED, strict=True)]
-    )
-
-
-@pytest.mark.parametrize("autocast", [False, True], ids=["plain", "autocast"])
-@pytest.mark.parametrize("tokens", [1, 20])
-@pytest.mark.parametrize("adapter_dtype", [torch.float32, torch.bfloat16], ids=names)
-@pytest.mark.parametrize("dtype", FLOATS, ids=names)
-@pytest.mark.parametrize("kind", KINDS)
-def test_adapter_names(kind, dtype, adapter_dtype, tokens, autocast, caplog):
-    stock, fused = mixed_model(kind, dtype)
-    for model in (stock, fused):
-        for part in (layer_of(model).lora_A, layer_of(model).lora_B):
-            part.to(adapter_dtype)
-    x = torch.randn(len(MIXED), tokens, IN_FEATURES, dtype=dtype)
-    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        y, theirs = mixed_call(fused, x), mixed_call(stock, x)
-        assert not caplog.messages
-    want = mixed_oracle(fused, x)
-    assert y.dtype == theirs.dtype
-    assert error(y, want) <= max(ERROR_RATIO * error(theirs, want), FP32_NOISE)
-    if kind == "4bit":
-        assert not is_repacked(layer_of(fused).base_layer)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_adapter_names_go_through_the_model(kind, caplog):
-    stock, fused = mixed_model(kind)
-    x, adapter_names = torch.randn(3, IN_FEATURES), ["default", "__base__", "b"]
-    with torch.no_grad():
-        assert stock_path_reasons(fused, caplog, x, adapter_names=adapter_names) == []
-        y = fused(x, adapter_names=adapter_names)
-        torch.testing.assert_close(y, stock(x, adapter_names=adapter_names), **FP32)
-        for ours, row, active in zip(y, x, (("default",), (), ("b",)), strict=True):
-            torch.testing.assert_close(ours, oracle(layer_of(fused), row, active).float(), **FP32)
-        fused(x, adapter_names=["__base__"] * 3)
-        assert fused(x[:0], adapter_names=[]).shape == (0, OUT_FEATURES)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_adapter_names_of_strided_and_higher_x(kind):
-    _, fused = mixed_model(kind)
-    x = torch.randn(2, 5, len(MIXED), IN_FEATURES).permute(2, 0, 1, 3)
-    with torch.no_grad():
-        torch.testing.assert_close(mixed_call(fused, x), mixed_call(fused, x.contiguous()))
-        flat = x.reshape(len(MIXED), 10, IN_FEATURES)
-        torch.testing.assert_close(mixed_call(fused, x).flatten(1, 2), mixed_oracle(fused, flat).float(), **FP32)
-
-
-# What is done to a model, and to its call; the reason that is logged.
-MIXED_FALLS = {
-    "gradient": ({}, "adapter_names was given, and a gradient is wanted"),
-    "dropout": ({"lora_dropout": 0.5}, "adapter 'default' has dropout, and adapter_names was given"),
-    "lora_bias": ({"lora_bias": True}, "adapter 'default' has lora_bias"),
-    "alora_offsets": ({}, "alora_offsets was given"),
-    "hook": ({}, "adapter 'b' has hooks"),
-}
-
-
-@pytest.mark.parametrize("what", MIXED_FALLS)
-@pytest.mark.parametrize("kind", KINDS)
-def test_adapter_names_that_fall_through(kind, what, caplog):
-    config, reason = MIXED_FALLS[what]
-    stock, fused = mixed_model(kind, **config)
-    calls, options = [], {}
-    if what == "hook":
-        layer_of(fused).lora_A["b"].register_forward_hook(lambda *args: calls.append(args))
-    if what == "alora_offsets":
-        options["alora_offsets"] = [None] * len(MIXED)
-    layers = [layer_of(model).train(what == "dropout") for model in (stock, fused)]
-    x, results = torch.randn(len(MIXED), IN_FEATURES), []
-    registry._logged.clear()
-    for layer in layers:
-        with torch.set_grad_enabled(what == "gradient"):
-            results.append(layer(x, adapter_names=MIXED, **options))
-    if what != "dropout":  # of which the masks differ
-        torch.testing.assert_close(results[1], results[0], **FP32)
-    assert results[1].requires_grad == (what == "gradient")
-    assert [message.split(": ")[1] for message in caplog.messages] == [reason]
-    assert len(calls) == (what == "hook")
-
-
-MIXED_ERRORS = {
-    "too short": lambda model: {"adapter_names": ["b"]},
-    "no list": lambda model: {"adapter_names": 3},
-    "merged": lambda model: model.merge_adapter() or {"adapter_names": MIXED},
-    "unknown": lambda model: {"adapter_names": [*MIXED[:-1], "c"]},
-    "training": lambda model: model.train() and {"adapter_names": ["b"] * 6},
-    "dora": lambda model: (
-        model.add_adapter("c", LoraConfig(r=2, target_modules=["lin"], use_dora=True))
-        or {"adapter_names": ["b", "c"] * 3}
-    ),
-}
-
-
-@pytest.mark.parametrize("change", MIXED_ERRORS)
-@pytest.mark.parametrize("kind", KINDS)
-def test_adapter_names_that_peft_refuses(kind, change):
-    messages = []
-    for model in mixed_model(kind):
-        options = MIXED_ERRORS[change](model)
-        with torch.no_grad(), pytest.raises((ValueError, TypeError)) as raised:
-            model(torch.randn(6, IN_FEATURES), **options)
-        messages.append((type(raised.value), str(raised.value)))
-    assert messages[0] == messages[1]
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_adapter_names_with_disabled_adapters(kind):
-    _, fused = mixed_model(kind)
-    x = torch.randn(len(MIXED), IN_FEATURES)
-    with torch.no_grad(), fused.disable_adapter():
-        torch.testing.assert_close(mixed_call(fused, x), oracle(layer_of(fused), x, ()).float(), **FP32)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_adapter_names_compile_into_one_graph(kind):
-    torch.compiler.reset()
-    _, fused = mixed_model(kind)
-    compiled = torch.compile(layer_of(fused), backend="aot_eager", fullgraph=True)
-    for tokens in (2, 40):
-        x = torch.randn(len(MIXED), tokens, IN_FEATURES)
-        with torch.no_grad():
-            torch.testing.assert_close(compiled(x, adapter_names=MIXED), mixed_call(fused, x))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -552,14 +401,6 @@ def test_layers_on_the_cuda_kernels(kind):
     assert error(y, oracle(layer, x)) < 1e-5
     assert all(name in kernels for name in ("lora_shrink", "lora_expand", "lora_dy_pass", "lora_x_pass"))
 
-    _, fused = mixed_model(kind)
-    x = torch.randn(len(MIXED), 3, IN_FEATURES)
-    with emulated() as launches, torch.no_grad():
-        y = mixed_call(fused, x)
-        kernels = [record["kernel"] for record in launches()]
-    assert error(y, mixed_oracle(fused, x)) < 1e-5
-    assert sum("lora_expand" in name for name in kernels) >= sum(name in layer_of(fused).lora_A for name in MIXED)
-
 
 def test_other_devices_are_left_to_stock():
     x = torch.empty(2, IN_FEATURES, device="meta")
@@ -653,33 +494,6 @@ def test_language_model(kind):
     for want, got in zip(*results, strict=True):
         torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-5)
     assert torch.equal(fused.eval()(tokens).logits, fused.train()(tokens).logits)
-
-
-@pytest.mark.parametrize("options", [{}, {"num_beams": 2}], ids=["greedy", "beams"])
-@pytest.mark.parametrize("kind", ["dense", "4bit"])
-def test_generation_of_a_mixed_batch(kind, options, caplog):
-    stock = decoding_models.make(base=kind)
-    # On fewer layers than the other, which the others of a batch then run without.
-    stock.add_adapter("b", LoraConfig(r=3, lora_alpha=24, target_modules=["q_proj", "down_proj"]))
-    randomize(stock)
-    fused = copy.deepcopy(stock)
-    assert not peft_kernels.accelerate(fused).left_alone
-    tokens = torch.randint(3, 60, (4, 9))
-    call = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "max_new_tokens": 6, "do_sample": False,
-            "adapter_names": ["b", "default", "__base__", "b"], "pad_token_id": 0, **options}  # fmt: skip
-    call |= {"output_logits": True, "return_dict_in_generate": True}
-    fused.generate(**call | {"adapter_names": None})  # layers keep what they found out, adapters among it
-    registry._logged.clear()
-    want, got = (model.generate(**call) for model in (stock, fused))
-    assert caplog.messages == []
-    assert torch.equal(got.sequences, want.sequences)
-    for ours, theirs in zip(got.logits, want.logits, strict=True):
-        assert error(ours, theirs) <= SAME_STEP
-    fused.set_adapter("b")
-    alone = fused(input_ids=tokens[:1]).logits[:, -1]
-    assert error(got.logits[0][:1], alone) <= SAME_STEP
-    fused.set_adapter("default")
-    assert error(fused(input_ids=tokens[:1]).logits[:, -1], alone) > 10 * SAME_STEP
 
 
 @pytest.mark.slow

@@ -133,7 +133,7 @@ ConstHeads heads_of(const Tensor& saved, const char* name, const Ia3AttentionPar
 #if defined(PEFT_KERNELS_CUDA)
 void check_cuda_operands(const Ia3AttentionParams& params) {
     if (const char* refusal = cuda::ia3_attention_refusal(params))
-        throw std::invalid_argument(std::string("ia3_attention: no CUDA kernel takes these tensors: ") + refusal);
+        bad_argument("q, k and v", std::string("tensors that no CUDA kernel takes (") + refusal + ")", "others");
 }
 #endif
 

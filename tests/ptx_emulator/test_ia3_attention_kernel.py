@@ -252,7 +252,7 @@ def test_rows_at_any_address_go_to_torch(emulated):
 def test_the_op_refuses_what_it_has_no_kernel_for(emulated, dtype, dropout, reason):
     case = make_case(dtype=dtype, scales=())
     tensors = (case.tensors[name] for name in "qkv")
-    with pytest.raises(ValueError, match=f"no CUDA kernel takes these tensors: {reason}"):
+    with pytest.raises(ValueError, match=rf"q, k and v: got tensors that no CUDA kernel takes \({reason}"):
         torch.ops.peft_kernels.ia3_attention_forward(
             *tensors, None, None, None, 1.0, False, 0, *[None] * 6, dropout, torch.tensor([1]), False
         )

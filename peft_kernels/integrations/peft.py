@@ -16,8 +16,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from ..ops.dora_linear import dora_linear_of_layer, dora_norm
-from ..ops.lora_linear import lora_linear_of_layer
-from ..ops.lora_linear_grouped import lora_linear_grouped_of_layer, wants_gradients
+from ..ops.lora_linear import lora_linear_of_layer, wants_gradients
+from ..ops.lora_linear_grouped import lora_linear_grouped_of_layer
 from .dropout import Dropout
 from .linear import (
     NO_ADAPTERS,

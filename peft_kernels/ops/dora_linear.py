@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 from ._arguments import any_requires_grad, bad, check_dropout, is_float, like_rows, matrix
 from ._linear import check_devices, check_product, product_dtypes, without_autocast
 from .dropout import dropout as drop
-from .ia3_linear import ScaledProduct, ia3_linear
+from .ia3_linear import ScaledProduct
 from .lora_linear import lora_linear_of_layer
 from .nf4 import NF4Weight, dequantize_4bit_rows
 
@@ -187,9 +187,7 @@ class _Call:
     scaling: float
 
     def infer(self, x, bias, lora_A, lora_B, gain) -> Tensor:
-        product = self.product
-        dtypes = {"compute_dtype": product.compute_dtype, "out_dtype": product.out_dtype}
-        return self.add_branch(x, ia3_linear(x, product.weight, None, None, gain, **dtypes), bias, lora_A, lora_B)[0]
+        return self.add_branch(x, self.product.infer(x, None, None, gain), bias, lora_A, lora_B)[0]
 
     def add_branch(self, x, add, bias, lora_A, lora_B) -> tuple[Tensor, Tensor]:
         """Returns y [M, N], and x Aᵀ [M, r] in fp32."""

@@ -65,12 +65,8 @@ def ia3_linear(
     dense = None if isinstance(weight, NF4Weight) else weight
     if torch.is_grad_enabled() and any_requires_grad(x, bias, dense, l_in, l_out):
         y = _IA3Linear.apply(flat, bias, dense, l_in, l_out, call)
-    elif dense is not None and flat.shape[0] <= FEW_ROWS:
-        # `linear` reads the weight several times as fast as a kernel that packs it first, and passes over so few rows
-        # of x and y cost nothing.
-        y = call.separate_passes(flat, bias, l_in, l_out)
     else:
-        y, _ = call.forward(flat, bias, l_in, l_out, False)
+        y = call.infer(flat, bias, l_in, l_out)
     return like_rows(y, x)
 
 
@@ -95,7 +91,12 @@ class ScaledProduct:
             _fp32(l_in), _fp32(l_out), keeps_unscaled,
         )  # fmt: skip
 
-    def separate_passes(self, x, bias, l_in, l_out) -> Tensor:
+    def infer(self, x, bias, l_in, l_out) -> Tensor:
+        """Returns y [M, N] without a gradient."""
+        if isinstance(self.weight, NF4Weight) or x.shape[0] > FEW_ROWS:
+            return self.forward(x, bias, l_in, l_out, False)[0]
+        # `linear` reads the weight several times as fast as a kernel that packs it first, and passes over so few rows
+        # of x and y cost nothing.
         dtype = self.compute_dtype
         with without_autocast(x.device.type):
             x = (x if l_in is None else x * l_in).to(dtype)

@@ -91,13 +91,20 @@ def lora_linear_of_layer(
     elif len(dropout) == len(lora_A):  # another number of zeros is the op's to refuse
         dropout = ()
     dense = None if isinstance(weight, NF4Weight) else weight
-    # Without the second condition torch.compile would lose `ctx`: where nothing needs a gradient, it takes forward's
-    # signature, whose *adapters hold two tensors, for one without it.
-    if torch.is_grad_enabled() and any_requires_grad(x, bias, dense, *lora_A, *lora_B):
+    # If nothing but grad mode were asked, torch.compile would lose `ctx`: where nothing needs a gradient, it takes
+    # forward's signature, whose *adapters hold two tensors, for one without it.
+    if wants_gradients(x, weight, bias, lora_A, lora_B):
         call = _Call(weight, compute_dtype, out_dtype, tuple(scaling), tuple(dropout))
         return _LoRALinear.apply(x, bias, seeds, dense, call, len(lora_A), *lora_A, *lora_B)
     owns = dense is not None and outruns_torch(x, dense, compute_dtype)[0]
     return _forward(x, weight, bias, lora_A, lora_B, scaling, dropout, compute_dtype, out_dtype, seeds, False, owns)[0]
+
+
+def wants_gradients(
+    x: Tensor, weight: Tensor | NF4Weight, bias: Tensor | None, lora_A: Sequence[Tensor], lora_B: Sequence[Tensor]
+) -> bool:
+    dense = None if isinstance(weight, NF4Weight) else weight
+    return torch.is_grad_enabled() and any_requires_grad(x, bias, dense, *lora_A, *lora_B)
 
 
 def _check(x, weight, bias, lora_A, lora_B, scaling, dropout, compute_dtype, out_dtype, seeds) -> None:

@@ -11,9 +11,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ._arguments import any_requires_grad, bad, describe, refuse
+from ._arguments import bad, describe, refuse
 from ._linear import check_devices, check_product, named, product_dtypes
-from .lora_linear import check_items, lora_linear_of_layer
+from .lora_linear import check_items, lora_linear_of_layer, wants_gradients
 from .nf4 import NF4Weight
 
 
@@ -63,13 +63,6 @@ def lora_linear_grouped(
         refuse("x", "one that requires a gradient, or parameters that do", "a call under torch.no_grad()")
     compute_dtype, out_dtype = product_dtypes(x, compute_dtype, out_dtype)
     return lora_linear_grouped_of_layer(x, weight, bias, lora_A, lora_B, scaling, index, compute_dtype, out_dtype)
-
-
-def wants_gradients(
-    x: Tensor, weight: Tensor | NF4Weight, bias: Tensor | None, lora_A: Sequence[Tensor], lora_B: Sequence[Tensor]
-) -> bool:
-    dense = None if isinstance(weight, NF4Weight) else weight
-    return torch.is_grad_enabled() and any_requires_grad(x, dense, bias, *lora_A, *lora_B)
 
 
 def lora_linear_grouped_of_layer(

@@ -13,10 +13,9 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.func import functional_call
 
-import peft_kernels
 from benchmarks import functions
 from benchmarks.functions import Problem, Tensors
-from benchmarks.lora_layers import RANK, SCALING, STOCK, OneLinear, linear4bit, stored_bytes
+from benchmarks.lora_layers import RANK, SCALING, STOCK, OneLinear, dense_linear, fused, linear4bit, stored_bytes
 from benchmarks.records import FUSED, Faster, Target
 from benchmarks.report import benchmark
 from peft_kernels.ops import NF4Weight
@@ -67,22 +66,14 @@ def make_problem(case: Case) -> Problem:
         "lora_B": torch.randn(n, RANK) / RANK**0.5, "magnitude": 1 + torch.randn(n) / 4,
     }  # fmt: skip
 
-    def layer(dora: bool, fused: bool) -> nn.Module:
-        if case.four_bits:
-            base = linear4bit(weight)
-        else:
-            base = nn.Linear(k, n, bias=False, device="meta")
-            base.weight = nn.Parameter(weight, requires_grad=False)
+    def layer(dora: bool) -> nn.Module:
+        base = linear4bit(weight) if case.four_bits else dense_linear(weight)
         config = LoraConfig(r=RANK, lora_alpha=int(SCALING * RANK), target_modules=["linear"], use_dora=dora)
-        model = get_peft_model(OneLinear(base), config)
-        if fused and (left_alone := peft_kernels.accelerate(model).left_alone):
-            raise RuntimeError(f"a layer that should have been fused was not: {left_alone}")
-        return model.base_model.model.linear
+        return get_peft_model(OneLinear(base), config).base_model.model.linear
 
-    def call(dora: bool, fused: bool) -> functions.Function:
-        module = layer(dora, fused)
+    def call(module: nn.Module) -> functions.Function:
         names = {"lora_A": "lora_A.default.weight", "lora_B": "lora_B.default.weight"}
-        if dora:
+        if module.lora_variant:
             names["magnitude"] = "lora_magnitude_vector.default.weight"
 
         def function(t: Tensors) -> Tensor:
@@ -90,7 +81,7 @@ def make_problem(case: Case) -> Problem:
 
         return function
 
-    stored = layer(True, True).base_layer.weight
+    stored = layer(dora=True).base_layer.weight
     decoded = NF4Weight.from_params4bit(stored).dequantize() if case.four_bits else stored
 
     def work(phase: str) -> tuple[float, float]:
@@ -102,7 +93,7 @@ def make_problem(case: Case) -> Problem:
         str(case),
         leaves,
         torch.randn(case.rows, n).bfloat16(),
-        {FUSED: call(True, True), STOCK: call(True, False), LORA: call(False, True)},
+        {FUSED: call(fused(layer(True))), STOCK: call(layer(True)), LORA: call(fused(layer(False)))},
         lambda t: oracle(t["x"], decoded, None, t["lora_A"], t["lora_B"], t["magnitude"], SCALING),
         TOLERANCE,
         work,

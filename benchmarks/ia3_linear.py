@@ -14,10 +14,9 @@ import torch
 from peft import IA3Config, get_peft_model
 from torch import Tensor, nn
 
-import peft_kernels
 from benchmarks import options, timing
 from benchmarks.finetune import saved_bytes
-from benchmarks.lora_layers import STOCK, OneLinear, linear4bit, stored_bytes
+from benchmarks.lora_layers import STOCK, OneLinear, dense_linear, fused, linear4bit, stored_bytes
 from benchmarks.records import FUSED, Faster, Record, Target
 from benchmarks.report import Report, make_console
 from benchmarks.timing import Contender
@@ -94,8 +93,7 @@ def make_problem(case: Case) -> Problem:
     torch.manual_seed(0)
     linear = linear4bit((torch.randn(n, k) / k**0.5).bfloat16())
     weight = NF4Weight.from_params4bit(copy.deepcopy(linear.weight))
-    dense = nn.Linear(k, n, bias=False, device="meta")
-    dense.weight = nn.Parameter(weight.dequantize(), requires_grad=False)
+    dense = dense_linear(weight.dequantize())
     vector = 1 + 0.3 * torch.randn(k if case.feedforward else n)
 
     def with_ia3() -> nn.Module:
@@ -105,11 +103,9 @@ def make_problem(case: Case) -> Problem:
         layer.ia3_l["default"] = nn.Parameter(vector.view_as(layer.ia3_l["default"]).clone())
         return layer.train(case.training)
 
-    fused = nn.Sequential(with_ia3())
-    if left_alone := peft_kernels.accelerate(fused).left_alone:
-        raise RuntimeError(f"a layer that should have been fused was not: {left_alone}")
+    layers = {FUSED: fused(with_ia3()), STOCK: with_ia3(), DENSE: dense}
     x, grad_y = torch.randn(case.rows, k).bfloat16(), torch.randn(case.rows, n).bfloat16()
-    return Problem(case, x, grad_y, weight, {FUSED: fused[0], STOCK: with_ia3(), DENSE: dense})
+    return Problem(case, x, grad_y, weight, layers)
 
 
 def check(problem: Problem, isas: Sequence[str]) -> dict[str, float]:

@@ -55,6 +55,20 @@ def linear4bit(weight: Tensor) -> bnb.nn.Linear4bit:
     return layer.to(weight.device)
 
 
+def dense_linear(weight: Tensor) -> nn.Linear:
+    """A layer with a frozen weight [N, K]."""
+    layer = nn.Linear(*weight.T.shape, bias=False, device="meta")
+    layer.weight = nn.Parameter(weight, requires_grad=False)
+    return layer
+
+
+def fused(layer: nn.Module) -> nn.Module:
+    """The layer, accelerated in place."""
+    if left_alone := peft_kernels.accelerate(nn.Sequential(layer)).left_alone:
+        raise RuntimeError(f"a layer that should have been fused was not: {left_alone}")
+    return layer
+
+
 class _Dequantized(nn.Module):
     """What a 4-bit layer costs without a fused product: our dequantisation, then torch's matrix product."""
 
@@ -96,9 +110,7 @@ def _make_problem(case: Case, device: str) -> Problem:
     x, grad_y = torch.randn(case.rows, k).bfloat16(), torch.randn(case.rows, n).bfloat16()
 
     def dense() -> nn.Module:
-        layer = nn.Linear(k, n, bias=False, device="meta")
-        layer.weight = nn.Parameter(weight.dequantize(), requires_grad=False)
-        return layer
+        return dense_linear(weight.dequantize())
 
     def with_lora(base: nn.Module) -> nn.Module:
         config = LoraConfig(
@@ -108,13 +120,6 @@ def _make_problem(case: Case, device: str) -> Problem:
         layer.lora_A["default"].weight = nn.Parameter(lora_A.clone())
         layer.lora_B["default"].weight = nn.Parameter(lora_B.clone())
         return layer.train(case.training)
-
-    def fused(layer: nn.Module) -> nn.Module:
-        model = nn.Sequential(layer)
-        converted = peft_kernels.accelerate(model)
-        if converted.left_alone:
-            raise RuntimeError(f"a layer that should have been fused was not: {converted}")
-        return model[0]
 
     def own(linear: nn.Module = linear) -> nn.Module:
         return copy.deepcopy(linear).train(case.training)

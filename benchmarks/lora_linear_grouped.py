@@ -14,9 +14,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
-import peft_kernels
 from benchmarks import timing
-from benchmarks.lora_layers import OWN_BASE, RANK, STOCK, OneLinear, linear4bit, relative_error, stored_bytes
+from benchmarks.lora_layers import OWN_BASE, RANK, STOCK, OneLinear, fused, linear4bit, relative_error, stored_bytes
 from benchmarks.records import FUSED, Record
 from benchmarks.report import benchmark
 from benchmarks.timing import Contender
@@ -74,11 +73,9 @@ def make_problem(case: Case) -> Problem:
     stock = model.base_model.model.linear.eval()
     for lora_B in stock.lora_B.values():
         nn.init.normal_(lora_B.weight, std=RANK**-0.5)
-    fused = nn.Sequential(copy.deepcopy(stock))
-    if left_alone := peft_kernels.accelerate(fused).left_alone:
-        raise RuntimeError(f"a layer that should have been fused was not: {left_alone}")
+    ours = fused(copy.deepcopy(stock))
     weight = NF4Weight.from_params4bit(copy.deepcopy(linear.weight))  # stock's will be repacked
-    layers = {FUSED: fused[0], STOCK: stock, OWN_BASE: fused[0].base_layer}
+    layers = {FUSED: ours, STOCK: stock, OWN_BASE: ours.base_layer}
     return Problem(case, torch.randn(len(INDEX), case.tokens, k).bfloat16(), weight, layers)
 
 
@@ -117,13 +114,13 @@ def run(case: Case, vs: Sequence[str], isas: Sequence[str], seconds: float, say:
     contenders += [Contender(BASELINES[name], {"forward": calls[BASELINES[name]]}, grad=False) for name in vs]
     records = []
     for contender, taken in zip(contenders, timing.interleaved(contenders, seconds), strict=True):
-        fused = contender.name == FUSED
+        is_fused = contender.name == FUSED
         size, flops = work(case, stored_bytes(problem.weight), contender.name != OWN_BASE)
         peak = timing.peak_memory(contender.run)
         records.append(
             Record(
                 str(case), "forward", contender.name, contender.isa, taken["forward"], size, flops,
-                errors[contender.isa] if fused else None, peak, None,
+                errors[contender.isa] if is_fused else None, peak, None,
             )
         )  # fmt: skip
     return records

@@ -1,6 +1,7 @@
 """How the tests of all families compare a result with its oracle's."""
 
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -57,6 +58,16 @@ def views_of_x(x: Tensor) -> dict[str, Tensor]:
         "3d": x.view(2, m // 2, d),
         "3d-transposed": x.view(2, m // 2, d).transpose(0, 1).contiguous().transpose(0, 1),
     }
+
+
+def differentiated(
+    function: Callable[..., Tensor], arguments: dict[str, Any], grad_y: Tensor, **options
+) -> dict[str, Tensor]:
+    """y, and the gradient of every argument that is a tensor, by name."""
+    leaves = {name: value.detach().requires_grad_() for name, value in arguments.items() if isinstance(value, Tensor)}
+    y = function(**(arguments | leaves), **options)
+    y.backward(grad_y.to(y.dtype))
+    return {"y": y.detach(), **{name: leaf.grad for name, leaf in leaves.items()}}
 
 
 def saved_for_backward(call: Callable[[], Tensor], known: Iterable[Tensor | None]) -> tuple[Tensor, dict[int, int]]:

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, fields, replace
 
 import torch
+from comparison import differentiated
 from torch import Tensor
 
 from peft_kernels.ops import NF4Weight, ia3_linear, quantize_4bit
@@ -56,11 +57,7 @@ def make_case(
 
 def run(case: Case, function=ia3_linear, **options) -> dict[str, Tensor]:
     """y and every gradient, by name."""
-    leaves = {name: tensor.detach().requires_grad_() for name, tensor in case.leaves().items()}
-    arguments = {name: leaves.get(name, getattr(case, name)) for name in LEAVES}
-    y = function(**arguments, **options)
-    y.backward(case.grad_y.to(y.dtype))
-    return {"y": y.detach(), **{name: leaf.grad for name, leaf in leaves.items()}}
+    return differentiated(function, {name: getattr(case, name) for name in LEAVES}, case.grad_y, **options)
 
 
 def expected(case: Case) -> dict[str, Tensor]:

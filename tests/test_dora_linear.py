@@ -6,7 +6,7 @@ import pytest
 import tolerances
 import torch
 import torch.nn.functional as F
-from comparison import DTYPES, assert_close, error, mode_id, saved_for_backward, short
+from comparison import DTYPES, assert_close, differentiated, error, mode_id, saved_for_backward, short
 from lora_linear_cases import BASES
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
@@ -63,11 +63,8 @@ def make_case(m, n, k, x_dtype=torch.float32, adapter_dtype=torch.float32, base=
 
 def run(case: Case, function=dora_linear, **options) -> dict[str, Tensor]:
     """y and every gradient, by name."""
-    leaves = {name: tensor.detach().requires_grad_() for name, tensor in case.leaves().items()}
-    arguments = {name: leaves.get(name, getattr(case, name)) for name in LEAVES}
-    y = function(**arguments, scaling=SCALING, **options)
-    y.backward(case.grad_y.to(y.dtype))
-    return {"y": y.detach(), **{name: leaf.grad for name, leaf in leaves.items()}}
+    arguments = {name: getattr(case, name) for name in LEAVES}
+    return differentiated(function, arguments, case.grad_y, scaling=SCALING, **options)
 
 
 def dense(weight: Tensor | NF4Weight) -> Tensor:

@@ -38,12 +38,14 @@ class PlainFusion(AdapterFusion):
         up_biases: Sequence[Tensor | None],
         scales: Sequence[float | Tensor],
         residual: Tensor | None = None,
+        temperature: float | None = None,
     ) -> Tensor:
+        temperature = self.temperature if temperature is None else temperature
         each = zip(bottlenecks, up_weights, up_biases, scales, strict=True)
         outputs = torch.stack([F.linear(h, weight, bias) * scale for h, weight, bias, scale in each], dim=-2)
         values = outputs if self.value is None else self.value(outputs)
         scores = (self.key(outputs) @ self.query(query_input).unsqueeze(-1)).squeeze(-1)
-        weights = F.softmax(F.dropout(scores, self.dropout, self.training) / self.temperature, dim=-1)
+        weights = F.softmax(F.dropout(scores, self.dropout, self.training) / temperature, dim=-1)
         z = (weights.to(values.dtype).unsqueeze(-2) @ values).squeeze(-2)
         return z if residual is None else z.to(residual.dtype) + residual
 

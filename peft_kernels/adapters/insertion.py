@@ -15,6 +15,7 @@ from torch import nn
 from ..integrations.registry import FLOAT_DTYPES, check_module
 from ..nn import AdapterFusion
 from ..printing import PrintedReport, starred
+from . import calls
 from .config import AdapterConfig, FusionConfig
 from .places import Place, Seam, find_places
 from .sites import BASE, AdapterSite, Setup, one_of
@@ -254,7 +255,8 @@ def adapter_rows(model: nn.Module, names: Sequence[str | None]) -> Iterator[None
     """Within it each row of a batch has the adapter of its name; None or '__base__' for none.
 
     For one call of the model its argument `adapter_names` does the same. This is for several, such as `generate`'s
-    (where beams count as rows), and for calls of the model's parts. The backward of layers that are checkpointed
+    (where beams count as rows), and for calls of the model's parts. It holds for the thread, and the context of a
+    coroutine, that enters it. If one of the model's parts is called and has layers that are checkpointed, the backward
     belongs within it, too.
 
     Raises:
@@ -263,11 +265,8 @@ def adapter_rows(model: nn.Module, names: Sequence[str | None]) -> Iterator[None
     """
     check_module(model)
     setup = require_setup(model)
-    before, setup.rows = setup.rows, setup.checked(names)
-    try:
+    with calls.entered(setup, setup.checked(names)):
         yield
-    finally:
-        setup.rows = before
 
 
 def fuse_adapters(

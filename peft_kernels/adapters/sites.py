@@ -14,6 +14,8 @@ from torch.utils.hooks import RemovableHandle
 
 from ..nn import BottleneckAdapter
 from ..ops.adapter import adapter_grouped, bottleneck
+from . import calls
+from .calls import Call, Rows
 from .config import AdapterConfig, FusionConfig
 from .places import Place, Seam
 
@@ -27,7 +29,6 @@ class Setup:
     Attributes:
         adapters, fusions: by name.
         active: the name of the adapter or fusion that runs; None for the base alone.
-        rows: instead of it, for each example of a batch the name of its adapter, while `adapter_rows` is entered.
         frozen: the parameters that insertion froze, by their names in the model that it was given first.
         handles: of that model's own hooks, which take `adapter_names`.
     """
@@ -35,33 +36,20 @@ class Setup:
     adapters: dict[str, AdapterConfig] = field(default_factory=dict)
     fusions: dict[str, FusionConfig] = field(default_factory=dict)
     active: str | None = None
-    rows: tuple[str, ...] | None = None
     frozen: tuple[str, ...] = ()
     handles: tuple[RemovableHandle, ...] = ()
-    _rows_of_call: tuple[str, ...] | None = None
-    _in_call: bool = False
 
-    @property
-    def batch(self) -> tuple[str, ...] | None:
-        """The names of the rows of the batch that is being computed, if it has any.
-
-        Those of the model's last call outlive it: a checkpointed layer is computed again in the backward.
-        """
-        if self._rows_of_call is not None and (self._in_call or torch._C._current_graph_task_id() != -1):
-            return self._rows_of_call
-        return self.rows
-
-    def checked(self, names: Iterable[str | None]) -> tuple[str, ...]:
+    def checked(self, names: Iterable[str | None]) -> Rows:
         """The names of a batch's rows, with `BASE` for those without an adapter.
 
         Raises:
             ValueError: one of them is no adapter's.
         """
-        if isinstance(names, str):
+        if not isinstance(names, (list, tuple)):
             raise ValueError(f"adapter_names: got {names!r}, wanted a list with a name for each row of the batch")
         rows = tuple(BASE if name is None else name for name in names)
         for name in rows:
-            if name != BASE and name not in self.adapters:
+            if name not in [*self.adapters, BASE]:  # a list, since a name may be unhashable
                 raise ValueError(f"adapter_names: got {name!r}, wanted {one_of([*self.adapters, BASE])}")
         return rows
 
@@ -83,13 +71,12 @@ class Setup:
 def _begin_call(setup: Setup, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
     kwargs = dict(kwargs)
     names = kwargs.pop("adapter_names", None)
-    setup._rows_of_call = None if names is None else setup.checked(names)
-    setup._in_call = True
+    calls.begin(setup, None if names is None else setup.checked(names))
     return args, kwargs
 
 
 def _end_call(setup: Setup, model: nn.Module, args: tuple, output: Any) -> None:
-    setup._in_call = False
+    calls.end(setup, output)
 
 
 def one_of(names: Iterable[str]) -> str:
@@ -102,7 +89,7 @@ class AdapterSite(nn.Module):
     """The layers of every adapter and fusion at one place.
 
     A child of the module that it hooks, so that its parameters move, are saved and are found with the model's. The
-    hooks are functions of this file that are bound to the site, so that a copied or pickled model has its own.
+    hooks are functions of this file with arguments that go along when a model is copied or pickled.
     """
 
     def __init__(self, setup: Setup, place: Place, features: int) -> None:
@@ -110,22 +97,22 @@ class AdapterSite(nn.Module):
         self.setup, self.place, self.features = setup, place, features
         self.adapters, self.fusions = nn.ModuleDict(), nn.ModuleDict()
         self.handles: tuple[RemovableHandle, ...] = ()
-        self.input: Tensor | None = None  # what a parallel adapter reads, from the start of its sublayer to the end
 
     def attach(self, model: nn.Module) -> None:
         """Becomes a child of its module, and hooks it."""
         module = model.get_submodule(self.place.path)
         module.add_module(self.place.site_name, self.train(module.training))
+        name = self.place.site_name
         # Before other hooks on the output: what they record is then what the module's caller gets.
         if self.place.seam is Seam.NORM:
-            handles = [module.register_forward_pre_hook(partial(_before_norm, self))]
+            handles = [module.register_forward_pre_hook(partial(_before_norm, name))]
         elif self.place.seam is Seam.SERIES:
-            handles = [module.register_forward_hook(partial(_in_series, self), prepend=True)]
+            handles = [module.register_forward_hook(partial(_in_series, name), prepend=True)]
         else:
             start = model.get_submodule(self.place.start)
             handles = [
-                start.register_forward_pre_hook(partial(_at_start, self), with_kwargs=True),
-                module.register_forward_hook(partial(_in_parallel, self), prepend=True),
+                start.register_forward_pre_hook(partial(_at_start, self.setup, self.place), with_kwargs=True),
+                module.register_forward_hook(partial(_in_parallel, name), prepend=True),
             ]
         self.handles = tuple(handles)
 
@@ -135,41 +122,45 @@ class AdapterSite(nn.Module):
             handle.remove()
         delattr(module, self.place.site_name)
 
-    @property
-    def acts(self) -> bool:
-        """Whether anything that is active has a layer here."""
-        rows, active = self.setup.batch, self.setup.active
-        if rows is not None:
-            return any(name in self.adapters for name in rows)
-        return active is not None and (active in self.adapters or active in self.fusions)
+    def call(self, x: Tensor) -> Call | None:
+        """The call of the model that x is of, if anything that runs in it has a layer here.
 
-    def forward(self, x: Tensor, residual: Tensor, norm: nn.Module | None = None) -> Tensor:
+        Raises:
+            ValueError: it names an adapter for each row of a batch, and x has not as many.
+        """
+        call = calls.current(self.setup)
+        call.notice_recomputation()
+        rows = call.rows
+        if rows is not None and x.shape[0] != len(rows):
+            raise ValueError(
+                f"adapter_names: got {len(rows)} names, wanted {x.shape[0]}, one for each row of the batch"
+            )
+        return call if call.acts(self) else None
+
+    def forward(self, x: Tensor, residual: Tensor, norm: nn.Module | None = None, call: Call | None = None) -> Tensor:
         """`residual` plus what the active adapters make of x, or of norm(x); x and residual are [batch, ..., d]."""
-        rows, active = self.setup.batch, self.setup.active
-        if rows is not None:
-            return self._of_rows(rows, x, residual, norm)
-        if active in self.fusions:
-            return self._fused(active, x, residual, norm)
-        return _apply(self.adapters[active], x, residual, norm)
+        call = calls.current(self.setup) if call is None else call
+        if call.rows is not None:
+            return self._of_rows(call.rows, x, residual, norm)
+        if call.active in self.fusions:
+            return self._fused(call, x, residual, norm)
+        return _apply(self.adapters[call.active], x, residual, norm)
 
-    def _fused(self, name: str, x: Tensor, residual: Tensor, norm: nn.Module | None) -> Tensor:
+    def _fused(self, call: Call, x: Tensor, residual: Tensor, norm: nn.Module | None) -> Tensor:
         """AdapterFusion of the adapters' outputs as they are before gate, dropout and LayerNorm, as in AdapterHub."""
         x = x if norm is None else norm.forward(x)
-        layers = [self.adapters[part] for part in self.setup.fusions[name].names]
+        fusion = self.fusions[call.active]
+        layers = [self.adapters[part] for part in self.setup.fusions[call.active].names]
         weights = [layer.weights() for layer in layers]
         bottlenecks = [
             bottleneck(x, w.down_weight, w.down_bias, activation=layer.activation, layer_norm=w.layer_norm)
             for layer, w in zip(layers, weights, strict=True)
         ]
         ups, biases, scales = zip(*((w.up_weight, w.up_bias, w.scale) for w in weights), strict=True)
-        return self.fusions[name].of_bottlenecks(x, bottlenecks, ups, biases, scales, residual)
+        return fusion.of_bottlenecks(x, bottlenecks, ups, biases, scales, residual, call.temperature(fusion))
 
     def _of_rows(self, rows: Sequence[str], x: Tensor, residual: Tensor, norm: nn.Module | None) -> Tensor:
         """Each example with its own adapter."""
-        if x.shape[0] != len(rows):
-            raise ValueError(
-                f"adapter_names: got {len(rows)} names, wanted {x.shape[0]}, one for each row of the batch"
-            )
         grouped: dict[tuple, list[str]] = defaultdict(list)  # by what is the same for all adapters of a call
         y = residual
         for name in dict.fromkeys(rows):
@@ -205,31 +196,34 @@ def _fuses(layer: BottleneckAdapter, norm: nn.Module | None) -> bool:
 
 
 # ---- Hooks ----------------------------------------------------------------------------------------------------------
-# They return None, and change nothing, where nothing that is active has a layer.
+# They return None, and change nothing, where nothing that is active has a layer. A site is looked up in the module that
+# is hooked: torch.nn.DataParallel's replicas have their own.
 
 
-def _in_series(site: AdapterSite, module: nn.Module, args: tuple, output: Any) -> Any:
-    if not site.acts:
+def _in_series(site_name: str, module: nn.Module, args: tuple, output: Any) -> Any:
+    site, x = module._modules[site_name], output[0] if isinstance(output, tuple) else output
+    call = site.call(x)
+    if call is None:
         return None
-    x = output[0] if isinstance(output, tuple) else output
-    y = site(x, x)
+    y = site(x, x, None, call)
     return (y, *output[1:]) if isinstance(output, tuple) else y
 
 
-def _before_norm(site: AdapterSite, module: nn.Module, args: tuple) -> tuple | None:
+def _before_norm(site_name: str, module: nn.Module, args: tuple) -> tuple | None:
+    site, x = module._modules[site_name], args[0]
+    call = site.call(x)
     # The LayerNorm is computed here once more, in the adapter's operation: what the adapter adds comes before it.
-    return (site(args[0], args[0], module), *args[1:]) if site.acts else None
+    return None if call is None else (site(x, x, module, call), *args[1:])
 
 
-def _at_start(site: AdapterSite, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-    if site.acts:
-        site.input = args[0] if args else kwargs["hidden_states"]
+def _at_start(setup: Setup, place: Place, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+    calls.keep_input(setup, place, args[0] if args else kwargs["hidden_states"])
 
 
-def _in_parallel(site: AdapterSite, module: nn.Module, args: tuple, output: Any) -> Any:
-    if not site.acts:
+def _in_parallel(site_name: str, module: nn.Module, args: tuple, output: Any) -> Any:
+    site, residual = module._modules[site_name], output[0] if isinstance(output, tuple) else output
+    x, call = calls.kept_input(site.setup, site.place), site.call(residual)
+    if call is None:
         return None
-    x, site.input = site.input, None
-    if isinstance(output, tuple):
-        return (site(x, output[0]), *output[1:])
-    return site(x, output)
+    y = site(x, residual, None, call)
+    return (y, *output[1:]) if isinstance(output, tuple) else y

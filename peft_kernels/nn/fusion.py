@@ -32,6 +32,8 @@ class AdapterFusion(nn.Module):
         ValueError: an argument that does not fit; it names it, what it got and what it wanted.
     """
 
+    _last_temperature: float | None = None  # of the last forward
+
     def __init__(
         self,
         d: int,
@@ -73,9 +75,19 @@ class AdapterFusion(nn.Module):
             if self.value.bias is not None:
                 nn.init.zeros_(self.value.bias)
 
-    def forward(self, query_input: Tensor, adapter_outputs: Sequence[Tensor], residual: Tensor | None = None) -> Tensor:
-        """z for the hidden state [..., d] and the outputs of N adapters [..., d] each."""
-        return fusion(query_input, adapter_outputs, *self._matrices(), residual=residual, **self._options())
+    def forward(
+        self,
+        query_input: Tensor,
+        adapter_outputs: Sequence[Tensor],
+        residual: Tensor | None = None,
+        temperature: float | None = None,
+    ) -> Tensor:
+        """z for the hidden state [..., d] and the outputs of N adapters [..., d] each.
+
+        A `temperature` that is given takes the place of the layer's own, which then does not decay.
+        """
+        options = self._options(temperature)
+        return fusion(query_input, adapter_outputs, *self._matrices(), residual=residual, **options)
 
     def of_bottlenecks(
         self,
@@ -85,21 +97,32 @@ class AdapterFusion(nn.Module):
         up_biases: Sequence[Tensor | None],
         scales: Sequence[float | Tensor],
         residual: Tensor | None = None,
+        temperature: float | None = None,
     ) -> Tensor:
         """z for adapters' bottlenecks and what follows them, see `peft_kernels.ops.fusion_of_bottlenecks`."""
         return fusion_of_bottlenecks(
             query_input, bottlenecks, up_weights, up_biases, scales, *self._matrices(), residual=residual,
-            **self._options(),
+            **self._options(temperature),
         )  # fmt: skip
 
     def _matrices(self) -> tuple[Tensor | None, ...]:
         value = (None, None) if self.value is None else (self.value.weight, self.value.bias)
         return self.query.weight, self.query.bias, self.key.weight, self.key.bias, *value
 
-    def _options(self) -> dict[str, float]:
-        temperature = self.temperature
+    def next_temperature(self) -> float:
+        """The temperature of a forward; in training the layer's own decays with it.
+
+        A forward in a backward is a checkpointed one that is run again: it has the last one's.
+        """
+        if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
+            return self.temperature if self._last_temperature is None else self._last_temperature
+        temperature = self._last_temperature = self.temperature
         if self.training:
             self.temperature = max(temperature - self.temperature_decay, min(temperature, 1.0))
+        return temperature
+
+    def _options(self, temperature: float | None) -> dict[str, float]:
+        temperature = self.next_temperature() if temperature is None else temperature
         return {"temperature": temperature, "dropout": self.dropout if self.training else 0.0}
 
     def extra_repr(self) -> str:

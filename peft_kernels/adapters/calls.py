@@ -1,0 +1,219 @@
+"""What one call of a model runs. It belongs to the call: other threads, and other calls between a forward and its
+backward, have their own.
+
+A layer that is checkpointed runs once more in the backward, in a thread of autograd's perhaps, and with nothing to tell
+by which call it was run first. So the nodes of a call's graph carry the call: the node that has a layer recomputed is
+one of them.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field, fields, is_dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ..nn import AdapterFusion
+
+if TYPE_CHECKING:
+    from .places import Place
+    from .sites import AdapterSite, Setup
+
+Rows = tuple[str, ...]
+_MARK = "peft_kernels.adapters.call"  # the key of a node's metadata
+
+
+@dataclass(eq=False)
+class Call:
+    """One call of a model that has adapters.
+
+    Attributes:
+        setup: the model's.
+        rows: for each example of the batch the name of its adapter; None where `active` is everyone's.
+        active: the name of the adapter or fusion that runs; None for the base alone.
+        outer: the call within which it was begun.
+        task: the backward within which it was begun; -1 for none.
+        trains: whether gradients were wanted then.
+        recomputes: whether a part of it will run again in the backward.
+        temperatures: of the fusions that have run in it.
+    """
+
+    setup: Setup
+    rows: Rows | None
+    active: str | None
+    outer: Call | None = None
+    task: int = -1
+    trains: bool = False
+    recomputes: bool = False
+    temperatures: dict[AdapterFusion, float] = field(default_factory=dict)
+
+    def temperature(self, layer: AdapterFusion) -> float:
+        """A fusion's, which decays once for a call and is the same when a layer is recomputed."""
+        if torch.compiler.is_compiling():
+            return layer.next_temperature()
+        if layer not in self.temperatures:
+            self.temperatures[layer] = layer.next_temperature()
+        return self.temperatures[layer]
+
+    def acts(self, site: AdapterSite) -> bool:
+        """Whether anything that runs has a layer at a site."""
+        if self.rows is not None:
+            return any(name in site.adapters for name in self.rows)
+        return self.active is not None and (self.active in site.adapters or self.active in site.fusions)
+
+    def notice_recomputation(self) -> None:
+        # Reentrant checkpointing turns gradients off in the forward, and the other kind has hooks for saved tensors.
+        if self.trains and not (self.recomputes or torch.compiler.is_compiling()):
+            hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+            self.recomputes = hooks is not None or not torch.is_grad_enabled()
+
+
+class _Thread(threading.local):
+    """A thread's own.
+
+    Attributes:
+        call: the innermost one that is under way.
+        inputs: what parallel adapters will read at the end of sublayers that are under way.
+        entered: what `_entered` has, for Dynamo, which can't read a ContextVar.
+    """
+
+    def __init__(self) -> None:
+        self.call: Call | None = None
+        self.inputs: dict[tuple[Setup, Place], Tensor] = {}
+        self.entered: tuple[tuple[Setup, Rows], ...] = ()
+
+
+class _Trace:
+    """The same while Dynamo traces a call: it can't write to a thread's own. No trace leaves anything behind."""
+
+    def __init__(self) -> None:
+        self.call: Call | None = None
+        self.inputs: dict[tuple[Setup, Place], Tensor] = {}
+
+
+_thread, _trace = _Thread(), _Trace()
+_entered: ContextVar[tuple[tuple[Setup, Rows], ...]] = ContextVar("peft_kernels_adapter_rows", default=())
+
+
+def _own() -> _Thread | _Trace:
+    return _trace if torch.compiler.is_compiling() else _thread
+
+
+def begin(setup: Setup, rows: Rows | None) -> None:
+    """Begins a call of a model, of which `rows` are the argument `adapter_names`."""
+    own = _own()
+    outer = own.call
+    while outer is not None and outer.setup is setup:  # an interrupted one: no hook follows a KeyboardInterrupt
+        outer = outer.outer
+    if outer is None:
+        own.inputs.clear()
+    task, first = _task(), _recomputed(setup)
+    call = own.call = Call(setup, rows, setup.active, outer, task, torch.is_grad_enabled())
+    if first is not None:  # the whole model was checkpointed
+        call.active, call.temperatures = first.active, first.temperatures
+    if rows is None:
+        call.rows = _entered_rows(setup) if first is None else first.rows
+
+
+def end(setup: Setup, output: Any) -> None:
+    """Ends the call that `begin` began; `output` is None if it failed."""
+    own = _own()
+    call = own.call
+    if call is None or call.setup is not setup:  # another hook failed before it began
+        return
+    own.call = call.outer
+    if call.recomputes and not torch.compiler.is_compiling():
+        _mark_graph(output, call)
+
+
+def current(setup: Setup) -> Call:
+    """The call of which a layer is being run, or run again. For a layer that is called by itself it is a new one."""
+    call = _own().call
+    if torch.compiler.is_compiling():
+        call = _thread.call if call is None else call  # where one of the model's layers is compiled by itself
+    elif call is None or call.task != _task():
+        call = _recomputed(setup) or call
+    call = _of(setup, call)
+    return Call(setup, _entered_rows(setup), setup.active) if call is None else call
+
+
+def _of(setup: Setup, call: Call | None) -> Call | None:
+    """The innermost call of a model, out of one and those around it."""
+    while call is not None and call.setup is not setup:
+        call = call.outer
+    return call
+
+
+def _task() -> int:
+    """The backward that is under way in this thread; -1 for none."""
+    return -1 if torch.compiler.is_compiling() else torch._C._current_graph_task_id()
+
+
+def _recomputed(setup: Setup) -> Call | None:
+    """The call that was made first of what is being recomputed in a backward, if it is known."""
+    if _task() == -1:
+        return None
+    node = torch._C._current_autograd_node()
+    return None if node is None else _of(setup, node.metadata.get(_MARK))
+
+
+def keep_input(setup: Setup, place: Place, x: Tensor) -> None:
+    """Has `kept_input` return x."""
+    _own().inputs[setup, place] = x
+
+
+def kept_input(setup: Setup, place: Place) -> Tensor:
+    return _own().inputs.pop((setup, place))
+
+
+@contextmanager
+def entered(setup: Setup, rows: Rows) -> Iterator[None]:
+    """Within it, calls in this context have these rows."""
+    entry = (setup, rows)
+    _enter((*_entered.get(), entry))
+    try:
+        yield
+    finally:  # which a generator may come to in another order, or in another context
+        _enter(tuple(other for other in _entered.get() if other is not entry))
+
+
+def _enter(entries: tuple[tuple[Setup, Rows], ...]) -> None:
+    _entered.set(entries)
+    _thread.entered = entries
+
+
+def _entered_rows(setup: Setup) -> Rows | None:
+    entries = _thread.entered if torch.compiler.is_compiling() else _entered.get()
+    for other, rows in reversed(entries):
+        if other is setup:
+            return rows
+    return None
+
+
+def _mark_graph(output: Any, call: Call) -> None:
+    """Has every node between a call's output and what is marked already carry the call."""
+    nodes = [tensor.grad_fn for tensor in _tensors(output)]
+    while nodes:
+        node = nodes.pop()
+        if node is not None and _MARK not in node.metadata:
+            node.metadata[_MARK] = call
+            nodes += [parent for parent, _ in node.next_functions]
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from _tensors(item)
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from _tensors(item)
+    elif is_dataclass(value) and not isinstance(value, type):
+        for part in fields(value):
+            yield from _tensors(getattr(value, part.name))

@@ -55,7 +55,7 @@ def check(case, **options):
     for name, value in wanted.items():
         if value is None:  # b_k without dropout: the oracle has zero, up to rounding
             continue
-        got = torch.zeros_like(value) if actual[name] is None else actual[name]
+        got = actual[name]
         if name == "key_bias" and not options.get("dropout"):
             assert not got.any()
             continue
@@ -164,6 +164,21 @@ def test_error_against_unfused(autocast):
     for name in ("z", "query_input", "query_weight", "key_weight", "value_weight", "residual", "a0"):
         ours, stocks = error(actual[name], wanted[name]), error(theirs[name], wanted[name])
         assert ours <= tolerances.VERSUS_STOCK * stocks, name
+
+
+@pytest.mark.parametrize("wanting", [{"key_bias"}, set(NAMES)], ids=["alone", "with others"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_gradient_of_the_key_bias_is_zero(wanting, dtype):
+    """It cancels in the softmax; DistributedDataParallel waits for a gradient of every parameter."""
+    case = make_case(20, 16, 3, dtype)
+    plain = call(case)
+    for name in wanting:
+        case[name].requires_grad_()
+    z = call(case)
+    assert torch.equal(z, plain)
+    z.sum().backward()
+    assert torch.equal(case["key_bias"].grad, torch.zeros(16, dtype=dtype))
+    assert all(case[name].grad is not None for name in wanting)
 
 
 @pytest.mark.parametrize("count", [2, 3, 5])

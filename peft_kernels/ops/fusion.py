@@ -203,14 +203,18 @@ class _Attention(NamedTuple):
     def keyed_query(self) -> tuple[Tensor, Tensor | None]:
         """t = W_kᵀ q [M, d], since q·kᵢ = t·aᵢ + q·b_k; and q·b_k [M, 1] in fp32, where it does not cancel.
 
-        Equal for all adapters, it cancels in the softmax, unless some scores are dropped and others are not.
+        Equal for all adapters, it cancels in the softmax, unless some scores are dropped and others are not. The
+        gradient of b_k is then zero, and no less there: DistributedDataParallel waits for one of every parameter.
         """
         x = matrix(self.query_input).to(self.dtype)
         q = F.linear(x, self.query_weight.to(self.dtype), _to(self.query_bias, self.dtype))
         offset = None
         if self.key_bias is not None and self.dropout > 0:
             offset = (q @ self.key_bias.to(self.dtype)).float().unsqueeze(-1)
-        return q @ self.key_weight.to(self.dtype), offset
+        t = q @ self.key_weight.to(self.dtype)
+        if offset is None and torch.is_grad_enabled() and any_requires_grad(self.key_bias):
+            t = _Cancelled.apply(t, self.key_bias)
+        return t, offset
 
     def pool(self, t: Tensor, adapters: list[Tensor], shared: bool, offsets: Tensor | None) -> tuple[Tensor, Tensor]:
         """Σ Pᵢ aᵢ (or Pᵢ aᵢ side by side) in t's dtype, and P [M, N] in fp32."""
@@ -230,6 +234,19 @@ class _Attention(NamedTuple):
             z = F.linear(z, self.value_weight.to(self.dtype), _to(self.value_bias, self.dtype))
         z = z.view(self.query_input.shape)
         return (z if self.residual is None else self.residual + z).to(self.out_dtype)
+
+
+class _Cancelled(torch.autograd.Function):
+    """t, with a gradient of zero for what cancels out of it."""
+
+    @staticmethod
+    def forward(ctx, t, cancelled):
+        ctx.save_for_backward(cancelled)
+        return t.view_as(t)
+
+    @staticmethod
+    def backward(ctx, grad_t):
+        return grad_t, torch.zeros_like(ctx.saved_tensors[0])
 
 
 class _Pool(torch.autograd.Function):

@@ -110,7 +110,7 @@ def insert_adapters(
 
     The model computes what it did before, bit for bit, until the adapter is trained (an adapter with `norm_after`
     apart). Its own parameters keep their names and are frozen; the adapter's are trained. Several adapters can be in a
-    model, of which one is active: see `set_adapter`, `fuse_adapters`. The model takes a further argument,
+    model, of which one is active, and all are trained until one is chosen: see `set_adapter`, `fuse_adapters`. The model takes a further argument,
     `adapter_names`: for each row of the batch the name of its adapter, or None, see `adapter_rows`.
 
     Args:
@@ -236,8 +236,16 @@ def remove_adapters(model: nn.Module, name: str | None = None) -> None:
 # ---- What runs ------------------------------------------------------------------------------------------------------
 
 
-def set_adapter(model: nn.Module, name: str | None) -> None:
-    """Makes an adapter or a fusion the one that runs; None for the base alone. Nothing is copied, frozen or unfrozen.
+def set_adapter(model: nn.Module, name: str | None, inference_mode: bool = False) -> None:
+    """Makes an adapter or a fusion the one that runs, and the only one that is trained; None for the base alone.
+
+    As with PEFT's `set_adapter`, all others are frozen, a fusion's adapters among them: DistributedDataParallel waits
+    for a gradient of every parameter that is not. `unfreeze_adapters` has others be trained with it, such as all that
+    `adapter_names` will name. Call it when no backward is to come: parameters that are frozen get no gradient.
+
+    Args:
+        name: the adapter's or the fusion's.
+        inference_mode: whether it is frozen, too.
 
     Raises:
         TypeError: `model` is not a module.
@@ -247,6 +255,13 @@ def set_adapter(model: nn.Module, name: str | None) -> None:
     setup = require_setup(model)
     if name is not None:
         check_known(setup, name)
+    _activate(model, setup, name, trained=not inference_mode)
+
+
+def _activate(model: nn.Module, setup: Setup, name: str | None, trained: bool = True) -> None:
+    freeze_adapters(model)
+    if name is not None and trained:
+        unfreeze_adapters(model, name)
     setup.active = name
 
 
@@ -281,7 +296,7 @@ def fuse_adapters(
 ) -> str:
     """Puts AdapterFusion over adapters of a model (Pfeiffer et al. 2021, arXiv:2005.00247), and makes it what runs.
 
-    The adapters are frozen, the fusion is trained.
+    The fusion is trained, and nothing else, see `set_adapter`.
 
     Args:
         names: of two or more adapters that act at the same places.
@@ -299,8 +314,7 @@ def fuse_adapters(
     setup = require_setup(model)
     config = FusionConfig(as_tuple(names), value, temperature, temperature_decay, dropout)
     insert_fusion(model, setup, config, dtype)
-    freeze_adapters(model, *config.names)
-    setup.active = config.name
+    _activate(model, setup, config.name)
     return config.name
 
 

@@ -130,12 +130,13 @@ class AdapterSite(nn.Module):
         """
         call = calls.current(self.setup)
         call.notice_recomputation()
-        rows = call.rows
-        if rows is not None and x.shape[0] != len(rows):
+        rows, acts = call.rows, call.acts(self)
+        # Where none of some adapters has a layer, x may be of another batch, of images beside texts.
+        if rows is not None and x.shape[0] != len(rows) and (acts or {BASE}.issuperset(rows)):
             raise ValueError(
                 f"adapter_names: got {len(rows)} names, wanted {x.shape[0]}, one for each row of the batch"
             )
-        return call if call.acts(self) else None
+        return call if acts else None
 
     def forward(self, x: Tensor, residual: Tensor, norm: nn.Module | None = None, call: Call | None = None) -> Tensor:
         """`residual` plus what the active adapters make of x, or of norm(x); x and residual are [batch, ..., d]."""
@@ -217,7 +218,7 @@ def _before_norm(site_name: str, module: nn.Module, args: tuple) -> tuple | None
 
 
 def _at_start(setup: Setup, place: Place, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-    calls.keep_input(setup, place, args[0] if args else kwargs["hidden_states"])
+    calls.keep_input(setup, place, args[0] if args else kwargs.get("hidden_states"))
 
 
 def _in_parallel(site_name: str, module: nn.Module, args: tuple, output: Any) -> Any:

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from peft_kernels.ops import ACTIVATIONS
+from peft_kernels.ops.adapter import bottleneck
 
 # (M, d, r): odd, in the middle of vectors, tiles and panels; several blocks of rows, several chunks of r.
 SHAPES = [(1, 16, 1), (3, 17, 5), (33, 64, 16), (70, 100, 31), (130, 65, 64), (300, 96, 70), (9, 257, 130)]
@@ -217,3 +218,33 @@ def test_seeds_come_from_torchs_generator(platform):
     torch.manual_seed(3)
     assert torch.equal(call(case, dropout=0.5), first)
     assert not torch.equal(first, second)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"x": 3}, r"x: got 3, a int, wanted a float32, bfloat16 or float16 tensor \[..., d\]"),
+        ({"x": torch.ones(2, 8).int()}, r"x: got int32 \[2, 8\], wanted a float32"),
+        ({"x": torch.tensor(1.0)}, r"x: got float32 \[\], wanted a float32"),
+        ({"down_weight": torch.ones(3, 7)}, r"down_weight: got float32 \[3, 7\], wanted .* tensor \[r, 8\]"),
+        ({"down_weight": torch.ones(8)}, r"down_weight: got float32 \[8\], wanted .* tensor \[r, 8\]"),
+        ({"down_weight": torch.ones(3, 8).bool()}, r"down_weight: got bool \[3, 8\], wanted"),
+        ({"down_bias": torch.ones(4)}, r"down_bias: got float32 \[4\], wanted .* tensor \[3\] or None"),
+        ({"down_bias": 0.0}, r"down_bias: got 0.0, a float, wanted"),
+        ({"activation": "mish"}, "activation: got 'mish', wanted one of relu"),
+        (
+            {"layer_norm": 1e-5},
+            "layer_norm: got 1e-05, a float, wanted None, or a tuple of a weight, a bias and an eps",
+        ),
+        (
+            {"layer_norm": (torch.ones(3), None, 1e-5)},
+            r"layer_norm: got float32 \[3\], wanted .* tensors \[8\] or None",
+        ),
+        ({"down_weight": torch.ones(3, 8, device="meta")}, "down_weight: got a tensor on meta, wanted one on cpu"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_bad_arguments_of_a_bottleneck(change, message):
+    arguments = {"x": torch.ones(2, 8), "down_weight": torch.ones(3, 8), "down_bias": torch.ones(3)} | change
+    with pytest.raises(ValueError, match=message):
+        bottleneck(**arguments)

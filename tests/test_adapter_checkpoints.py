@@ -236,6 +236,8 @@ def test_pickle_is_not_read(files, saved, tmp_path):
         (ADAPTER[0], "[]", "wanted AdapterHub's configuration"),
         (ADAPTER[0], '{"name": "a"}', "config: got None"),
         (ADAPTER[0], '{"name": "a", "peft_kernels": {"colour": 3}}', "unexpected keyword argument 'colour'"),
+        (ADAPTER[0], '{"name": "a", "peft_kernels": 3}', "peft_kernels: got 3, wanted the configuration's entries"),
+        (ADAPTER[0], '{"name": "a", "config": ' + 100_000 * "[" + 100_000 * "]" + "}", "got no JSON"),
         (ADAPTER[1], "no tensors", "got no safetensors"),
     ],
 )
@@ -248,7 +250,13 @@ def test_broken_file(saved, file, content, text):
     ("changes", "text"),
     [
         ({"non_linearity": "mish"}, "activation: got 'mish', wanted one of"),
+        ({"non_linearity": ["relu"]}, "activation: got ['relu'], wanted one of"),
         ({"reduction_factor": {"1": 4}}, "reduction_factor: got {'1': 4}, wanted a positive number"),
+        ({"reduction_factor": 1e-300}, "reduction_factor: got 1e-300, wanted a positive number"),
+        ({"dropout": "x"}, "dropout: got 'x', wanted a probability in [0, 1)"),
+        ({"leave_out": 5}, "leave_out: got 5, wanted several, in a list or tuple"),
+        ({"leave_out": ["0"]}, "leave_out: got '0', which is no layer's number, wanted some of 0, 1"),
+        ({"leave_out": [7]}, "leave_out: got 7, which is no layer's number, wanted some of 0, 1"),
         ({"scaling": "channel"}, "scaling: got 'channel', wanted a number or 'learned'"),
         ({"phm_layer": True}, "phm_layer: got True, wanted False: other adapters are not supported"),
         ({"inv_adapter": "nice"}, "inv_adapter: got 'nice', wanted None"),
@@ -288,6 +296,41 @@ def test_tensors_that_do_not_fit(saved):
         "  1 of another shape:",
         f"    {place}adapter_up.weight: got [16, 8], wanted [32, 8]",
     ]
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+def test_numbers_that_are_not_finite(saved, number):
+    tensors = load_file(saved / ADAPTER[1])
+    key = next(iter(tensors))
+    tensors[key].view(-1)[5] = number
+    save_file(tensors, saved / ADAPTER[1])
+    text = refused(saved, "so nothing was loaded:")
+    assert text.splitlines()[1:] == ["  1 with numbers that are not finite:", f"    {key}"]
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.bool, torch.float8_e4m3fn, torch.float64], ids=str)
+@pytest.mark.parametrize("number", [0, -1])
+def test_dtype_that_no_adapter_has(saved, dtype, number):
+    tensors = load_file(saved / ADAPTER[1])
+    key = list(tensors)[number]
+    tensors[key] = tensors[key].to(dtype)
+    save_file(tensors, saved / ADAPTER[1])
+    assert refused(saved, "so nothing was loaded:").splitlines()[1:] == [
+        "  1 of another dtype:",
+        f"    {key}: got {dtype}, wanted one of torch.float32, torch.bfloat16, torch.float16",
+    ]
+
+
+def test_dtype_holds_what_all_tensors_do(saved):
+    """Those of a file whose dtypes differ are not rounded to the first one's."""
+    tensors = {key: tensor + 1 / 3 for key, tensor in load_file(saved / ADAPTER[1]).items()}
+    first = next(iter(tensors))
+    tensors[first] = tensors[first].bfloat16()
+    save_file(tensors, saved / ADAPTER[1])
+    model = make_model("llama")
+    peft_kernels.load_adapter(model, saved)
+    own = [parameter for path, parameter in model.named_parameters() if "adapter_site" in path]
+    assert sorted(map(torch.sum, own)) == sorted(tensor.float().sum() for tensor in tensors.values())
 
 
 def test_name_that_is_taken(saved):

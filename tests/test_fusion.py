@@ -271,3 +271,13 @@ def test_bad_options(options, message):
 def test_no_adapters():
     with pytest.raises(ValueError, match=r"adapter_outputs: got \[\], a list, wanted a list or tuple of at least one"):
         call(make_case(4, 16, 0))
+
+
+@pytest.mark.parametrize("scale", [1j, "1", None, float("nan"), torch.ones(2), torch.ones(1).double()], ids=str)
+def test_bad_scale_of_a_bottleneck(scale):
+    case = make_case(4, 16, 0)
+    with pytest.raises(ValueError, match=r"scales: got .*, wanted a number, or a tensor with one element"):
+        fusion_of_bottlenecks(
+            case["query_input"], [torch.ones(4, 3)], [torch.ones(16, 3)], [None], [scale],
+            *(case[name] for name in NAMES),
+        )  # fmt: skip

@@ -39,14 +39,31 @@ def model():
         ({"bottleneck": 0}, "bottleneck: got 0, wanted a positive integer"),
         ({"scale": "fixed"}, "scale: got 'fixed', wanted a finite number, or 'learned'"),
         ({"dropout": 1.0}, "dropout: got 1.0, wanted a probability in [0, 1)"),
+        ({"dropout": "x"}, "dropout: got 'x', wanted a probability in [0, 1)"),
         (
             {"locations": ["ffn", "head"]},
             "locations: got ('ffn', 'head'), wanted some of attention, cross_attention, ffn",
         ),
         ({"locations": []}, "locations: got (), wanted some of attention"),
+        ({"locations": 3}, "locations: got 3, wanted several, in a list or tuple"),
+        ({"locations": [["ffn"]]}, "locations: got (['ffn'],), wanted some of attention"),
         ({"locations": "cross_attention"}, "without a known make of layer that has 'cross_attention'"),
         ({"kind": "pfeiffer", "locations": "attention"}, "locations: got 'attention', where 'pfeiffer' has no place"),
         ({"leave_out": [0, 1]}, "leave_out: got (0, 1), which are all of the 2 layers"),
+        ({"leave_out": ["0"]}, "leave_out: got '0', which is no layer's number, wanted some of 0, 1"),
+        ({"leave_out": ["embeddings"]}, "leave_out: got 'embeddings', which is no layer's number, wanted some of 0, 1"),
+        ({"leave_out": [0, 7]}, "leave_out: got 7, which is no layer's number, wanted some of 0, 1"),
+        ({"leave_out": [True]}, "leave_out: got True, which is no layer's number, wanted some of 0, 1"),
+        ({"leave_out": "1"}, "leave_out: got '1', which is no layer's number, wanted some of 0, 1"),
+        ({"leave_out": 1}, "leave_out: got 1, wanted several, in a list or tuple"),
+        ({"targets": "mlp", "leave_out": [-1]}, "leave_out: got -1, which is no layer's number, wanted some of 0, 1"),
+        (
+            {"targets": "lm_head", "leave_out": [0]},
+            "leave_out: got 0, which is no layer's number, wanted some of nothing",
+        ),
+        ({"targets": -1}, "targets: got -1, wanted several, in a list or tuple"),
+        ({"targets": [-1]}, "targets: got (-1,), wanted regular expressions of modules' names, as strings"),
+        ({"targets": []}, "targets: got (), wanted regular expressions of modules' names"),
         ({"targets": "no_such"}, "targets: got 'no_such', which matches no module's name; names are such as"),
         ({"targets": "("}, "targets: got '(', wanted a regular expression"),
         ({"targets": "layers"}, "targets: got model.layers, a ModuleList that returns nothing"),
@@ -138,7 +155,14 @@ def test_not_a_module(call):
         ),
         (lambda model: model(**make_inputs("llama"), adapter_names=["a", "c", "b"]), "adapter_names: got 'c'"),
         (lambda model: model(**make_inputs("llama"), adapter_names="a"), "adapter_names: got 'a', wanted a list"),
+        (lambda model: model(**make_inputs("llama"), adapter_names=3), "adapter_names: got 3, wanted a list"),
+        (lambda model: model(**make_inputs("llama"), adapter_names={"a"}), "adapter_names: got {'a'}, wanted a list"),
+        (lambda model: model(**make_inputs("llama"), adapter_names=[["a"]]), "adapter_names: got ['a'], wanted one of"),
         (lambda model: model(**make_inputs("llama"), adapter_names=["a"]), "adapter_names: got 1 names, wanted 3"),
+        (lambda model: model(**make_inputs("llama"), adapter_names=[]), "adapter_names: got 0 names, wanted 3"),
+        (lambda model: model(**make_inputs("llama"), adapter_names=[None] * 2), "adapter_names: got 2 names, wanted 3"),
+        (lambda model: peft_kernels.fuse_adapters(model, 3), "names: got 3, wanted several, in a list or tuple"),
+        (lambda model: peft_kernels.fuse_adapters(model, [["a"], "b"]), "names: got (['a'], 'b'), wanted those of"),
         (lambda model: peft_kernels.set_adapter(model.model, "a"), "a part of what was given adapters"),
         (lambda model: peft_kernels.insert_adapters(model.model, name="c"), "a part of what was given adapters"),
     ],
@@ -162,6 +186,8 @@ def test_fusion_that_there_is(model):
         peft_kernels.fuse_adapters(model, ["b", "a"], dtype=torch.int8)
     with refused(model, "dropout: got 2.0, wanted a probability"):
         peft_kernels.fuse_adapters(model, ["b", "a"], dropout=2.0)
+    with refused(model, "temperature: got '2', wanted a positive number"):
+        peft_kernels.fuse_adapters(model, ["b", "a"], temperature="2")
 
 
 @pytest.mark.parametrize(

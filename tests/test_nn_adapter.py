@@ -73,9 +73,27 @@ def test_temperature_decays_to_one():
         ({"activation": "mish"}, "activation: got 'mish', wanted one of relu, gelu"),
         ({"bottleneck": 0}, "bottleneck: got 0, wanted a positive integer"),
         ({"dropout": 1.0}, r"dropout: got 1.0, wanted a probability in \[0, 1\)"),
+        ({"dropout": "x"}, r"dropout: got 'x', wanted a probability in \[0, 1\)"),
+        ({"dropout": None}, r"dropout: got None, wanted a probability in \[0, 1\)"),
+        ({"eps": "x"}, "eps: got 'x', wanted a number of at least 0"),
         ({"scale": "channel"}, "scale: got 'channel', wanted a finite number, or 'learned'"),
     ],
 )
 def test_bad_arguments(arguments, message):
     with pytest.raises(ValueError, match=message):
         BottleneckAdapter(**{"d": 8, "bottleneck": 2} | arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"dropout": "x"}, r"dropout: got 'x', wanted a probability in \[0, 1\)"),
+        ({"temperature": "x"}, "temperature: got 'x', wanted a positive number"),
+        ({"temperature": float("inf")}, "temperature: got inf, wanted a positive number"),
+        ({"temperature_decay": "x"}, "temperature_decay: got 'x', wanted a number of at least 0"),
+        ({"temperature_decay": float("nan")}, "temperature_decay: got nan, wanted a number of at least 0"),
+    ],
+)
+def test_bad_arguments_of_a_fusion(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        AdapterFusion(8, **arguments)

@@ -10,13 +10,14 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, replace
-from functools import partial
+from functools import partial, reduce
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from ..integrations.registry import FLOAT_DTYPES
 from ..nn import AdapterFusion
 from .config import AdapterConfig, FusionConfig
 from .hub import adapter_from_hub, adapter_to_hub, fusion_from_hub, fusion_to_hub
@@ -118,7 +119,8 @@ def load_adapter(model: nn.Module, folder: str | Path, name: str | None = None) 
         TypeError: `model` is not a module.
         FileNotFoundError: the files are not there, or the weights only as a pickle.
         ValueError: a name that is taken; a configuration of something else; weights whose names or shapes are not
-            those of this model's layers, with a list of the differences. The model is then unchanged.
+            those of this model's layers, or that are no finite numbers in float32, bfloat16 or float16, with a list of
+            the differences. The model is then unchanged.
     """
     check_module(model)
     folder = Path(folder)
@@ -133,7 +135,7 @@ def _load_adapter(model: nn.Module, folder: Path, name: str | None) -> str:
     check_new_name(find_setup(model), name)
     try:
         config = _own(described, AdapterConfig) or adapter_from_hub(described)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"{folder / ADAPTER.config}: {error}") from None
     wanted = _adapter_tensors(make_layers(model, config, device="meta"), saved_as)
     if config.norm_before:  # which AdapterHub has under two names
@@ -151,7 +153,7 @@ def _load_fusion(model: nn.Module, folder: Path, name: str | None) -> str:
     try:
         dropout = getattr(getattr(model, "config", None), "attention_probs_dropout_prob", 0.0)
         config = _own(described, FusionConfig) or fusion_from_hub(described, dropout)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"{folder / FUSION.config}: {error}") from None
     if name not in (None, config.name):
         raise ValueError(f"name: got {name!r}, wanted {config.name!r}: a fusion is called by its adapters")
@@ -199,7 +201,7 @@ def _fusion_tensors(layers: Iterable[tuple[Place, nn.Module]], name: str) -> dic
 def _fitting(
     path: Path, stored: Mapping[str, Tensor], wanted: Mapping[str, Tensor], model: nn.Module
 ) -> dict[str, Tensor]:
-    """A file's tensors under the wanted names, if they are the same and so are the shapes.
+    """A file's tensors under the wanted names, if they are the same and so are the shapes, and all numbers are finite.
 
     The names may begin with that of the base model in a model with a head, or not, whichever either has.
 
@@ -209,13 +211,22 @@ def _fitting(
     prefix = f"{getattr(model, 'base_model_prefix', '')}."
     by_name = {key.removeprefix(prefix): tensor for key, tensor in stored.items()}
     names = {key.removeprefix(prefix): key for key in wanted}
+    both = [key for key in names if key in by_name]
     different = {
         "missing": [names[key] for key in names if key not in by_name],
         "not the model's": [key for key in by_name if key not in names],
         "of another shape": [
             f"{names[key]}: got {list(by_name[key].shape)}, wanted {list(wanted[names[key]].shape)}"
-            for key in names
-            if key in by_name and by_name[key].shape != wanted[names[key]].shape
+            for key in both
+            if by_name[key].shape != wanted[names[key]].shape
+        ],
+        "of another dtype": [
+            f"{names[key]}: got {by_name[key].dtype}, wanted one of {', '.join(map(str, FLOAT_DTYPES))}"
+            for key in both
+            if by_name[key].dtype not in FLOAT_DTYPES
+        ],
+        "with numbers that are not finite": [
+            names[key] for key in both if by_name[key].dtype in FLOAT_DTYPES and not by_name[key].isfinite().all()
         ],
     }
     lines = []
@@ -235,7 +246,8 @@ def _copy(stored: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> None:
 
 
 def _dtype(tensors: Mapping[str, Tensor]) -> torch.dtype:
-    return next(iter(tensors.values())).dtype
+    """One that holds what all of them do."""
+    return reduce(torch.promote_types, (tensor.dtype for tensor in tensors.values()))
 
 
 # ---- Files ----------------------------------------------------------------------------------------------------------
@@ -264,7 +276,7 @@ def _read(folder: Path, files: Files) -> tuple[dict[str, Any], dict[str, Tensor]
         raise FileNotFoundError(f"folder: got {folder}, which has no {files.weights}{pickled}")
     try:
         described = json.loads(config.read_text())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{config}: got no JSON: {error}") from None
     if not isinstance(described, dict) or not isinstance(described.get("name"), str):
         raise ValueError(f"{config}: got an adapter without a name, wanted AdapterHub's configuration")
@@ -279,6 +291,8 @@ def _own(described: Mapping[str, Any], cls: type[Config]) -> Config | None:
     entries = described.get(OWN)
     if entries is None:
         return None
+    if not isinstance(entries, Mapping):
+        raise ValueError(f"{OWN}: got {entries!r}, wanted the configuration's entries")
     return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in entries.items()})
 
 

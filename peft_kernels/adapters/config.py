@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
@@ -35,7 +35,7 @@ class AdapterConfig:
             sublayer adds to the residual.
         locations: the sublayers; by default those of the kind's paper.
         targets: patterns of module names instead, see `insert_adapters`.
-        leave_out: numbers of the layers that get none.
+        leave_out: numbers of the layers that get none, from 0 on.
 
     The others are `peft_kernels.nn.BottleneckAdapter`'s.
 
@@ -58,10 +58,16 @@ class AdapterConfig:
     def __post_init__(self) -> None:
         if self.kind not in tuple(KINDS):  # a tuple, since kind may be unhashable
             raise ValueError(f"kind: got {self.kind!r}, wanted one of {', '.join(KINDS)}")
+        for name in ("locations", "targets", "leave_out"):
+            object.__setattr__(self, name, as_tuple(name, getattr(self, name)))
+        if self.leave_out is None:
+            object.__setattr__(self, "leave_out", ())
         if self.locations is None:
             object.__setattr__(self, "locations", KINDS[self.kind])
-        if not self.locations or not set(self.locations) <= set(LOCATIONS):
+        if not self.locations or not all(location in LOCATIONS for location in self.locations):
             raise ValueError(f"locations: got {self.locations!r}, wanted some of {', '.join(LOCATIONS)}")
+        if self.targets is not None and not (self.targets and all(isinstance(target, str) for target in self.targets)):
+            raise ValueError(f"targets: got {self.targets!r}, wanted regular expressions of modules' names, as strings")
         object.__setattr__(self, "activation", self.make(1, device="meta").activation)  # `make` checks the rest
 
     def make(self, d: int, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> nn.Module:
@@ -95,6 +101,11 @@ class FusionConfig:
     temperature_decay: float = 0.0
     dropout: float = 0.0
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "names", as_tuple("names", self.names))
+        if self.names is None or not all(isinstance(name, str) for name in self.names):
+            raise ValueError(f"names: got {self.names!r}, wanted those of adapters")
+
     @property
     def name(self) -> str:
         """The fusion's own, as AdapterHub makes it: the adapters' with commas between."""
@@ -103,3 +114,18 @@ class FusionConfig:
     @property
     def options(self) -> dict[str, Any]:
         return {name: value for name, value in vars(self).items() if name != "names"}
+
+
+def as_tuple(name: str, value: Any) -> tuple | None:
+    """A tuple of several, or of one string; None stays.
+
+    Raises:
+        ValueError: it is something else; with the argument's name.
+    """
+    if value is None or isinstance(value, tuple):
+        return value
+    if isinstance(value, str):
+        return (value,)
+    if not isinstance(value, Iterable):
+        raise ValueError(f"{name}: got {value!r}, wanted several, in a list or tuple")
+    return tuple(value)

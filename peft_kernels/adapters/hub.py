@@ -12,6 +12,7 @@ _FLAGS = {ATTENTION: "mh_adapter", CROSS_ATTENTION: "cross_adapter", FFN: "outpu
 _ACTIVATIONS = {"gelu_tanh": "gelu_new", "silu": "swish", "leaky_relu": "leakyrelu", "none": "linear"}
 # Files without a version are of a time when "gelu" was the tanh form.
 _OLD_ACTIVATIONS = {"gelu": "gelu_tanh", "gelu_orig": "gelu"}
+_MOST_FEATURES = 2**31  # of a bottleneck
 
 
 def adapter_to_hub(config: AdapterConfig, features: int) -> dict[str, Any]:
@@ -66,15 +67,15 @@ def adapter_from_hub(described: Mapping[str, Any]) -> AdapterConfig:
         ):
             _want(hub, entry, wanted, False)
     factor, features = _needed(hub, "reduction_factor"), described.get("hidden_size")
-    if not isinstance(factor, (int, float)) or not factor > 0:
-        raise ValueError(f"reduction_factor: got {factor!r}, wanted a positive number, the same for all layers")
     if not isinstance(features, int):
         raise ValueError(f"hidden_size: got {features!r}, wanted the features of the model that it was made for")
+    if not isinstance(factor, (int, float)) or not factor > features / _MOST_FEATURES:
+        raise ValueError(f"reduction_factor: got {factor!r}, wanted a positive number, the same for all layers")
     scale = hub.get("scaling", 1.0)
     if not isinstance(scale, (int, float)) and scale != "learned":
         raise ValueError(f"scaling: got {scale!r}, wanted a number or 'learned'")
     activation = _needed(hub, "non_linearity")
-    if "version" not in described:
+    if "version" not in described and isinstance(activation, str):
         activation = _OLD_ACTIVATIONS.get(activation, activation)
     return AdapterConfig(
         "parallel" if parallel else "pfeiffer" if after_norm else "houlsby",
@@ -84,9 +85,9 @@ def adapter_from_hub(described: Mapping[str, Any]) -> AdapterConfig:
         bool(hub.get("use_gating")),
         bool(hub.get("ln_before")),
         bool(hub.get("ln_after")),
-        float(hub.get("dropout") or 0.0),
+        hub.get("dropout") or 0.0,
         tuple(location for location, flag in _FLAGS.items() if hub.get(flag)),
-        leave_out=tuple(hub.get("leave_out") or ()),
+        leave_out=hub.get("leave_out") or (),
     )
 
 
@@ -123,10 +124,8 @@ def fusion_from_hub(described: Mapping[str, Any], attention_dropout: float) -> F
     for entry, wanted in (("key", True), ("query", True), ("query_before_ln", False), ("residual_before", False)):
         _want(hub, entry, wanted, wanted)
     names = described.get("adapter_names") or str(described.get("name", "")).split(",")
-    names = names.split(",") if isinstance(names, str) else names
-    return FusionConfig(
-        tuple(names), value=bool(_needed(hub, "value")), dropout=float(hub.get("dropout_prob") or attention_dropout)
-    )
+    names = tuple(names.split(",")) if isinstance(names, str) else names
+    return FusionConfig(names, value=bool(_needed(hub, "value")), dropout=hub.get("dropout_prob") or attention_dropout)
 
 
 def _config(described: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -6,7 +6,6 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from rich.table import Table
@@ -110,8 +109,9 @@ def insert_adapters(
 
     The model computes what it did before, bit for bit, until the adapter is trained (an adapter with `norm_after`
     apart). Its own parameters keep their names and are frozen; the adapter's are trained. Several adapters can be in a
-    model, of which one is active, and all are trained until one is chosen: see `set_adapter`, `fuse_adapters`. The model takes a further argument,
-    `adapter_names`: for each row of the batch the name of its adapter, or None, see `adapter_rows`.
+    model, of which one is active, and all are trained until one is chosen: see `set_adapter`, `fuse_adapters`. The
+    model takes a further argument, `adapter_names`: for each row of the batch the name of its adapter, or None, see
+    `adapter_rows`.
 
     Args:
         model: any module.
@@ -124,7 +124,8 @@ def insert_adapters(
             a dot. A series adapter changes the module's output, a parallel one reads its input.
         name: the adapter's; must be new.
         locations: the sublayers instead of the kind's own, some of 'attention', 'cross_attention', 'ffn'.
-        leave_out: numbers of layers that get no adapter.
+        leave_out: numbers of layers that get no adapter. As in AdapterHub they begin at 0, and the decoder's follow the
+            encoder's; with `targets` it is the first number in a module's name.
         scale, gated, norm_before, norm_after, dropout: `peft_kernels.nn.BottleneckAdapter`'s.
         dtype: of the adapter's parameters.
 
@@ -136,8 +137,7 @@ def insert_adapters(
         ValueError: an argument that does not fit, a name that is taken, or no place; the model is then unchanged.
     """
     config = AdapterConfig(
-        kind, bottleneck, activation, scale, gated, norm_before, norm_after, dropout, as_tuple(locations),
-        as_tuple(targets), tuple(leave_out),
+        kind, bottleneck, activation, scale, gated, norm_before, norm_after, dropout, locations, targets, leave_out
     )  # fmt: skip
     return insert(model, name, config, dtype)
 
@@ -312,7 +312,7 @@ def fuse_adapters(
     """
     check_module(model)
     setup = require_setup(model)
-    config = FusionConfig(as_tuple(names), value, temperature, temperature_decay, dropout)
+    config = FusionConfig(names, value, temperature, temperature_decay, dropout)
     insert_fusion(model, setup, config, dtype)
     _activate(model, setup, config.name)
     return config.name
@@ -340,7 +340,7 @@ def fusion_sites(model: nn.Module, setup: Setup, config: FusionConfig) -> list[A
     """
     names = config.names
     for name in names:
-        if name not in setup.adapters:
+        if name not in [*setup.adapters]:  # a list, since a name may be unhashable
             raise ValueError(f"names: got {name!r}, wanted {one_of(setup.adapters)}")
     if len(set(names)) != len(names) or len(names) < 2:
         raise ValueError(f"names: got {list(names)}, wanted two or more, each once")
@@ -450,11 +450,6 @@ def check_new_name(setup: Setup | None, name: str) -> None:
         raise ValueError(
             f"name: got {name!r}, which the model has already; wanted another than {', '.join(setup.adapters)}"
         )
-
-
-def as_tuple(value: str | Sequence[Any] | None) -> tuple | None:
-    """A tuple of several, or of one string."""
-    return None if value is None else (value,) if isinstance(value, str) else tuple(value)
 
 
 # ---- Features and devices -------------------------------------------------------------------------------------------

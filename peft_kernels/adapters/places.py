@@ -212,9 +212,18 @@ def find_places(model: nn.Module, config: AdapterConfig) -> list[Place]:
                 f"model: got a {type(model).__name__} without a known make of layer that has {location!r}, wanted one "
                 "like BERT's, Llama's, T5's or ViT's, or `targets`: patterns of the names of the modules to be adapted"
             )
+    _check_left_out(config, set(numbers.values()))
     if not places:
         raise ValueError(f"leave_out: got {config.leave_out!r}, which are all of the {len(numbers)} layers")
     return places
+
+
+def _check_left_out(config: AdapterConfig, numbers: set[int]) -> None:
+    """Raises an error for an entry of `leave_out` that is no layer's number."""
+    for entry in config.leave_out:
+        if type(entry) is not int or entry not in numbers:
+            found = ", ".join(map(str, sorted(numbers))) or "nothing, since no layer has a number"
+            raise ValueError(f"leave_out: got {entry!r}, which is no layer's number, wanted some of {found}")
 
 
 def _matches(model: nn.Module, config: AdapterConfig) -> list[Place]:
@@ -237,6 +246,7 @@ def _matches(model: nn.Module, config: AdapterConfig) -> list[Place]:
         if name in found:
             place = _place_of(model, name, config)
             places.setdefault(place.path, place)
+    _check_left_out(config, {place.layer for place in places.values()} - {-1})
     kept = [place for place in places.values() if place.layer not in config.leave_out]
     if not kept:
         raise ValueError(f"leave_out: got {config.leave_out!r}, which are all of the layers that `targets` matches")

@@ -62,10 +62,12 @@ class BottleneckAdapter(nn.Module):
         for name, value in (("d", d), ("bottleneck", bottleneck)):
             if not (isinstance(value, int) and value > 0):
                 raise ValueError(f"{name}: got {value!r}, wanted a positive integer")
-        if not 0 <= dropout < 1:
+        if not (isinstance(dropout, (int, float)) and 0 <= dropout < 1):
             raise ValueError(f"dropout: got {dropout!r}, wanted a probability in [0, 1)")
         if not (scale == "learned" or (isinstance(scale, (int, float)) and math.isfinite(scale))):
             raise ValueError(f"scale: got {scale!r}, wanted a finite number, or 'learned'")
+        if not (isinstance(eps, (int, float)) and 0 <= eps < math.inf):
+            raise ValueError(f"eps: got {eps!r}, wanted a number of at least 0")
         self.d, self.bottleneck, self.dropout = d, bottleneck, dropout
         self.activation = activation_name(activation)
         made = {"device": device, "dtype": dtype}

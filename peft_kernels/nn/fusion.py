@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -49,11 +50,11 @@ class AdapterFusion(nn.Module):
         super().__init__()
         if not (isinstance(d, int) and d > 0):
             raise ValueError(f"d: got {d!r}, wanted a positive integer")
-        if not 0 <= dropout < 1:
+        if not (isinstance(dropout, (int, float)) and 0 <= dropout < 1):
             raise ValueError(f"dropout: got {dropout!r}, wanted a probability in [0, 1)")
-        if not temperature > 0:
+        if not (isinstance(temperature, (int, float)) and 0 < temperature < math.inf):
             raise ValueError(f"temperature: got {temperature!r}, wanted a positive number")
-        if not temperature_decay >= 0:
+        if not (isinstance(temperature_decay, (int, float)) and temperature_decay >= 0):
             raise ValueError(f"temperature_decay: got {temperature_decay!r}, wanted a number of at least 0")
         made = {"device": device, "dtype": dtype}
         self.d, self.dropout = d, dropout

@@ -40,6 +40,15 @@ def check_dropout(dropout: Any, seed: Any, name: str = "dropout") -> None:
         bad("seed", seed, "an int64 tensor [1]")
 
 
+def check_scale(scale: Any, name: str = "scale") -> None:
+    if isinstance(scale, Tensor):
+        if scale.numel() == 1 and scale.dtype in DTYPES:
+            return
+    elif isinstance(scale, (int, float)) and scale == scale:
+        return
+    bad(name, scale, "a number, or a tensor with one element")
+
+
 def drawn_seed(dropout: float, seed: Tensor | None, device: torch.device) -> Tensor | None:
     """The key of a dropout's mask, from torch's generator unless it is given."""
     if dropout > 0 and seed is None:

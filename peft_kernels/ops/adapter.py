@@ -23,6 +23,7 @@ from ._arguments import (
     autocast_dtype,
     bad,
     check_dropout,
+    check_scale,
     describe,
     drawn_seed,
     is_float,
@@ -160,16 +161,31 @@ def bottleneck(
     activation: str = "gelu",
     layer_norm: LayerNorm | None = None,
 ) -> Tensor:
-    """The first half of `adapter`: `h = σ(W_down LN?(x) + b_down)` [..., r] in x's dtype, or autocast's under it."""
+    """The first half of `adapter`: `h = σ(W_down LN?(x) + b_down)` [..., r] in x's dtype, or autocast's under it.
+
+    The arguments and the errors are those of `adapter`.
+    """
+    activation = activation_name(activation)
+    _check_x(x)
+    d = x.shape[-1]
+    if not is_float(down_weight) or down_weight.dim() != 2 or down_weight.shape[1] != d:
+        bad("down_weight", down_weight, f"a float32, bfloat16 or float16 tensor [r, {d}]")
+    r = down_weight.shape[0]
+    if down_bias is not None and (not is_float(down_bias) or down_bias.shape != (r,)):
+        bad("down_bias", down_bias, f"a float32, bfloat16 or float16 tensor [{r}] or None")
+    _check_layer_norm("layer_norm", layer_norm)
+    norms = [] if layer_norm is None else [tensor for tensor in layer_norm[:2] if tensor is not None]
+    for tensor in norms:
+        if not is_float(tensor) or tensor.shape != (d,):
+            bad("layer_norm", tensor, f"float32, bfloat16 or float16 tensors [{d}] or None as its weight and bias")
+    check_devices(x, named(down_weight=[down_weight], down_bias=[down_bias], layer_norm=norms))
     dtype = autocast_dtype(x) or x.dtype
     if layer_norm is not None:
         weight, bias, eps = layer_norm
         x = F.layer_norm(x.float(), x.shape[-1:], _float(weight), _float(bias), eps)
     product_dtype = dtype if dtype == down_weight.dtype else torch.promote_types(dtype, down_weight.dtype)
     bias = None if down_bias is None else down_bias.to(product_dtype)
-    return _ACTIVATE[activation_name(activation)](
-        F.linear(x.to(product_dtype), down_weight.to(product_dtype), bias)
-    ).to(dtype)
+    return _ACTIVATE[activation](F.linear(x.to(product_dtype), down_weight.to(product_dtype), bias)).to(dtype)
 
 
 _ACTIVATE = {
@@ -228,8 +244,7 @@ def _adapters(x, adapters, index, residual, activation, gate, post_layer_norm, d
 
 def _check(x, adapters, residual, gate, post_layer_norm, dropout, seed, out_dtype) -> None:
     """Refuses what the ops would not see, or would see too late to say what is wrong; the rest is theirs to check."""
-    if not is_float(x) or x.dim() == 0:
-        bad("x", x, "a float32, bfloat16 or float16 tensor [..., d]")
+    _check_x(x)
     for weights in adapters:
         if not isinstance(weights, AdapterWeights):
             bad("adapters", weights, "AdapterWeights")
@@ -237,11 +252,7 @@ def _check(x, adapters, residual, gate, post_layer_norm, dropout, seed, out_dtyp
             tensor = getattr(weights, name)
             if not isinstance(tensor, Tensor) and (tensor is not None or name.endswith("weight")):
                 bad(name, tensor, "a tensor" if name.endswith("weight") else "a tensor or None")
-        if isinstance(weights.scale, Tensor):
-            if weights.scale.numel() != 1 or weights.scale.dtype not in DTYPES:
-                bad("scale", weights.scale, "a number, or a tensor with one element")
-        elif not isinstance(weights.scale, (int, float)) or weights.scale != weights.scale:
-            bad("scale", weights.scale, "a number, or a tensor with one element")
+        check_scale(weights.scale)
         _check_layer_norm("layer_norm", weights.layer_norm)
         if (weights.layer_norm is None) != (adapters[0].layer_norm is None):
             refuse("layer_norm", "some adapters with one and some without", "all adapters of a call alike")
@@ -255,6 +266,11 @@ def _check(x, adapters, residual, gate, post_layer_norm, dropout, seed, out_dtyp
     check_dropout(dropout, seed)
     if out_dtype is not None and out_dtype not in DTYPES:
         bad("out_dtype", out_dtype, "float32, bfloat16 or float16")
+
+
+def _check_x(x) -> None:
+    if not is_float(x) or x.dim() == 0:
+        bad("x", x, "a float32, bfloat16 or float16 tensor [..., d]")
 
 
 def _check_layer_norm(name: str, value: Any) -> None:

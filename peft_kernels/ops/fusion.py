@@ -20,6 +20,7 @@ from ._arguments import (
     autocast_dtype,
     bad,
     check_dropout,
+    check_scale,
     drawn_seed,
     is_float,
     matrix,
@@ -122,6 +123,8 @@ def fusion_of_bottlenecks(
             bad("up_weights", w, f"a floating-point tensor [{d}, {h.shape[-1]}], for a bottleneck {list(h.shape)}")
         if b is not None and (not is_float(b) or b.shape != (d,)):
             bad("up_biases", b, f"a float32, bfloat16 or float16 tensor [{d}] or None")
+    for scale in scales:
+        check_scale(scale, "scales")
     check_devices(
         query_input, named(bottlenecks=bottlenecks, up_weights=up_weights, up_biases=up_biases), "query_input"
     )

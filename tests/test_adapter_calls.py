@@ -2,14 +2,13 @@
 
 import asyncio
 import gc
-import sys
 import threading
 import weakref
-from contextlib import contextmanager
 
 import pytest
 import torch
 from adapter_models import make_inputs, make_model, randomize
+from concurrency import COUNTS, THREADS, differences, in_threads
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -18,7 +17,6 @@ from peft_kernels.adapters import KINDS
 from peft_kernels.nn import AdapterFusion
 
 ROWS = (["a", None, "b"], ["b", "a", "a"], [None, None, None], ["b", "b", "b"])
-THREADS = 4
 
 
 def adapted_model(name, kind, **options):
@@ -39,60 +37,11 @@ def adapted_model(name, kind, **options):
 # ---- Threads --------------------------------------------------------------------------------------------------------
 
 
-@contextmanager
-def switching_often():
-    before = sys.getswitchinterval()
-    sys.setswitchinterval(1e-6)
-    try:
-        yield
-    finally:
-        sys.setswitchinterval(before)
-
-
-def in_threads(work):
-    """Runs work(number) in several threads at once, and raises what any of them raised."""
-    failures, barrier = [], threading.Barrier(THREADS)
-
-    def run(number):
-        try:
-            barrier.wait()
-            with torch.no_grad():
-                work(number)
-        except BaseException as error:
-            failures.append(error)
-
-    threads = [threading.Thread(target=run, args=(number,)) for number in range(THREADS)]
-    with switching_often():
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-    if failures:
-        raise failures[0]
-
-
-def differences(call, count):
-    """How many of the results of call(number) differ in threads from what they are in one."""
-    with torch.no_grad():
-        wanted = [call(number) for number in range(THREADS)]
-    different = []
-
-    def work(number):
-        for _ in range(count):
-            if not torch.equal(call(number), wanted[number]):
-                different.append(number)
-
-    in_threads(work)
-    return len(different)
-
-
-COUNTS = [20, pytest.param(1000, marks=pytest.mark.slow)]
-
-
-@pytest.mark.parametrize("count", COUNTS)
+@pytest.mark.parametrize(
+    ("name", "count"), [("llama", 20), ("bert", 20), pytest.param("bert", 1000, marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize("rows", ["one", "argument", "entered"])
 @pytest.mark.parametrize("kind", [*KINDS, "fusion"])
-@pytest.mark.parametrize("name", ["bert", "llama"])
 def test_threads(name, kind, rows, count):
     model = adapted_model(name, kind)
     inputs = [make_inputs(name) for _ in range(THREADS)]

@@ -105,12 +105,13 @@ class FusedDecoderLayer(Caching, Lookalike):
             and has_stock_rotary(type(layer).stock)
         ):
             return None
-        if self._plan is None or self._plan.dtype is not x.dtype or not self._plan.watch.holds():
+        plan = self._plan  # read once: another thread may have one made for another dtype
+        if plan is None or plan.dtype is not x.dtype or not plan.watch.holds():
             try:
-                self._plan = self._make_plan(x)
+                plan = self._make_plan(x)
             except _UnsuitedError:
-                self._plan = None
-        plan = self._plan
+                plan = None
+            self._plan = plan
         return None if plan is None or x.numel() > plan.most_rows * x.shape[2] else plan
 
     def _make_plan(self, x: Tensor) -> _Plan:

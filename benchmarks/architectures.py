@@ -6,8 +6,8 @@ The models have few layers, but of the usual sizes, and their configurations' ow
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -16,10 +16,11 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
 
 import peft_kernels
-from benchmarks import finetune, timing
-from benchmarks.records import FUSED, Record
+from benchmarks import finetune, harness, timing
+from benchmarks.harness import relative_error
+from benchmarks.records import FUSED
 from benchmarks.report import benchmark
-from benchmarks.timing import Contender
+from benchmarks.timing import DTYPES, Contender
 from peft_kernels import cpu
 
 STOCK = "stock"
@@ -38,11 +39,10 @@ ARCHITECTURES = {
            {"num_layers": LAYERS, "vocab_size": VOCABULARY, "decoder_start_token_id": 0}, ["q", "v"]),
     "vit": ("ViTForImageClassification", "ViTConfig", {"num_hidden_layers": LAYERS}, "all-linear"),
 }  # fmt: skip
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
-class Case:
+class Case(harness.Rows):
     """An architecture, and the dtype of its weights. Nothing is wanted of it but not to be slower."""
 
     name: str
@@ -51,12 +51,23 @@ class Case:
     tokens: int = 128
     large: bool = False
 
+    @property
+    def size(self) -> float:
+        return self.rows * (1 if self.name == "vit" else self.tokens)
+
+    def part(self, share: float) -> Case:
+        """Fewer rows, or one of fewer tokens; the images of a vision transformer have a size."""
+        rows = max(1, int(share * self.rows))
+        if self.name == "vit" or rows > 1:
+            return replace(self, rows=rows)
+        return replace(self, rows=1, tokens=min(self.tokens, max(2, round(share * self.size))))
+
     def __str__(self) -> str:
         size = "" if self.name == "vit" else f"x{self.tokens}"
         return f"{self.name} {self.dtype} {self.rows}{size}"
 
 
-CASES = tuple(Case(name, dtype) for name in ARCHITECTURES for dtype in DTYPES)
+CASES = tuple(Case(name, dtype) for name in ARCHITECTURES for dtype in ("fp32", "bf16"))
 
 
 def make_model(case: Case) -> PeftModel:
@@ -76,58 +87,54 @@ def make_batch(case: Case, dtype: torch.dtype) -> dict[str, Tensor]:
     return {"input_ids": ids, "labels": ids[:, 0] % 2 if case.name == "bert" else ids}
 
 
-def step(model: PeftModel, batch: dict[str, Tensor]) -> None:
-    model.train().zero_grad()
-    model(**batch).loss.backward()
+class Problem(harness.Problem):
+    """A model, and the same accelerated."""
 
+    def __init__(self, case: Case) -> None:
+        finetune.quiet()
+        self.case, self.name = case, str(case)
+        self.tokens = 0 if case.name == "vit" else case.rows * case.tokens
+        stock = make_model(case)
+        fused = copy.deepcopy(stock)
+        peft_kernels.accelerate(fused)
+        self.models = {FUSED: fused, STOCK: stock}
+        self.batch = make_batch(case, DTYPES[case.dtype])
 
-def check(case: Case, stock: PeftModel, fused: PeftModel, isas: Sequence[str]) -> dict[str, float]:
-    """The relative rms error of the logits by instruction set.
+    def contender(self, name: str, isa: str = "") -> Contender:
+        return Contender(name, {"train": partial(self.step, self.models[name])}, isa=isa)
 
-    Raises:
-        ArithmeticError: it is above stock's, by more than 10 %.
-    """
+    def step(self, model: PeftModel) -> None:
+        model.train().zero_grad()
+        model(**self.batch).loss.backward()
 
-    def logits(model: PeftModel, dtype: torch.dtype) -> Tensor:
+    def logits(self, model: PeftModel, dtype: torch.dtype) -> Tensor:
         with torch.no_grad():
-            return model.eval()(**make_batch(case, dtype)).logits.double()
+            return model.eval()(**make_batch(self.case, dtype)).logits.double()
 
-    dtype = DTYPES[case.dtype]
-    wanted = logits(copy.deepcopy(stock).double(), torch.float64)
-    theirs = (logits(stock, dtype) - wanted).norm() / wanted.norm()
-    errors = {}
-    for isa in isas:
-        with cpu.use_isa(isa):
-            errors[isa] = ((logits(fused, dtype) - wanted).norm() / wanted.norm()).item()
-        if not errors[isa] <= 1.1 * theirs:
-            raise ArithmeticError(f"{case}, {isa}: got an error of {errors[isa]:.3g}, wanted {theirs:.3g}, as stock's")
-    return errors
+    def check(self, isas: Sequence[str]) -> dict[str, float]:
+        """Of the logits.
+
+        Raises:
+            ArithmeticError: it is above stock's, by more than 10 %.
+        """
+        dtype = DTYPES[self.case.dtype]
+        wanted = self.logits(copy.deepcopy(self.models[STOCK]).double(), torch.float64)
+        theirs = relative_error(self.logits(self.models[STOCK], dtype), wanted)
+        errors = {}
+        for isa in isas:
+            with cpu.use_isa(isa):
+                errors[isa] = relative_error(self.logits(self.models[FUSED], dtype), wanted)
+            if not errors[isa] <= 1.1 * theirs:
+                text = f"got an error of {errors[isa]:.3g}, wanted {theirs:.3g}, as stock's"
+                raise ArithmeticError(f"{self.case}, {isa}: {text}")
+        return errors
+
+    def saved(self, name: str) -> int | None:
+        model = self.models[name].train()
+        return timing.saved_bytes(model, lambda: model(**self.batch).loss)
 
 
-def run(case: Case, vs: Sequence[str], isas: Sequence[str], seconds: float, say: Callable[[str], None]) -> list[Record]:
-    """Checks and then times a case."""
-    finetune.quiet()
-    stock = make_model(case)
-    fused = copy.deepcopy(stock)
-    peft_kernels.accelerate(fused)
-    errors = check(case, stock, fused, isas)
-    batch = make_batch(case, DTYPES[case.dtype])
-    models = {FUSED: fused, STOCK: stock}
-    phases = {name: {"train": partial(step, model, batch)} for name, model in models.items()}
-    contenders = [Contender(FUSED, phases[FUSED], isa=isa, grad=True) for isa in isas]
-    contenders += [Contender(BASELINES[name], phases[BASELINES[name]], grad=True) for name in vs]
-    samples = timing.interleaved(contenders, seconds)
-    records = []
-    for contender, taken in zip(contenders, samples, strict=True):
-        model = models[contender.name].train()
-        records.append(
-            Record(
-                str(case), "train", contender.name, contender.isa, taken["train"], error=errors.get(contender.isa),
-                peak=timing.peak_memory(contender.run), tokens=0 if case.name == "vit" else case.rows * case.tokens,
-                saved=finetune.saved_bytes(model, lambda model=model: model(**batch).loss),
-            )
-        )  # fmt: skip
-    return records
+run = harness.runner(Problem, BASELINES)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -24,20 +24,21 @@ from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer
 
 import peft_kernels
-from benchmarks import finetune
+from benchmarks import finetune, timing
 from benchmarks.demo_results import (
     COLORS,
     Row,
-    describe_machine,
-    describe_versions,
+    choose_dtype,
     megabytes,
-    progress,
     result_table,
     save,
     two_panels,
 )
 from benchmarks.finetune import Run, Settings
 from benchmarks.options import model_path, number
+from benchmarks.progress import make_console, progress, working
+from benchmarks.records import describe_machine, describe_versions
+from benchmarks.timing import within
 
 STOCK, ACCELERATED = "stock", "accelerated"
 AGREEMENT_STEPS = 8
@@ -45,6 +46,8 @@ AVERAGED = 5  # steps whose mean stands for the loss at the start and at the end
 GENERATED = 48
 GENERATION_ROUNDS = 2
 PROMPT = "The with statement is used to"
+# Shares of the time that a stage may take; the rest is for what can't be cut, such as loading the models.
+TRAINING, CURVES, MEMORY, GENERATION = 0.45, 0.15, 0.1, 0.1
 
 
 # ---- Options --------------------------------------------------------------------------------------------------------
@@ -68,6 +71,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--dropout", type=probability, default=0.05, help="of the LoRA adapters (%(default)s)")
     parser.add_argument("--model", type=model_path, help="a Hugging Face folder or a GGUF file (SmolLM2-135M-Instruct)")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="where to train (%(default)s)")
+    parser.add_argument("--minutes", type=rate, default=10.0, help="it takes fewer steps to keep to it (%(default)g)")
     parser.add_argument("--output", type=Path, default=Path("demo-output"), help="folder for results (%(default)s)")
     parser.add_argument("--seed", type=seed, default=0, help="of initial values, batches and dropout (%(default)s)")
     return parser
@@ -76,63 +80,73 @@ def make_parser() -> argparse.ArgumentParser:
 # ---- Stages ---------------------------------------------------------------------------------------------------------
 
 
-def compare_curves(settings: Settings, batches: Tensor, console: Console) -> dict[str, float]:
+def compare_curves(settings: Settings, batches: Tensor, console: Console, seconds: float) -> dict[str, float]:
     """Trains without dropout, where every variant computes the same thing, and returns how far the loss curves part.
 
-    The yardstick is how far stock in bf16 parts from stock in fp32.
+    The yardstick of bf16 is how far stock in it parts from stock in fp32.
     """
     exact = f"{STOCK}, fp32"
-    variants = {STOCK: torch.bfloat16, ACCELERATED: torch.bfloat16, exact: torch.float32}
+    variants = {name: settings for name in (STOCK, ACCELERATED)}
+    if settings.dtype != "fp32":
+        variants[exact] = dataclasses.replace(settings, dtype="fp32")
     losses = {}
     with progress(console, len(batches), list(variants)) as advance:
-        for name, dtype in variants.items():
-            model = finetune.load_with_lora(settings, dropout=0.0, dtype=dtype)
+        for name, variant in variants.items():
+            model = finetune.load_with_lora(variant, dropout=0.0)
             if name == ACCELERATED:
                 peft_kernels.accelerate(model)
             run = Run(model, settings.lr)
-            for batch in batches:
+            for batch in within(seconds / len(variants), batches):
                 run.step(batch)
-                advance(name, run)
+                advance(name, run.losses[-1], run.seconds_per_step)
             losses[name] = run.losses
+    common = min(map(len, losses.values()))
     pairs = [(ACCELERATED, STOCK), (STOCK, exact), (ACCELERATED, exact)]
-    return {f"{a} and {b}": finetune.largest_difference(losses[a], losses[b]) for a, b in pairs}
+    return {
+        f"{a} and {b}": finetune.largest_difference(losses[a][:common], losses[b][:common])
+        for a, b in pairs
+        if b in losses
+    }
 
 
-def train(runs: dict[str, Run], batches: Tensor, console: Console) -> None:
+def train(runs: dict[str, Run], batches: Tensor, console: Console, seconds: float) -> None:
     """One step of each run in turn."""
     with progress(console, len(batches), list(runs)) as advance:
-        for batch in batches:
+        for batch in within(seconds, batches):
             for name, run in runs.items():
                 run.step(batch)
-                advance(name, run)
+                advance(name, run.losses[-1], run.seconds_per_step)
 
 
-def peak_memories(settings: Settings, batches: Tensor) -> dict[str, int]:
+def peak_memories(settings: Settings, batches: Tensor, seconds: float) -> dict[str, int]:
     """Each model's `peak_memory` in a process of its own."""
     peaks = {}
     for name in (STOCK, ACCELERATED):
         with ProcessPoolExecutor(max_workers=1, mp_context=get_context("spawn")) as pool:
-            peaks[name] = pool.submit(finetune.peak_memory, settings, batches, name == ACCELERATED).result()
+            peaks[name] = pool.submit(
+                finetune.peak_memory, settings, batches, name == ACCELERATED, seconds / 2
+            ).result()
     return peaks
 
 
-def generation_speeds(runs: dict[str, Run], tokenizer: Any) -> dict[str, float]:
+def generation_speeds(runs: dict[str, Run], tokenizer: Any, seconds: float) -> dict[str, float]:
     """Tokens a second of each trained model, in turn; the median of the rounds."""
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    speeds: dict[str, list[float]] = {name: [] for name in runs}
     for run in runs.values():
         run.model.eval()
         finetune.generate(run.model, tokenizer, PROMPT, 2)  # warms up: bitsandbytes repacks its weights
     for _ in range(GENERATION_ROUNDS):
         for name, run in runs.items():
-            seconds[name].append(finetune.generate(run.model, tokenizer, PROMPT, GENERATED)[1])
-    return {name: GENERATED / statistics.median(values) for name, values in seconds.items()}
+            share = seconds / GENERATION_ROUNDS / len(runs)
+            speeds[name].append(finetune.generate(run.model, tokenizer, PROMPT, GENERATED, share)[1])
+    return {name: statistics.median(values) for name, values in speeds.items()}
 
 
-def reload_and_generate(settings: Settings, adapter: Path, tokenizer: Any) -> str:
+def reload_and_generate(settings: Settings, adapter: Path, tokenizer: Any, seconds: float) -> str:
     """A sample of the saved adapter on a fresh base, accelerated."""
     model = PeftModel.from_pretrained(finetune.load_4bit(settings), adapter).eval()
     peft_kernels.accelerate(model)
-    return finetune.generate(model, tokenizer, PROMPT, GENERATED)[0]
+    return finetune.generate(model, tokenizer, PROMPT, GENERATED, seconds)[0]
 
 
 # ---- Results --------------------------------------------------------------------------------------------------------
@@ -182,15 +196,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("argument --device: got 'cuda', but torch finds no CUDA device; wanted 'cpu'")
     finetune.quiet()
-    console = Console()
+    console = make_console()
     options.output.mkdir(parents=True, exist_ok=True)
 
     model = finetune.base_model(options.model, options.output / "base")
-    shared = {name: value for name, value in vars(options).items() if name != "output"}
+    shared = {name: value for name, value in vars(options).items() if name not in ("output", "minutes")}
     settings = Settings(**shared | {"model": model})
+    seconds = 60 * options.minutes
     tokenizer = AutoTokenizer.from_pretrained(model)
     tokens = tokenizer(finetune.language_reference(), return_tensors="pt").input_ids[0]
-    longest = min(len(tokens), AutoConfig.from_pretrained(model).max_position_embeddings)
+    config = AutoConfig.from_pretrained(model)
+    longest = min(len(tokens), config.max_position_embeddings)
     if settings.length > longest:
         parser.error(f"argument --length: got '{settings.length}', wanted at most {longest}: the model's or the text's")
     batches = finetune.make_batches(tokens, settings.steps, settings.batch, settings.length, settings.seed)
@@ -198,29 +214,38 @@ def main(arguments: Sequence[str] | None = None) -> None:
     console.print(f"{model.name} on {len(tokens):,} tokens of Python's language reference")
     console.print(f"{machine}; {describe_versions()}", highlight=False)
 
+    with working(console, "Choosing a dtype"):
+        rows = settings.batch * settings.length
+        dtype = choose_dtype(config, rows, settings.device, partial(console.print, highlight=False))
+    settings = dataclasses.replace(settings, dtype=dtype)
+
     runs = {}
     for name in (STOCK, ACCELERATED):
-        with console.status(f"Loading the {name} model"):
+        with working(console, f"Loading the {name} model"):
             runs[name] = Run(finetune.load_with_lora(settings, settings.dropout), settings.lr)
     console.print(peft_kernels.accelerate(runs[ACCELERATED].model))
 
     console.rule("Training", align="left")
-    train(runs, batches, console)
+    train(runs, batches, console, TRAINING * seconds)
+    if (steps := len(runs[STOCK].losses)) < settings.steps:
+        console.print(f"{steps} of {settings.steps} steps, to keep to {options.minutes:g} minutes", highlight=False)
 
     console.rule("One row a step, without dropout, to compare the loss curves", align="left")
-    curves = compare_curves(settings, batches[:AGREEMENT_STEPS, :1], console)
+    curves = compare_curves(settings, batches[:AGREEMENT_STEPS, :1], console, CURVES * seconds)
 
-    with console.status("Measuring memory, each model in a process of its own"):
-        saved = {name: finetune.saved_bytes(run.model, partial(run.loss, batches[0])) for name, run in runs.items()}
-        peaks = peak_memories(settings, batches[:2])
+    with working(console, "Measuring memory, each model in a process of its own"):
+        saved = {name: timing.saved_bytes(run.model, partial(run.loss, batches[0])) for name, run in runs.items()}
+        peaks = peak_memories(settings, batches[:2], MEMORY * seconds)
     adapter = options.output / "adapter"
-    with console.status("Generating"):
-        speeds = generation_speeds(runs, tokenizer)
+    with working(console, "Generating"):
+        speeds = generation_speeds(runs, tokenizer, GENERATION * seconds)
         runs[ACCELERATED].model.save_pretrained(adapter)
-        sample = reload_and_generate(settings, adapter, tokenizer)
+        sample = reload_and_generate(settings, adapter, tokenizer, GENERATION * seconds / 4)
 
     rows = result_rows(runs, settings.batch * settings.length, speeds, saved, peaks)
-    console.print(result_table(rows, "Stock PEFT and bitsandbytes, and the same accelerated", (STOCK, ACCELERATED)))
+    headings = tuple(f"{name}, {dtype}" for name in (STOCK, ACCELERATED))
+    title = f"Stock PEFT and bitsandbytes, and the same accelerated; stock is fastest in {dtype} here"
+    console.print(result_table(rows, title, headings))
     console.print("Largest difference of the loss curves without dropout, between")
     for pair, difference in curves.items():
         console.print(f"  {pair}: {difference:.2g}")

@@ -7,6 +7,7 @@ adapter of Pfeiffer's kind with a head of its own; and a fusion of all tasks' ad
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import math
 import statistics
 import time
@@ -22,17 +23,15 @@ import torch.nn.functional as F
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
-from transformers import AutoModel, AutoTokenizer
+from transformers import AutoConfig, AutoModel, AutoTokenizer
 
 import peft_kernels
 from benchmarks import finetune, timing
 from benchmarks.demo_results import (
     COLORS,
     Row,
-    describe_machine,
-    describe_versions,
+    choose_dtype,
     megabytes,
-    progress,
     result_table,
     save,
     two_panels,
@@ -40,12 +39,17 @@ from benchmarks.demo_results import (
 from benchmarks.finetune import Run
 from benchmarks.options import model_path, names, number
 from benchmarks.plain_adapters import plain
+from benchmarks.progress import make_console, progress, working
+from benchmarks.records import describe_machine, describe_versions
 from benchmarks.tasks import TASKS, Task, make_tasks
+from benchmarks.timing import DTYPES, within
 
 PLAIN, FUSED = "plain PyTorch", "fused"
 FROZEN, ADAPTER, FUSION = "frozen, with a head", "its own adapter", "fusion of all adapters"
 ROUNDS = 5  # of each timing
 EVALUATED = 32  # rows at a time
+# Shares of the time that the stages may take; the rest is for what can't be cut.
+EVALUATION, TRAINING, FUSION_TRAINING, MEASURING = 0.2, 0.3, 0.25, 0.1
 DECAYS = (0.001, 0.01, 0.1, 1.0)  # of the weights of a head on the frozen model; validation chooses
 
 
@@ -65,6 +69,7 @@ class Settings:
     lr: float
     fusion_lr: float
     seed: int
+    dtype: str = "bf16"  # of the frozen model; a key of DTYPES
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -89,6 +94,8 @@ def make_parser() -> argparse.ArgumentParser:
     add("--lr", type=rate, default=3e-3, help="learning rate of the adapters and heads (%(default)s)")
     add("--fusion-lr", type=rate, default=2e-4, help="learning rate of the fusions (%(default)s)")
     add("--model", type=model_path, help="a Hugging Face folder or a GGUF file (SmolLM2-135M-Instruct)")
+    add("--minutes", type=rate, default=10.0,
+        help="it takes fewer steps and examples to keep to it (%(default)g)")  # fmt: skip
     add("--output", type=Path, default=Path("demo-output"), help="folder for results (%(default)s)")
     add("--seed", type=seed, default=0, help="of examples, initial values and batches (%(default)s)")
     return parser
@@ -138,7 +145,7 @@ class Classifier(nn.Module):
     def features(self, tokens: Tensor, mask: Tensor, adapter_names: Sequence[str] | None = None) -> Tensor:
         """[rows, hidden_size] in fp32."""
         named = {} if adapter_names is None else {"adapter_names": adapter_names}
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.base.dtype == torch.bfloat16):
             states = self.base(input_ids=tokens, attention_mask=mask, use_cache=False, **named).last_hidden_state
         weights = mask[:, 1:, None].float()
         return (states[:, 1:].float() * weights).sum(1) / weights.sum(1)
@@ -212,6 +219,24 @@ def accuracy(model: Classifier, task: Task, tokenizer: Any, length: int) -> floa
         return (model.heads[task.name](features).argmax(1) == labels).float().mean().item()
 
 
+def fewer_examples(model: Classifier, tasks: Sequence[Task], tokenizer: Any, length: int, seconds: float) -> list[Task]:
+    """The tasks with as many examples as there is time to get features of; at least 20 of each kind, if there are.
+
+    The features of the test examples are wanted three times: on the frozen model, with adapters and with a fusion.
+    """
+    some = tasks[0].train[:EVALUATED]
+    all_features(model, some, tokenizer, length)  # the first call is slower
+    begin = time.perf_counter()
+    all_features(model, some, tokenizer, length)
+    affordable = seconds * len(some) / (time.perf_counter() - begin)
+    share = affordable / sum(len(task.train) + 3 * len(task.test) for task in tasks)
+
+    def part(examples: tuple[tuple[str, int], ...]) -> tuple[tuple[str, int], ...]:
+        return examples[: max(20, int(share * len(examples)))]
+
+    return [dataclasses.replace(task, train=part(task.train), test=part(task.test)) for task in tasks]
+
+
 # ---- Training -------------------------------------------------------------------------------------------------------
 
 
@@ -241,9 +266,10 @@ def fit_head(head: Head, features: Tensor, labels: Tensor) -> None:
 
 def train_stage(
     model: Classifier, tasks: Sequence[Task], tokenizer: Any, settings: Settings, steps: int, lr: float,
-    prepare: Callable[[Task], None], *, console: Console,
+    prepare: Callable[[Task], None], seconds: float, *, console: Console,
 ) -> dict[str, float]:  # fmt: skip
-    """Trains what `prepare` puts into the model for each task in turn; returns the accuracies."""
+    """Trains what `prepare` puts into the model for each task in turn, with fewer steps than asked for if these take
+    more than so many seconds; returns the accuracies."""
     accuracies = {}
     with progress(console, steps, [task.name for task in tasks]) as advance:
         for task in tasks:
@@ -251,9 +277,9 @@ def train_stage(
             model.heads[task.name].reset()  # the fitted one errs on no training example: nothing could be learnt
             prepare(task)
             run = TaskRun(model, task.name, lr, settings.lr)
-            for batch in training_batches(task, tokenizer, settings, steps):
+            for batch in within(seconds / len(tasks), training_batches(task, tokenizer, settings, steps)):
                 run.step(batch)
-                advance(task.name, run)
+                advance(task.name, run.losses[-1], run.seconds_per_step)
             accuracies[task.name] = accuracy(model, task, tokenizer, settings.length)
     return accuracies
 
@@ -262,20 +288,20 @@ def train_stage(
 
 
 def compare(
-    model: Classifier, call: Callable[[], Any], plain_call: Callable[[], Any] | None = None
+    model: Classifier, call: Callable[[], Any], limit: float, plain_call: Callable[[], Any] | None = None
 ) -> dict[str, float]:
-    """The median seconds of a call with fused and with plain adapters, taken in turn."""
+    """The median seconds of a call with fused and with plain adapters, taken in turn for about `limit` seconds."""
     seconds: dict[str, list[float]] = {PLAIN: [], FUSED: []}
-    for turn in range(ROUNDS + 1):
+    for turn in within(limit, range(ROUNDS + 1)):
         for name in (PLAIN, FUSED) if turn % 2 else (FUSED, PLAIN):
             with plain(model) if name == PLAIN else nullcontext():
                 begin = time.perf_counter()
                 (plain_call or call)() if name == PLAIN else call()
                 seconds[name].append(time.perf_counter() - begin)
-    return {name: statistics.median(values[1:]) for name, values in seconds.items()}
+    return {name: statistics.median(values[1:] or values) for name, values in seconds.items()}
 
 
-def training_costs(what: str, run: TaskRun, batch: Batch) -> list[Row]:
+def training_costs(what: str, run: TaskRun, batch: Batch, limit: float) -> list[Row]:
     """Time and memory of a forward and its backward."""
     model = run.model.train()
 
@@ -283,11 +309,11 @@ def training_costs(what: str, run: TaskRun, batch: Batch) -> list[Row]:
         run.loss(batch).backward()
         run.optimizer.zero_grad()
 
-    seconds = compare(model, step)
+    seconds = compare(model, step, limit)
     saved, peaks = {}, {}
     for name in (PLAIN, FUSED):
         with plain(model) if name == PLAIN else nullcontext():
-            saved[name] = finetune.saved_bytes(model, partial(run.loss, batch))
+            saved[name] = timing.saved_bytes(model, partial(run.loss, batch))
             peaks[name] = timing.peak_memory(step)
     rows = [
         Row(f"{what}: forward and backward", "s", seconds[PLAIN], seconds[FUSED]),
@@ -299,7 +325,7 @@ def training_costs(what: str, run: TaskRun, batch: Batch) -> list[Row]:
 
 
 @torch.no_grad()
-def mixed_batch_cost(model: Classifier, tasks: Sequence[Task], tokenizer: Any, settings: Settings) -> Row:
+def mixed_batch_cost(model: Classifier, tasks: Sequence[Task], tokenizer: Any, settings: Settings, limit: float) -> Row:
     """One batch with rows of every task: in one pass with fused adapters, in a pass for each task with plain ones."""
     model.eval()
     each = max(settings.batch // len(tasks), 1)
@@ -311,7 +337,7 @@ def mixed_batch_cost(model: Classifier, tasks: Sequence[Task], tokenizer: Any, s
             peft_kernels.set_adapter(model, task.name)
             model.features(batch.tokens[begin : begin + each], batch.mask[begin : begin + each])
 
-    seconds = compare(model, lambda: model.features(batch.tokens, batch.mask, rows), apart)
+    seconds = compare(model, lambda: model.features(batch.tokens, batch.mask, rows), limit, apart)
     return Row("rows of all tasks: forward, in a pass for each or in one", "s", seconds[PLAIN], seconds[FUSED])
 
 
@@ -363,21 +389,27 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if len(options.tasks) < 2:
         parser.error(f"argument --tasks: got '{','.join(options.tasks)}', wanted two or more")
     finetune.quiet()
-    console = Console()
+    console = make_console()
     options.output.mkdir(parents=True, exist_ok=True)
     folder = finetune.base_model(options.model, options.output / "base")
-    shared = {name: value for name, value in vars(options).items() if name != "output"}
+    shared = {name: value for name, value in vars(options).items() if name not in ("output", "minutes")}
     settings = Settings(**shared | {"model": folder})
+    seconds = 60 * options.minutes
     machine = describe_machine("cpu")
     console.print(f"{machine}; {describe_versions()}", highlight=False)
 
-    with console.status("Reading the standard library"):
+    with working(console, "Reading the standard library"):
         tasks = make_tasks(settings.tasks, settings.train, settings.test, settings.seed)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     torch.manual_seed(settings.seed)
-    model = Classifier(AutoModel.from_pretrained(folder, dtype=torch.bfloat16), tasks)
+    with working(console, "Choosing a dtype"):
+        config, rows = AutoConfig.from_pretrained(folder), settings.batch * settings.length
+        dtype = choose_dtype(config, rows, "cpu", partial(console.print, highlight=False))
+    settings = dataclasses.replace(settings, dtype=dtype)
+    model = Classifier(AutoModel.from_pretrained(folder, dtype=DTYPES[dtype]), tasks)
+    tasks = fewer_examples(model, tasks, tokenizer, settings.length, EVALUATION * seconds)
     accuracies: dict[str, dict[str, float]] = {FROZEN: {}}
-    with console.status("Fitting heads on the frozen model"):
+    with working(console, "Fitting heads on the frozen model"):
         for task in tasks:
             features = all_features(model, task.train, tokenizer, settings.length)
             fit_head(model.heads[task.name], features, torch.tensor([label for _, label in task.train]))
@@ -402,20 +434,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
     fusion: list[str] = []
     console.rule("Training an adapter for each task", align="left")
     stage = partial(train_stage, model, tasks, tokenizer, settings, console=console)
-    accuracies[ADAPTER] = stage(settings.steps, settings.lr, new_adapter)
+    accuracies[ADAPTER] = stage(settings.steps, settings.lr, new_adapter, TRAINING * seconds)
     console.print(reports[-1])
     last = tasks[-1]
     batch = next(training_batches(last, tokenizer, settings, 1))
-    with console.status("Measuring"):
-        rows = training_costs("adapter", TaskRun(model, last.name, settings.lr, settings.lr), batch)
-        rows.append(mixed_batch_cost(model, tasks, tokenizer, settings))
+    with working(console, "Measuring"):
+        limit = MEASURING * seconds / 3
+        rows = training_costs("adapter", TaskRun(model, last.name, settings.lr, settings.lr), batch, limit)
+        rows.append(mixed_batch_cost(model, tasks, tokenizer, settings, limit))
     for task in tasks:
         peft_kernels.save_adapter(base, options.output / "adapters" / task.name, task.name)
 
     console.rule("Training a fusion of the adapters for each task", align="left")
-    accuracies[FUSION] = stage(settings.fusion_steps, settings.fusion_lr, new_fusion)
-    with console.status("Measuring"):
-        rows += training_costs("fusion", TaskRun(model, last.name, settings.fusion_lr, settings.lr), batch)
+    accuracies[FUSION] = stage(settings.fusion_steps, settings.fusion_lr, new_fusion, FUSION_TRAINING * seconds)
+    with working(console, "Measuring"):
+        rows += training_costs("fusion", TaskRun(model, last.name, settings.fusion_lr, settings.lr), batch, limit)
     peft_kernels.save_adapter(base, options.output / "adapters" / "fusion", fusion[0])
 
     whole = reports[0].base_parameters
@@ -423,7 +456,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     fused = sum(parameter.numel() for path, parameter in base.named_parameters() if ".fusions." in path)
     parameters = {"base": whole, "an adapter": own, "the fusion": fused}
     console.print(accuracy_table(tasks, accuracies))
-    console.print(result_table(rows, "The same adapters, plain and fused", (PLAIN, FUSED)))
+    console.print(result_table(rows, f"The same adapters in {dtype}, plain and fused", (PLAIN, FUSED)))
     for name, size in parameters.items():
         console.print(f"Parameters of {name}: {size:,}, {size / whole:.1%} of the base", highlight=False)
     draw(tasks, accuracies, rows, f"{machine}; {describe_versions()}", options.output / "demo_adapters.png")

@@ -4,43 +4,28 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
-import platform
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-import peft_kernels
-from benchmarks.finetune import Run
+from benchmarks.records import describe_versions, duration
+from benchmarks.timing import dtype_seconds
 
 COLORS = ("#9aa5b1", "#1f6feb")  # of the two
 
 
-@contextmanager
-def progress(console: Console, total: int, names: Sequence[str]) -> Iterator[Callable[[str, Run], None]]:
-    """A live bar for each name; yields the function that moves one on."""
-    columns = [
-        TextColumn("{task.description:12}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("loss {task.fields[loss]:.3f}  {task.fields[seconds]:.2f} s/step"),
-        TimeRemainingColumn(),
-    ]
-    with Progress(*columns, console=console) as bars:
-        tasks = {name: bars.add_task(name, total=total, loss=math.nan, seconds=math.nan) for name in names}
-
-        def advance(name: str, run: Run) -> None:
-            bars.update(tasks[name], advance=1, loss=run.losses[-1], seconds=run.seconds_per_step)
-
-        yield advance
+def choose_dtype(config: Any, rows: int, device: str, say: Callable[[str], None]) -> str:
+    """The name of the dtype in which torch is fastest here, by the largest of the model's layers with so many rows."""
+    n, k = getattr(config, "intermediate_size", 4 * config.hidden_size), config.hidden_size
+    seconds = dtype_seconds(rows, n, k, device)
+    chosen = min(seconds, key=seconds.__getitem__)
+    times = ", ".join(f"{duration(value)} in {name}" for name, value in seconds.items())
+    say(f"Torch's products of a layer {n} x {k}, {rows} tokens, take {times}: the models compute in {chosen}")
+    return chosen
 
 
 @dataclass(frozen=True)
@@ -102,22 +87,6 @@ def two_panels(rows: Sequence[Row], machine: str, path: Path) -> Iterator[Any]:
         figure.suptitle(machine, x=0.01, ha="left", fontsize=8, color="#57606a")
         figure.savefig(path, dpi=150)
         pyplot.close(figure)
-
-
-def describe_machine(device: str) -> str:
-    if device == "cuda":
-        processor = torch.cuda.get_device_name()
-    else:
-        info = Path("/proc/cpuinfo")
-        lines = info.read_text().splitlines() if info.exists() else []
-        names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-        processor = f"{(names or [platform.machine()])[0]}, {torch.get_num_threads()} threads"
-    return f"{processor}, kernels for {peft_kernels.cpu.isa()}"
-
-
-def describe_versions() -> str:
-    others = (f"{name} {version(name)}" for name in ("peft", "bitsandbytes", "transformers"))
-    return ", ".join([f"torch {torch.__version__}", *others])  # with what it was built for, which a package may not say
 
 
 def save(results: dict[str, Any], settings: Any, machine: str, path: Path) -> None:

@@ -13,7 +13,7 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from benchmarks import functions
+from benchmarks import functions, harness
 from benchmarks.functions import Problem, Tensors
 from benchmarks.lora_layers import RANK, SCALING, STOCK, OneLinear, dense_linear, fused, linear4bit, stored_bytes
 from benchmarks.records import FUSED, Faster, Target
@@ -28,7 +28,7 @@ TOLERANCE = 1e-2
 
 
 @dataclass(frozen=True)
-class Case:
+class Case(harness.Rows):
     """A shape, and what is wanted of it.
 
     Attributes:
@@ -101,7 +101,7 @@ def make_problem(case: Case) -> Problem:
     )
 
 
-run = functions.runner(make_problem, BASELINES)
+run = harness.runner(make_problem, BASELINES)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks import functions
+from benchmarks import harness
 from benchmarks.functions import COMPILED, Problem, Tensors
 from benchmarks.records import FUSED
 from benchmarks.report import benchmark
@@ -26,7 +26,7 @@ SEED = 7
 
 
 @dataclass(frozen=True)
-class Case:
+class Case(harness.Rows):
     """A shape [M, N] and a probability. Nothing is wanted of it but not to be slower."""
 
     rows: int
@@ -61,7 +61,7 @@ def make_problem(case: Case) -> Problem:
     )
 
 
-run = functions.runner(make_problem, BASELINES)
+run = harness.runner(make_problem, BASELINES)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

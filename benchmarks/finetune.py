@@ -12,7 +12,7 @@ import statistics
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,11 +21,12 @@ from typing import Any
 import psutil
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GgufConfig
 from transformers.utils import logging
 
 import peft_kernels
+from benchmarks.timing import DTYPES, within
 
 WARM_UP = 2  # steps that are not measured: bitsandbytes compiles its dequantisation in the first two
 
@@ -43,6 +44,7 @@ class Settings:
     dropout: float
     device: str
     seed: int
+    dtype: str = "bf16"  # that the model computes in; a key of timing.DTYPES
 
 
 # ---- The model ------------------------------------------------------------------------------------------------------
@@ -83,8 +85,9 @@ def converted(gguf: Path, cache: Path) -> Path:
     return folder
 
 
-def load_4bit(settings: Settings, dtype: torch.dtype = torch.bfloat16) -> Any:
-    """The base model in NF4 with double quantisation, computing in `dtype`."""
+def load_4bit(settings: Settings) -> Any:
+    """The base model in NF4 with double quantisation."""
+    dtype = DTYPES[settings.dtype]
     quantization = BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
@@ -96,9 +99,7 @@ def load_4bit(settings: Settings, dtype: torch.dtype = torch.bfloat16) -> Any:
     )
 
 
-def load_with_lora(
-    settings: Settings, dropout: float, dtype: torch.dtype = torch.bfloat16, dora: bool = False
-) -> PeftModel:
+def load_with_lora(settings: Settings, dropout: float, dora: bool = False) -> PeftModel:
     """The 4-bit model with fresh LoRA adapters on every linear layer; or DoRA's."""
     config = LoraConfig(
         r=settings.rank,
@@ -108,12 +109,12 @@ def load_with_lora(
         task_type="CAUSAL_LM",
         use_dora=dora,
     )
-    return load_with_peft(settings, config, dtype)
+    return load_with_peft(settings, config)
 
 
-def load_with_peft(settings: Settings, config: PeftConfig, dtype: torch.dtype = torch.bfloat16) -> PeftModel:
+def load_with_peft(settings: Settings, config: PeftConfig) -> PeftModel:
     """The 4-bit model with a fresh adapter of any kind; the seed makes it the same each time."""
-    base = load_4bit(settings, dtype)
+    base = load_4bit(settings)
     torch.manual_seed(settings.seed)
     return get_peft_model(base, config)
 
@@ -196,27 +197,11 @@ def largest_difference(curve: list[float], other: list[float]) -> float:
 # ---- What a step costs ----------------------------------------------------------------------------------------------
 
 
-def saved_bytes(model: nn.Module, forward: Callable[[], Tensor]) -> int:
-    """Bytes that one forward keeps for its backward: each storage once, the model's own tensors left out."""
-    own = {t.untyped_storage().data_ptr() for t in [*model.parameters(), *model.buffers()]}
-    saved: dict[int, int] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            saved[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        result = forward()
-    del result  # held until here, what was saved is alive, and no two storages had the same address
-    return sum(saved.values())
-
-
-def peak_memory(settings: Settings, batches: Tensor, accelerated: bool) -> int:
+def peak_memory(settings: Settings, batches: Tensor, accelerated: bool, seconds: float) -> int:
     """Bytes by which memory rises at most during a step: over the model, the optimiser and what was compiled.
 
-    For a process of its own. On the CPU the resident set is sampled, on a CUDA device torch's allocator is asked.
+    For a process of its own. On the CPU the resident set is sampled, on a CUDA device torch's allocator is asked. It
+    takes fewer batches, one at least, if these take more than so many seconds.
     """
     quiet()
     model = load_with_lora(settings, settings.dropout)
@@ -229,11 +214,11 @@ def peak_memory(settings: Settings, batches: Tensor, accelerated: bool) -> int:
     if settings.device == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        for batch in batches:
+        for batch in within(seconds, batches):
             run.step(batch)
         return torch.cuda.max_memory_allocated() - before
     with sampled_memory() as samples:
-        for batch in batches:
+        for batch in within(seconds, batches):
             run.step(batch)
     return max(samples) - samples[0]
 
@@ -258,8 +243,13 @@ def sampled_memory(interval: float = 0.002) -> Iterator[list[int]]:
         thread.join()
 
 
-def generate(model: PeftModel, tokenizer: Any, prompt: str, tokens: int) -> tuple[str, float]:
-    """Greedy decoding of exactly `tokens` new tokens: the text with its prompt, and the seconds it took."""
+def generate(
+    model: PeftModel, tokenizer: Any, prompt: str, tokens: int, seconds: float | None = None
+) -> tuple[str, float]:
+    """Greedy decoding of exactly `tokens` new tokens: the text with its prompt, and the tokens a second.
+
+    After so many seconds no more tokens are begun.
+    """
     inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
     begin = time.perf_counter()
     with torch.inference_mode():
@@ -268,10 +258,12 @@ def generate(model: PeftModel, tokenizer: Any, prompt: str, tokens: int) -> tupl
             do_sample=False,
             min_new_tokens=tokens,
             max_new_tokens=tokens,
+            max_time=seconds,
             pad_token_id=tokenizer.pad_token_id or 0,
         )
+    taken = time.perf_counter() - begin
     text = tokenizer.decode(output[0], skip_special_tokens=True)
-    return text, time.perf_counter() - begin
+    return text, (output.shape[1] - inputs.input_ids.shape[1]) / taken
 
 
 def quiet() -> None:

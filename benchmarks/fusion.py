@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks import functions
+from benchmarks import harness
 from benchmarks.functions import COMPILED, Problem, Tensors
 from benchmarks.records import FUSED, Faster, Target
 from benchmarks.report import benchmark
@@ -26,7 +26,7 @@ TOLERANCE = 5e-2  # of the query's gradient, a difference of nearly equal number
 
 
 @dataclass(frozen=True)
-class Case:
+class Case(harness.Rows):
     """A shape, and what is wanted of it with the processor's fastest instruction set.
 
     Attributes:
@@ -106,7 +106,7 @@ def make_problem(case: Case) -> Problem:
     )
 
 
-run = functions.runner(make_problem, BASELINES)
+run = harness.runner(make_problem, BASELINES)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

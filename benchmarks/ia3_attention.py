@@ -6,6 +6,7 @@ front of the keys, and calls torch's scaled_dot_product_attention.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -13,11 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks import timing
-from benchmarks.finetune import saved_bytes
-from benchmarks.records import FUSED, Faster, Record, Target
+from benchmarks import harness
+from benchmarks.harness import relative_error
+from benchmarks.records import FUSED, Faster, Target
 from benchmarks.report import benchmark
-from benchmarks.timing import Contender
+from benchmarks.timing import Contender, saved_bytes
 from peft_kernels import cpu
 from peft_kernels.ops import ia3_attention
 from peft_kernels.testing.reference.ia3_attention import ia3_attention as oracle
@@ -31,7 +32,7 @@ BASELINES = {"stock": STOCK, "plain": PLAIN, "compiled": COMPILED}
 
 
 @dataclass(frozen=True)
-class Case:
+class Case(harness.Rows):
     """A shape and a mode, and what is wanted of it with the processor's fastest instruction set.
 
     Attributes:
@@ -59,15 +60,26 @@ class Case:
     def num_queries(self) -> int:
         return self.queries or self.keys
 
+    @property
+    def size(self) -> float:
+        return self.batch * self.heads * self.num_queries * self.keys
+
+    def part(self, share: float) -> Case:
+        """Fewer samples, then fewer heads, and in the end fewer positions."""
+        group = self.heads // self.kv_heads
+        samples = max(1, int(share * self.batch))
+        share = min(1.0, share * self.batch / samples)
+        kv_heads = max(1, int(share * self.kv_heads))
+        share = min(1.0, share * self.kv_heads / kv_heads)
+        keys = max(1, round(self.keys * (share if self.queries else share**0.5)))
+        queries = min(self.queries, keys)
+        return replace(self, batch=samples, heads=group * kv_heads, kv_heads=kv_heads, keys=keys, queries=queries)
+
     def __str__(self) -> str:
         heads = f"H={self.heads}" + (f"/{self.kv_heads}" if self.kv_heads != self.heads else "")
         parts = ["train" if self.training else "eval", f"B={self.batch}", heads, f"S={self.keys}", f"D={self.head_dim}"]
         parts += [f"queries={self.queries}"] * bool(self.queries) + [f"prefix={self.prefix}"] * bool(self.prefix)
         return " ".join(parts + ["unscaled"] * (not self.scales) + [f"dropout={self.dropout}"] * bool(self.dropout))
-
-    def targets(self, phase: str, isa: str) -> tuple[Target, ...]:
-        """What is wanted in a phase; nothing of the slower instruction sets."""
-        return tuple(target for target in self.wanted if target.phase == phase and isa == cpu.isas()[-1])
 
 
 # The targets were set for two cores with AMX; on another machine they say how far from those it is.
@@ -96,30 +108,89 @@ PREFIX_CASES = (
 # ---- Problems -------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Problem:
-    case: Case
-    tensors: dict[str, Tensor]  # the arguments with gradients
-    grad_out: Tensor
+class Problem(harness.Problem):
+    """The tensors of a case; those in `tensors` are arguments with gradients."""
 
+    optional = (COMPILED,)
 
-def make_problem(case: Case) -> Problem:
-    torch.manual_seed(0)
-    shape = {"q": (case.num_queries, case.heads), "k": (case.keys, case.kv_heads), "v": (case.keys, case.kv_heads)}
-    tensors = {
-        name: torch.randn(case.batch, rows, heads, case.head_dim).bfloat16().transpose(1, 2)
-        for name, (rows, heads) in shape.items()
-    }
-    if case.scales:
-        for name, (_, heads) in shape.items():
-            tensors[f"l_{name}"] = 1 + 0.3 * torch.randn(heads * case.head_dim)
-    if case.prefix:
-        for name in ("prefix_k", "prefix_v"):
-            tensors[name] = torch.randn(case.kv_heads, case.prefix, case.head_dim).bfloat16()
-    for tensor in tensors.values():
-        tensor.requires_grad_(case.training)
-    grad_out = torch.randn(case.batch, case.num_queries, case.heads, case.head_dim).bfloat16().transpose(1, 2)
-    return Problem(case, tensors, grad_out)
+    def __init__(self, case: Case) -> None:
+        self.case, self.name = case, str(case)
+        torch.manual_seed(0)
+        shape = {"q": (case.num_queries, case.heads), "k": (case.keys, case.kv_heads), "v": (case.keys, case.kv_heads)}
+        self.tensors = {
+            name: torch.randn(case.batch, rows, heads, case.head_dim).bfloat16().transpose(1, 2)
+            for name, (rows, heads) in shape.items()
+        }
+        if case.scales:
+            for name, (_, heads) in shape.items():
+                self.tensors[f"l_{name}"] = 1 + 0.3 * torch.randn(heads * case.head_dim)
+        if case.prefix:
+            for name in ("prefix_k", "prefix_v"):
+                self.tensors[name] = torch.randn(case.kv_heads, case.prefix, case.head_dim).bfloat16()
+        for tensor in self.tensors.values():
+            tensor.requires_grad_(case.training)
+        self.grad_out = torch.randn(case.batch, case.num_queries, case.heads, case.head_dim).bfloat16().transpose(1, 2)
+
+    def function(self, name: str) -> Callable[[Problem], Tensor]:
+        if name == COMPILED:
+            return torch.compile(stock, dynamic=False)
+        return {FUSED: fused, STOCK: stock, PLAIN: plain}[name]
+
+    def contender(self, name: str, isa: str = "") -> Contender:
+        out: list[Tensor] = []
+        function = self.function(name)
+
+        def forward() -> None:
+            out.append(function(self))
+
+        def backward() -> None:
+            out[-1].backward(self.grad_out)
+
+        def reset() -> None:
+            out.clear()
+            for tensor in self.tensors.values():
+                tensor.grad = None
+
+        phases = {"forward": forward} | ({"backward": backward} if self.case.training else {})
+        return Contender(name, phases, reset, isa, grad=self.case.training)
+
+    def check(self, isas: Sequence[str]) -> dict[str, float]:
+        """On a part of the case that fp64 can afford; a gradient counts as well as the result.
+
+        Raises:
+            ArithmeticError: one is further from fp64 than stock's, by more than 5 %.
+        """
+        group = self.case.heads // self.case.kv_heads
+        small = Problem(replace(self.case, batch=1, heads=group, kv_heads=1, dropout=0.0))
+        doubles = copy.copy(small)
+        doubles.tensors = {
+            name: tensor.detach().double().requires_grad_(self.case.training) for name, tensor in small.tensors.items()
+        }
+        wanted = _results(doubles, lambda p: oracle(**p.tensors, causal=True))
+        theirs = _results(small, stock)
+        errors = {}
+        for isa in isas:
+            with cpu.use_isa(isa):
+                found = _results(small, fused)
+            for name, value in wanted.items():
+                got, limit = relative_error(found[name], value), 1.05 * relative_error(theirs[name], value)
+                if not got <= limit:
+                    text = f"got an error of {got:.3g}, wanted at most {limit:.3g}"
+                    raise ArithmeticError(f"{self.case}, {isa}: {name}: {text}")
+            errors[isa] = relative_error(found["out"], wanted["out"])
+        return errors
+
+    def work(self, phase: str, name: str) -> tuple[float, float]:
+        return work(self.case, phase, name != PLAIN)
+
+    def saved(self, name: str) -> int | None:
+        if not self.case.training or name == COMPILED:
+            return None
+        return saved_bytes(nn.ParameterList(self.tensors.values()), lambda: self.function(name)(self))
+
+    def targets(self, isa: str) -> tuple[Target, ...]:
+        """Nothing of the slower instruction sets."""
+        return self.case.wanted if isa == cpu.isas()[-1] else ()
 
 
 def fused(problem: Problem) -> Tensor:
@@ -152,30 +223,6 @@ def _attend(case: Case, q, k, v, prefix_k, prefix_v) -> Tensor:
     )
 
 
-def check(case: Case, isas: Sequence[str]) -> dict[str, float]:
-    """The relative rms error of the result by instruction set, on a part of the case that fp64 can afford.
-
-    Raises:
-        ArithmeticError: the result or, in training, a gradient is further from fp64 than stock's, by more than 5 %.
-    """
-    group = case.heads // case.kv_heads
-    small = replace(case, batch=1, heads=group, kv_heads=1, dropout=0.0)
-    problem = make_problem(small)
-    doubles = {name: tensor.detach().double().requires_grad_(case.training) for name, tensor in problem.tensors.items()}
-    wanted = _results(Problem(small, doubles, problem.grad_out), lambda p: oracle(**p.tensors, causal=True))
-    theirs = _results(problem, stock)
-    errors = {}
-    for isa in isas:
-        with cpu.use_isa(isa):
-            ours = _results(problem, fused)
-        for name, value in wanted.items():
-            got, limit = _error(ours[name], value), 1.05 * _error(theirs[name], value)
-            if not got <= limit:
-                raise ArithmeticError(f"{case}, {isa}: {name}: got an error of {got:.3g}, wanted at most {limit:.3g}")
-        errors[isa] = _error(ours["out"], wanted["out"])
-    return errors
-
-
 def _results(problem: Problem, call: Callable[[Problem], Tensor]) -> dict[str, Tensor]:
     out = call(problem)
     if not problem.case.training:
@@ -185,18 +232,11 @@ def _results(problem: Problem, call: Callable[[Problem], Tensor]) -> dict[str, T
     return {"out": out.detach(), **dict(zip(names, grads, strict=True))}
 
 
-def _error(actual: Tensor, expected: Tensor) -> float:
-    return ((actual.double() - expected).norm() / expected.norm()).item()
-
-
 # ---- Measurements ---------------------------------------------------------------------------------------------------
 
 
 def work(case: Case, phase: str, prefix: bool) -> tuple[int, int]:
     """Bytes and operations that a phase can't do without: each operand is moved once, hidden keys are not looked at."""
-    if phase == "both":
-        parts = [work(case, part, prefix) for part in ("forward", "backward")]
-        return sum(size for size, _ in parts), sum(flops for _, flops in parts)
     seen = case.num_queries * (2 * case.keys - case.num_queries + 1) // 2
     seen += case.num_queries * case.prefix if prefix else 0
     product = 2 * case.batch * case.heads * seen * case.head_dim
@@ -207,51 +247,7 @@ def work(case: Case, phase: str, prefix: bool) -> tuple[int, int]:
     return 4 * queries + 4 * keys, 5 * product  # q, out, their gradients; k, v, their gradients
 
 
-def make_contender(problem: Problem, name: str, call: Callable[[Problem], Tensor], isa: str = "") -> Contender:
-    out: list[Tensor] = []
-
-    def forward() -> None:
-        out.append(call(problem))
-
-    def backward() -> None:
-        out[-1].backward(problem.grad_out)
-
-    def reset() -> None:
-        out.clear()
-        for tensor in problem.tensors.values():
-            tensor.grad = None
-
-    phases = {"forward": forward} | ({"backward": backward} if problem.case.training else {})
-    return Contender(name, phases, reset, isa, grad=problem.case.training)
-
-
-def run(case: Case, vs: Sequence[str], isas: Sequence[str], seconds: float, say: Callable[[str], None]) -> list[Record]:
-    """Checks and then times a case."""
-    torch.compiler.reset()  # past a number of compiled functions torch would silently stop compiling
-    errors = check(case, isas)
-    problem = make_problem(case)
-    calls = {STOCK: stock, PLAIN: plain, COMPILED: torch.compile(stock, dynamic=False)}
-    contenders = [make_contender(problem, FUSED, fused, isa) for isa in isas]
-    others = [make_contender(problem, BASELINES[group], calls[BASELINES[group]]) for group in vs]
-    contenders += timing.runnable(others, [COMPILED], say)
-    samples = timing.interleaved(contenders, seconds)
-    records = []
-    for contender, taken in zip(contenders, samples, strict=True):
-        name, is_fused = contender.name, contender.name == FUSED
-        call = fused if is_fused else calls[name]
-        saved = None
-        if case.training and name != COMPILED:
-            saved = saved_bytes(nn.ParameterList(problem.tensors.values()), lambda call=call: call(problem))
-        peak = timing.peak_memory(contender.run)
-        for phase, values in taken.items():
-            records.append(
-                Record(
-                    str(case), phase, name, contender.isa, values, *work(case, phase, name != PLAIN),
-                    errors[contender.isa] if is_fused else None, peak, saved,
-                    wanted=case.targets(phase, contender.isa) if is_fused else (),
-                )
-            )  # fmt: skip
-    return records
+run = harness.runner(Problem, BASELINES)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -14,12 +14,12 @@ import torch
 from peft import IA3Config, get_peft_model
 from torch import Tensor, nn
 
-from benchmarks import options, timing
-from benchmarks.finetune import saved_bytes
+from benchmarks import harness
+from benchmarks.harness import relative_error
 from benchmarks.lora_layers import STOCK, OneLinear, dense_linear, fused, linear4bit, stored_bytes
-from benchmarks.records import FUSED, Faster, Record, Target
-from benchmarks.report import Report, make_console
-from benchmarks.timing import Contender
+from benchmarks.records import FUSED, Faster, Target
+from benchmarks.report import benchmark
+from benchmarks.timing import Contender, saved_bytes
 from peft_kernels import cpu
 from peft_kernels.ops import NF4Weight
 from peft_kernels.testing.reference.ia3_linear import ia3_linear as oracle
@@ -32,7 +32,7 @@ TOLERANCE = 5e-3
 
 
 @dataclass(frozen=True)
-class Case:
+class Case(harness.Rows):
     """A shape and a mode, and what is wanted of it with the processor's fastest instruction set.
 
     Attributes:
@@ -55,10 +55,6 @@ class Case:
         side = "input" if self.feedforward else "output"
         return f"{mode} M={self.rows} {self.shape[0]}x{self.shape[1]} {base} {side}"
 
-    def targets(self, phase: str, isa: str) -> tuple[Target, ...]:
-        """What is wanted in a phase; nothing of the slower instruction sets."""
-        return tuple(target for target in self.wanted if target.phase == phase and isa == cpu.isas()[-1])
-
 
 # The targets were set for two cores with AMX; on another machine they say how far from those it is.
 CASES = (
@@ -77,68 +73,82 @@ CASES = (
 # ---- Layers ---------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Problem:
+class Problem(harness.Problem):
     """The numbers of a case, and a layer for each contender."""
 
-    case: Case
-    x: Tensor
-    grad_y: Tensor
-    weight: NF4Weight
-    layers: dict[str, nn.Module]
+    def __init__(self, case: Case) -> None:
+        self.case, self.name = case, str(case)
+        n, k = case.shape
+        torch.manual_seed(0)
+        linear = linear4bit((torch.randn(n, k) / k**0.5).bfloat16())
+        self.weight = NF4Weight.from_params4bit(copy.deepcopy(linear.weight))
+        dense = dense_linear(self.weight.dequantize())
+        vector = 1 + 0.3 * torch.randn(k if case.feedforward else n)
 
+        def with_ia3() -> nn.Module:
+            base = copy.deepcopy(linear if case.four_bits else dense)
+            config = IA3Config(target_modules=["linear"], feedforward_modules=["linear"] if case.feedforward else [])
+            layer = get_peft_model(OneLinear(base), config).base_model.model.linear
+            layer.ia3_l["default"] = nn.Parameter(vector.view_as(layer.ia3_l["default"]).clone())
+            return layer.train(case.training)
 
-def make_problem(case: Case) -> Problem:
-    n, k = case.shape
-    torch.manual_seed(0)
-    linear = linear4bit((torch.randn(n, k) / k**0.5).bfloat16())
-    weight = NF4Weight.from_params4bit(copy.deepcopy(linear.weight))
-    dense = dense_linear(weight.dequantize())
-    vector = 1 + 0.3 * torch.randn(k if case.feedforward else n)
+        self.layers = {FUSED: fused(with_ia3()), STOCK: with_ia3(), DENSE: dense}
+        self.x, self.grad_y = torch.randn(case.rows, k).bfloat16(), torch.randn(case.rows, n).bfloat16()
 
-    def with_ia3() -> nn.Module:
-        base = copy.deepcopy(linear if case.four_bits else dense)
-        config = IA3Config(target_modules=["linear"], feedforward_modules=["linear"] if case.feedforward else [])
-        layer = get_peft_model(OneLinear(base), config).base_model.model.linear
-        layer.ia3_l["default"] = nn.Parameter(vector.view_as(layer.ia3_l["default"]).clone())
-        return layer.train(case.training)
+    def check(self, isas: Sequence[str]) -> dict[str, float]:
+        layer, case = self.layers[FUSED], self.case
+        parameter = layer.ia3_l["default"]
+        leaf = self.x.double().requires_grad_()
+        l_in, l_out = (parameter.flatten(), None) if case.feedforward else (None, parameter.flatten())
+        y = oracle(leaf, self.weight.dequantize(), None, l_in, l_out)
+        grad_x, grad_l = torch.autograd.grad(y, (leaf, parameter), self.grad_y.double())
+        wanted = {"y": y, "x": grad_x, "l": grad_l}
+        errors = {}
+        for isa in isas:
+            x = self.x.detach().requires_grad_(case.training)
+            with cpu.use_isa(isa), torch.set_grad_enabled(case.training):
+                y = layer(x)
+                actual = {"y": y}
+                if case.training:
+                    actual["x"], actual["l"] = torch.autograd.grad(y, (x, parameter), self.grad_y)
+            measured = {name: relative_error(value, wanted[name]) for name, value in actual.items()}
+            for name, error in measured.items():
+                if not error <= TOLERANCE:
+                    raise ArithmeticError(f"{case}, {isa}: {name}: got an error of {error:.3g}, wanted {TOLERANCE:g}")
+            errors[isa] = measured["y"]
+        return errors
 
-    layers = {FUSED: fused(with_ia3()), STOCK: with_ia3(), DENSE: dense}
-    x, grad_y = torch.randn(case.rows, k).bfloat16(), torch.randn(case.rows, n).bfloat16()
-    return Problem(case, x, grad_y, weight, layers)
+    def contender(self, name: str, isa: str = "") -> Contender:
+        layer = self.layers[name]
+        if not self.case.training:
+            return Contender(name, {"forward": lambda: layer(self.x)}, isa=isa, grad=False)
+        x = self.x.detach().requires_grad_()
+        results: list[Tensor] = []
 
+        def backward() -> None:
+            y = results.pop()
+            y.backward(self.grad_y.to(y.dtype))
 
-def check(problem: Problem, isas: Sequence[str]) -> dict[str, float]:
-    """The relative rms error of y by instruction set.
+        def reset() -> None:
+            x.grad = None
+            layer.zero_grad()
 
-    Raises:
-        ArithmeticError: y or, in training, a gradient is further from fp64 than the roundings to bf16 explain.
-    """
-    layer, case = problem.layers[FUSED], problem.case
-    parameter = layer.ia3_l["default"]
-    leaf = problem.x.double().requires_grad_()
-    l_in, l_out = (parameter.flatten(), None) if case.feedforward else (None, parameter.flatten())
-    y = oracle(leaf, problem.weight.dequantize(), None, l_in, l_out)
-    grad_x, grad_l = torch.autograd.grad(y, (leaf, parameter), problem.grad_y.double())
-    wanted = {"y": y, "x": grad_x, "l": grad_l}
-    errors = {}
-    for isa in isas:
-        x = problem.x.detach().requires_grad_(case.training)
-        with cpu.use_isa(isa), torch.set_grad_enabled(case.training):
-            y = layer(x)
-            actual = {"y": y}
-            if case.training:
-                actual["x"], actual["l"] = torch.autograd.grad(y, (x, parameter), problem.grad_y)
-        measured = {name: _error(value, wanted[name]) for name, value in actual.items()}
-        for name, error in measured.items():
-            if not error <= TOLERANCE:
-                raise ArithmeticError(f"{case}, {isa}: {name}: got an error of {error:.3g}, wanted {TOLERANCE:g}")
-        errors[isa] = measured["y"]
-    return errors
+        return Contender(name, {"forward": lambda: results.append(layer(x)), "backward": backward}, reset, isa)
 
+    def work(self, phase: str, name: str) -> tuple[float, float]:
+        n, k = self.case.shape
+        four_bits = self.case.four_bits and name != DENSE
+        return work(self.case, phase, stored_bytes(self.weight) if four_bits else 2 * n * k)
 
-def _error(actual: Tensor, expected: Tensor) -> float:
-    return ((actual.double() - expected).norm() / expected.norm()).item()
+    def saved(self, name: str) -> int | None:
+        if not self.case.training:
+            return None
+        x = self.x.detach().requires_grad_()
+        return saved_bytes(self.layers[name], lambda: self.layers[name](x))
+
+    def targets(self, isa: str) -> tuple[Target, ...]:
+        """Nothing of the slower instruction sets."""
+        return self.case.wanted if isa == cpu.isas()[-1] else ()
 
 
 # ---- Measurements ---------------------------------------------------------------------------------------------------
@@ -146,9 +156,6 @@ def _error(actual: Tensor, expected: Tensor) -> float:
 
 def work(case: Case, phase: str, weight_bytes: int) -> tuple[int, int]:
     """Bytes and operations that a phase can't do without: each operand is moved once, x and y in bf16."""
-    if phase == "both":
-        parts = [work(case, part, weight_bytes) for part in ("forward", "backward")]
-        return sum(size for size, _ in parts), sum(flops for _, flops in parts)
     m, (n, k) = case.rows, case.shape
     saved = 0
     if case.training:  # what the vector's gradient is made of: x, or y before l
@@ -158,63 +165,11 @@ def work(case: Case, phase: str, weight_bytes: int) -> tuple[int, int]:
     return weight_bytes + 2 * m * (n + k) + saved, 2 * m * n * k
 
 
-def make_contender(problem: Problem, name: str, isa: str = "") -> Contender:
-    layer, case = problem.layers[name], problem.case
-    if not case.training:
-        return Contender(name, {"forward": lambda: layer(problem.x)}, isa=isa, grad=False)
-    x = problem.x.detach().requires_grad_()
-    results: list[Tensor] = []
-
-    def backward() -> None:
-        y = results.pop()
-        y.backward(problem.grad_y.to(y.dtype))
-
-    def reset() -> None:
-        x.grad = None
-        layer.zero_grad()
-
-    return Contender(name, {"forward": lambda: results.append(layer(x)), "backward": backward}, reset, isa)
-
-
-def run(case: Case, vs: Sequence[str], isas: Sequence[str], seconds: float) -> list[Record]:
-    """Checks and then times a case."""
-    problem = make_problem(case)
-    errors = check(problem, isas)
-    contenders = [make_contender(problem, FUSED, isa) for isa in isas]
-    contenders += [make_contender(problem, BASELINES[group]) for group in vs]
-    samples = timing.interleaved(contenders, seconds)
-    dense_bytes, nf4_bytes = 2 * case.shape[0] * case.shape[1], stored_bytes(problem.weight)
-    records = []
-    for contender, taken in zip(contenders, samples, strict=True):
-        name, fused = contender.name, contender.name == FUSED
-        size = nf4_bytes if case.four_bits and name != DENSE else dense_bytes
-        saved = None
-        if case.training:
-            x = problem.x.detach().requires_grad_()
-            saved = saved_bytes(problem.layers[name], lambda layer=problem.layers[name], x=x: layer(x))
-        peak = timing.peak_memory(contender.run)
-        for phase, values in taken.items():
-            records.append(
-                Record(
-                    str(case), phase, name, contender.isa, values, *work(case, phase, size),
-                    errors[contender.isa] if fused else None, peak, saved,
-                    wanted=case.targets(phase, contender.isa) if fused else (),
-                )
-            )  # fmt: skip
-    return records
+run = harness.runner(Problem, BASELINES)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    console = make_console()
-    chosen, cases = options.parse(
-        "ia3_linear", __doc__.splitlines()[0], arguments, CASES, list(BASELINES), console=console
-    )
-    results = Report.begin("ia3_linear", chosen, console)
-    for case in cases:
-        with console.status(str(case)):
-            records = run(case, chosen.vs, chosen.isas, chosen.seconds)
-        results.add(records)
-    results.finish()
+    benchmark("ia3_linear", __doc__.splitlines()[0], CASES, BASELINES, run, arguments)
 
 
 if __name__ == "__main__":

@@ -6,33 +6,44 @@ decoded values in bf16. x is bf16; A and B are fp32.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
+import torch.nn.functional as F
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
 
-from benchmarks import options, timing
+from benchmarks import harness, options
+from benchmarks.harness import relative_error
 from benchmarks.lora_layers import (
-    COMPILED_DENSE,
-    COMPILED_STOCK,
-    DENSE,
-    DENSE_LORA,
-    DEQUANTIZE,
-    FUNCTION,
     OWN_BASE,
     RANK,
+    SCALING,
     STOCK,
-    check,
-    in_graph,
-    make_contender,
-    make_problem,
-    saved_by,
+    OneLinear,
+    dense_linear,
+    fused,
+    linear4bit,
     stored_bytes,
 )
+from benchmarks.progress import make_console, working
 from benchmarks.records import FUSED, Below, Faster, Record, Target, Within
-from benchmarks.report import Report, make_console
+from benchmarks.report import Report
+from benchmarks.timing import Contender, saved_bytes
 from peft_kernels import cpu
+from peft_kernels.ops import NF4Weight, lora_linear
+from peft_kernels.testing.reference.lora_linear import lora_linear as oracle
 
+DENSE, DENSE_LORA, DEQUANTIZE, FUNCTION = "dense", "LoRA on dense", "dequantize + matmul", "function"
+COMPILED_STOCK, COMPILED_DENSE = "compiled stock", "compiled LoRA on dense"
+IN_GRAPH = ", in a graph"
+
+# Relative rms errors that the roundings of the result explain: bf16 for y and grad_x; the others are fp32.
+TOLERANCES = {"y": 4e-3, "x": 4e-3, "lora_A": 1e-5, "lora_B": 1e-5}
 BASELINES = {
     "dense": (DENSE, DENSE_LORA),
     "stock": (STOCK,),
@@ -44,7 +55,7 @@ BASELINES = {
 
 
 @dataclass(frozen=True)
-class Case:
+class Case(harness.Rows):
     """A shape and a mode, and what is wanted of it with the processor's fastest instruction set.
 
     Attributes:
@@ -71,10 +82,9 @@ class Case:
             [f"{'train' if self.training else 'eval'} M={self.rows} {self.shape[0]}x{self.shape[1]}", *extras]
         )
 
-    def targets(self, phase: str, isa: str) -> tuple[Target, ...]:
-        """What is wanted in a phase; of the slower instruction sets it is less, and the same in every case."""
-        wanted = self.wanted if isa == cpu.isas()[-1] else self._of_slower_isas(isa)
-        return tuple(target for target in wanted if target.phase == phase)
+    def targets(self, isa: str) -> tuple[Target, ...]:
+        """Of the slower instruction sets less is wanted, and the same in every case."""
+        return self.wanted if isa == cpu.isas()[-1] else self._of_slower_isas(isa)
 
     def _of_slower_isas(self, isa: str) -> tuple[Target, ...]:
         if isa == "portable" or not self.training or self.rows < 8:
@@ -113,14 +123,210 @@ CASES = (
 )
 
 
+# ---- Layers ---------------------------------------------------------------------------------------------------------
+
+
+class _Dequantized(nn.Module):
+    """What a 4-bit layer costs without a fused product: our dequantisation, then torch's matrix product."""
+
+    def __init__(self, weight: NF4Weight) -> None:
+        super().__init__()
+        self.weight = weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight.dequantize())
+
+
+Layer = nn.Module | Callable[[Tensor], Tensor]
+
+
+class Problem(harness.Problem):
+    """The numbers of a case, and a fresh layer for each contender."""
+
+    optional = BASELINES["compiled"]
+
+    def __init__(self, case: Case, device: str = "cpu") -> None:
+        """Its tensors, and those of its layers, are on the device."""
+        self.case, self.device = case, device
+        self.name = str(case)
+        self.weighed = case.repeat == 1
+        self.layers: dict[str, Layer] = {}
+        n, k = case.shape
+        torch.manual_seed(0)
+        with torch.device(device):
+            self.linear = linear4bit((torch.randn(n, k) / k**0.5).bfloat16())
+            self.weight = NF4Weight.from_params4bit(copy.deepcopy(self.linear.weight))
+            self.lora_A, self.lora_B = torch.randn(RANK, k) / k**0.5, torch.randn(n, RANK) / RANK**0.5
+            self.x, self.grad_y = torch.randn(case.rows, k).bfloat16(), torch.randn(case.rows, n).bfloat16()
+
+    def layer(self, name: str) -> Layer:
+        """A contender's layer, made when it is first asked for."""
+        if name not in self.layers:
+            with torch.device(self.device):
+                self.layers[name] = self._make(name)
+        return self.layers[name]
+
+    def _make(self, name: str) -> Layer:
+        make: dict[str, Callable[[], Layer]] = {
+            FUSED: lambda: fused(self._with_lora(self._own())),
+            OWN_BASE: lambda: fused(self._own()),
+            FUNCTION: lambda: lambda x: lora_linear(x, self.weight, None, [self.lora_A], [self.lora_B], [SCALING]),
+            STOCK: lambda: self._with_lora(self._own()),
+            DENSE: self._dense,
+            DENSE_LORA: lambda: self._with_lora(self._dense()),
+            DEQUANTIZE: lambda: _Dequantized(self.weight),
+            COMPILED_STOCK: lambda: torch.compile(self._evaluated(self._with_lora(self._own())), dynamic=False),
+            COMPILED_DENSE: lambda: torch.compile(self._with_lora(self._dense()), dynamic=False),
+        }
+        return make[name]()
+
+    def _own(self) -> nn.Module:
+        return copy.deepcopy(self.linear).train(self.case.training)
+
+    def _dense(self) -> nn.Module:
+        return dense_linear(self.weight.dequantize())
+
+    def _with_lora(self, base: nn.Module) -> nn.Module:
+        config = LoraConfig(
+            r=RANK, lora_alpha=int(SCALING * RANK), lora_dropout=self.case.dropout, target_modules=["linear"]
+        )
+        layer = get_peft_model(OneLinear(base), config).base_model.model.linear
+        layer.lora_A["default"].weight = nn.Parameter(self.lora_A.clone())
+        layer.lora_B["default"].weight = nn.Parameter(self.lora_B.clone())
+        return layer.train(self.case.training)
+
+    def _evaluated(self, layer: nn.Module) -> nn.Module:
+        # bitsandbytes repacks the weight in the first forward in eval mode, and a compiled forward can't follow that.
+        if not self.case.training:
+            with torch.no_grad():
+                layer(self.x)
+        return layer
+
+    def _autocast(self) -> AbstractContextManager:
+        return torch.autocast(self.device, torch.bfloat16) if self.case.autocast else nullcontext()
+
+    def contender(self, name: str, isa: str = "") -> Contender:
+        """Calls of a layer in the mode of the case."""
+        case, layer = self.case, self.layer(name)
+
+        def forward(x: Tensor) -> Tensor:
+            with self._autocast():
+                return layer(x)
+
+        if not case.training:
+            call = partial(forward if case.autocast else layer, self.x)
+            repeat = case.repeat if self.device == "cpu" else max(case.repeat, 20)  # calls for each wait
+            return Contender(name, {"forward": call}, isa=isa, repeat=repeat, grad=False, device=self.device)
+        x = self.x.detach().requires_grad_()
+        results = []
+
+        def reset() -> None:
+            x.grad = None
+            layer.zero_grad()
+
+        phases = {
+            "forward": lambda: results.append(forward(x)),
+            "backward": lambda: results.pop().backward(self.grad_y),
+        }
+        return Contender(name, phases, reset, isa, device=self.device)
+
+    def variants(self, contenders: Sequence[Contender]) -> list[Contender]:
+        """In a CUDA graph, where rows are few."""
+        if self.device != "cuda" or self.case.training or self.case.rows > 32:
+            return []
+        return [in_graph(contender) for contender in contenders if contender.name in (FUSED, STOCK, DENSE)]
+
+    def work(self, phase: str, name: str) -> tuple[float, float]:
+        name = name.removesuffix(IN_GRAPH)
+        dense, lora = name in (DENSE, DENSE_LORA, COMPILED_DENSE), name not in (DENSE, DEQUANTIZE, OWN_BASE)
+        n, k = self.case.shape
+        return work(self.case, phase, 2 * n * k if dense else stored_bytes(self.weight), lora)
+
+    def saved(self, name: str) -> int | None:
+        """x itself counts, for it would be freed otherwise."""
+        if not self.case.training or name.startswith("compiled"):
+            return None
+        x, layer = self.x.detach().requires_grad_(), self.layer(name)
+        with self._autocast():
+            return saved_bytes(layer, lambda: layer(x))
+
+    def targets(self, isa: str) -> tuple[Target, ...]:
+        return self.case.targets(isa) if self.device == "cpu" else ()
+
+    # ---- The check ----
+
+    def expected(self, seeds: Tensor) -> dict[str, Tensor]:
+        """y and, in training, the gradients, in fp64."""
+        case, layer = self.case, self.layer(FUSED)
+        leaves = {
+            "x": self.x.double(),
+            "lora_A": layer.lora_A["default"].weight.detach().double(),
+            "lora_B": layer.lora_B["default"].weight.detach().double(),
+        }
+        for leaf in leaves.values():
+            leaf.requires_grad_(case.training)
+        y = oracle(
+            leaves["x"], self.weight.dequantize(), None, [leaves["lora_A"]], [leaves["lora_B"]], [SCALING],
+            [case.dropout], seeds,
+        )  # fmt: skip
+        if not case.training:
+            return {"y": y}
+        y.backward(self.grad_y.double())
+        return {"y": y.detach()} | {name: leaf.grad for name, leaf in leaves.items()}
+
+    def actual(self) -> tuple[dict[str, Tensor], Tensor]:
+        """The same from the fused layer, and the seeds of the dropout that it drew."""
+        case, layer = self.case, self.layer(FUSED)
+        x = self.x.detach().requires_grad_(case.training)
+        torch.manual_seed(1)
+        with self._autocast():
+            y = layer(x)
+        torch.manual_seed(1)
+        seeds = torch.randint(torch.iinfo(torch.int64).max, (1,), device=x.device)
+        if not case.training:
+            return {"y": y.detach()}, seeds
+        y.backward(self.grad_y)
+        results = {"y": y.detach(), "x": x.grad}
+        for name in ("lora_A", "lora_B"):
+            results[name] = getattr(layer, name)["default"].weight.grad
+        layer.zero_grad()
+        return results, seeds
+
+    def check(self, isas: Sequence[str]) -> dict[str, float]:
+        errors = {}
+        wanted = None
+        for isa in isas:
+            with cpu.use_isa(isa):
+                results, seeds = self.actual()
+            wanted = wanted or self.expected(seeds)
+            found = {name: relative_error(results[name], value) for name, value in wanted.items()}
+            for name, error in found.items():
+                if not error <= TOLERANCES[name]:  # a NaN is not, either
+                    got = f"got {name} with a relative error of {error:.2g}, wanted {TOLERANCES[name]:g} at most"
+                    raise ArithmeticError(f"{self.case}, {isa}: {got}")
+            errors[isa] = max(found.values())
+        return errors
+
+
+def in_graph(contender: Contender) -> Contender:
+    """The same calls in a CUDA graph: without the host's time, which is most of it where rows are few."""
+    (call,) = contender.phases.values()
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.no_grad(), torch.cuda.stream(stream):
+        call()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.no_grad(), torch.cuda.graph(graph):
+        call()
+    return replace(contender, name=contender.name + IN_GRAPH, phases={"forward": graph.replay})
+
+
 # ---- Measurements ---------------------------------------------------------------------------------------------------
 
 
 def work(case: Case, phase: str, weight_bytes: int, lora: bool) -> tuple[int, int]:
     """Bytes and operations that a phase can't do without: each operand is moved once, in bf16, the adapters in fp32."""
-    if phase == "both":
-        parts = [work(case, part, weight_bytes, lora) for part in ("forward", "backward")]
-        return sum(size for size, _ in parts), sum(flops for _, flops in parts)
     m, (n, k) = case.rows, case.shape
     adapter = RANK * (n + k) if lora else 0
     if phase == "forward":
@@ -139,43 +345,8 @@ def run(
     device: str = "cpu",
 ) -> list[Record]:
     """Checks and then times a case."""
-    torch.compiler.reset()  # past a number of compiled layers torch would silently stop compiling
-    problem = make_problem(case, device)
-    layer = problem.make[FUSED]()
-    errors = check(problem, layer, isas)
-    names = [OWN_BASE, *(name for group in vs for name in BASELINES[group])]
-    if case.repeat > 1:
-        names = [FUNCTION]
-    layers = {name: problem.make[name]() for name in names}
-    others = [make_contender(problem, name, layers[name], isas[0]) for name in names]
-    contenders = [make_contender(problem, FUSED, layer, isa) for isa in isas]
-    contenders += timing.runnable(others, BASELINES["compiled"], say)
-    if device == "cuda" and not case.training and case.rows <= 32:
-        contenders += [in_graph(contender) for contender in contenders if contender.name in (FUSED, STOCK, DENSE)]
-    samples = timing.interleaved(contenders, seconds)
-
-    dense_bytes, nf4_bytes = 2 * case.shape[0] * case.shape[1], stored_bytes(problem.weight)
-    records = []
-    for contender, taken in zip(contenders, samples, strict=True):
-        name = contender.name
-        name = name.removesuffix(", in a graph")
-        fused = contender.name == FUSED
-        dense, lora = name in (DENSE, DENSE_LORA, COMPILED_DENSE), name not in (DENSE, DEQUANTIZE, OWN_BASE)
-        peak = saved = None
-        if case.repeat == 1:
-            peak = timing.peak_memory(contender.run, device)
-        if case.training and not name.startswith("compiled"):
-            saved = saved_by(problem, layer if fused else layers[name])
-        for phase, values in taken.items():
-            size, flops = work(case, phase, dense_bytes if dense else nf4_bytes, lora)
-            records.append(
-                Record(
-                    str(case), phase, contender.name, contender.isa if fused else "", values, size, flops,
-                    errors[contender.isa] if fused else None, peak, saved,
-                    wanted=case.targets(phase, contender.isa) if fused and device == "cpu" else (),
-                )
-            )  # fmt: skip
-    return records
+    names = [OWN_BASE, *(name for group in vs for name in BASELINES[group])] if case.repeat == 1 else [FUNCTION]
+    return harness.measure(partial(Problem, device=device), case, names, isas, seconds, say, device)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -187,7 +358,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     results = Report.begin("lora_linear", chosen, console)
     isas = chosen.isas if chosen.device == "cpu" else chosen.isas[:1]
     for case in cases:
-        with console.status(str(case)):
+        with working(console, str(case)):
             records = run(case, chosen.vs, isas, chosen.seconds, console.print, chosen.device)
         results.add(records)
     results.finish()

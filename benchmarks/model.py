@@ -16,11 +16,12 @@ from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import peft_kernels
-from benchmarks import finetune, options, profiling, timing
+from benchmarks import finetune, harness, options, profiling, timing
 from benchmarks.demo import PROMPT
 from benchmarks.finetune import Run, Settings
+from benchmarks.progress import make_console, working
 from benchmarks.records import FUSED, Faster, Record, Target, duration
-from benchmarks.report import Report, make_console
+from benchmarks.report import Report
 from benchmarks.timing import Contender
 
 STOCK, DENSE_LORA = "stock", "LoRA on dense"
@@ -33,7 +34,7 @@ Breakdown = dict[str, dict[str, float]]  # seconds by contender and group
 
 
 @dataclass(frozen=True)
-class Case:
+class Case(harness.Rows):
     """What the models do.
 
     Attributes:
@@ -49,6 +50,15 @@ class Case:
     dropout: float = 0.0
     wanted: tuple[Target, ...] = ()
     method: str = "lora"
+
+    @property
+    def size(self) -> float:
+        return self.rows * self.tokens
+
+    def part(self, share: float) -> Case:
+        """Fewer rows, or one of fewer tokens."""
+        rows = max(1, int(share * self.rows))
+        return replace(self, rows=rows, tokens=min(self.tokens, max(2, round(share * self.size / rows))))
 
     def __str__(self) -> str:
         extras = [self.method] * (self.method != "lora") + [f"dropout {self.dropout:g}"] * bool(self.dropout)
@@ -98,44 +108,61 @@ def on_dense(model: PeftModel, folder: Path) -> PeftModel:
     return get_peft_model(base, model.peft_config["default"])
 
 
-def make_call(case: Case, run: Run, tokenizer: Any, tokens: int) -> Callable[[], object]:
-    """What one model does in a case, with so many tokens."""
-    torch.manual_seed(0)
-    batch = torch.randint(run.model.config.vocab_size, (case.rows, tokens))
-    if case.phase == "train":
-        return partial(run.step, batch)
-    if case.phase == "prefill":
-        return partial(run.model, input_ids=batch, logits_to_keep=1)
-    return partial(finetune.generate, run.model, tokenizer, PROMPT, tokens)
+class Problem(harness.Problem):
+    """Models, and what they do in a case."""
+
+    def __init__(self, case: Case, runs: dict[str, Run], tokenizer: Any) -> None:
+        self.case, self.runs, self.tokenizer = case, runs, tokenizer
+        self.name, self.tokens = str(case), case.rows * case.tokens
+
+    def call(self, name: str, tokens: int) -> Callable[[], object]:
+        """What one model does, with so many tokens."""
+        case, run = self.case, self.runs[name]
+        torch.manual_seed(0)
+        batch = torch.randint(run.model.config.vocab_size, (case.rows, tokens))
+        if case.phase == "train":
+            return partial(run.step, batch)
+        if case.phase == "prefill":
+            return partial(run.model, input_ids=batch, logits_to_keep=1)
+        return partial(finetune.generate, run.model, self.tokenizer, PROMPT, tokens)
+
+    def contender(self, name: str, isa: str = "") -> Contender:
+        call = self.call(name, self.case.tokens)
+        return Contender(name, {self.case.phase: call}, isa=isa, grad=self.case.phase == "train")
+
+    def check(self, isas: Sequence[str]) -> dict[str, float | None]:
+        """There is no oracle of a whole model: the tests have those of its parts."""
+        return dict.fromkeys(isas)
+
+    def saved(self, name: str) -> int | None:
+        if self.case.phase != "train":
+            return None
+        run = self.runs[name]
+        batch = torch.zeros(self.case.rows, self.case.tokens, dtype=torch.int64)
+        return timing.saved_bytes(run.model, partial(run.loss, batch))
+
+    def targets(self, isa: str) -> tuple[Target, ...]:
+        return self.case.wanted
 
 
 def run(
-    case: Case, folder: Path, vs: Sequence[str], isas: Sequence[str], seconds: float, rank: int = 16, least: int = 3
-) -> tuple[list[Record], Breakdown]:
+    case: Case, folder: Path, vs: Sequence[str], isas: Sequence[str], seconds: float, say: harness.Say, rank: int = 16,
+    least: int = 3,
+) -> tuple[list[Record], Breakdown]:  # fmt: skip
     """Times a case, then profiles it."""
     runs = make_models(case, folder, [FUSED, *vs], rank)
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    calls = {name: make_call(case, run, tokenizer, case.tokens) for name, run in runs.items()}
-    grad = case.phase == "train"
-    contenders = [Contender(FUSED, {case.phase: calls[FUSED]}, isa=isa, grad=grad) for isa in isas]
-    contenders += [Contender(name, {case.phase: calls[name]}, grad=grad) for name in vs]
-    samples = timing.interleaved(contenders, seconds, least)
-    records = []
-    for contender, taken in zip(contenders, samples, strict=True):
-        name, saved = contender.name, None
-        if case.phase == "train":
-            batch = torch.zeros(case.rows, case.tokens, dtype=torch.int64)
-            saved = finetune.saved_bytes(runs[name].model, partial(runs[name].loss, batch))
-        records.append(
-            Record(
-                str(case), case.phase, name, contender.isa, taken[case.phase], peak=timing.peak_memory(contender.run),
-                saved=saved, tokens=case.rows * case.tokens, wanted=case.wanted if name == FUSED else (),
-            )
-        )  # fmt: skip
+
+    def make_problem(case: Case) -> Problem:
+        return Problem(case, runs, tokenizer)
+
+    records = harness.measure(make_problem, case, vs, isas, seconds, say, least=least)
     few = PROFILED_TOKENS if case.phase == "decode" else case.tokens
-    with torch.set_grad_enabled(grad):
+    problem = make_problem(case)
+    with torch.set_grad_enabled(case.phase == "train"):
         profiles = {
-            name: profiling.breakdown(run.model, make_call(case, run, tokenizer, few)) for name, run in runs.items()
+            name: profiling.breakdown(runs[name].model, problem.call(name, few))
+            for name in dict.fromkeys(record.contender for record in records if record.samples)
         }
     return records, profiles
 
@@ -174,10 +201,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     breakdowns = {}
     for case in cases:
         case = case.small() if chosen.quick else case
-        with console.status(str(case)):
+        with working(console, str(case)):
             vs = [BASELINES[name] for name in chosen.vs if case.method == "lora" or name == "stock"]
             least = 3 if chosen.quick else 7
-            records, breakdowns[str(case)] = run(case, folder, vs, chosen.isas, chosen.seconds, least=least)
+            records, breakdowns[str(case)] = run(
+                case, folder, vs, chosen.isas, chosen.seconds, console.print, least=least
+            )
         results.add(records)
         console.print(breakdown_table(case, breakdowns[str(case)]))
     results.finish()

@@ -6,7 +6,7 @@ The floor is memory: both read and write each byte once.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import product
 
@@ -14,21 +14,22 @@ import bitsandbytes.functional as bnb
 import torch
 from torch import Tensor
 
-from benchmarks import options, timing
+from benchmarks import harness
 from benchmarks.lora_layers import stored_bytes
-from benchmarks.records import FUSED, Record
-from benchmarks.report import Report, make_console
+from benchmarks.records import FUSED
+from benchmarks.report import benchmark
 from benchmarks.timing import Contender
 from peft_kernels import cpu
 from peft_kernels.ops import NF4Weight, dequantize_4bit, quantize_4bit
 from peft_kernels.testing.reference import nf4 as oracle
 
 STOCK, EAGER, COMPILED = "stock", "eager", "compiled"
+BASELINES = {name: name for name in (STOCK, EAGER, COMPILED)}
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
-class Case:
+class Case(harness.Rows):
     """One direction, and the format.
 
     Attributes:
@@ -45,6 +46,13 @@ class Case:
     blocksize: int = 64
     dtype: str = "bf16"
     large: bool = False
+
+    @property
+    def size(self) -> float:
+        return self.shape[0] * self.shape[1]
+
+    def part(self, share: float) -> Case:
+        return replace(self, shape=(max(1, round(share * self.shape[0])), self.shape[1]))
 
     def __str__(self) -> str:
         nested = " nested" if self.nested else ""
@@ -73,81 +81,79 @@ def fields(weight: NF4Weight) -> tuple:
     )  # fmt: skip
 
 
-def check(case: Case, weight: NF4Weight, stock: tuple[Tensor, bnb.QuantState]) -> None:
-    """Compares with the oracle, and what is stored with bitsandbytes' own.
-
-    Raises:
-        ArithmeticError: there is a difference.
-    """
-    theirs = NF4Weight.from_quant_state(*stock)
-    pairs = {
-        "values": (dequantize_4bit(weight), oracle.dequantize_4bit(*fields(weight))),
-        "codes": (weight.codes, theirs.codes),
-        "absmax": (weight.absmax, theirs.absmax),
-        **{f"nested[{i}]": both for i, both in enumerate(zip(weight.nested, theirs.nested, strict=True))},
-    }
-    for name, (got, wanted) in pairs.items():
-        if not torch.equal(got, wanted):
-            count = (got != wanted).sum().item()
-            raise ArithmeticError(f"{case}: got {count} {name} that differ, wanted them equal bit for bit")
-
-
-def make_calls(case: Case, tensor: Tensor, stock: tuple[Tensor, bnb.QuantState]) -> dict[str, Callable[[], object]]:
-    """What each contender does, by name. Eager PyTorch quantises without double quantisation."""
-    if case.phase == "quantize":
-        calls = {
-            FUSED: partial(quantize_4bit, tensor, case.blocksize, case.quant_type, case.nested),
-            STOCK: partial(quantize_stock, case, tensor),
-            EAGER: partial(oracle.quantize_4bit, tensor, case.blocksize, case.quant_type),
-        }
-    else:
-        weight = NF4Weight.from_quant_state(*stock)
-        calls = {
-            FUSED: partial(dequantize_4bit, weight),
-            STOCK: partial(bnb.dequantize_4bit, *stock),
-            EAGER: partial(oracle.dequantize_4bit, *fields(weight)),
-        }
-    return calls | {COMPILED: torch.compile(calls[EAGER], dynamic=False)}
-
-
 def quantize_stock(case: Case, tensor: Tensor) -> tuple[Tensor, bnb.QuantState]:
     return bnb.quantize_4bit(
         tensor, blocksize=case.blocksize, compress_statistics=case.nested, quant_type=case.quant_type
     )
 
 
-def run(case: Case, vs: Sequence[str], isas: Sequence[str], seconds: float, say: Callable[[str], None]) -> list[Record]:
-    """Checks and then times a case."""
-    torch.compiler.reset()  # past a number of compiled functions torch would silently stop compiling
-    torch.manual_seed(0)
-    tensor = torch.randn(case.shape).to(DTYPES[case.dtype])
-    stock = quantize_stock(case, tensor)
-    for isa in isas:
-        with cpu.use_isa(isa):
-            weight = quantize_4bit(tensor, case.blocksize, case.quant_type, case.nested)
-            check(case, weight, stock)
-    calls = make_calls(case, tensor, stock)
-    contenders = [Contender(FUSED, {case.phase: calls[FUSED]}, isa=isa) for isa in isas]
-    contenders += timing.runnable([Contender(name, {case.phase: calls[name]}) for name in vs], [COMPILED], say)
-    samples = timing.interleaved(contenders, seconds)
-    size = tensor.nbytes + stored_bytes(weight)
-    return [
-        Record(str(case), phase, contender.name, contender.isa, values, size, peak=timing.peak_memory(contender.run))
-        for contender, taken in zip(contenders, samples, strict=True)
-        for phase, values in taken.items()
-    ]
+class Problem(harness.Problem):
+    """A tensor, and bitsandbytes' codes of it."""
+
+    optional = (COMPILED,)
+
+    def __init__(self, case: Case) -> None:
+        self.case, self.name = case, str(case)
+        torch.manual_seed(0)
+        self.tensor = torch.randn(case.shape).to(DTYPES[case.dtype])
+        self.stock = quantize_stock(case, self.tensor)
+        self.weight = NF4Weight.from_quant_state(*self.stock)
+
+    def check(self, isas: Sequence[str]) -> dict[str, float | None]:
+        case = self.case
+        for isa in isas:
+            with cpu.use_isa(isa):
+                self.compare(quantize_4bit(self.tensor, case.blocksize, case.quant_type, case.nested))
+        return dict.fromkeys(isas)
+
+    def compare(self, weight: NF4Weight) -> None:
+        """Compares with the oracle, and what is stored with bitsandbytes' own.
+
+        Raises:
+            ArithmeticError: there is a difference.
+        """
+        pairs = {
+            "values": (dequantize_4bit(weight), oracle.dequantize_4bit(*fields(weight))),
+            "codes": (weight.codes, self.weight.codes),
+            "absmax": (weight.absmax, self.weight.absmax),
+            **{f"nested[{i}]": both for i, both in enumerate(zip(weight.nested, self.weight.nested, strict=True))},
+        }
+        for name, (got, wanted) in pairs.items():
+            if not torch.equal(got, wanted):
+                count = (got != wanted).sum().item()
+                raise ArithmeticError(f"{self.case}: got {count} {name} that differ, wanted them equal bit for bit")
+
+    def contender(self, name: str, isa: str = "") -> Contender:
+        return Contender(name, {self.case.phase: self.call(name)}, isa=isa)
+
+    def call(self, name: str) -> Callable[[], object]:
+        """What a contender does. Eager PyTorch quantises without double quantisation."""
+        case, weight = self.case, self.weight
+        if name == COMPILED:
+            return torch.compile(self.call(EAGER), dynamic=False)
+        if case.phase == "quantize":
+            calls = {
+                FUSED: partial(quantize_4bit, self.tensor, case.blocksize, case.quant_type, case.nested),
+                STOCK: partial(quantize_stock, case, self.tensor),
+                EAGER: partial(oracle.quantize_4bit, self.tensor, case.blocksize, case.quant_type),
+            }
+        else:
+            calls = {
+                FUSED: partial(dequantize_4bit, weight),
+                STOCK: partial(bnb.dequantize_4bit, *self.stock),
+                EAGER: partial(oracle.dequantize_4bit, *fields(weight)),
+            }
+        return calls[name]
+
+    def work(self, phase: str, name: str) -> tuple[float, float]:
+        return self.tensor.nbytes + stored_bytes(self.weight), 0.0
+
+
+run = harness.runner(Problem, BASELINES)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    console = make_console()
-    description, baselines = __doc__.splitlines()[0], [STOCK, EAGER, COMPILED]
-    chosen, cases = options.parse("nf4", description, arguments, CASES, baselines, [COMPILED], console)
-    results = Report.begin("nf4", chosen, console)
-    for case in cases:
-        with console.status(str(case)):
-            records = run(case, chosen.vs, chosen.isas, chosen.seconds / 4, console.print)
-        results.add(records)
-    results.finish()
+    benchmark("nf4", __doc__.splitlines()[0], CASES, BASELINES, run, arguments, share=0.25)
 
 
 if __name__ == "__main__":

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import datetime
+import math
 import os
+import platform
 import statistics
 import subprocess
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
 
-from benchmarks.demo import describe_machine, describe_versions
 from benchmarks.timing import Roofline
+from peft_kernels import cpu
 
 FUSED = "fused"  # this package's contender, in every benchmark
 
@@ -81,9 +84,10 @@ class Record:
         samples: seconds, one a round.
         size, flops: bytes and operations that the contender can't do without; zero if that says nothing.
         error: relative rms error against the oracle.
-        peak, saved: bytes of memory, see `timing.peak_memory` and `finetune.saved_bytes`.
+        peak, saved: bytes of memory, see `timing.peak_memory` and `timing.saved_bytes`.
         tokens: that a call handles; zero where there are none.
         wanted: targets of the fused contender.
+        estimate: seconds that it would take; it was left out, and has no samples.
     """
 
     case: str
@@ -98,10 +102,12 @@ class Record:
     saved: int | None = None
     tokens: int = 0
     wanted: tuple[Target, ...] = ()
+    estimate: float | None = None
 
     @property
     def median(self) -> float:
-        return statistics.median(self.samples)
+        """NaN for what was left out."""
+        return statistics.median(self.samples) if self.samples else math.nan
 
     @property
     def quartiles(self) -> tuple[float, float]:
@@ -126,7 +132,7 @@ def beside(record: Record, records: Iterable[Record]) -> dict[str, Record]:
 
 def judge(record: Record, records: Iterable[Record]) -> list[tuple[Target, bool | None]]:
     """Each target of a record, and whether it was met."""
-    medians = {name: other.median for name, other in beside(record, records).items()}
+    medians = {name: other.median for name, other in beside(record, records).items() if other.samples}
     return [(target, target.met(medians)) for target in record.wanted]
 
 
@@ -160,6 +166,22 @@ def describe_run(device: str = "cpu") -> dict[str, str]:
         "commit": commit(),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
     }
+
+
+def describe_machine(device: str) -> str:
+    if device == "cuda":
+        processor = torch.cuda.get_device_name()
+    else:
+        info = Path("/proc/cpuinfo")
+        lines = info.read_text().splitlines() if info.exists() else []
+        names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+        processor = f"{(names or [platform.machine()])[0]}, {torch.get_num_threads()} threads"
+    return f"{processor}, kernels for {cpu.isa()}"
+
+
+def describe_versions() -> str:
+    others = (f"{name} {version(name)}" for name in ("peft", "bitsandbytes", "transformers"))
+    return ", ".join([f"torch {torch.__version__}", *others])  # with what it was built for, which a package may not say
 
 
 def torch_isa() -> str:

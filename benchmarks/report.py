@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import math
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,14 +15,9 @@ from rich.table import Table
 
 from benchmarks import options, plot
 from benchmarks.options import Options
+from benchmarks.progress import make_console, working
 from benchmarks.records import FUSED, Record, beside, describe_run, duration, judge, rate
 from benchmarks.timing import Roofline, measure_roofline
-
-
-def make_console() -> Console:
-    """The terminal; or a file, in which lines may be longer."""
-    console = Console()
-    return console if console.is_terminal else Console(width=130)
 
 
 @dataclass
@@ -47,7 +43,7 @@ class Report:
 
         A quick run's files have names of their own, and never replace a thorough one's.
         """
-        with console.status("Measuring the roofline"):
+        with working(console, "Measuring the roofline"):
             counts = sorted({1, options.threads}) if options.device == "cpu" else [options.threads]
             rooflines = {threads: measure_roofline(threads, device=options.device) for threads in counts}
         run = {"benchmark": benchmark, "threads": str(options.threads), **describe_run(options.device)}
@@ -83,7 +79,9 @@ def case_table(records: Sequence[Record], roofline: Roofline) -> Table:
     Beside a baseline's time stands how many times as fast the (first) fused contender is.
     """
     phases = list(dict.fromkeys(record.phase for record in records))
-    fused = {record.phase: record.median for record in reversed(records) if record.contender == FUSED}
+    fused = {
+        record.phase: record.median for record in reversed(records) if record.contender == FUSED and record.samples
+    }
     by_contender: dict[tuple[str, str], dict[str, Record]] = {}
     for record in records:
         by_contender.setdefault((record.contender, record.isa), {})[record.phase] = record
@@ -91,8 +89,9 @@ def case_table(records: Sequence[Record], roofline: Roofline) -> Table:
     for (name, isa), by_phase in by_contender.items():
         cells = {"median": f"{name}, {isa}" if isa else name}
         for phase in phases:
-            ratio = "" if name == FUSED else f" {by_phase[phase].median / fused[phase]:.2f}×"
-            cells[phase] = duration(by_phase[phase].median) + ratio
+            record = by_phase[phase]
+            ratio = f" {record.median / fused[phase]:.2f}×" if name != FUSED and record.samples and fused else ""
+            cells[phase] = (duration(record.median) if record.samples else f"~ {duration(record.estimate)}") + ratio
         rows.append(cells | _extras(by_phase[phases[-1]], roofline))
     table = Table(title=records[0].case, title_justify="left", title_style="bold", box=SIMPLE_HEAD, pad_edge=False)
     headings = [heading for heading in rows[0] if any(row[heading] for row in rows)]
@@ -119,6 +118,9 @@ def _extras(record: Record, roofline: Roofline) -> dict[str, str]:
 
 def _verdicts(records: Sequence[Record]) -> Iterator[str]:
     for record in records:
+        if not record.samples and record.phase == records[-1].phase:
+            name = record.contender + (f", {record.isa}" if record.isa else "")
+            yield f"{name}: left out, for a part of a call says that it takes about {duration(record.estimate)}"
         for target, met in judge(record, records):
             mark = "?" if met is None else "[green]✓[/]" if met else "[red]✗[/]"
             yield f"{mark} wanted: {record.phase} {target}" + (f", {record.isa}" if record.isa else "")
@@ -133,6 +135,11 @@ def write_csv(records: Sequence[Record], roofline: Roofline, run: dict[str, str]
         writer.writerows(rows)
 
 
+def _number(value: float, digits: int) -> str:
+    """Nothing where nothing was measured."""
+    return "" if math.isnan(value) else f"{value:.{digits}g}"
+
+
 def _row(record: Record, records: Sequence[Record], roofline: Roofline) -> dict[str, object]:
     gigabytes, teraflops, share = rate(record, roofline)
     first, third = record.quartiles
@@ -142,11 +149,12 @@ def _row(record: Record, records: Sequence[Record], roofline: Roofline) -> dict[
         "phase": record.phase,
         "contender": record.contender,
         "isa": record.isa,
-        "median_ms": f"{record.median * 1e3:.6g}",
-        "quartile1_ms": f"{first * 1e3:.6g}",
-        "quartile3_ms": f"{third * 1e3:.6g}",
+        "median_ms": _number(record.median * 1e3, 6),
+        "quartile1_ms": _number(first * 1e3, 6),
+        "quartile3_ms": _number(third * 1e3, 6),
         "rounds": len(record.samples),
-        "times_fused": f"{record.median / beside(record, records)[FUSED].median:.4g}",
+        "left_out_estimate_ms": "" if record.estimate is None else _number(record.estimate * 1e3, 3),
+        "times_fused": _number(record.median / beside(record, records)[FUSED].median, 4),
         "tokens_per_s": f"{record.tokens / record.median:.4g}" if record.tokens else "",
         "gb_per_s": f"{gigabytes:.4g}" if record.size else "",
         "tflop_per_s": f"{teraflops:.4g}" if record.flops else "",
@@ -166,13 +174,18 @@ def benchmark(
     baselines: Collection[str],
     run: Callable[..., list[Record]],
     arguments: Sequence[str] | None,
+    share: float = 1.0,
 ) -> None:
-    """The command line of a benchmark on the CPU: `run(case, vs, isas, seconds, say)` measures one of the cases."""
+    """The command line of a benchmark on the CPU: `run(case, vs, isas, seconds, say)` measures one of the cases.
+
+    Args:
+        share: of the usual time that a case needs.
+    """
     console = make_console()
     chosen, cases = options.parse(name, description, arguments, cases, list(baselines), ["compiled"], console)
     results = Report.begin(name, chosen, console)
     for case in cases:
-        with console.status(str(case)):
-            records = run(case, chosen.vs, chosen.isas, chosen.seconds, console.print)
+        with working(console, str(case)):
+            records = run(case, chosen.vs, chosen.isas, share * chosen.seconds, console.print)
         results.add(records)
     results.finish()

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 
 from benchmarks.emulated import ops, ptx_emulator, report
-from benchmarks.report import make_console
+from benchmarks.progress import make_console
 from peft_kernels.ops import lora_linear, quantize_4bit
 
 

@@ -5,17 +5,25 @@ from __future__ import annotations
 import ctypes
 import gc
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor, nn
 
 from peft_kernels import cpu
 
+LIMIT = 60.0  # seconds of a call; a contender that takes longer is left out
+ENOUGH = 1.0  # seconds that a part of a call takes at least before the whole is judged by it
+SMALLEST = 1 / 256  # of a call: some rows of it
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
 Samples = dict[str, list[float]]  # seconds of each phase, one number a round
+Item = TypeVar("Item")
 
 
 def nothing() -> None:
@@ -50,7 +58,7 @@ class Contender:
     grad: bool = True
     device: str = "cpu"
 
-    def run(self) -> Samples:
+    def run(self) -> dict[str, float]:
         """Calls everything once, and returns the seconds for each phase."""
         seconds = {}
         kernels = cpu.use_isa(self.isa) if self.isa else nullcontext()
@@ -89,7 +97,8 @@ def interleaved(contenders: Sequence[Contender], seconds: float, least: int = 3,
 
     Args:
         seconds: about how long to go on, warm-up left out.
-        least, most: bounds of the number of rounds, whatever the time.
+        least: rounds, whatever the time; unless they take more than a minute in all.
+        most: rounds.
 
     Returns:
         For each contender the seconds of its phases. With more than one phase there is "both", their sum.
@@ -97,18 +106,99 @@ def interleaved(contenders: Sequence[Contender], seconds: float, least: int = 3,
     for contender in contenders:
         contender.run()
     samples: list[Samples] = [{} for _ in contenders]
-    end = time.perf_counter() + seconds
+    begin = time.perf_counter()
     for turn in range(most):
-        if turn >= least and time.perf_counter() >= end:
+        spent = time.perf_counter() - begin
+        if turn and spent >= (seconds if turn >= least else max(seconds, LIMIT)):
             break
         for position in range(len(contenders)):
             index = (turn + position) % len(contenders)
-            taken = contenders[index].run()
-            if len(taken) > 1:
-                taken["both"] = sum(taken.values())
-            for phase, value in taken.items():
+            for phase, value in with_sum(contenders[index].run()).items():
                 samples[index].setdefault(phase, []).append(value)
     return samples
+
+
+def with_sum(phases: dict[str, float]) -> dict[str, float]:
+    """The phases, and where they are several "both", their sum."""
+    return phases | {"both": sum(phases.values())} if len(phases) > 1 else phases
+
+
+# ---- Calls that may take very long ----------------------------------------------------------------------------------
+
+
+Part = Callable[[float], tuple[Contender, float]]  # a share of some calls: about that much of them, and how much it is
+
+
+def estimate(part: Part) -> dict[str, float]:
+    """Seconds of each phase of calls that may take hours, and that nothing could interrupt.
+
+    Parts of them are timed, each larger than the one before, until one is the whole, or takes so long that the whole
+    follows from it and from one of twice its size.
+    """
+    share, last = SMALLEST, 0.0
+    while True:
+        contender, share = part(share)
+        seconds = contender.run()
+        for _ in range(2):  # the first calls may have compiled something
+            if sum(seconds.values()) / share <= LIMIT:
+                break
+            seconds = min(seconds, contender.run(), key=lambda phases: sum(phases.values()))
+        taken = sum(seconds.values())
+        if share >= 1:
+            return seconds
+        if taken >= ENOUGH or share <= last:
+            break
+        last, share = share, min(1.0, share * 2 * ENOUGH / max(taken, 1e-9))
+    contender, larger = part(min(1.0, 2 * share))
+    if larger <= share:
+        return {phase: value / share for phase, value in seconds.items()}
+    longer = contender.run()  # than the other; the difference is what grows
+    rest = (1 - larger) / (larger - share)
+    return {phase: value + rest * max(0.0, value - seconds[phase]) for phase, value in longer.items()}
+
+
+def best(part: Part, rounds: int = 6) -> float:
+    """The least seconds of several calls; an estimate where one takes too long."""
+    seconds = sum(estimate(part).values())
+    if seconds < ENOUGH:
+        contender, _ = part(1.0)
+        seconds = min(sum(contender.run().values()) for _ in range(rounds))
+    return seconds
+
+
+def product(rows: int, n: int, k: int, dtype: torch.dtype, device: str, backward: bool = False) -> Part:
+    """A product x W^T of x [rows, k], and on request its gradient's product with W [n, k]."""
+    weight = torch.ones(n, k, dtype=dtype, device=device)
+
+    def part(share: float) -> tuple[Contender, float]:
+        count = max(1, round(rows * share))
+        x, grad_y = (torch.ones(count, width, dtype=dtype, device=device) for width in (k, n))
+        phases = {"forward": lambda: F.linear(x, weight)}
+        if backward:
+            phases["backward"] = lambda: grad_y @ weight
+        return Contender("", phases, grad=False, device=device), count / rows
+
+    return part
+
+
+def dtype_seconds(rows: int, n: int, k: int, device: str) -> dict[str, float]:
+    """Seconds of a linear layer's forward and backward with torch, in each of DTYPES.
+
+    Where a processor has no instructions for bf16, torch's product with W as it lies is a loop of single numbers: a
+    hundred times slower than that of fp32.
+    """
+    return {name: best(product(rows, n, k, dtype, device, backward=True)) for name, dtype in DTYPES.items()}
+
+
+def within(seconds: float, items: Iterable[Item]) -> Iterator[Item]:
+    """The items, at least one, as long as there is time for another that takes as long as the last."""
+    begin = last = time.perf_counter()
+    for number, item in enumerate(items):
+        now = time.perf_counter()
+        if number and now - begin + (now - last) > seconds:
+            return
+        last = now
+        yield item
 
 
 # ---- Memory ---------------------------------------------------------------------------------------------------------
@@ -136,6 +226,23 @@ def peak_memory(call: Callable[[], object], device: str = "cpu") -> int | None:
     before = _status_bytes("VmRSS")
     call()
     return max(_status_bytes("VmHWM") - before, 0)
+
+
+def saved_bytes(model: nn.Module, forward: Callable[[], Tensor]) -> int:
+    """Bytes that one forward keeps for its backward: each storage once, the model's own tensors left out."""
+    own = {t.untyped_storage().data_ptr() for t in [*model.parameters(), *model.buffers()]}
+    saved: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            saved[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        result = forward()
+    del result  # held until here, what was saved is alive, and no two storages had the same address
+    return sum(saved.values())
 
 
 def _status_bytes(field: str) -> int:
@@ -178,13 +285,8 @@ def measure_roofline(threads: int, megabytes: int = 256, side: int = 2048, devic
         stream = torch.ones(megabytes << 18, device=device)
         left, right = stream.chunk(2)
         reductions = (stream.sum, stream.max, lambda: torch.dot(left, right))
-        read = min(_best(reduction, device) for reduction in reductions)
-        a, b = (torch.ones(side, side, dtype=torch.bfloat16, device=device) for _ in range(2))
-        multiply = _best(lambda: F.linear(a, b), device)
+        read = min(best(lambda _, call=call: (Contender("", {"": call}, device=device), 1.0)) for call in reductions)
+        multiply = best(product(side, side, side, torch.bfloat16, device))
     finally:
         torch.set_num_threads(before)
     return Roofline(threads, stream.nbytes / read, 2 * side**3 / multiply, device)
-
-
-def _best(call: Callable[[], object], device: str, rounds: int = 6) -> float:
-    return min(Contender("", {"": call}, device=device).run()[""] for _ in range(rounds))

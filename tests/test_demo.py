@@ -2,9 +2,11 @@
 
 import json
 import math
+import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,10 +14,10 @@ from rich.console import Console
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from benchmarks import demo, finetune
+from benchmarks import demo, demo_results, finetune, timing
 from benchmarks.demo import ACCELERATED, STOCK
 from benchmarks.demo_results import Row, result_table
-from benchmarks.finetune import Run
+from benchmarks.finetune import Run, Settings
 
 ROOT = Path(__file__).parent.parent
 
@@ -34,6 +36,7 @@ ROOT = Path(__file__).parent.parent
         ("--lr", "0", "above 0"),
         ("--lr", "nan", "above 0"),
         ("--dropout", "1", "below 1"),
+        ("--minutes", "0", "above 0"),
         ("--seed", "-1", "from 0"),
         ("--model", "no/such/folder", "a folder with a config.json"),
         ("--device", "tpu", "'cpu', 'cuda'"),
@@ -110,7 +113,7 @@ def test_saved_bytes_counts_each_storage_once_and_no_parameters():
     x = torch.randn(16, 8, requires_grad=True)
     # The linear saves x and its weight; sigmoid its result; the product both factors, of which one is that result
     # and the other is a view of it.
-    saved = finetune.saved_bytes(model, lambda: (y := model(x).sigmoid()) * y[:])
+    saved = timing.saved_bytes(model, lambda: (y := model(x).sigmoid()) * y[:])
     assert saved == 4 * (16 * 8 + 16 * 4)
 
 
@@ -153,6 +156,40 @@ def test_results(tmp_path):
     assert (tmp_path / "demo.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.parametrize(("fastest", "slowest"), [("bf16", "fp32"), ("fp32", "bf16")])
+def test_models_compute_in_the_dtype_in_which_stock_is_fastest(monkeypatch, fastest, slowest):
+    asked, said = [], []
+
+    def seconds(*shape):
+        asked.append(shape)
+        return {slowest: 200.0, fastest: 0.1}
+
+    monkeypatch.setattr(demo_results, "dtype_seconds", seconds)
+    config = SimpleNamespace(hidden_size=576, intermediate_size=1536)
+    assert demo_results.choose_dtype(config, 1024, "cpu", said.append) == fastest
+    assert asked == [(1024, 1536, 576, "cpu")]
+    assert said[0].endswith(f"take 200 s in {slowest}, 100 ms in {fastest}: the models compute in {fastest}")
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+def test_curves_of_either_dtype(tiny_model, dtype):
+    settings = Settings(tiny_model, 3, 2, 1, 8, 1e-3, 0.0, "cpu", 0, dtype)
+    batches = torch.randint(300, (3, 1, 8), generator=torch.Generator().manual_seed(0))
+    found = demo.compare_curves(settings, batches, Console(quiet=True), seconds=0.0)
+    yardsticks = ["stock and stock, fp32", "accelerated and stock, fp32"] if dtype == "bf16" else []
+    assert list(found) == ["accelerated and stock", *yardsticks]
+    assert all(0 <= difference < 0.1 for difference in found.values())
+
+
+def test_generation_stops_when_its_time_is_up(tiny_model):
+    settings = Settings(tiny_model, 1, 2, 1, 8, 1e-3, 0.0, "cpu", 0)
+    model = finetune.load_with_lora(settings, 0.0).eval()
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    text, speed = finetune.generate(model, tokenizer, "with", 4)
+    shorter, _ = finetune.generate(model, tokenizer, "with", 100, seconds=0.0)
+    assert speed > 0 and len(tokenizer(shorter).input_ids) <= len(tokenizer(text).input_ids)
+
+
 def test_large_numbers_have_no_exponent():
     row = Row("training speed", "tokens/s", 12345.6, 23456.7)
     console = Console(width=100)
@@ -178,6 +215,8 @@ def test_demo_from_start_to_end(tiny_model, tmp_path):
     result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert result.returncode == 0, result.stderr
     assert " 0 left alone" in result.stdout
+    assert re.search(r"^stock +\d/6  loss \d", result.stdout, re.MULTILINE)  # though it is no terminal
+    assert re.search(r"stock, (bf16|fp32) .* accelerated, (bf16|fp32)", result.stdout)
     assert "training speed" in result.stdout and demo.PROMPT in result.stdout
 
     written = json.loads((tmp_path / "demo.json").read_text())
@@ -185,7 +224,8 @@ def test_demo_from_start_to_end(tiny_model, tmp_path):
     for row in written["results"]:
         assert math.isfinite(row["stock"]) and math.isfinite(row["accelerated"])
     differences = written["largest differences without dropout"]
-    assert differences["accelerated and stock"] <= 2 * differences["stock and stock, fp32"] + 1e-3
+    assert differences["accelerated and stock"] <= 2 * differences.get("stock and stock, fp32", 0) + 1e-3
+    assert written["settings"]["dtype"] in ("bf16", "fp32")
     saved = next(row for row in written["results"] if row["name"] == "saved for backward")
     assert saved["accelerated"] < saved["stock"]
     assert (tmp_path / "demo.png").stat().st_size > 10_000

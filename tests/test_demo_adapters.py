@@ -3,9 +3,11 @@
 import ast
 import json
 import math
+import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -114,6 +116,22 @@ def make_batch(rows=4):
     return Batch(torch.randint(3, 40, (rows, 6)), mask, torch.arange(rows) % 2)
 
 
+def test_slow_machines_have_fewer_examples(monkeypatch):
+    clock = SimpleNamespace(now=0.0, perf_counter=lambda: clock.now)
+    monkeypatch.setattr(demo_adapters, "time", clock)
+
+    def slow_features(model, examples, tokenizer, length):
+        clock.now += len(examples)
+
+    monkeypatch.setattr(demo_adapters, "all_features", slow_features)
+    many = [Task(name, "which?", ("a",), (("x", 0),) * 100, (("y", 0),) * 100) for name in ("first", "second")]
+    found = demo_adapters.fewer_examples(None, many, None, 32, seconds=400.0)
+    assert [(len(task.train), len(task.test)) for task in found] == [(50, 50)] * 2
+    found = demo_adapters.fewer_examples(None, many, None, 32, seconds=4.0)
+    assert [(len(task.train), len(task.test)) for task in found] == [(20, 20)] * 2
+    assert demo_adapters.fewer_examples(None, many, None, 32, seconds=4000.0) == many
+
+
 @pytest.mark.parametrize("fusion", [False, True], ids=["adapter", "fusion"])
 def test_plain_layers_compute_the_same(fusion):
     model, batch = make_classifier(fusion).float().eval(), make_batch()
@@ -204,6 +222,7 @@ def test_demo_from_start_to_end(tiny_model, tmp_path):
     command = [sys.executable, "-m", "benchmarks", "demo_adapters", *arguments]
     result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert result.returncode == 0, result.stderr
+    assert re.search(r"^kind +\d/3  loss \d", result.stdout, re.MULTILINE)  # though it is no terminal
     assert "adapter 'kind': 2 layers" in result.stdout and "Accuracy on the test examples" in result.stdout
 
     written = json.loads((tmp_path / "demo_adapters.json").read_text())

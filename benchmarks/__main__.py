@@ -6,7 +6,7 @@ With --emulated, the counters of the CUDA kernels in the tests' emulator are sho
 import importlib
 import sys
 
-# A benchmark is a module of this package with a function main(arguments).
+# A benchmark is a module of this package, or an example of the other, with a function main(arguments).
 BENCHMARKS = {
     "demo": "fine-tune a small language model, stock and accelerated, and compare",
     "demo_adapters": "adapters for several tasks on one frozen model, and AdapterFusion over them",
@@ -26,8 +26,10 @@ BENCHMARKS = {
     "nf4": "quantise and dequantise",
     "roofline": "a model of the CUDA kernels' times on several cards, from counts; nothing is measured",
     "architectures": "LoRA on models of several architectures, in fp32 and bf16: training step and memory",
+    "plot": "draw what benchmarks and demos have measured, from their CSV and JSON files",
     "model": "a small language model, fine-tuned in four ways: training step, prefill, decoding, breakdown",
 }
+EXAMPLES = ("demo", "demo_adapters")
 EMULATED = "--emulated"  # instead of a name or beside it
 
 
@@ -41,7 +43,7 @@ def main() -> None:
         return print(f"python -m benchmarks NAME [options], or {EMULATED}; NAME --help shows the options of{known}")
     if name not in BENCHMARKS:
         sys.exit(f"python -m benchmarks NAME [options]: got the name '{name}', wanted {EMULATED}, or one of{known}")
-    importlib.import_module(f"benchmarks.{name}").main(arguments)
+    importlib.import_module(f"{'examples' if name in EXAMPLES else 'benchmarks'}.{name}").main(arguments)
 
 
 if __name__ == "__main__":

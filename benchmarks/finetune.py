@@ -28,6 +28,7 @@ from transformers.utils import logging
 import peft_kernels
 from benchmarks.timing import DTYPES, within
 
+PROMPT = "The with statement is used to"
 WARM_UP = 2  # steps that are not measured: bitsandbytes compiles its dequantisation in the first two
 
 

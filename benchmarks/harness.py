@@ -6,7 +6,7 @@ A contender that would take more than a minute a call is left out, which is foun
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from functools import cache
 from typing import Any, ClassVar, TypeVar
@@ -58,8 +58,8 @@ class Problem(ABC):
         """The calls of one of the contenders."""
 
     @abstractmethod
-    def check(self, isas: Sequence[str]) -> dict[str, float]:
-        """The largest relative rms error of the fused contender with each instruction set.
+    def check(self, isas: Sequence[str]) -> Mapping[str, float | None]:
+        """The largest relative rms error of the fused contender with each instruction set, if it has any.
 
         Raises:
             ArithmeticError: an error that the roundings don't explain.

@@ -17,8 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import peft_kernels
 from benchmarks import finetune, harness, options, profiling, timing
-from benchmarks.demo import PROMPT
-from benchmarks.finetune import Run, Settings
+from benchmarks.finetune import PROMPT, Run, Settings
 from benchmarks.progress import make_console, working
 from benchmarks.records import FUSED, Faster, Record, Target, duration
 from benchmarks.report import Report

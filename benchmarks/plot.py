@@ -1,13 +1,19 @@
-"""The plot of a benchmark's results."""
+"""Plots of what benchmarks and demos have measured, from the files that they leave."""
 
 from __future__ import annotations
 
+import argparse
+import csv
+import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from benchmarks.options import RESULTS
 from benchmarks.records import FUSED, Faster, Record, beside
 
 GREY = "#57606a"
+RUN = ("benchmark", "machine", "versions", "commit", "date")  # columns that are the same in every row
 
 
 def draw(records: Sequence[Record], run: dict[str, str], path: Path) -> None:
@@ -17,7 +23,7 @@ def draw(records: Sequence[Record], run: dict[str, str], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    lines = [record for record in records if record.contender == FUSED]
+    lines = [record for record in records if record.contender == FUSED and record.samples]
     several = len({record.isa for record in lines}) > 1
     labels = [record.label + (f", {record.isa}" if several else "") for record in lines]
     baselines = dict.fromkeys(record.contender for record in records if record.contender != FUSED)
@@ -29,7 +35,7 @@ def draw(records: Sequence[Record], run: dict[str, str], path: Path) -> None:
             measured, wanted = [], []
             for y, record in enumerate(lines):
                 others = beside(record, records)
-                if name in others:
+                if name in others and others[name].samples:
                     measured.append((others[name].median / record.median, y))
                 wanted += [(t.times, y) for t in record.wanted if isinstance(t, Faster) and t.versus == name]
             axes.plot(*zip(*measured, strict=True), marker=marker, markersize=4.5, label=name, **style)
@@ -46,3 +52,62 @@ def draw(records: Sequence[Record], run: dict[str, str], path: Path) -> None:
         figure.suptitle(f"{run['benchmark']}\n{title}", x=0.01, ha="left", fontsize=7, color=GREY)
         figure.savefig(path, dpi=150)
         pyplot.close(figure)
+
+
+def read(path: Path) -> tuple[list[Record], dict[str, str]]:
+    """The records of a CSV file, with their medians for samples, and what was the same in all of them.
+
+    Raises:
+        ValueError: a benchmark would have written other columns.
+    """
+    with path.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    needed = ("case", "phase", "contender", "isa", "median_ms", "wanted", *RUN)
+    if missing := [name for name in needed if not rows or name not in rows[0]]:
+        raise ValueError(f"{path}: got no column {', '.join(missing)}, wanted the CSV file of a benchmark")
+    records = []
+    for row in rows:
+        samples = (float(row["median_ms"]) / 1e3,) if row["median_ms"] else ()
+        wanted = re.findall(r"≥ ([\d.]+)× ([^;]+)", row["wanted"])
+        targets = tuple(Faster(row["phase"], versus, float(times)) for times, versus in wanted)
+        records.append(Record(row["case"], row["phase"], row["contender"], row["isa"], samples, wanted=targets))
+    return records, {name: rows[0][name] for name in RUN}
+
+
+def draw_file(path: Path, output: Path) -> None:
+    """Draws a file of a benchmark, or of a demo.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    if path.suffix == ".json":
+        from examples import demo, demo_adapters  # they load models, so only where they are asked for
+
+        results = json.loads(path.read_text())
+        if not {"results", "accuracy"} & results.keys():
+            raise ValueError(f"{path}: got neither results nor accuracies, wanted the JSON file of a demo")
+        (demo if "results" in results else demo_adapters).draw_saved(results, output)
+    else:
+        draw(*read(path), output)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks plot", description=__doc__.splitlines()[0])
+    parser.add_argument("files", nargs="*", type=Path, metavar="FILE", help="CSV or JSON (all in benchmarks/results)")
+    parser.add_argument("--output", type=Path, metavar="DIR", help="folder for the plots (where the files are)")
+    given = parser.parse_args(arguments)
+    files = given.files or sorted(
+        path for path in RESULTS.glob("*/*.*") if path.suffix in (".csv", ".json") and "breakdown" not in path.name
+    )
+    for path in files:
+        output = (given.output or path.parent) / f"{path.stem}.png"
+        output.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            draw_file(path, output)
+        except (OSError, ValueError) as error:
+            parser.error(str(error))
+        print(f"Saved: {output}")
+
+
+if __name__ == "__main__":
+    main()

@@ -13,7 +13,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import options, plot
+from benchmarks import options
 from benchmarks.options import Options
 from benchmarks.progress import make_console, working
 from benchmarks.records import FUSED, Record, beside, describe_run, duration, judge, rate
@@ -65,12 +65,12 @@ class Report:
         write_csv(self.records, self.roofline, self.run, self.path.with_suffix(".csv"))
 
     def finish(self) -> None:
-        """Sums up, and draws the plot."""
+        """Sums up."""
         verdicts = [met for record in self.records for _, met in judge(record, self.records) if met is not None]
         if verdicts:
             self.console.print(f"{sum(verdicts)} of {len(verdicts)} targets met")
-        plot.draw(self.records, self.run, self.path.with_suffix(".png"))
-        self.console.print(f"Saved: {self.path}.csv, {self.path}.png", soft_wrap=True)
+        path = self.path.with_suffix(".csv")
+        self.console.print(f"Saved: {path}; to draw it: python -m benchmarks plot {path}", soft_wrap=True)
 
 
 def case_table(records: Sequence[Record], roofline: Roofline) -> Table:

@@ -201,6 +201,28 @@ def within(seconds: float, items: Iterable[Item]) -> Iterator[Item]:
         yield item
 
 
+@dataclass
+class Budget:
+    """Divides seconds among stages, one after another; each has its part of what the ones before it have left.
+
+    Attributes:
+        shares: of the stages; what they leave of 1 is for what can't be cut, such as loading models.
+    """
+
+    seconds: float
+    shares: Mapping[str, float]
+
+    def __post_init__(self) -> None:
+        self._end = time.perf_counter() + self.seconds
+        self._rest = 1.0
+
+    def stage(self, name: str) -> float:
+        """Seconds for a stage that begins now."""
+        part = self.shares[name] / self._rest
+        self._rest -= self.shares[name]
+        return part * max(0.0, self._end - time.perf_counter())
+
+
 # ---- Memory ---------------------------------------------------------------------------------------------------------
 
 

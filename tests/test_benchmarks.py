@@ -3,6 +3,7 @@
 import csv
 import math
 import re
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -31,6 +32,7 @@ from benchmarks import (
     model,
     nf4,
     options,
+    plot,
     prefix,
     profiling,
     records,
@@ -46,6 +48,7 @@ from benchmarks.records import FUSED, Below, Faster, Record, Within
 from benchmarks.timing import Contender, Roofline
 from peft_kernels import cpu
 
+ROOT = Path(__file__).parent.parent
 ROOFLINE = Roofline(2, 10e9, 1e12)
 EVAL = lora_linear.Case(3, (64, 128))
 TRAIN = lora_linear.Case(9, (64, 128), training=True, dropout=0.25)
@@ -346,7 +349,81 @@ def test_report(tmp_path):
     assert stock["times_fused"] == "3" and stock["peak_bytes"] == "2000000" and stock["median_ms"] == "1500"
     assert {"machine", "torch_isa", "versions", "commit", "date", "isa"} <= fused.keys()
     assert f"torch {torch.__version__}" in fused["versions"]
-    assert (tmp_path / "tiny.png").stat().st_size > 5_000
+    assert f"to draw it: python -m benchmarks plot {tmp_path / 'tiny'}.csv" in text
+    assert not list(tmp_path.glob("*.png"))
+
+
+# ---- Plots ----------------------------------------------------------------------------------------------------------
+
+
+def test_plots_are_drawn_on_demand(tmp_path, capsys):
+    wanted = Faster("forward", STOCK, 2), Below("forward", 1e-5)
+    found = [
+        record(FUSED, 0.5, 0.7, wanted=wanted), record(STOCK, 1.5, peak=2_000_000),
+        Record("eval", "forward", DENSE, "", (), estimate=70.0),
+    ]  # fmt: skip
+    made = report.Report(tmp_path / "tiny", 2, {2: ROOFLINE}, records.describe_run() | {"benchmark": "tiny"}, Console())
+    made.add(found)
+    read, run = plot.read(tmp_path / "tiny.csv")
+    medians = [(r.contender, r.isa, r.samples) for r in read]
+    assert medians == [(FUSED, "avx2", (0.6,)), (STOCK, "", (1.5,)), (DENSE, "", ())]
+    assert read[0].wanted == wanted[:1] and run["benchmark"] == "tiny"
+    plot.main([str(tmp_path / "tiny.csv"), "--output", str(tmp_path / "plots")])
+    assert (tmp_path / "plots/tiny.png").stat().st_size > 5_000
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "wanted"),
+    [
+        ("a.csv", "group,ms\n1,2\n", "got no column case, phase, .*, wanted the CSV file of a benchmark"),
+        ("a.csv", "", "got no column case"),
+        ("a.json", "{}", "wanted the JSON file of a demo"),
+        ("b.csv", None, "No such file"),
+    ],
+)
+def test_files_that_are_no_results(name, text, wanted, tmp_path, capsys):
+    if text is not None:
+        (tmp_path / name).write_text(text)
+    with pytest.raises(SystemExit):
+        plot.main([str(tmp_path / name)])
+    assert re.search(wanted, capsys.readouterr().err)
+
+
+@pytest.mark.parametrize("path", sorted(options.RESULTS.glob("*/*.json")), ids=lambda path: path.stem)
+def test_kept_results_of_demos_can_be_drawn(path, tmp_path):
+    plot.main([str(path), "--output", str(tmp_path)])
+    assert (tmp_path / f"{path.stem}.png").stat().st_size > 10_000
+
+
+def test_kept_results_of_benchmarks_can_be_read():
+    for path in options.RESULTS.glob("*/*.csv"):
+        if "breakdown" not in path.name:
+            found, run = plot.read(path)
+            assert found and run["benchmark"] in command.BENCHMARKS
+    assert not list(options.RESULTS.glob("*/*.png"))
+
+
+# ---- What a benchmark loads -----------------------------------------------------------------------------------------
+
+
+def test_a_family_is_timed_without_other_libraries():
+    families = ["adapter", "fusion", "cross_entropy", "rotary", "rms_norm", "glu", "dropout", "ia3_attention", "prefix"]
+    unwanted = ["peft", "transformers", "bitsandbytes", "examples"]
+    script = f"""
+import importlib, sys
+for name in {families}:
+    importlib.import_module("benchmarks." + name)
+    found = [module for module in {unwanted} if module in sys.modules]
+    assert not found, (name, found)
+"""
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT)
+    assert result.returncode == 0, result.stderr
+
+
+def test_the_emulator_is_found_without_a_path_to_the_tests():
+    script = "import benchmarks.emulated, sys; assert not [p for p in sys.path if p.endswith('tests')], sys.path"
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT)
+    assert result.returncode == 0, result.stderr
 
 
 # ---- functions of tensors ------------------------------------------------------------------------------------------

@@ -119,6 +119,17 @@ def test_slow_contenders_have_fewer_rounds(clock):
     assert [len(taken["forward"]) for taken in timing.interleaved(contenders, 8.0, least=7)] == [2, 2]
 
 
+def test_a_stage_has_its_part_of_what_is_left(clock):
+    budget = timing.Budget(100, {"first": 0.5, "second": 0.25, "third": 0.25})
+    assert budget.stage("first") == 50
+    clock.spend(80)  # more than it had
+    assert budget.stage("second") == 10
+    clock.spend(0)
+    assert budget.stage("third") == 20
+    clock.spend(40)
+    assert timing.Budget(0, {"only": 1}).stage("only") == 0
+
+
 # ---- Lines ----------------------------------------------------------------------------------------------------------
 
 

@@ -14,10 +14,11 @@ from rich.console import Console
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from benchmarks import demo, demo_results, finetune, timing
-from benchmarks.demo import ACCELERATED, STOCK
-from benchmarks.demo_results import Row, result_table
+from benchmarks import finetune, plot, timing
 from benchmarks.finetune import Run, Settings
+from examples import demo, demo_results
+from examples.demo import ACCELERATED, STOCK
+from examples.demo_results import Row, result_table
 
 ROOT = Path(__file__).parent.parent
 
@@ -152,7 +153,7 @@ def test_results(tmp_path):
     lines = capture.get().splitlines()
     assert any("training speed" in line and "256 tokens/s" in line and "512 tokens/s" in line for line in lines)
 
-    demo.draw(runs, rows, "a machine", tmp_path / "demo.png")
+    demo.draw({name: run.losses for name, run in runs.items()}, rows, "a machine", tmp_path / "demo.png")
     assert (tmp_path / "demo.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -229,6 +230,8 @@ def test_demo_from_start_to_end(tiny_model, tmp_path):
     saved = next(row for row in written["results"] if row["name"] == "saved for backward")
     assert saved["accelerated"] < saved["stock"]
     assert (tmp_path / "demo.png").stat().st_size > 10_000
+    plot.main([str(tmp_path / "demo.json"), "--output", str(tmp_path / "again")])
+    assert (tmp_path / "again/demo.png").read_bytes() == (tmp_path / "demo.png").read_bytes()
     assert (tmp_path / "adapter/adapter_model.safetensors").is_file()
 
 

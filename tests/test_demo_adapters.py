@@ -15,11 +15,10 @@ from adapter_models import make_model, randomize
 from rich.console import Console
 
 import peft_kernels
-from benchmarks import demo_adapters, tasks
-from benchmarks.demo_adapters import ADAPTER, FROZEN, FUSED, FUSION, PLAIN, Batch, Classifier, TaskRun
-from benchmarks.demo_results import Row
-from benchmarks.plain_adapters import plain
-from benchmarks.tasks import Task
+from examples import demo_adapters, tasks
+from examples.demo_adapters import ADAPTER, FROZEN, FUSED, FUSION, PLAIN, Batch, Classifier, TaskRun
+from examples.plain_adapters import plain
+from examples.tasks import Task
 
 ROOT = Path(__file__).parent.parent
 
@@ -201,13 +200,17 @@ def test_results(tmp_path):
     accuracies = {
         name: {"first": 0.5, "second": share} for name, share in ((FROZEN, 0.5), (ADAPTER, 0.7), (FUSION, 0.75))
     }
-    rows = [Row("adapter: forward and backward", "s", 2.0, 1.0), Row("adapter: saved for backward", "MB", 4.0, 1.0)]
     console = Console(width=140)
     with console.capture() as capture:
         console.print(demo_adapters.accuracy_table(TWO, accuracies))
     text = capture.get()
     assert "first: which?" in text and "70.0%" in text and "62.5%" in text and "1 + 1" in text
-    demo_adapters.draw(TWO, accuracies, rows, "a machine", tmp_path / "plot.png")
+    results = {"machine": "a machine", "versions": "", "accuracy": accuracies, "chance": {"first": 0.5}}
+    costs = [
+        {"name": "adapter: forward and backward", "unit": "s", PLAIN: 2.0, FUSED: 1.0},
+        {"name": "adapter: saved for backward", "unit": "MB", PLAIN: 4.0, FUSED: 1.0},
+    ]
+    demo_adapters.draw_saved(results | {"costs": costs}, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
 
 

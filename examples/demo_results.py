@@ -89,8 +89,9 @@ def two_panels(rows: Sequence[Row], machine: str, path: Path) -> Iterator[Any]:
         pyplot.close(figure)
 
 
-def save(results: dict[str, Any], settings: Any, machine: str, path: Path) -> None:
-    """Writes results as JSON, with what they were got on and with."""
+def save(results: dict[str, Any], settings: Any, machine: str, path: Path) -> dict[str, Any]:
+    """Writes results as JSON, with what they were got on and with; returns all that is in the file."""
     settings = {**dataclasses.asdict(settings), "model": settings.model.name}
     results = {"machine": machine, "versions": describe_versions(), "settings": settings, **results}
     path.write_text(json.dumps(results, indent=2) + "\n")
+    return results

@@ -25,7 +25,12 @@ from transformers import AutoConfig, AutoTokenizer
 
 import peft_kernels
 from benchmarks import finetune, timing
-from benchmarks.demo_results import (
+from benchmarks.finetune import PROMPT, Run, Settings
+from benchmarks.options import model_path, number
+from benchmarks.progress import make_console, progress, working
+from benchmarks.records import describe_machine, describe_versions
+from benchmarks.timing import Budget, within
+from examples.demo_results import (
     COLORS,
     Row,
     choose_dtype,
@@ -34,20 +39,13 @@ from benchmarks.demo_results import (
     save,
     two_panels,
 )
-from benchmarks.finetune import Run, Settings
-from benchmarks.options import model_path, number
-from benchmarks.progress import make_console, progress, working
-from benchmarks.records import describe_machine, describe_versions
-from benchmarks.timing import within
 
 STOCK, ACCELERATED = "stock", "accelerated"
 AGREEMENT_STEPS = 8
 AVERAGED = 5  # steps whose mean stands for the loss at the start and at the end
 GENERATED = 48
 GENERATION_ROUNDS = 2
-PROMPT = "The with statement is used to"
-# Shares of the time that a stage may take; the rest is for what can't be cut, such as loading the models.
-TRAINING, CURVES, MEMORY, GENERATION = 0.45, 0.15, 0.1, 0.1
+SHARES = {"training": 0.45, "curves": 0.15, "memory": 0.1, "generation": 0.1}  # of the time
 
 
 # ---- Options --------------------------------------------------------------------------------------------------------
@@ -172,14 +170,20 @@ def result_rows(
     ]
 
 
-def draw(runs: dict[str, Run], rows: Sequence[Row], machine: str, path: Path) -> None:
+def draw(losses: dict[str, list[float]], rows: Sequence[Row], machine: str, path: Path) -> None:
     """The loss curves, and a pair of bars for each compared row."""
     with two_panels(rows, machine, path) as left:
         curves = left.subplots()
-        for (name, run), color, width in zip(runs.items(), COLORS, (3.5, 1.5), strict=True):
-            curves.plot(range(1, len(run.losses) + 1), run.losses, color=color, linewidth=width, label=name)
+        for (name, values), color, width in zip(losses.items(), COLORS, (3.5, 1.5), strict=True):
+            curves.plot(range(1, len(values) + 1), values, color=color, linewidth=width, label=name)
         curves.set(title="Loss", xlabel="step")
         curves.legend(frameon=False)
+
+
+def draw_saved(results: dict[str, Any], path: Path) -> None:
+    """The same from what is in demo.json."""
+    rows = [Row(**row) for row in results["results"]]
+    draw(results["losses"], rows, f"{results['machine']}; {results['versions']}", path)
 
 
 # ---- The whole ------------------------------------------------------------------------------------------------------
@@ -196,13 +200,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("argument --device: got 'cuda', but torch finds no CUDA device; wanted 'cpu'")
     finetune.quiet()
+    budget = Budget(60 * options.minutes, SHARES)
     console = make_console()
     options.output.mkdir(parents=True, exist_ok=True)
 
     model = finetune.base_model(options.model, options.output / "base")
     shared = {name: value for name, value in vars(options).items() if name not in ("output", "minutes")}
     settings = Settings(**shared | {"model": model})
-    seconds = 60 * options.minutes
     tokenizer = AutoTokenizer.from_pretrained(model)
     tokens = tokenizer(finetune.language_reference(), return_tensors="pt").input_ids[0]
     config = AutoConfig.from_pretrained(model)
@@ -226,21 +230,22 @@ def main(arguments: Sequence[str] | None = None) -> None:
     console.print(peft_kernels.accelerate(runs[ACCELERATED].model))
 
     console.rule("Training", align="left")
-    train(runs, batches, console, TRAINING * seconds)
+    train(runs, batches, console, budget.stage("training"))
     if (steps := len(runs[STOCK].losses)) < settings.steps:
         console.print(f"{steps} of {settings.steps} steps, to keep to {options.minutes:g} minutes", highlight=False)
 
     console.rule("One row a step, without dropout, to compare the loss curves", align="left")
-    curves = compare_curves(settings, batches[:AGREEMENT_STEPS, :1], console, CURVES * seconds)
+    curves = compare_curves(settings, batches[:AGREEMENT_STEPS, :1], console, budget.stage("curves"))
 
     with working(console, "Measuring memory, each model in a process of its own"):
         saved = {name: timing.saved_bytes(run.model, partial(run.loss, batches[0])) for name, run in runs.items()}
-        peaks = peak_memories(settings, batches[:2], MEMORY * seconds)
+        peaks = peak_memories(settings, batches[:2], budget.stage("memory"))
     adapter = options.output / "adapter"
     with working(console, "Generating"):
-        speeds = generation_speeds(runs, tokenizer, GENERATION * seconds)
+        seconds = budget.stage("generation")
+        speeds = generation_speeds(runs, tokenizer, 0.8 * seconds)
         runs[ACCELERATED].model.save_pretrained(adapter)
-        sample = reload_and_generate(settings, adapter, tokenizer, GENERATION * seconds / 4)
+        sample = reload_and_generate(settings, adapter, tokenizer, 0.2 * seconds)
 
     rows = result_rows(runs, settings.batch * settings.length, speeds, saved, peaks)
     headings = tuple(f"{name}, {dtype}" for name in (STOCK, ACCELERATED))
@@ -249,14 +254,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     console.print("Largest difference of the loss curves without dropout, between")
     for pair, difference in curves.items():
         console.print(f"  {pair}: {difference:.2g}")
-    draw(runs, rows, f"{machine}; {describe_versions()}", options.output / "demo.png")
     results = {
         "results": [dataclasses.asdict(row) for row in rows],
         "largest differences without dropout": curves,
         "losses": {name: run.losses for name, run in runs.items()},
         "seconds": {name: run.seconds for name, run in runs.items()},
     }
-    save(results, settings, machine, options.output / "demo.json")
+    draw_saved(save(results, settings, machine, options.output / "demo.json"), options.output / "demo.png")
     console.rule("The saved adapter, loaded again on a fresh base and accelerated, writes", align="left")
     console.print(sample, markup=False, highlight=False)
     console.print(f"\nSaved: {adapter}, {options.output / 'demo.png'}, {options.output / 'demo.json'}")

@@ -27,7 +27,12 @@ from transformers import AutoConfig, AutoModel, AutoTokenizer
 
 import peft_kernels
 from benchmarks import finetune, timing
-from benchmarks.demo_results import (
+from benchmarks.finetune import Run
+from benchmarks.options import model_path, names, number
+from benchmarks.progress import make_console, progress, working
+from benchmarks.records import describe_machine, describe_versions
+from benchmarks.timing import DTYPES, Budget, within
+from examples.demo_results import (
     COLORS,
     Row,
     choose_dtype,
@@ -36,20 +41,15 @@ from benchmarks.demo_results import (
     save,
     two_panels,
 )
-from benchmarks.finetune import Run
-from benchmarks.options import model_path, names, number
-from benchmarks.plain_adapters import plain
-from benchmarks.progress import make_console, progress, working
-from benchmarks.records import describe_machine, describe_versions
-from benchmarks.tasks import TASKS, Task, make_tasks
-from benchmarks.timing import DTYPES, within
+from examples.plain_adapters import plain
+from examples.tasks import TASKS, Task, make_tasks
 
 PLAIN, FUSED = "plain PyTorch", "fused"
 FROZEN, ADAPTER, FUSION = "frozen, with a head", "its own adapter", "fusion of all adapters"
 ROUNDS = 5  # of each timing
 EVALUATED = 32  # rows at a time
-# Shares of the time that the stages may take; the rest is for what can't be cut.
-EVALUATION, TRAINING, FUSION_TRAINING, MEASURING = 0.2, 0.3, 0.25, 0.1
+# Shares of the time. All that the test examples are for is within the first, though it comes in between.
+SHARES = {"examples": 0.2, "training": 0.3, "costs": 0.06, "fusion training": 0.25, "costs of the fusion": 0.04}
 DECAYS = (0.001, 0.01, 0.1, 1.0)  # of the weights of a head on the frozen model; validation chooses
 
 
@@ -357,24 +357,26 @@ def accuracy_table(tasks: Sequence[Task], accuracies: dict[str, dict[str, float]
     return table
 
 
-def draw(
-    tasks: Sequence[Task], accuracies: dict[str, dict[str, float]], rows: Sequence[Row], machine: str, path: Path
-) -> None:
-    """The accuracies, and a pair of bars for each cost."""
+def draw_saved(results: dict[str, Any], path: Path) -> None:
+    """The accuracies, and a pair of bars for each cost, from what is in demo_adapters.json."""
+    accuracies, chances = results["accuracy"], results.get("chance", {})
+    names = list(accuracies[FROZEN])
+    rows = [Row(cost["name"], cost["unit"], cost[PLAIN], cost[FUSED]) for cost in results["costs"]]
+    machine = f"{results['machine']}; {results['versions']}"
     with two_panels(rows, machine, path) as left:
         axes = left.subplots()
         width = 0.8 / len(accuracies)
-        for number, ((name, by_task), color) in enumerate(
+        for number, ((label, by_task), color) in enumerate(
             zip(accuracies.items(), (COLORS[0], COLORS[1], "#8250df"), strict=True)
         ):
-            places = [index + (number - 1) * width for index in range(len(tasks))]
-            heights = [100 * by_task[task.name] for task in tasks]
-            axes.bar_label(axes.bar(places, heights, width, color=color, label=name), fmt="%.0f", fontsize=7)
-        for index, task in enumerate(tasks):
-            chance = 100 / len(task.labels)
+            places = [index + (number - 1) * width for index in range(len(names))]
+            heights = [100 * by_task[name] for name in names]
+            axes.bar_label(axes.bar(places, heights, width, color=color, label=label), fmt="%.0f", fontsize=7)
+        for index, name in enumerate(names):
+            chance = 100 * chances.get(name, math.nan)
             axes.hlines(chance, index - 0.45, index + 0.45, color="black", linewidth=0.8, linestyle=":")
-        axes.set(title="Accuracy [%], and chance", xticks=range(len(tasks)), ylim=(0, 115))
-        axes.set_xticklabels([task.name for task in tasks])
+        axes.set(title="Accuracy [%], and chance", xticks=range(len(names)), ylim=(0, 115))
+        axes.set_xticklabels(names)
         axes.legend(frameon=False, ncols=len(accuracies), loc="upper center")
 
 
@@ -389,12 +391,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if len(options.tasks) < 2:
         parser.error(f"argument --tasks: got '{','.join(options.tasks)}', wanted two or more")
     finetune.quiet()
+    budget = Budget(60 * options.minutes, SHARES)
     console = make_console()
     options.output.mkdir(parents=True, exist_ok=True)
     folder = finetune.base_model(options.model, options.output / "base")
     shared = {name: value for name, value in vars(options).items() if name not in ("output", "minutes")}
     settings = Settings(**shared | {"model": folder})
-    seconds = 60 * options.minutes
     machine = describe_machine("cpu")
     console.print(f"{machine}; {describe_versions()}", highlight=False)
 
@@ -407,7 +409,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         dtype = choose_dtype(config, rows, "cpu", partial(console.print, highlight=False))
     settings = dataclasses.replace(settings, dtype=dtype)
     model = Classifier(AutoModel.from_pretrained(folder, dtype=DTYPES[dtype]), tasks)
-    tasks = fewer_examples(model, tasks, tokenizer, settings.length, EVALUATION * seconds)
+    tasks = fewer_examples(model, tasks, tokenizer, settings.length, budget.stage("examples"))
     accuracies: dict[str, dict[str, float]] = {FROZEN: {}}
     with working(console, "Fitting heads on the frozen model"):
         for task in tasks:
@@ -434,20 +436,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
     fusion: list[str] = []
     console.rule("Training an adapter for each task", align="left")
     stage = partial(train_stage, model, tasks, tokenizer, settings, console=console)
-    accuracies[ADAPTER] = stage(settings.steps, settings.lr, new_adapter, TRAINING * seconds)
+    accuracies[ADAPTER] = stage(settings.steps, settings.lr, new_adapter, budget.stage("training"))
     console.print(reports[-1])
     last = tasks[-1]
     batch = next(training_batches(last, tokenizer, settings, 1))
     with working(console, "Measuring"):
-        limit = MEASURING * seconds / 3
+        limit = budget.stage("costs") / 2
         rows = training_costs("adapter", TaskRun(model, last.name, settings.lr, settings.lr), batch, limit)
         rows.append(mixed_batch_cost(model, tasks, tokenizer, settings, limit))
     for task in tasks:
         peft_kernels.save_adapter(base, options.output / "adapters" / task.name, task.name)
 
     console.rule("Training a fusion of the adapters for each task", align="left")
-    accuracies[FUSION] = stage(settings.fusion_steps, settings.fusion_lr, new_fusion, FUSION_TRAINING * seconds)
+    accuracies[FUSION] = stage(settings.fusion_steps, settings.fusion_lr, new_fusion, budget.stage("fusion training"))
     with working(console, "Measuring"):
+        limit = budget.stage("costs of the fusion")
         rows += training_costs("fusion", TaskRun(model, last.name, settings.fusion_lr, settings.lr), batch, limit)
     peft_kernels.save_adapter(base, options.output / "adapters" / "fusion", fusion[0])
 
@@ -459,14 +462,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     console.print(result_table(rows, f"The same adapters in {dtype}, plain and fused", (PLAIN, FUSED)))
     for name, size in parameters.items():
         console.print(f"Parameters of {name}: {size:,}, {size / whole:.1%} of the base", highlight=False)
-    draw(tasks, accuracies, rows, f"{machine}; {describe_versions()}", options.output / "demo_adapters.png")
     results = {
         "accuracy": accuracies,
+        "chance": {task.name: 1 / len(task.labels) for task in tasks},
         "parameters": parameters,
         "costs": [{"name": row.name, "unit": row.unit, PLAIN: row.stock, FUSED: row.accelerated} for row in rows],
     }
     path = options.output / "demo_adapters.json"
-    save(results, settings, machine, path)
+    draw_saved(save(results, settings, machine, path), path.with_suffix(".png"))
     console.print(f"\nSaved: {options.output / 'adapters'}, {path.with_suffix('.png')}, {path}")
 
 

@@ -88,7 +88,3 @@ def dense_rows(x: Tensor) -> Tensor:
 def dense_inner(x: Tensor | None) -> Tensor | None:
     """Copied if there are gaps within its rows; these may be at any distance."""
     return x if x is None or x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
-
-
-def any_requires_grad(*tensors: Tensor | None) -> bool:
-    return any(tensor is not None and tensor.requires_grad for tensor in tensors)

@@ -9,9 +9,10 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .. import _extension
+from ._autograd import once_differentiable
+from ._fakes import register_fake
 
 
 def attention_by_torch(
@@ -100,8 +101,8 @@ class ScaledHeads(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad):
-        x, factors = ctx.saved_tensors
+    def backward(ctx, saved, grad):
+        x, factors = saved
         grad_x, grad_factors = torch.ops.peft_kernels.ia3_attention_scale_backward(
             _rows(grad), _rows(x), _fp32(factors), *ctx.needs_input_grad
         )
@@ -126,12 +127,12 @@ def _fp32(factors: Tensor) -> Tensor:
     return factors.float().reshape(-1)
 
 
-@torch.library.register_fake("peft_kernels::ia3_attention_scale")
+@register_fake("ia3_attention_scale")
 def _(x, scales):
     return torch.empty_like(x)
 
 
-@torch.library.register_fake("peft_kernels::ia3_attention_scale_backward")
+@register_fake("ia3_attention_scale_backward")
 def _(grad_y, x, scales, wants_x, wants_scales):
     rows, columns = grad_y.shape
     return (

@@ -14,12 +14,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from .. import _extension  # noqa: F401
 from ._arguments import (
     DTYPES,
-    any_requires_grad,
     autocast_dtype,
     bad,
     check_dropout,
@@ -31,7 +28,8 @@ from ._arguments import (
     matrix,
     refuse,
 )
-from ._linear import check_devices, named
+from ._autograd import anchor, any_wants_gradients, differentiates, once_differentiable
+from ._fakes import register_fake
 
 LayerNorm = tuple[Tensor | None, Tensor | None, float]  # weight [d], bias [d], eps
 
@@ -234,10 +232,10 @@ def _adapters(x, adapters, index, residual, activation, gate, post_layer_norm, d
     post = (None, None) if post_layer_norm is None else post_layer_norm[:2]
     scale = _scales(adapters, x)
     given = None if series else residual
-    if torch.is_grad_enabled():
+    if differentiates():
         tensors = [tensor for list_ in lists for tensor in list_ or [None] * len(adapters)]
-        if any_requires_grad(x, given, gate, scale, *post, *tensors):
-            return like_rows(_Adapter.apply(flat, given, gate, scale, seed, call, *post, *tensors), x)
+        if any_wants_gradients(x, given, gate, scale, *post, *tensors):
+            return like_rows(_Adapter.apply(flat, given, gate, scale, seed, call, *post, *tensors)[0], x)
     y, _, _ = call.forward(flat, given, gate, scale, seed, post, lists, saves=False)
     return like_rows(y, x)
 
@@ -370,15 +368,17 @@ class _Adapter(torch.autograd.Function):
         wants_down = any(ctx.needs_input_grad[8 : 8 + 2 * n]) or any(ctx.needs_input_grad[8 + 4 * n :])
         keeps_x = normalizes or wants_down or (ctx.branch and bool(call.eps))
         kept = x if keeps_x else None, residual if normalizes else None
-        ctx.save_for_backward(*kept, gate, scale, seed, pre, stats, post_weight, post_bias, *tensors)
+        anchors = anchor(x, ctx.branch and ctx.needs_input_grad[0] and not keeps_x)
+        ctx.save_for_backward(*kept, gate, scale, seed, pre, stats, post_weight, post_bias, *tensors, *anchors)
         ctx.call, ctx.x_dtype, ctx.wants_down = call, x.dtype, wants_down
         ctx.residual_dtype = None if residual is None else residual.dtype
-        return y
+        return y, *anchors
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_y):
-        x, residual, gate, scale, seed, pre, stats, post_weight, post_bias, *tensors = ctx.saved_tensors
+    def backward(ctx, saved, grad_y, *_):
+        x, residual, gate, scale, seed, pre, stats, post_weight, post_bias, *rest = saved
+        tensors = rest[: 6 * ctx.call.num_adapters]
         call, needs, n = ctx.call, ctx.needs_input_grad, ctx.call.num_adapters
         grad_y = matrix(grad_y)
         post = None, None
@@ -460,21 +460,20 @@ def _split(flat: Tensor, likes: Sequence[Tensor | int]) -> list[Tensor | None]:
     return [part if isinstance(like, int) else part.view(like.shape) for part, like in zip(parts, likes, strict=True)]
 
 
-@torch.library.register_fake("peft_kernels::adapter_forward")
+@register_fake(
+    "adapter_forward", norm_weight="layer_norm", norm_bias="layer_norm", post_norm_weight="post_layer_norm",
+    post_norm_bias="post_layer_norm",
+)  # fmt: skip
 def _(x, residual, gate, run_rows, run_adapters, down_weight, down_bias, up_weight, up_bias, scale, norm_weight,
       norm_bias, norm_eps, post_norm_weight, post_norm_bias, post_norm_eps, activation, dropout, seed, compute_dtype,
       out_dtype, saves):  # fmt: skip
-    # A tensor on meta beside others on the CPU comes here, not to the kernel.
-    check_devices(x, named(residual=[residual], gate=[gate], down_weight=down_weight, down_bias=down_bias,
-                           up_weight=up_weight, up_bias=up_bias, layer_norm=[*norm_weight, *norm_bias],
-                           post_layer_norm=[*post_norm_weight, *post_norm_bias], seed=[seed]))  # fmt: skip
     m = x.shape[0]
     pre = x.new_empty((m if saves else 0, max(w.shape[0] for w in down_weight)), dtype=compute_dtype)
     stats = x.new_empty((m if saves and norm_eps else 0, 2), dtype=torch.float32)
     return x.new_empty(x.shape, dtype=out_dtype), pre, stats
 
 
-@torch.library.register_fake("peft_kernels::adapter_backward")
+@register_fake("adapter_backward")
 def _(grad_y, x, pre, stats, gate, run_rows, run_adapters, down_weight, down_bias, up_weight, up_bias, scale,
       norm_weight, norm_bias, norm_eps, activation, dropout, seed, compute_dtype, x_dtype, adds_grad_y, wants_x,
       wants_down, wants_up, wants_gate):  # fmt: skip

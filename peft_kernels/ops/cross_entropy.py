@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from .. import _extension  # noqa: F401
 from ._arguments import bad, is_float, matrix
-from ._linear import check_devices
+from ._autograd import any_wants_gradients, once_differentiable
+from ._fakes import register_fake
 
 
 def cross_entropy(logits: Tensor, targets: Tensor, ignore_index: int = -100) -> Tensor:
@@ -32,7 +31,7 @@ def cross_entropy(logits: Tensor, targets: Tensor, ignore_index: int = -100) -> 
     if not isinstance(targets, Tensor) or targets.dtype is not torch.int64 or targets.shape != logits.shape[:-1]:
         bad("targets", targets, f"an int64 tensor {list(logits.shape[:-1])}, for logits {list(logits.shape)}")
     rows, flat = matrix(logits), targets.reshape(-1)
-    if torch.is_grad_enabled() and logits.requires_grad:
+    if any_wants_gradients(logits):
         losses = _CrossEntropy.apply(rows, flat, ignore_index)
     else:
         losses, _ = torch.ops.peft_kernels.cross_entropy_forward(rows, flat, ignore_index)
@@ -49,20 +48,17 @@ class _CrossEntropy(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_losses):
-        grad = torch.ops.peft_kernels.cross_entropy_backward(
-            grad_losses.contiguous(), *ctx.saved_tensors, ctx.ignore_index
-        )
+    def backward(ctx, saved, grad_losses):
+        grad = torch.ops.peft_kernels.cross_entropy_backward(grad_losses.contiguous(), *saved, ctx.ignore_index)
         return grad, None, None
 
 
-@torch.library.register_fake("peft_kernels::cross_entropy_forward")
+@register_fake("cross_entropy_forward")
 def _(logits, targets, ignore_index):
-    check_devices(logits, [("targets", targets)], "logits")
     rows = logits.shape[0]
     return logits.new_empty((rows,), dtype=torch.float32), logits.new_empty((rows, 2), dtype=torch.float32)
 
 
-@torch.library.register_fake("peft_kernels::cross_entropy_backward")
+@register_fake("cross_entropy_backward")
 def _(grad_losses, logits, targets, statistics, ignore_index):
     return logits.new_empty(logits.shape)

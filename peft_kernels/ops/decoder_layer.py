@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .. import _extension  # noqa: F401
+from ._fakes import register_fake
 from .projections import Projections
 
 
@@ -82,12 +82,12 @@ def after_attention(x: Tensor, attended: Tensor, norm: Norm, projections: Projec
     return torch.ops.peft_kernels.decoder_layer_after(x, attended, *norm, projections.packed, activation)
 
 
-@torch.library.register_fake("peft_kernels::decoder_layer_before")
+@register_fake("decoder_layer_before")
 def _(x, norm, eps, offset, projections, out_features, head_dim, q_norm, k_norm, cos, sin):
     batch, length, _ = x.shape
     return tuple(x.new_empty((batch, length, n // head_dim, head_dim)).transpose(1, 2) for n in out_features)
 
 
-@torch.library.register_fake("peft_kernels::decoder_layer_after")
+@register_fake("decoder_layer_after")
 def _(x, attended, norm, eps, offset, projections, activation):
     return x.new_empty(x.shape)

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from ._arguments import any_requires_grad, bad, check_dropout, is_float, like_rows, matrix
+from ._arguments import bad, check_dropout, is_float, like_rows, matrix
+from ._autograd import anchor, any_wants_gradients, once_differentiable
 from ._linear import check_devices, check_product, product_dtypes, without_autocast
 from .dropout import dropout as drop
 from .ia3_linear import ScaledProduct
@@ -108,8 +108,8 @@ def dora_linear_of_layer(
     call = _Call(ScaledProduct(weight, compute_dtype, out_dtype), scaling)
     dense = None if isinstance(weight, NF4Weight) else weight
     arguments = flat, bias, dense, lora_A, gain[:, None] * lora_B, gain
-    if torch.is_grad_enabled() and any_requires_grad(*arguments):
-        y = _DoRALinear.apply(*arguments, call)
+    if any_wants_gradients(*arguments):
+        y = _DoRALinear.apply(*arguments, call)[0]
     else:
         y = call.infer(flat, bias, *arguments[3:])
     return like_rows(y if rest is None else rest + y, x)
@@ -149,7 +149,8 @@ def dora_norm(
         # Not in 16 bits, not even of two terms of A: a GPU's library would round the result.
         cross, _ = ScaledProduct(weight, torch.float32, torch.float32).forward(a, None, None, None, False)
         own = scaling * (b @ (a @ a.T))
-        return (squares + scaling * (b * (2 * cross.T + own)).sum(1)).clamp_(min=0).sqrt_()
+        norm = (squares + scaling * (b * (2 * cross.T + own)).sum(1)).clamp_(min=0).sqrt_()
+        return norm.detach()  # no tangent either, which no_grad leaves
 
 
 @torch.no_grad()
@@ -213,21 +214,23 @@ class _DoRALinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, bias, weight, lora_A, lora_B, gain, call):
         # `weight` repeats the product's where it is dense, so that autograd sees it.
-        _, _, wants_weight, wants_A, wants_B, wants_gain, _ = ctx.needs_input_grad
+        wants_x, _, wants_weight, wants_A, wants_B, wants_gain, _ = ctx.needs_input_grad
         add, unscaled = call.product.forward(x, None, None, gain, wants_gain)
         y, s = call.add_branch(x, add, bias, lora_A, lora_B)
+        keeps_x = wants_A or wants_weight
+        anchors = anchor(x, wants_x and not keeps_x and (wants_B or wants_gain))
         ctx.save_for_backward(
-            x if wants_A or wants_weight else None, s if wants_B else None, unscaled if wants_gain else None,
-            weight, lora_A, lora_B, gain,
+            x if keeps_x else None, s if wants_B else None, unscaled if wants_gain else None, weight, lora_A, lora_B,
+            gain, *anchors,
         )  # fmt: skip
         ctx.call, ctx.x_dtype = call, x.dtype
         ctx.bias_dtype = None if bias is None else bias.dtype
-        return y
+        return y, *anchors
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_y):
-        x, s, unscaled, weight, lora_A, lora_B, gain = ctx.saved_tensors
+    def backward(ctx, saved, grad_y, *_):
+        x, s, unscaled, weight, lora_A, lora_B, gain, *_ = saved
         wants_x, wants_bias, wants_weight, wants_A, wants_B, wants_gain, _ = ctx.needs_input_grad
         grad_y = matrix(grad_y)
         grad_x, grad_A, grad_B, grad_gain = ctx.call.backward(

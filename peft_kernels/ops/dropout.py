@@ -6,9 +6,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .. import _extension  # noqa: F401
 from ._arguments import bad, check_dropout, drawn_seed, is_float
-from ._linear import check_devices
+from ._autograd import any_wants_gradients
+from ._fakes import register_fake
 
 _DROPOUT = torch.ops.peft_kernels.dropout.default
 
@@ -36,7 +36,7 @@ def dropout(x: Tensor, p: float, seed: Tensor | None = None) -> Tensor:
     if p == 0:
         return x
     seed = drawn_seed(p, seed, x.device)
-    if torch.is_grad_enabled() and x.requires_grad:
+    if any_wants_gradients(x):
         return _Dropout.apply(x, seed, p)
     return _DROPOUT(x, seed, p)
 
@@ -54,7 +54,6 @@ class _Dropout(torch.autograd.Function):
         return dropout(grad_y, ctx.p, seed), None, None
 
 
-@torch.library.register_fake("peft_kernels::dropout")
+@register_fake("dropout")
 def _(x, seed, p):
-    check_devices(x, [("seed", seed)])
     return x.new_empty(x.shape)

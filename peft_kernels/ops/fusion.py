@@ -11,12 +11,9 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from .. import _extension  # noqa: F401
 from ._arguments import (
     DTYPES,
-    any_requires_grad,
     autocast_dtype,
     bad,
     check_dropout,
@@ -26,6 +23,8 @@ from ._arguments import (
     matrix,
     refuse,
 )
+from ._autograd import any_wants_gradients, once_differentiable
+from ._fakes import register_fake
 from ._linear import check_devices, named
 
 
@@ -224,7 +223,7 @@ class _Attention(NamedTuple):
         dtype = adapters[0].dtype
         adapters = [a.to(dtype) for a in adapters]
         arguments = t, offsets, self.seed, shared, self.temperature, self.dropout, *adapters
-        if torch.is_grad_enabled() and any_requires_grad(t, *adapters):
+        if any_wants_gradients(t, offsets, *adapters):
             return _Pool.apply(*arguments)
         return torch.ops.peft_kernels.fusion_forward(
             t, adapters, shared, offsets, self.temperature, self.dropout, self.seed
@@ -265,8 +264,8 @@ class _Pool(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_pooled, grad_probabilities):
-        t, offsets, seed, probabilities, *adapters = ctx.saved_tensors
+    def backward(ctx, saved, grad_pooled, grad_probabilities):
+        t, offsets, seed, probabilities, *adapters = saved
         shared, temperature, dropout = ctx.options
         grad_pooled = torch.zeros_like(t) if grad_pooled is None else matrix(grad_pooled)
         if grad_probabilities is not None:
@@ -283,12 +282,12 @@ class _Pool(torch.autograd.Function):
         )  # fmt: skip
 
 
-@torch.library.register_fake("peft_kernels::fusion_forward")
+@register_fake("fusion_forward")
 def _(t, adapters, shared, offsets, temperature, dropout, seed):
     return t.new_empty(t.shape), t.new_empty((t.shape[0], len(adapters)), dtype=torch.float32)
 
 
-@torch.library.register_fake("peft_kernels::fusion_backward")
+@register_fake("fusion_backward")
 def _(grad_pooled, grad_probabilities, t, adapters, probabilities, shared, offsets, temperature, dropout, seed, wanted):
     elements = sum(a.numel() for a, want in zip(adapters, wanted, strict=True) if want)
     grad_offsets = t.new_empty((t.shape[0], len(adapters)), dtype=torch.float32)

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from .. import _extension  # noqa: F401
-from ._arguments import any_requires_grad, bad, is_float
-from ._linear import check_devices
+from ._arguments import bad, is_float
+from ._autograd import any_wants_gradients, once_differentiable
+from ._fakes import register_fake
 from .adapter import activation_name
 
 
@@ -31,7 +30,7 @@ def glu(gate: Tensor, up: Tensor, activation: str = "silu") -> Tensor:
     if not isinstance(up, Tensor) or up.shape != gate.shape or up.dtype is not gate.dtype:
         bad("up", up, f"a tensor like gate, {str(gate.dtype).removeprefix('torch.')} {list(gate.shape)}")
     activation = activation_name(activation)
-    if torch.is_grad_enabled() and any_requires_grad(gate, up):
+    if any_wants_gradients(gate, up):
         return _Glu.apply(gate, up, activation)
     return torch.ops.peft_kernels.glu_forward(gate, up, activation)
 
@@ -45,17 +44,16 @@ class _Glu(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_y):
-        gate, up = ctx.saved_tensors
+    def backward(ctx, saved, grad_y):
+        gate, up = saved
         return *torch.ops.peft_kernels.glu_backward(grad_y, gate, up, ctx.activation), None
 
 
-@torch.library.register_fake("peft_kernels::glu_forward")
+@register_fake("glu_forward")
 def _(gate, up, activation):
-    check_devices(gate, [("up", up)], "gate")
     return gate.new_empty(gate.shape)
 
 
-@torch.library.register_fake("peft_kernels::glu_backward")
+@register_fake("glu_backward")
 def _(grad_y, gate, up, activation):
     return gate.new_empty(gate.shape), gate.new_empty(gate.shape)

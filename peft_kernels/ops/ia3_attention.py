@@ -11,13 +11,12 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from .. import _extension  # noqa: F401
 from ._arguments import autocast_dtype, check_dropout, dense_inner, drawn_seed
 from ._attention_by_torch import attention_by_torch, rotated
 from ._attention_plan import is_aligned, print_plan, why_torch
-from ._linear import check_devices
+from ._autograd import any_wants_gradients, once_differentiable
+from ._fakes import register_fake
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -101,11 +100,12 @@ def ia3_attention(
         None if key_padding_mask is None else key_padding_mask.contiguous(), attn_mask, cos, sin, dropout,
         drawn_seed(dropout, seed, q.device),
     )  # fmt: skip
-    tensors = *(dense_inner(x) for x in (q, k, v)), l_q, l_k, l_v, prefix_k, prefix_v
-    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors):
+    # Prepared out here, the tensors that are saved lead autograd to the caller's.
+    tensors = *map(dense_inner, (q, k, v)), *map(_vector, (l_q, l_k, l_v)), dense_inner(prefix_k), dense_inner(prefix_v)
+    if any_wants_gradients(*tensors, attn_mask, cos, sin):
         out = _IA3Attention.apply(call, *tensors)
     else:
-        out, _, _ = call.forward(_prepared(tensors), training=False)
+        out, _, _ = call.forward(tensors, training=False)
     return out.transpose(1, 2)
 
 
@@ -119,11 +119,11 @@ def _angles(part: Tensor) -> Tensor:
     return (part if part.dim() == 3 else part[None]).float().contiguous()
 
 
-def _prepared(tensors: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
-    """q, k, v, l_q, l_k, l_v, prefix_k, prefix_v as the ops take them."""
-    q, k, v, *scales, prefix_k, prefix_v = tensors
-    scales = (None if l is None else l.float().reshape(-1) for l in scales)  # noqa: E741
-    return q, k, v, *scales, dense_inner(prefix_k), dense_inner(prefix_v)
+def _vector(scale: Tensor | None) -> Tensor | None:
+    """[H · D] in fp32."""
+    if scale is None:
+        return None
+    return scale.float() if scale.dim() == 1 else scale.float().reshape(-1)
 
 
 @dataclass(frozen=True)
@@ -158,47 +158,40 @@ class _Call:
 class _IA3Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, call, *tensors):
-        prepared = _prepared(tensors)
-        out, out_real, lse = call.forward(prepared, training=True)
-        l_v, prefix_k = prepared[5:7]
+        out, out_real, lse = call.forward(tensors, training=True)
+        l_v, prefix_k = tensors[5:7]
         # l_v's gradient wants the output before it, the softmax's wants the whole: with a prefix they are two.
         keeps_out, keeps_real = l_v is None or prefix_k is not None, l_v is not None
-        ctx.save_for_backward(*prepared, out if keeps_out else None, out_real if keeps_real else None, lse)
+        ctx.save_for_backward(*tensors, out if keeps_out else None, out_real if keeps_real else None, lse)
         ctx.call = call
-        ctx.originals = [None if x is None else (x.shape, x.dtype) for x in tensors]
         return out
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_out):
-        *prepared, out, out_real, lse = ctx.saved_tensors
+    def backward(ctx, saved, grad_out):
+        *tensors, out, out_real, lse = saved
         wants = list(ctx.needs_input_grad[1:])
         if _has_gpu_plan(grad_out.device) and not is_aligned(grad_out):
             grad_out = grad_out.contiguous()
         grads = torch.ops.peft_kernels.ia3_attention_backward(
-            dense_inner(grad_out).transpose(1, 2), *ctx.call.arguments(*prepared), out, out_real, lse, wants
+            dense_inner(grad_out).transpose(1, 2), *ctx.call.arguments(*tensors), out, out_real, lse, wants
         )
         grads = [*(grad.transpose(1, 2) for grad in grads[:3]), *grads[3:]]
-        return None, *(
-            grad.reshape(original[0]).to(original[1]) if want else None
-            for grad, original, want in zip(grads, ctx.originals, wants, strict=True)
-        )
+        return None, *(grad.to(x.dtype) if want else None for grad, x, want in zip(grads, tensors, wants, strict=True))
 
 
-@torch.library.register_fake("peft_kernels::ia3_attention_forward")
+@register_fake("ia3_attention_forward")
 def _(q, k, v, l_q, l_k, l_v, scale, causal, window, key_padding_mask, attn_mask, prefix_k, prefix_v, cos, sin,
       dropout, seed, training):  # fmt: skip
-    check_devices(q, [("seed", seed)], "q")
     batch, heads, num_queries, head_dim = q.shape
     out = q.new_empty((batch, num_queries, heads, head_dim))
     real = q.new_empty((batch if training and l_v is not None else 0, num_queries, heads, head_dim))
     return out, real, q.new_empty((batch, heads, num_queries), dtype=torch.float32)
 
 
-@torch.library.register_fake("peft_kernels::ia3_attention_backward")
+@register_fake("ia3_attention_backward")
 def _(grad_out, q, k, v, l_q, l_k, l_v, scale, causal, window, key_padding_mask, attn_mask, prefix_k, prefix_v, cos,
       sin, dropout, seed, out, out_real, lse, wants):  # fmt: skip
-    check_devices(q, [("seed", seed)], "q")
 
     def rows(x, want):
         batch, heads, length, head_dim = x.shape

@@ -11,11 +11,11 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from .. import _extension  # noqa: F401
-from ._arguments import any_requires_grad, bad, like_rows, matrix
-from ._linear import check_devices, check_product, named, product_dtypes, weight_arguments, without_autocast
+from ._arguments import bad, like_rows, matrix
+from ._autograd import anchor, any_wants_gradients, once_differentiable
+from ._fakes import register_fake
+from ._linear import check_devices, check_product, product_dtypes, weight_arguments, without_autocast
 from .linear import FEW_ROWS, linear
 from .nf4 import NF4Weight
 
@@ -63,8 +63,8 @@ def ia3_linear(
     call = ScaledProduct(weight, compute_dtype, out_dtype)
     flat = matrix(x)
     dense = None if isinstance(weight, NF4Weight) else weight
-    if torch.is_grad_enabled() and any_requires_grad(x, bias, dense, l_in, l_out):
-        y = _IA3Linear.apply(flat, bias, dense, l_in, l_out, call)
+    if any_wants_gradients(x, bias, dense, l_in, l_out):
+        y = _IA3Linear.apply(flat, bias, dense, l_in, l_out, call)[0]
     else:
         y = call.infer(flat, bias, l_in, l_out)
     return like_rows(y, x)
@@ -119,18 +119,20 @@ class _IA3Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, bias, weight, l_in, l_out, call):
         # `weight` repeats call.weight where it is dense, so that autograd sees it.
-        _, _, wants_weight, wants_l_in, wants_l_out, _ = ctx.needs_input_grad
+        wants_x, wants_bias, wants_weight, wants_l_in, wants_l_out, _ = ctx.needs_input_grad
         y, unscaled = call.forward(x, bias, l_in, l_out, wants_l_out)
         keeps_x = wants_weight or wants_l_in
-        ctx.save_for_backward(x if keeps_x else None, unscaled if wants_l_out else None, weight, l_in, l_out)
+        anchors = anchor(x, wants_l_out and (wants_bias or (wants_x and not keeps_x)))
+        kept = x if keeps_x else None, unscaled if wants_l_out else None
+        ctx.save_for_backward(*kept, weight, l_in, l_out, *anchors)
         ctx.call, ctx.x_dtype = call, x.dtype
         ctx.bias_dtype = None if bias is None else bias.dtype
-        return y
+        return y, *anchors
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_y):
-        x, unscaled, weight, l_in, l_out = ctx.saved_tensors
+    def backward(ctx, saved, grad_y, *_):
+        x, unscaled, weight, l_in, l_out, *_ = saved
         wants_x, wants_bias, wants_weight, wants_l_in, wants_l_out, _ = ctx.needs_input_grad
         if grad_y.stride(-1) != 1:
             grad_y = grad_y.contiguous()
@@ -157,21 +159,17 @@ class _IA3Linear(torch.autograd.Function):
         )
 
 
-@torch.library.register_fake("peft_kernels::ia3_linear_forward")
+@register_fake("ia3_linear_forward")
 def _(x, dense, codes, absmax, nested, nested_blocksize, out_features, blocksize, quant_type, weight_dtype,
       compute_dtype, out_dtype, bias, l_in, l_out, keeps_unscaled):  # fmt: skip
-    check_devices(x, named(dense=[dense], codes=[codes], absmax=[absmax], nested=nested, bias=[bias], l_in=[l_in],
-                           l_out=[l_out]))  # fmt: skip
     m = x.shape[0]
     y = x.new_empty((m, out_features), dtype=out_dtype)
     return y, x.new_empty((m if keeps_unscaled else 0, out_features), dtype=out_dtype)
 
 
-@torch.library.register_fake("peft_kernels::ia3_linear_backward")
+@register_fake("ia3_linear_backward")
 def _(grad_y, x, unscaled, dense, codes, absmax, nested, nested_blocksize, in_features, blocksize, quant_type,
       weight_dtype, compute_dtype, x_dtype, l_in, l_out, wants_x, wants_l_in, wants_l_out):  # fmt: skip
-    check_devices(grad_y, named(x=[x], unscaled=[unscaled], dense=[dense], codes=[codes], absmax=[absmax],
-                                nested=nested, l_in=[l_in], l_out=[l_out]))  # fmt: skip
     m, n = grad_y.shape
     return (
         grad_y.new_empty((m if wants_x else 0, in_features), dtype=x_dtype),

@@ -12,13 +12,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+from torch.autograd import forward_ad
 
-from ._arguments import any_requires_grad, bad, matrix
+from ._arguments import bad, matrix
+from ._autograd import anchor, any_wants_gradients, differentiates, once_differentiable
+from ._fakes import register_fake
 from ._linear import (
-    check_devices,
     check_product,
-    named,
     product_dtypes,
     weight_arguments,
     weight_options,
@@ -91,20 +91,23 @@ def lora_linear_of_layer(
     elif len(dropout) == len(lora_A):  # another number of zeros is the op's to refuse
         dropout = ()
     dense = None if isinstance(weight, NF4Weight) else weight
+    arguments = x, weight, bias, lora_A, lora_B, scaling, dropout, compute_dtype, out_dtype, seeds
+    if not lora_A and dense is not None and forward_ad._current_level >= 0:
+        return _forward(*arguments, False, False)[0]  # by torch, whose products have tangents
     # If nothing but grad mode were asked, torch.compile would lose `ctx`: where nothing needs a gradient, it takes
     # forward's signature, whose *adapters hold two tensors, for one without it.
     if wants_gradients(x, weight, bias, lora_A, lora_B):
         call = _Call(weight, compute_dtype, out_dtype, tuple(scaling), tuple(dropout))
-        return _LoRALinear.apply(x, bias, seeds, dense, call, len(lora_A), *lora_A, *lora_B)
+        return _LoRALinear.apply(x, bias, seeds, dense, call, len(lora_A), *lora_A, *lora_B)[0]
     owns = dense is not None and outruns_torch(x, dense, compute_dtype)[0]
-    return _forward(x, weight, bias, lora_A, lora_B, scaling, dropout, compute_dtype, out_dtype, seeds, False, owns)[0]
+    return _forward(*arguments, False, owns)[0]
 
 
 def wants_gradients(
     x: Tensor, weight: Tensor | NF4Weight, bias: Tensor | None, lora_A: Sequence[Tensor], lora_B: Sequence[Tensor]
 ) -> bool:
     dense = None if isinstance(weight, NF4Weight) else weight
-    return torch.is_grad_enabled() and any_requires_grad(x, bias, dense, *lora_A, *lora_B)
+    return differentiates() and any_wants_gradients(x, bias, dense, *lora_A, *lora_B)
 
 
 def _check(x, weight, bias, lora_A, lora_B, scaling, dropout, compute_dtype, out_dtype, seeds) -> None:
@@ -221,15 +224,17 @@ class _LoRALinear(torch.autograd.Function):
         y, s = call.forward(x, bias, seeds, lora_A, lora_B, any(needs_B), owns_y)
         keeps_x = any(needs_A) or ctx.needs_input_grad[3]
         keeps_weight = ctx.needs_input_grad[0]  # else it may change before the backward
-        ctx.save_for_backward(x if keeps_x else None, s, seeds, weight if keeps_weight else None, *adapters)
+        anchors = anchor(x, ctx.needs_input_grad[0] and not keeps_x and any(needs_B))
+        kept = x if keeps_x else None, s, seeds, weight if keeps_weight else None
+        ctx.save_for_backward(*kept, *adapters, *anchors)
         ctx.call, ctx.x_dtype, ctx.num_adapters = call, x.dtype, num_adapters
         ctx.bias_dtype = None if bias is None else bias.dtype
-        return y
+        return y, *anchors
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_y):
-        x, s, seeds, _, *adapters = ctx.saved_tensors
+    def backward(ctx, saved, grad_y, *_):
+        x, s, seeds, _, *adapters = saved[: 4 + 2 * ctx.num_adapters]
         n = ctx.num_adapters
         wants_x, wants_bias, _, wants_weight = ctx.needs_input_grad[:4]
         wants_A, wants_B = list(ctx.needs_input_grad[6 : 6 + n]), list(ctx.needs_input_grad[6 + n :])
@@ -245,27 +250,22 @@ class _LoRALinear(torch.autograd.Function):
         return grad_x, grad_bias, None, grad_weight, None, None, *grad_A, *grad_B
 
 
-@torch.library.register_fake("peft_kernels::lora_linear")
+@register_fake("lora_linear")
 def _fake_y(x, codes, absmax, nested, out_features, lora_A, lora_B, scaling, *, dropout=None, seeds=None, bias=None,
             add=None, dense=None, out_dtype=None, **format):  # fmt: skip
-    # A tensor on meta beside others on the CPU comes here, not to the kernel.
-    check_devices(x, named(codes=[codes], absmax=[absmax], nested=nested, dense=[dense], bias=[bias], add=[add],
-                           lora_A=lora_A, lora_B=lora_B, seeds=[seeds]))  # fmt: skip
     return x.new_empty((*x.shape[:-1], out_features), dtype=out_dtype)
 
 
-@torch.library.register_fake("peft_kernels::lora_linear_forward")
+@register_fake("lora_linear_forward")
 def _(x, codes, absmax, nested, out_features, lora_A, *arguments, **options):
     y = _fake_y(x, codes, absmax, nested, out_features, lora_A, *arguments, **options)
     return y, x.new_empty((math.prod(x.shape[:-1]), sum(a.shape[0] for a in lora_A)), dtype=torch.float32)
 
 
-@torch.library.register_fake("peft_kernels::lora_linear_backward")
+@register_fake("lora_linear_backward")
 def _(grad_y, x, s, codes, absmax, nested, nested_blocksize, in_features, blocksize, quant_type, weight_dtype,
       compute_dtype, x_dtype, dense, add, lora_A, lora_B, scaling, dropout, seeds, wants_x, wants_A,
       wants_B):  # fmt: skip
-    check_devices(grad_y, named(x=[x], s=[s], codes=[codes], absmax=[absmax], nested=nested, dense=[dense], add=[add],
-                                lora_A=lora_A, lora_B=lora_B, seeds=[seeds]))  # fmt: skip
     size_A = sum(a.numel() for a, want in zip(lora_A, wants_A, strict=True) if want)
     size_B = sum(b.numel() for b, want in zip(lora_B, wants_B, strict=True) if want)
     grad_x = grad_y.new_empty((*grad_y.shape[:-1], in_features) if wants_x else (0, in_features), dtype=x_dtype)

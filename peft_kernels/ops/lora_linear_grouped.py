@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from ._arguments import bad, describe, refuse
-from ._linear import check_devices, check_product, named, product_dtypes
+from ._fakes import register_fake
+from ._linear import check_product, product_dtypes
 from .lora_linear import check_items, lora_linear_of_layer, wants_gradients
 from .nf4 import NF4Weight
 
@@ -85,7 +86,6 @@ def lora_linear_grouped_of_layer(
     return torch.ops.peft_kernels.lora_linear_grouped.default(x, base, index, lora_A, lora_B, scaling, **options)
 
 
-@torch.library.register_fake("peft_kernels::lora_linear_grouped")
+@register_fake("lora_linear_grouped")
 def _(x, base, index, lora_A, lora_B, scaling, *, out_dtype=None):
-    check_devices(x, named(base=[base], lora_A=lora_A, lora_B=lora_B))
     return x.new_empty(base.shape, dtype=out_dtype)

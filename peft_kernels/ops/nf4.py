@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import _extension  # noqa: F401
+from ._fakes import register_fake
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _STORAGE_DTYPES = (torch.uint8, *_DTYPES)
@@ -335,17 +335,17 @@ def _check_weight(weight: Any) -> None:
         raise ValueError(f"weight: got a {type(weight).__name__}, wanted an NF4Weight")
 
 
-@torch.library.register_fake("peft_kernels::nf4_dequantize")
+@register_fake("nf4_dequantize")
 def _(codes, absmax, shape, weight_dtype, blocksize, quant_type, nested, nested_blocksize, dtype):
     return codes.new_empty(shape, dtype=dtype)
 
 
-@torch.library.register_fake("peft_kernels::nf4_dequantize_rows")
+@register_fake("nf4_dequantize_rows")
 def _(codes, absmax, shape, weight_dtype, blocksize, quant_type, nested, nested_blocksize, first_row, out):
     return None
 
 
-@torch.library.register_fake("peft_kernels::nf4_quantize")
+@register_fake("nf4_quantize")
 def _(tensor, blocksize, quant_type):
     count = tensor.numel()
     codes = tensor.new_empty(((count + 1) // 2,), dtype=torch.uint8)

@@ -11,8 +11,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .. import _extension  # noqa: F401
-from ._arguments import any_requires_grad, refuse
+from ._arguments import refuse
+from ._autograd import any_wants_gradients, differentiates
+from ._fakes import register_fake
 from .nf4 import NF4Weight
 
 
@@ -72,7 +73,7 @@ class Projections:
         self.packed = torch.ops.peft_kernels.projections_pack(*self._kept)
 
     def check_no_gradients(self, x: Tensor) -> None:
-        if torch.is_grad_enabled() and any_requires_grad(x, *self._adapters):
+        if differentiates() and any_wants_gradients(x, *self._adapters):
             refuse("x", "one that requires a gradient, or adapters that do", "a call under torch.no_grad()")
 
 
@@ -102,6 +103,6 @@ def project(x: Tensor, projections: Projections) -> Tensor:
     return torch.ops.peft_kernels.projections_forward.default(x, projections.packed, projections.out_features[0])
 
 
-@torch.library.register_fake("peft_kernels::projections_forward")
+@register_fake("projections_forward")
 def _(x, projections, out_features):
     return x.new_empty((*x.shape[:-1], out_features))

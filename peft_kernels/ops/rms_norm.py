@@ -7,11 +7,10 @@ import math
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from .. import _extension  # noqa: F401
-from ._arguments import DTYPES, any_requires_grad, bad, is_float
-from ._linear import check_devices
+from ._arguments import DTYPES, bad, is_float
+from ._autograd import any_wants_gradients, once_differentiable
+from ._fakes import register_fake
 
 
 def rms_norm(
@@ -47,7 +46,7 @@ def rms_norm(
     if out_dtype not in DTYPES:
         bad("out_dtype", out_dtype, "torch.float32, torch.bfloat16 or torch.float16")
     weight = weight.contiguous()
-    if torch.is_grad_enabled() and any_requires_grad(x, weight):
+    if any_wants_gradients(x, weight):
         return _RmsNorm.apply(x, weight, eps, offset, out_dtype)
     return torch.ops.peft_kernels.rms_norm_forward(x, weight, eps, offset, out_dtype)[0]
 
@@ -62,8 +61,8 @@ class _RmsNorm(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_y):
-        x, weight, rstd = ctx.saved_tensors
+    def backward(ctx, saved, grad_y):
+        x, weight, rstd = saved
         wants_x, wants_weight = ctx.needs_input_grad[:2]
         grad_x, grad_weight = torch.ops.peft_kernels.rms_norm_backward(
             grad_y, x, weight, rstd, ctx.offset, wants_x, wants_weight
@@ -77,13 +76,12 @@ class _RmsNorm(torch.autograd.Function):
         )
 
 
-@torch.library.register_fake("peft_kernels::rms_norm_forward")
+@register_fake("rms_norm_forward")
 def _(x, weight, eps, offset, out_dtype):
-    check_devices(x, [("weight", weight)])
     return x.new_empty(x.shape, dtype=out_dtype), x.new_empty((math.prod(x.shape[:-1]),), dtype=torch.float32)
 
 
-@torch.library.register_fake("peft_kernels::rms_norm_backward")
+@register_fake("rms_norm_backward")
 def _(grad_y, x, weight, rstd, offset, wants_x, wants_weight):
     d = x.shape[-1]
     return (

@@ -7,11 +7,10 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from .. import _extension  # noqa: F401
 from ._arguments import bad, dense_inner, describe, is_float
-from ._linear import check_devices
+from ._autograd import any_wants_gradients
+from ._fakes import register_fake
 
 
 def rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
@@ -31,10 +30,14 @@ def rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tens
     """
     _check(q, k, cos, sin)
     out_dtype = torch.promote_types(q.dtype, cos.dtype)
-    q, k, cos, sin = map(dense_inner, (q, k, cos, sin))
-    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad):
-        return _Rotary.apply(q, k, cos, sin, out_dtype)
-    return torch.ops.peft_kernels.rotary(q, k, cos, sin, out_dtype, False)
+    return _rotate(q, k, dense_inner(cos), dense_inner(sin), out_dtype, False)
+
+
+def _rotate(q, k, cos, sin, out_dtype, backwards) -> tuple[Tensor, Tensor]:
+    q, k = dense_inner(q), dense_inner(k)
+    if any_wants_gradients(q, k, cos, sin):
+        return _Rotary.apply(q, k, cos, sin, out_dtype, backwards)
+    return torch.ops.peft_kernels.rotary(q, k, cos, sin, out_dtype, backwards)
 
 
 def _check(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> None:
@@ -68,23 +71,18 @@ def _check(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> None:
 
 class _Rotary(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, k, cos, sin, out_dtype):
+    def forward(ctx, q, k, cos, sin, out_dtype, backwards):
         ctx.save_for_backward(cos, sin)
-        ctx.in_dtype = q.dtype
-        return torch.ops.peft_kernels.rotary(q, k, cos, sin, out_dtype, False)
+        ctx.in_dtype, ctx.backwards = q.dtype, backwards
+        return torch.ops.peft_kernels.rotary(q, k, cos, sin, out_dtype, backwards)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad_q, grad_k):
-        grads = torch.ops.peft_kernels.rotary(
-            dense_inner(grad_q), dense_inner(grad_k), *ctx.saved_tensors, ctx.in_dtype, True
-        )
-        return *grads, None, None, None
+        return *_rotate(grad_q, grad_k, *ctx.saved_tensors, ctx.in_dtype, not ctx.backwards), *[None] * 4
 
 
-@torch.library.register_fake("peft_kernels::rotary")
+@register_fake("rotary")
 def _(q, k, cos, sin, out_dtype, backwards):
-    check_devices(q, [("k", k), ("cos", cos), ("sin", sin)], "q")
 
     def like(x):
         batch, heads, length, head_dim = x.shape

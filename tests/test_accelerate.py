@@ -38,6 +38,24 @@ def test_not_a_module(function, model):
         function(model)
 
 
+def test_what_fails_half_way_is_undone(monkeypatch):
+    model = nn.Sequential(linear4bit(), linear4bit(), linear4bit())
+    peft_kernels.accelerate(model[0])
+    fused = type(model[0])
+    prepared = []
+
+    def prepare(layer):
+        prepared.append(layer)
+        if len(prepared) == 2:
+            raise MemoryError("of the second")
+        return ""
+
+    monkeypatch.setattr(fused, "prepare", prepare)
+    with pytest.raises(MemoryError):
+        peft_kernels.accelerate(model)
+    assert [type(layer) for layer in model] == [fused, bnb.nn.Linear4bit, bnb.nn.Linear4bit]
+
+
 def test_model_without_a_layer_to_fuse():
     report = peft_kernels.accelerate(nn.Sequential(nn.Linear(2, 2), nn.ReLU()))
     assert list(report) == [] and len(report) == 0

@@ -75,7 +75,7 @@ def test_temperature_decays_to_one():
         ({"dropout": 1.0}, r"dropout: got 1.0, wanted a probability in \[0, 1\)"),
         ({"dropout": "x"}, r"dropout: got 'x', wanted a probability in \[0, 1\)"),
         ({"dropout": None}, r"dropout: got None, wanted a probability in \[0, 1\)"),
-        ({"eps": "x"}, "eps: got 'x', wanted a number of at least 0"),
+        ({"eps": "x"}, "eps: got 'x', wanted a finite number of at least 0"),
         ({"scale": "channel"}, "scale: got 'channel', wanted a finite number, or 'learned'"),
     ],
 )

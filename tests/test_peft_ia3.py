@@ -280,6 +280,15 @@ def test_merge_ia3_refuses(name, sizes, config, reason):
         peft_kernels.merge_ia3(model)
 
 
+@pytest.mark.parametrize("names", ["default", ["default", "other"], 3], ids=str)
+def test_merge_ia3_of_adapters_that_do_not_exist(names):
+    model = ia3_llm("llama", 128, 128)
+    peft_kernels.accelerate(model)
+    with pytest.raises(ValueError, match=r"adapter_names: got .*, wanted a list of some of \['default'\]"):
+        peft_kernels.merge_ia3(model, names)
+    assert not any(layer.merged for layer in model.modules() if hasattr(layer, "ia3_l"))
+
+
 def test_merge_of_an_input_vector_alone_is_refused():
     with pytest.raises(ValueError, match=r"wanted peft_kernels.merge_ia3\(model\)"):
         layer_of(ia3_model("4bit", "in")).merge()

@@ -287,6 +287,36 @@ def test_attach_refuses():
         peft_kernels.attach_prefix(eager)
 
 
+@pytest.mark.parametrize("accelerated", [False, True])
+@pytest.mark.parametrize(
+    ("attention", "arguments", "message"),
+    [
+        ("sdpa", {"length": 0}, "length: got 0"),
+        ("sdpa", {"hidden_size": -1}, "hidden_size: got -1"),
+        ("sdpa", {"encoder": "mlp"}, "encoder: got a str, wanted a PrefixEncoder"),
+        ("eager", {}, "have fused attention"),
+    ],
+    ids=["length", "hidden_size", "encoder", "attention"],
+)
+def test_a_refused_prefix_leaves_the_model_as_it_was(accelerated, attention, arguments, message):
+    model = tiny("llama")
+    model.set_attn_implementation(attention)
+    if accelerated:
+        peft_kernels.accelerate(model.model.layers[0])
+
+    def state():
+        return (
+            [(type(module), vars(module).keys(), len(module._forward_pre_hooks)) for module in model.modules()],
+            [(name, p.requires_grad) for name, p in model.named_parameters()],
+            model.config._attn_implementation,
+        )
+
+    before = state()
+    with pytest.raises(ValueError, match=message):
+        peft_kernels.attach_prefix(model, **arguments)
+    assert state() == before
+
+
 @pytest.mark.parametrize("name", ["num_layers", "num_heads", "head_dim", "length", "hidden_size"])
 def test_encoder_refuses(name):
     sizes = {"num_layers": 2, "num_heads": 2, "head_dim": 4, "length": 3, "hidden_size": None}

@@ -250,9 +250,13 @@ if hasattr(ia3, "Linear4bit"):  # bitsandbytes is installed
 
         Raises:
             TypeError: `model` is not a module.
-            ValueError: layers that this can't be done for, each with the reason; nothing has been merged then.
+            ValueError: `adapter_names` has a name that no adapter has; or layers that this can't be done for, each with
+                the reason. Nothing has been merged then.
         """
         check_module(model)
+        known = {name for layer in model.modules() if isinstance(layer, ia3.IA3Layer) for name in layer.ia3_l}
+        if not (adapter_names is None or (isinstance(adapter_names, (list, tuple)) and known >= set(adapter_names))):
+            raise ValueError(f"adapter_names: got {adapter_names!r}, wanted a list of some of {sorted(known)}")
         merges, problems = [], []
         for name, layer in model.named_modules():
             if not isinstance(layer, ia3.IA3Layer):

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import Cache, DynamicCache, PreTrainedModel
 
 from ..nn.prefix import PrefixEncoder
-from .registry import accelerate, check_module
+from .registry import accelerate, check_module, undone_on_error
 from .transformers import NAME, PREFIX, FusedAttention
 
 Prefix = tuple[tuple[Tensor, Tensor], ...]
@@ -51,12 +51,11 @@ def attach_prefix(
     config = backbone.config
     if any(isinstance(hook, _Attached) for hook in backbone._forward_pre_hooks.values()):
         raise ValueError("model: got one with a prefix, wanted one without: call detach_prefix first")
-    accelerate(model)
-    if reason := why_no_prefix(backbone):
-        raise ValueError(f"model: got one whose layers would not see a prefix: {reason}")
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     parameter = next(model.parameters())
+    if encoder is not None and not isinstance(encoder, PrefixEncoder):
+        raise ValueError(f"encoder: got a {type(encoder).__name__}, wanted a PrefixEncoder")
     if encoder is None:
         encoder = PrefixEncoder(config.num_hidden_layers, heads, head_dim, length, hidden_size, device=parameter.device)
     wanted = (config.num_hidden_layers, heads, head_dim)
@@ -65,6 +64,10 @@ def attach_prefix(
             "encoder: got {} layers, {} heads and a head_dim of {}".format(*got)
             + ", wanted {}, {} and {}, as the model has".format(*wanted)
         )
+    with undone_on_error(model):
+        accelerate(model)
+        if reason := why_no_prefix(backbone):
+            raise ValueError(f"model: got one whose layers would not see a prefix: {reason}")
     model.requires_grad_(False)
     model.add_module(_SUBMODULE, encoder.requires_grad_())
     backbone.register_forward_pre_hook(_Attached(encoder), with_kwargs=True)

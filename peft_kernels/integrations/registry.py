@@ -13,7 +13,8 @@ import logging
 import re
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from types import MethodType
 from typing import Any, ClassVar, TypeVar
@@ -272,6 +273,11 @@ def accelerate(model: nn.Module) -> Report:
     """
     check_module(model)
     _load_packages()
+    with undone_on_error(model):
+        return _accelerate(model)
+
+
+def _accelerate(model: nn.Module) -> Report:
     reasons: dict[nn.Module, str | None] = {}
     remarks: dict[nn.Module, str] = {}
     for module in model.modules():
@@ -317,15 +323,35 @@ def restore(model: nn.Module) -> None:
         TypeError: `model` is not a module.
     """
     check_module(model)
+    _restore(model, frozenset())
+
+
+def _restore(model: nn.Module, but: Collection[tuple[Any, nn.Module]]) -> None:
     for module in model.modules():
         for setting in _settings:
-            if setting.is_set(module):
+            if setting.is_set(module) and (setting, module) not in but:
                 setting.unset(module)
-        if isinstance(module, FusedLayer) and fused_form(module.stock) is type(module):  # not parametrised since
+        if (
+            isinstance(module, FusedLayer)
+            and (FusedLayer, module) not in but
+            and fused_form(module.stock) is type(module)  # not parametrised since
+        ):
             module.release()
             for name in module.own_state:
                 vars(module).pop(name, None)
             change_class(module, module.stock)
+
+
+@contextmanager
+def undone_on_error(model: nn.Module) -> Iterator[None]:
+    """Restores what has been fused within it, if it is left by an exception: a refused call leaves no trace."""
+    before = {(FusedLayer, module) for module in model.modules() if isinstance(module, FusedLayer)}
+    before |= {(setting, module) for module in model.modules() for setting in _settings if setting.is_set(module)}
+    try:
+        yield
+    except BaseException:
+        _restore(model, before)
+        raise
 
 
 def why_not_input(x: Any) -> str | None:

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..ops._arguments import check_flag, check_parameter_dtype, check_probability, check_size, is_number, refuse
 from ..ops.adapter import AdapterWeights, LayerNorm, activation_name, adapter
 
 
@@ -59,15 +60,17 @@ class BottleneckAdapter(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        for name, value in (("d", d), ("bottleneck", bottleneck)):
-            if not (isinstance(value, int) and value > 0):
-                raise ValueError(f"{name}: got {value!r}, wanted a positive integer")
-        if not (isinstance(dropout, (int, float)) and 0 <= dropout < 1):
-            raise ValueError(f"dropout: got {dropout!r}, wanted a probability in [0, 1)")
-        if not (scale == "learned" or (isinstance(scale, (int, float)) and math.isfinite(scale))):
-            raise ValueError(f"scale: got {scale!r}, wanted a finite number, or 'learned'")
-        if not (isinstance(eps, (int, float)) and 0 <= eps < math.inf):
-            raise ValueError(f"eps: got {eps!r}, wanted a number of at least 0")
+        check_size("d", d)
+        check_size("bottleneck", bottleneck)
+        flags = {"gated": gated, "norm_before": norm_before, "norm_after": norm_after, "bias": bias}
+        for name, value in flags.items():
+            check_flag(name, value)
+        check_probability("dropout", dropout)
+        check_parameter_dtype(dtype)
+        if not (is_number(eps) and eps >= 0):
+            refuse("eps", repr(eps), "a finite number of at least 0")
+        if not (is_number(scale) or (isinstance(scale, str) and scale == "learned")):
+            refuse("scale", repr(scale), "a finite number, or 'learned'")
         self.d, self.bottleneck, self.dropout = d, bottleneck, dropout
         self.activation = activation_name(activation)
         made = {"device": device, "dtype": dtype}

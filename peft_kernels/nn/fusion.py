@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
+from ..ops._arguments import check_flag, check_parameter_dtype, check_probability, check_size, is_number, refuse
 from ..ops.fusion import fusion, fusion_of_bottlenecks
 
 
@@ -48,14 +48,15 @@ class AdapterFusion(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        if not (isinstance(d, int) and d > 0):
-            raise ValueError(f"d: got {d!r}, wanted a positive integer")
-        if not (isinstance(dropout, (int, float)) and 0 <= dropout < 1):
-            raise ValueError(f"dropout: got {dropout!r}, wanted a probability in [0, 1)")
-        if not (isinstance(temperature, (int, float)) and 0 < temperature < math.inf):
-            raise ValueError(f"temperature: got {temperature!r}, wanted a positive number")
-        if not (isinstance(temperature_decay, (int, float)) and temperature_decay >= 0):
-            raise ValueError(f"temperature_decay: got {temperature_decay!r}, wanted a number of at least 0")
+        check_size("d", d)
+        check_flag("value", value)
+        check_flag("value_bias", value_bias)
+        check_probability("dropout", dropout)
+        check_parameter_dtype(dtype)
+        if not (is_number(temperature) and temperature > 0):
+            refuse("temperature", repr(temperature), "a positive number")
+        if not (is_number(temperature_decay) and temperature_decay >= 0):
+            refuse("temperature_decay", repr(temperature_decay), "a number of at least 0")
         made = {"device": device, "dtype": dtype}
         self.d, self.dropout = d, dropout
         self.temperature, self.temperature_decay = temperature, temperature_decay

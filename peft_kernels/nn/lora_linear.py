@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
+from ..ops._arguments import check_flag, check_parameter_dtype, check_probability, check_size, is_number, refuse
 from ..ops.lora_linear import lora_linear
 from ..ops.nf4 import NF4Weight, quantize_4bit
 from .weight4bit import Weight4bit
@@ -57,6 +58,10 @@ class LoRALinear(nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
+        check_size("in_features", in_features)
+        check_size("out_features", out_features)
+        check_flag("bias", bias)
+        check_parameter_dtype(dtype)
         base = nn.Linear(in_features, out_features, bias=bias, device=device, dtype=dtype)
         self._init(base.weight, base.bias, rank, alpha, dropout, rslora, quantize, double_quant)
 
@@ -107,14 +112,14 @@ class LoRALinear(nn.Module):
         double_quant: bool,
     ) -> None:
         super().__init__()
-        if not (isinstance(rank, int) and rank > 0):
-            raise ValueError(f"rank: got {rank!r}, wanted a positive integer")
+        check_size("rank", rank)
         alpha = rank if alpha is None else alpha
-        if not math.isfinite(alpha):
-            raise ValueError(f"alpha: got {alpha!r}, wanted a finite number")
-        if not 0 <= dropout < 1:
-            raise ValueError(f"dropout: got {dropout!r}, wanted a probability in [0, 1)")
-        if quantize not in (None, "nf4", "fp4"):
+        if not is_number(alpha):
+            refuse("alpha", repr(alpha), "a finite number")
+        check_probability("dropout", dropout)
+        check_flag("rslora", rslora)
+        check_flag("double_quant", double_quant)
+        if not (quantize is None or isinstance(quantize, str)) or quantize not in (None, "nf4", "fp4"):
             raise ValueError(f"quantize: got {quantize!r}, wanted 'nf4', 'fp4' or None")
         if weight.dtype not in (torch.float32, torch.bfloat16, torch.float16):
             raise ValueError(f"dtype: got {weight.dtype}, wanted torch.float32, torch.bfloat16 or torch.float16")

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from ..ops._arguments import check_parameter_dtype, check_size
+
 
 class PrefixEncoder(nn.Module):
     """Keys and values before the first token, for every layer of a model.
@@ -39,8 +41,8 @@ class PrefixEncoder(nn.Module):
         super().__init__()
         sizes = {"num_layers": num_layers, "num_heads": num_heads, "head_dim": head_dim, "length": length}
         for name, size in {**sizes, "hidden_size": 1 if hidden_size is None else hidden_size}.items():
-            if not (isinstance(size, int) and size > 0):
-                raise ValueError(f"{name}: got {size!r}, wanted a positive integer")
+            check_size(name, size)
+        check_parameter_dtype(dtype)
         self.num_layers, self.num_heads, self.head_dim, self.length = sizes.values()
         width = num_heads * head_dim
         options = {"device": device, "dtype": dtype}

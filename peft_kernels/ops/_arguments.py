@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, NoReturn
 
 import torch
@@ -33,8 +34,36 @@ def is_float(value: Any) -> bool:
     return isinstance(value, Tensor) and value.dtype in DTYPES
 
 
+def check_size(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not (isinstance(value, int) and value > 0):
+        refuse(name, repr(value), "a positive integer")
+
+
+def check_flag(name: str, value: Any) -> None:
+    if not isinstance(value, bool):
+        refuse(name, repr(value), "True or False")
+
+
+def check_probability(name: str, value: Any) -> None:
+    if not is_probability(value):
+        refuse(name, repr(value), "a probability in [0, 1)")
+
+
+def check_parameter_dtype(dtype: Any) -> None:
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        refuse("dtype", repr(dtype), "a floating-point dtype")
+
+
+def is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and math.isfinite(value)
+
+
+def is_probability(value: Any) -> bool:
+    return isinstance(value, (int, float)) and 0 <= value < 1
+
+
 def check_dropout(dropout: Any, seed: Any, name: str = "dropout") -> None:
-    if not (isinstance(dropout, (int, float)) and 0 <= dropout < 1):
+    if not is_probability(dropout):
         bad(name, dropout, "a probability in [0, 1)")
     if seed is not None and not (isinstance(seed, Tensor) and seed.dtype is torch.int64 and seed.shape == (1,)):
         bad("seed", seed, "an int64 tensor [1]")
@@ -44,7 +73,7 @@ def check_scale(scale: Any, name: str = "scale") -> None:
     if isinstance(scale, Tensor):
         if scale.numel() == 1 and scale.dtype in DTYPES:
             return
-    elif isinstance(scale, (int, float)) and scale == scale:
+    elif is_number(scale):
         return
     bad(name, scale, "a number, or a tensor with one element")
 

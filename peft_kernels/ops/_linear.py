@@ -17,9 +17,7 @@ def check_product(x, weight, bias, compute_dtype, out_dtype) -> None:
     against the weight. It runs at every call, so the texts are made only on failure."""
     if not is_float(x) or x.dim() == 0:
         bad("x", x, "a float32, bfloat16 or float16 tensor [..., K]")
-    nf4 = isinstance(weight, NF4Weight)
-    if not (nf4 or is_float(weight)) or len(weight.shape) != 2:
-        bad("weight", weight, "an NF4Weight or a float32, bfloat16 or float16 tensor, of shape [N, K]")
+    nf4 = check_weight(weight)
     if x.shape[-1] != weight.shape[1]:
         bad("x", x, f"[..., {weight.shape[1]}], for a weight of shape {list(weight.shape)}")
     if bias is not None and not isinstance(bias, Tensor):
@@ -33,6 +31,16 @@ def check_product(x, weight, bias, compute_dtype, out_dtype) -> None:
     if bias is not None and (bias.dtype not in DTYPES or bias.shape != weight.shape[:1]):
         bad("bias", bias, f"a float32, bfloat16 or float16 tensor [{weight.shape[0]}]")
     check_devices(x, (("weight", weight), ("bias", bias)))
+
+
+def check_weight(weight) -> bool:
+    """Whether it is a 4-bit one."""
+    nf4 = isinstance(weight, NF4Weight)
+    if nf4:
+        weight.check_types()
+    if not (nf4 or is_float(weight)) or len(weight.shape) != 2:
+        bad("weight", weight, "an NF4Weight or a float32, bfloat16 or float16 tensor, of shape [N, K]")
+    return nf4
 
 
 def product_dtypes(

@@ -24,12 +24,14 @@ from ._arguments import (
     describe,
     drawn_seed,
     is_float,
+    is_number,
     like_rows,
     matrix,
     refuse,
 )
 from ._autograd import anchor, any_wants_gradients, differentiates, once_differentiable
 from ._fakes import register_fake
+from ._linear import check_devices, named
 
 LayerNorm = tuple[Tensor | None, Tensor | None, float]  # weight [d], bias [d], eps
 
@@ -139,7 +141,7 @@ def adapter_grouped(
     The other arguments, the result and the errors are those of `adapter`.
     """
     index = index.tolist() if isinstance(index, Tensor) else index
-    if not isinstance(index, Collection):
+    if not isinstance(index, Collection) or not all(isinstance(i, int) for i in index):
         bad("index", index, "a position for each x[i]")
     index = list(index)
     if not isinstance(x, Tensor) or x.dim() < 2 or len(index) != x.shape[0]:
@@ -251,6 +253,8 @@ def _check(x, adapters, residual, gate, post_layer_norm, dropout, seed, out_dtyp
             if not isinstance(tensor, Tensor) and (tensor is not None or name.endswith("weight")):
                 bad(name, tensor, "a tensor" if name.endswith("weight") else "a tensor or None")
         check_scale(weights.scale)
+        if isinstance(weights.scale, Tensor) and weights.scale.is_meta != x.is_meta:  # another device's is copied
+            check_devices(x, [("scale", weights.scale)])
         _check_layer_norm("layer_norm", weights.layer_norm)
         if (weights.layer_norm is None) != (adapters[0].layer_norm is None):
             refuse("layer_norm", "some adapters with one and some without", "all adapters of a call alike")
@@ -258,8 +262,8 @@ def _check(x, adapters, residual, gate, post_layer_norm, dropout, seed, out_dtyp
         not isinstance(residual, Tensor) or residual.shape != x.shape or residual.dtype not in DTYPES
     ):
         bad("residual", residual, f"a float32, bfloat16 or float16 tensor {list(x.shape)}, as x is")
-    if gate is not None and not (isinstance(gate, Tensor) and _expands(gate.shape, (*x.shape[:-1], 1))):
-        bad("gate", gate, f"a tensor that broadcasts to {[*x.shape[:-1], 1]}")
+    if gate is not None and not (is_float(gate) and _expands(gate.shape, (*x.shape[:-1], 1))):
+        bad("gate", gate, f"a tensor that broadcasts to {[*x.shape[:-1], 1]}, in float32, bfloat16 or float16")
     _check_layer_norm("post_layer_norm", post_layer_norm)
     check_dropout(dropout, seed)
     if out_dtype is not None and out_dtype not in DTYPES:

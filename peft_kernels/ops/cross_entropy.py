@@ -30,6 +30,8 @@ def cross_entropy(logits: Tensor, targets: Tensor, ignore_index: int = -100) -> 
         bad("logits", logits, "a float32, bfloat16 or float16 tensor [..., V]")
     if not isinstance(targets, Tensor) or targets.dtype is not torch.int64 or targets.shape != logits.shape[:-1]:
         bad("targets", targets, f"an int64 tensor {list(logits.shape[:-1])}, for logits {list(logits.shape)}")
+    if not isinstance(ignore_index, int):
+        bad("ignore_index", ignore_index, "an integer")
     rows, flat = matrix(logits), targets.reshape(-1)
     if any_wants_gradients(logits):
         losses = _CrossEntropy.apply(rows, flat, ignore_index)

@@ -6,15 +6,14 @@ constant to the gradient (section 4.3 there).
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from ._arguments import bad, check_dropout, is_float, like_rows, matrix
+from ._arguments import bad, check_dropout, is_float, is_number, like_rows, matrix
 from ._autograd import anchor, any_wants_gradients, once_differentiable
-from ._linear import check_devices, check_product, product_dtypes, without_autocast
+from ._linear import check_devices, check_product, check_weight, product_dtypes, without_autocast
 from .dropout import dropout as drop
 from .ia3_linear import ScaledProduct
 from .lora_linear import lora_linear_of_layer
@@ -140,10 +139,13 @@ def dora_norm(
     Raises:
         ValueError: a shape or dtype that does not fit; it names the argument, what it got and what it wanted.
     """
+    check_weight(weight)
     _check_adapter(weight, lora_A, lora_B, scaling)
     if squares is None:
         squares = squares_of_rows(weight)
     _check_shape("squares", squares, (weight.shape[0],))
+    stored = weight.codes if isinstance(weight, NF4Weight) else weight
+    check_devices(stored, (("lora_A", lora_A), ("lora_B", lora_B), ("squares", squares)), "weight")
     with without_autocast(lora_A.device.type):
         a, b = lora_A.float(), lora_B.float()
         # Not in 16 bits, not even of two terms of A: a GPU's library would round the result.
@@ -171,7 +173,7 @@ def _check_adapter(weight: Tensor | NF4Weight, lora_A: Tensor, lora_B: Tensor, s
     if not is_float(lora_A) or lora_A.dim() != 2 or lora_A.shape[0] == 0 or lora_A.shape[1] != k:
         bad("lora_A", lora_A, f"a float32, bfloat16 or float16 tensor [r, {k}], with r at least 1")
     _check_shape("lora_B", lora_B, (n, lora_A.shape[0]))
-    if not isinstance(scaling, (int, float)) or not math.isfinite(scaling):
+    if not is_number(scaling):
         bad("scaling", scaling, "a finite number")
 
 

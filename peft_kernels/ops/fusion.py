@@ -124,9 +124,9 @@ def fusion_of_bottlenecks(
             bad("up_biases", b, f"a float32, bfloat16 or float16 tensor [{d}] or None")
     for scale in scales:
         check_scale(scale, "scales")
-    check_devices(
-        query_input, named(bottlenecks=bottlenecks, up_weights=up_weights, up_biases=up_biases), "query_input"
-    )
+    unmade = [scale for scale in scales if isinstance(scale, Tensor) and scale.is_meta]  # another device's is copied
+    tensors = named(bottlenecks=bottlenecks, up_weights=up_weights, up_biases=up_biases, scales=unmade)
+    check_devices(query_input, tensors, "query_input")
     t, key_offset = attention.keyed_query()
     # aᵢ · t = hᵢ · (scaleᵢ W_up,ᵢᵀ t) + scaleᵢ b_up,ᵢ · t, and Σ Pᵢ aᵢ = Σ scaleᵢ W_up,ᵢ (Pᵢ hᵢ) + Pᵢ scaleᵢ b_up,ᵢ.
     up = torch.cat([_scaled(w, s) for w, s in zip(up_weights, scales, strict=True)], dim=1).to(dtype)
@@ -214,7 +214,7 @@ class _Attention(NamedTuple):
         if self.key_bias is not None and self.dropout > 0:
             offset = (q @ self.key_bias.to(self.dtype)).float().unsqueeze(-1)
         t = q @ self.key_weight.to(self.dtype)
-        if offset is None and torch.is_grad_enabled() and any_requires_grad(self.key_bias):
+        if offset is None and any_wants_gradients(self.key_bias):
             t = _Cancelled.apply(t, self.key_bias)
         return t, offset
 

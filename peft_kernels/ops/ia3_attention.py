@@ -76,7 +76,7 @@ def ia3_attention(
             _bad(name, x, "a float32, bfloat16 or float16 tensor [B, heads, S, D]")
     if dtype := autocast_dtype(q):
         q, k, v = (x.to(dtype) for x in (q, k, v))
-    _check(q, k, v, l_q, l_k, l_v, scale, window, key_padding_mask, attn_mask, prefix_k, prefix_v, rope)
+    _check(q, k, v, l_q, l_k, l_v, scale, causal, window, key_padding_mask, attn_mask, prefix_k, prefix_v, rope)
     check_dropout(dropout, seed)
     scale = float(q.shape[3] ** -0.5 if scale is None else scale)
     if _has_gpu_plan(q.device):
@@ -207,7 +207,9 @@ def _(grad_out, q, k, v, l_q, l_k, l_v, scale, causal, window, key_padding_mask,
     )
 
 
-def _check(q, k, v, l_q, l_k, l_v, scale, window, key_padding_mask, attn_mask, prefix_k, prefix_v, rope) -> None:
+def _check(
+    q, k, v, l_q, l_k, l_v, scale, causal, window, key_padding_mask, attn_mask, prefix_k, prefix_v, rope
+) -> None:  # fmt: skip
     """Everything else that can be wrong; the texts are made only on failure, since it runs at every call."""
     batch, heads, num_queries, head_dim = q.shape
     kv_heads, num_keys = k.shape[1:3]
@@ -227,6 +229,8 @@ def _check(q, k, v, l_q, l_k, l_v, scale, window, key_padding_mask, attn_mask, p
             _bad(name, factors, wanted)
     if scale is not None and not (isinstance(scale, (float, int)) and abs(scale) <= torch.finfo(torch.float32).max):
         _bad("scale", scale, "a finite float32 number")
+    if not isinstance(causal, bool):
+        _bad("causal", causal, "True or False")
     if window is not None and not (isinstance(window, int) and window >= 1):
         _bad("window", window, "a whole number of at least 1")
     if key_padding_mask is not None and not (

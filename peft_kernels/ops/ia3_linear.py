@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ._arguments import bad, like_rows, matrix
+from ._arguments import bad, is_float, like_rows, matrix
 from ._autograd import anchor, any_wants_gradients, once_differentiable
 from ._fakes import register_fake
 from ._linear import check_devices, check_product, product_dtypes, weight_arguments, without_autocast
@@ -54,10 +54,9 @@ def ia3_linear(
     """
     check_product(x, weight, bias, compute_dtype, out_dtype)
     for name, scale, size in (("l_in", l_in, weight.shape[1]), ("l_out", l_out, weight.shape[0])):
-        if scale is not None and not (
-            isinstance(scale, Tensor) and scale.is_floating_point() and scale.shape == (size,)
-        ):
-            bad(name, scale, f"a floating-point tensor [{size}], for a weight of shape {list(weight.shape)}")
+        if scale is not None and not (is_float(scale) and scale.shape == (size,)):
+            wanted = f"a floating-point tensor [{size}] in float32, bfloat16 or float16"
+            bad(name, scale, f"{wanted}, for a weight of shape {list(weight.shape)}")
     check_devices(x, (("l_in", l_in), ("l_out", l_out)))
     compute_dtype, out_dtype = product_dtypes(x, compute_dtype, out_dtype)
     call = ScaledProduct(weight, compute_dtype, out_dtype)

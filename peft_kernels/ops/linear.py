@@ -8,9 +8,10 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from .. import cpu
-from ._arguments import is_float
+from ._arguments import bad, is_float
 from ._autograd import any_wants_gradients
 from ._fakes import register_fake
+from ._linear import check_devices
 
 # Milliseconds of ours and torch's, in bf16 on two cores with AVX-512, for a weight of 4096 x 4096 and 1, 4, 8, 16 rows:
 # 0.58 / 1.11, 0.75 / 0.98, 1.17 / 1.21, 2.06 / 1.44. For 49152 x 576: 0.82 / 2.14, 0.86 / 2.57, 1.62 / 2.95, 3.2 / 3.5.
@@ -32,22 +33,34 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
     Returns:
         [..., N]; for few rows, sums of fp32 products, rounded once.
+
+    Raises:
+        ValueError: an argument that is no tensor, or that the kernel for few rows finds not to fit.
+        RuntimeError: what torch's function finds.
     """
-    few = x.is_cpu and x.dim() > 0 and x.numel() <= FEW_ROWS * x.shape[-1]
-    if (
-        few
-        and is_float(x)
-        and weight.dtype is x.dtype
-        and weight.layout is torch.strided
-        and weight.dim() == 2
-        and weight.stride(1) == 1
-        and (bias is None or (bias.dtype is x.dtype and bias.is_contiguous()))
-        and not torch._C._is_any_autocast_enabled()
-        and forward_ad._current_level < 0
-        and not any_wants_gradients(x, weight, bias)
-    ):
-        return torch.ops.peft_kernels.linear(x, weight, bias)
-    return F.linear(x, weight, bias)
+    try:
+        few = x.is_cpu and x.dim() > 0 and x.numel() <= FEW_ROWS * x.shape[-1]
+        if (
+            few
+            and is_float(x)
+            and weight.dtype is x.dtype
+            and weight.layout is torch.strided
+            and weight.dim() == 2
+            and weight.stride(1) == 1
+            and (bias is None or (bias.dtype is x.dtype and bias.is_contiguous()))
+            and not torch._C._is_any_autocast_enabled()
+            and forward_ad._current_level < 0
+            and not any_wants_gradients(x, weight, bias)
+        ):
+            return torch.ops.peft_kernels.linear(x, weight, bias)
+        if x.is_meta != weight.is_meta:  # torch's function would return a tensor on meta
+            check_devices(x, [("weight", weight)])
+        return F.linear(x, weight, bias)
+    except (AttributeError, TypeError):
+        for name, value in (("x", x), ("weight", weight), ("bias", bias)):
+            if not isinstance(value, Tensor) and (value is not None or name != "bias"):
+                bad(name, value, "a tensor")
+        raise
 
 
 def outruns_torch(x: Tensor, weight: Tensor, compute_dtype: torch.dtype) -> tuple[bool, bool]:

@@ -178,6 +178,28 @@ class NF4Weight:
             bf16_statistics=True,
         )
 
+    def check_types(self) -> None:
+        """Refuses what the ops would refuse without a sentence, or take for something else.
+
+        Raises:
+            ValueError: a field is of another type than it should be; it names the field.
+        """
+        if not (
+            isinstance(self.codes, Tensor)
+            and isinstance(self.absmax, Tensor)
+            and isinstance(self.dtype, torch.dtype)
+            and type(self.blocksize) is int
+            and type(self.quant_type) is str
+            and type(self.nested_blocksize) is int
+            and _all_are(int, self.shape)
+            and _all_are(Tensor, self.nested)
+        ):
+            for name, kind, wanted in _FIELDS:
+                value = getattr(self, name)
+                fits = _all_are(kind, value) if name in ("shape", "nested") else isinstance(value, kind)
+                if not fits:
+                    raise ValueError(f"{name}: got {value!r}, a {type(value).__name__}, wanted {wanted}")
+
     def as_dict(self) -> dict[str, Any]:
         """The fields under bitsandbytes' names: `QuantState.from_dict(weight.as_dict(), device)` is its QuantState."""
         state: dict[str, Any] = {
@@ -231,6 +253,22 @@ class NF4Weight:
         return dequantize_4bit(self, dtype)
 
 
+def _all_are(kind: type, items: Any) -> bool:
+    return isinstance(items, (tuple, list)) and all(isinstance(item, kind) for item in items)
+
+
+_FIELDS = (
+    ("codes", Tensor, "a tensor"),
+    ("absmax", Tensor, "a tensor"),
+    ("shape", int, "a tuple of sizes"),
+    ("dtype", torch.dtype, "torch.float32, torch.bfloat16 or torch.float16"),
+    ("blocksize", int, "a power of two from 32 to 4096"),
+    ("quant_type", str, "'nf4' or 'fp4'"),
+    ("nested", Tensor, "a tuple of tensors"),
+    ("nested_blocksize", int, "a power of two"),
+)
+
+
 def quantize_4bit(
     tensor: Tensor, blocksize: int = 64, quant_type: str = "nf4", double_quant: bool = False
 ) -> NF4Weight:
@@ -260,6 +298,7 @@ def quantize_4bit(
         ("tensor", tensor, Tensor, "a tensor"),
         ("blocksize", blocksize, int, "a power of two from 32 to 4096"),
         ("quant_type", quant_type, str, "'nf4' or 'fp4'"),
+        ("double_quant", double_quant, bool, "True or False"),
     ):
         if not isinstance(value, kind):
             raise ValueError(f"{name}: got {value!r}, a {type(value).__name__}, wanted {wanted}")
@@ -287,6 +326,8 @@ def dequantize_4bit(weight: NF4Weight, dtype: torch.dtype | None = None) -> Tens
         ValueError: a field of `weight` does not fit the others; it names the field, what it got and what it wanted.
     """
     _check_weight(weight)
+    if not (dtype is None or isinstance(dtype, torch.dtype)):
+        raise ValueError(f"dtype: got {dtype!r}, wanted torch.float32, torch.bfloat16 or torch.float16")
     return torch.ops.peft_kernels.nf4_dequantize(
         weight.codes,
         weight.absmax,
@@ -315,6 +356,12 @@ def dequantize_4bit_rows(weight: NF4Weight, first_row: int, out: Tensor) -> Tens
         ValueError: a field of `weight`, first_row or out does not fit; it names what.
     """
     _check_weight(weight)
+    if not isinstance(first_row, int):
+        raise ValueError(f"first_row: got {first_row!r}, a {type(first_row).__name__}, wanted an integer")
+    if not isinstance(out, Tensor):
+        raise ValueError(f"out: got {out!r}, a {type(out).__name__}, wanted a tensor [rows, K]")
+    if not torch.compiler.is_compiling() and out.is_neg():  # torch would resolve it into a copy
+        raise ValueError("out: got a negative view, wanted a tensor [rows, K] with memory of its values")
     torch.ops.peft_kernels.nf4_dequantize_rows(
         weight.codes,
         weight.absmax,
@@ -333,6 +380,7 @@ def dequantize_4bit_rows(weight: NF4Weight, first_row: int, out: Tensor) -> Tens
 def _check_weight(weight: Any) -> None:
     if not isinstance(weight, NF4Weight):
         raise ValueError(f"weight: got a {type(weight).__name__}, wanted an NF4Weight")
+    weight.check_types()
 
 
 @register_fake("nf4_dequantize")

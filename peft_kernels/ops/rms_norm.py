@@ -8,7 +8,7 @@ import math
 import torch
 from torch import Tensor
 
-from ._arguments import DTYPES, bad, is_float
+from ._arguments import DTYPES, bad, is_float, is_number
 from ._autograd import any_wants_gradients, once_differentiable
 from ._fakes import register_fake
 
@@ -38,11 +38,11 @@ def rms_norm(
         bad("x", x, "a float32, bfloat16 or float16 tensor [..., d] with d of at least 1")
     if not is_float(weight) or weight.shape != x.shape[-1:]:
         bad("weight", weight, f"a float32, bfloat16 or float16 tensor [{x.shape[-1]}], for x of shape {list(x.shape)}")
-    if not (isinstance(eps, (int, float)) and eps >= 0):
+    if not (is_number(eps) and eps >= 0):
         bad("eps", eps, "a number of at least 0")
-    if not isinstance(offset, (int, float)):
+    if not is_number(offset):
         bad("offset", offset, "a number")
-    out_dtype = out_dtype or torch.promote_types(x.dtype, weight.dtype)
+    out_dtype = torch.promote_types(x.dtype, weight.dtype) if out_dtype is None else out_dtype
     if out_dtype not in DTYPES:
         bad("out_dtype", out_dtype, "torch.float32, torch.bfloat16 or torch.float16")
     weight = weight.contiguous()

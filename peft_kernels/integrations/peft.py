@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import torch
 from peft.tuners import lora
 from peft.tuners.lora import dora
 from peft.tuners.lora.variants import DoraLinearVariant
@@ -241,7 +242,11 @@ class FusedLoRA(Adaptable):
         weight_A, weight_B = parameter(a, "weight"), parameter(b, "weight")
         if weight_A.dtype not in FLOAT_DTYPES or weight_B.dtype not in FLOAT_DTYPES:
             return f"adapter {name!r} is {weight_A.dtype} and {weight_B.dtype}"
-        return weight_A, weight_B, float(self.scaling[name]), p
+        scaling = self.scaling[name]
+        if isinstance(scaling, Tensor) and torch.compiler.is_compiling():
+            # `prepare_model_for_compiled_hotswap` makes it one, which compiled code has to read each time that it runs.
+            return weight_A, weight_B.float() * scaling, 1.0, p
+        return weight_A, weight_B, float(scaling), p
 
 
 def _why_stock_call(args: tuple, kwargs: dict[str, Any]) -> str | None:

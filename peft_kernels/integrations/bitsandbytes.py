@@ -93,7 +93,10 @@ class Fused4bit(Adaptable):
             return f"x has {x.shape[-1]} features, and the weight has shape {list(weight.shape)}"
         bias = parameter(self, "bias")
         if bias is not None and bias.dtype != own_dtype:
-            bias.data = bias.data.to(own_dtype)  # in place, as bitsandbytes does it
+            if torch.compiler.is_compiling():
+                bias = bias.to(own_dtype)
+            else:
+                bias.data = bias.data.to(own_dtype)  # in place, as bitsandbytes does it
         return weight, bias, compute_dtype, x.dtype
 
     def nf4_weight(self) -> NF4Weight:
@@ -110,20 +113,26 @@ class Fused4bit(Adaptable):
         compiling = torch.compiler.is_compiling()
         if not compiling and self._view is not None and _shows(*self._view, weight, quant_state):
             return self._view[1]
+        if compiling and (known := self.quant_state if quant_state is None else quant_state) is not None:
+            # The tensor that a non-strict export puts in the weight's place has no quant_state.
+            return NF4Weight.from_quant_state(weight, known)
         if quant_state is None and self.quant_state is not None:
             bnb.nn.modules.fix_4bit_weight_quant_state_from_module(self)
             weight, quant_state = self.weight, self.quant_state
-        if quant_state is None or compiling:
+        if quant_state is None:
             return NF4Weight.from_params4bit(weight)
         if vars(quant_state).get("packing_format_for_cpu", False):
             quant_state = self._undo_repacking(quant_state)  # done by a stock layer that shares the weight
         view = NF4Weight.from_params4bit(weight)
         self._view = quant_state, view
+        self.quant_state = quant_state  # which it is not yet where the weight has been replaced
         return view
 
     def squares_of_rows(self) -> Tensor:
         """`‖w‖²` of each row of the weight, [N] in fp32; kept with the view that it was taken of."""
         view = self.nf4_weight()
+        if torch.compiler.is_compiling():
+            return squares_of_rows(view)
         if self._squares is None or self._squares[0] is not view:
             self._squares = view, squares_of_rows(view)
         return self._squares[1]

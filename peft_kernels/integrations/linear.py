@@ -8,9 +8,11 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
 
 from ..cuda import why_not
-from ..ops._arguments import autocast_dtype
+from ..ops._arguments import autocast_dtype, surely
 from ..ops.linear import FEW_ROWS, outruns_torch
 from ..ops.lora_linear import lora_linear_of_layer
 from ..ops.nf4 import NF4Weight
@@ -25,6 +27,7 @@ Adapters = tuple[Sequence[Tensor], Sequence[Tensor], Sequence[float], Sequence[f
 # `lora_linear_grouped`'s: A, B and scaling of each adapter, and the position of each sample's among them.
 GroupedAdapters = tuple[Sequence[Tensor], Sequence[Tensor], Sequence[float], Sequence[int]]
 NO_ADAPTERS: Adapters = ((), (), (), ())
+_STAND_INS = (FakeTensor, FunctionalTensor)  # for parameters, while a program is exported
 LEAST_PRODUCTS = 1 << 23  # of a layer by itself: an autograd.Function takes 50 µs more than torch's operation
 
 
@@ -119,14 +122,14 @@ class OnLinear(FusedLayer):
 def own_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
     """What `torch.nn.functional.linear` computes, by the kernels; None where torch is as fast, or knows better."""
     if (
-        x.numel() * weight.shape[0] >= LEAST_PRODUCTS
-        and type(weight) in (nn.Parameter, Tensor)
+        surely(x.numel() * weight.shape[0] >= LEAST_PRODUCTS)
+        and is_plain(weight)
         and x.dtype is weight.dtype
         and (bias is None or bias.dtype is x.dtype)
         and why_not_input(x) is None
         and autocast_dtype(x) is None
         and outruns_torch(x, weight, x.dtype)[0]
-        and not torch.compiler.is_exporting()  # a size would be a condition of the exported program
+        and not torch.compiler.is_exporting()  # the program would need this package for layers that torch has
     ):
         return lora_linear_of_layer(x, weight, bias, *NO_ADAPTERS, x.dtype, x.dtype)
     return None
@@ -172,8 +175,14 @@ def is_conv1d(base: nn.Module) -> bool:
     return module is not None and getattr(type(base), "stock", type(base)).forward is module.Conv1D.forward
 
 
+def is_plain(weight: Tensor) -> bool:
+    """Whether it is of no subclass of tensors, as quantised and distributed ones are; a weight that an export stands
+    one in for is."""
+    return type(weight) in (nn.Parameter, Tensor) or (torch.compiler.is_exporting() and type(weight) in _STAND_INS)
+
+
 def why_not_weight(weight: Tensor) -> str | None:
-    if type(weight) not in (nn.Parameter, Tensor):
+    if not is_plain(weight):
         return f"its base weight is a {type(weight).__name__}"
     if not weight.is_cpu and (reason := why_not(weight.device)):
         return reason

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..ops.linear import linear
-from .linear import own_product, parameter
+from .linear import is_plain, own_product, parameter
 from .registry import FLOAT_DTYPES, Setting, change_class, register_setting, why_not_input
 
 
@@ -21,7 +21,7 @@ class Linear(nn.Linear):
         weight, bias = parameter(self, "weight"), parameter(self, "bias")
         if (y := own_product(input, weight, bias)) is not None:
             return y
-        if type(weight) is not nn.Parameter or why_not_input(input):
+        if not is_plain(weight) or why_not_input(input):
             return F.linear(input, weight, bias)
         return linear(input, weight, bias)
 

@@ -132,7 +132,7 @@ class FusedLoRA(Adaptable):
         # PEFT's own cache, for those who turn it on; from 0.19 on there is one.
         cache, key = vars(magnitude).get("_dora_cache", {}), f"weight-norm-{name}"
         caches = getattr(dora, "ENABLE_DORA_CACHING", False) and not magnitude.training
-        if not caches:
+        if cache and not caches:  # an exported program can't change it
             cache.clear()
         norm = cache.get(key)
         if norm is None:

@@ -55,7 +55,7 @@ def check_parameter_dtype(dtype: Any) -> None:
 
 
 def is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and math.isfinite(value)
+    return isinstance(value, (int, float)) and -math.inf < value < math.inf  # isfinite would break a compiled graph
 
 
 def is_probability(value: Any) -> bool:
@@ -117,3 +117,13 @@ def dense_rows(x: Tensor) -> Tensor:
 def dense_inner(x: Tensor | None) -> Tensor | None:
     """Copied if there are gaps within its rows; these may be at any distance."""
     return x if x is None or x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+def surely(condition: bool) -> bool:
+    """Whether a condition on sizes holds. Where a size is left open, as by dynamic shapes, it has to hold for all that
+    it may be: a branch on the rest would narrow the compiled or exported program to the sizes on one side."""
+    if not torch.compiler.is_compiling():
+        return condition
+    from torch.fx.experimental.symbolic_shapes import statically_known_true  # which imports sympy
+
+    return statically_known_true(condition)

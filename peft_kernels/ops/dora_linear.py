@@ -114,7 +114,6 @@ def dora_linear_of_layer(
     return like_rows(y if rest is None else rest + y, x)
 
 
-@torch.no_grad()
 def dora_norm(
     weight: Tensor | NF4Weight,
     lora_A: Tensor,
@@ -141,6 +140,8 @@ def dora_norm(
     """
     check_weight(weight)
     _check_adapter(weight, lora_A, lora_B, scaling)
+    # Not under no_grad, of which a non-strict export can't make a part of its program.
+    weight, lora_A, lora_B = (w if isinstance(w, NF4Weight) else w.detach() for w in (weight, lora_A, lora_B))
     if squares is None:
         squares = squares_of_rows(weight)
     _check_shape("squares", squares, (weight.shape[0],))
@@ -151,11 +152,10 @@ def dora_norm(
         # Not in 16 bits, not even of two terms of A: a GPU's library would round the result.
         cross, _ = ScaledProduct(weight, torch.float32, torch.float32).forward(a, None, None, None, False)
         own = scaling * (b @ (a @ a.T))
-        norm = (squares + scaling * (b * (2 * cross.T + own)).sum(1)).clamp_(min=0).sqrt_()
+        norm = (squares.detach() + scaling * (b * (2 * cross.T + own)).sum(1)).clamp_(min=0).sqrt_()
         return norm.detach()  # no tangent either, which no_grad leaves
 
 
-@torch.no_grad()
 def squares_of_rows(weight: Tensor | NF4Weight) -> Tensor:
     """`‖w‖²` of each row w of a weight [N, K], [N] in fp32."""
     n, k = weight.shape
@@ -164,7 +164,7 @@ def squares_of_rows(weight: Tensor | NF4Weight) -> Tensor:
         firsts = range(0, max(n, 1), _PANEL_ROWS)
         panels = (dequantize_4bit_rows(weight, first, buffer[: n - first]) for first in firsts)
     else:
-        panels = (rows.float() for rows in weight.split(_PANEL_ROWS))
+        panels = (rows.float() for rows in weight.detach().split(_PANEL_ROWS))
     return torch.cat([torch.linalg.vector_norm(panel, dim=1) for panel in panels]).square_()
 
 

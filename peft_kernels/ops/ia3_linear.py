@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ._arguments import bad, is_float, like_rows, matrix
+from ._arguments import bad, is_float, like_rows, matrix, surely
 from ._autograd import anchor, any_wants_gradients, once_differentiable
 from ._fakes import register_fake
 from ._linear import check_devices, check_product, product_dtypes, weight_arguments, without_autocast
@@ -92,7 +92,7 @@ class ScaledProduct:
 
     def infer(self, x, bias, l_in, l_out) -> Tensor:
         """Returns y [M, N] without a gradient."""
-        if isinstance(self.weight, NF4Weight) or x.shape[0] > FEW_ROWS:
+        if isinstance(self.weight, NF4Weight) or not surely(x.shape[0] <= FEW_ROWS):
             return self.forward(x, bias, l_in, l_out, False)[0]
         # `linear` reads the weight several times as fast as a kernel that packs it first, and passes over so few rows
         # of x and y cost nothing.

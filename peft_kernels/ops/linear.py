@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from .. import cpu
-from ._arguments import bad, is_float
+from ._arguments import bad, is_float, surely
 from ._autograd import any_wants_gradients
 from ._fakes import register_fake
 from ._linear import check_devices
@@ -39,7 +39,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         RuntimeError: what torch's function finds.
     """
     try:
-        few = x.is_cpu and x.dim() > 0 and x.numel() <= FEW_ROWS * x.shape[-1]
+        few = x.is_cpu and x.dim() > 0 and surely(x.numel() <= FEW_ROWS * x.shape[-1])
         if (
             few
             and is_float(x)
@@ -77,7 +77,7 @@ def outruns_torch(x: Tensor, weight: Tensor, compute_dtype: torch.dtype) -> tupl
         return False, False
     along_rows = weight.stride(1) == 1
     least = (FEW_ROWS + 1, ROWS_ACROSS) if along_rows else (ROWS_ACROSS, FEW_ROWS + 1)
-    return tuple(x.numel() >= rows * x.shape[-1] for rows in least)
+    return tuple(surely(x.numel() >= rows * x.shape[-1]) for rows in least)
 
 
 @register_fake("linear")

@@ -105,7 +105,11 @@ class NF4Weight:
         """
         # Called at every forward, so each microsecond counts: on a Params4bit, any access goes through its Python
         # __torch_function__, on a plain tensor not; and QuantState's __getattr__ makes a missing attribute dear.
-        weight = weight.data
+        if torch.compiler.is_compiling():  # an exported program would lose what it takes by `data`
+            with torch._C.DisableTorchFunctionSubclass():
+                weight = weight.detach()
+        else:
+            weight = weight.data
         if vars(quant_state).get("packing_format_for_cpu", False):
             return cls._from_repacked(weight, quant_state)
         shape, dtype, blocksize = quant_state.shape, quant_state.dtype, quant_state.blocksize

@@ -24,7 +24,6 @@ from ._arguments import (
     describe,
     drawn_seed,
     is_float,
-    is_number,
     like_rows,
     matrix,
     refuse,

@@ -64,13 +64,15 @@ class FusedDecoderLayer(Caching, Lookalike):
         return "for inference"
 
     def why_stock(self) -> str | None:
+        if not self.input_layernorm.weight.is_cpu:
+            return "it is for the CPU"
         for name in _PARTS:
             part = getattr(self, name)
             if not isinstance(part, FusedLayer):
                 return f"its {name} is not fused"
             if reason := why_not_skip(part) or part.why_stock():
                 return f"its {name} has {reason}"
-        return None if self.input_layernorm.weight.is_cpu else "it is for the CPU"
+        return None
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         plan = None if args else self._plan_for(hidden_states, **kwargs)

@@ -9,7 +9,7 @@ from peft import PeftType
 from torch import nn
 
 from ..nn.prefix import split_prefix
-from .prefix import PrefixCache, backbone_of, find_backbone, inject_from_cache, remove_hooks, why_no_prefix
+from .prefix import PrefixCache, backbone_of, find_backbone, inject_from_cache, remove_hooks, take_over, why_no_prefix
 from .registry import FusedLayer, register
 
 
@@ -35,6 +35,7 @@ class FusedPrefix(FusedLayer):
         backbone = backbone_of(self)
         if inject_from_cache not in backbone._forward_pre_hooks.values():
             backbone.register_forward_pre_hook(inject_from_cache, with_kwargs=True)
+        take_over(backbone)
         return ""
 
     def release(self) -> None:

@@ -66,7 +66,7 @@ def attach_prefix(
         )
     with undone_on_error(model):
         accelerate(model)
-        if reason := why_no_prefix(backbone):
+        if reason := take_over(backbone):
             raise ValueError(f"model: got one whose layers would not see a prefix: {reason}")
     model.requires_grad_(False)
     model.add_module(_SUBMODULE, encoder.requires_grad_())
@@ -186,15 +186,30 @@ def find_backbone(model: nn.Module) -> PreTrainedModel | None:
     return None
 
 
+def take_over(backbone: PreTrainedModel) -> str | None:
+    """Has the layers of a model see a prefix, on any device; or why they would not."""
+    if reason := _why_no_layers(backbone):
+        return reason
+    for layer in _layers(backbone):
+        layer.take_over()
+    return why_no_prefix(backbone)
+
+
 def why_no_prefix(backbone: PreTrainedModel) -> str | None:
     """Why layers of a model would not see a prefix."""
-    config = backbone.config
-    layers = [module for module in backbone.modules() if isinstance(module, FusedAttention)]
-    if len(layers) != config.num_hidden_layers:
-        return (
-            f"{len(layers)} of the {config.num_hidden_layers} layers of this {config.model_type} have fused attention"
-        )
-    return next((reason for layer in layers if (reason := layer.why_stock())), None)
+    reasons = (layer.why_no_prefix() for layer in _layers(backbone))
+    return _why_no_layers(backbone) or next(filter(None, reasons), None)
+
+
+def _layers(backbone: PreTrainedModel) -> list[FusedAttention]:
+    return [module for module in backbone.modules() if isinstance(module, FusedAttention)]
+
+
+def _why_no_layers(backbone: PreTrainedModel) -> str | None:
+    count, wanted = len(_layers(backbone)), backbone.config.num_hidden_layers
+    if count == wanted:
+        return None
+    return f"{count} of the {wanted} layers of this {backbone.config.model_type} have fused attention"
 
 
 def _is_causal(backbone: PreTrainedModel) -> bool:

@@ -64,7 +64,7 @@ class FusedLayer:
         return None
 
     def prepare(self) -> str:
-        """Runs once when the layer has become a fused one; a remark for the report."""
+        """Runs at every `accelerate`, when all layers that can be fused are; a remark for the report."""
         return ""
 
     def release(self) -> None:
@@ -259,8 +259,8 @@ def accelerate(model: nn.Module) -> Report:
     makes a loss on a GPU NaN; a 4-bit weight is never repacked for bitsandbytes' own CPU kernels (one that already was
     is converted back, once); a 4-bit unmerge puts the original weight back, which is kept while merged;
     `ia3.bnb.Linear4bit` returns x's dtype, not fp32, and can be merged; a prefix is in no cache, whose length counts
-    tokens alone; models whose attention is `sdpa` are set to this package's; a gradient can't be differentiated once
-    more.
+    tokens alone; models on the CPU, and those with a prefix, whose attention is `sdpa` are set to this package's; a
+    gradient can't be differentiated once more.
 
     Args:
         model: any module; calling again covers layers that were added since, and reports on all.
@@ -290,9 +290,11 @@ def _accelerate(model: nn.Module) -> Report:
         reasons[module] = reason = _why_not(fused, module)
         if reason is None:
             change_class(module, fused)
+    for module in model.modules():
+        if isinstance(module, FusedLayer):
             remarks[module] = module.prepare()
 
-    # A second walk: whether a layer takes the fused path can depend on the layers inside it.
+    # Another walk: whether a layer takes the fused path can depend on the layers inside it.
     layers = []
     for name, module in model.named_modules():
         layers += [

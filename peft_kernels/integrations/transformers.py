@@ -6,7 +6,8 @@ A mask function that is missing from the second registry would have transformers
 from __future__ import annotations
 
 import inspect
-from typing import Any
+from functools import partial
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,8 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import prepare_padding_mask, sdpa_mask
 
+from ..cuda import why_not
+from ..ops._attention_by_torch import inputs_of_torch
 from ..ops.ia3_attention import ia3_attention
 from .lookalike import Lookalike, form
 from .registry import why_not_input
@@ -48,23 +51,44 @@ def attention(
     """
     prefix = kwargs.pop(PREFIX, None)
     prefix_k, prefix_v = (None, None) if prefix is None or _is_cross(module) else prefix[module.layer_idx]
-    causal = query.shape[2] > 1 and (getattr(module, "is_causal", True) if is_causal is None else is_causal)
-    if attention_mask is None or attention_mask.dim() == 2:
-        masks = {"causal": causal, "window": sliding_window, "key_padding_mask": attention_mask}
-    else:
-        masks = {"attn_mask": attention_mask}
+    num_queries, num_keys = query.shape[2], key.shape[2]
+    causal = num_queries > 1 and (getattr(module, "is_causal", True) if is_causal is None else is_causal)
     reason = _why_stock_input(query, value, dropout, kwargs)
-    if reason:
-        if isinstance(module, FusedAttention):
-            module.log_stock_path(reason)
-        key, value, attention_mask = _spelled_out(query, key, value, prefix_k, prefix_v, **masks)
-        return sdpa_attention_forward(
-            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, is_causal=False, **kwargs
+    if reason and isinstance(module, FusedAttention):
+        module.log_stock_path(reason)
+    ours = not reason and (takes_over(query.device) or prefix_k is not None)
+    stock_call = partial(sdpa_attention_forward, module, query, dropout=dropout, scaling=scaling, **kwargs)
+    if not ours and prefix_k is None and _is_stock_mask(attention_mask, sliding_window, num_keys):
+        return stock_call(key, value, attention_mask, is_causal=is_causal)
+    if attention_mask is None and causal and num_queries < num_keys:
+        # The other keys of an empty static cache are yet to come: see `mask`.
+        key, value = key[:, :, :num_queries], value[:, :, :num_queries]
+    if attention_mask is None or attention_mask.dim() == 2:
+        masks = {"causal": causal, "window": sliding_window, "key_padding_mask": attention_mask, "attn_mask": None}
+    else:
+        masks = {"causal": False, "window": None, "key_padding_mask": None, "attn_mask": attention_mask}
+    if ours:
+        out = ia3_attention(
+            query, key, value, scale=scaling, prefix_k=prefix_k, prefix_v=prefix_v, dropout=dropout, **masks
         )
-    out = ia3_attention(
-        query, key, value, scale=scaling, prefix_k=prefix_k, prefix_v=prefix_v, dropout=dropout, **masks
-    )
-    return out.transpose(1, 2), None
+        return out.transpose(1, 2), None
+    return stock_call(*inputs_of_torch(query, key, value, prefix_k, prefix_v, **masks)[:3], is_causal=causal)
+
+
+def takes_over(device: torch.device) -> bool:
+    """Whether a model that lives on a device has this package's attention there.
+
+    On a GPU stock has torch's, and so FlashAttention: only a prefix is a reason for another one. Tensors on the meta
+    device have yet to get to theirs.
+    """
+    return device.type in ("cpu", "meta")
+
+
+def _is_stock_mask(attention_mask: Tensor | None, window: int | None, num_keys: int) -> bool:
+    """Whether a mask is one that torch's attention has a meaning for, and all that is masked."""
+    if attention_mask is None:
+        return window is None or window >= num_keys
+    return attention_mask.dim() == 4
 
 
 def _is_cross(module: nn.Module) -> bool:
@@ -77,49 +101,9 @@ def _why_stock_input(query: Tensor, value: Tensor, dropout: float, kwargs: dict[
     for name in ("softcap", "s_aux", "position_bias"):
         if kwargs.get(name) is not None:
             return f"{name} was given"
-    if not query.is_cpu:
-        return f"no fused kernel for {query.device.type}"
     if reason := why_not_input(query):
         return reason
     return "keys and values differ in size" if query.shape[3] != value.shape[3] else None
-
-
-def _spelled_out(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    prefix_k: Tensor | None,
-    prefix_v: Tensor | None,
-    causal: bool = False,
-    window: int | None = None,
-    key_padding_mask: Tensor | None = None,
-    attn_mask: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Keys, values and a mask for an attention function that knows of neither prefixes nor our kinds of masks."""
-    num_queries, num_keys = query.shape[2], key.shape[2]
-    mask = attn_mask
-    if mask is None and (causal or window is not None or key_padding_mask is not None):
-        keys = torch.arange(num_keys, device=key.device)
-        distance = torch.arange(num_keys - num_queries, num_keys, device=key.device)[:, None] - keys
-        mask = torch.ones_like(distance, dtype=torch.bool)
-        if causal:
-            mask = distance >= 0
-        if window is not None:
-            mask = mask & (distance < window)
-        mask = mask[None, None]
-        if key_padding_mask is not None:
-            mask = mask & key_padding_mask[:, None, None]
-    if prefix_k is None:
-        return key, value, mask
-    batch = key.shape[0]
-    key, value = (
-        torch.cat([prefix.to(states.dtype).expand(batch, -1, -1, -1), states], dim=2)
-        for prefix, states in ((prefix_k, key), (prefix_v, value))
-    )
-    if mask is not None:
-        visible = mask.new_ones if mask.dtype is torch.bool else mask.new_zeros
-        mask = torch.cat([visible((*mask.shape[:-1], prefix_k.shape[1])), mask], dim=-1)
-    return key, value, mask
 
 
 def mask(
@@ -133,14 +117,27 @@ def mask(
     allow_is_causal_skip: bool = True,
     allow_is_bidirectional_skip: bool = False,
     config: Any = None,
+    device: torch.device | str = "cpu",
     **kwargs: Any,
 ) -> Tensor | None:
     """What transformers calls for each forward of a model, for `attention` to be given.
 
+    Layers on several devices can be given the same mask, so what it says does not depend on the device.
+
     Returns:
-        None where the layer's own causality and window say all; bool [B, S_k], False where a key is padding; bool
-        [B, 1, S_q, S_k] where the pattern is another one (packed sequences, static caches, overlays).
+        None where the layer's own causality and window say all, and its first query stands at its first key, as all of
+        transformers' masks mean it. bool [B, S_k], False where a key is padding, where they say the rest, and the last
+        query stands at the last key. bool [B, 1, S_q, S_k] where the pattern is another one (packed sequences,
+        static caches, overlays). On devices where attention is torch's, what stock returns: the first or the last.
     """
+    written = partial(
+        sdpa_mask, batch_size, q_length, kv_length, q_offset, kv_offset, attention_mask=attention_mask,
+        local_size=local_size, device=device, **kwargs,
+    )  # fmt: skip
+    if not takes_over(torch.device(device)):
+        return written(
+            allow_is_causal_skip=allow_is_causal_skip, allow_is_bidirectional_skip=allow_is_bidirectional_skip
+        )
     # transformers allows a causal skip only where the pattern is causal, perhaps within a window of local_size.
     plain = (allow_is_causal_skip or allow_is_bidirectional_skip) and (
         local_size in (None, getattr(config, "sliding_window", None))
@@ -151,15 +148,15 @@ def mask(
         or isinstance(q_offset, Tensor)
         or (not allow_is_bidirectional_skip and q_offset + q_length != kv_offset + kv_length)
     ):
-        return sdpa_mask(
-            batch_size, q_length, kv_length, q_offset, kv_offset, attention_mask=attention_mask, local_size=local_size,
-            allow_is_causal_skip=False, allow_is_bidirectional_skip=False, **kwargs,
-        )  # fmt: skip
+        return written(allow_is_causal_skip=False, allow_is_bidirectional_skip=False)
     padding = prepare_padding_mask(attention_mask, kv_length, kv_offset)
-    if padding is None:
+    if padding is not None:
+        padding = padding[:, kv_offset : kv_offset + kv_length].bool()
+        if torch.compiler.is_compiling() or not padding.all():
+            return padding
+    if allow_is_bidirectional_skip or q_length in (1, kv_length):
         return None
-    padding = padding[:, kv_offset : kv_offset + kv_length].bool()
-    return None if not torch.compiler.is_compiling() and padding.all() else padding
+    return torch.ones(batch_size, kv_length, dtype=torch.bool, device=device)
 
 
 AttentionInterface.register(NAME, attention)
@@ -173,8 +170,11 @@ class FusedAttention(Lookalike):
     """The stock layer, with flash-style attention; transformers looks the function up in the model's configuration.
     Where the layer rotates its queries and keys, that is one operation.
 
-    Causal, sliding-window and padding masks are told to the kernel, not written out.
+    Causal, sliding-window and padding masks are told to the kernel, not written out. On a GPU it is torch's attention
+    that is called, with what stock calls it with.
     """
+
+    rotates: ClassVar[bool] = False
 
     @classmethod
     def why_not(cls, layer: nn.Module) -> str | None:
@@ -184,18 +184,33 @@ class FusedAttention(Lookalike):
         return None if implementation in ("sdpa", NAME) else f"its attention is {implementation!r}, not 'sdpa'"
 
     def prepare(self) -> str:
-        self.config._attn_implementation = NAME
-        return ""
+        if takes_over(self._device()):
+            self.take_over()
+            return ""
+        return "its rotary embedding"
+
+    def take_over(self) -> None:
+        """Has the layer's model call `attention`, instead of torch's by itself."""
+        if self.config._attn_implementation == "sdpa":
+            self.config._attn_implementation = NAME
 
     def release(self) -> None:
         if self.config._attn_implementation == NAME:
             self.config._attn_implementation = "sdpa"
 
+    def why_no_prefix(self) -> str | None:
+        """Why the layer would not see a prefix, which it does on any device."""
+        implementation = self.config._attn_implementation
+        return None if implementation == NAME else f"its attention is now {implementation!r}"
+
     def why_stock(self) -> str | None:
-        if (implementation := self.config._attn_implementation) != NAME:
-            return f"its attention is now {implementation!r}"
-        parameter = next(self.parameters())
-        return None if parameter.is_cpu else f"no fused kernel for {parameter.device.type}"
+        device = self._device()
+        if takes_over(device):
+            return self.why_no_prefix() or (None if device.type == "cpu" else why_not(device))
+        return None if self.rotates and not why_not(device) else f"on {device.type} torch's attention is the fast one"
+
+    def _device(self) -> torch.device:
+        return next(self.parameters()).device
 
     @classmethod
     def fits(cls, stock: type) -> bool:
@@ -204,7 +219,7 @@ class FusedAttention(Lookalike):
     @classmethod
     def members(cls, stock: type) -> dict[str, Any]:
         forward = with_fused_rotary(stock.forward)
-        return {"forward": forward} if forward else {}
+        return {"forward": forward, "rotates": True} if forward else {}
 
 
 @form

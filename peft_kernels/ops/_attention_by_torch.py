@@ -6,6 +6,8 @@ Without a prefix and a rotation no key or value is touched: l_k multiplies the q
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -34,10 +36,8 @@ def attention_by_torch(
     dropout: float,
 ) -> Tensor:
     """The arguments of `ia3_attention`, checked; returns [B, H, S_q, D]."""
-    batch, heads, num_queries, head_dim = q.shape
-    kv_heads, num_keys = k.shape[1:3]
-    group = heads // max(kv_heads, 1)
-    mask = _mask(num_queries, num_keys, causal, window, key_padding_mask, attn_mask, q)
+    heads, head_dim = q.shape[1::2]
+    group = heads // max(k.shape[1], 1)
     factors = [None if x is None else x.reshape(-1, 1, head_dim) for x in (l_q, l_k, l_v)]
     on_q, on_k, on_v = factors
     on_out = None
@@ -48,26 +48,63 @@ def attention_by_torch(
             on_q, on_k = (folded if on_q is None else on_q.float() * folded.float()), None
     v = _scaled(v, on_v)
     q, k = (_scaled(q, on_q), _scaled(k, on_k)) if rope is None else rotated(q, k, on_q, on_k, rope)
-    if prefix_k is not None:
-        k, v = (
-            torch.cat([prefix.to(x.dtype).expand(batch, -1, -1, -1), x], dim=2)
-            for prefix, x in ((prefix_k, k), (prefix_v, v))
-        )
-        if mask is None and causal:
-            mask = _band(num_queries, num_keys, True, None, q.device)
-        if mask is not None:
-            mask = F.pad(mask, (prefix_k.shape[1], 0), value=mask.dtype is torch.bool)
+    k, v, mask, is_causal = inputs_of_torch(
+        q, k, v, prefix_k, prefix_v, causal=causal, window=window, key_padding_mask=key_padding_mask,
+        attn_mask=attn_mask,
+    )  # fmt: skip
     hidden = None
     if mask is not None and prefix_k is None:
         # What a row without a visible key gives depends on the implementation that torch chooses.
         hidden = ~mask.any(-1, keepdim=True) if mask.dtype is torch.bool else (mask == -torch.inf).all(-1, keepdim=True)
         mask = mask.masked_fill(hidden, mask.dtype is torch.bool)
-    out = F.scaled_dot_product_attention(
-        q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=mask is None and causal, scale=scale, enable_gqa=group > 1
-    )
+    out = _attended(q, k, v, mask, group, dropout_p=dropout, is_causal=is_causal, scale=scale)
     if hidden is not None:
         out = out.masked_fill(hidden, 0)
     return _scaled(out, on_out)
+
+
+def _attended(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, group: int, **options: Any) -> Tensor:
+    """torch's attention. With a mask its fast kernels take no fewer heads of keys than of queries, and without them it
+    writes the scores out; one query's heads can be rows instead."""
+    if mask is None or group == 1:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=group > 1, **options)
+    if q.shape[2] > 1:
+        k, v = (x.repeat_interleave(group, dim=1) for x in (k, v))
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, **options)
+    if mask.dim() == 4 and mask.shape[1] > 1:
+        mask = mask.expand(-1, q.shape[1], -1, -1).reshape(mask.shape[0], k.shape[1], group, mask.shape[3])
+    rows = q.reshape(q.shape[0], k.shape[1], group, q.shape[3])
+    return F.scaled_dot_product_attention(rows, k, v, attn_mask=mask, **options).reshape(q.shape)
+
+
+def inputs_of_torch(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    prefix_k: Tensor | None,
+    prefix_v: Tensor | None,
+    *,
+    causal: bool,
+    window: int | None,
+    key_padding_mask: Tensor | None,
+    attn_mask: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor | None, bool]:
+    """k, v, a mask and is_causal for torch's attention, which knows of neither prefixes nor other kinds of masks.
+
+    The mask is as small as it can be, and none where is_causal says all.
+    """
+    num_queries, num_keys = q.shape[2], k.shape[2]
+    mask = _mask(num_queries, num_keys, causal, window, key_padding_mask, attn_mask, q)
+    if prefix_k is not None:
+        k, v = (
+            torch.cat([prefix.to(x.dtype).expand(x.shape[0], -1, -1, -1), x], dim=2)
+            for prefix, x in ((prefix_k, k), (prefix_v, v))
+        )
+        if mask is None and causal and num_queries > 1:
+            mask = _band(num_queries, num_keys, True, None, q.device)
+        if mask is not None:
+            mask = F.pad(mask, (prefix_k.shape[1], 0), value=mask.dtype is torch.bool)
+    return k, v, mask, mask is None and causal and num_queries > 1
 
 
 def rotated(
@@ -150,16 +187,19 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def _band(num_queries: int, num_keys: int, causal: bool, window: int | None, device: torch.device) -> Tensor:
-    """bool [S_q, S_k], by position."""
+    """bool [1, 1, S_q, S_k], by position."""
     behind = torch.arange(num_keys - num_queries, num_keys, device=device)[:, None] - torch.arange(
         num_keys, device=device
     )
     seen = behind >= 0 if causal else torch.ones_like(behind, dtype=torch.bool)
-    return seen if window is None else seen & (behind.abs() < window)
+    return (seen if window is None else seen & (behind.abs() < window))[None, None]
 
 
 def _mask(num_queries, num_keys, causal, window, key_padding_mask, attn_mask, q: Tensor) -> Tensor | None:
     """All masks as one that broadcasts to [B, H, S_q, S_k]: bool or of q's dtype; None where is_causal says it all."""
+    if window is not None and window >= max(num_queries, num_keys):
+        window = None
+    causal = causal and num_queries > 1  # The last query stands at the last key.
     by_torch = causal and num_queries == num_keys
     parts = []
     if window is not None or (causal and not (by_torch and key_padding_mask is None and attn_mask is None)):

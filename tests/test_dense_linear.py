@@ -125,10 +125,23 @@ def test_other_inputs_are_torchs(calls):
 
 
 @pytest.mark.parametrize(
-    "layer", [nn.Linear(512, 16), nn.Linear(512, 512, dtype=torch.bfloat16)], ids=["small", "bf16"]
+    ("layer", "reason"),
+    [
+        (nn.Linear(512, 16), "it has fewer than 128 features"),
+        (nn.Linear(512, 512, dtype=torch.bfloat16), "its weight is torch.bfloat16"),
+        (nn.Linear(512, 512, device="meta"), "it is for the CPU"),
+    ],
+    ids=["small", "bf16", "meta"],
 )
-def test_others_are_passed_over(layer):
-    assert not list(peft_kernels.accelerate(nn.Sequential(layer)))
+def test_others_are_left_alone(layer, reason):
+    (row,) = peft_kernels.accelerate(nn.Sequential(layer))
+    assert (row.fused, row.reason, type(layer)) == (False, reason, nn.Linear)
+
+
+def test_where_torch_is_as_fast(monkeypatch):
+    monkeypatch.setattr("peft_kernels.cpu.outruns_torch", lambda: False)
+    (row,) = peft_kernels.accelerate(make())
+    assert (row.fused, row.reason) == (False, "torch's product is as fast on this processor")
 
 
 def test_under_adapters(calls):

@@ -29,6 +29,7 @@ from peft_models import (
     randomize,
     stock_path_reasons,
 )
+from reports import missed
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -484,7 +485,7 @@ def test_language_model(kind):
     fused = copy.deepcopy(stock)
     report = peft_kernels.accelerate(fused)
     # Of two decoder layers: itself, attention, MLP, two norms; then the last norm, the output layer and the loss.
-    assert len(report.fused) == (28 if kind == "4bit" else 14) + 2 * 5 + 3 and not report.left_alone
+    assert len(report.fused) == (28 if kind == "4bit" else 14) + 2 * 5 + 3 and not missed(report)
     tokens = torch.randint(128, (2, 9))
     results = []
     for model in (stock, fused):
@@ -502,7 +503,7 @@ def test_trainer_with_bf16_autocast_and_checkpointing(kind, tmp_path):
     from transformers import Trainer, TrainingArguments  # slow to import
 
     model = tiny_lora_llama(kind == "4bit", lora_dropout=0.1)
-    assert not peft_kernels.accelerate(model).left_alone
+    assert not missed(peft_kernels.accelerate(model))
     tokens = torch.randint(128, (8, 12))
     data = [{"input_ids": row, "labels": row} for row in tokens]
     trained = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}

@@ -19,6 +19,7 @@ from peft_models import (
     randomize,
     stock_path_reasons,
 )
+from reports import missed
 from tiny_models import SAME_STEP
 
 import peft_kernels
@@ -183,7 +184,7 @@ def test_generation_of_a_mixed_batch(kind, options, caplog):
     stock.add_adapter("b", LoraConfig(r=3, lora_alpha=24, target_modules=["q_proj", "down_proj"]))
     randomize(stock)
     fused = copy.deepcopy(stock)
-    assert not peft_kernels.accelerate(fused).left_alone
+    assert not missed(peft_kernels.accelerate(fused))
     tokens = torch.randint(3, 60, (4, 9))
     call = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "max_new_tokens": 6, "do_sample": False,
             "adapter_names": ["b", "default", "__base__", "b"], "pad_token_id": 0, **options}  # fmt: skip

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from .. import cpu
 from .linear import own_product, parameter
 from .registry import FusedLayer, register
+from .sharding import type_in_forward
 
 LEAST_FEATURES = 128  # below, as in most adapters, little time is spent
 
@@ -16,22 +17,15 @@ class FusedDense(FusedLayer):
     """The stock layer; products large enough are `lora_linear`'s, without adapters."""
 
     @classmethod
-    def applies(cls, layer: nn.Module) -> bool:
-        weight = layer.weight
-        return (
-            weight.dtype is torch.float32
-            and weight.is_cpu
-            and min(weight.shape) >= LEAST_FEATURES
-            and cpu.outruns_torch()
-        )
+    def why_not(cls, layer: nn.Module) -> str | None:
+        if reason := why_not_weight(layer.weight):
+            return reason
+        if min(layer.weight.shape) < LEAST_FEATURES:
+            return f"it has fewer than {LEAST_FEATURES} features"
+        return None if cpu.outruns_torch() else "torch's product is as fast on this processor"
 
     def why_stock(self) -> str | None:
-        weight = self.weight
-        if type(weight) is not nn.Parameter:
-            return f"its weight is a {type(weight).__name__}"
-        if weight.dtype is not torch.float32:
-            return f"its weight is {weight.dtype}"
-        return None if weight.is_cpu else "it is for the CPU"
+        return why_not_weight(self.weight)
 
     def forward(self, input: Tensor) -> Tensor:
         y = own_product(input, self.matrix(), parameter(self, "bias"))
@@ -40,6 +34,15 @@ class FusedDense(FusedLayer):
     def matrix(self) -> Tensor:
         """The weight as [N, K]."""
         return parameter(self, "weight")
+
+
+def why_not_weight(weight: Tensor) -> str | None:
+    kind = type_in_forward(weight)
+    if kind is not nn.Parameter:
+        return f"its weight is a {kind.__name__}"
+    if weight.dtype is not torch.float32:
+        return f"its weight is {weight.dtype}"
+    return None if weight.is_cpu else "it is for the CPU"
 
 
 @register

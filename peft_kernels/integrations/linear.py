@@ -18,6 +18,7 @@ from ..ops.lora_linear import lora_linear_of_layer
 from ..ops.nf4 import NF4Weight
 from ..ops.projections import Projection, Projections, project
 from .registry import FLOAT_DTYPES, Caching, FusedLayer, why_not_input
+from .sharding import type_in_forward
 from .watch import Watch
 
 # The arguments of `lora_linear` and `ia3_linear` for the frozen layer: weight, bias, compute_dtype and out_dtype.
@@ -182,8 +183,8 @@ def is_plain(weight: Tensor) -> bool:
 
 
 def why_not_weight(weight: Tensor) -> str | None:
-    if not is_plain(weight):
-        return f"its base weight is a {type(weight).__name__}"
+    if not is_plain(weight) and (kind := type_in_forward(weight)) is not nn.Parameter:
+        return f"its base weight is a {kind.__name__}"
     if not weight.is_cpu and (reason := why_not(weight.device)):
         return reason
     return None if weight.dtype in FLOAT_DTYPES else f"its base weight is {weight.dtype}"

@@ -80,9 +80,9 @@ def register_loaded() -> None:
     """Registers the classes of the models that have been imported by now."""
     for module in _FORMS_IN:
         importlib.import_module(f"{__package__}.{module}")
-    for stock in list(_classes()):
-        if stock not in _seen:
-            _seen.add(stock)
+    while new := [stock for stock in _classes() if stock not in _seen]:  # looking for forms imports the forms' models
+        _seen.update(new)
+        for stock in new:
             if fused := form_of(stock):
                 fused.made_for(stock)
 

@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 from ..ops.linear import linear
 from .linear import is_plain, own_product, parameter
 from .registry import FLOAT_DTYPES, Setting, change_class, register_setting, why_not_input
+from .sharding import class_below
 
 
 class Linear(nn.Linear):
@@ -36,7 +37,7 @@ class FusedOutputLayer(Setting):
     def applies(cls, module: nn.Module) -> bool:
         head = module.get_output_embeddings() if isinstance(module, PreTrainedModel) else None
         return (
-            type(head) is nn.Linear
+            class_below(type(head)) is nn.Linear
             and "forward" not in vars(head)
             and head.weight.is_cpu
             and head.weight.dtype in FLOAT_DTYPES
@@ -44,12 +45,12 @@ class FusedOutputLayer(Setting):
 
     @classmethod
     def is_set(cls, module: nn.Module) -> bool:
-        return type(module) is Linear
+        return isinstance(module, Linear)
 
     @classmethod
     def set(cls, module: nn.Module) -> None:
-        change_class(module.get_output_embeddings(), Linear)
+        change_class(module.get_output_embeddings(), Linear.stock, Linear)
 
     @classmethod
     def unset(cls, module: nn.Module) -> None:
-        change_class(module, Linear.stock)
+        change_class(module, Linear, Linear.stock)

@@ -26,6 +26,8 @@ from torch.autograd import forward_ad
 
 from .. import cpu
 from ..printing import PrintedReport, indented, starred
+from .kinds import kind_of, why_no_form
+from .sharding import class_below, gathering, rederived
 
 # Packages whose layers can be fused, with the modules here that fuse them. None of them is imported before a model
 # that is made of its layers has imported it.
@@ -41,6 +43,8 @@ FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Parts that an adapter's layer computes itself when it is fused.
 _INNER = re.compile(r"(.*)\.(base_layer|lora_(A|B|dropout)\.[^.]+)")
 
+_OWN = f"{__package__.partition('.')[0]}.nn."  # layers that compute what their parts are for
+
 _logger = logging.getLogger("peft_kernels")
 _logged: set[tuple[type, str]] = set()
 
@@ -55,7 +59,7 @@ class FusedLayer:
 
     @classmethod
     def applies(cls, layer: nn.Module) -> bool:
-        """Whether the stock layer does what can be fused at all; the report passes over one that does not."""
+        """Whether the stock layer does what can be fused at all. One that does not is as one without a fused class."""
         return True
 
     @classmethod
@@ -150,7 +154,8 @@ def register_setting(setting: AnySetting) -> AnySetting:
 
 
 def mention(stock: type[nn.Module]) -> None:
-    """Has the report mention instances of a class, and of its subclasses, even if none of them can be fused."""
+    """Has the report mention instances of a class, and of its subclasses, even if none of them can be fused, as it does
+    the layers that `kind_of` knows."""
     _mentioned.append(stock)
 
 
@@ -161,7 +166,7 @@ def fused_form(stock: type[nn.Module]) -> type[FusedLayer] | None:
 
 def describe(cls: type) -> str:
     """`peft.Linear4bit`: the package and the name of a stock class, also when given its fused one."""
-    stock = getattr(cls, "stock", cls)
+    stock = getattr(cls, "stock", class_below(cls))
     return f"{stock.__module__.split('.')[0]}.{stock.__name__}"
 
 
@@ -273,45 +278,56 @@ def accelerate(model: nn.Module) -> Report:
     """
     check_module(model)
     _load_packages()
-    with undone_on_error(model):
-        return _accelerate(model)
+    with undone_on_error(model), gathering(model):
+        reasons = _fuse(model)
+        remarks = {module: module.prepare() for module in model.modules() if isinstance(module, FusedLayer)}
+        return Report(tuple(_reports(model, reasons, remarks)), cpu.isa())
 
 
-def _accelerate(model: nn.Module) -> Report:
+def _fuse(model: nn.Module) -> dict[nn.Module, str | None]:
+    """Changes the classes; of the layers that a fused class was found for, why they were left as they are."""
     reasons: dict[nn.Module, str | None] = {}
-    remarks: dict[nn.Module, str] = {}
     for module in model.modules():
         for setting in _settings:
             if setting.applies(module):
                 setting.set(module)
-        fused = fused_form(type(module))
+        fused = fused_form(class_below(type(module)))
         if fused is None or not fused.applies(module):
             continue
         reasons[module] = reason = _why_not(fused, module)
         if reason is None:
-            change_class(module, fused)
-    for module in model.modules():
-        if isinstance(module, FusedLayer):
-            remarks[module] = module.prepare()
+            change_class(module, fused.stock, fused)
+    return reasons
 
-    # Another walk: whether a layer takes the fused path can depend on the layers inside it.
-    layers = []
+
+def _reports(
+    model: nn.Module, reasons: dict[nn.Module, str | None], remarks: dict[nn.Module, str]
+) -> Iterator[LayerReport]:
+    """What became of each layer, in the model's order; another walk, as that can depend on the layers inside it."""
+    named: set[str] = set()
+    own: tuple[str, ...] = ()  # layers of this package
+    mentioned = tuple(_mentioned)
     for name, module in model.named_modules():
-        layers += [
-            LayerReport(name, describe(type(module)), True, setting.remark)
-            for setting in _settings
-            if setting.is_set(module)
-        ]
+        if class_below(type(module)).__module__.startswith(_OWN):
+            own += (f"{name}." if name else "",)
+            continue
+        kind, settings = describe(type(module)), [setting for setting in _settings if setting.is_set(module)]
+        yield from (LayerReport(name, kind, True, setting.remark) for setting in settings)
         if isinstance(module, FusedLayer):
             reason = module.why_stock()
         elif module in reasons:
             reason = reasons[module]
-        elif isinstance(module, tuple(_mentioned)):
-            reason = "this class has no fused form"
+        elif isinstance(module, mentioned) or (kind_of(module) and not settings):
+            reason = why_no_form(module)
         else:
             continue
-        layers.append(LayerReport(name, describe(type(module)), reason is None, reason or remarks.get(module, "")))
-    return Report(tuple(layers), cpu.isa())
+        # Parts of an adapter's layer go without saying, fused or not.
+        inner = _INNER.fullmatch(name)
+        is_part = (inner and inner[1] in named) or name.startswith(own)
+        if reason and is_part and not isinstance(module, mentioned):
+            continue
+        named.add(name)
+        yield LayerReport(name, kind, reason is None, reason or remarks.get(module, ""))
 
 
 def restore(model: nn.Module) -> None:
@@ -333,15 +349,11 @@ def _restore(model: nn.Module, but: Collection[tuple[Any, nn.Module]]) -> None:
         for setting in _settings:
             if setting.is_set(module) and (setting, module) not in but:
                 setting.unset(module)
-        if (
-            isinstance(module, FusedLayer)
-            and (FusedLayer, module) not in but
-            and fused_form(module.stock) is type(module)  # not parametrised since
-        ):
+        if isinstance(module, FusedLayer) and (FusedLayer, module) not in but:
             module.release()
             for name in module.own_state:
                 vars(module).pop(name, None)
-            change_class(module, module.stock)
+            change_class(module, fused_form(module.stock), module.stock)
 
 
 @contextmanager
@@ -393,7 +405,9 @@ def _why_not(fused: type[FusedLayer], module: nn.Module) -> str | None:
     return fused.why_not(module)
 
 
-def change_class(module: nn.Module, cls: type[nn.Module]) -> None:
+def change_class(module: nn.Module, old: type[nn.Module], new: type[nn.Module]) -> None:
+    """Has a layer be of another class, also where `fully_shard` or a parametrization has put one of its own on top."""
+    cls = rederived(type(module), old, new)
     # Hooks of the accelerate library keep the forward that they wrap as a bound method in the instance, where it
     # would outlive the change.
     for name in ("forward", "_old_forward"):

@@ -1,0 +1,75 @@
+"""Layers that others have put a class of their own on top of: FSDP2's `fully_shard`, and torch's parametrizations.
+
+`fully_shard` makes a class of (FSDPModule, the layer's class) and has parameters be DTensors but for while the layer
+runs.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
+from torch import Tensor, nn
+
+# The parameters that are whole when their layers run, by their ids, while a report is made.
+_gathered: ContextVar[frozenset[int]] = ContextVar("gathered", default=frozenset())
+
+
+def is_sharding(cls: type) -> bool:
+    """Whether a class is one that `fully_shard` has made."""
+    module = sys.modules.get("torch.distributed.fsdp")
+    sharding = getattr(module, "FSDPModule", None)  # since torch 2.6
+    return sharding is not None and len(cls.__bases__) == 2 and issubclass(cls.__bases__[0], sharding)
+
+
+def class_below(cls: type) -> type:
+    """A layer's own class, below one that `fully_shard` has made of it."""
+    return cls.__bases__[1] if is_sharding(cls) else cls
+
+
+@functools.cache  # so that layers of one class stay so
+def rederived(cls: type, old: type, new: type) -> type:
+    """A class that derives from `new` where `cls` derives from `old`, or is it."""
+    if cls is old:
+        return new
+    bases = tuple(rederived(base, old, new) if issubclass(base, old) else base for base in cls.__bases__)
+    # transformers' layers have each class that is derived from them wrap what it inherits: the new one will again.
+    members = {
+        name: value
+        for name, value in vars(cls).items()
+        if name not in ("__dict__", "__weakref__") and not _wraps(value, getattr(old, name, None))
+    }
+    return type(cls.__name__, bases, members)
+
+
+def _wraps(function: object, inherited: object) -> bool:
+    return callable(function) and callable(inherited) and inspect.unwrap(function) is inspect.unwrap(inherited)
+
+
+@contextmanager
+def gathering(model: nn.Module) -> Iterator[None]:
+    """Has `type_in_forward` know the parameters of a model."""
+    found = set()
+    for module in model.modules():
+        if is_sharding(type(module)):
+            found |= {id(parameter) for parameter in module.parameters() if _is_only_sharded(parameter)}
+    token = _gathered.set(frozenset(found))
+    try:
+        yield
+    finally:
+        _gathered.reset(token)
+
+
+def type_in_forward(weight: Tensor) -> type[Tensor]:
+    """The type that a layer's parameter has while the layer runs, as far as that can be known."""
+    return nn.Parameter if id(weight) in _gathered.get() else type(weight)
+
+
+def _is_only_sharded(parameter: Tensor) -> bool:
+    """Whether it is no DTensor for another reason as well, such as tensor parallelism."""
+    placements = getattr(parameter, "placements", None)
+    return bool(placements) and placements[-1].is_shard() and all(each.is_replicate() for each in placements[:-1])

@@ -166,8 +166,9 @@ def test_models_of_others_are_left_alone():
     config = PrefixTuningConfig(
         task_type="CAUSAL_LM", num_virtual_tokens=LENGTH, num_layers=2, token_dim=8, num_attention_heads=2
     )
-    (layer,) = peft_kernels.accelerate(get_peft_model(Model(8, 8), config))
+    layer, base, *_ = peft_kernels.accelerate(get_peft_model(Model(8, 8), config))
     assert not layer.fused and layer.reason == "its model is not a transformers.PreTrainedModel"
+    assert not base.fused and base.reason == "this class has no fused form"
 
 
 @pytest.mark.parametrize("what", ["window", "eager"])

@@ -72,12 +72,22 @@ def test_cuda_stream_symbol_is_weak():
     assert stream == ([True] if _extension.build_info["cuda"] else [])
 
 
+def dynamic_section():
+    command = ["readelf", "--dynamic", "--wide", EXTENSION]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
 @needs_binutils
 def test_needed_libraries():
-    output = subprocess.run(["readelf", "--dynamic", "--wide", EXTENSION], capture_output=True, text=True, check=True)
-    needed = set(re.findall(r"\(NEEDED\).*\[(.*)\]", output.stdout))
+    needed = set(re.findall(r"\(NEEDED\).*\[(.*)\]", dynamic_section()))
     system = {"libc", "libm", "libstdc++", "libgcc_s", "libpthread", "libdl", "librt", "ld-linux-x86-64"}
     assert {library.split(".so")[0] for library in needed} - system == {"libtorch"}
+
+
+@needs_binutils
+def test_no_folder_is_searched_for_libraries():
+    """The folder of the torch that it was linked with may be pip's for one build, or belong to anyone later."""
+    assert re.findall(r"\((?:RPATH|RUNPATH)\).*", dynamic_section()) == []
 
 
 def test_limited_api_name():

@@ -1,12 +1,10 @@
-"""The compiled module: what it needs from outside, what happens when it is missing or old, and the wheel."""
+"""The compiled module: what it needs from outside, and what happens when it is missing or old."""
 
 import os
 import re
 import shutil
 import subprocess
 import sys
-import sysconfig
-import venv
 from pathlib import Path
 
 import pytest
@@ -15,7 +13,6 @@ from torch.utils.cpp_extension import include_paths
 import peft_kernels
 from peft_kernels import _extension
 
-ROOT = Path(__file__).parent.parent
 EXTENSION = Path(_extension._C.__file__)
 TORCH_TARGET = "0x020a000000000000ULL"  # as in CMakeLists.txt: torch 2.10
 
@@ -124,46 +121,6 @@ def test_stale_module_says_what_to_do(tmp_path):
     assert error.startswith("ImportError: peft_kernels: the compiled module") and "is stale" in error
     assert f"wants {_extension.EXPECTED_OPS_VERSION}" in error
     assert "pip install" in error
-
-
-@pytest.mark.slow
-def test_wheel_installs_and_works(tmp_path):
-    """Builds the wheel from a clean copy of the sources, installs it beside this environment's torch, and runs it."""
-    sources = tmp_path / "sources"
-    ignored = shutil.ignore_patterns(".*", "build*", "dist", "*.so", "*.egg-info", "__pycache__", "demo-output")
-    shutil.copytree(ROOT, sources, ignore=ignored)
-    scripts = sysconfig.get_path("scripts")
-    environment = os.environ | {
-        "PEFT_KERNELS_CUDA": "0",
-        "CMAKE_BUILD_PARALLEL_LEVEL": "2",
-        "PATH": scripts + os.pathsep + os.environ["PATH"],
-    }
-    environment.pop("PYTHONPATH", None)
-    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet"]
-    wheel_command = ["wheel", ".", "--no-build-isolation", "--no-deps", "--wheel-dir", str(tmp_path)]
-    subprocess.run([*pip, *wheel_command], cwd=sources, env=environment, check=True)
-    (wheel,) = tmp_path.glob("*.whl")
-    assert re.fullmatch(r"peft_kernels-[\d.]+-cp310-abi3-\w+\.whl", wheel.name)
-
-    venv.create(tmp_path / "venv", with_pip=False)
-    python = tmp_path / "venv/bin/python"
-    (target,) = (tmp_path / "venv/lib").glob("python*/site-packages")
-    install = ["install", "--no-deps", "--no-index", "--no-compile", "--target", str(target), str(wheel)]
-    subprocess.run([*pip, *install], env=environment, check=True)
-    # torch and the rest come from this environment, but only after what was installed. A plain line in a .pth file
-    # adds a folder and leaves out that folder's own .pth files, so an editable install of ours stays out.
-    (target / "environment.pth").write_text(sysconfig.get_path("purelib") + "\n")
-    program = (
-        "import torch, peft_kernels; from peft_kernels.ops import quantize_4bit\n"
-        "weight = quantize_4bit(torch.tensor([1.0, -1.0, 0.0]), double_quant=True)\n"
-        "print(peft_kernels.__file__); print(weight.dequantize().tolist())"
-    )
-    result = subprocess.run(
-        [python, "-c", program], capture_output=True, text=True, check=True, cwd=tmp_path, env=environment
-    )
-    location, values = result.stdout.splitlines()
-    assert Path(location).is_relative_to(target)
-    assert values == "[1.0, -1.0, 0.0]"
 
 
 def test_refusals_are_value_errors_whatever_torch_makes_of_them():

@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 import transformers
-from comparison import error
+from comparison import error, rms
 from reports import missed
 from tiny_models import SAME_STEP, tiny, tokens
 from tolerances import VERSUS_STOCK
@@ -87,21 +87,30 @@ def test_trains_as_stock_does(name):
 
 @pytest.mark.parametrize("weight_dtype", [torch.bfloat16, torch.float32], ids=["bf16-weights", "fp32-norms"])
 def test_error_in_bf16(weight_dtype):
-    """Against fp64; with norms in fp32 as PEFT's prepare_model_for_kbit_training makes them."""
-    exact = tiny("llama").double().eval()
-    ids, padding = tokens()
-    model = copy.deepcopy(exact).bfloat16()
-    exact.load_state_dict(model.state_dict())  # the numbers in bf16
-    for layer in model.modules():
-        if isinstance(layer, transformers.models.llama.modeling_llama.LlamaRMSNorm):
-            layer.to(weight_dtype)
-    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=weight_dtype is torch.float32):
-        wanted = exact(ids, padding).logits[padding.bool()]
-        stock = model(ids, padding).logits
-        peft_kernels.accelerate(model)
-        ours = model(ids, padding).logits
-    assert ours.dtype is stock.dtype
-    assert error(ours[padding.bool()], wanted) <= VERSUS_STOCK * error(stock[padding.bool()], wanted)
+    """Against fp64; with norms in fp32 as PEFT's prepare_model_for_kbit_training makes them.
+
+    For one model the ratio of the errors has a standard deviation of 0.03 (64 seeds, with AVX2 and with AMX; its mean
+    is 0.999), for eight of 0.01: VERSUS_STOCK is more than four of these away.
+    """
+    ours, stocks = [], []
+    for seed in range(8):
+        torch.manual_seed(seed)
+        exact = tiny("llama").double().eval()
+        ids, padding = tokens()
+        model = copy.deepcopy(exact).bfloat16()
+        exact.load_state_dict(model.state_dict())  # the numbers in bf16
+        for layer in model.modules():
+            if isinstance(layer, transformers.models.llama.modeling_llama.LlamaRMSNorm):
+                layer.to(weight_dtype)
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=weight_dtype is torch.float32):
+            wanted = exact(ids, padding).logits[padding.bool()]
+            stock = model(ids, padding).logits
+            peft_kernels.accelerate(model)
+            fused = model(ids, padding).logits
+        assert fused.dtype is stock.dtype
+        ours.append(error(fused[padding.bool()], wanted))
+        stocks.append(error(stock[padding.bool()], wanted))
+    assert rms(torch.tensor(ours)) <= VERSUS_STOCK * rms(torch.tensor(stocks))
 
 
 def test_classes_are_known_by_their_code():

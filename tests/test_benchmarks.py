@@ -657,6 +657,7 @@ def test_architectures_find_a_difference(monkeypatch):
             parameter.data.mul_(1.01)
 
     monkeypatch.setattr(architectures.peft_kernels, "accelerate", worse)
+    monkeypatch.setattr(architectures, "LEAST_TOKENS", 1)
     with pytest.raises(ArithmeticError, match=r"vit fp32 1, .*: got an error of"):
         architectures.run(architectures.Case("vit", "fp32", 1), [], [cpu.isa()], 0.0, shout)
 

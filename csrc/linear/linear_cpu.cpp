@@ -8,6 +8,7 @@
 //          │ next      │ prefetched     also less than its way from a cache.
 #include "common/parallel_for.h"
 #include "common/rows.h"
+#include "common/sum_parts.h"
 #include "linear/linear.h"
 
 namespace peft_kernels {
@@ -23,6 +24,7 @@ constexpr int64_t kAhead = 4 * kRowsOfW;
 template <class T>
 struct InFloat {
     using X = float;
+    static constexpr bool kParts = kFewLanes && kSame<T, float>;
     static constexpr int64_t kColumns = kLanes;
     static auto load_weight(const T* w, int64_t count) { return load_some(w, count); }
     static auto load_x(const X* x) { return load(x); }
@@ -36,6 +38,7 @@ struct InFloat {
 // As pairs, whose products are exact but for numbers below 2^-126, which count as zero. A weight of 768 x 3072 in a cache and 8 rows took 3 x as long in fp32.
 struct InPairs {
     using X = BFloat16;
+    static constexpr bool kParts = false;
     static constexpr int64_t kColumns = 2 * kLanes;
     static auto load_weight(const BFloat16* w, int64_t count) { return load_bf16(w, count); }
     static auto load_x(const X* x) { return Bf16Vector(_mm512_loadu_si512(x)); }
@@ -79,8 +82,23 @@ inline void multiply_rows(const LinearParams& p, const typename Arithmetic::X* x
         }
     };
     int64_t column = 0;
-    for (; column + kColumns <= p.k; column += kColumns) add(column, kColumns);
-    if (column < p.k) add(column, p.k - column);  // x has zeros behind its last column
+    const auto add_whole = [&](int64_t end) {
+        for (; column + kColumns <= end; column += kColumns) add(column, kColumns);
+    };
+    if constexpr (Arithmetic::kParts) {
+        F32 total[kM][kCount] = {};
+        for (int64_t end = dot_part(p.k); end < p.k; end += dot_part(p.k)) {
+            add_whole(end);
+            add_part(sums, total);
+        }
+        add_whole(p.k);
+        if (column < p.k) add(column, p.k - column);
+        add_part(sums, total);
+        memcpy(sums, total, sizeof sums);
+    } else {
+        add_whole(p.k);
+        if (column < p.k) add(column, p.k - column);  // x has zeros behind its last column
+    }
 #pragma GCC unroll 4
     for (int i = 0; i < kM; ++i) {
         float y[kLanes] = {};

@@ -34,12 +34,12 @@ void lora_linear_forward(const LoraLinearForwardParams& params) {
 #if defined(__AVX512BF16__)
     if (suits_combs(params)) return CombedForward(params).run();
 #endif
-    const LoraLinearPlan plan = lora_linear_plan(params.m, params.n, params.threads);
-    if (!plan.dot || !suits_dot(params)) return StripForward(params).run();
+    if (!suits_dot(params)) return StripForward(params).run();
     if (params.m == 1) return forward_dot<1>(params);
     if (params.m == 2) return forward_dot<2>(params);
     if (params.m <= 4) return forward_dot<4>(params);
-    forward_dot<8>(params);
+    if (params.m <= kDotRows) return forward_dot<kDotRows>(params);
+    forward_dot<16>(params);
 }
 
 void lora_linear_backward(const LoraLinearBackwardParams& params) {

@@ -1,9 +1,10 @@
-// Decode shapes of lora_linear: up to 8 rows of x. Vectors run along k; rows of W are decoded into registers and
-// multiplied with all rows of x at once, so the speed is that of reading the codes.
+// Decode shapes of lora_linear: up to 8 rows of x, in fp32 up to 15. Vectors run along k; rows of W are decoded into
+// registers and multiplied with all rows of x at once, so the speed is that of reading the codes.
 // For sources that are compiled once per instruction set, and only for those.
 #pragma once
 
 #include "common/parallel_for.h"
+#include "common/sum_parts.h"
 #include "lora_linear/lora_linear_operands.h"
 
 namespace peft_kernels {
@@ -11,14 +12,18 @@ namespace PEFT_KERNELS_ISA {
 namespace {
 
 // Rows of W that are multiplied at once: 16 sums at most, and 4 at least, since each multiplication waits for the one
-// before it in its sum.
+// before it in its sum. More rows of x than 8 do not stay in L1, and are read once for four of W.
 template <int kM>
-constexpr int kDotWeights = kM <= 2 ? 4 : 2;
+constexpr int kDotWeights = kM <= 2 || kM > kDotRows ? 4 : 2;
 
-// sum[row][i] += W[first_row + row] . x[i], lane by lane, for rows whose blocks begin with them.
+// total[row][i] = W[first_row + row] . x[i], lane by lane, for rows whose blocks begin with them. Of `part` elements, sums
+// are apart.
 template <class T, class Multiply, int kWeights, int kM>
-void dot_rows(const Nf4Weight& w, int64_t first_row, const uint32_t* x, int64_t x_stride, F32 (&sum)[kWeights][kM]) {
+void dot_rows(const Nf4Weight& w, int64_t first_row, const uint32_t* x, int64_t x_stride, int64_t part,
+              F32 (&total)[kWeights][kM]) {
     constexpr int kElements = kStepElements<Multiply>;
+    F32 sum[kWeights][kM] = {};
+    int64_t left = part;
     constexpr int kUnit = max_of(Table<T>::kGroup, kLanes * kElements);  // elements decoded at a time
     constexpr int64_t kBlocks = 64;  // blocks whose statistics are decoded at a time
     const float* values = codebook(w.quant_type);
@@ -39,7 +44,7 @@ void dot_rows(const Nf4Weight& w, int64_t first_row, const uint32_t* x, int64_t 
                 __builtin_prefetch(codes + (kWeights + row) * w.k / 2);
                 table[row] = make_product_table<T>(values, absmax[row][block], w.dtype);
             }
-            for (int64_t unit = 0; unit < blocksize; unit += kUnit, codes += kUnit / 2, x += kUnit / kElements)
+            for (int64_t unit = 0; unit < blocksize; unit += kUnit, codes += kUnit / 2, x += kUnit / kElements) {
 #pragma GCC unroll 4
                 for (int row = 0; row < kWeights; ++row) {
                     T decoded[kUnit];
@@ -47,20 +52,70 @@ void dot_rows(const Nf4Weight& w, int64_t first_row, const uint32_t* x, int64_t 
                     for (int i = 0; i < kUnit; i += Table<T>::kGroup)
                         decode_group(table[row], codes + (row * w.k + i) / 2, decoded + i);
 #pragma GCC unroll 4
-                    for (int part = 0; part < kUnit; part += kLanes * kElements) {
+                    for (int i = 0; i < kUnit; i += kLanes * kElements) {
                         U32 weights;
                         if constexpr (kElements == 2)
-                            weights = load_vector<U32>(decoded + part);
+                            weights = load_vector<U32>(decoded + i);
                         else
-                            weights = (U32)load(decoded + part);
+                            weights = (U32)load(decoded + i);
 #pragma GCC unroll 8
-                        for (int i = 0; i < kM; ++i)
-                            sum[row][i] = Multiply::add_product(sum[row][i], weights,
-                                                                load_vector<U32>(x + i * x_stride + part / kElements));
+                        for (int m = 0; m < kM; ++m)
+                            sum[row][m] = Multiply::add_product(sum[row][m], weights,
+                                                                load_vector<U32>(x + m * x_stride + i / kElements));
                     }
                 }
+                if constexpr (kFewLanes)
+                    if ((left -= kUnit) <= 0) {
+                        add_part(sum, total);
+                        left = part;
+                    }
+            }
         }
     }
+    if constexpr (kFewLanes)
+        add_part(sum, total);
+    else
+        memcpy(total, sum, sizeof sum);
+}
+
+// The same for any weight, in fp32: parts of its rows are decoded to a cache, and multiplied with a few of the `m` rows of
+// x at a time.
+template <int kWeights, int kM, class Weight>
+void dot_parts(const Weight& w, int64_t first_row, int64_t k, const float* x, int64_t x_stride, int64_t m,
+               F32 (&total)[kWeights][kM]) {
+    constexpr int64_t kMost = 512;
+    constexpr int kRowsOfX = min_of(kFewLanes ? 2 : 4, kM);  // with four rows of W as many sums as there are registers
+    float decoded[kWeights][kMost];
+    const int64_t part = min_of(dot_part(k), kMost);
+    for (int64_t begin = 0; begin < k; begin += part) {
+        const int64_t count = min_of(part, k - begin), whole = divide_up(count, kLanes) * kLanes;
+        for (int row = 0; row < kWeights; ++row) {
+            prefetch_weight(w, first_row + kWeights + row, begin);
+            decode(w, first_row + row, begin, count, decoded[row]);
+            for (int64_t i = count; i < whole; ++i) decoded[row][i] = 0;
+        }
+        for (int64_t first = 0; first < m; first += kRowsOfX)
+            dispatch_range<1, kRowsOfX>(min_of<int64_t>(kRowsOfX, m - first), [&](auto rows) {
+                constexpr int kRows = decltype(rows)::kValue;
+                F32 sum[kWeights][kRows] = {};
+                const float* at = x + first * x_stride + begin;
+                for (int64_t i = 0; i < whole; i += kLanes)
+#pragma GCC unroll 4
+                    for (int row = 0; row < kWeights; ++row) {
+                        const F32 weights = load(decoded[row] + i);
+#pragma GCC unroll 4
+                        for (int j = 0; j < kRows; ++j)
+                            sum[row][j] = fma(weights, load(at + j * x_stride + i), sum[row][j]);
+                    }
+                for (int row = 0; row < kWeights; ++row)
+                    for (int j = 0; j < kRows; ++j) total[row][first + j] += sum[row][j];
+            });
+    }
+}
+
+// Whether the rows of W begin blocks of a 4-bit weight.
+inline bool has_whole_blocks(const LoraLinearParams& params) {
+    return params.weight && params.k % (int64_t{1} << params.weight->log2_blocksize) == 0;
 }
 
 template <int kM>
@@ -166,35 +221,47 @@ void forward_dot(const LoraLinearForwardParams& p) {
                 });
             }
         };
-        if (!p.weight) {
+        if (!has_weight(p)) {
             const F32 zeros[kM] = {};
             for (int64_t n = task * task_rows; n < end; ++n) finish(n, zeros);
             return;
         }
-        dispatch_compute(p.compute_dtype, p.weight->dtype, [&](auto* type, auto multiply) {
-            using T = Pointee<decltype(type)>;
-            using Multiply = decltype(multiply);
-            const Nf4Weight weight = rounded_once(*p.weight, p.compute_dtype);
+        const auto multiply = [&](const auto& dot) {
             int64_t n = task * task_rows;
             for (; n + kWeights <= end; n += kWeights) {
                 F32 sums[kWeights][kM] = {};
-                dot_rows<T, Multiply>(weight, n, x_steps, steps, sums);
+                dot(n, sums);
                 for (int row = 0; row < kWeights; ++row) finish(n + row, sums[row]);
             }
             for (; n < end; ++n) {
                 F32 sums[1][kM] = {};
-                dot_rows<T, Multiply>(weight, n, x_steps, steps, sums);
+                dot(n, sums);
                 finish(n, sums[0]);
             }
-        });
+        };
+        if (kM > kDotRows || !has_whole_blocks(p))
+            return dispatch_weight(p, [&](const auto& weight) {
+                multiply([&](int64_t n, auto& sums) {
+                    dot_parts(weight, n, p.k, reinterpret_cast<const float*>(x_steps), steps, p.m, sums);
+                });
+            });
+        if constexpr (kM <= kDotRows)
+            dispatch_compute(p.compute_dtype, p.weight->dtype, [&](auto* type, auto arithmetic) {
+                const Nf4Weight weight = rounded_once(*p.weight, p.compute_dtype);
+                const int64_t part = p.compute_dtype == DType::kFloat32 ? dot_part(p.k) : p.k;
+                multiply([&](int64_t n, auto& sums) {
+                    dot_rows<Pointee<decltype(type)>, decltype(arithmetic)>(weight, n, x_steps, steps, part, sums);
+                });
+            });
     });
 }
 
-// Whether the rows of W begin blocks of a 4-bit weight. Without one, several rows of x share what strips are made for.
+// Without a weight, several rows of x share what strips are made for.
 inline bool suits_dot(const LoraLinearParams& params) {
-    const Nf4Weight* weight = params.weight;
-    if (!weight) return !params.dense && params.m == 1;
-    return weight->k % (int64_t{1} << weight->log2_blocksize) == 0;
+    if (!has_weight(params)) return params.m == 1;
+    if (params.m <= kDotRows && has_whole_blocks(params)) return true;
+    return params.compute_dtype == DType::kFloat32 && !params.dense_is_transposed &&
+           params.m <= most_dot_rows(params.k);
 }
 
 }  // namespace

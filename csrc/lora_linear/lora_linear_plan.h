@@ -32,8 +32,16 @@ constexpr int64_t most_combed_rows(int64_t reduction) {
 }
 static_assert(most_combed_rows(4096) == 64 && most_combed_rows(576) == 24);
 
+// Few rows: vectors run along the reduction.
+constexpr int64_t kDotRows = 8;
+// In fp32, where torch's library has vectors along the reduction too, whose sums err less.
+constexpr int64_t most_dot_rows(int64_t reduction) {
+    const int64_t rows = reduction / 24;
+    return rows < kDotRows ? kDotRows : rows < 15 ? rows : 15;
+}
+static_assert(most_dot_rows(64) == 8 && most_dot_rows(256) == 10 && most_dot_rows(4096) == 15);
+
 struct LoraLinearPlan {
-    bool dot;            // few rows: vectors run along the reduction
     int64_t chunk_rows;  // rows of the activation converted at a time, where it cannot be read in place
     int64_t task_rows;   // rows that a task multiplies with the weight it decoded
 };
@@ -41,7 +49,6 @@ struct LoraLinearPlan {
 // A product [m, reduction] x [reduction, outputs] on `threads` threads.
 constexpr LoraLinearPlan lora_linear_plan(int64_t m, int64_t outputs, int threads) {
     LoraLinearPlan plan{};
-    plan.dot = m <= 8;
     plan.chunk_rows = 1024 / kRowBlock * kRowBlock;
     plan.task_rows = kRowBlock;
     // All tasks take the same time, so the last round of them should be as full as the others; and each decodes the
@@ -63,7 +70,6 @@ constexpr LoraLinearPlan lora_linear_plan(int64_t m, int64_t outputs, int thread
 static_assert(lora_linear_plan(1024, 576, 1).task_rows == 1056);
 static_assert(lora_linear_plan(1024, 576, 2).task_rows == 528);
 static_assert(lora_linear_plan(1024, 4096, 16).task_rows == 1056);
-static_assert(lora_linear_plan(8, 4096, 2).dot && !lora_linear_plan(9, 4096, 2).dot);
 
 // The same for products on tiles (common/amx.h), whose panels have 32 rows or columns and steps of 32 elements.
 struct LoraLinearTilePlan {

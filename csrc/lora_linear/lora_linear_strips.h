@@ -2,6 +2,7 @@
 // For sources that are compiled once per instruction set, and only for those.
 #pragma once
 
+#include "common/sum_parts.h"
 #include "lora_linear/lora_linear_scales.h"
 
 namespace peft_kernels {
@@ -10,10 +11,9 @@ namespace {
 
 // Columns of x or dy that a shrink widens at a time: its strips of A or B (16 KB at rank 16) stay in L1.
 constexpr int64_t kShrinkColumns = 256;
-// Products of fp32 numbers that are added to one sum, before sums are added to each other: with as many as there are
-// rounding them errs twice as much as torch's library does.
+// Products of fp32 numbers that are added to one sum where they are of bf16 (see common/sum_parts.h).
 constexpr int64_t kSumSteps = 128;
-// Rows of x or dy that the gradients of A and B take at a time: as many, for the same reason; 32 KB of strips.
+// Rows of x or dy that the gradients of A and B take at a time: as many; 32 KB of strips.
 constexpr int64_t kReduceRows = 128;
 
 // What the two directions share: the operand ("input": x, or dy), its rows in 32-bit steps, and the shrunk rows.
@@ -30,6 +30,7 @@ protected:
           plan_(lora_linear_plan(params.m, outputs, params.threads)),
           elements_(step_elements(params.compute_dtype)),
           steps_(divide_up(reduction, elements_)),
+          sum_steps_(params.compute_dtype == DType::kFloat32 ? sum_steps(reduction) : kSumSteps),
           in_place_(!has_base || (!input_scale && reads_in_place(input, reduction, elements_))) {
         for (int a = 0; a < params.num_adapters; ++a) shrunk_ += strips_for(params.adapters[a].rank) * kLanes;
     }
@@ -101,7 +102,7 @@ protected:
     void shrink(int64_t first_row, int64_t rows, bool drops, float* wide, uint8_t* bits, float* tile) const {
         dispatch_dtype(input_.dtype, [&](auto* type) {
             using T = Pointee<decltype(type)>;
-            constexpr int64_t part = kSame<T, float> ? kSumSteps : kShrinkColumns;
+            const int64_t part = kSame<T, float> ? sum_steps_ : kShrinkColumns;
             for (int64_t column = 0; column == 0 || column < reduction_; column += kShrinkColumns) {
                 const int64_t columns = min_of(kShrinkColumns, reduction_ - column);
                 for (int64_t row = 0; row < rows; row += kTileRows) {
@@ -150,7 +151,7 @@ protected:
         };
         if (!has_base_) return blocks(finish);
         dispatch_compute(params_.compute_dtype, weight_dtype(params_), [&](auto* type, auto arithmetic) {
-            const int64_t block = strip_steps(steps_), part = elements_ == 1 ? kSumSteps : block;
+            const int64_t block = strip_steps(steps_), part = elements_ == 1 ? sum_steps_ : block;
             for (int64_t step = 0; step == 0 || step < steps_; step += block) {
                 const int64_t some = min_of(block, steps_ - step);
                 decode(type, arithmetic, step, some, strips);
@@ -172,6 +173,7 @@ protected:
     const bool has_base_;
     const LoraLinearPlan plan_;
     const int64_t elements_, steps_;
+    const int64_t sum_steps_;  // of fp32 products
     const bool in_place_;
     int64_t shrunk_ = 0;  // ranks, each padded to whole strips
     uint32_t* converted_ = nullptr;

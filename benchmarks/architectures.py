@@ -104,7 +104,6 @@ class Problem(harness.Problem):
         self.models = {FUSED: fused, STOCK: stock}
         self.batch = make_batch(case, DTYPES[case.dtype])
 
-
     def step(self, model: PeftModel) -> None:
         model.train().zero_grad()
         model(**self.batch).loss.backward()

@@ -104,6 +104,9 @@ class Problem(harness.Problem):
         self.models = {FUSED: fused, STOCK: stock}
         self.batch = make_batch(case, DTYPES[case.dtype])
 
+    def contender(self, name: str, isa: str = "") -> Contender:
+        return Contender(name, {"train": partial(self.step, self.models[name])}, isa=isa)
+
     def step(self, model: PeftModel) -> None:
         model.train().zero_grad()
         model(**self.batch).loss.backward()

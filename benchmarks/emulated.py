@@ -246,6 +246,15 @@ CASES = (
 )
 
 
+# The folders of csrc/ whose kernels a family launches, where they are not its own and common's.
+FOLDERS = {
+    "fusion": ("adapter_fusion",),
+    "ia3_attention": ("attention", "common"),
+    "ia3_linear": ("matmul", "nf4", "common"),
+    "lora_linear": ("lora", "matmul", "nf4", "common"),
+}
+
+
 def columns(case: Case, card: str, used: dict[str, report.Resources]) -> list[dict[str, str]]:
     """One for each launch."""
     torch.manual_seed(0)
@@ -274,8 +283,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for card in given.card:
         for family in dict.fromkeys(case.family for case in cases):
             used = {}
-            for source in sorted((ROOT / "csrc" / family).glob("*.cu")):
-                used |= report.resources(source, card, (ROOT / "csrc",))
+            for folder in FOLDERS.get(family, (family, "common")):
+                for source in sorted((ROOT / "csrc" / folder / "cuda").glob("*.cu")):
+                    used |= report.resources(source, card, (ROOT / "csrc",))
             chosen = [case for case in cases if case.family == family]
             print(f"\n{family} on {card}\n")
             print(report.table([column for case in chosen for column in columns(case, card, used)]))

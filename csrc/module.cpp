@@ -5,7 +5,7 @@
 
 #include <string>
 
-#include "common/isa.h"
+#include "common/cpu/isa.h"
 
 // Raised whenever a schema changes, together with EXPECTED_OPS_VERSION in peft_kernels/_extension.py:
 // an old binary beside new Python code is then refused at import.
@@ -38,8 +38,9 @@ PyObject* build_info(PyObject*, PyObject*) {
 }
 
 // Whether places are as they were: [dict, key, value, ...] are still those very values (None: or missing), the types of
-// [object, type, ...] are those, and [container, length, ...] have those lengths. In Python it takes four times as long;
-// and as all this has left the caches when it is looked at, the processor should have many looks under way at once.
+// [object, type, ...] are those, and [container, length, ...] have those lengths. In Python it takes four times as
+// long; and as all this has left the caches when it is looked at, the processor should have many looks under way at
+// once.
 PyObject* unchanged(PyObject*, PyObject* lists) {
     PyObject *values, *types, *lengths;
     if (!PyArg_ParseTuple(lists, "O!O!O!", &PyList_Type, &values, &PyList_Type, &types, &PyList_Type, &lengths))

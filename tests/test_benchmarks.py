@@ -189,7 +189,7 @@ def test_roofline_is_a_model(capsys):
     assert re.findall(r"MODEL of A100.*, (\w+), (\d+) rows", text) == [
         ("forward", "8"), ("backward", "8"), ("forward", "600"), ("backward", "600")
     ]  # fmt: skip
-    assert "lora_linear_decode" in text and text.count("the product") == 2
+    assert "matmul_few_rows" in text and text.count("the product") == 2
 
 
 def test_roofline_of_one_resource():

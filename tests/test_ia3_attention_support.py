@@ -1,4 +1,4 @@
-"""What ia3_attention supports, and how: every combination is run, and the table in docs/ia3_attention.md says the same.
+"""What ia3_attention supports, and how: every combination is run, and the table in docs/attention.md says the same.
 
 `python tests/test_ia3_attention_support.py` writes the table anew.
 """
@@ -16,7 +16,7 @@ from ia3_attention_cases import angles, expected, make_case, on_gpu_plan, run
 
 from peft_kernels.ops import _attention_by_torch, _attention_plan, ia3_attention
 
-DOCUMENT = Path(__file__).parent.parent / "docs/ia3_attention.md"
+DOCUMENT = Path(__file__).parent.parent / "docs/attention.md"
 BEGIN, END = "<!-- begin of the table -->\n", "<!-- end of the table -->\n"
 SHAPE = (2, 4, 2, 33, 33, 16)
 MASKLESS = {"causal": False, "window": None, "key_padding_mask": None, "attn_mask": None, "dropout": 0.0}

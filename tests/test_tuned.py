@@ -83,7 +83,7 @@ def test_plans_follow_the_threshold(capfd, monkeypatch):
     case = make_case(16, 64, 128, (), torch.bfloat16)
     with ptx_emulator.profile("sm_86"), emulated() as launches:
         set_crossover = torch.ops.peft_kernels_emulated.lora_linear_set_crossover
-        for threshold, kernel in ((15, "nf4_dequantize"), (16, "lora_linear_decode")):
+        for threshold, kernel in ((15, "nf4_dequantize"), (16, "matmul_few_rows")):
             set_crossover("sm_86", threshold, 0)
             for _ in range(2):
                 lora_linear(case.x, case.weight)

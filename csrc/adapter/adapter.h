@@ -5,8 +5,8 @@
 #include <cstdint>
 
 #include "common/activation.h"
+#include "common/cpu/isa.h"
 #include "common/dtype.h"
-#include "common/isa.h"
 
 namespace peft_kernels {
 

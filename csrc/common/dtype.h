@@ -7,6 +7,10 @@ namespace peft_kernels {
 
 enum class DType : int32_t { kFloat32, kBFloat16, kFloat16 };
 
+static constexpr const char* describe(DType dtype) {
+    return dtype == DType::kFloat32 ? "fp32" : dtype == DType::kBFloat16 ? "bf16" : "fp16";
+}
+
 constexpr int64_t size_of(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
 
 // A matrix whose rows are dense and whose row stride is free: element (i, j) is data[i * stride + j].

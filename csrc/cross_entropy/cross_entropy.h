@@ -4,8 +4,8 @@
 
 #include <cstdint>
 
+#include "common/cpu/isa.h"
 #include "common/dtype.h"
-#include "common/isa.h"
 
 namespace peft_kernels {
 

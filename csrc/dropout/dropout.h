@@ -1,11 +1,11 @@
-// y = keep(x) / (1 - p): parameters and launchers. Of x read as y's gradient, it is the gradient of x. Plain data only: no
-// torch, no CUDA headers.
+// y = keep(x) / (1 - p): parameters and launchers. Of x read as y's gradient, it is the gradient of x. Plain data only:
+// no torch, no CUDA headers.
 #pragma once
 
 #include <cstdint>
 
+#include "common/cpu/isa.h"
 #include "common/dtype.h"
-#include "common/isa.h"
 
 namespace peft_kernels {
 

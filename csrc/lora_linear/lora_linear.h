@@ -5,9 +5,9 @@
 
 #include <cstdint>
 
+#include "common/cpu/isa.h"
 #include "common/dtype.h"
-#include "common/isa.h"
-#include "nf4/nf4.h"
+#include "matmul/matmul.h"
 
 namespace peft_kernels {
 
@@ -22,21 +22,10 @@ struct LoraAdapter {
     float* grad_B;        // backward: [n, rank], or null
 };
 
-struct LoraLinearParams {
-    int64_t m, n, k;
-    const Nf4Weight* weight;   // [n, k], or null: see `dense`
-    const ConstMatrix* dense;  // [n, k], or null as well: the caller made the base product and passes it as `add`
-    bool dense_is_transposed;  // it lies as [k, n]
-    DType compute_dtype;       // of the base product
+struct LoraLinearParams : MatmulParams {
     const LoraAdapter* adapters;
     int32_t num_adapters;
-    int64_t total_rank;    // Σ rankᵢ
-    const float* scale_k;  // [k], or null; only without adapters
-    const float* scale_n;  // [n], or null; only without adapters
-    int32_t threads;
-
-    void* workspace;  // null: only workspace_bytes is set
-    int64_t* workspace_bytes;
+    int64_t total_rank;  // Σ rankᵢ
 };
 
 struct LoraLinearForwardParams : LoraLinearParams {

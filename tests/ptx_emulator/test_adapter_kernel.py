@@ -14,7 +14,7 @@ import ptx_emulator
 from peft_kernels.ops import adapter_grouped
 from ptx_emulator import report
 
-SOURCE = Path(__file__).parent.parent.parent / "csrc/adapter/adapter.cu"
+SOURCE = Path(__file__).parent.parent.parent / "csrc/adapter/cuda/launch.cu"
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 MODES = {"bf16": (BF16, BF16), "fp16": (FP16, FP16), "bf16-fp32": (BF16, FP32), "fp32": (FP32, FP32)}
 # Rows of several blocks and runs; columns of one kernel's and of two's. All are whole sectors.

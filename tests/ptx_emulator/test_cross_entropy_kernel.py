@@ -12,7 +12,7 @@ from peft_kernels.testing.reference.cross_entropy import cross_entropy as oracle
 from ptx_emulator import report
 
 ops = torch.ops.peft_kernels
-SOURCE = Path(__file__).parent.parent.parent / "csrc/cross_entropy/cross_entropy.cu"
+SOURCE = Path(__file__).parent.parent.parent / "csrc/cross_entropy/cuda/launch.cu"
 
 pytestmark = pytest.mark.skipif(bool(ptx_emulator.missing()), reason=str(ptx_emulator.missing()))
 

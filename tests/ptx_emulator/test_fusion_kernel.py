@@ -11,7 +11,7 @@ import ptx_emulator
 from ptx_emulator import report
 
 ops = torch.ops.peft_kernels
-SOURCE = Path(__file__).parent.parent.parent / "csrc/fusion/fusion.cu"
+SOURCE = Path(__file__).parent.parent.parent / "csrc/adapter_fusion/cuda/launch.cu"
 
 pytestmark = pytest.mark.skipif(bool(ptx_emulator.missing()), reason=str(ptx_emulator.missing()))
 

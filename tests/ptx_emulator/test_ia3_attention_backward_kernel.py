@@ -13,11 +13,11 @@ from peft_kernels.ops._attention_by_torch import ScaledHeads
 from ptx_emulator import report
 
 CSRC = Path(__file__).parent.parent.parent / "csrc"
-SOURCE = CSRC / "ia3_attention/ia3_attention_backward.cu"
+SOURCE = CSRC / "attention/cuda/launch_backward.cu"
 PROFILES = ["sm_80", "sm_89", "sm_90"]
 HALVES = [torch.bfloat16, torch.float16]
-PREPARE, KEYS, QUERIES = (f"ia3_attention_{name}_kernel" for name in ("prepare", "keys", "queries"))
-SUM = "lora_sum_parts_kernel"
+PREPARE, KEYS, QUERIES = (f"attention_{name}_kernel" for name in ("prepare", "keys", "queries"))
+SUM = "sum_parts_kernel"
 
 pytestmark = pytest.mark.skipif(bool(ptx_emulator.missing()), reason=str(ptx_emulator.missing()))
 

@@ -15,7 +15,7 @@ from peft_kernels.ops import _attention_plan, ia3_attention
 from ptx_emulator import report
 
 CSRC = Path(__file__).parent.parent.parent / "csrc"
-KERNEL = "ia3_attention_forward_kernel"
+KERNEL = "attention_forward_kernel"
 BF16, FP16 = torch.bfloat16, torch.float16
 # (B, H, H_kv, S_q, S_k, D): tiles that end in the middle, padded head dimensions, each instance, heads that share keys,
 # one query.
@@ -191,7 +191,7 @@ def test_skips_tiles_that_padding_hides(emulated):
     "architecture", ["sm_80", *(pytest.param(card, marks=pytest.mark.slow) for card in ("sm_86", "sm_89", "sm_90"))]
 )
 def test_machine_code(architecture):
-    kernels = report.resources(CSRC / "ia3_attention/ia3_attention_forward.cu", architecture, includes=(CSRC,))
+    kernels = report.resources(CSRC / "attention/cuda/launch_forward.cu", architecture, includes=(CSRC,))
     assert len(kernels) == 6
     for kernel, used in kernels.items():
         assert used.spill_bytes == used.stack_bytes == 0, kernel

@@ -38,7 +38,7 @@ def names(records):
     return [kernel for kernel in kernels if kernel != "nf4_quantize"]
 
 
-DECODE, GEMM, PASS, SUM = "lora_linear_decode", "lora_linear_gemm", "scale_columns", "lora_sum_parts"
+DECODE, GEMM, PASS, SUM = "matmul_few_rows", "matmul_many_rows", "scale_columns", "sum_parts"
 
 
 # Rows and columns that are no multiples of a tile; the decode kernel, tiles of 64, 128 and 256 rows, several CTAs for a
@@ -121,6 +121,6 @@ def test_plan_is_printed(emulated, monkeypatch, capfd):
 
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_86", "sm_89", "sm_90"])
 def test_registers(architecture):
-    (used,) = report.resources(CSRC / "ia3_linear/ia3_linear.cu", architecture, includes=(CSRC,)).values()
+    (used,) = report.resources(CSRC / "common/cuda/scale_columns.cu", architecture, includes=(CSRC,)).values()
     assert used.spill_bytes == used.stack_bytes == 0
     assert used.registers <= 40

@@ -10,7 +10,7 @@ import ptx_emulator
 from peft_kernels.ops import lora_linear
 from ptx_emulator import report
 
-SOURCE = Path(__file__).parent.parent.parent / "csrc/lora_linear/lora_linear_branch.cu"
+SOURCE = Path(__file__).parent.parent.parent / "csrc/lora/cuda/launch.cu"
 CARDS = ["sm_80", "sm_86", "sm_89", "sm_90"]
 # Rows and columns of several tiles and parts; the last dimensions are whole sectors.
 SHAPE = (300, 320, 576)
@@ -61,7 +61,7 @@ def test_fetches_large_operands_once(emulated, rank, dtype, dropout):
 @pytest.mark.parametrize("dropout", [(), (0.1,)], ids=["plain", "dropout"])
 def test_ideal_sectors_and_banks(emulated, dropout, dtype, rank):
     _, launches = launches_of(emulated, *SHAPE, ranks=(rank,), x_dtype=dtype, weight_dtype=dtype, dropout=dropout)
-    assert set(launches) == {"lora_shrink", "lora_expand", "lora_dy_pass", "lora_x_pass", "lora_sum_parts"}
+    assert set(launches) == {"lora_shrink", "lora_expand", "lora_dy_pass", "lora_x_pass", "sum_parts"}
     for kernel, record in launches.items():
         wavefronts, ideal_wavefronts = report.shared_wavefronts(record)
         assert wavefronts == ideal_wavefronts, kernel
@@ -91,7 +91,7 @@ def test_launches_of_a_training_step(emulated, adapter_dtype):
     launched = names(emulated())
     forward, backward = launched[: launched.index("lora_dy_pass")], launched[launched.index("lora_dy_pass") :]
     assert forward == ["lora_shrink", "lora_expand", "nf4_dequantize"]  # and the product
-    assert backward == ["lora_dy_pass", "lora_x_pass", "nf4_dequantize", "lora_sum_parts"]  # and the product
+    assert backward == ["lora_dy_pass", "lora_x_pass", "nf4_dequantize", "sum_parts"]  # and the product
     assert len(forward) + 1 <= 4 and len(forward) + 1 + len(backward) + 1 <= 9
 
 

@@ -17,7 +17,7 @@ from ptx_emulator import report
 
 CSRC = Path(__file__).parent.parent.parent / "csrc"
 PROFILES = ["sm_80", "sm_89", "sm_90"]
-DECODE, GEMM, DEQUANTIZE = "lora_linear_decode_kernel", "lora_linear_gemm_kernel", "nf4_dequantize_kernel"
+DECODE, GEMM, DEQUANTIZE = "matmul_few_rows_kernel", "matmul_many_rows_kernel", "nf4_dequantize_kernel"
 
 pytestmark = pytest.mark.skipif(bool(ptx_emulator.missing()), reason=str(ptx_emulator.missing()))
 
@@ -270,7 +270,7 @@ def test_ctas_fill_the_card(m, profile):
 
 @pytest.fixture(scope="module", params=[pytest.param(name, marks=pytest.mark.slow) for name in [*PROFILES, "sm_86"]])
 def resources(request):
-    return report.resources(CSRC / "lora_linear/lora_linear_gemm.cu", request.param, includes=(CSRC,))
+    return report.resources(CSRC / "matmul/cuda/launch.cu", request.param, includes=(CSRC,))
 
 
 def test_machine_code(resources):

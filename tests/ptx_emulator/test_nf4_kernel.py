@@ -19,7 +19,7 @@ pytestmark = pytest.mark.skipif(bool(ptx_emulator.missing()), reason=str(ptx_emu
 
 
 def pack(weight, out, tiles):
-    """Nf4DequantizeKernelParams (csrc/nf4/nf4_kernel.cuh), and the tensors that it points to."""
+    """Nf4DequantizeKernelParams (csrc/nf4/cuda/dequantize_kernel.cuh), and the tensors that it points to."""
     plain = not weight.nested
     tensors = [weight.absmax] if plain else [weight.absmax, *weight.nested]
     pointers = [tensor.data_ptr() for tensor in tensors]
@@ -49,7 +49,7 @@ def test_dequantize(double_quant, dtype, architecture):
     out = torch.empty(weight.shape, dtype=dtype)
     tile = 16 // out.element_size() * 256 * 4
     params, memory = pack(weight, out, -(-out.numel() // tile))
-    module = ptx_emulator.compile_cuda(CSRC / "nf4/nf4.cu", architecture, includes=(CSRC,))
+    module = ptx_emulator.compile_cuda(CSRC / "nf4/cuda/launch.cu", architecture, includes=(CSRC,))
     kind = {torch.float32: "IfLb1E", torch.bfloat16: "I13__nv_bfloat16Lb1E", torch.float16: "I6__halfLb1E"}[dtype]
     (kernel,) = (name for name in module.kernels() if kind in name)
     with ptx_emulator.profile(architecture):
@@ -116,7 +116,7 @@ def test_traffic_of_quantisation(blocksize, dtype):
 
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_86", "sm_89", "sm_90"])
 def test_registers(architecture):
-    kernels = report.resources(CSRC / "nf4/nf4.cu", architecture, includes=(CSRC,))
+    kernels = report.resources(CSRC / "nf4/cuda/launch.cu", architecture, includes=(CSRC,))
     assert len(kernels) == 9
     for kernel, used in kernels.items():
         assert used.spill_bytes == used.stack_bytes == 0

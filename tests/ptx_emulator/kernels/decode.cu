@@ -1,5 +1,5 @@
 // Decodes whole blocks of 64 weights to bf16, as the fused products do: how many instructions do a block's weights take?
-#include "nf4/nf4_decode.cuh"
+#include "common/cuda/nf4_decode.cuh"
 
 using namespace peft_kernels::cuda;
 

@@ -1,0 +1,80 @@
+// The instances of the fusion kernels and their launch: forward and backward with every combination of
+//
+//   A, the adapters'           float, bfloat16, float16
+//   T, of t                    float, bfloat16, float16
+//   rows stay in shared memory, or not
+#include <cuda_runtime.h>
+
+#include "adapter_fusion/cuda/kernel.cuh"
+#include "common/dropout.h"
+
+namespace peft_kernels::cuda {
+namespace {
+
+// Calls body with a null pointer to the element type.
+template <class Body>
+int with_type(DType dtype, const Body& body) {
+    switch (dtype) {
+        case DType::kBFloat16: return body(static_cast<__nv_bfloat16*>(nullptr));
+        case DType::kFloat16: return body(static_cast<__half*>(nullptr));
+        case DType::kFloat32: break;
+    }
+    return body(static_cast<float*>(nullptr));
+}
+
+template <class A, class T, bool kKeepsRows>
+constexpr auto kernel_of(const AdapterFusionForwardParams&) {
+    return &fusion_forward_kernel<A, T, kKeepsRows>;
+}
+template <class A, class T, bool kKeepsRows>
+constexpr auto kernel_of(const AdapterFusionBackwardParams&) {
+    return &fusion_backward_kernel<A, T, kKeepsRows>;
+}
+
+template <class Params>
+int launch(const Params& problem, int others, void* stream) {
+    DeviceProperties device{};
+    if (const int error = query_device(device)) return error;
+    AdapterFusionKernelParams<Params> params{};
+    params.problem = problem;
+    params.plan = plan_fusion(problem, others, device);
+    params.num_adapters = static_cast<int>(problem.num_adapters);
+    params.shared = problem.shared;
+    params.threshold = dropout_threshold(problem.dropout);
+    params.keep_scale = dropout_keep_scale(problem.dropout);
+    int32_t kept_at = 0;
+    for (int i = 0; i < params.num_adapters; ++i) {
+        const FusedAdapter& from = problem.adapters[i];
+        const int32_t width = static_cast<int32_t>(from.width);
+        params.adapters[i] = {from.a, from.grad.data, width, static_cast<int32_t>(from.first), kept_at};
+        kept_at += static_cast<int32_t>(padded_columns(width));
+    }
+    const int shared_bytes = static_cast<int>(params.plan.rows * params.plan.row_bytes);
+    const dim3 block(32 * params.plan.warps, params.plan.rows);
+    return with_type(problem.adapters[0].a.dtype, [&](auto* a) {
+        return with_type(problem.t.dtype, [&](auto* t) -> int {
+            using A = std::remove_pointer_t<decltype(a)>;
+            using T = std::remove_pointer_t<decltype(t)>;
+            const auto kernel =
+                params.plan.keeps_rows ? kernel_of<A, T, true>(problem) : kernel_of<A, T, false>(problem);
+            const cudaError_t error =
+                cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
+            if (error != cudaSuccess) return error;
+            kernel<<<static_cast<unsigned>(params.plan.grid), block, shared_bytes, static_cast<cudaStream_t>(stream)>>>(
+                params);
+            return cudaGetLastError();
+        });
+    });
+}
+
+}  // namespace
+
+int fusion_forward(const AdapterFusionForwardParams& params, void* stream) { return launch(params, 1, stream); }
+
+int fusion_backward(const AdapterFusionBackwardParams& params, void* stream) {
+    bool wants_grad = false;
+    for (int64_t i = 0; i < params.num_adapters; ++i) wants_grad |= params.adapters[i].grad.data != nullptr;
+    return launch(params, wants_grad ? 2 : 1, stream);
+}
+
+}  // namespace peft_kernels::cuda

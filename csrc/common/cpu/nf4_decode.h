@@ -1,0 +1,332 @@
+// Decodes ranges of a 4-bit weight, bit for bit as bitsandbytes does:
+//
+//   W[i] = round(fl(codebook[code[i]] * absmax[i / blocksize])) to the weight's dtype, then to T.
+//
+// There are only 16 different values in a block. They are computed and rounded once, into registers (a Table), and
+// each element is then a lookup, whatever the number of roundings.
+//
+// For sources that are compiled once per instruction set, and only for those.
+#pragma once
+
+#include <cstring>
+
+#include "common/cpu/rounding.h"
+#include "common/nf4_codebook.h"
+#include "nf4/nf4.h"
+
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+namespace peft_kernels::PEFT_KERNELS_ISA {
+namespace {
+
+// absmax of one block. Nested statistics round twice; the sources are compiled without contraction to fma.
+inline float block_absmax(const Absmax& a, int64_t block) {
+    if (a.absmax) return a.absmax[block];
+    const float scaled = a.nested_code[a.nested_codes[block]] * a.nested_absmax[block >> a.log2_nested_blocksize];
+    return scaled + a.nested_offset[0];
+}
+
+// Table<T>: the 16 values of a block. kGroup: how many elements one decode_group takes.
+//   make_table<T>(codebook, absmax, dtype)
+//   decode_group(table, codes, out): kGroup elements from kGroup / 2 bytes
+//   decode_some(table, codes, count, out): the same for 0 < count <= kGroup elements, reading and writing no more
+template <class T>
+struct Table;
+
+#if defined(__AVX512BW__)
+
+template <>
+struct Table<float> {
+    static constexpr int kGroup = 16;
+    __m512 values;
+};
+
+struct Table16 {
+    static constexpr int kGroup = 32;
+    __m512i values;  // 16-bit [32]: the 16 values twice, so that bit 4 of an index does not matter
+};
+
+template <>
+struct Table<BFloat16> : Table16 {};
+template <>
+struct Table<Float16> : Table16 {};
+
+// bf16 in the lower half of each lane. Not vcvtneps2bf16, which flushes subnormals.
+inline __m512i bfloat16_lanes(__m512 values) {
+    const __m512i bits = _mm512_castps_si512(values);
+    const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    const __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7FFF)));
+    return _mm512_mask_mov_epi32(_mm512_srli_epi32(rounded, 16), _mm512_cmp_ps_mask(values, values, _CMP_UNORD_Q),
+                                 _mm512_set1_epi32(0x7FC0));
+}
+
+inline __m256i float16_lanes(__m512 values) { return _mm512_cvtps_ph(values, _MM_FROUND_TO_NEAREST_INT); }
+
+inline __m512 scaled_codebook(const float* codebook, float absmax, DType dtype) {
+    const __m512 values = _mm512_mul_ps(_mm512_load_ps(codebook), _mm512_set1_ps(absmax));
+    switch (dtype) {
+        case DType::kBFloat16: return _mm512_castsi512_ps(_mm512_slli_epi32(bfloat16_lanes(values), 16));
+        case DType::kFloat16: return _mm512_cvtph_ps(float16_lanes(values));
+        case DType::kFloat32: break;
+    }
+    return values;
+}
+
+template <class T>
+Table<T> make_table(const float* codebook, float absmax, DType dtype);
+
+template <>
+inline Table<float> make_table(const float* codebook, float absmax, DType dtype) {
+    return {scaled_codebook(codebook, absmax, dtype)};
+}
+
+template <>
+inline Table<BFloat16> make_table(const float* codebook, float absmax, DType dtype) {
+    // Rounding to bf16 twice changes nothing, so the common case takes one.
+    const __m512 values = scaled_codebook(codebook, absmax, dtype == DType::kBFloat16 ? DType::kFloat32 : dtype);
+    return {{_mm512_broadcast_i64x4(_mm512_cvtepi32_epi16(bfloat16_lanes(values)))}};
+}
+
+template <>
+inline Table<Float16> make_table(const float* codebook, float absmax, DType dtype) {
+    const __m512 values = scaled_codebook(codebook, absmax, dtype == DType::kFloat16 ? DType::kFloat32 : dtype);
+    return {{_mm512_broadcast_i64x4(float16_lanes(values))}};
+}
+
+// 8 bytes (in the lower half of `codes`) -> 16 fp32.
+inline __m512 lookup(const Table<float>& table, __m128i codes) {
+    // Byte j / 2 goes to lane j, high nibble first. vpermps looks at the lowest four bits only.
+    const __m512i spread = _mm512_set_epi32(7, 7, 6, 6, 5, 5, 4, 4, 3, 3, 2, 2, 1, 1, 0, 0);
+    const __m512i bytes = _mm512_shuffle_epi8(_mm512_broadcast_i32x4(codes), spread);
+    const __m512i nibbles = _mm512_srlv_epi32(bytes, _mm512_set1_epi64(4));
+    return _mm512_permutexvar_ps(nibbles, table.values);
+}
+
+// 16 bytes -> 32 elements of 16 bits.
+inline __m512i lookup(const Table16& table, __m128i codes) {
+#if defined(__AVX512VBMI__)
+    // Four elements from each pair of bytes: eight bits from bit 4, 0, 12 and 8 on.
+    const __m512i indices =
+        _mm512_multishift_epi64_epi8(_mm512_set1_epi64(0x0008'000C'0000'0004), _mm512_cvtepu16_epi64(codes));
+#else
+    const __m512i bytes = _mm512_cvtepu8_epi32(codes);
+    const __m512i indices = _mm512_or_si512(_mm512_srli_epi32(bytes, 4), _mm512_slli_epi32(bytes, 16));
+#endif
+    return _mm512_permutexvar_epi16(indices, table.values);
+}
+
+inline void decode_group(const Table<float>& table, const uint8_t* codes, float* out) {
+    _mm512_storeu_ps(out, lookup(table, _mm_loadl_epi64(reinterpret_cast<const __m128i*>(codes))));
+}
+
+inline void decode_some(const Table<float>& table, const uint8_t* codes, int count, float* out) {
+    const __m128i bytes = _mm_maskz_loadu_epi8(static_cast<__mmask16>((1u << ((count + 1) / 2)) - 1), codes);
+    _mm512_mask_storeu_ps(out, static_cast<__mmask16>((1u << count) - 1), lookup(table, bytes));
+}
+
+inline void decode_group(const Table16& table, const uint8_t* codes, void* out) {
+    _mm512_storeu_si512(out, lookup(table, _mm_loadu_si128(reinterpret_cast<const __m128i*>(codes))));
+}
+
+inline void decode_some(const Table16& table, const uint8_t* codes, int count, void* out) {
+    const __m128i bytes = _mm_maskz_loadu_epi8(static_cast<__mmask16>((1u << ((count + 1) / 2)) - 1), codes);
+    _mm512_mask_storeu_epi16(out, static_cast<__mmask32>((uint64_t{1} << count) - 1), lookup(table, bytes));
+}
+
+#elif defined(__AVX2__)
+
+template <>
+struct Table<float> {
+    static constexpr int kGroup = 8;
+    __m256 low, high;  // codes 0-7 and 8-15
+};
+
+struct Table16 {
+    static constexpr int kGroup = 32;
+    __m256i low, high;  // the lower and upper bytes of the 16 values, in each half of the register
+};
+
+template <>
+struct Table<BFloat16> : Table16 {};
+template <>
+struct Table<Float16> : Table16 {};
+
+inline __m256i bfloat16_lanes(__m256 values) {
+    const __m256i bits = _mm256_castps_si256(values);
+    const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+    const __m256i rounded = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7FFF)));
+    return _mm256_blendv_epi8(_mm256_srli_epi32(rounded, 16), _mm256_set1_epi32(0x7FC0),
+                              _mm256_castps_si256(_mm256_cmp_ps(values, values, _CMP_UNORD_Q)));
+}
+
+inline __m256i float16_lanes(__m256 values) {
+    return _mm256_cvtepu16_epi32(_mm256_cvtps_ph(values, _MM_FROUND_TO_NEAREST_INT));
+}
+
+inline __m256 scaled_codebook(const float* codebook, float absmax, DType dtype) {
+    const __m256 values = _mm256_mul_ps(_mm256_load_ps(codebook), _mm256_set1_ps(absmax));
+    switch (dtype) {
+        case DType::kBFloat16: return _mm256_castsi256_ps(_mm256_slli_epi32(bfloat16_lanes(values), 16));
+        case DType::kFloat16: return _mm256_cvtph_ps(_mm256_cvtps_ph(values, _MM_FROUND_TO_NEAREST_INT));
+        case DType::kFloat32: break;
+    }
+    return values;
+}
+
+// Two times eight lanes with 16 bits each -> the byte planes.
+inline Table16 byte_planes(__m256i first, __m256i second) {
+    // Packing works within 128-bit halves; 0xD8 swaps the middle quarters back into order.
+    const __m256i words = _mm256_permute4x64_epi64(_mm256_packus_epi32(first, second), 0xD8);
+    const __m256i planes = _mm256_permute4x64_epi64(
+        _mm256_packus_epi16(_mm256_and_si256(words, _mm256_set1_epi16(0xFF)), _mm256_srli_epi16(words, 8)), 0xD8);
+    return {_mm256_permute2x128_si256(planes, planes, 0x00), _mm256_permute2x128_si256(planes, planes, 0x11)};
+}
+
+template <class T>
+Table<T> make_table(const float* codebook, float absmax, DType dtype);
+
+template <>
+inline Table<float> make_table(const float* codebook, float absmax, DType dtype) {
+    return {scaled_codebook(codebook, absmax, dtype), scaled_codebook(codebook + 8, absmax, dtype)};
+}
+
+template <>
+inline Table<BFloat16> make_table(const float* codebook, float absmax, DType dtype) {
+    // Rounding to bf16 twice changes nothing, so the common case takes one.
+    if (dtype == DType::kBFloat16) dtype = DType::kFloat32;
+    return {byte_planes(bfloat16_lanes(scaled_codebook(codebook, absmax, dtype)),
+                        bfloat16_lanes(scaled_codebook(codebook + 8, absmax, dtype)))};
+}
+
+template <>
+inline Table<Float16> make_table(const float* codebook, float absmax, DType dtype) {
+    if (dtype == DType::kFloat16) dtype = DType::kFloat32;
+    return {byte_planes(float16_lanes(scaled_codebook(codebook, absmax, dtype)),
+                        float16_lanes(scaled_codebook(codebook + 8, absmax, dtype)))};
+}
+
+// 4 bytes -> 8 fp32.
+inline __m256 lookup(const Table<float>& table, int32_t codes) {
+    // Byte j / 2 goes to lane j, high nibble first. vpermps looks at the lowest three bits only; bit 3 is moved to
+    // the sign, by which the blend chooses.
+    const __m256i spread = _mm256_set_epi32(3, 3, 2, 2, 1, 1, 0, 0);
+    const __m256i bytes = _mm256_shuffle_epi8(_mm256_set1_epi32(codes), spread);
+    const __m256i nibbles = _mm256_srlv_epi32(bytes, _mm256_set1_epi64x(4));
+    return _mm256_blendv_ps(_mm256_permutevar8x32_ps(table.low, nibbles), _mm256_permutevar8x32_ps(table.high, nibbles),
+                            _mm256_castsi256_ps(_mm256_slli_epi32(nibbles, 28)));
+}
+
+inline void decode_group(const Table<float>& table, const uint8_t* codes, float* out) {
+    int32_t bytes;
+    std::memcpy(&bytes, codes, sizeof bytes);
+    _mm256_storeu_ps(out, lookup(table, bytes));
+}
+
+// 16 bytes -> 32 elements of 16 bits.
+inline void decode_group(const Table16& table, const uint8_t* codes, void* out) {
+    const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(codes));
+    const __m128i odd = _mm_and_si128(bytes, _mm_set1_epi8(0xF));
+    const __m128i even = _mm_and_si128(_mm_srli_epi16(bytes, 4), _mm_set1_epi8(0xF));
+    const __m256i indices = _mm256_set_m128i(_mm_unpackhi_epi8(even, odd), _mm_unpacklo_epi8(even, odd));
+    const __m256i low = _mm256_shuffle_epi8(table.low, indices), high = _mm256_shuffle_epi8(table.high, indices);
+    const __m256i a = _mm256_unpacklo_epi8(low, high);  // elements 0-7, 16-23
+    const __m256i b = _mm256_unpackhi_epi8(low, high);  // elements 8-15, 24-31
+    __m256i* to = static_cast<__m256i*>(out);
+    _mm256_storeu_si256(to, _mm256_permute2x128_si256(a, b, 0x20));
+    _mm256_storeu_si256(to + 1, _mm256_permute2x128_si256(a, b, 0x31));
+}
+
+template <class T>
+void decode_some(const Table<T>& table, const uint8_t* codes, int count, T* out) {
+    uint8_t bytes[Table<T>::kGroup / 2] = {};
+    T values[Table<T>::kGroup];
+    std::memcpy(bytes, codes, (count + 1) / 2);
+    decode_group(table, bytes, values);
+    std::memcpy(out, values, count * sizeof(T));
+}
+
+#else
+
+template <class T>
+struct Table {
+    static constexpr int kGroup = 2;
+    T values[16];
+};
+
+template <class T>
+Table<T> make_table(const float* codebook, float absmax, DType dtype) {
+    Table<T> table;
+    for (int code = 0; code < 16; ++code)
+        store_rounded(round_through(codebook[code] * absmax, dtype), &table.values[code]);
+    return table;
+}
+
+template <class T>
+void decode_group(const Table<T>& table, const uint8_t* codes, T* out) {
+    out[0] = table.values[*codes >> 4];
+    out[1] = table.values[*codes & 0xF];
+}
+
+template <class T>
+void decode_some(const Table<T>& table, const uint8_t* codes, int count, T* out) {
+    out[0] = table.values[*codes >> 4];
+    if (count == 2) out[1] = table.values[*codes & 0xF];
+}
+
+#endif
+
+// `count` elements of one block, the first in a high nibble.
+template <class T>
+void decode_codes(const Table<T>& table, const uint8_t* codes, int64_t count, T* out) {
+    constexpr int kGroup = Table<T>::kGroup;
+    int64_t i = 0;
+    for (; i + kGroup <= count; i += kGroup) decode_group(table, codes + i / 2, out + i);
+    if (i < count) decode_some(table, codes + i / 2, static_cast<int>(count - i), out + i);
+}
+
+// One element.
+template <class T>
+T decode_one(const Nf4Weight& w, int64_t index) {
+    const int code = (w.codes[index / 2] >> (index % 2 ? 0 : 4)) & 0xF;
+    const float absmax = block_absmax(w.absmax, index >> w.log2_blocksize);
+    T value;
+    store_rounded(round_through(codebook(w.quant_type)[code] * absmax, w.dtype), &value);
+    return value;
+}
+
+// The table of a block for products of bf16 pairs: they take subnormals for zero, so these may be flushed here
+// already, which saves five instructions a block.
+template <class T>
+Table<T> make_product_table(const float* codebook, float absmax, DType dtype) {
+    return make_table<T>(codebook, absmax, dtype);
+}
+#if defined(__AVX512BF16__)
+template <>
+inline Table<BFloat16> make_product_table(const float* codebook, float absmax, DType dtype) {
+    if (dtype == DType::kFloat16) return make_table<BFloat16>(codebook, absmax, dtype);
+    const __m512 values = _mm512_mul_ps(_mm512_load_ps(codebook), _mm512_set1_ps(absmax));
+    return {{_mm512_broadcast_i64x4((__m256i)_mm512_cvtneps_pbh(values))}};
+}
+#endif
+
+// Elements [begin, begin + count) of the flattened weight; any begin, any count. T is float, BFloat16 or Float16.
+template <class T, Table<T> (*kMakeTable)(const float*, float, DType) = make_table<T>>
+void decode_range(const Nf4Weight& w, int64_t begin, int64_t count, T* out) {
+    const int64_t end = begin + count;
+    if (begin < end && begin % 2) *out++ = decode_one<T>(w, begin++);
+    const float* values = codebook(w.quant_type);
+    while (begin < end) {  // begin is even, and so is every block's end
+        const int64_t block = begin >> w.log2_blocksize;
+        const int64_t block_end = (block + 1) << w.log2_blocksize;
+        const int64_t stop = block_end < end ? block_end : end;
+        const Table<T> table = kMakeTable(values, block_absmax(w.absmax, block), w.dtype);
+        decode_codes(table, w.codes + begin / 2, stop - begin, out);
+        out += stop - begin;
+        begin = stop;
+    }
+}
+
+}  // namespace
+}  // namespace peft_kernels::PEFT_KERNELS_ISA

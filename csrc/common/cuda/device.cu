@@ -1,0 +1,22 @@
+#include <cuda_runtime_api.h>
+
+#include "common/cuda/device.h"
+
+namespace peft_kernels::cuda {
+
+int query_device(DeviceProperties& properties) {
+    int device = 0, major = 0, minor = 0;
+    cudaError_t error = cudaGetDevice(&device);
+    const auto query = [&](int& value, cudaDeviceAttr name) {
+        if (error == cudaSuccess) error = cudaDeviceGetAttribute(&value, name, device);
+    };
+    query(major, cudaDevAttrComputeCapabilityMajor);
+    query(minor, cudaDevAttrComputeCapabilityMinor);
+    query(properties.multiprocessors, cudaDevAttrMultiProcessorCount);
+    query(properties.shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin);
+    query(properties.l2_bytes, cudaDevAttrL2CacheSize);
+    properties.compute_capability = 10 * major + minor;
+    return error;
+}
+
+}  // namespace peft_kernels::cuda

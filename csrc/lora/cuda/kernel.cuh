@@ -1,0 +1,533 @@
+// The kernels of the LoRA branch; see lora/lora.h for what they compute and lora/cuda/tile.cuh for
+// what they are made of. The large operand streams through three tiles of shared memory:
+//
+//   shrink, dy-pass                             x-pass                          expand
+//        columns →                                 columns →                       columns →
+//   rows ┌──┬──┬──┬──┐  a CTA keeps the sums     ┌──┬──┬──┬──┐  a CTA keeps      ┌──┬──┬──┐  a CTA keeps
+//     ↓  │1 │2 │3 │4 │  of s or ds of its rows   │1 │2 │3 │4 │  the sums of dA   │1 │2 │3 │  its rows of s
+//        └──┴──┴──┴──┘  and goes along the       ├──┼──┼──┼──┤  of its columns   └──┴──┴──┘  and writes
+//        columns; dB of its rows is complete     │5 │6 │7 │8 │  and goes down               tile by tile
+//        after each tile, one part of several    └──┴──┴──┴──┘  the rows
+//
+// The limit is the traffic of the large operand: 2 bytes an element beside 4 to 12 products for each of 16 ranks. Small
+// operands are read again by every CTA that needs them, out of the L2.
+#pragma once
+
+#include "lora/cuda/tile.cuh"
+
+namespace peft_kernels::cuda {
+
+constexpr int kStages = 3;  // tiles of the large operand: one in use, two under way
+
+// Some ranks of one adapter: group z of the plan's.
+struct RankGroup {
+    const BranchAdapter& adapter;
+    int64_t first;  // rank
+
+    // The column of s of rank `first`.
+    __device__ int64_t column() const { return adapter.column + first; }
+    __device__ int64_t left() const { return adapter.rank - first; }
+    __device__ bool drops() const { return adapter.seed != nullptr; }
+};
+
+template <int kRanks>
+__device__ inline RankGroup rank_group(const Branch& branch, int64_t z) {
+    int a = 0;
+    for (;; ++a) {
+        const int64_t groups = (branch.adapters[a].rank + kRanks - 1) / kRanks;
+        if (z < groups) break;
+        z -= groups;
+    }
+    return {branch.adapters[a], z * kRanks};
+}
+
+template <class T, int kRanks>
+struct StreamTraits {
+    using Input = InputTile<T>;
+    static constexpr int kInputBytes = kStages * Input::kBytes;
+    using ColumnFactor = SplitTile<kRanks, Input::kColumns / 2>;  // A or B, for a projection of a tile
+    using RowFactor = SplitTile<kRanks, kBranchRows / 2>;         // s or ds, for what is accumulated over a tile
+};
+
+// Ranks `group` and following of s or ds, at two neighbouring rows of the tile that begins at row0, summed over parts.
+__device__ inline float2 load_row_pair(const Parts& s, const Branch& branch, const RankGroup& group, int64_t row,
+                                       int rank) {
+    float2 value{0, 0};
+    if (rank >= group.left()) return value;
+    const float* source = s.data + row * branch.total_rank + group.column() + rank;
+    for (int part = 0; part < s.splits; ++part, source += s.stride) {
+        if (row < branch.m) value.x += source[0];
+        if (row + 1 < branch.m) value.y += source[branch.total_rank];
+    }
+    return value;
+}
+
+// Stores a warp's sums [16 rows, 8 ranks] of s or ds.
+__device__ inline void store_projection(const SplitSum& sum, float scale, float* out, const Branch& branch,
+                                        const RankGroup& group, int64_t row0, int rank) {
+    const int lane = threadIdx.x % 32;
+    rank += 2 * (lane % 4);
+    const bool paired = branch.total_rank % 2 == 0 && group.column() % 2 == 0 && rank + 1 < group.left();
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+        const int64_t row = row0 + lane / 4 + 8 * half;
+        if (row >= branch.m) continue;
+        float* const target = out + row * branch.total_rank + group.column() + rank;
+        const float first = sum.value(2 * half) * scale, second = sum.value(2 * half + 1) * scale;
+        if (paired) {
+            store_global8(target, first, second);
+        } else {
+            if (rank < group.left()) target[0] = first;
+            if (rank + 1 < group.left()) target[1] = second;
+        }
+    }
+}
+
+// ---- shrink -------------------------------------------------------------------------------------------------------
+
+template <class T, int kRanks>
+struct ShrinkTraits : StreamTraits<T, kRanks> {
+    using Base = StreamTraits<T, kRanks>;
+    static constexpr int kSharedBytes = Base::kInputBytes + Base::ColumnFactor::kBytes;
+};
+
+template <class T, int kRanks>
+__global__ void __launch_bounds__(kBranchThreads) lora_shrink_kernel(const __grid_constant__ ShrinkParams params) {
+    using Traits = ShrinkTraits<T, kRanks>;
+    using Input = typename Traits::Input;
+    using Factor = typename Traits::ColumnFactor;
+    extern __shared__ __align__(128) char shared[];
+    char* const inputs = shared;
+    char* const factor = shared + Traits::kInputBytes;
+
+    const Branch& branch = params.branch;
+    const RankGroup group = rank_group<kRanks>(branch, blockIdx.z);
+    const int64_t row0 = int64_t{blockIdx.x} * kBranchRows;
+    const int64_t tile0 = blockIdx.y * params.plan.tiles_per_split;
+    const int64_t tiles = min(params.plan.tiles_per_split, ceil_div(branch.k, Input::kColumns) - tile0);
+    const uint64_t seed = group.drops() ? static_cast<uint64_t>(*group.adapter.seed) : 0;
+
+    const auto load = [&](int64_t i) {
+        if (i < tiles)
+            Input::load(inputs + i % kStages * Input::kBytes, params.x, branch.m, branch.k, row0,
+                        (tile0 + i) * Input::kColumns);
+        commit_copies();
+    };
+    float2 values[Factor::kPerThread];
+    const auto fetch = [&](int64_t i) {
+        Factor::template fetch<false>(values, [&](int rank, int pair) -> float2 {
+            if (i >= tiles || rank >= group.left()) return {0, 0};
+            const int64_t column = (tile0 + i) * Input::kColumns + first_of_pair<T>(pair);
+            const ConstMatrix& a = group.adapter.lora_A;
+            if constexpr (sizeof(T) == 2) return load_pair(a, group.first + rank, column, branch.k);
+            float2 value{0, 0};
+            if (column < branch.k) value.x = load_element(a, group.first + rank, column);
+            if (column + kPairDistance<T> < branch.k)
+                value.y = load_element(a, group.first + rank, column + kPairDistance<T>);
+            return value;
+        });
+    };
+
+    const int64_t warp_row = row0 + 16 * (threadIdx.x / 32);
+    SplitSum sums[kRanks / 8];
+    load(0);
+    load(1);
+    fetch(0);
+    for (int64_t i = 0; i < tiles; ++i) {
+        char* const input = inputs + i % kStages * Input::kBytes;
+        wait_for_copies<1>();
+        __syncthreads();  // tile i is there, and nobody needs tile i - 1 and its factor
+        load(i + 2);
+        Factor::template store<false>(factor, values);
+        fetch(i + 1);
+        if (group.drops()) Input::drop(input, seed, group.adapter.threshold, row0, (tile0 + i) * Input::kColumns);
+        __syncthreads();
+        if (warp_row < branch.m) project<T, kRanks>(input, factor, sums);
+    }
+    float* const out = params.s + blockIdx.y * branch.m * branch.total_rank;
+#pragma unroll
+    for (int i = 0; i < kRanks / 8; ++i)
+        store_projection(sums[i], group.adapter.keep_scale, out, branch, group, warp_row, 8 * i);
+}
+
+// ---- dy-pass ------------------------------------------------------------------------------------------------------
+
+template <class T, int kRanks>
+struct DyPassTraits : StreamTraits<T, kRanks> {
+    using Base = StreamTraits<T, kRanks>;
+    static constexpr int kSharedBytes = Base::kInputBytes + Base::ColumnFactor::kBytes + Base::RowFactor::kBytes;
+};
+
+template <class T, int kRanks>
+__global__ void __launch_bounds__(kBranchThreads) lora_dy_pass_kernel(const __grid_constant__ DyPassParams params) {
+    using Traits = DyPassTraits<T, kRanks>;
+    using Input = typename Traits::Input;
+    using Factor = typename Traits::ColumnFactor;
+    using RowFactor = typename Traits::RowFactor;
+    extern __shared__ __align__(128) char shared[];
+    char* const inputs = shared;
+    char* const factor = inputs + Traits::kInputBytes;
+    char* const row_factor = factor + Factor::kBytes;
+
+    const Branch& branch = params.branch;
+    const RankGroup group = rank_group<kRanks>(branch, blockIdx.z);
+    const BranchAdapter& adapter = group.adapter;
+    const bool wants_ds = params.ds != nullptr, wants_B = params.grad_B != nullptr && adapter.grad_B >= 0;
+    const int64_t row0 = int64_t{blockIdx.x} * kBranchRows;
+    const int64_t tile0 = blockIdx.y * params.plan.tiles_per_split;
+    const int64_t tiles = min(params.plan.tiles_per_split, ceil_div(branch.n, Input::kColumns) - tile0);
+    if (!wants_ds && !wants_B) return;
+
+    const auto load = [&](int64_t i) {
+        if (i < tiles)
+            Input::load(inputs + i % kStages * Input::kBytes, params.grad_y, branch.m, branch.n, row0,
+                        (tile0 + i) * Input::kColumns);
+        commit_copies();
+    };
+    float2 values[Factor::kPerThread];
+    const auto fetch = [&](int64_t i) {
+        Factor::template fetch<true>(values, [&](int rank, int pair) -> float2 {
+            float2 value{0, 0};
+            if (i >= tiles || !wants_ds || rank >= group.left()) return value;
+            const int64_t n = (tile0 + i) * Input::kColumns + first_of_pair<T>(pair);
+            if (n < branch.n) value.x = load_element(adapter.lora_B, n, group.first + rank);
+            if (n + kPairDistance<T> < branch.n)
+                value.y = load_element(adapter.lora_B, n + kPairDistance<T>, group.first + rank);
+            return value;
+        });
+    };
+
+    load(0);
+    load(1);
+    fetch(0);
+    if (wants_B) {
+        const Parts s{params.s, 0, 1};
+        RowFactor::template stage<true>(row_factor, [&](int rank, int pair) {
+            return load_row_pair(s, branch, group, row0 + 2 * pair, rank);
+        });
+    }
+    const int lane = threadIdx.x % 32;
+    const int64_t warp_row = row0 + 16 * (threadIdx.x / 32);
+    const int rows = static_cast<int>(min(branch.m - row0, int64_t{kBranchRows}));
+    SplitSum sums[kRanks / 8];
+    for (int64_t i = 0; i < tiles; ++i) {
+        char* const input = inputs + i % kStages * Input::kBytes;
+        wait_for_copies<1>();
+        __syncthreads();
+        load(i + 2);
+        Factor::template store<true>(factor, values);
+        fetch(i + 1);
+        __syncthreads();
+        if (wants_ds && warp_row < branch.m) project<T, kRanks>(input, factor, sums);
+        if (!wants_B) continue;
+        SplitSum products[kRanks / 16];
+        accumulate<T, kRanks>(input, row_factor, rows, products);
+        if (threadIdx.x / 32 >= Input::kStrips) continue;
+        // dB [n, rank]: the lanes of a column group have neighbouring ranks.
+        float* const out = params.grad_B + blockIdx.x * params.grad_B_size + adapter.grad_B + group.first;
+        const int64_t n0 = (tile0 + i) * Input::kColumns + threadIdx.x / 32 * 8 + lane % 4 * 2;
+#pragma unroll
+        for (int j = 0; j < kRanks / 16; ++j)
+#pragma unroll
+            for (int e = 0; e < 4; ++e) {
+                const int64_t n = n0 + e % 2;
+                const int rank = 16 * j + e / 2 * 8 + lane / 4;
+                if (n < branch.n && rank < group.left())
+                    out[n * adapter.rank + rank] = products[j].value(e) * adapter.scaling;
+            }
+    }
+    if (!wants_ds) return;
+    float* const out = params.ds + blockIdx.y * branch.m * branch.total_rank;
+    const float scale = adapter.scaling * adapter.keep_scale;
+#pragma unroll
+    for (int i = 0; i < kRanks / 8; ++i) store_projection(sums[i], scale, out, branch, group, warp_row, 8 * i);
+}
+
+// ---- expand -------------------------------------------------------------------------------------------------------
+
+template <int kRanks>
+struct ExpandTraits {
+    using RowFactor = SplitTile<kBranchRows, kRanks / 2>;        // s or ds
+    using ColumnFactor = SplitTile<kExpandColumns, kRanks / 2>;  // B or Aᵀ
+    static constexpr int kSharedBytes = RowFactor::kBytes + ColumnFactor::kBytes;
+};
+
+// Two columns' worth of a vector of 16 bytes, as floats, of a matrix with `columns`; zeros past its end.
+template <class T>
+__device__ inline void load_vector(const ConstMatrix& matrix, int64_t row, int64_t column, int64_t columns,
+                                   float (&values)[16 / sizeof(T)]) {
+    constexpr int kVector = 16 / sizeof(T);
+    const T* const source = static_cast<const T*>(matrix.data) + row * matrix.stride + column;
+    alignas(16) T elements[kVector];
+    if (column + kVector <= columns && reinterpret_cast<uint64_t>(source) % 16 == 0) {
+        *reinterpret_cast<uint4*>(elements) = *reinterpret_cast<const uint4*>(source);
+    } else {
+#pragma unroll
+        for (int j = 0; j < kVector; ++j) elements[j] = column + j < columns ? source[j] : T(0.0f);
+    }
+#pragma unroll
+    for (int j = 0; j < kVector; ++j) values[j] = widen(elements[j]);
+}
+
+template <class T>
+__device__ inline void store_vector(const float (&values)[16 / sizeof(T)], const Matrix& matrix, int64_t row,
+                                    int64_t column, int64_t columns) {
+    constexpr int kVector = 16 / sizeof(T);
+    T* const target = static_cast<T*>(matrix.data) + row * matrix.stride + column;
+    if (column + kVector <= columns && reinterpret_cast<uint64_t>(target) % 16 == 0) {
+        store_global16(target, narrow(values, T{}));
+    } else {
+#pragma unroll
+        for (int j = 0; j < kVector; ++j)
+            if (column + j < columns) narrow(values[j], target[j]);
+    }
+}
+
+// CTA `cta` of row_blocks x column_blocks.
+template <class T, int kRanks>
+__device__ inline void expand(const ExpandParams& params, int64_t cta, char* shared) {
+    using Traits = ExpandTraits<kRanks>;
+    using RowFactor = typename Traits::RowFactor;
+    using ColumnFactor = typename Traits::ColumnFactor;
+    using Output = OutputTile<T>;
+    char* const row_factor = shared;
+    char* const column_factor = shared + RowFactor::kBytes;
+
+    const Branch& branch = params.branch;
+    const int64_t columns = params.transposed ? branch.k : branch.n;
+    const int64_t row0 = cta / params.plan.column_blocks * kBranchRows;
+    const int64_t tile0 = cta % params.plan.column_blocks * params.plan.tiles_per_cta;
+    const int groups = params.plan.ranks.groups;
+    const int lane = threadIdx.x % 32;
+    const int64_t warp_row = row0 + threadIdx.x / 32 * 16;
+
+    const auto stage_rows = [&](const RankGroup& group, bool first_column) {
+        RowFactor::template stage<false>(row_factor, [&](int row, int pair) -> float2 {
+            float2 value{0, 0};
+            if (row0 + row >= branch.m || 2 * pair >= group.left()) return value;
+            const int64_t i = (row0 + row) * branch.total_rank + group.column() + 2 * pair;
+            const bool both = 2 * pair + 1 < group.left(), together = both && i % 2 == 0 && params.s.stride % 2 == 0;
+            const float* source = params.s.data + i;
+            for (int part = 0; part < params.s.splits; ++part, source += params.s.stride) {
+                if (together) {
+                    const float2 both_values = *reinterpret_cast<const float2*>(source);
+                    value.x += both_values.x;
+                    value.y += both_values.y;
+                } else {
+                    value.x += source[0];
+                    if (both) value.y += source[1];
+                }
+            }
+            if (params.sum && first_column) {
+                if (together) {
+                    store_global8(params.sum + i, value.x, value.y);
+                } else {
+                    params.sum[i] = value.x;
+                    if (both) params.sum[i + 1] = value.y;
+                }
+            }
+            return value;
+        });
+    };
+    const auto stage_columns = [&](const RankGroup& group, int64_t column0) {
+        if (params.transposed) {
+            ColumnFactor::template stage<true>(column_factor, [&](int column, int pair) -> float2 {
+                float2 value{0, 0};
+                const ConstMatrix& a = group.adapter.lora_A;
+                if (column0 + column >= columns) return value;
+                if (2 * pair < group.left()) value.x = load_element(a, group.first + 2 * pair, column0 + column);
+                if (2 * pair + 1 < group.left())
+                    value.y = load_element(a, group.first + 2 * pair + 1, column0 + column);
+                return value;
+            });
+        } else {
+            ColumnFactor::template stage<false>(column_factor, [&](int column, int pair) -> float2 {
+                if (column0 + column >= columns) return {0, 0};
+                const BranchAdapter& adapter = group.adapter;
+                const float2 b = load_pair(adapter.lora_B, column0 + column, group.first + 2 * pair, adapter.rank);
+                return {b.x * adapter.scaling, b.y * adapter.scaling};
+            });
+        }
+    };
+
+    for (int64_t tile = tile0; tile < min(tile0 + params.plan.tiles_per_cta, ceil_div(columns, kExpandColumns));
+         ++tile) {
+        const int64_t column0 = tile * kExpandColumns;
+        float totals[2][Output::kGroups][Output::kVector] = {};  // of rows lane / 4 and lane / 4 + 8 of the warp's
+        for (int z = 0; z < groups; ++z) {
+            const RankGroup group = rank_group<kRanks>(branch, z);
+            __syncthreads();  // nobody needs the last factors
+            if (groups > 1 || tile == tile0) stage_rows(group, tile == 0);
+            stage_columns(group, column0);
+            __syncthreads();
+            if (warp_row >= branch.m) continue;
+            SplitSum sums[Output::kGroups][Output::kTiles];
+            outer<T, kRanks>(row_factor, column_factor, sums);
+            const bool drops = params.transposed && group.drops();
+            const uint64_t seed = drops ? static_cast<uint64_t>(*group.adapter.seed) : 0;
+#pragma unroll
+            for (int half = 0; half < 2; ++half)
+#pragma unroll
+                for (int i = 0; i < Output::kGroups; ++i) {
+                    const auto add_kept = [&](auto kept) {
+#pragma unroll
+                        for (int j = 0; j < Output::kVector; ++j)
+                            if (kept(j))
+                                totals[half][i][j] +=
+                                    sums[i][j / 2].template value<Output::kFirstOnly>(2 * half + j % 2);
+                    };
+                    if (!drops) {
+                        add_kept([](int) { return true; });
+                        continue;
+                    }
+                    const int64_t column = column0 + Output::first_column(i, lane);
+                    const uint32_t kept =
+                        dropout_keep_bits(seed, group.adapter.threshold, warp_row + lane / 4 + 8 * half,
+                                          static_cast<uint32_t>(column / 8)) >>
+                        column % 8;
+                    add_kept([&](int j) { return kept >> j & 1; });
+                }
+        }
+        if (warp_row >= branch.m) continue;
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            const int64_t row = warp_row + lane / 4 + 8 * half;
+            if (row >= branch.m) continue;
+#pragma unroll
+            for (int i = 0; i < Output::kGroups; ++i) {
+                const int64_t column = column0 + Output::first_column(i, lane);
+                if (column >= columns) continue;
+                float (&values)[Output::kVector] = totals[half][i];
+                if (params.bias.data) {
+#pragma unroll
+                    for (int j = 0; j < Output::kVector; j += 2) {
+                        const float2 bias = load_pair(params.bias, 0, column + j, columns);
+                        values[j] += bias.x;
+                        values[j + 1] += bias.y;
+                    }
+                }
+                if (params.add.data) {
+                    float add[Output::kVector];
+                    load_vector<T>(params.add, row, column, columns, add);
+#pragma unroll
+                    for (int j = 0; j < Output::kVector; ++j) values[j] += add[j];
+                }
+                if (params.base.data) {
+#pragma unroll
+                    for (int j = 0; j < Output::kVector; ++j)
+                        if (column + j < columns) values[j] += load_element(params.base, row, column + j);
+                }
+                store_vector<T>(values, params.out, row, column, columns);
+            }
+        }
+    }
+}
+
+// One CTA at least: without that, for sm_86 and sm_89 ptxas gives the fp16 instance of 16 ranks half of the registers
+// that it could have, and spills.
+template <class T, int kRanks>
+__global__ void __launch_bounds__(kBranchThreads, 1) lora_expand_kernel(const __grid_constant__ ExpandParams params) {
+    extern __shared__ __align__(128) char shared[];
+    expand<T, kRanks>(params, blockIdx.x, shared);
+}
+
+// ---- x-pass -------------------------------------------------------------------------------------------------------
+
+template <class T, int kRanks>
+struct XPassTraits : StreamTraits<T, kRanks> {
+    using Base = StreamTraits<T, kRanks>;
+    static constexpr int kAccumulateBytes = Base::kInputBytes + Base::RowFactor::kBytes;
+    static constexpr int kExpandBytes = ExpandTraits<kRanks>::kSharedBytes;
+    static constexpr int kSharedBytes = kAccumulateBytes > kExpandBytes ? kAccumulateBytes : kExpandBytes;
+};
+
+// CTA (column block, part of the rows, rank group) of grad_A.
+template <class T, int kRanks>
+__device__ inline void accumulate_grad_A(const XPassParams& params, int64_t cta, char* shared) {
+    using Traits = XPassTraits<T, kRanks>;
+    using Input = typename Traits::Input;
+    using RowFactor = typename Traits::RowFactor;
+    constexpr int kTiles = XPassPlan::kColumnTiles;
+    char* const inputs = shared;
+    char* const row_factor = shared + Traits::kInputBytes;
+
+    const Branch& branch = params.branch;
+    const int64_t column_block = cta % params.plan.column_blocks;
+    const int64_t split = cta / params.plan.column_blocks % params.plan.splits;
+    const RankGroup group = rank_group<kRanks>(branch, cta / params.plan.column_blocks / params.plan.splits);
+    const BranchAdapter& adapter = group.adapter;
+    if (adapter.grad_A < 0) return;
+    const uint64_t seed = group.drops() ? static_cast<uint64_t>(*adapter.seed) : 0;
+    const int64_t column0 = column_block * kTiles * Input::kColumns;
+    const int64_t block0 = split * params.plan.row_blocks_per_split;
+    const int64_t blocks = min(params.plan.row_blocks_per_split, ceil_div(branch.m, kBranchRows) - block0);
+
+    // Tile i: row block i / kTiles, columns i % kTiles.
+    const auto column_of = [&](int64_t i) { return column0 + i % kTiles * Input::kColumns; };
+    const auto row_of = [&](int64_t i) { return (block0 + i / kTiles) * kBranchRows; };
+    const auto load = [&](int64_t i) {
+        if (i < blocks * kTiles && column_of(i) < branch.k)
+            Input::load(inputs + i % kStages * Input::kBytes, params.x, branch.m, branch.k, row_of(i), column_of(i));
+        commit_copies();
+    };
+
+    SplitSum sums[kTiles][kRanks / 16];
+    load(0);
+    load(1);
+    for (int64_t block = 0; block < blocks; ++block) {
+        const int64_t row0 = (block0 + block) * kBranchRows;
+        float2 values[RowFactor::kPerThread];
+        RowFactor::template fetch<true>(values, [&](int rank, int pair) {
+            return load_row_pair(params.ds, branch, group, row0 + 2 * pair, rank);
+        });
+#pragma unroll
+        for (int j = 0; j < kTiles; ++j) {
+            const int64_t i = block * kTiles + j;
+            char* const input = inputs + i % kStages * Input::kBytes;
+            wait_for_copies<1>();
+            __syncthreads();
+            load(i + 2);
+            if (j == 0) RowFactor::template store<true>(row_factor, values);
+            if (column_of(i) >= branch.k) continue;  // the whole CTA
+            if (group.drops()) Input::drop(input, seed, adapter.threshold, row0, column_of(i));
+            if (j == 0 || group.drops()) __syncthreads();
+            accumulate<T, kRanks>(input, row_factor, static_cast<int>(min(branch.m - row0, int64_t{kBranchRows})),
+                                  sums[j]);
+        }
+    }
+    if (threadIdx.x / 32 >= Input::kStrips) return;
+    const int lane = threadIdx.x % 32;
+    float* const out = params.grad_A + split * params.grad_A_size + adapter.grad_A + group.first * branch.k;
+#pragma unroll
+    for (int j = 0; j < kTiles; ++j)
+#pragma unroll
+        for (int i = 0; i < kRanks / 16; ++i)
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+                const int rank = 16 * i + 8 * half + lane / 4;
+                const int64_t column = column_of(j) + threadIdx.x / 32 * 8 + lane % 4 * 2;
+                if (rank >= group.left() || column >= branch.k) continue;
+                float* const target = out + rank * branch.k + column;
+                const float first = sums[j][i].value(2 * half), second = sums[j][i].value(2 * half + 1);
+                if (column + 1 < branch.k && reinterpret_cast<uint64_t>(target) % 8 == 0) {
+                    store_global8(target, first, second);
+                } else {
+                    target[0] = first;
+                    if (column + 1 < branch.k) target[1] = second;
+                }
+            }
+}
+
+// The first CTAs make grad_A, those after them dx: neither waits for the other, and one launch fills the device.
+template <class T, int kRanks>
+__global__ void __launch_bounds__(kBranchThreads) lora_x_pass_kernel(const __grid_constant__ XPassParams params) {
+    extern __shared__ __align__(128) char shared[];
+    const int64_t of_grad_A =
+        params.grad_A ? params.plan.column_blocks * params.plan.splits * params.plan.ranks.groups : 0;
+    if (blockIdx.x < of_grad_A)
+        accumulate_grad_A<T, kRanks>(params, blockIdx.x, shared);
+    else
+        expand<T, kRanks>(params.expand, blockIdx.x - of_grad_A, shared);
+}
+
+}  // namespace peft_kernels::cuda

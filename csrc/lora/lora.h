@@ -1,0 +1,97 @@
+// The LoRA branch of lora_linear on a GPU, as four kernels around the base product. Each reads its large operand, x or
+// dy, once; none uses float atomics, so results are the same bits at every run.
+//
+//   shrink      sᵢ  = dropoutᵢ(x) Aᵢᵀ
+//   expand      y   = bias + add + Σᵢ scalingᵢ sᵢ Bᵢᵀ                 onto which the base product is accumulated
+//   dy-pass     dsᵢ = scalingᵢ/(1-pᵢ) dy Bᵢ,   dBᵢ = scalingᵢ dyᵀ sᵢ
+//   x-pass      dAᵢ = dsᵢᵀ (maskᵢ ⊙ x),        dx  = add + Σᵢ maskᵢ ⊙ (dsᵢ Aᵢ)
+//
+// CTAs that share a sum leave their parts apart, which common/cuda/sum_parts.h adds up.
+//
+// Plain data only: no torch, no CUDA headers.
+#pragma once
+
+#include <cstdint>
+
+#include "common/dtype.h"
+#include "lora/cuda/plan.h"
+
+namespace peft_kernels {
+
+struct BranchAdapter {
+    ConstMatrix lora_A;  // [rank, k]
+    ConstMatrix lora_B;  // [n, rank]
+    int64_t rank;
+    int64_t column;       // the first of its columns in s and ds
+    const int64_t* seed;  // [1] in the device's memory, so that a captured graph draws new masks; null without dropout
+    uint32_t threshold;   // of the 16-bit random numbers, see common/dropout.h
+    float keep_scale;     // 1 / (1 - p)
+    float scaling;
+    int64_t grad_A, grad_B;  // where its gradients begin in those of all adapters, in elements; -1 if not wanted
+};
+
+struct Branch {
+    static constexpr int kMaxAdapters = 16;  // of one launch; the parameters of a kernel have room for 4 KB
+
+    int64_t m, n, k;
+    int64_t total_rank;  // columns of s and ds
+    int32_t num_adapters;
+    BranchAdapter adapters[kMaxAdapters];
+};
+
+// A matrix [m, total_rank] that its readers add up from `splits` matrices, which lie `stride` elements apart.
+struct Parts {
+    const float* data;
+    int64_t stride;
+    int32_t splits;
+};
+
+struct ShrinkParams {
+    Branch branch;
+    ShrinkPlan plan;
+    ConstMatrix x;  // [m, k]
+    float* s;       // [plan.splits][m, total_rank]
+};
+
+struct ExpandParams {
+    Branch branch;
+    ExpandPlan plan;
+    bool transposed;   // false: y [m, n] with B and scaling; true: dx [m, k] with A and the masks
+    Parts s;           // or ds
+    float* sum;        // [m, total_rank], where s is wanted as one matrix; may be null
+    ConstMatrix bias;  // [1, columns]; data may be null
+    ConstMatrix add;   // like out; data may be null, and may be out's
+    ConstMatrix base;  // [m, columns] of any dtype; data may be null
+    Matrix out;
+};
+
+struct DyPassParams {
+    Branch branch;
+    DyPassPlan plan;
+    ConstMatrix grad_y;  // [m, n]
+    const float* s;      // [m, total_rank]; may be null when no grad_B is wanted
+    float* ds;           // [plan.splits][m, total_rank]; null: not wanted
+    float* grad_B;       // [plan.row_blocks][grad_B_size]; null: none is wanted
+    int64_t grad_B_size;
+};
+
+struct XPassParams {
+    Branch branch;
+    XPassPlan plan;
+    ConstMatrix x;  // [m, k]
+    Parts ds;
+    float* grad_A;  // [plan.splits][grad_A_size]; null: none is wanted
+    int64_t grad_A_size;
+    ExpandParams expand;  // of dx; not done when out.data is null
+};
+
+namespace cuda {
+
+// Each enqueues one kernel on `stream` (a cudaStream_t) of the current device. Returns a cudaError_t. No size may be 0.
+int lora_shrink(const ShrinkParams& params, void* stream);
+int lora_expand(const ExpandParams& params, void* stream);
+int lora_dy_pass(const DyPassParams& params, void* stream);
+int lora_x_pass(const XPassParams& params, void* stream);
+
+}  // namespace cuda
+}  // namespace peft_kernels

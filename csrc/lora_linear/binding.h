@@ -1,0 +1,93 @@
+// What the bindings of lora_linear, ia3_linear and decoder_layer share: they launch the same kernels.
+#pragma once
+
+#include <cmath>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "common/torch/checks.h"
+#include "common/torch/launch.h"
+#include "lora_linear/cpu/plan.h"
+#include "lora_linear/lora_linear.h"
+#include "matmul/binding.h"
+
+namespace peft_kernels {
+
+// The launches on a CPU, for every family whose product is lora_linear's.
+template <class Params>
+void run_lora_linear_cpu(void (*launch)(const Params&), Params& params, const Tensor& like, bool backward) {
+    run_cpu(launch, params, like, [&] {
+        const LoraLinearCpuProblem problem = problem_of(params, backward, current_isa());
+        return describe(problem, plan_lora_linear_cpu(problem));
+    });
+}
+inline void run_forward_cpu(LoraLinearForwardParams& params, const Tensor& like) {
+    run_lora_linear_cpu(&dispatch::lora_linear_forward, params, like, false);
+}
+inline void run_backward_cpu(LoraLinearBackwardParams& params, const Tensor& like) {
+    run_lora_linear_cpu(&dispatch::lora_linear_backward, params, like, true);
+}
+
+inline std::string counted(size_t count) { return std::to_string(count) + (count == 1 ? " item" : " items"); }
+
+struct CheckedAdapters {
+    std::vector<LoraAdapter> list;
+    int64_t total_rank = 0;
+    Tensors matrices;  // the list's: copies where rows are not dense, as in PEFT's adapters that combine others
+};
+
+// A list with an item for each adapter.
+template <class List>
+void check_list(const List& list, const char* name, size_t count) {
+    if (list.size() != count) bad_argument(name, counted(list.size()), counted(count) + ", one for each lora_A");
+}
+
+inline CheckedAdapters check_adapters(const Tensors& lora_A, const Tensors& lora_B, const Numbers& scaling,
+                                      const std::optional<Numbers>& dropout, const std::optional<Tensor>& seeds,
+                                      int64_t n, int64_t k, const Tensor& reference) {
+    const size_t count = lora_A.size();
+    check_list(lora_B, "lora_B", count);
+    check_list(scaling, "scaling", count);
+    bool drops = false;
+    if (dropout && !dropout->empty()) {
+        check_list(*dropout, "dropout", count);
+        for (double p : *dropout) {
+            if (!(p >= 0 && p < 1)) bad_argument("dropout", std::to_string(p), "a probability in [0, 1)");
+            drops |= p > 0;
+        }
+    }
+    const int64_t* seed_values = nullptr;
+    if (drops) {
+        if (!seeds) bad_argument("seeds", "none", "an int64 tensor, since there is dropout");
+        check_array(*seeds, "seeds", ScalarType::Long, static_cast<int64_t>(count), reference);
+        seed_values = static_cast<const int64_t*>(seeds->const_data_ptr());
+    }
+    CheckedAdapters adapters;
+    for (size_t i = 0; i < count; ++i) {
+        if (lora_A[i].dim() != 2 || lora_A[i].size(0) == 0)
+            bad_argument("lora_A", describe(lora_A[i]),
+                         "a matrix [rank, " + std::to_string(k) + "] of rank 1 at least");
+        if (!std::isfinite(static_cast<float>(scaling[i])))
+            bad_argument("scaling", std::to_string(scaling[i]), "a finite float32 number");
+        LoraAdapter adapter{};
+        adapter.rank = lora_A[i].size(0);
+        const auto check = [&](const Tensor& matrix, const char* name, int64_t rows, int64_t columns) {
+            check_shape(matrix, name, {rows, columns});
+            adapters.matrices.push_back(as_rows(matrix, name));
+            return check_matrix(adapters.matrices.back(), name, rows, columns, reference);
+        };
+        adapter.lora_A = check(lora_A[i], "lora_A", adapter.rank, k);
+        adapter.lora_B = check(lora_B[i], "lora_B", n, adapter.rank);
+        adapter.scaling = static_cast<float>(scaling[i]);
+        if (drops) {
+            adapter.dropout = (*dropout)[i];
+            adapter.seed = seed_values + i;
+        }
+        adapters.list.push_back(adapter);
+        adapters.total_rank += adapter.rank;
+    }
+    return adapters;
+}
+
+}  // namespace peft_kernels

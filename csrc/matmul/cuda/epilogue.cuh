@@ -1,0 +1,176 @@
+// What the product of many rows does after its main loop: adds the sums of CTAs that share a tile, adds the LoRA terms, and stores.
+#pragma once
+
+#include "matmul/cuda/tile.cuh"
+
+namespace peft_kernels::cuda {
+
+// A pair of numbers as bf16: high halves, what they lack, and the high halves that are finite. An infinity has no low
+// half, and may not meet the other's, which has any sign.
+struct SplitPair {
+    uint32_t high, low, finite_high;
+};
+
+__device__ inline SplitPair split(float first, float second) {
+    const float high[2] = {__bfloat162float(__float2bfloat16_rn(first)), __bfloat162float(__float2bfloat16_rn(second))};
+    const bool finite[2] = {isfinite(high[0]), isfinite(high[1])};
+    return {pack(high[0], high[1], __nv_bfloat16{}),
+            pack(finite[0] ? first - high[0] : 0, finite[1] ? second - high[1] : 0, __nv_bfloat16{}),
+            pack(finite[0] ? high[0] : 0, finite[1] ? high[1] : 0, __nv_bfloat16{})};
+}
+
+// 16 ranks of a term, as 48 steps of the reduction: to the places of x and of the weight.
+template <class Traits>
+__device__ void stage_term(const FusedMatmulKernelParams& params, typename Traits::Shared& shared, const LoraTerm& term,
+                           int64_t s_column, int64_t rank, int64_t first_m, int64_t first_output) {
+    const auto at = [](int row, int unit) { return 32 * row + 4 * (unit ^ row % 8); };  // words, in rows of 128 bytes
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    constexpr int kWarps = Traits::kThreads / 32;
+    // Lanes: 8 rows, 4 pairs of ranks.
+    uint32_t* const left = reinterpret_cast<uint32_t*>(shared.stages[0].x);
+    for (int i = warp; i < Traits::kTileM / 4; i += kWarps) {
+        const int row = i / 2 * 8 + lane / 4, unit = i % 2;
+        const int64_t m = first_m + row, r = rank + 8 * unit + lane % 4 * 2;
+        const float first =
+            m < params.operands.m && r < term.rank ? load_element(params.operands.s, m, s_column + r) : 0;
+        const float second =
+            m < params.operands.m && r + 1 < term.rank ? load_element(params.operands.s, m, s_column + r + 1) : 0;
+        const SplitPair pair = split(term.scaling * first, term.scaling * second);
+        left[at(row, unit) + lane % 4] = pair.high;
+        left[at(row, 2 + unit) + lane % 4] = pair.low;
+        left[at(row, 4 + unit) + lane % 4] = pair.finite_high;
+    }
+    uint32_t* const right = reinterpret_cast<uint32_t*>(shared.stages[0].weight);
+    if constexpr (Traits::kTransposed) {
+        // Lanes: 32 pairs of columns.
+        for (int i = warp; i < 32; i += kWarps) {
+            const int row = i / 2, column = 64 * (i % 2) + 2 * lane;
+            const int64_t r = rank + row, k = first_output + column;
+            const float first = r < term.rank && k < params.outputs ? load_element(term.factor, r, k) : 0;
+            const float second = r < term.rank && k + 1 < params.outputs ? load_element(term.factor, r, k + 1) : 0;
+            const SplitPair pair = split(first, second);
+            const int word = 64 * row + 32 * (i % 2) + 4 * (lane / 4 ^ Traits::swizzle(row, i % 2)) + lane % 4;
+            right[word] = pair.high;
+            right[word + 16 * 64] = pair.finite_high;
+            right[word + 32 * 64] = pair.low;
+        }
+    } else {
+        for (int i = warp; i < kTileN / 4; i += kWarps) {
+            const int row = i / 2 * 8 + lane / 4, unit = i % 2;
+            const int64_t n = first_output + row, r = rank + 8 * unit + lane % 4 * 2;
+            const float first = n < params.outputs && r < term.rank ? load_element(term.factor, n, r) : 0;
+            const float second = n < params.outputs && r + 1 < term.rank ? load_element(term.factor, n, r + 1) : 0;
+            const SplitPair pair = split(first, second);
+            right[at(row, unit) + lane % 4] = pair.high;
+            right[at(row, 2 + unit) + lane % 4] = pair.finite_high;
+            right[at(row, 4 + unit) + lane % 4] = pair.low;
+        }
+    }
+}
+
+// Adds the sums of all CTAs that share a tile, in the order of the reduction; false for those that are not the last to
+// arrive. The last one waits only for CTAs that are already writing theirs.
+template <class Traits>
+__device__ bool gather_sums(const FusedMatmulKernelParams& params, typename Traits::Shared& shared, int64_t tile,
+                            int split, float (&sums)[Traits::kTilesM][Traits::kTilesN][4]) {
+    constexpr int64_t kVectors = int64_t{Traits::kTileM} * kTileN / 4;
+    float4* const tile_sums =
+        reinterpret_cast<float4*>(params.partial_sums) + tile * params.splits * kVectors + threadIdx.x;
+    uint32_t* const arrived = params.arrivals + 2 * tile;
+    uint32_t* const written = arrived + 1;
+    const uint32_t others = params.splits - 1;
+    const auto place = [](int i, int j) { return (i * Traits::kTilesN + j) * Traits::kThreads; };
+    if (threadIdx.x == 0) shared.is_last = atomicAdd(arrived, 1) == others;
+    __syncthreads();
+    if (!shared.is_last) {
+#pragma unroll
+        for (int i = 0; i < Traits::kTilesM; ++i)
+#pragma unroll
+            for (int j = 0; j < Traits::kTilesN; ++j)
+                tile_sums[split * kVectors + place(i, j)] =
+                    make_float4(sums[i][j][0], sums[i][j][1], sums[i][j][2], sums[i][j][3]);
+        __threadfence();
+        __syncthreads();
+        if (threadIdx.x == 0) atomicAdd(written, 1);
+        return false;
+    }
+    if (threadIdx.x == 0)
+        while (atomicAdd(written, 0) != others) __nanosleep(100);
+    __syncthreads();
+    __threadfence();
+    // A few vectors of each part at a time: as many loads under way as registers are free.
+    constexpr int kAtOnce = Traits::kTransposed ? 4 : 8;
+    static_assert(Traits::kTilesN % kAtOnce == 0);
+#pragma unroll
+    for (int i = 0; i < Traits::kTilesM; ++i)
+#pragma unroll
+        for (int first = 0; first < Traits::kTilesN; first += kAtOnce) {
+            const auto add_part = [&](float (&to)[kAtOnce][4], int s) {
+                float4 part[kAtOnce];
+#pragma unroll
+                for (int j = 0; j < kAtOnce; ++j) part[j] = tile_sums[s * kVectors + place(i, first + j)];
+#pragma unroll
+                for (int j = 0; j < kAtOnce; ++j)
+                    to[j][0] += part[j].x, to[j][1] += part[j].y, to[j][2] += part[j].z, to[j][3] += part[j].w;
+            };
+            float total[kAtOnce][4] = {};
+#pragma unroll 1
+            for (int s = 0; s < split; ++s) add_part(total, s);
+#pragma unroll
+            for (int j = 0; j < kAtOnce; ++j)
+#pragma unroll
+                for (int e = 0; e < 4; ++e) total[j][e] += sums[i][first + j][e];
+#pragma unroll 1
+            for (int s = split + 1; s < params.splits; ++s) add_part(total, s);
+#pragma unroll
+            for (int j = 0; j < kAtOnce; ++j)
+#pragma unroll
+                for (int e = 0; e < 4; ++e) sums[i][first + j][e] = total[j][e];
+        }
+    return true;
+}
+
+// out = scale ⊙ (sums + bias + add) from row stored_m on, through shared memory, so that rows go out in whole sectors.
+template <class Traits>
+__device__ void store_tile(const FusedMatmulKernelParams& params, typename Traits::Shared& shared,
+                           const ManyRowsPlace& place, const ManyRowsMultiplier<Traits>& warp_tile) {
+    const FusedMatmulParams& operands = params.operands;
+    const int lane = threadIdx.x % 32;
+    float* const sums = shared.sums[threadIdx.x / 32];
+    const bool aligned = has_aligned_fours(operands.out), add_aligned = has_aligned_fours(operands.add);
+    const bool unscaled_aligned = has_aligned_fours(operands.unscaled);
+    // Lanes: 4 rows, 8 vectors of 4 columns; then the 32 columns beyond. Rolled loops, for there are many cases inside.
+#pragma unroll
+    for (int i = 0; i < Traits::kTilesM; ++i) {
+        __syncwarp();
+#pragma unroll
+        for (int j = 0; j < Traits::kTilesN; ++j)
+#pragma unroll
+            for (int upper = 0; upper < 2; ++upper)
+                *reinterpret_cast<float2*>(&sums[(lane / 4 + 8 * upper) * Traits::kSumPitch + 8 * j + lane % 4 * 2]) =
+                    make_float2(warp_tile.sums[i][j][2 * upper], warp_tile.sums[i][j][2 * upper + 1]);
+        __syncwarp();
+#pragma unroll 1
+        for (int half = 0; half < 2; ++half) {
+            const int64_t column = place.first_output + warp_tile.first_n + lane % 8 * 4 + 32 * half;
+            const int count = count_four(column, params.outputs);
+            const float4 bias = load_four(operands.bias, 0, column, count, false);
+            const float4 scale = load_scales(operands.scale, column, count);
+#pragma unroll 1
+            for (int row = lane / 8; row < 16; row += 4) {
+                const int64_t m = place.first_m + warp_tile.first_m + 16 * i + row;
+                if (m < place.stored_m || m >= operands.m) continue;
+                float4 sum =
+                    *reinterpret_cast<const float4*>(&sums[row * Traits::kSumPitch + lane % 8 * 4 + 32 * half]);
+                const float4 add = load_four(operands.add, m, column, count, add_aligned);
+                sum = make_float4(sum.x + bias.x + add.x, sum.y + bias.y + add.y, sum.z + bias.z + add.z,
+                                  sum.w + bias.w + add.w);
+                if (operands.unscaled.data) store_four(operands.unscaled, m, column, count, unscaled_aligned, sum);
+                store_four(operands.out, m, column, count, aligned,
+                           make_float4(scale.x * sum.x, scale.y * sum.y, scale.z * sum.z, scale.w * sum.w));
+            }
+        }
+    }
+}
+
+}  // namespace peft_kernels::cuda

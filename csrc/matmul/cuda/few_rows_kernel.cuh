@@ -1,0 +1,420 @@
+// The forward's product for few tokens (m <= 32), bound by reading the codes once.
+//
+//   out [m, n] = scale ⊙ (x · Wᵀ + bias + add + Σᵢ scalingᵢ · sᵢ · lora_Bᵢᵀ)
+//
+// A CTA makes kRows columns of out, for all tokens; its warps share the reduction and meet in shared memory at the end,
+// so that no sum goes through global memory. The weight is the left operand of the matrix unit, whose 16 rows it fills;
+// tokens are the 8 columns. A warp goes through k in chunks of 256, every kWarps-th one. In a chunk lane 4 g + t owns
+// block t of rows g and g + 8, of 64 elements each, and decodes it with one pair of planes a row:
+//
+//              k:   0 ... 63 | 64 ... 127 | 128 ... 191 | 192 ... 255         the matrix unit takes 4 elements of each
+//     row g         lane 4 g | lane 4 g + 1 | 4 g + 2   | 4 g + 3             of the 4 blocks as its 16 steps: an order
+//     row g + 8     lane 4 g | ...                                            of k that x, the right operand, follows
+//
+// Codes and x come by cp.async, into buffers of the warp's own: codes a chunk ahead, x a quarter of one (16 elements of
+// each block). Both are whole sectors of global memory.
+#pragma once
+
+#include "common/cuda/nf4_decode.cuh"
+#include "matmul/cuda/kernel_plan.h"
+#include "matmul/cuda/operands.cuh"
+
+namespace peft_kernels::cuda {
+
+template <class T_, int kTokens_>
+struct FewRowsTraits {
+    using T = T_;
+    static constexpr int kTokens = kTokens_;                 // 8, 16 or 32
+    static constexpr int kRows = few_rows_outputs(kTokens);  // of the weight
+    static constexpr int kWarps = few_rows_warps(kTokens);
+    static constexpr int kThreads = 32 * kWarps;
+    static constexpr int kTokenTiles = kTokens / 8, kRowTiles = kRows / 16;
+    static constexpr int kLaneRows = 2 * kRowTiles;  // rows of which a lane decodes a block
+    static constexpr int kQuads = (kRows * kTokens / 4 + kThreads - 1) / kThreads;  // of outputs, of a thread
+    static constexpr int kSpan = 4 * kWarps;            // chunks whose absmax lies in shared memory
+    static constexpr int kAbsmaxPitch = 4 * kSpan + 4;  // 8 rows of 4 blocks are in 32 banks
+    static constexpr int kRankStep = 16, kFactorPitch = kRows + 2, kTokenPitch = kRankStep + 1;
+
+    // Rows of the partial sums: writes of a fragment and reads of 32 neighbours are without conflicts.
+    static constexpr int kSumPitch = kRows + 4;
+
+    static constexpr uint32_t kSlot = kRows * 128;  // bytes of a chunk's codes
+    struct WarpBuffers {
+        uint4 codes[2][kSlot / 16];  // [kRows][128 bytes]
+        uint4 x[2][kTokens * 8];     // [kTokens][4 blocks][16 elements]
+    };
+    struct Shared {
+        union {
+            WarpBuffers warps[kWarps];
+            float sums[kWarps][kTokens * kSumPitch];
+        };
+        float nested_code[256];
+        float factor[kRankStep * kFactorPitch];
+        float s[kTokens * kTokenPitch];
+        alignas(16) float absmax[kRows * kAbsmaxPitch];
+    };
+
+    // A thread's outputs: four rows of kQuads tokens. Rows run along the lanes. With 16 rows the other half of eight
+    // lanes takes the token 4 further on, which is in other banks.
+    __device__ static int output_row() { return threadIdx.x % (kRows / 4) * 4; }
+    __device__ static int output_token(int quad) {
+        const int token = (threadIdx.x + quad * kThreads) / (kRows / 4);
+        return kRows == 16 ? token / 8 * 8 + token % 2 * 4 + token / 2 % 4 : token;
+    }
+};
+
+// Where unit `unit` of 16 bytes of a row of 128 bytes lies, in bytes. The 8 lanes of a wavefront meet 8 different banks
+// when they have a pair of units of 4 rows, every second unit of 2 rows, or a whole row.
+__device__ inline uint32_t swap_units(int row, int unit) { return row * 128 + (unit ^ (row % 4 * 2 + row % 2)) * 16; }
+
+template <class Traits>
+class FewRowsWarp {
+public:
+    using T = typename Traits::T;
+    static constexpr int kTokens = Traits::kTokens, kRows = Traits::kRows, kLaneRows = Traits::kLaneRows;
+    static constexpr int kWarps = Traits::kWarps;
+    // A copy of x takes a sector (16 elements) of one block of this many tokens, or of two blocks of 8.
+    static constexpr int kCopyTokens = kTokens < 16 ? kTokens : 16;
+    static constexpr int kBlocksAtOnce = 16 / kCopyTokens;
+    static constexpr int kGroups = kTokens / kCopyTokens, kCopies = 4 / kBlocksAtOnce;
+
+    __device__ FewRowsWarp(const FusedMatmulKernelParams& params, typename Traits::WarpBuffers& buffers,
+                           int64_t first_row, int first_chunk)
+        : blocks_left_(params.steps - 4 * first_chunk),
+          rows_(static_cast<int>(min(params.outputs - first_row, int64_t{kRows}))) {
+        const int lane = threadIdx.x % 32;
+        // Copies of codes: unit lane % 8 of rows lane / 8, lane / 8 + 4, ...
+        const int64_t pitch = int64_t{32} * params.steps;
+        code_step_ = 4 * pitch;
+        codes_ = params.weight.codes + (first_row + lane / 8) * pitch + lane % 8 * 16 + first_chunk * 128;
+        write_codes_ = shared_address(buffers.codes) + swap_units(lane / 8, lane % 8);
+        // Copies of x: half lane % 2 of a sector. The last token stands for those that x does not have.
+        const int token = lane / 2 % kCopyTokens;
+        const ConstMatrix& x = params.operands.x;
+        first_block_ = lane / 2 / kCopyTokens;
+#pragma unroll
+        for (int group = 0; group < kGroups; ++group) {
+            const int row = min(token + group * kCopyTokens, static_cast<int>(params.operands.m) - 1);
+            x_[group] = static_cast<const char*>(x.data) + row * x.stride * sizeof(T) + first_block_ * 128 +
+                        lane % 2 * 16 + first_chunk * 512;
+        }
+#pragma unroll
+        for (int i = 0; i < kCopies; ++i)
+            write_x_[i] =
+                shared_address(buffers.x) + (swap_units(token, first_block_ * 2 + lane % 2) ^ i * kBlocksAtOnce * 32);
+        // The product: row or token lane / 4 of eight, block lane % 4.
+        read_codes_ = shared_address(buffers.codes) + swap_units(lane / 4, lane % 4 * 2);
+#pragma unroll
+        for (int word = 0; word < 2; ++word)
+            read_x_[word] = shared_address(buffers.x) + swap_units(lane / 4, lane % 4 * 2 + word);
+        keep(codes_);
+        keep(write_codes_);
+        keep(read_codes_);
+#pragma unroll
+        for (uint32_t& read : read_x_) keep(read);
+#pragma unroll
+        for (uint32_t& write : write_x_) keep(write);
+#pragma unroll
+        for (const char*& x : x_) keep(x);
+    }
+
+    // Copies of all 16 bytes of a unit spare four instructions each, which make a number of bytes into an address.
+
+    // The codes of the chunk at hand (kAhead = 0), then of the one after it (1). Rows and blocks that the weight does
+    // not have become zeros.
+    template <int kAhead>
+    __device__ void copy_codes(uint32_t slot) {
+        const int lane = threadIdx.x % 32, blocks = blocks_left_ - kAhead * kWarps * 4;
+        const auto copy = [&](auto whole) {
+            const uint32_t to = write_codes_ + slot;
+            const uint8_t* from = codes_;
+            unroll<kRows / 4>([&](auto i) {
+                if constexpr (whole.value)
+                    copy_async16<i.value * 512>(to, from);
+                else
+                    copy_async16<i.value * 512>(to, from, 4 * i + lane / 8 < rows_ && lane % 8 / 2 < blocks ? 16 : 0);
+                from += code_step_;
+            });
+        };
+        if (__builtin_expect(blocks >= 4 && rows_ == kRows, true))
+            copy(Index<true>{});
+        else if (blocks > 0)
+            copy(Index<false>{});
+        codes_ += kWarps * 128;
+    }
+
+    // Elements 16 kQuarter to 16 kQuarter + 15 of each block of the chunk at hand; zeros for blocks that x does not
+    // have.
+    template <int kQuarter>
+    __device__ void copy_x() const {
+        const auto copy = [&](auto whole) {
+            unroll<kGroups>([&](auto group) {
+                unroll<kCopies>([&](auto i) {
+                    constexpr int kTo = (kQuarter % 2 * kTokens + group.value * kCopyTokens) * 128;
+                    constexpr int kBlock = i.value * kBlocksAtOnce, kFrom = kQuarter * 32 + kBlock * 128;
+                    if constexpr (whole.value)
+                        copy_async16<kTo, kFrom>(write_x_[i], x_[group]);
+                    else
+                        copy_async16<kTo, kFrom>(write_x_[i], x_[group], first_block_ + kBlock < blocks_left_ ? 16 : 0);
+                });
+            });
+        };
+        if (__builtin_expect(blocks_left_ >= 4, true))
+            copy(Index<true>{});
+        else if (blocks_left_ > 0)
+            copy(Index<false>{});
+    }
+
+    // Goes on to this warp's next chunk, whose codes are on their way.
+    __device__ void advance() {
+        blocks_left_ -= kWarps * 4;
+#pragma unroll
+        for (int group = 0; group < kGroups; ++group) x_[group] += kWarps * 512;
+    }
+
+    // absmax: of this lane's block of row lane / 4, which is followed by the other rows'.
+    __device__ void make_planes_of_chunk(const float (&codebook)[16], const float* absmax) {
+#pragma unroll
+        for (int i = 0; i < kLaneRows; ++i) planes_[i] = make_planes<T>(codebook, absmax[i * 8 * Traits::kAbsmaxPitch]);
+    }
+
+    // Two quarters' codes of this lane's blocks.
+    __device__ void load_codes(uint32_t slot, int half) {
+        const uint32_t from = (read_codes_ ^ half * 16) + slot;
+        unroll<kLaneRows>([&](auto i) { load_shared<decltype(i)::value * 1024>(lane_codes_[i], from); });
+    }
+
+    template <int kQuarter>
+    __device__ void multiply_quarter() {
+#pragma unroll
+        for (int word = 0; word < 2; ++word) {
+            uint32_t x[Traits::kTokenTiles][4];
+            unroll<Traits::kTokenTiles>([&](auto tile) {
+                constexpr int kFrom = kQuarter % 2 * kTokens * 128 + decltype(tile)::value * 1024;
+                load_shared<kFrom>(x[tile], read_x_[word]);
+            });
+#pragma unroll
+            for (int row_tile = 0; row_tile < Traits::kRowTiles; ++row_tile) {
+                uint32_t upper[4], lower[4];
+                constexpr int kFirstWord = kQuarter % 2 * 2;
+                decode(planes_[2 * row_tile], lane_codes_[2 * row_tile][kFirstWord + word], upper);
+                decode(planes_[2 * row_tile + 1], lane_codes_[2 * row_tile + 1][kFirstWord + word], lower);
+                const uint32_t first[4] = {upper[0], lower[0], upper[1], lower[1]};
+                const uint32_t second[4] = {upper[2], lower[2], upper[3], lower[3]};
+#pragma unroll
+                for (int tile = 0; tile < Traits::kTokenTiles; ++tile) {
+                    multiply(sums[row_tile][tile], first, x[tile][0], x[tile][1], T{});
+                    multiply(sums[row_tile][tile], second, x[tile][2], x[tile][3], T{});
+                }
+            }
+        }
+    }
+
+    float sums[Traits::kRowTiles][Traits::kTokenTiles][4] = {};
+
+private:
+    int blocks_left_;  // from the chunk at hand on
+    const int rows_;
+    int64_t code_step_;
+    const uint8_t* codes_;
+    const char* x_[kGroups];
+    int first_block_;  // of the four of a chunk, in a copy of x
+    uint32_t write_codes_, write_x_[kCopies], read_codes_, read_x_[2];
+    Planes planes_[kLaneRows];
+    uint32_t lane_codes_[kLaneRows][4];
+};
+
+// absmax of all rows for the chunks of a span: lanes take four blocks each along a row, in whole sectors. Where the
+// weight has no row, that of its last one will do, for what comes of it is not stored; where it has no block, x is zero
+// and absmax must be finite.
+template <class Traits>
+__device__ void stage_absmax(const FusedMatmulKernelParams& params, typename Traits::Shared& shared, int64_t first_row,
+                             int first_block) {
+    const int row_blocks = params.steps;  // of 64; several may share a block of the weight
+    const int last_row = static_cast<int>(min(params.outputs - first_row, int64_t{Traits::kRows})) - 1;
+    const int blocks = min(row_blocks - first_block, 4 * Traits::kSpan);
+    const int shift = params.weight.log2_blocksize - 6;
+    const int64_t first = first_row * row_blocks + first_block;
+    const BlockAbsmax absmax(params.weight.absmax, first >> shift);
+    const int within = static_cast<int>(first) & ((1 << shift) - 1);
+    const auto store_fours = [&](const auto& load_four) {
+#pragma unroll
+        for (int first_of_pass = 0; first_of_pass < Traits::kRows; first_of_pass += Traits::kThreads / 8) {
+            const int row = first_of_pass + threadIdx.x / 8;
+            if (row >= Traits::kRows) break;
+            const int at = min(row, last_row) * row_blocks;
+#pragma unroll
+            for (int i = 0; i < Traits::kSpan / 8; ++i) {
+                const int column = threadIdx.x % 8 * 4 + 32 * i;
+                if (column >= blocks) break;
+                *reinterpret_cast<float4*>(&shared.absmax[row * Traits::kAbsmaxPitch + column]) = load_four(at, column);
+            }
+        }
+    };
+    if (params.absmax_fours && absmax.is_nested()) {
+        store_fours([&](int at, int column) { return absmax.load_nested_four(shared.nested_code, at + column); });
+    } else if (params.absmax_fours) {
+        store_fours([&](int at, int column) { return absmax.load_plain_four(at + column); });
+    } else {
+        store_fours([&](int at, int column) {
+            const auto load = [&](int i) {
+                const int block = (within + at + column + i) >> shift;
+                return column + i < blocks ? absmax.load(shared.nested_code, block) : 0.0f;
+            };
+            return make_float4(load(0), load(1), load(2), load(3));
+        });
+    }
+}
+
+// Ranks `rank` and following of a term to shared memory; lanes run along the ranks.
+template <class Traits>
+__device__ void stage_ranks(const FusedMatmulKernelParams& params, typename Traits::Shared& shared,
+                            const LoraTerm& term, int64_t s_column, int64_t rank, int64_t first_row) {
+    constexpr int kStep = Traits::kRankStep;
+    const int r = threadIdx.x % kStep;
+    const bool inside = rank + r < term.rank;
+    for (int row = threadIdx.x / kStep; row < Traits::kRows; row += Traits::kThreads / kStep) {
+        const bool exists = inside && first_row + row < params.outputs;
+        shared.factor[r * Traits::kFactorPitch + row] =
+            exists ? load_element(term.factor, first_row + row, rank + r) : 0;
+    }
+    for (int token = threadIdx.x / kStep; token < Traits::kTokens; token += Traits::kThreads / kStep) {
+        const bool exists = inside && token < params.operands.m;
+        shared.s[token * Traits::kTokenPitch + r] =
+            exists ? term.scaling * load_element(params.operands.s, token, s_column + rank + r) : 0;
+    }
+}
+
+template <class Traits>
+__device__ void add_ranks(const typename Traits::Shared& shared, float4 (&outputs)[Traits::kQuads], int ranks) {
+#pragma unroll
+    for (int i = 0; i < Traits::kQuads; ++i) {
+        const int token = Traits::output_token(i);
+        if (token >= Traits::kTokens) break;
+        for (int r = 0; r < ranks; ++r) {
+            const float s = shared.s[token * Traits::kTokenPitch + r];
+            const float2* const factor =
+                reinterpret_cast<const float2*>(&shared.factor[r * Traits::kFactorPitch + Traits::output_row()]);
+            outputs[i].x += s * factor[0].x, outputs[i].y += s * factor[0].y;
+            outputs[i].z += s * factor[1].x, outputs[i].w += s * factor[1].y;
+        }
+    }
+}
+
+template <class Traits>
+__global__ void __launch_bounds__(Traits::kThreads, Traits::kTokens == 8 ? 3 : 2)
+    matmul_few_rows_kernel(const __grid_constant__ FusedMatmulKernelParams params) {
+#if __CUDA_ARCH__ >= 800
+    constexpr int kWarps = Traits::kWarps;
+    extern __shared__ __align__(128) unsigned char memory[];
+    typename Traits::Shared& shared = *reinterpret_cast<typename Traits::Shared*>(memory);
+    const FusedMatmulParams& operands = params.operands;
+    const int64_t first_row = int64_t{blockIdx.x} * Traits::kRows;
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    const int chunks = static_cast<int>((params.steps + 3u) / 4);
+
+    // load: the first chunk is under way while the small operands are worked on.
+    FewRowsWarp<Traits> tile(params, shared.warps[warp], first_row, warp);
+    tile.template copy_codes<0>(0);
+    tile.template copy_x<0>();
+    commit_copies();
+
+    // The small terms, in fp32: they are as exact as the adapters' own dtype.
+    load_nested_code<Traits::kThreads>(params.weight.absmax, shared.nested_code);
+    if (operands.num_terms > 0) stage_ranks<Traits>(params, shared, operands.terms[0], 0, 0, first_row);
+    const int64_t column = first_row + Traits::output_row();
+    int count = count_four(column, params.outputs);
+    keep(count);
+    float4 outputs[Traits::kQuads] = {};
+    if (operands.bias.data || operands.add.data) {
+        const float4 bias = load_four(operands.bias, 0, column, count, has_aligned_fours(operands.bias));
+#pragma unroll
+        for (int i = 0; i < Traits::kQuads; ++i) {
+            const int token = Traits::output_token(i);
+            const bool aligned = has_aligned_fours(operands.add);
+            const float4 add = load_four(operands.add, token, column, token < operands.m ? count : 0, aligned);
+            outputs[i] = make_float4(bias.x + add.x, bias.y + add.y, bias.z + add.z, bias.w + add.w);
+        }
+    }
+    int64_t s_column = 0;
+    for (int term = 0; term < operands.num_terms; ++term) {
+        const int64_t rank = operands.terms[term].rank;
+        for (int64_t r = 0; r < rank; r += Traits::kRankStep) {
+            if (term > 0 || r > 0) {
+                __syncthreads();
+                stage_ranks<Traits>(params, shared, operands.terms[term], s_column, r, first_row);
+            }
+            __syncthreads();
+            add_ranks<Traits>(shared, outputs, static_cast<int>(min(rank - r, int64_t{Traits::kRankStep})));
+        }
+        s_column += rank;
+    }
+
+    // compute
+    for (int first_chunk = 0; first_chunk < chunks; first_chunk += Traits::kSpan) {
+        __syncthreads();
+        stage_absmax<Traits>(params, shared, first_row, 4 * first_chunk);
+        __syncthreads();
+        const float* absmax = &shared.absmax[lane / 4 * Traits::kAbsmaxPitch + 4 * warp + lane % 4];
+        int end = min(first_chunk + Traits::kSpan, chunks);
+        keep(end);
+        uint32_t slot = 0;
+        for (int chunk = first_chunk + warp; chunk < end;
+             chunk += kWarps, slot ^= Traits::kSlot, absmax += 4 * kWarps) {
+            tile.make_planes_of_chunk(params.codebook, absmax);
+            unroll<4>([&](auto quarter) {
+                constexpr int kQuarter = decltype(quarter)::value;
+                // At quarter 1 the next chunk's codes were asked for last, and may take until quarter 2.
+                wait_for_copies<kQuarter == 1 ? 1 : 0>();
+                __syncwarp();
+                if constexpr (kQuarter == 3) tile.advance();
+                tile.template copy_x<(kQuarter + 1) % 4>();
+                commit_copies();
+                if constexpr (kQuarter == 0) {
+                    tile.template copy_codes<1>(slot ^ Traits::kSlot);
+                    commit_copies();
+                }
+                if constexpr (kQuarter % 2 == 0) tile.load_codes(slot, kQuarter / 2);
+                tile.template multiply_quarter<kQuarter>();
+            });
+        }
+    }
+
+    // reduce, in the order of the warps
+    wait_for_copies<0>();
+    __syncthreads();
+#pragma unroll
+    for (int row_tile = 0; row_tile < Traits::kRowTiles; ++row_tile)
+#pragma unroll
+        for (int tile_index = 0; tile_index < Traits::kTokenTiles; ++tile_index)
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                const int row = 16 * row_tile + lane / 4 + i / 2 * 8;
+                const int token = 8 * tile_index + lane % 4 * 2 + i % 2;
+                shared.sums[warp][token * Traits::kSumPitch + row] = tile.sums[row_tile][tile_index][i];
+            }
+    __syncthreads();
+
+    // store
+    const float4 scale = load_scales(operands.scale, column, count);
+    const bool aligned = has_aligned_fours(operands.out);
+#pragma unroll
+    for (int i = 0; i < Traits::kQuads; ++i) {
+        const int token = Traits::output_token(i);
+        if (token >= operands.m) continue;
+        float4 sum = outputs[i];
+#pragma unroll
+        for (int w = 0; w < kWarps; ++w) {
+            const float* const from = &shared.sums[w][token * Traits::kSumPitch + Traits::output_row()];
+            const float4 part = *reinterpret_cast<const float4*>(from);
+            sum.x += part.x, sum.y += part.y, sum.z += part.z, sum.w += part.w;
+        }
+        if (operands.unscaled.data)
+            store_four(operands.unscaled, token, column, count, has_aligned_fours(operands.unscaled), sum);
+        store_four(operands.out, token, column, count, aligned,
+                   make_float4(scale.x * sum.x, scale.y * sum.y, scale.z * sum.z, scale.w * sum.w));
+    }
+#endif
+}
+
+}  // namespace peft_kernels::cuda

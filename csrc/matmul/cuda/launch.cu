@@ -1,0 +1,133 @@
+// The instances of the base products' kernels and their launch.
+//
+//                           tokens of a tile
+//   few rows                8, 16, 32
+//   many rows               64, 128, 256
+//   many rows, transposed   64, 128       each for __nv_bfloat16 and __half
+#include <cuda_runtime.h>
+
+#include "common/cuda/device.h"
+#include "common/nf4_codebook.h"
+#include "matmul/cuda/few_rows_kernel.cuh"
+#include "matmul/cuda/kernel_plan.h"
+#include "matmul/cuda/many_rows_kernel.cuh"
+#include "matmul/matmul.h"
+
+namespace peft_kernels::cuda {
+namespace {
+
+struct Problem {
+    int64_t outputs, reduction;
+    FusedMatmulPlan plan;
+};
+
+Problem plan_of(const FusedMatmulParams& params, const DeviceProperties& device) {
+    Problem problem{params.weight->n, params.weight->k, {}};
+    if (params.transposed) problem = {params.weight->k, params.weight->n, {}};
+    problem.plan = plan_fused_matmul(params.m, problem.outputs, problem.reduction, params.transposed, device);
+    return problem;
+}
+
+// Two counters for each tile, to a multiple of 16 bytes.
+int64_t bytes_of_arrivals(const FusedMatmulPlan& plan) { return plan.splits > 1 ? ceil_div(plan.tiles, 2) * 16 : 0; }
+
+template <class Kernel>
+int launch_kernel(Kernel kernel, uint32_t grid, int threads, int shared_bytes, const FusedMatmulKernelParams& params,
+                  cudaStream_t stream) {
+    const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
+    if (error != cudaSuccess) return error;
+    kernel<<<grid, threads, shared_bytes, stream>>>(params);
+    return cudaGetLastError();
+}
+
+template <class T, int kTokens>
+int launch_few_rows(const FusedMatmulKernelParams& params, const FusedMatmulPlan& plan, cudaStream_t stream) {
+    using Traits = FewRowsTraits<T, kTokens>;
+    return launch_kernel(matmul_few_rows_kernel<Traits>, static_cast<uint32_t>(plan.tiles), Traits::kThreads,
+                         sizeof(typename Traits::Shared), params, stream);
+}
+
+template <class T, int kTileM, bool kTransposed>
+int launch_many_rows(const FusedMatmulKernelParams& params, const FusedMatmulPlan& plan, cudaStream_t stream) {
+    using Traits = ManyRowsTraits<T, kTileM, kTransposed>;
+    if (plan.splits > 1) {
+        const cudaError_t error = cudaMemsetAsync(params.arrivals, 0, bytes_of_arrivals(plan), stream);
+        if (error != cudaSuccess) return error;
+    }
+    return launch_kernel(matmul_many_rows_kernel<Traits>, static_cast<uint32_t>(plan.tiles * plan.splits),
+                         Traits::kThreads, sizeof(typename Traits::Shared), params, stream);
+}
+
+template <class T>
+int launch(const FusedMatmulKernelParams& params, const FusedMatmulPlan& plan, cudaStream_t stream) {
+    if (params.operands.transposed) {
+        if (plan.tile_m == 64) return launch_many_rows<T, 64, true>(params, plan, stream);
+        return launch_many_rows<T, 128, true>(params, plan, stream);
+    }
+    switch (plan.tile_m) {
+        case 8: return launch_few_rows<T, 8>(params, plan, stream);
+        case 16: return launch_few_rows<T, 16>(params, plan, stream);
+        case 32: return launch_few_rows<T, 32>(params, plan, stream);
+        case 64: return launch_many_rows<T, 64, false>(params, plan, stream);
+        case 128: return launch_many_rows<T, 128, false>(params, plan, stream);
+        default: return launch_many_rows<T, 256, false>(params, plan, stream);
+    }
+}
+
+}  // namespace
+
+const char* fused_matmul_refusal(const FusedMatmulParams& params) {
+    const auto aligned = [](const void* pointer) { return reinterpret_cast<uint64_t>(pointer) % 16 == 0; };
+    const Nf4Weight& weight = *params.weight;
+    DeviceProperties device{};
+    if (query_device(device) != cudaSuccess || device.compute_capability < 80)
+        return "the device is older than sm_80: it has no cp.async and no products of bf16";
+    if (params.x.dtype == DType::kFloat32) return "x is fp32";
+    if (weight.dtype != params.x.dtype && weight.dtype != DType::kFloat32)
+        return "the weight is rounded to another 16-bit dtype than x's first";
+    if (weight.log2_blocksize < 6) return "a block has fewer than 64 elements, of which a thread has a table";
+    if (weight.k % 64 != 0) return "K is no multiple of 64: blocks would begin within a thread's elements";
+    if (!aligned(weight.codes)) return "the codes do not begin at a multiple of 16 bytes";
+    if (params.transposed && weight.n % 8 != 0) return "N is no multiple of 8: dy would end within 16 bytes";
+    if (weight.n >= INT32_MAX / 64 || weight.k >= INT32_MAX / 64)
+        return "N or K is too large for 32-bit indices of a tile";
+    if (!aligned(params.x.data) || params.x.stride % 8 != 0) return "x's rows do not begin at multiples of 16 bytes";
+    if (params.num_terms > FusedMatmulParams::kMaxTerms) return "there are more than 4 adapters";
+    return nullptr;
+}
+
+int64_t fused_matmul_workspace(const FusedMatmulParams& params) {
+    DeviceProperties device{};
+    if (query_device(device) != cudaSuccess) return 0;  // the launch will tell
+    const FusedMatmulPlan plan = plan_of(params, device).plan;
+    if (plan.splits == 1) return 0;
+    return bytes_of_arrivals(plan) +
+           plan.tiles * plan.splits * plan.tile_m * kTileN * static_cast<int64_t>(sizeof(float));
+}
+
+int fused_matmul(const FusedMatmulParams& params, void* stream_handle) {
+    DeviceProperties device{};
+    if (const int error = query_device(device)) return error;
+    const Problem problem = plan_of(params, device);
+    FusedMatmulKernelParams kernel_params{};
+    kernel_params.operands = params;
+    kernel_params.weight = *params.weight;
+    for (int code = 0; code < 16; ++code) kernel_params.codebook[code] = codebook(params.weight->quant_type)[code];
+    kernel_params.outputs = problem.outputs;
+    kernel_params.reduction = problem.reduction;
+    kernel_params.tiles_m = ceil_div(params.m, problem.plan.tile_m);
+    kernel_params.steps = static_cast<int32_t>(ceil_div(problem.reduction, kTileStep));
+    kernel_params.splits = problem.plan.splits;
+    kernel_params.split_steps = static_cast<int32_t>(problem.plan.split_steps);
+    kernel_params.absmax_fours =
+        params.weight->log2_blocksize == 6 && params.weight->k % 256 == 0 && has_absmax_fours(params.weight->absmax);
+    kernel_params.arrivals = static_cast<uint32_t*>(params.workspace);
+    kernel_params.partial_sums =
+        reinterpret_cast<float*>(static_cast<char*>(params.workspace) + bytes_of_arrivals(problem.plan));
+
+    const cudaStream_t stream = static_cast<cudaStream_t>(stream_handle);
+    if (params.x.dtype == DType::kBFloat16) return launch<__nv_bfloat16>(kernel_params, problem.plan, stream);
+    return launch<__half>(kernel_params, problem.plan, stream);
+}
+
+}  // namespace peft_kernels::cuda

@@ -1,0 +1,69 @@
+"""How csrc/ is laid out: the folder says the device, and a family shows others its header, binding and plans."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+CSRC = Path(__file__).parent.parent / "csrc"
+SOURCES = sorted(path for path in CSRC.rglob("*") if path.suffix in {".h", ".cpp", ".cu", ".cuh"})
+FAMILIES = sorted({path.relative_to(CSRC).parts[0] for path in SOURCES} - {"common", "module.cpp"})
+
+
+def includes(path: Path) -> list[str]:
+    return re.findall(r'^#include "(.+)"', path.read_text(), re.MULTILINE)
+
+
+def may_include_torch(path: Path) -> bool:
+    folders = path.relative_to(CSRC).parts[:-1]
+    is_binding = path.name == "binding.h" or (path.suffix == ".cpp" and len(folders) <= 1)
+    return is_binding or folders == ("common", "torch")
+
+
+def test_cmake_lists_every_family():
+    (listed,) = re.findall(r"set\(families ([^)]*)\)", (CSRC.parent / "CMakeLists.txt").read_text())
+    assert sorted(listed.split()) == FAMILIES
+
+
+def test_includes_exist():
+    for path in SOURCES:
+        for include in includes(path):
+            assert (CSRC / include).is_file(), f"{path.relative_to(CSRC)} includes {include}"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_family_includes_only_what_others_show(family):
+    public = {"binding.h", "cpu/plan.h", "cuda/plan.h", "cuda/binding.h"}
+    for path in (path for path in SOURCES if path.is_relative_to(CSRC / family)):
+        for include in includes(path):
+            owner, _, name = include.partition("/")
+            is_shown = owner in (family, "common") or name in public | {f"{owner}.h"}
+            assert is_shown, f"{path.relative_to(CSRC)} includes {include}"
+
+
+def test_the_folder_says_the_device():
+    for path in SOURCES:
+        folders, included = path.relative_to(CSRC).parts[:-1], includes(path)
+        if may_include_torch(path):
+            continue
+        of_the_cpu = [name for name in included if "/cpu/" in name and name != "common/cpu/isa.h"]
+        of_cuda = [name for name in included if "/cuda/" in name and not name.endswith("plan.h")]
+        of_torch = [name for name in included if "/torch/" in name] + re.findall("#include <torch.*", path.read_text())
+        assert not of_torch, f"{path.relative_to(CSRC)}: {of_torch}"
+        # isa.h declares a launcher of every instruction set, which every family's header does.
+        assert "cpu" in folders or not of_the_cpu, f"{path.relative_to(CSRC)}: {of_the_cpu}"
+        assert "cuda" in folders or not of_cuda, f"{path.relative_to(CSRC)}: {of_cuda}"
+        assert "cuda" in folders or path.suffix in {".h", ".cpp"}, path.relative_to(CSRC)
+
+
+def test_families_do_not_include_each_other_in_a_circle():
+    users = {family: set() for family in FAMILIES}
+    for path in SOURCES:
+        family = path.relative_to(CSRC).parts[0]
+        if family in users:
+            users[family] |= {include.split("/")[0] for include in includes(path)} - {family, "common"}
+    while users:
+        ready = [family for family, used in users.items() if not used & users.keys()]
+        assert ready, f"a circle among {sorted(users)}"
+        for family in ready:
+            del users[family]

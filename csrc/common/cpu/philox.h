@@ -10,6 +10,9 @@
 
 namespace peft_kernels {
 
+namespace PEFT_KERNELS_ISA {
+namespace {
+
 struct Dropout {
     Dropout(uint64_t seed, double p) : threshold(dropout_threshold(p)), keep_scale(dropout_keep_scale(p)) {
         uint32_t low = static_cast<uint32_t>(seed), high = static_cast<uint32_t>(seed >> 32);
@@ -25,9 +28,6 @@ struct Dropout {
     float keep_scale;
     uint32_t keys[10][2];  // of each round, made of the seed
 };
-
-namespace PEFT_KERNELS_ISA {
-namespace {
 
 struct HighLow {
     U32 high, low;

@@ -102,6 +102,7 @@ def test_devices(monkeypatch):
     assert "built without CUDA" in cuda.why_not(torch.device("cuda", 0))
     monkeypatch.setitem(_extension.build_info, "cuda", True)
     monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(cuda, "_why_not_driver", lambda: None)
     for capability, reason in (((7, 5), "no fused kernel for sm_75, which is older than sm_80"), ((9, 0), None)):
         cuda._why_not_card.cache_clear()
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index, found=capability: found)

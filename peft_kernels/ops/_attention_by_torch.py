@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import _extension
+from ..cuda import why_not
 from ._autograd import once_differentiable
 from ._fakes import register_fake
 
@@ -123,7 +123,7 @@ def _scaled(x: Tensor, factors: Tensor | None) -> Tensor:
     backward."""
     if factors is None:
         return x
-    if x.is_cuda and _extension.build_info["cuda"]:
+    if x.is_cuda and why_not(x.device) is None:
         return ScaledHeads.apply(x, factors)
     return (x.float() * factors.float()).to(x.dtype)
 

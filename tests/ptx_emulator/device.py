@@ -147,6 +147,28 @@ def set_checks(**checks):
 
 
 @contextmanager
+def driver(version: int):
+    """The driver that the device has, as cudaDriverGetVersion tells it: 12040 is for CUDA 12.4, 0 is none."""
+    before = native().driver_version()
+    native().set_driver_version(version)
+    try:
+        yield
+    finally:
+        native().set_driver_version(before)
+
+
+@contextmanager
+def failing(*functions: str):
+    """Functions of the CUDA runtime that fail meanwhile, as "cudaFuncSetAttribute"."""
+    before = native().failing()
+    native().set_failing(before | set(functions))
+    try:
+        yield
+    finally:
+        native().set_failing(before)
+
+
+@contextmanager
 def profile(name: str):
     """The card that the device plays: sm_80, sm_86, sm_89 or sm_90."""
     before = native().profile()

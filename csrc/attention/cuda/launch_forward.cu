@@ -42,7 +42,7 @@ int launch(const AttentionForwardParams& params, cudaStream_t stream) {
 
 const char* attention_refusal(const AttentionParams& params) {
     DeviceProperties device{};
-    if (query_device(device) != cudaSuccess || device.compute_capability < 80)
+    if (query_device(device) == cudaSuccess && device.compute_capability < 80)  // else the launch will tell
         return "the device is older than sm_80: it has no cp.async and no products of bf16";
     if (params.q.dtype == DType::kFloat32) return "q is fp32, which the matrix unit would round to tf32";
     if (params.dropout > 0) return "weights can't be dropped here";

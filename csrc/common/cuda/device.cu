@@ -16,6 +16,13 @@ int query_device(DeviceProperties& properties) {
     query(properties.shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin);
     query(properties.l2_bytes, cudaDevAttrL2CacheSize);
     properties.compute_capability = 10 * major + minor;
+    if (error != cudaSuccess) cudaGetLastError();  // Some callers go on without a device: no later launch has failed.
+    return error;
+}
+
+int query_versions(CudaVersions& versions) {
+    cudaError_t error = cudaDriverGetVersion(&versions.driver);
+    if (error == cudaSuccess) error = cudaRuntimeGetVersion(&versions.runtime);
     return error;
 }
 

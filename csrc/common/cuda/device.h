@@ -18,5 +18,13 @@ namespace cuda {
 // Of the current device. Returns a cudaError_t. The runtime answers from its own memory, in less than a microsecond.
 int query_device(DeviceProperties& properties);
 
+// What the driver and our runtime are for: 12040 is CUDA 12.4. The driver's is 0 where there is none.
+struct CudaVersions {
+    int driver = 0, runtime = 0;
+};
+
+// Returns a cudaError_t; an old driver is none. The first call starts the driver, as no process may that is to be forked.
+int query_versions(CudaVersions& versions);
+
 }  // namespace cuda
 }  // namespace peft_kernels

@@ -19,7 +19,7 @@ namespace peft_kernels {
 
 class LoraLinearOnCuda : MatmulOnCuda {
 public:
-    explicit LoraLinearOnCuda(const LoraLinearParams& params, const Tensor& input) : MatmulOnCuda(params, input) {
+    explicit LoraLinearOnCuda(const LoraLinearParams& params, const Tensor& input) : MatmulOnCuda(params, input), lora_(params) {
         for (int first = 0; first < params.num_adapters; first += Branch::kMaxAdapters) add_branch(first);
         int groups = 0;
         for (const Branch& branch : branches_) groups += group_ranks(branch).groups;
@@ -143,10 +143,10 @@ public:
 private:
     void add_branch(int first) {
         Branch branch{};
-        branch.m = params_.m, branch.n = params_.n, branch.k = params_.k, branch.total_rank = params_.total_rank;
+        branch.m = params_.m, branch.n = params_.n, branch.k = params_.k, branch.total_rank = lora_.total_rank;
         int64_t column = 0, grad_A = 0, grad_B = 0;
-        for (int a = 0; a < params_.num_adapters && a < first + Branch::kMaxAdapters; ++a) {
-            const LoraAdapter& from = params_.adapters[a];
+        for (int a = 0; a < lora_.num_adapters && a < first + Branch::kMaxAdapters; ++a) {
+            const LoraAdapter& from = lora_.adapters[a];
             BranchAdapter to{};
             to.lora_A = from.lora_A, to.lora_B = from.lora_B, to.rank = from.rank, to.column = column;
             to.threshold = dropout_threshold(from.dropout);
@@ -166,7 +166,7 @@ private:
     LoraLinearCudaPlan plan_of(bool backward, DType x, DType dy, bool has_base, const char* refusal) const {
         const LoraLinearProblem problem{{backward, params_.m, params_.n, params_.k, params_.compute_dtype, has_base,
                                          false, refusal},
-                                        params_.total_rank,
+                                        lora_.total_rank,
                                         ranks_,
                                         x,
                                         dy};
@@ -243,6 +243,7 @@ private:
         if (!run_expand(expand)) torch::stable::zero_(grad_x);
     }
 
+    const LoraLinearParams& lora_;
     std::vector<Branch> branches_;  // of up to Branch::kMaxAdapters adapters each; most often one
     RankGroups ranks_{1, 1};        // for plans
 };

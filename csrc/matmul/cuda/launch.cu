@@ -80,7 +80,7 @@ const char* fused_matmul_refusal(const FusedMatmulParams& params) {
     const auto aligned = [](const void* pointer) { return reinterpret_cast<uint64_t>(pointer) % 16 == 0; };
     const Nf4Weight& weight = *params.weight;
     DeviceProperties device{};
-    if (query_device(device) != cudaSuccess || device.compute_capability < 80)
+    if (query_device(device) == cudaSuccess && device.compute_capability < 80)  // else the launch will tell
         return "the device is older than sm_80: it has no cp.async and no products of bf16";
     if (params.x.dtype == DType::kFloat32) return "x is fp32";
     if (weight.dtype != params.x.dtype && weight.dtype != DType::kFloat32)

@@ -4,6 +4,7 @@
 #include <map>
 #include <memory>
 #include <mutex>
+#include <set>
 #include <string>
 #include <unordered_map>
 #include <vector>
@@ -79,6 +80,8 @@ public:
     void launch(LoadedModule& module, const std::string& kernel, const LaunchRequest& request);
 
     const DeviceProfile* profile = &profile_named("sm_80");
+    int driver_version = -1;        // as cudaDriverGetVersion tells it; -1: the toolkit's
+    std::set<std::string> failing;  // functions of the runtime
     Checks checks;
     GlobalMemory global;
     std::vector<LaunchRecord> records;

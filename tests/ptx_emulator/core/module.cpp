@@ -113,6 +113,10 @@ PYBIND11_MODULE(_ptx_emulator, m) {
     m.def("profiles", profile_names);
     m.def("set_profile", [](const std::string& name) { Device::instance().profile = &profile_named(name); });
     m.def("profile", [] { return std::string(Device::instance().profile->name); });
+    m.def("set_driver_version", [](int version) { Device::instance().driver_version = version; });
+    m.def("driver_version", [] { return Device::instance().driver_version; });
+    m.def("set_failing", [](const std::set<std::string>& functions) { Device::instance().failing = functions; });
+    m.def("failing", [] { return Device::instance().failing; });
     m.def(
         "set_checks",
         [](bool initialized, bool races, bool random_order, uint64_t seed, uint64_t max_instructions) {

@@ -75,6 +75,19 @@ cudaError_t remember(cudaError_t error, const std::string& message) {
     return last_error = error;
 }
 
+bool driver_is_old() {
+    const int version = Device::instance().driver_version;
+    return version >= 0 && version / 1000 < CUDART_VERSION / 1000;
+}
+
+cudaError_t refuse(const char* function) {
+    if (driver_is_old())
+        return remember(cudaErrorInsufficientDriver, "CUDA driver version is insufficient for CUDA runtime version");
+    if (Device::instance().failing.count(function))
+        return remember(cudaErrorInvalidValue, std::string(function) + " was told to fail");
+    return cudaSuccess;
+}
+
 LoadedModule& FatBinary::module() {
     const DeviceProfile& profile = *Device::instance().profile;
     auto newest = ptx.upper_bound(10 * profile.major + profile.minor);
@@ -153,23 +166,25 @@ cudaError_t __cudaGetKernel(cudaKernel_t* kernel, const void* host) {
 
 cudaError_t __cudaLaunchKernel(cudaKernel_t kernel, dim3 grid, dim3 block, void** arguments, size_t shared,
                                cudaStream_t) {
-    return guarded([&] { launch(reinterpret_cast<const void*>(kernel), grid, block, arguments, shared); },
-                   cudaErrorLaunchFailure);
+    return answer(
+        __func__, [&] { launch(reinterpret_cast<const void*>(kernel), grid, block, arguments, shared); },
+        cudaErrorLaunchFailure);
 }
 
 // ---- launches -------------------------------------------------------------------------------------------------------
 
 cudaError_t cudaLaunchKernel(const void* host, dim3 grid, dim3 block, void** arguments, size_t shared, cudaStream_t) {
-    return guarded([&] { launch(host, grid, block, arguments, shared); }, cudaErrorLaunchFailure);
+    return answer(__func__, [&] { launch(host, grid, block, arguments, shared); }, cudaErrorLaunchFailure);
 }
 
 cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* config, const void* host, void** arguments) {
-    return guarded([&] { launch(host, config->gridDim, config->blockDim, arguments, config->dynamicSmemBytes); },
-                   cudaErrorLaunchFailure);
+    return answer(
+        __func__, [&] { launch(host, config->gridDim, config->blockDim, arguments, config->dynamicSmemBytes); },
+        cudaErrorLaunchFailure);
 }
 
 cudaError_t cudaFuncSetAttribute(const void* host, cudaFuncAttribute name, int value) {
-    return guarded([&] {
+    return answer(__func__, [&] {
         HostFunction& function = Registry::instance().function(host);
         if (name != cudaFuncAttributeMaxDynamicSharedMemorySize) return;
         const int most = Device::instance().profile->shared_per_block_optin;
@@ -181,7 +196,7 @@ cudaError_t cudaFuncSetAttribute(const void* host, cudaFuncAttribute name, int v
 }
 
 cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void* host) {
-    return guarded([&] {
+    return answer(__func__, [&] {
         const HostFunction& function = Registry::instance().function(host);
         const Program& program = function.binary->module().program(function.name);
         *attributes = {};
@@ -196,7 +211,7 @@ cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void* ho
 // Registers are what ptxas makes of them, which is not known here: threads and shared memory alone decide.
 cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessorWithFlags(int* blocks, const void* host, int threads,
                                                                    size_t shared, unsigned) {
-    return guarded([&] {
+    return answer(__func__, [&] {
         const HostFunction& function = Registry::instance().function(host);
         const DeviceProfile& profile = *Device::instance().profile;
         const Program& program = function.binary->module().program(function.name);
@@ -212,18 +227,27 @@ cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, const voi
 
 // ---- devices --------------------------------------------------------------------------------------------------------
 
-cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
-cudaError_t cudaGetDeviceCount(int* count) { return *count = 1, cudaSuccess; }
+cudaError_t cudaGetDevice(int* device) {
+    return answer(__func__, [&] { *device = 0; });
+}
+cudaError_t cudaGetDeviceCount(int* count) {
+    return answer(__func__, [&] { *count = 1; });
+}
 cudaError_t cudaSetDevice(int device) {
+    if (const cudaError_t error = refuse(__func__)) return error;
     return device == 0 ? cudaSuccess : remember(cudaErrorInvalidDevice, "there is one device, with number 0");
 }
-cudaError_t cudaDeviceSynchronize() { return cudaSuccess; }
+cudaError_t cudaDeviceSynchronize() { return refuse(__func__); }
 cudaError_t cudaRuntimeGetVersion(int* version) { return *version = CUDART_VERSION, cudaSuccess; }
-cudaError_t cudaDriverGetVersion(int* version) { return *version = CUDART_VERSION, cudaSuccess; }
+cudaError_t cudaDriverGetVersion(int* version) {
+    *version = Device::instance().driver_version >= 0 ? Device::instance().driver_version : CUDART_VERSION;
+    return cudaSuccess;
+}
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr name, int) {
-    return guarded([&] { *value = attribute(name); });
+    return answer(__func__, [&] { *value = attribute(name); });
 }
 cudaError_t cudaGetDeviceProperties(cudaDeviceProp* properties, int) {
+    if (const cudaError_t error = refuse(__func__)) return error;
     const DeviceProfile& profile = *Device::instance().profile;
     *properties = {};
     std::strncpy(properties->name, profile.name, sizeof properties->name - 1);
@@ -244,6 +268,7 @@ cudaError_t cudaGetDeviceProperties(cudaDeviceProp* properties, int) {
 // ---- memory ---------------------------------------------------------------------------------------------------------
 
 cudaError_t cudaMalloc(void** pointer, size_t bytes) {
+    if (const cudaError_t error = refuse(__func__)) return error;
     *pointer = std::aligned_alloc(256, (bytes + 511) / 256 * 256);  // a gap behind each
     Device::instance().global.add(*pointer, bytes, "cudaMalloc", true);
     return cudaSuccess;
@@ -260,20 +285,25 @@ cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpy
     return copy(to, from, bytes);
 }
 cudaError_t cudaMemset(void* to, int value, size_t bytes) {
+    if (const cudaError_t error = refuse(__func__)) return error;
     std::memset(to, value, bytes);
     Device::instance().global.mark_written(reinterpret_cast<uint64_t>(to), bytes);
     return cudaSuccess;
 }
-cudaError_t cudaMemsetAsync(void* to, int value, size_t bytes, cudaStream_t) { return cudaMemset(to, value, bytes); }
+cudaError_t cudaMemsetAsync(void* to, int value, size_t bytes, cudaStream_t) {
+    const cudaError_t error = refuse(__func__);
+    return error != cudaSuccess ? error : cudaMemset(to, value, bytes);
+}
 cudaError_t cudaMemcpyToSymbol(const void* symbol, const void* from, size_t bytes, size_t offset, cudaMemcpyKind) {
-    return guarded(
-        [&] { copy(static_cast<char*>(Registry::instance().variable(symbol).first) + offset, from, bytes); });
+    return answer(__func__,
+                  [&] { copy(static_cast<char*>(Registry::instance().variable(symbol).first) + offset, from, bytes); });
 }
 cudaError_t cudaMemcpyFromSymbol(void* to, const void* symbol, size_t bytes, size_t offset, cudaMemcpyKind) {
-    return guarded([&] { copy(to, static_cast<char*>(Registry::instance().variable(symbol).first) + offset, bytes); });
+    return answer(__func__,
+                  [&] { copy(to, static_cast<char*>(Registry::instance().variable(symbol).first) + offset, bytes); });
 }
 cudaError_t cudaGetSymbolAddress(void** address, const void* symbol) {
-    return guarded([&] { *address = Registry::instance().variable(symbol).first; });
+    return answer(__func__, [&] { *address = Registry::instance().variable(symbol).first; });
 }
 
 // ---- streams and events ---------------------------------------------------------------------------------------------
@@ -298,17 +328,19 @@ cudaError_t cudaEventElapsedTime(float* milliseconds, cudaEvent_t, cudaEvent_t) 
 
 // ---- errors ---------------------------------------------------------------------------------------------------------
 
+// With an old driver every call tries to start it, these too.
+cudaError_t cudaPeekAtLastError() { return driver_is_old() ? cudaErrorInsufficientDriver : last_error; }
 cudaError_t cudaGetLastError() {
-    const cudaError_t error = last_error;
+    const cudaError_t error = cudaPeekAtLastError();
     last_error = cudaSuccess;
     return error;
 }
-cudaError_t cudaPeekAtLastError() { return last_error; }
 const char* cudaGetErrorName(cudaError_t error) {
     switch (error) {
         case cudaSuccess: return "cudaSuccess";
         case cudaErrorLaunchFailure: return "cudaErrorLaunchFailure";
         case cudaErrorInvalidDevice: return "cudaErrorInvalidDevice";
+        case cudaErrorInsufficientDriver: return "cudaErrorInsufficientDriver";
         default: return "cudaErrorInvalidValue";
     }
 }

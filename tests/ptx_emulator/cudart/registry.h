@@ -42,8 +42,13 @@ struct Registry {
     std::unordered_map<const void*, HostVariable> variables;
 };
 
-// Runs `use`; what it throws becomes the thread's last error, with its text for cudaGetErrorString.
+// Makes an error the thread's last, with a text for cudaGetErrorString.
 cudaError_t remember(cudaError_t error, const std::string& message);
+
+// Why a function of the runtime fails before it does anything: a driver older than the toolkit, or a test that wants it.
+cudaError_t refuse(const char* function);
+
+// Runs `use`; what it throws becomes the last error.
 
 template <class Use>
 cudaError_t guarded(Use&& use, cudaError_t code = cudaErrorInvalidValue) {
@@ -53,6 +58,13 @@ cudaError_t guarded(Use&& use, cudaError_t code = cudaErrorInvalidValue) {
     } catch (const std::exception& error) {
         return remember(code, error.what());
     }
+}
+
+// A function of the runtime that needs the driver.
+template <class Use>
+cudaError_t answer(const char* function, Use&& use, cudaError_t code = cudaErrorInvalidValue) {
+    if (const cudaError_t error = refuse(function)) return error;
+    return guarded(use, code);
 }
 
 }  // namespace ptx_emulator

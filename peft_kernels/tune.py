@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from . import _extension, tuned
+from .cuda import why_not
 from .ops import NF4Weight, lora_linear, quantize_4bit
 
 ROWS = (16, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536)
@@ -104,6 +105,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if not torch.cuda.is_available():
         sys.exit("peft_kernels.tune: torch finds no CUDA device")
     for device in range(torch.cuda.device_count()):
+        if reason := why_not(torch.device("cuda", device)):
+            print(f"{torch.cuda.get_device_name(device)}: {reason}")
+            continue
         with torch.cuda.device(device):
             tune(n, k, print)
 

@@ -75,6 +75,16 @@ def test_tune_without_a_card(monkeypatch):
         tune.main(["--shape", "0", "8"])
 
 
+def test_tune_leaves_out_what_has_no_kernels(monkeypatch, capsys):
+    monkeypatch.setitem(_extension.build_info, "cuda", True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"Card {device}")
+    monkeypatch.setattr(tune, "why_not", lambda device: "an old driver")
+    tune.main([])
+    assert capsys.readouterr().out == "Card 0: an old driver\n"
+
+
 @pytest.mark.skipif(bool(ptx_emulator.missing()), reason=str(ptx_emulator.missing()))
 def test_plans_follow_the_threshold(capfd, monkeypatch):
     from ptx_emulator.ops import emulated

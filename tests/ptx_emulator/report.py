@@ -8,7 +8,7 @@ from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
 from .build import find_nvcc
-from .sass import main_loops
+from .sass import disassemble, loads_of_sums, main_loop
 
 
 class Resources(NamedTuple):
@@ -18,6 +18,7 @@ class Resources(NamedTuple):
     spill_bytes: int  # stores and loads
     stack_bytes: int
     mma_share: float | str  # of the main loop's instructions; or why there is none
+    loads_of_sums: list[int] | None = None  # see sass.loads_of_sums; None without a disassembler
 
 
 def resources(source: Path, architecture: str, includes: tuple[Path, ...] = ()) -> dict[str, Resources]:
@@ -27,7 +28,7 @@ def resources(source: Path, architecture: str, includes: tuple[Path, ...] = ()) 
         command = [find_nvcc(), "-std=c++20", f"-arch={architecture}", "-cubin", "-Xptxas=-v", "-o", str(cubin)]
         command += [*(f"-I{path}" for path in includes), str(source)]
         text = subprocess.run(command, capture_output=True, text=True, check=True).stderr
-        loops = main_loops(cubin)
+        codes = disassemble(cubin)
     found = {}
     for part in text.split("Compiling entry function")[1:]:
         name = re.search(r"'(\w+)'", part).group(1)
@@ -40,9 +41,10 @@ def resources(source: Path, architecture: str, includes: tuple[Path, ...] = ()) 
                 r"(\d+) bytes stack frame",
             )
         )
-        loop = loops and loops[name]
-        share = "no disassembler" if loops is None else loop.mma_share if loop else "no loop"
-        found[name] = Resources(registers, stores + loads, stack, share)
+        loop = codes and main_loop(codes[name])
+        share = "no disassembler" if codes is None else loop.mma_share if loop else "no loop"
+        loads_under_way = codes and loads_of_sums(codes[name])
+        found[name] = Resources(registers, stores + loads, stack, share, loads_under_way)
     return found
 
 

@@ -8,7 +8,7 @@ from lora_linear_cases import make_case, run
 
 import ptx_emulator
 from peft_kernels.ops import lora_linear
-from ptx_emulator import report
+from ptx_emulator import report, sass
 
 SOURCE = Path(__file__).parent.parent.parent / "csrc/lora/cuda/launch.cu"
 CARDS = ["sm_80", "sm_86", "sm_89", "sm_90"]
@@ -130,9 +130,22 @@ def test_panels(emulated):
         assert torch.allclose(panels[name].float(), value.float(), atol=0.03, rtol=0.02), name
 
 
-@pytest.mark.parametrize("architecture", ["sm_80", *(pytest.param(card, marks=pytest.mark.slow) for card in CARDS[1:])])
-def test_registers(architecture):
-    kernels = report.resources(SOURCE, architecture, includes=(SOURCE.parent.parent,))
+@pytest.fixture(scope="module", params=["sm_80", *(pytest.param(card, marks=pytest.mark.slow) for card in CARDS[1:])])
+def kernels(request):
+    return report.resources(SOURCE, request.param, includes=(SOURCE.parent.parent,))
+
+
+def test_registers(kernels):
     assert len(kernels) == 4 * 3 * 2 + 1
     for kernel, used in kernels.items():
         assert used.spill_bytes == used.stack_bytes == 0, kernel
+
+
+def test_parts_are_loaded_together(kernels):
+    """Loads of which each waits for the one before it would cost a CTA the time of the L2 for every part and row."""
+    if not sass.find_cuda_tool("nvdisasm"):
+        pytest.skip("needs nvdisasm")
+    for kernel, used in kernels.items():
+        wanted = 2 if "expand" in kernel else 3 if "x_pass" in kernel else 0  # pairs as one, pairs as two; and of rows
+        if wanted:
+            assert len(used.loads_of_sums) == wanted and min(used.loads_of_sums) >= 8, (kernel, used.loads_of_sums)

@@ -40,6 +40,34 @@ def test_main_loop():
     assert sass.main_loop("/*0000*/ EXIT ;\n.L_x_1:\n/*0010*/ BRA `(.L_x_1);") is None
 
 
+# Sums of what is loaded: one load after the other; three together, the last a pair; and no sum.
+SUMS = """
+.text.kernel:
+.L_x_1:
+        /*0000*/               @!P0 LDG.E R4, [R2.64] ;
+        /*0010*/                   FADD R5, R4, R5 ;
+        /*0020*/                   LDG.E R4, desc[UR4][R2.64+0x4] ;
+        /*0030*/                   FADD R5, R4, R5 ;
+        /*0040*/              @!P0 BRA `(.L_x_1) ;
+.L_x_2:
+        /*0050*/                   LDG.E R4, [R2.64] ;
+        /*0060*/                   LDG.E.CONSTANT R6, [R2.64+0x4] ;
+        /*0070*/                   LDG.E.64 R8, desc[UR4][R2.64+0x8] ;
+        /*0080*/                   IMAD.WIDE R2, R10, 0x4, R2 ;
+        /*0090*/                   FADD R5, R5, R9 ;
+        /*00a0*/              @!P0 BRA `(.L_x_2) ;
+.L_x_3:
+        /*00b0*/                   LDG.E R4, [R2.64] ;
+        /*00c0*/                   STG.E [R6.64], R4 ;
+        /*00d0*/              @!P0 BRA `(.L_x_3) ;
+        /*00e0*/                   EXIT ;
+"""
+
+
+def test_loads_of_sums():
+    assert sass.loads_of_sums(SUMS) == [1, 3]
+
+
 @pytest.fixture(scope="module")
 def used():
     return report.resources(SOURCE, "sm_80")
@@ -61,7 +89,7 @@ def test_mma_share_of_machine_code(architecture):
 
 def test_no_disassembler(monkeypatch):
     monkeypatch.setattr(sass, "find_cuda_tool", lambda name: None)
-    assert sass.main_loops(Path("none.cubin")) is None
+    assert sass.disassemble(Path("none.cubin")) is None
     assert report.resources(SOURCE, "sm_80")["gemm_bf16"].mma_share == "no disassembler"
 
 

@@ -28,6 +28,7 @@ __device__ __forceinline__ void unroll(const Body& body) {
 // registers it would make addresses anew from the number of the thread, by ten instructions each.
 __device__ inline void keep(uint32_t& value) { asm volatile("" : "+r"(value)); }
 __device__ inline void keep(int& value) { asm volatile("" : "+r"(value)); }
+__device__ inline void keep(int64_t& value) { asm volatile("" : "+l"(value)); }
 template <class T>
 __device__ inline void keep(const T*& pointer) {
     asm volatile("" : "+l"(pointer));

@@ -49,17 +49,51 @@ struct StreamTraits {
     using RowFactor = SplitTile<kRanks, kBranchRows / 2>;         // s or ds, for what is accumulated over a tile
 };
 
-// Ranks `group` and following of s or ds, at two neighbouring rows of the tile that begins at row0, summed over parts.
-__device__ inline float2 load_row_pair(const Parts& s, const Branch& branch, const RankGroup& group, int64_t row,
-                                       int rank) {
-    float2 value{0, 0};
-    if (rank >= group.left()) return value;
-    const float* source = s.data + row * branch.total_rank + group.column() + rank;
-    for (int part = 0; part < s.splits; ++part, source += s.stride) {
-        if (row < branch.m) value.x += source[0];
-        if (row + 1 < branch.m) value.y += source[branch.total_rank];
+// sums[i] = Σ load(i, source) over the parts, in their order; `source` is element first + i * turn of a part. 8 pairs
+// are under way at once: one after the other, a CTA would wait for the L2 up to 128 times before its first product.
+template <int kCount, class Load>
+__device__ inline void sum_parts(float2 (&sums)[kCount], const Parts& s, int64_t first, int64_t turn,
+                                 const Load& load) {
+    constexpr int kParts = 8 / kCount;
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) sums[i] = {0, 0};
+#pragma unroll 1
+    for (int left = s.splits; left > 0; left -= kParts) {
+        float2 values[kParts][kCount];
+#pragma unroll
+        for (int part = 0; part < kParts; ++part, first += s.stride) {
+            int64_t offset = first;
+#pragma unroll
+            for (int i = 0; i < kCount; ++i, offset += turn) {
+                keep(offset);  // else each has registers of its own, in all of the kernel
+                values[part][i] = part < left ? load(i, s.data + offset) : float2{0, 0};
+            }
+        }
+#pragma unroll
+        for (int part = 0; part < kParts; ++part)
+#pragma unroll
+            for (int i = 0; i < kCount; ++i) {
+                sums[i].x += values[part][i].x;
+                sums[i].y += values[part][i].y;
+            }
     }
-    return value;
+}
+
+// What a thread stores of a RowFactor: ranks `group` and following of s or ds, at pairs of neighbouring rows of the tile
+// that begins at row0, summed over parts.
+template <class RowFactor>
+__device__ inline void load_row_pairs(float2 (&values)[RowFactor::kPerThread], const Parts& s, const Branch& branch,
+                                      const RankGroup& group, int64_t row0) {
+    constexpr int kTurnRows = kBranchRows / RowFactor::kPerThread;
+    int rank, pair;  // of the first turn; in the others the rank is the same
+    RowFactor::template place<true>(0, rank, pair);
+    const int64_t row = row0 + 2 * pair;
+    const int rows_left = rank < group.left() ? static_cast<int>(min(branch.m - row, int64_t{kBranchRows})) : 0;
+    sum_parts(values, s, row * branch.total_rank + group.column() + rank, kTurnRows * branch.total_rank,
+              [&](int i, const float* source) -> float2 {
+                  return {i * kTurnRows < rows_left ? source[0] : 0.0f,
+                          i * kTurnRows + 1 < rows_left ? source[branch.total_rank] : 0.0f};
+              });
 }
 
 // Stores a warp's sums [16 rows, 8 ranks] of s or ds.
@@ -201,10 +235,9 @@ __global__ void __launch_bounds__(kBranchThreads) lora_dy_pass_kernel(const __gr
     load(1);
     fetch(0);
     if (wants_B) {
-        const Parts s{params.s, 0, 1};
-        RowFactor::template stage<true>(row_factor, [&](int rank, int pair) {
-            return load_row_pair(s, branch, group, row0 + 2 * pair, rank);
-        });
+        float2 row_values[RowFactor::kPerThread];
+        load_row_pairs<RowFactor>(row_values, Parts{params.s, 0, 1}, branch, group, row0);
+        RowFactor::template store<true>(row_factor, row_values);
     }
     const int lane = threadIdx.x % 32;
     const int64_t warp_row = row0 + 16 * (threadIdx.x / 32);
@@ -302,32 +335,38 @@ __device__ inline void expand(const ExpandParams& params, int64_t cta, char* sha
     const int64_t warp_row = row0 + threadIdx.x / 32 * 16;
 
     const auto stage_rows = [&](const RankGroup& group, bool first_column) {
-        RowFactor::template stage<false>(row_factor, [&](int row, int pair) -> float2 {
-            float2 value{0, 0};
-            if (row0 + row >= branch.m || 2 * pair >= group.left()) return value;
-            const int64_t i = (row0 + row) * branch.total_rank + group.column() + 2 * pair;
-            const bool both = 2 * pair + 1 < group.left(), together = both && i % 2 == 0 && params.s.stride % 2 == 0;
-            const float* source = params.s.data + i;
-            for (int part = 0; part < params.s.splits; ++part, source += params.s.stride) {
-                if (together) {
-                    const float2 both_values = *reinterpret_cast<const float2*>(source);
-                    value.x += both_values.x;
-                    value.y += both_values.y;
-                } else {
-                    value.x += source[0];
-                    if (both) value.y += source[1];
-                }
+        constexpr int kTurns = RowFactor::kPerThread, kTurnRows = kBranchRows / kTurns;
+        int row, pair;  // of the first turn; in the others the pair is the same
+        RowFactor::template place<false>(0, row, pair);
+        const int64_t ranks_left = group.left() - 2 * pair;
+        const int rows_left = ranks_left > 0 ? static_cast<int>(min(branch.m - row0 - row, int64_t{kBranchRows})) : 0;
+        const int64_t first = (row0 + row) * branch.total_rank + group.column() + 2 * pair;
+        const int64_t turn = kTurnRows * branch.total_rank;  // even, so that all turns are aligned alike
+        // Lanes past the last rank, which load nothing, go with the others.
+        const bool both = ranks_left > 1, together = ranks_left != 1 && first % 2 == 0 && params.s.stride % 2 == 0;
+        float2 values[kTurns];
+        const auto sum = [&](const auto& load) {
+            sum_parts(values, params.s, first, turn, [&](int i, const float* source) -> float2 {
+                return i * kTurnRows < rows_left ? load(source) : float2{0, 0};
+            });
+        };
+        if (together)
+            sum([](const float* source) { return *reinterpret_cast<const float2*>(source); });
+        else
+            sum([&](const float* source) -> float2 { return {source[0], both ? source[1] : 0.0f}; });
+        RowFactor::template store<false>(row_factor, values);
+        if (!params.sum || !first_column) return;
+#pragma unroll
+        for (int i = 0; i < kTurns; ++i) {
+            if (i * kTurnRows >= rows_left) break;
+            float* const target = params.sum + first + i * turn;
+            if (together) {
+                store_global8(target, values[i].x, values[i].y);
+            } else {
+                target[0] = values[i].x;
+                if (both) target[1] = values[i].y;
             }
-            if (params.sum && first_column) {
-                if (together) {
-                    store_global8(params.sum + i, value.x, value.y);
-                } else {
-                    params.sum[i] = value.x;
-                    if (both) params.sum[i + 1] = value.y;
-                }
-            }
-            return value;
-        });
+        }
     };
     const auto stage_columns = [&](const RankGroup& group, int64_t column0) {
         if (params.transposed) {
@@ -358,6 +397,7 @@ __device__ inline void expand(const ExpandParams& params, int64_t cta, char* sha
             const RankGroup group = rank_group<kRanks>(branch, z);
             __syncthreads();  // nobody needs the last factors
             if (groups > 1 || tile == tile0) stage_rows(group, tile == 0);
+            __syncwarp();  // lanes that have no ranks or rows load columns with the others
             stage_columns(group, column0);
             __syncthreads();
             if (warp_row >= branch.m) continue;
@@ -423,10 +463,14 @@ __device__ inline void expand(const ExpandParams& params, int64_t cta, char* sha
     }
 }
 
-// One CTA at least: without that, for sm_86 and sm_89 ptxas gives the fp16 instance of 16 ranks half of the registers
-// that it could have, and spills.
+// CTAs of a multiprocessor at least. bf16, which has half of the sums, fits twice. Without the bound of one, for sm_86 and
+// sm_89 ptxas gives the fp16 instance of 16 ranks half of the registers that it could have, and spills.
+template <class T>
+constexpr int kExpandCtas = OutputTile<T>::kFirstOnly ? 2 : 1;
+
 template <class T, int kRanks>
-__global__ void __launch_bounds__(kBranchThreads, 1) lora_expand_kernel(const __grid_constant__ ExpandParams params) {
+__global__ void __launch_bounds__(kBranchThreads, kExpandCtas<T>)
+    lora_expand_kernel(const __grid_constant__ ExpandParams params) {
     extern __shared__ __align__(128) char shared[];
     expand<T, kRanks>(params, blockIdx.x, shared);
 }
@@ -477,9 +521,7 @@ __device__ inline void accumulate_grad_A(const XPassParams& params, int64_t cta,
     for (int64_t block = 0; block < blocks; ++block) {
         const int64_t row0 = (block0 + block) * kBranchRows;
         float2 values[RowFactor::kPerThread];
-        RowFactor::template fetch<true>(values, [&](int rank, int pair) {
-            return load_row_pair(params.ds, branch, group, row0 + 2 * pair, rank);
-        });
+        load_row_pairs<RowFactor>(values, params.ds, branch, group, row0);
 #pragma unroll
         for (int j = 0; j < kTiles; ++j) {
             const int64_t i = block * kTiles + j;

@@ -1,5 +1,5 @@
-// The product with a frozen weight, 4-bit or dense: the parameters that its users derive theirs from; and the CUDA kernels
-// that decode a 4-bit weight in their registers, with everything that they add to the product:
+// The product with a frozen weight, 4-bit or dense: the parameters that its users derive theirs from; and the CUDA
+// kernels that decode a 4-bit weight in their registers, with everything that they add to the product:
 //
 //   forward:     out [m, n] = scale ⊙ (x [m, k] · Wᵀ + bias + add + Σᵢ scalingᵢ · sᵢ · lora_Bᵢᵀ)
 //   transposed:  out [m, k] = scale ⊙ (x [m, n] · W         + add + Σᵢ scalingᵢ · sᵢ · lora_Aᵢ)

@@ -1,8 +1,8 @@
 // How many fp32 products are added to one sum, before sums are added to each other. A sum of n products errs as
-// √(n / 2) roundings of a product would; in parts of p it errs as √((p + n / p) / 2). torch's library has 16 sums for each
-// output where rows are few and the reduction is long (MKL: from 24 products a row on, for up to 15 rows), and one sum of
-// up to 384 products elsewhere. Products of numbers that were rounded to bf16 err more in that, and take the least time.
-// For sources that are compiled once per instruction set, and only for those.
+// √(n / 2) roundings of a product would; in parts of p it errs as √((p + n / p) / 2). torch's library has 16 sums for
+// each output where rows are few and the reduction is long (MKL: from 24 products a row on, for up to 15 rows), and one
+// sum of up to 384 products elsewhere. Products of numbers that were rounded to bf16 err more in that, and take the
+// least time. For sources that are compiled once per instruction set, and only for those.
 #pragma once
 
 #include "common/cpu/simd.h"

@@ -23,7 +23,8 @@ struct CudaVersions {
     int driver = 0, runtime = 0;
 };
 
-// Returns a cudaError_t; an old driver is none. The first call starts the driver, as no process may that is to be forked.
+// Returns a cudaError_t; an old driver is none. The first call starts the driver, as no process may that is to be
+// forked.
 int query_versions(CudaVersions& versions);
 
 }  // namespace cuda

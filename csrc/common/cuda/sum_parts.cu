@@ -1,9 +1,8 @@
 // The kernel of common/cuda/sum_parts.h and its launch.
-#include "common/cuda/sum_parts.h"
-
 #include <cuda_runtime.h>
 
 #include "common/arithmetic.h"
+#include "common/cuda/sum_parts.h"
 
 namespace peft_kernels::cuda {
 

@@ -18,7 +18,8 @@ namespace peft_kernels {
 
 inline void check_cuda(int status, const char* what) {
     if (status == cudaSuccess) return;
-    cudaGetLastError();  // The runtime remembers a failure, and would report it after the next launch, which may be good.
+    // The runtime remembers a failure, and would report it after the next launch, which may be good.
+    cudaGetLastError();
     const cudaError_t error = static_cast<cudaError_t>(status);
     std::string message =
         std::string(what) + ": CUDA error " + cudaGetErrorName(error) + ": " + cudaGetErrorString(error);

@@ -79,8 +79,8 @@ __device__ inline void sum_parts(float2 (&sums)[kCount], const Parts& s, int64_t
     }
 }
 
-// What a thread stores of a RowFactor: ranks `group` and following of s or ds, at pairs of neighbouring rows of the tile
-// that begins at row0, summed over parts.
+// What a thread stores of a RowFactor: ranks `group` and following of s or ds, at pairs of neighbouring rows of the
+// tile that begins at row0, summed over parts.
 template <class RowFactor>
 __device__ inline void load_row_pairs(float2 (&values)[RowFactor::kPerThread], const Parts& s, const Branch& branch,
                                       const RankGroup& group, int64_t row0) {
@@ -463,8 +463,8 @@ __device__ inline void expand(const ExpandParams& params, int64_t cta, char* sha
     }
 }
 
-// CTAs of a multiprocessor at least. bf16, which has half of the sums, fits twice. Without the bound of one, for sm_86 and
-// sm_89 ptxas gives the fp16 instance of 16 ranks half of the registers that it could have, and spills.
+// CTAs of a multiprocessor at least. bf16, which has half of the sums, fits twice. Without the bound of one, for sm_86
+// and sm_89 ptxas gives the fp16 instance of 16 ranks half of the registers that it could have, and spills.
 template <class T>
 constexpr int kExpandCtas = OutputTile<T>::kFirstOnly ? 2 : 1;
 

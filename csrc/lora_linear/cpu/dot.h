@@ -16,8 +16,8 @@ namespace {
 template <int kM>
 constexpr int kDotWeights = kM <= 2 || kM > kDotRows ? 4 : 2;
 
-// total[row][i] = W[first_row + row] . x[i], lane by lane, for rows whose blocks begin with them. Of `part` elements, sums
-// are apart.
+// total[row][i] = W[first_row + row] . x[i], lane by lane, for rows whose blocks begin with them. Of `part` elements,
+// sums are apart.
 template <class T, class Multiply, int kWeights, int kM>
 void dot_rows(const Nf4Weight& w, int64_t first_row, const uint32_t* x, int64_t x_stride, int64_t part,
               F32 (&total)[kWeights][kM]) {
@@ -78,8 +78,8 @@ void dot_rows(const Nf4Weight& w, int64_t first_row, const uint32_t* x, int64_t 
         memcpy(total, sum, sizeof sum);
 }
 
-// The same for any weight, in fp32: parts of its rows are decoded to a cache, and multiplied with a few of the `m` rows of
-// x at a time.
+// The same for any weight, in fp32: parts of its rows are decoded to a cache, and multiplied with a few of the `m` rows
+// of x at a time.
 template <int kWeights, int kM, class Weight>
 void dot_parts(const Weight& w, int64_t first_row, int64_t k, const float* x, int64_t x_stride, int64_t m,
                F32 (&total)[kWeights][kM]) {

@@ -76,10 +76,10 @@ static constexpr LoraLinearCpuPlan plan_lora_linear_cpu(const LoraLinearCpuProbl
     const bool in_bf16 = p.compute == DType::kBFloat16;
     // Without W, several rows of x share the strips that are made of B.
     const bool begins_blocks = p.is_4bit && p.k % (int64_t{1} << p.log2_blocksize) == 0;
-    const bool suits_dot = !p.is_4bit && !p.is_dense ? p.m == 1
-                                                     : (p.m <= kDotRows && begins_blocks) ||
-                                                           (p.compute == DType::kFloat32 && !p.is_transposed &&
-                                                            p.m <= most_dot_rows(p.k));
+    const bool suits_dot = !p.is_4bit && !p.is_dense
+                               ? p.m == 1
+                               : (p.m <= kDotRows && begins_blocks) ||
+                                     (p.compute == DType::kFloat32 && !p.is_transposed && p.m <= most_dot_rows(p.k));
     // One row: tiles take as long on 4096 x 4096, but 104 instead of 62 us on 576 x 576, where packing counts.
     const bool is_one_row = !p.backward && p.m == 1 && suits_dot;
     if (p.isa == Isa::kAmx && in_bf16 && !p.is_transposed && !is_one_row)

@@ -19,7 +19,8 @@ namespace peft_kernels {
 
 class LoraLinearOnCuda : MatmulOnCuda {
 public:
-    explicit LoraLinearOnCuda(const LoraLinearParams& params, const Tensor& input) : MatmulOnCuda(params, input), lora_(params) {
+    explicit LoraLinearOnCuda(const LoraLinearParams& params, const Tensor& input)
+        : MatmulOnCuda(params, input), lora_(params) {
         for (int first = 0; first < params.num_adapters; first += Branch::kMaxAdapters) add_branch(first);
         int groups = 0;
         for (const Branch& branch : branches_) groups += group_ranks(branch).groups;

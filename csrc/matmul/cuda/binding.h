@@ -2,8 +2,8 @@
 //
 // The product of many rows is torch's own: a panel of the weight is dequantised into memory that stays in the L2, and
 // multiplied. It is called here, not in Python, so that an op means the same on every device: whoever calls it, traces
-// it or compiles it sees one op. The stable ABI passes no Scalar, so addmm cannot be called; linear with a matrix for its
-// bias is the same product, with beta = 1.
+// it or compiles it sees one op. The stable ABI passes no Scalar, so addmm cannot be called; linear with a matrix for
+// its bias is the same product, with beta = 1.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -17,10 +17,10 @@
 #include <tuple>
 #include <vector>
 
-#include "common/torch/checks.h"
-#include "common/torch/cuda_check.h"
 #include "common/cuda/device.h"
 #include "common/cuda/sum_parts.h"
+#include "common/torch/checks.h"
+#include "common/torch/cuda_check.h"
 #include "matmul/cuda/plan.h"
 #include "matmul/matmul.h"
 

@@ -1,4 +1,5 @@
-// What the product of many rows does after its main loop: adds the sums of CTAs that share a tile, adds the LoRA terms, and stores.
+// What the product of many rows does after its main loop: adds the sums of CTAs that share a tile, adds the LoRA terms,
+// and stores.
 #pragma once
 
 #include "matmul/cuda/tile.cuh"

@@ -18,7 +18,7 @@ constexpr int kFewRows = 32;
 constexpr int few_rows_outputs(int tokens) { return tokens > 16 ? 32 : 16; }
 constexpr int few_rows_warps(int tokens) { return tokens > 16 ? 4 : 8; }
 
-// ---- many rows, and transposed: matmul/cuda/many_rows_kernel.cuh --------------------------------------------------------
+// ---- many rows, and transposed: matmul/cuda/many_rows_kernel.cuh ----------------------------------------------------
 
 // A tile of out is kTileM x 128, a step of the reduction 64.
 constexpr int kTileN = 128;

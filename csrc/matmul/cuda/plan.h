@@ -58,8 +58,7 @@ struct MatmulPlan {
     int64_t panel_rows;  // of the weight, dequantised at a time
 };
 
-constexpr MatmulPlan plan_matmul(const MatmulProblem& p, const DeviceProperties& device,
-                                            const Crossover& crossover) {
+constexpr MatmulPlan plan_matmul(const MatmulProblem& p, const DeviceProperties& device, const Crossover& crossover) {
     if (!p.is_wanted) return {MatmulKind::kNone, 0};
     if (p.is_dense) return {MatmulKind::kLibrary, p.n};
     const bool is_fused = !p.refusal && p.m <= (p.backward ? crossover.backward : crossover.forward);
@@ -89,7 +88,7 @@ inline std::string describe(const MatmulProblem& p, const MatmulPlan& plan, cons
     if (plan.kind == MatmulKind::kNone) return "base none";
     if (plan.kind == MatmulKind::kFused) {
         const FusedMatmulPlan gemm = p.backward ? plan_fused_matmul(p.m, p.k, p.n, true, device)
-                                                   : plan_fused_matmul(p.m, p.n, p.k, false, device);
+                                                : plan_fused_matmul(p.m, p.n, p.k, false, device);
         return "base fused, " + counted(gemm.tiles, "tile") + " of " + std::to_string(gemm.tile_m) + " rows, " +
                counted(gemm.splits, "CTA") + " each";
     }

@@ -13,6 +13,8 @@ from hypothesis import strategies as st
 from peft_kernels.ops import ACTIVATIONS
 from peft_kernels.ops.adapter import bottleneck
 
+pytestmark = pytest.mark.kernels
+
 # (M, d, r): odd, in the middle of vectors, tiles and panels; several blocks of rows, several chunks of r.
 SHAPES = [(1, 16, 1), (3, 17, 5), (33, 64, 16), (70, 100, 31), (130, 65, 64), (300, 96, 70), (9, 257, 130)]
 

@@ -11,6 +11,8 @@ from torch.utils.checkpoint import checkpoint
 
 from peft_kernels.ops import adapter
 
+pytestmark = pytest.mark.kernels
+
 ops = torch.ops.peft_kernels
 EVERYTHING = {"norm": True, "post_norm": True, "scale": "learned", "gate": True, "dropout": 0.1}
 

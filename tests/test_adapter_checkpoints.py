@@ -24,6 +24,8 @@ import peft_kernels
 from peft_kernels.adapters.hub import adapter_to_hub
 from peft_kernels.adapters.insertion import find_setup
 
+pytestmark = pytest.mark.kernels
+
 HUB_MODELS = ["bert", "roberta", "llama", "t5", "vit"]
 HUB_ADAPTERS = ["pfeiffer", "houlsby", "parallel", "gated", "second"]
 

@@ -11,6 +11,8 @@ from comparison import DTYPES, assert_close, short
 from peft_kernels.ops import AdapterWeights, adapter, adapter_grouped
 from peft_kernels.testing.reference.adapter import adapter_grouped as oracle
 
+pytestmark = pytest.mark.kernels
+
 RANKS = (8, 5, 33)
 FIELDS = ("down_weight", "down_bias", "up_weight", "up_bias", "scale")
 

@@ -9,6 +9,8 @@ from tolerances import FP32_SUM, ROUNDING, VERSUS_STOCK
 from peft_kernels.ops import cross_entropy
 from peft_kernels.testing.reference.cross_entropy import cross_entropy as oracle
 
+pytestmark = pytest.mark.kernels
+
 ops = torch.ops.peft_kernels
 
 

@@ -20,6 +20,8 @@ from peft_kernels.ops.decoder_layer import Norm, after_attention, before_attenti
 from peft_kernels.ops.projections import Projections
 from peft_kernels.testing.reference import decoder_layer as oracle
 
+pytestmark = pytest.mark.kernels
+
 MODELS = ["llama", "mistral", "qwen2", "qwen3"]
 HIDDEN, INNER, HEAD_DIM = 128, 192, 32
 

@@ -16,6 +16,8 @@ from peft_kernels.ops.dora_linear import squares_of_rows
 from peft_kernels.testing.reference.dora_linear import dora_linear as oracle
 from peft_kernels.testing.reference.dora_linear import dora_norm as oracle_norm
 
+pytestmark = pytest.mark.kernels
+
 LEAVES = ("x", "weight", "bias", "lora_A", "lora_B", "magnitude")
 SCALING = 0.5
 SHAPES = [(1, 64, 128), (3, 33, 64), (8, 30, 20), (5, 12, 257), (33, 65, 64), (70, 300, 100)]

@@ -11,6 +11,8 @@ from peft_kernels.ops import dropout
 from peft_kernels.testing.reference.dropout import dropout as oracle
 from peft_kernels.testing.reference.dropout import keep
 
+pytestmark = pytest.mark.kernels
+
 ops = torch.ops.peft_kernels
 
 SEEDS = [0, -1, 2**32 + 7, -(2**63)]

@@ -9,6 +9,8 @@ from comparison import DTYPES, assert_close, error, saved_for_backward, short
 from peft_kernels.ops import fusion, fusion_of_bottlenecks
 from peft_kernels.testing.reference.fusion import fusion as oracle
 
+pytestmark = pytest.mark.kernels
+
 ops = torch.ops.peft_kernels
 NAMES = ("query_weight", "query_bias", "key_weight", "key_bias", "value_weight", "value_bias")
 

@@ -10,6 +10,8 @@ from peft_kernels.ops import ACTIVATIONS, glu
 from peft_kernels.testing.reference.adapter import ACTIVATIONS as ACTIVATE
 from peft_kernels.testing.reference.glu import glu as oracle
 
+pytestmark = pytest.mark.kernels
+
 ops = torch.ops.peft_kernels
 
 

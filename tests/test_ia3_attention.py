@@ -12,6 +12,8 @@ from ia3_attention_cases import angles, expected, make_case, on_gpu_plan, run, s
 
 from peft_kernels.ops import ia3_attention
 
+pytestmark = pytest.mark.kernels
+
 # (B, H, H_kv, S_q, S_k, D): one query and several, blocks of 256 keys and of 8 to 64 queries that end in their middle,
 # several parts of the queries and splits of the keys, grouped heads, head dimensions that fit no vector or tile.
 SHAPES = [

@@ -9,6 +9,8 @@ from torch.utils.checkpoint import checkpoint
 
 from peft_kernels.ops import ia3_attention
 
+pytestmark = pytest.mark.kernels
+
 ops = torch.ops.peft_kernels
 SHAPE = (2, 4, 2, 37, 70, 24)
 

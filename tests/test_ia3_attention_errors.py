@@ -7,6 +7,8 @@ from test_ia3_attention_autograd import everything, op_arguments
 
 from peft_kernels.ops import ia3_attention
 
+pytestmark = pytest.mark.kernels
+
 ops = torch.ops.peft_kernels
 
 

@@ -16,6 +16,8 @@ from ia3_attention_cases import angles, expected, make_case, on_gpu_plan, run
 
 from peft_kernels.ops import _attention_by_torch, _attention_plan, ia3_attention
 
+pytestmark = pytest.mark.kernels
+
 DOCUMENT = Path(__file__).parent.parent / "docs/attention.md"
 BEGIN, END = "<!-- begin of the table -->\n", "<!-- end of the table -->\n"
 SHAPE = (2, 4, 2, 33, 33, 16)

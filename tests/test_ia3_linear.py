@@ -11,6 +11,8 @@ from torch.utils.checkpoint import checkpoint
 
 from peft_kernels.ops import NF4Weight, ia3_linear
 
+pytestmark = pytest.mark.kernels
+
 ops = torch.ops.peft_kernels
 
 # Decode shapes and training shapes; odd, straddling rows, and longer than one block of rows or of k.

@@ -67,3 +67,17 @@ def test_families_do_not_include_each_other_in_a_circle():
         assert ready, f"a circle among {sorted(users)}"
         for family in ready:
             del users[family]
+
+
+def test_lines_are_no_longer_than_120_columns():
+    """Comments among them, which clang-format leaves as they are."""
+    for path in SOURCES:
+        for number, line in enumerate(path.read_text().splitlines(), 1):
+            assert len(line) <= 120, f"{path.relative_to(CSRC)}:{number}"
+
+
+def test_plans_of_the_cpu_are_no_shared_symbols():
+    """The linker keeps one copy of an inline function, which may be the one compiled with AVX-512."""
+    for path in CSRC.glob("*/cpu/plan.h"):
+        for line in path.read_text().splitlines():
+            assert not re.match(r"constexpr [\w:]+ [a-z_]\w*\(", line), f"{path.relative_to(CSRC)}: {line}"

@@ -15,6 +15,8 @@ import peft_kernels
 from peft_kernels.integrations import output_layer
 from peft_kernels.ops import linear
 
+pytestmark = pytest.mark.kernels
+
 ops = torch.ops.peft_kernels
 
 

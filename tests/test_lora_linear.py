@@ -24,6 +24,8 @@ from lora_linear_cases import (
 from peft_kernels.ops import lora_linear, quantize_4bit
 from peft_kernels.testing.reference.philox import dropout_mask
 
+pytestmark = pytest.mark.kernels
+
 # Decode and middle shapes, where blocks begin with rows of the weight; the others straddle rows, are odd, end in the
 # middle of vectors and panels, or are longer than one block of k.
 SHAPES = [

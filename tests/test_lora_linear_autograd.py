@@ -13,6 +13,8 @@ from torch.utils.checkpoint import checkpoint
 
 from peft_kernels.ops import NF4Weight, lora_linear
 
+pytestmark = pytest.mark.kernels
+
 ops = torch.ops.peft_kernels
 
 DECODE, TRAINING = (4, 40, 128), (37, 40, 128)

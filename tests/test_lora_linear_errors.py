@@ -14,6 +14,7 @@ ops = torch.ops.peft_kernels
 
 # The bindings of both check alike; on a GPU the texts name its device.
 pytestmark = [
+    pytest.mark.kernels,
     pytest.mark.may_launch_nothing,
     pytest.mark.usefixtures("platform"),
     pytest.mark.parametrize("platform", ["cpu", "emulated"], indirect=True),

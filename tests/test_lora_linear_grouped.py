@@ -11,6 +11,8 @@ from lora_linear_cases import BASES, DTYPES, assert_close, error, make_case, sho
 from peft_kernels.ops import lora_linear, lora_linear_grouped
 from peft_kernels.testing.reference.lora_linear_grouped import lora_linear_grouped as oracle
 
+pytestmark = pytest.mark.kernels
+
 ops = torch.ops.peft_kernels
 
 RANKS = (4, 17, 1)

@@ -15,6 +15,8 @@ from hypothesis import strategies as st
 from peft_kernels.ops import NF4Weight, dequantize_4bit, dequantize_4bit_rows, quantize_4bit
 from peft_kernels.testing.reference import nf4 as reference
 
+pytestmark = pytest.mark.kernels
+
 BLOCKSIZES = [32, 64, 128, 256, 512, 1024, 2048, 4096]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 QUANT_TYPES = ["nf4", "fp4"]

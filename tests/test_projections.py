@@ -17,6 +17,8 @@ from peft_kernels.integrations.registry import change_class
 from peft_kernels.ops.projections import Projections, project
 from peft_kernels.testing.reference import projections as oracle
 
+pytestmark = pytest.mark.kernels
+
 N, K = 96, 128
 
 

@@ -10,6 +10,8 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from peft_kernels.ops import rms_norm
 from peft_kernels.testing.reference.rms_norm import rms_norm as oracle
 
+pytestmark = pytest.mark.kernels
+
 ops = torch.ops.peft_kernels
 # Of a warp and of several on a GPU, of more columns than they keep; parts of vectors; more rows than a task has.
 SHAPES = [(1, 9), (5, 17), (33, 576), (70, 1030), (3, 5000), (2, 20000)]

@@ -8,6 +8,8 @@ from tolerances import FP32_SUM, ROUNDING, VERSUS_STOCK
 from peft_kernels.ops import rotary
 from peft_kernels.testing.reference.rotary import rotary as oracle
 
+pytestmark = pytest.mark.kernels
+
 ops = torch.ops.peft_kernels
 
 

@@ -10,6 +10,8 @@ from tolerances import ROUNDING, VERSUS_STOCK
 
 from peft_kernels.ops import lora_linear, quantize_4bit
 
+pytestmark = pytest.mark.kernels
+
 ROWS, DEPTHS, OUTPUTS = (1, 4, 8, 9, 32, 64, 128), (64, 96, 128, 192, 256, 512, 1024), 256
 # Of 64 x 256 sums in the same order as torch's, the ratio of the errors has a standard deviation of 0.01.
 LEAST_ROWS = 64

@@ -6,21 +6,11 @@
 #include <cuda_runtime.h>
 
 #include "adapter_fusion/cuda/kernel.cuh"
+#include "common/cuda/launch.cuh"
 #include "common/dropout.h"
 
 namespace peft_kernels::cuda {
 namespace {
-
-// Calls body with a null pointer to the element type.
-template <class Body>
-int with_type(DType dtype, const Body& body) {
-    switch (dtype) {
-        case DType::kBFloat16: return body(static_cast<__nv_bfloat16*>(nullptr));
-        case DType::kFloat16: return body(static_cast<__half*>(nullptr));
-        case DType::kFloat32: break;
-    }
-    return body(static_cast<float*>(nullptr));
-}
 
 template <class A, class T, bool kKeepsRows>
 constexpr auto kernel_of(const AdapterFusionForwardParams&) {
@@ -49,20 +39,15 @@ int launch(const Params& problem, int others, void* stream) {
         params.adapters[i] = {from.a, from.grad.data, width, static_cast<int32_t>(from.first), kept_at};
         kept_at += static_cast<int32_t>(padded_columns(width));
     }
-    const int shared_bytes = static_cast<int>(params.plan.rows * params.plan.row_bytes);
+    const int64_t shared_bytes = params.plan.rows * params.plan.row_bytes;
     const dim3 block(32 * params.plan.warps, params.plan.rows);
-    return with_type(problem.adapters[0].a.dtype, [&](auto* a) {
-        return with_type(problem.t.dtype, [&](auto* t) -> int {
+    return dispatch_dtype(problem.adapters[0].a.dtype, [&](auto* a) {
+        return dispatch_dtype(problem.t.dtype, [&](auto* t) {
             using A = std::remove_pointer_t<decltype(a)>;
             using T = std::remove_pointer_t<decltype(t)>;
             const auto kernel =
                 params.plan.keeps_rows ? kernel_of<A, T, true>(problem) : kernel_of<A, T, false>(problem);
-            const cudaError_t error =
-                cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
-            if (error != cudaSuccess) return error;
-            kernel<<<static_cast<unsigned>(params.plan.grid), block, shared_bytes, static_cast<cudaStream_t>(stream)>>>(
-                params);
-            return cudaGetLastError();
+            return launch_kernel(kernel, static_cast<unsigned>(params.plan.grid), block, shared_bytes, params, stream);
         });
     });
 }

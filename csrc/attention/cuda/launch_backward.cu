@@ -7,6 +7,7 @@
 #include "attention/cuda/launch.h"
 #include "attention/cuda/prepare_kernel.cuh"
 #include "attention/cuda/queries_kernel.cuh"
+#include "common/cuda/launch.cuh"
 #include "common/cuda/sum_parts.h"
 
 namespace peft_kernels::cuda {
@@ -83,11 +84,7 @@ int64_t prepare_params(const AttentionBackwardParams& p, Params& params) {
 int launch(void (*kernel)(Params), int64_t shared_bytes, int64_t grid, int threads, const Params& params,
            cudaStream_t stream) {
     if (grid == 0) return cudaSuccess;
-    const cudaError_t error =
-        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
-    if (error != cudaSuccess) return error;
-    kernel<<<static_cast<unsigned>(grid), threads, shared_bytes, stream>>>(params);
-    return cudaGetLastError();
+    return launch_kernel(kernel, static_cast<unsigned>(grid), threads, shared_bytes, params, stream);
 }
 
 int sum_gradient_parts(const Params& params, void* stream) {

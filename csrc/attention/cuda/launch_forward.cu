@@ -7,6 +7,7 @@
 #include "attention/cuda/forward_kernel.cuh"
 #include "attention/cuda/launch.h"
 #include "common/cuda/device.h"
+#include "common/cuda/launch.cuh"
 
 namespace peft_kernels::cuda {
 namespace {
@@ -18,14 +19,10 @@ int launch(const AttentionForwardParams& params, const AttentionCudaPlan& plan, 
     const AttentionForwardKernelParams kernel_params{params, std::fabs(params.scale) * kLog2E,
                                                      static_cast<int32_t>(params.heads / params.kv_heads),
                                                      static_cast<int32_t>(plan.tiles - 1)};
-    const auto kernel = attention_forward_kernel<Traits>;
-    const cudaError_t error =
-        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, plan.shared_bytes);
-    if (error != cudaSuccess) return error;
     const dim3 grid(static_cast<uint32_t>(plan.tiles), static_cast<uint32_t>(params.kv_heads),
                     static_cast<uint32_t>(params.batch));
-    kernel<<<grid, Traits::kThreads, plan.shared_bytes, stream>>>(kernel_params);
-    return cudaGetLastError();
+    return launch_kernel(&attention_forward_kernel<Traits>, grid, Traits::kThreads, plan.shared_bytes, kernel_params,
+                         stream);
 }
 
 template <class T>

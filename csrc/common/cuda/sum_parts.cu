@@ -2,6 +2,7 @@
 #include <cuda_runtime.h>
 
 #include "common/arithmetic.h"
+#include "common/cuda/launch.cuh"
 #include "common/cuda/sum_parts.h"
 
 namespace peft_kernels::cuda {
@@ -27,8 +28,7 @@ int sum_parts(const SumPartsParams& params, void* stream) {
     for (const SumPartsParams::Segment& segment : params.segments) count += segment.count;
     if (count == 0) return cudaSuccess;
     const dim3 grid(static_cast<unsigned>(ceil_div(count, kThreads)));
-    sum_parts_kernel<<<grid, kThreads, 0, static_cast<cudaStream_t>(stream)>>>(params);
-    return cudaGetLastError();
+    return launch_kernel(&sum_parts_kernel, grid, kThreads, 0, params, stream);
 }
 
 }  // namespace peft_kernels::cuda

@@ -1,5 +1,5 @@
 // The launch of the cross_entropy kernels.
-#include "common/cuda/launch_rows.cuh"
+#include "common/cuda/launch.cuh"
 #include "cross_entropy/cuda/kernel.cuh"
 
 namespace peft_kernels::cuda {

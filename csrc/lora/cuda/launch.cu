@@ -7,6 +7,7 @@
 //   x-pass      float, bfloat16, float16    16, 32
 #include <cuda_runtime.h>
 
+#include "common/cuda/launch.cuh"
 #include "lora/cuda/kernel.cuh"
 
 namespace peft_kernels::cuda {
@@ -15,24 +16,15 @@ namespace {
 // Calls body(type, ranks) with the element type and with the ranks of a group as an integral constant.
 template <class Body>
 int dispatch(DType dtype, const RankGroups& ranks, const Body& body) {
-    const auto with_type = [&](auto* type) {
+    return dispatch_dtype(dtype, [&](auto* type) {
         return ranks.tiles == 1 ? body(type, std::integral_constant<int, kRankTile>{})
                                 : body(type, std::integral_constant<int, 2 * kRankTile>{});
-    };
-    switch (dtype) {
-        case DType::kBFloat16: return with_type(static_cast<__nv_bfloat16*>(nullptr));
-        case DType::kFloat16: return with_type(static_cast<__half*>(nullptr));
-        case DType::kFloat32: break;
-    }
-    return with_type(static_cast<float*>(nullptr));
+    });
 }
 
 template <class Params>
 int launch(void (*kernel)(Params), int shared_bytes, dim3 grid, const Params& params, void* stream) {
-    const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
-    if (error != cudaSuccess) return error;
-    kernel<<<grid, kBranchThreads, shared_bytes, static_cast<cudaStream_t>(stream)>>>(params);
-    return cudaGetLastError();
+    return launch_kernel(kernel, grid, kBranchThreads, shared_bytes, params, stream);
 }
 
 dim3 grid_of(const ShrinkPlan& plan) {

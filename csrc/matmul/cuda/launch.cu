@@ -7,6 +7,7 @@
 #include <cuda_runtime.h>
 
 #include "common/cuda/device.h"
+#include "common/cuda/launch.cuh"
 #include "common/nf4_codebook.h"
 #include "matmul/cuda/few_rows_kernel.cuh"
 #include "matmul/cuda/kernel_plan.h"
@@ -31,19 +32,10 @@ Problem plan_of(const FusedMatmulParams& params, const DeviceProperties& device)
 // Two counters for each tile, to a multiple of 16 bytes.
 int64_t bytes_of_arrivals(const FusedMatmulPlan& plan) { return plan.splits > 1 ? ceil_div(plan.tiles, 2) * 16 : 0; }
 
-template <class Kernel>
-int launch_kernel(Kernel kernel, uint32_t grid, int threads, int shared_bytes, const FusedMatmulKernelParams& params,
-                  cudaStream_t stream) {
-    const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
-    if (error != cudaSuccess) return error;
-    kernel<<<grid, threads, shared_bytes, stream>>>(params);
-    return cudaGetLastError();
-}
-
 template <class T, int kTokens>
 int launch_few_rows(const FusedMatmulKernelParams& params, const FusedMatmulPlan& plan, cudaStream_t stream) {
     using Traits = FewRowsTraits<T, kTokens>;
-    return launch_kernel(matmul_few_rows_kernel<Traits>, static_cast<uint32_t>(plan.tiles), Traits::kThreads,
+    return launch_kernel(&matmul_few_rows_kernel<Traits>, static_cast<unsigned>(plan.tiles), Traits::kThreads,
                          sizeof(typename Traits::Shared), params, stream);
 }
 

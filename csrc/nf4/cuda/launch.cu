@@ -6,6 +6,7 @@
 //   __half         yes                                         yes                                  yes
 #include <cuda_runtime.h>
 
+#include "common/cuda/launch.cuh"
 #include "common/nf4_codebook.h"
 #include "nf4/cuda/dequantize_kernel.cuh"
 #include "nf4/cuda/plan.h"
@@ -13,19 +14,8 @@
 #include "nf4/nf4.h"
 
 namespace peft_kernels::cuda {
-namespace {
 
-template <class T>
-void launch(const Nf4DequantizePlan& plan, const Nf4DequantizeKernelParams& params, cudaStream_t stream) {
-    if (plan.aligned)
-        nf4_dequantize_kernel<Nf4DequantizeTraits<T, true>><<<plan.grid, plan.kThreads, 0, stream>>>(params);
-    else
-        nf4_dequantize_kernel<Nf4DequantizeTraits<T, false>><<<plan.grid, plan.kThreads, 0, stream>>>(params);
-}
-
-}  // namespace
-
-int nf4_dequantize(const Nf4DequantizeParams& params, void* stream_handle) {
+int nf4_dequantize(const Nf4DequantizeParams& params, void* stream) {
     int device = 0, multiprocessors = 0;
     cudaError_t error = cudaGetDevice(&device);
     if (error == cudaSuccess) error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
@@ -37,29 +27,23 @@ int nf4_dequantize(const Nf4DequantizeParams& params, void* stream_handle) {
     Nf4DequantizeKernelParams kernel_params{params.weight, params.first, params.count, params.out, plan.tiles, {}};
     for (int code = 0; code < 16; ++code) kernel_params.codebook[code] = codebook(params.weight.quant_type)[code];
 
-    const cudaStream_t stream = static_cast<cudaStream_t>(stream_handle);
-    switch (params.out_dtype) {
-        case DType::kFloat32: launch<float>(plan, kernel_params, stream); break;
-        case DType::kBFloat16: launch<__nv_bfloat16>(plan, kernel_params, stream); break;
-        case DType::kFloat16: launch<__half>(plan, kernel_params, stream); break;
-    }
-    return cudaGetLastError();
+    return dispatch_dtype(params.out_dtype, [&](auto* type) {
+        using T = std::remove_pointer_t<decltype(type)>;
+        const auto kernel = plan.aligned ? &nf4_dequantize_kernel<Nf4DequantizeTraits<T, true>>
+                                         : &nf4_dequantize_kernel<Nf4DequantizeTraits<T, false>>;
+        return launch_kernel(kernel, plan.grid, plan.kThreads, 0, kernel_params, stream);
+    });
 }
 
-int nf4_quantize(const Nf4QuantizeParams& params, void* stream_handle) {
+int nf4_quantize(const Nf4QuantizeParams& params, void* stream) {
     using Tile = Nf4QuantizeTile;
     const Nf4QuantizeKernelParams kernel_params{params, make_quantizer(params.quant_type)};
     const int64_t tiles = params.count / Tile::kElements + (params.count % Tile::kElements != 0);
     const uint32_t grid = static_cast<uint32_t>(tiles);  // the largest grid has 2^31 tiles, 8 TB of bf16
-    const cudaStream_t stream = static_cast<cudaStream_t>(stream_handle);
-    switch (params.dtype) {
-        case DType::kFloat32: nf4_quantize_kernel<float><<<grid, Tile::kThreads, 0, stream>>>(kernel_params); break;
-        case DType::kBFloat16:
-            nf4_quantize_kernel<__nv_bfloat16><<<grid, Tile::kThreads, 0, stream>>>(kernel_params);
-            break;
-        case DType::kFloat16: nf4_quantize_kernel<__half><<<grid, Tile::kThreads, 0, stream>>>(kernel_params); break;
-    }
-    return cudaGetLastError();
+    return dispatch_dtype(params.dtype, [&](auto* type) {
+        return launch_kernel(&nf4_quantize_kernel<std::remove_pointer_t<decltype(type)>>, grid, Tile::kThreads, 0,
+                             kernel_params, stream);
+    });
 }
 
 }  // namespace peft_kernels::cuda

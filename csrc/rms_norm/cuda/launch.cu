@@ -1,5 +1,5 @@
 // The launch of the rms_norm kernels.
-#include "common/cuda/launch_rows.cuh"
+#include "common/cuda/launch.cuh"
 #include "rms_norm/cuda/kernel.cuh"
 
 namespace peft_kernels::cuda {

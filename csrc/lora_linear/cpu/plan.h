@@ -98,17 +98,17 @@ static constexpr LoraLinearCpuPlan plan_lora_linear_cpu(const LoraLinearCpuProbl
 }
 
 namespace lora_linear_plan_examples {
-constexpr LoraLinearCpuProblem kRows(int64_t m, Isa isa, DType compute = DType::kBFloat16) {
+static constexpr LoraLinearCpuProblem rows(int64_t m, Isa isa, DType compute = DType::kBFloat16) {
     return {false, m, 4096, 4096, compute, true, false, false, 6, isa, 2};
 }
-static_assert(plan_lora_linear_cpu(kRows(1, Isa::kAmx)).kernel == LoraLinearKernel::kInterleaved);
-static_assert(plan_lora_linear_cpu(kRows(8, Isa::kAmx)).kernel == LoraLinearKernel::kTiles);
-static_assert(plan_lora_linear_cpu(kRows(8, Isa::kAvx512Bf16)).kernel == LoraLinearKernel::kInterleaved);
-static_assert(plan_lora_linear_cpu(kRows(65, Isa::kAvx512Bf16)).kernel == LoraLinearKernel::kManyRows);
-static_assert(plan_lora_linear_cpu(kRows(8, Isa::kAvx2)).kernel == LoraLinearKernel::kDot);
-static_assert(plan_lora_linear_cpu(kRows(9, Isa::kAvx2)).kernel == LoraLinearKernel::kManyRows);
-static_assert(plan_lora_linear_cpu(kRows(15, Isa::kAvx2, DType::kFloat32)).kernel == LoraLinearKernel::kDot);
-static_assert(plan_lora_linear_cpu(kRows(8, Isa::kAmx, DType::kFloat32)).kernel == LoraLinearKernel::kDot);
+static_assert(plan_lora_linear_cpu(rows(1, Isa::kAmx)).kernel == LoraLinearKernel::kInterleaved);
+static_assert(plan_lora_linear_cpu(rows(8, Isa::kAmx)).kernel == LoraLinearKernel::kTiles);
+static_assert(plan_lora_linear_cpu(rows(8, Isa::kAvx512Bf16)).kernel == LoraLinearKernel::kInterleaved);
+static_assert(plan_lora_linear_cpu(rows(65, Isa::kAvx512Bf16)).kernel == LoraLinearKernel::kManyRows);
+static_assert(plan_lora_linear_cpu(rows(8, Isa::kAvx2)).kernel == LoraLinearKernel::kDot);
+static_assert(plan_lora_linear_cpu(rows(9, Isa::kAvx2)).kernel == LoraLinearKernel::kManyRows);
+static_assert(plan_lora_linear_cpu(rows(15, Isa::kAvx2, DType::kFloat32)).kernel == LoraLinearKernel::kDot);
+static_assert(plan_lora_linear_cpu(rows(8, Isa::kAmx, DType::kFloat32)).kernel == LoraLinearKernel::kDot);
 }  // namespace lora_linear_plan_examples
 
 // One line, for PEFT_KERNELS_PRINT_PLANS.

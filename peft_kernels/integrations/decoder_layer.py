@@ -22,7 +22,7 @@ from ..ops.projections import Projection, Projections
 from .linear import NO_ADAPTERS, Adaptable, dense_product, packable, parameter, suits_packed, watch_dense, why_not_skip
 from .lookalike import Lookalike, form
 from .registry import Caching, FusedLayer, fused_form
-from .rotary import are_usual_angles, has_stock_rotary
+from .rotary import are_usual_angles
 from .transformers import NAME, FusedLlamaAttention, attention
 from .transformers_layers import FusedGatedMLP, FusedRMSNorm, activation_name, why_not_activation, why_not_both
 from .watch import Watch
@@ -104,7 +104,6 @@ class FusedDecoderLayer(Caching, Lookalike):
             and are_usual_angles(*position_embeddings, *x.shape[:2], layer.head_dim)
             and position_embeddings[0].dtype is x.dtype
             and layer.config._attn_implementation == NAME
-            and has_stock_rotary(type(layer).stock)
         ):
             return None
         plan = self._plan  # read once: another thread may have one made for another dtype
@@ -114,7 +113,9 @@ class FusedDecoderLayer(Caching, Lookalike):
             except _UnsuitedError:
                 plan = None
             self._plan = plan
-        return None if plan is None or x.numel() > plan.most_rows * x.shape[2] else plan
+        if plan is None or x.numel() > plan.most_rows * x.shape[2]:
+            return None
+        return plan if activation_name(self._modules["mlp"].act_fn) else None  # None if its class was patched
 
     def _make_plan(self, x: Tensor) -> _Plan:
         """For x, and for all that is like it.
@@ -162,6 +163,10 @@ def _skip(module: nn.Module, watch: Watch) -> None:
     if why_not_skip(module):
         raise _UnsuitedError
     watch.module(module)
+    if isinstance(module, Lookalike):
+        if module.reliance.why_not():
+            raise _UnsuitedError
+        watch.reliance(module.reliance)
 
 
 def _norm(layer: nn.Module, x: Tensor, watch: Watch) -> Norm:

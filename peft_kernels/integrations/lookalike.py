@@ -1,8 +1,8 @@
 """Layers of transformers' models that are known by what they do.
 
 transformers writes the same lines out in each model's file, under the model's name. So a class has the fused form of
-another one if its methods have the same code. In transformers 5.24 that is so for 177 classes of RMSNorms, 136 gated
-feed-forward blocks, 54 attention layers and 73 decoder layers.
+another one if its methods have the same code, and call the same: see `recognition`. In transformers 5.24 that is so for
+177 classes of RMSNorms, 136 gated feed-forward blocks, 54 attention layers and 73 decoder layers.
 """
 
 from __future__ import annotations
@@ -11,14 +11,14 @@ import importlib
 import inspect
 import sys
 from collections.abc import Callable, Iterator
-from types import FunctionType
+from functools import wraps
+from types import ModuleType
 from typing import Any, ClassVar, TypeVar
 
 from torch import nn
-from transformers import modeling_layers
-from transformers.utils import deprecation
 
-from .registry import FusedLayer, register
+from .recognition import Reliance, filed_key, is_compiling, methods_key, same_methods
+from .registry import FusedLayer, refuse, register
 
 
 class Lookalike(FusedLayer):
@@ -33,11 +33,29 @@ class Lookalike(FusedLayer):
     model: ClassVar[str]
     class_name: ClassVar[str]
     methods: ClassVar[tuple[str, ...]] = ("forward",)
+    reliance: ClassVar[Reliance]  # what the methods of the stock class call
 
     @classmethod
     def fits(cls, stock: type) -> bool:
-        module = importlib.import_module(f"transformers.models.{cls.model}.modeling_{cls.model}")
-        return same_code(stock, getattr(module, cls.class_name), cls.methods)
+        """Whether a class does by its file what that of the model does by its own, and is what its file says."""
+        return (
+            methods_key(stock, cls.methods) == cls.filed_key()
+            and cls.does_the_same(stock)
+            and Reliance.of_methods(stock, cls.methods).why_not() is None
+        )
+
+    @classmethod
+    def filed_key(cls) -> tuple | None:
+        return filed_key(cls._stock_module(), cls.class_name, cls.methods)
+
+    @classmethod
+    def does_the_same(cls, stock: type) -> bool:
+        """Whether what a class of the same code calls is the same."""
+        return same_methods(stock, cls._stock_module(), cls.class_name, cls.methods)
+
+    @classmethod
+    def _stock_module(cls) -> ModuleType:
+        return importlib.import_module(f"transformers.models.{cls.model}.modeling_{cls.model}")
 
     @classmethod
     def members(cls, stock: type) -> dict[str, Any]:
@@ -45,22 +63,46 @@ class Lookalike(FusedLayer):
         return {}
 
     @classmethod
-    def made_for(cls, stock: type) -> type:
+    def made_for(cls, stock: type, reliance: Reliance) -> type:
         """The fused class of a stock class. Its qualified name leads `__getattr__` back to the stock class, when a
         pickled model asks for it."""
-        members = {"__doc__": inspect.getdoc(cls), "__module__": __name__, **cls.members(stock)}
+        members = {"__doc__": inspect.getdoc(cls), "__module__": __name__, "reliance": reliance, **cls.members(stock)}
+        forward = members.get("forward", getattr(cls, "forward", None))
+        if forward is not None and reliance.values:
+            members["forward"] = _guarded(forward, stock, reliance)
         made = type(stock.__name__, (cls, stock), members)
         made.__qualname__ = f"{stock.__module__.replace('.', '/')}:{stock.__qualname__}"
         globals()[made.__qualname__] = made
         return register(made)
+
+    @classmethod
+    def why_not(cls, layer: nn.Module) -> str | None:
+        return cls.reliance.why_not()
+
+    def why_stock(self) -> str | None:
+        bypasses = type(self).forward is not self.stock.forward  # and not only has other functions called by it
+        return self.reliance.why_not() if bypasses else None
+
+
+def _guarded(forward: Callable, stock: type[nn.Module], reliance: Reliance) -> Callable:
+    """A fused forward for as long as what the stock one calls is what it was; otherwise the stock one."""
+    holds = reliance.holds
+
+    @wraps(forward)
+    def guarded(self: Lookalike, *args: Any, **kwargs: Any) -> Any:
+        if holds():
+            return forward(self, *args, **kwargs)
+        if not is_compiling():
+            self.log_stock_path(reliance.why_not() or "")
+        return stock.forward(self, *args, **kwargs)
+
+    return guarded
 
 
 Form = TypeVar("Form", bound=type[Lookalike])
 
 # The modules here that have forms.
 _FORMS_IN = ("transformers", "transformers_layers", "decoder_layer")
-
-_DECORATORS = {modeling_layers.__file__, deprecation.__file__}
 
 _forms: list[type[Lookalike]] = []
 _seen: set[type] = set()
@@ -73,18 +115,34 @@ def form(fused: Form) -> Form:
 
 
 def form_of(stock: type) -> type[Lookalike] | None:
-    return next((form for form in _forms if form.fits(stock)), None)
+    """The form of a class that has one; a fused class has its stock class's."""
+    stock = getattr(stock, "stock", stock)
+    return next((form for form in _all_forms() if form.fits(stock)), None)
 
 
 def register_loaded() -> None:
     """Registers the classes of the models that have been imported by now."""
+    forms: dict[Any, list[type[Lookalike]]] = {}
+    for form in _all_forms():  # which imports the forms' models
+        forms.setdefault((form.methods, form.filed_key()), []).append(form)
+    all_methods = {methods for methods, _ in forms}
+    for stock in [stock for stock in _classes() if stock not in _seen]:
+        keys = [(methods, methods_key(stock, methods)) for methods in all_methods]
+        found = [form for key in keys if key[1] is not None for form in forms.get(key, ()) if form.does_the_same(stock)]
+        reliance = Reliance.of_methods(stock, found[0].methods) if found else None
+        reason = reliance and reliance.why_not()
+        refuse(stock, reason)
+        if reason:
+            continue  # and looked at again by the next call
+        _seen.add(stock)
+        if found:
+            found[0].made_for(stock, reliance)
+
+
+def _all_forms() -> list[type[Lookalike]]:
     for module in _FORMS_IN:
         importlib.import_module(f"{__package__}.{module}")
-    while new := [stock for stock in _classes() if stock not in _seen]:  # looking for forms imports the forms' models
-        _seen.update(new)
-        for stock in new:
-            if fused := form_of(stock):
-                fused.made_for(stock)
+    return _forms
 
 
 def _classes() -> Iterator[type]:
@@ -93,37 +151,6 @@ def _classes() -> Iterator[type]:
             for value in list(vars(module).values()):
                 if isinstance(value, type) and issubclass(value, nn.Module) and value.__module__ == name:
                     yield value  # by its name in the module, under which a pickled one is looked for
-
-
-def same_code(stock: type, other: type, methods: tuple[str, ...] = ("forward",)) -> bool:
-    """Whether methods of two classes do the same, and are what the files of their classes say."""
-    codes = _code(other, methods)
-    return codes is not None and _code(stock, methods) == codes
-
-
-def _code(stock: type, methods: tuple[str, ...]) -> list[tuple] | None:
-    """What methods of a class do, to be compared; None if one is not what the file of the class says."""
-    codes = [code_of(getattr(stock, method, None), stock.__module__) for method in methods]
-    return None if None in codes else codes
-
-
-def code_of(function: Callable | None, module: str) -> tuple | None:
-    """What a function does, to be compared; None if it is not what the file of a module says."""
-    function = _undecorated(function)
-    file = getattr(sys.modules.get(module), "__file__", None)
-    if function is None or function.__closure__ or function.__code__.co_filename != file:
-        return None
-    code = function.__code__
-    constants = tuple(constant for constant in code.co_consts if constant != function.__doc__)
-    return code.co_code, constants, code.co_names, code.co_varnames, code.co_argcount
-
-
-def _undecorated(function: Callable | None) -> FunctionType | None:
-    """A method without what transformers puts around it, for checkpoints and for arguments that were renamed. What
-    others put around it stays."""
-    while hasattr(function, "__wrapped__") and function.__code__.co_filename in _DECORATORS:
-        function = function.__wrapped__
-    return function if inspect.isfunction(function) else None
 
 
 def __getattr__(name: str) -> type:

@@ -119,6 +119,11 @@ class Setting:
         raise NotImplementedError
 
     @classmethod
+    def why_not(cls, module: nn.Module) -> str | None:
+        """Why it can't be set on a module that it is for, or does nothing where it is set."""
+        return None
+
+    @classmethod
     def is_set(cls, module: nn.Module) -> bool:
         raise NotImplementedError
 
@@ -135,6 +140,7 @@ Fused = TypeVar("Fused", bound=type[FusedLayer])
 AnySetting = TypeVar("AnySetting", bound=type[Setting])
 
 _table: dict[type[nn.Module], type[FusedLayer]] = {}
+_refused: dict[type[nn.Module], str] = {}
 _settings: list[type[Setting]] = []
 _mentioned: list[type[nn.Module]] = []
 
@@ -145,6 +151,13 @@ def register(fused: Fused) -> Fused:
     fused.stock_forward = fused.stock.forward
     _table[fused.stock] = fused
     return fused
+
+
+def refuse(stock: type[nn.Module], reason: str | None) -> None:
+    """Has the report say why a class has no fused form for now; None takes it back."""
+    _refused[stock] = reason
+    if reason is None:
+        del _refused[stock]
 
 
 def register_setting(setting: AnySetting) -> AnySetting:
@@ -291,7 +304,10 @@ def _fuse(model: nn.Module) -> dict[nn.Module, str | None]:
         for setting in _settings:
             if setting.applies(module):
                 setting.set(module)
-        fused = fused_form(class_below(type(module)))
+        stock = class_below(type(module))
+        fused = fused_form(stock)
+        if stock in _refused:
+            reasons[module] = _refused[stock]
         if fused is None or not fused.applies(module):
             continue
         reasons[module] = reason = _why_not(fused, module)
@@ -312,7 +328,9 @@ def _reports(
             own += (f"{name}." if name else "",)
             continue
         kind, settings = describe(type(module)), [setting for setting in _settings if setting.is_set(module)]
-        yield from (LayerReport(name, kind, True, setting.remark) for setting in settings)
+        for setting in _settings:
+            if (reason := setting.why_not(module)) or setting in settings:
+                yield LayerReport(name, kind, reason is None, reason or setting.remark)
         if isinstance(module, FusedLayer):
             reason = module.why_stock()
         elif module in reasons:

@@ -8,34 +8,37 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from functools import cache, update_wrapper
+from functools import update_wrapper
 from types import CellType, FunctionType, ModuleType
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.models.llama import modeling_llama
 
 from ..cuda import why_not
 from ..ops.rotary import rotary
-from .lookalike import code_of
+from .recognition import mean_the_same
 from .registry import FLOAT_DTYPES, why_not_input
 
 _NAME = "apply_rotary_pos_emb"
 
 
 def with_fused_rotary(forward: Callable) -> FunctionType | None:
-    """A copy of an attention layer's forward that rotates by our function; None if it calls no such global.
+    """A copy of an attention layer's forward that rotates by our function; None if it calls no such global, or one that
+    rotates in another way than Llama's by its file.
 
-    The copy's globals are those of now: a function's globals have to be a real dictionary, no view of another one. Of
-    what may be put into the stock module later, our function looks up the embedding; the rest is what a module defines
-    or imports, and is not put elsewhere.
+    The copy's globals are those of now: a function's globals have to be a real dictionary, no view of another one. The
+    fused layer calls it for as long as these are what they were.
     """
     if not isinstance(forward, FunctionType):
         return None
     code, names, closure = forward.__code__, forward.__globals__, forward.__closure__ or ()
     inner = None
     if _NAME in code.co_names and _NAME in names:
-        names = {**names, _NAME: _fused(sys.modules[names["__name__"]])}
+        module = sys.modules[names["__name__"]]
+        if not mean_the_same(module, _NAME, modeling_llama, _NAME):
+            return None
+        names = {**names, _NAME: _fused(module)}
         del names["__name__"]  # by which torch.compile would take the module's globals for the copy's
     else:
         # A decorator's function, which has the one that it wraps in its closure.
@@ -54,35 +57,13 @@ def with_fused_rotary(forward: Callable) -> FunctionType | None:
     return copy
 
 
-def is_usual_rotary(stock: type[nn.Module]) -> bool:
-    """Whether an attention class rotates as Llama's does, if it calls such a global at all."""
-    module, llama = sys.modules[stock.__module__], modeling_llama.__name__
-    return not hasattr(module, _NAME) or all(
-        code_of(getattr(module, name, None), module.__name__) == code_of(getattr(modeling_llama, name), llama)
-        for name in (_NAME, "rotate_half")
-    )
-
-
-@cache
-def _stock(module: ModuleType) -> Callable:
-    """A module's function, as it was when its layers were first fused."""
-    return getattr(module, _NAME)
-
-
-def has_stock_rotary(stock: type[nn.Module]) -> bool:
-    """Whether the function that an attention class calls is still the one that is fused."""
-    module = sys.modules[stock.__module__]
-    return getattr(module, _NAME) is _stock(module)
-
-
 def _fused(module: ModuleType) -> Callable:
     """The fused form of a module's function."""
-    stock = _stock(module)
+    stock = getattr(module, _NAME)
 
     def apply_rotary_pos_emb(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *args: Any, **kwargs: Any) -> Any:
-        current = getattr(module, _NAME)
-        if current is not stock or args or kwargs or not _is_usual(q, k, cos, sin):
-            return current(q, k, cos, sin, *args, **kwargs)
+        if args or kwargs or not _is_usual(q, k, cos, sin):
+            return stock(q, k, cos, sin, *args, **kwargs)
         return rotary(q, k, cos, sin)
 
     return apply_rotary_pos_emb

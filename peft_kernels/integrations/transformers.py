@@ -20,7 +20,7 @@ from ..ops._attention_by_torch import inputs_of_torch
 from ..ops.ia3_attention import ia3_attention
 from .lookalike import Lookalike, form
 from .registry import why_not_input
-from .rotary import is_usual_rotary, with_fused_rotary
+from .rotary import with_fused_rotary
 
 # The attention implementation's name in transformers' registries and configurations.
 NAME = "peft_kernels"
@@ -181,7 +181,9 @@ class FusedAttention(Lookalike):
         if "q_length" not in inspect.signature(sdpa_mask).parameters:
             return "this version of transformers asks for masks in another way: 5.0 or so and later are known"
         implementation = layer.config._attn_implementation
-        return None if implementation in ("sdpa", NAME) else f"its attention is {implementation!r}, not 'sdpa'"
+        if implementation not in ("sdpa", NAME):
+            return f"its attention is {implementation!r}, not 'sdpa'"
+        return super().why_not(layer)
 
     def prepare(self) -> str:
         if takes_over(self._device()):
@@ -204,6 +206,8 @@ class FusedAttention(Lookalike):
         return None if implementation == NAME else f"its attention is now {implementation!r}"
 
     def why_stock(self) -> str | None:
+        if reason := super().why_stock():
+            return reason
         device = self._device()
         if takes_over(device):
             return self.why_no_prefix() or (None if device.type == "cpu" else why_not(device))
@@ -211,10 +215,6 @@ class FusedAttention(Lookalike):
 
     def _device(self) -> torch.device:
         return next(self.parameters()).device
-
-    @classmethod
-    def fits(cls, stock: type) -> bool:
-        return super().fits(stock) and is_usual_rotary(stock)
 
     @classmethod
     def members(cls, stock: type) -> dict[str, Any]:

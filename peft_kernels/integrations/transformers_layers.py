@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import ClassVar
 
 import torch
@@ -13,6 +14,7 @@ from ..ops.glu import glu
 from ..ops.rms_norm import rms_norm
 from .linear import parameter, why_not_skip
 from .lookalike import Lookalike, form
+from .recognition import Reliance, is_compiling
 from .registry import FLOAT_DTYPES, why_not_input
 
 # What `glu` calls the σ of each class of activations.
@@ -20,6 +22,7 @@ ACTIVATIONS: dict[type[nn.Module], str] = {
     SiLUActivation: "silu", nn.SiLU: "silu", nn.ReLU: "relu", nn.Tanh: "tanh", GELUActivation: "gelu",
     GELUTanh: "gelu_tanh", NewGELUActivation: "gelu_tanh", FastGELUActivation: "gelu_tanh",
 }  # fmt: skip
+_stock_forwards: dict[type[nn.Module], Callable] = {}  # of these, which are what their files say
 
 
 @form
@@ -39,6 +42,8 @@ class FusedRMSNorm(Lookalike):
         return rms_norm(hidden_states, weight, eps, offset=self.offset, out_dtype=out_dtype)
 
     def why_stock(self) -> str | None:
+        if reason := super().why_stock():
+            return reason
         weight = self.weight
         return why_not(weight.device) if weight.dtype in FLOAT_DTYPES else f"its weight is {weight.dtype}"
 
@@ -96,7 +101,8 @@ class FusedGatedMLP(Lookalike):
 
     def why_stock(self) -> str | None:
         weight = next(self.parameters(), None)
-        return why_not_activation(self.act_fn) or (None if weight is None else why_not(weight.device))
+        reason = super().why_stock() or why_not_activation(self.act_fn)
+        return reason or (None if weight is None else why_not(weight.device))
 
 
 def why_not_both(x: Tensor, other: Tensor) -> str | None:
@@ -112,7 +118,14 @@ def why_not_both(x: Tensor, other: Tensor) -> str | None:
 def activation_name(activation: nn.Module) -> str | None:
     """What `glu` calls an activation, stock or fused; None if it has none of it."""
     cls = type(activation)
-    return ACTIVATIONS.get(getattr(cls, "stock", cls))
+    cls = getattr(cls, "stock", cls)
+    name = ACTIVATIONS.get(cls)
+    if name is None or _stock_forwards.get(cls) is cls.forward:
+        return name
+    if is_compiling() or Reliance.of_methods(cls, ("forward",)).why_not():
+        return None
+    _stock_forwards[cls] = cls.forward
+    return name
 
 
 def why_not_activation(activation: nn.Module) -> str | None:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .._extension import _C
+from .recognition import Reliance
 
 # What `why_not_skip` looks for, which spells them out to be fast.
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
@@ -34,6 +35,10 @@ class Watch:
         """Items of a dictionary, which are to be the same objects, or missing as they are."""
         for key in keys:
             self._values += where, key, where.get(key)
+
+    def reliance(self, reliance: Reliance) -> None:
+        """What a class's methods call."""
+        self._values += reliance.values
 
     def numbers(self, where: dict, *keys: Any) -> None:
         """Numbers in a dictionary, which are to be the same objects; and of the same value where they are tensors."""

@@ -22,7 +22,7 @@ from transformers.models.gemma import modeling_gemma
 from transformers.models.llama import modeling_llama
 
 import peft_kernels
-from peft_kernels.integrations import lookalike, recognition
+from peft_kernels.integrations import lookalike, peft_ia3, recognition
 from peft_kernels.integrations.causal_lm_loss import FusedLoss
 from peft_kernels.integrations.decoder_layer import FusedDecoderLayer
 from peft_kernels.integrations.registry import _refused, _table, fused_form
@@ -330,7 +330,35 @@ def test_classes_of_transformers():
     if transformers.__version__.startswith("5.24."):
         assert {kind: len(classes) for kind, classes in found.items()} == kinds
     assert not [stock for stock in _refused if stock.__module__.startswith("transformers.")]
+    # Vectors of (IA)³ can be merged into all of these.
+    for fused in found[FusedGatedMLP]:
+        for cls in (fused, fused.stock):
+            block = module_of(cls)
+            assert peft_ia3._producer(block, "down_proj", torch.ones(1)) is block.up_proj
+            assert isinstance(peft_ia3._producer(block, "up_proj", torch.ones(1)), str)
 
 
 def in_transformers(cls):
     return cls.stock.__module__.startswith("transformers.")
+
+
+def module_of(cls):
+    """A gated block, without the rest of its class's constructor."""
+    block = cls.__new__(cls)
+    nn.Module.__init__(block)
+    block.gate_proj, block.up_proj, block.down_proj = nn.Linear(2, 4), nn.Linear(2, 4), nn.Linear(4, 2)
+    return block
+
+
+@pytest.mark.parametrize("name", ["gemma", "olmo2"])
+def test_input_vectors_of_gated_blocks_beyond_the_four(name):
+    """Whose classes merge_ia3 did not know by name."""
+    cls = getattr(importlib.import_module(f"transformers.models.{name}.modeling_{name}"), f"{name.capitalize()}MLP")
+    block = module_of(cls)
+    assert peft_ia3._producer(block, "down_proj", torch.ones(1)) is block.up_proj
+
+    class Other(cls):
+        def forward(self, x):
+            return self.down_proj(self.up_proj(self.gate_proj(x)))
+
+    assert "no layer is known" in peft_ia3._producer(module_of(Other), "down_proj", torch.ones(1))

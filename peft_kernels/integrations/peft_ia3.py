@@ -18,7 +18,9 @@ from ..ops.ia3_linear import ia3_linear
 from ..ops.linear import FEW_ROWS
 from ..ops.nf4 import NF4Weight
 from .linear import BaseProduct, OnLinear, is_conv1d, why_not_skip
+from .lookalike import form_of
 from .registry import FLOAT_DTYPES, FusedLayer, check_module, register
+from .transformers_layers import FusedGatedMLP
 
 
 class FusedIA3(FusedLayer):
@@ -200,13 +202,13 @@ if hasattr(ia3, "Linear4bit"):  # bitsandbytes is installed
         layer.quant_state = layer.weight.quant_state
 
     # Modules whose output, times a vector, can be had from the rows of one of their layers: gate · up feeds down, and
-    # ReLU commutes with factors that are not negative.
+    # ReLU commutes with factors that are not negative. These are known by their names if their code is another one.
     _GATED_MLPS = ("LlamaMLP", "MistralMLP", "Qwen2MLP", "Qwen3MLP")
 
     def _producer(parent: nn.Module, leaf: str, scale: Tensor) -> nn.Module | str:
         """The layer whose rows take the vector on the input of another; or why there is none."""
         kind = type(parent).__name__
-        if kind in _GATED_MLPS and leaf == "down_proj":
+        if leaf == "down_proj" and (form_of(type(parent)) is FusedGatedMLP or kind in _GATED_MLPS):
             return parent.up_proj
         if kind == "OPTDecoderLayer" and leaf == "fc2":
             if not isinstance(parent.activation_fn, nn.ReLU):

@@ -221,6 +221,25 @@ def test_code_whose_file_is_gone(copied):
     assert "LlamaRMSNorm" in left_alone(peft_kernels.accelerate(make(module)))
 
 
+def test_functions_that_the_hub_of_kernels_makes_modules_of(copied, monkeypatch):
+    module = copied()
+    function = module.rotate_half
+
+    class Func(nn.Module):  # what its decorator returns
+        def forward(self, *args, **kwargs):
+            return function(*args, **kwargs)
+
+    Func.__module__ = "kernels.layer.layer"
+    monkeypatch.setattr(module, "rotate_half", Func())
+    model = make(module)
+    stock = copy.deepcopy(model)
+    assert not left_alone(peft_kernels.accelerate(model))
+    check(model, stock)
+    module.rotate_half.forward = lambda x: x
+    check(model, stock)
+    assert left_alone(peft_kernels.accelerate(model))["LlamaAttention"].startswith("rotate_half of")
+
+
 def test_loggers_are_each_module_s_own(copied):
     def change(source):
         return re.sub(r"(        input_dtype = hidden_states.dtype\n)", r"\1        logger.debug('')\n", source)

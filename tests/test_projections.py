@@ -60,6 +60,10 @@ def test_bad_arguments():
         Projections([projection._replace(lora_A=[projection.lora_A[0].T.contiguous().T])])
     with pytest.raises(ValueError, match="projections: got dense weights, wanted bfloat16, as x"):
         project(x.detach().bfloat16(), Projections([make_projection(N, K, torch.float32, "dense")]))
+    two = Projections([projection, projection])
+    for bytes_ in (packed.packed[:-1], two.packed, packed.packed.repeat_interleave(2)[::2]):
+        with pytest.raises(ValueError, match="projections: got uint8"):
+            torch.ops.peft_kernels.projections_forward(x, bytes_, N)
     with pytest.raises(ValueError, match="projections: got none"):
         Projections([])
 
@@ -104,7 +108,7 @@ def accelerate(model):
     peft_kernels.accelerate(model)
     for layer in model.modules():
         if hasattr(type(layer), "stock") and type(layer).__name__ == "LlamaDecoderLayer":
-            change_class(layer, type(layer).stock)
+            change_class(layer, type(layer), type(layer).stock)
 
 
 @pytest.mark.parametrize("lora", [True, False], ids=["lora", "no-lora"])

@@ -29,11 +29,10 @@ class Projections {
 public:
     static Tensor pack(const std::vector<Projection>& projections, const std::vector<LoraAdapter>& adapters,
                        const Tensor& like) {
-        const Header header{kMagic, static_cast<int64_t>(projections.size())};
+        const Header header{kMagic, static_cast<int64_t>(projections.size()), static_cast<int64_t>(adapters.size())};
         const size_t size = projections.size() * sizeof(Projection),
                      adapters_size = adapters.size() * sizeof(LoraAdapter);
-        const Tensor packed =
-            empty(like, {static_cast<int64_t>(sizeof(Header) + size + adapters_size)}, ScalarType::Byte);
+        const Tensor packed = empty(like, {header.bytes()}, ScalarType::Byte);
         char* bytes = static_cast<char*>(packed.mutable_data_ptr());
         memcpy(bytes, &header, sizeof header);
         memcpy(bytes + sizeof header, projections.data(), size);
@@ -44,7 +43,8 @@ public:
     Projections(const Tensor& packed, int64_t count, const Tensor& x) : x_(x) {
         const auto* header = static_cast<const Header*>(packed.const_data_ptr());
         if (dtype_of(packed) != ScalarType::Byte || packed.numel() < static_cast<int64_t>(sizeof(Header)) ||
-            header->magic != kMagic || header->count != count)
+            header->magic != kMagic || header->count != count || packed.numel() != header->bytes() ||
+            !packed.is_contiguous())
             bad_argument("projections", describe(packed), std::to_string(count) + " of projections_pack");
         list_ = reinterpret_cast<const Projection*>(header + 1);
         adapters_ = reinterpret_cast<const LoraAdapter*>(list_ + count);
@@ -89,7 +89,11 @@ public:
 
 private:
     struct Header {
-        int64_t magic, count;
+        int64_t magic, count, num_adapters;
+
+        int64_t bytes() const {
+            return sizeof(Header) + count * sizeof(Projection) + num_adapters * sizeof(LoraAdapter);
+        }
     };
     static constexpr int64_t kMagic = 0x6a6f7250'6b6e6570;
 

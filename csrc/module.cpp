@@ -37,19 +37,33 @@ PyObject* build_info(PyObject*, PyObject*) {
     );
 }
 
+// Whether what a method without arguments (`called`) or an attribute of an object gives equals a value; -1 on an error.
+int gives(PyObject* object, PyObject* name, bool called, PyObject* value) {
+    PyObject* found = called ? PyObject_CallMethodObjArgs(object, name, nullptr) : PyObject_GetAttr(object, name);
+    if (!found) return -1;
+    const int equal = found == value ? 1 : PyObject_RichCompareBool(found, value, Py_EQ);
+    Py_DECREF(found);
+    return equal;
+}
+
 // Whether places are as they were: [dict, key, value, ...] are still those very values (None: or missing), the types of
-// [object, type, ...] are those, and [container, length, ...] have those lengths. In Python it takes four times as
+// [object, type, ...] are those, [container, length, ...] have those lengths, and [tensor, address, strides, shape,
+// dtype, ...] lie there like that (where strides are None, only the address counts). In Python it takes four times as
 // long; and as all this has left the caches when it is looked at, the processor should have many looks under way at
 // once.
 PyObject* unchanged(PyObject*, PyObject* lists) {
-    PyObject *values, *types, *lengths;
-    if (!PyArg_ParseTuple(lists, "O!O!O!", &PyList_Type, &values, &PyList_Type, &types, &PyList_Type, &lengths))
+    PyObject *values, *types, *lengths, *tensors;
+    if (!PyArg_ParseTuple(lists, "O!O!O!O!", &PyList_Type, &values, &PyList_Type, &types, &PyList_Type, &lengths,
+                          &PyList_Type, &tensors))
         return nullptr;
+    static PyObject* const names[] = {PyUnicode_InternFromString("data_ptr"), PyUnicode_InternFromString("stride"),
+                                      PyUnicode_InternFromString("shape"), PyUnicode_InternFromString("dtype")};
     const Py_ssize_t num_values = PyList_Size(values), num_types = PyList_Size(types);
-    const Py_ssize_t num_lengths = PyList_Size(lengths);
+    const Py_ssize_t num_lengths = PyList_Size(lengths), num_tensors = PyList_Size(tensors);
     for (Py_ssize_t i = 0; i < num_values; ++i) __builtin_prefetch(PyList_GetItem(values, i));
     for (Py_ssize_t i = 0; i < num_types; i += 2) __builtin_prefetch(PyList_GetItem(types, i));
     for (Py_ssize_t i = 0; i < num_lengths; i += 2) __builtin_prefetch(PyList_GetItem(lengths, i));
+    for (Py_ssize_t i = 0; i < num_tensors; i += 5) __builtin_prefetch(PyList_GetItem(tensors, i));
     for (Py_ssize_t i = 0; i + 2 < num_values; i += 3) {
         PyObject* found = PyDict_GetItemWithError(PyList_GetItem(values, i), PyList_GetItem(values, i + 1));
         if (!found && PyErr_Occurred()) return nullptr;
@@ -62,6 +76,15 @@ PyObject* unchanged(PyObject*, PyObject* lists) {
         const Py_ssize_t length = PyObject_Size(PyList_GetItem(lengths, i));
         if (length < 0) return nullptr;
         if (length != PyLong_AsSsize_t(PyList_GetItem(lengths, i + 1))) Py_RETURN_FALSE;
+    }
+    for (Py_ssize_t i = 0; i + 4 < num_tensors; i += 5) {
+        PyObject* tensor = PyList_GetItem(tensors, i);
+        const int looks = PyList_GetItem(tensors, i + 2) == Py_None ? 1 : 4;
+        for (int look = 0; look < looks; ++look) {
+            const int equal = gives(tensor, names[look], look < 2, PyList_GetItem(tensors, i + 1 + look));
+            if (equal < 0) return nullptr;
+            if (!equal) Py_RETURN_FALSE;
+        }
     }
     Py_RETURN_TRUE;
 }

@@ -96,6 +96,27 @@ def _change_memory(model):
     weight.data = torch.randint_like(weight.data, 256)
 
 
+def _move_statistics(model):
+    absmax = lora_of(model).base_layer.weight.quant_state.state2.absmax
+    absmax.data = 2 * absmax
+
+
+def _replace_dict(model):
+    layer = lora_of(model)
+    layer.lora_A = nn.ModuleDict({"default": nn.Linear(128, 4, bias=False)})
+
+
+def _truncate(model):
+    """As what prunes ranks does: the rest stays where it is in memory."""
+    a, b = lora_of(model).lora_A["default"].weight, lora_of(model).lora_B["default"].weight
+    a.data, b.data = a.data[:2], b.data[:, :2]
+
+
+def _turn(model):
+    weight = layers_of(model)[0].self_attn.o_proj.lora_B["default"].weight
+    weight.data = weight.data.view(4, 64).T
+
+
 def _new_adapter(model):
     model.add_adapter("other", LoraConfig(r=2, target_modules="all-linear"))
     randomize(model)
@@ -123,7 +144,12 @@ CHANGES = {
         lora_of(model).lora_A["default"].weight, "data", 2 * lora_of(model).lora_A["default"].weight
     ),
     "numbers of A": lambda model: lora_of(model).lora_A["default"].weight.data.mul_(2),
+    "bias of A": lambda model: setattr(lora_of(model).lora_A["default"], "bias", nn.Parameter(torch.ones(4))),
+    "ranks": _truncate,
+    "strides of B": _turn,
+    "dictionary of A": _replace_dict,
     "weight of the base": _change_base,
+    "memory of the statistics": _move_statistics,
     "memory of the base": _change_memory,
     "weight of a norm": lambda model: setattr(
         layers_of(model)[0].input_layernorm, "weight", nn.Parameter(torch.ones(64))

@@ -239,6 +239,27 @@ def test_sees_what_changes(change, calls):
     check_sees(change, peft_kernels.accelerate, calls)
 
 
+def test_sees_norms_of_heads(calls):
+    model = make("qwen3")
+    ours = copy.deepcopy(model)
+    peft_kernels.accelerate(ours)
+    decode(ours)
+    for changed in (model, ours):
+        attention = layers_of(changed)[0].self_attn
+        attention.q_norm = copy.deepcopy(attention.q_norm)
+        nn.init.constant_(attention.q_norm.weight, 2.0)
+    assert error(decode(ours), decode(model)) <= SAME_STEP and calls
+
+
+def test_norms_that_are_not_dense():
+    model = make()
+    weight = layers_of(model)[0].input_layernorm.weight
+    weight.data = weight.data[:1].expand(64)
+    wanted = decode(model)
+    peft_kernels.accelerate(model)
+    assert error(decode(model), wanted) <= SAME_STEP
+
+
 def test_changes_that_are_undone(calls):
     model = make()
     peft_kernels.accelerate(model)
@@ -338,6 +359,15 @@ def test_layers_that_were_patched(monkeypatch, calls):
     )
     calls.clear()
     assert error(decode(model), wanted) <= SAME_STEP and not calls
+
+
+def test_accelerated_without_a_norm():
+    model = make()
+    layers_of(model)[0].input_layernorm = nn.Identity()
+    report = peft_kernels.accelerate(model)
+    assert next(layer.reason for layer in report if layer.kind.endswith("DecoderLayer")) == (
+        "its input_layernorm is not fused"
+    )
 
 
 def test_reasons():

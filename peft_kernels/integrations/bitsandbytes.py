@@ -71,8 +71,10 @@ class Fused4bit(Adaptable):
         watch.attributes(self, "compute_dtype")
         watch.attributes(weight, "quant_state")
         watch.attributes(quant_state, "absmax", "offset", "state2")
+        watch.tensors(quant_state.absmax)
         if quant_state.state2 is not None:
             watch.attributes(quant_state.state2, "absmax", "code")
+            watch.tensors(quant_state.offset, quant_state.state2.absmax, quant_state.state2.code)
 
     def base_product(self, x: Tensor) -> BaseProduct | str:
         """What `lora_linear` is to be called with; or why this input has to take the stock path."""

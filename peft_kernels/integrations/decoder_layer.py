@@ -64,7 +64,7 @@ class FusedDecoderLayer(Caching, Lookalike):
         return "for inference"
 
     def why_stock(self) -> str | None:
-        if not self.input_layernorm.weight.is_cpu:
+        if not next(self.parameters()).is_cpu:
             return "it is for the CPU"
         for name in _PARTS:
             part = getattr(self, name)
@@ -132,7 +132,8 @@ class FusedDecoderLayer(Caching, Lookalike):
         for module in (*parts, mlp.act_fn):
             _skip(module, watch)
         norm, norm_after = _norm(norm, x, watch), _norm(norm_after, x, watch)
-        heads = [_norm(getattr(layer, name), x, watch) for name in ("q_norm", "k_norm") if hasattr(layer, name)]
+        watch.items(layer._modules, "q_norm", "k_norm")
+        heads = [_norm(layer._modules[name], x, watch) for name in ("q_norm", "k_norm") if name in layer._modules]
         if any(of_heads[1:] != norm[1:] for of_heads in heads):
             raise _UnsuitedError
         weights = dict(zip(("q_norm", "k_norm"), (of_heads.weight for of_heads in heads), strict=False))
@@ -174,7 +175,7 @@ def _norm(layer: nn.Module, x: Tensor, watch: Watch) -> Norm:
         raise _UnsuitedError
     _skip(layer, watch)
     weight = parameter(layer, "weight")
-    if why_not_both(x, weight) or layer.out_dtype(x, weight) is not x.dtype:
+    if why_not_both(x, weight) or layer.out_dtype(x, weight) is not x.dtype or not weight.is_contiguous():
         raise _UnsuitedError
     watch.parameters(layer, "weight")
     watch.attributes(layer, layer.eps_name)

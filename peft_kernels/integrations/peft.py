@@ -173,12 +173,14 @@ class FusedLoRA(Adaptable):
     def watch(self, watch: Watch) -> None:
         modules = self._modules
         watch.attributes(self, "_disable_adapters", "_active_adapter", "cast_input_dtype_enabled", "scaling")
-        watch.lengths(self.merged_adapters, self.lora_variant)
-        watch.items(modules, "base_layer")
+        watch.attributes(self, "merged_adapters", "lora_variant")
+        watch.lengths(self.merged_adapters)
+        watch.items(modules, "base_layer", "lora_A", "lora_B", "lora_dropout")
         watch.module(modules["base_layer"])
         self.watch_base(modules["base_layer"], watch)
         for name in self.active_adapters:
             watch.numbers(self.scaling, name)
+            watch.items(self.lora_variant, name)
             for part in ("lora_A", "lora_B", "lora_dropout"):
                 watch.items(modules[part]._modules, name)
                 if module := modules[part]._modules.get(name):
@@ -232,6 +234,8 @@ class FusedLoRA(Adaptable):
             return f"adapter {name!r} is made of {type(a).__name__} and {type(b).__name__}, not of torch.nn.Linear"
         if parameter(b, "bias") is not None:
             return f"adapter {name!r} has lora_bias"
+        if parameter(a, "bias") is not None:
+            return f"adapter {name!r} has a bias on A"
         p = 0.0
         if type(dropout) in _DROPOUTS and dropout.p < 1:
             p = dropout.p if dropout.training else 0.0

@@ -26,8 +26,7 @@ class Watch:
         self._values: list[Any] = []  # of dictionaries: the dictionary, the key and the value, and so on
         self._types: list[Any] = []  # the object and its type
         self._lengths: list[Any] = []  # the container and its length
-        self._tensors: list[Tensor] = []
-        self._addresses: list[int] = []  # of theirs
+        self._tensors: list[Any] = []  # the tensor, its address, strides, shape and dtype
         self._numbers: list[Tensor] = []
         self._found_numbers: list[float] = []  # in these
 
@@ -56,11 +55,16 @@ class Watch:
             self._lengths += container, len(container)
 
     def parameters(self, module: nn.Module, *names: str) -> None:
-        """Parameters of a module, and where their memory is."""
+        """Parameters of a module, where their memory is, and how they lie there."""
         self.items(module._parameters, *names)
-        tensors = [module._parameters.get(name) for name in names]
-        self._tensors += [tensor for tensor in tensors if tensor is not None]
-        self._addresses = self._found()
+        self.tensors(*(module._parameters.get(name) for name in names))
+
+    def tensors(self, *tensors: Tensor | None) -> None:
+        """Where the memory of tensors is, and how they lie there."""
+        with torch._C.DisableTorchFunctionSubclass():
+            for tensor in tensors:
+                if tensor is not None:
+                    self._tensors += tensor, tensor.data_ptr(), tensor.stride(), tensor.shape, tensor.dtype
 
     def module(self, module: nn.Module) -> None:
         """The class of a module, its hooks, and whether it has a forward of its own."""
@@ -70,12 +74,7 @@ class Watch:
 
     def holds(self) -> bool:
         """Whether all of it is as it was."""
-        if not _C.unchanged(self._values, self._types, self._lengths):
-            return False
-        if self._numbers and [float(number) for number in self._numbers] != self._found_numbers:
-            return False
-        return self._found() == self._addresses
-
-    def _found(self) -> list[int]:
         with torch._C.DisableTorchFunctionSubclass():  # Params4bit's __torch_function__ would take 1 µs more
-            return [tensor.data_ptr() for tensor in self._tensors]
+            if not _C.unchanged(self._values, self._types, self._lengths, self._tensors):
+                return False
+        return not self._numbers or [float(number) for number in self._numbers] == self._found_numbers

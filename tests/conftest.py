@@ -20,6 +20,8 @@ hypothesis.settings.register_profile(
     database=None,
     suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture, hypothesis.HealthCheck.too_slow],
 )
+# For tests of a number of examples that goes by the profile's: `pytest --hypothesis-profile long`.
+hypothesis.settings.register_profile("long", hypothesis.settings.get_profile("default"), max_examples=300)
 hypothesis.settings.load_profile("default")
 
 

@@ -14,7 +14,7 @@ from torch import nn
 from torch.autograd.profiler_util import FunctionEvent
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from peft_kernels.integrations.decoder_layer import FusedDecoderLayer
+from peft_kernels.inference.decoder_layer import FusedDecoderLayer
 
 LINEAR, HEAD, ATTENTION, MLP, NORM = "linear layers", "lm_head and loss", "attention", "activation", "norms"
 LAYER = "layers, but attention"

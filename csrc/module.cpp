@@ -1,19 +1,27 @@
-// The Python module `peft_kernels._C`. Importing it registers the ops; its functions are build_info() and unchanged().
+// The Python module `peft_kernels._C`. Importing it registers the ops; its functions are build_info(), and for guards
+// recorded_layouts() and unchanged().
 #include <Python.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
+#include <algorithm>
+#include <memory>
 #include <string>
+#include <vector>
 
 #include "common/cpu/isa.h"
+#include "common/torch/checks.h"
 
 // Raised whenever a schema changes, together with EXPECTED_OPS_VERSION in peft_kernels/_extension.py:
 // an old binary beside new Python code is then refused at import.
-#define PEFT_KERNELS_OPS_VERSION 16
+#define PEFT_KERNELS_OPS_VERSION 17
 
 namespace {
 
+using peft_kernels::dtype_of;
 using peft_kernels::Isa;
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
 
 std::string cpu_isa() { return peft_kernels::isa_name(peft_kernels::current_isa()); }
 
@@ -37,33 +45,65 @@ PyObject* build_info(PyObject*, PyObject*) {
     );
 }
 
-// Whether what a method without arguments (`called`) or an attribute of an object gives equals a value; -1 on an error.
-int gives(PyObject* object, PyObject* name, bool called, PyObject* value) {
-    PyObject* found = called ? PyObject_CallMethodObjArgs(object, name, nullptr) : PyObject_GetAttr(object, name);
-    if (!found) return -1;
-    const int equal = found == value ? 1 : PyObject_RichCompareBool(found, value, Py_EQ);
-    Py_DECREF(found);
-    return equal;
+// A tensor, and how it lay in memory when it was recorded. It is the tensor that Python has, not a view of it: whatever
+// it is given there, other memory or another shape, shows here.
+struct Layout {
+    explicit Layout(const Tensor& tensor)
+        : tensor(tensor),
+          data(tensor.const_data_ptr()),
+          sizes(tensor.sizes().begin(), tensor.sizes().end()),
+          strides(tensor.strides().begin(), tensor.strides().end()),
+          dtype(dtype_of(tensor)) {}
+
+    bool holds() const {
+        const auto same = [](const auto& found, const std::vector<int64_t>& wanted) {
+            return found.size() == wanted.size() && std::equal(wanted.begin(), wanted.end(), found.begin());
+        };
+        return tensor.const_data_ptr() == data && same(tensor.strides(), strides) && same(tensor.sizes(), sizes) &&
+               dtype_of(tensor) == dtype;
+    }
+
+    Tensor tensor;
+    const void* data;
+    std::vector<int64_t> sizes, strides;
+    ScalarType dtype;
+};
+using Layouts = std::vector<Layout>;
+
+constexpr char kLayouts[] = "peft_kernels.layouts";
+
+// What the op has recorded, which takes tensors, for the function to return, which makes an object.
+thread_local std::unique_ptr<Layouts> recorded;
+
+void record_layouts(std::vector<Tensor> tensors) {
+    recorded = std::make_unique<Layouts>(tensors.begin(), tensors.end());
+}
+
+PyObject* recorded_layouts(PyObject*, PyObject*) {
+    if (!recorded) recorded = std::make_unique<Layouts>();
+    return PyCapsule_New(recorded.release(), kLayouts, [](PyObject* capsule) {
+        delete static_cast<Layouts*>(PyCapsule_GetPointer(capsule, kLayouts));
+    });
 }
 
 // Whether places are as they were: [dict, key, value, ...] are still those very values (None: or missing), the types of
-// [object, type, ...] are those, [container, length, ...] have those lengths, and [tensor, address, strides, shape,
-// dtype, ...] lie there like that (where strides are None, only the address counts). In Python it takes four times as
-// long; and as all this has left the caches when it is looked at, the processor should have many looks under way at
-// once.
-PyObject* unchanged(PyObject*, PyObject* lists) {
-    PyObject *values, *types, *lengths, *tensors;
-    if (!PyArg_ParseTuple(lists, "O!O!O!O!", &PyList_Type, &values, &PyList_Type, &types, &PyList_Type, &lengths,
-                          &PyList_Type, &tensors))
+// [object, type, ...] are those, [container, length, ...] have those lengths, and recorded tensors, if there are any,
+// lie as they did. In Python it takes four times as long; and as all this has left the caches when it is looked at, the
+// processor should have many looks under way at once.
+PyObject* unchanged(PyObject*, PyObject* arguments) {
+    PyObject *values, *types, *lengths, *capsule = nullptr;
+    if (!PyArg_ParseTuple(arguments, "O!O!O!|O", &PyList_Type, &values, &PyList_Type, &types, &PyList_Type, &lengths,
+                          &capsule))
         return nullptr;
-    static PyObject* const names[] = {PyUnicode_InternFromString("data_ptr"), PyUnicode_InternFromString("stride"),
-                                      PyUnicode_InternFromString("shape"), PyUnicode_InternFromString("dtype")};
+    static const Layouts none;
+    const Layouts* layouts = &none;
+    if (capsule) layouts = static_cast<const Layouts*>(PyCapsule_GetPointer(capsule, kLayouts));
+    if (!layouts) return nullptr;
     const Py_ssize_t num_values = PyList_Size(values), num_types = PyList_Size(types);
-    const Py_ssize_t num_lengths = PyList_Size(lengths), num_tensors = PyList_Size(tensors);
+    const Py_ssize_t num_lengths = PyList_Size(lengths);
     for (Py_ssize_t i = 0; i < num_values; ++i) __builtin_prefetch(PyList_GetItem(values, i));
     for (Py_ssize_t i = 0; i < num_types; i += 2) __builtin_prefetch(PyList_GetItem(types, i));
     for (Py_ssize_t i = 0; i < num_lengths; i += 2) __builtin_prefetch(PyList_GetItem(lengths, i));
-    for (Py_ssize_t i = 0; i < num_tensors; i += 5) __builtin_prefetch(PyList_GetItem(tensors, i));
     for (Py_ssize_t i = 0; i + 2 < num_values; i += 3) {
         PyObject* found = PyDict_GetItemWithError(PyList_GetItem(values, i), PyList_GetItem(values, i + 1));
         if (!found && PyErr_Occurred()) return nullptr;
@@ -77,19 +117,13 @@ PyObject* unchanged(PyObject*, PyObject* lists) {
         if (length < 0) return nullptr;
         if (length != PyLong_AsSsize_t(PyList_GetItem(lengths, i + 1))) Py_RETURN_FALSE;
     }
-    for (Py_ssize_t i = 0; i + 4 < num_tensors; i += 5) {
-        PyObject* tensor = PyList_GetItem(tensors, i);
-        const int looks = PyList_GetItem(tensors, i + 2) == Py_None ? 1 : 4;
-        for (int look = 0; look < looks; ++look) {
-            const int equal = gives(tensor, names[look], look < 2, PyList_GetItem(tensors, i + 1 + look));
-            if (equal < 0) return nullptr;
-            if (!equal) Py_RETURN_FALSE;
-        }
-    }
+    for (const Layout& layout : *layouts)
+        if (!layout.holds()) Py_RETURN_FALSE;
     Py_RETURN_TRUE;
 }
 
 PyMethodDef methods[] = {{"build_info", build_info, METH_NOARGS, "How this binary was built."},
+                         {"recorded_layouts", recorded_layouts, METH_NOARGS, "What the op record_layouts recorded."},
                          {"unchanged", unchanged, METH_VARARGS, "Whether places in a model are as they were."},
                          {nullptr, nullptr, 0, nullptr}};
 
@@ -103,6 +137,7 @@ STABLE_TORCH_LIBRARY(peft_kernels, m) {
     m.def("cpu_isas() -> str[]");
     m.def("cpu_is_intel() -> bool");
     m.def("set_cpu_isa(str name) -> ()");
+    m.def("record_layouts(Tensor[] tensors) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(peft_kernels, CompositeExplicitAutograd, m) {
@@ -110,6 +145,7 @@ STABLE_TORCH_LIBRARY_IMPL(peft_kernels, CompositeExplicitAutograd, m) {
     m.impl("cpu_isas", TORCH_BOX(&cpu_isas));
     m.impl("cpu_is_intel", TORCH_BOX(&cpu_is_intel));
     m.impl("set_cpu_isa", TORCH_BOX(&set_cpu_isa));
+    m.impl("record_layouts", TORCH_BOX(&record_layouts));
 }
 
 extern "C" PyMODINIT_FUNC PyInit__C(void) { return PyModule_Create(&module); }

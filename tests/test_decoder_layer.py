@@ -15,7 +15,7 @@ from transformers import StaticCache
 from transformers.pytorch_utils import Conv1D
 
 import peft_kernels
-from peft_kernels.integrations import decoder_layer as integration
+from peft_kernels.inference import decoder_layer as integration
 from peft_kernels.ops.decoder_layer import Norm, after_attention, before_attention
 from peft_kernels.ops.projections import Projections
 from peft_kernels.testing.reference import decoder_layer as oracle

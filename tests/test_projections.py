@@ -12,7 +12,7 @@ from tiny_models import SAME_STEP
 from torch import nn
 
 import peft_kernels
-from peft_kernels.integrations import linear as integration
+from peft_kernels.inference import packed as integration
 from peft_kernels.integrations.registry import change_class
 from peft_kernels.ops.projections import Projections, project
 from peft_kernels.testing.reference import projections as oracle

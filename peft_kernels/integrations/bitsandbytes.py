@@ -11,13 +11,14 @@ from bitsandbytes.functional import QuantState
 from torch import Tensor
 
 from ..cuda import why_not
+from ..inference.guards import ONCE, Reading
+from ..inference.packed import Adaptable
 from ..ops._arguments import autocast_dtype
 from ..ops.dora_linear import squares_of_rows
 from ..ops.lora_linear import lora_linear_of_layer
 from ..ops.nf4 import NF4Weight
-from .linear import NO_ADAPTERS, Adaptable, Adapters, BaseProduct, parameter
+from .linear import NO_ADAPTERS, Adapters, BaseProduct
 from .registry import FLOAT_DTYPES, mention, register, why_not_input
-from .watch import Watch
 
 mention(bnb.nn.Linear4bit)
 mention(bnb.nn.Linear8bitLt)
@@ -60,23 +61,11 @@ class Fused4bit(Adaptable):
         weight, bias, *dtypes = product
         return lora_linear_of_layer(x, weight, bias, (), (), (), (), *dtypes)
 
-    def adapted_product(self, x: Tensor) -> tuple[BaseProduct, Adapters] | str:
-        product = self.base_product(x)
+    def adapted_product(self, x: Tensor, read: Reading = ONCE) -> tuple[BaseProduct, Adapters] | str:
+        product = self.base_product(x, read)
         return product if isinstance(product, str) else (product, NO_ADAPTERS)
 
-    def watch(self, watch: Watch) -> None:
-        weight = self._parameters["weight"]
-        quant_state = weight.quant_state
-        watch.parameters(self, "weight", "bias")
-        watch.attributes(self, "compute_dtype")
-        watch.attributes(weight, "quant_state")
-        watch.attributes(quant_state, "absmax", "offset", "state2")
-        watch.tensors(quant_state.absmax)
-        if quant_state.state2 is not None:
-            watch.attributes(quant_state.state2, "absmax", "code")
-            watch.tensors(quant_state.offset, quant_state.state2.absmax, quant_state.state2.code)
-
-    def base_product(self, x: Tensor) -> BaseProduct | str:
+    def base_product(self, x: Tensor, read: Reading = ONCE) -> BaseProduct | str:
         """What `lora_linear` is to be called with; or why this input has to take the stock path."""
         if reason := why_not_input(x):
             return reason
@@ -86,14 +75,15 @@ class Fused4bit(Adaptable):
         if not self.compute_type_is_set:
             self.set_compute_type(x)
             self.compute_type_is_set = True
-        own_dtype = self.compute_dtype or x.dtype
+        (compute_dtype,) = read.attributes(self, "compute_dtype")
+        own_dtype = compute_dtype or x.dtype
         compute_dtype = autocast_dtype(x) or own_dtype
         if compute_dtype not in FLOAT_DTYPES:
             return f"the compute dtype is {compute_dtype}"
-        weight = self.nf4_weight()
+        weight = self.nf4_weight(read)
         if x.shape[-1] != weight.shape[-1]:
             return f"x has {x.shape[-1]} features, and the weight has shape {list(weight.shape)}"
-        bias = parameter(self, "bias")
+        (bias,) = read.parameters(self, "bias")
         if bias is not None and bias.dtype != own_dtype:
             if torch.compiler.is_compiling():
                 bias = bias.to(own_dtype)
@@ -101,7 +91,7 @@ class Fused4bit(Adaptable):
                 bias.data = bias.data.to(own_dtype)  # in place, as bitsandbytes does it
         return weight, bias, compute_dtype, x.dtype
 
-    def nf4_weight(self) -> NF4Weight:
+    def nf4_weight(self, read: Reading = ONCE) -> NF4Weight:
         """The view of the weight as it is now.
 
         Deriving it takes 8 µs, so the last one is kept for as long as it shows the very tensors that the weight
@@ -110,10 +100,10 @@ class Fused4bit(Adaptable):
         Raises:
             ValueError: the weight is not quantised, or its quant_state does not fit it.
         """
-        weight = parameter(self, "weight")
-        quant_state = getattr(weight, "quant_state", None)
+        (weight,) = read.parameters(self, "weight")
+        (quant_state,) = read.attributes(weight, "quant_state")
         compiling = torch.compiler.is_compiling()
-        if not compiling and self._view is not None and _shows(*self._view, weight, quant_state):
+        if not compiling and self._view is not None and _shows(*self._view, weight, quant_state, read):
             return self._view[1]
         if compiling and (known := self.quant_state if quant_state is None else quant_state) is not None:
             # The tensor that a non-strict export puts in the weight's place has no quant_state.
@@ -127,6 +117,8 @@ class Fused4bit(Adaptable):
             quant_state = self._undo_repacking(quant_state)  # done by a stock layer that shares the weight
         view = NF4Weight.from_params4bit(weight)
         self._view = quant_state, view
+        if not _shows(*self._view, weight, quant_state, read):
+            read.copies()
         self.quant_state = quant_state  # which it is not yet where the weight has been replaced
         return view
 
@@ -149,18 +141,23 @@ class Fused4bit(Adaptable):
         return weight.quant_state
 
 
-def _shows(seen: QuantState, view: NF4Weight, weight: Tensor, quant_state: QuantState | None) -> bool:
+def _shows(
+    seen: QuantState, view: NF4Weight, weight: Tensor, quant_state: QuantState | None, read: Reading = ONCE
+) -> bool:
     """Whether the view consists of the weight's and the quant_state's own tensors; not so if any was converted."""
-    if seen is not quant_state or view.absmax is not quant_state.absmax:
+    if seen is not quant_state:
+        return False
+    (absmax,), (state2,) = read.tensors(quant_state, "absmax"), read.attributes(quant_state, "state2")
+    if view.absmax is not absmax:
         return False
     with torch._C.DisableTorchFunctionSubclass():  # Params4bit's __torch_function__ would take 1 µs more
         if view.codes.data_ptr() != weight.data_ptr():
             return False
-    state2 = quant_state.state2
     if state2 is None:
         return True
     code, absmax, offset = view.nested
-    return code is state2.code and absmax is state2.absmax and offset is quant_state.offset
+    (its_offset,), (its_code, its_absmax) = read.tensors(quant_state, "offset"), read.tensors(state2, "code", "absmax")
+    return code is its_code and absmax is its_absmax and offset is its_offset
 
 
 @register

@@ -5,8 +5,8 @@ from __future__ import annotations
 from torch import Tensor
 from transformers import pytorch_utils
 
+from ..inference.guards import parameter
 from .dense_linear import FusedDense
-from .linear import parameter
 from .registry import register
 
 

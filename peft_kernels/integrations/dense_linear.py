@@ -6,7 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from .. import cpu
-from .linear import own_product, parameter
+from ..inference.guards import parameter
+from .linear import own_product
 from .registry import FusedLayer, register
 from .sharding import type_in_forward
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -12,14 +11,13 @@ from torch._subclasses import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 
 from ..cuda import why_not
+from ..inference.guards import ONCE, Reading
 from ..ops._arguments import autocast_dtype, surely
-from ..ops.linear import FEW_ROWS, outruns_torch
+from ..ops.linear import outruns_torch
 from ..ops.lora_linear import lora_linear_of_layer
 from ..ops.nf4 import NF4Weight
-from ..ops.projections import Projection, Projections, project
-from .registry import FLOAT_DTYPES, Caching, FusedLayer, why_not_input
+from .registry import FLOAT_DTYPES, FusedLayer, why_not_input
 from .sharding import type_in_forward
-from .watch import Watch
 
 # The arguments of `lora_linear` and `ia3_linear` for the frozen layer: weight, bias, compute_dtype and out_dtype.
 BaseProduct = tuple[Tensor | NF4Weight, Tensor | None, torch.dtype, torch.dtype]
@@ -30,73 +28,6 @@ GroupedAdapters = tuple[Sequence[Tensor], Sequence[Tensor], Sequence[float], Seq
 NO_ADAPTERS: Adapters = ((), (), (), ())
 _STAND_INS = (FakeTensor, FunctionalTensor)  # for parameters, while a program is exported
 LEAST_PRODUCTS = 1 << 23  # of a layer by itself: an autograd.Function takes 50 µs more than torch's operation
-
-
-class _Packed(NamedTuple):
-    """A layer for inputs of one dtype, and for as long as what it is made of stays as it is."""
-
-    projections: Projections
-    dtype: torch.dtype
-    watch: Watch
-
-
-class Adaptable(Caching):
-    """A linear layer that `lora_linear` computes, whether it has adapters or is what they are put on."""
-
-    derived = ("_packed",)
-    _packed: _Packed | None = None
-
-    def adapted_product(self, x: Tensor) -> tuple[BaseProduct, Adapters] | str:
-        """What the operation is to be called with; or why x has to take the stock path."""
-        raise NotImplementedError
-
-    def watch(self, watch: Watch) -> None:
-        """Has all watched that `adapted_product` makes its result of, x and autocast apart."""
-        raise NotImplementedError
-
-    def projected(self, x: Tensor) -> Tensor | None:
-        """The layer's output for a few rows in inference, if it needs no more than a look at what was packed before.
-
-        One row of a 4-bit layer of 576 x 576 with LoRA, on one thread of Zen 5, takes 14 µs then instead of 20.
-        """
-        if not suits_packed(x) or x.shape[-1:] != (self.in_features,) or x.numel() > FEW_ROWS * self.in_features:
-            return None
-        packed = self._packed
-        if packed is None or packed.dtype is not x.dtype or not packed.watch.holds():
-            self._packed = packed = self._pack(x)
-        return None if packed is None else project(x, packed.projections)
-
-    def _pack(self, x: Tensor) -> _Packed | None:
-        projection = packable(self.adapted_product(x), x)
-        if projection is None:
-            return None
-        watch = Watch()
-        self.watch(watch)
-        try:
-            return _Packed(Projections([projection]), x.dtype, watch)
-        except ValueError:  # which the operation says better
-            return None
-
-
-def suits_packed(x: Tensor) -> bool:
-    """Whether packed projections are for such an x, here and now."""
-    return (
-        not torch.is_grad_enabled()
-        and why_not_input(x) is None
-        and x.is_cpu
-        and not torch._C._is_any_autocast_enabled()
-        and not torch.compiler.is_compiling()
-    )
-
-
-def packable(found: tuple[BaseProduct | str, Adapters] | str, x: Tensor) -> Projection | None:
-    """What `adapted_product` found, for `Projections`; None where it is not all that the layer does to x."""
-    if isinstance(found, str) or isinstance(found[0], str):
-        return None
-    (weight, bias, *dtypes), (lora_A, lora_B, scaling, dropout) = found
-    if any(dropout) or any(dtype is not x.dtype for dtype in dtypes):
-        return None
-    return Projection(weight, bias, lora_A, lora_B, scaling)
 
 
 class OnLinear(FusedLayer):
@@ -113,11 +44,8 @@ class OnLinear(FusedLayer):
         base = self.base_layer
         return why_not_linear(base) or why_not_weight(base.weight) or super().why_stock()
 
-    def base_product(self, base: nn.Module, x: Tensor) -> BaseProduct | str:
-        return dense_product(base, x)
-
-    def watch_base(self, base: nn.Module, watch: Watch) -> None:
-        watch_dense(base, watch)
+    def base_product(self, base: nn.Module, x: Tensor, read: Reading = ONCE) -> BaseProduct | str:
+        return dense_product(base, x, read)
 
 
 def own_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
@@ -136,12 +64,12 @@ def own_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None
     return None
 
 
-def dense_product(base: nn.Module, x: Tensor) -> BaseProduct | str:
+def dense_product(base: nn.Module, x: Tensor, read: Reading = ONCE) -> BaseProduct | str:
     """What an `nn.Linear` or a `Conv1D` computes for x, as the fused operations take it; or why x has to take the stock
     path."""
     if reason := why_not_linear(base) or why_not_input(x):
         return reason
-    weight, bias = parameter(base, "weight"), parameter(base, "bias")
+    weight, bias = read.parameters(base, "weight", "bias")
     if reason := why_not_weight(weight):
         return reason
     if is_conv1d(base):
@@ -153,11 +81,6 @@ def dense_product(base: nn.Module, x: Tensor) -> BaseProduct | str:
     if x.dtype != weight.dtype or (bias is not None and x.dtype != bias.dtype):
         return "x and the base layer differ in dtype"  # which PEFT's forward raises an error for
     return weight, bias, x.dtype, x.dtype
-
-
-def watch_dense(base: nn.Module, watch: Watch) -> None:
-    """Has all watched that `dense_product` makes its result of."""
-    watch.parameters(base, "weight", "bias")
 
 
 def why_not_linear(base: nn.Module) -> str | None:
@@ -201,11 +124,3 @@ def why_not_skip(module: nn.Module) -> str | None:
     ):
         return "hooks"
     return "a forward that was replaced on the instance" if "forward" in state else None
-
-
-def parameter(module: nn.Module, name: str) -> Tensor | None:
-    """The attribute, where it usually is: nn.Module looks there last, which takes 0.5 µs."""
-    try:
-        return module._parameters[name]
-    except KeyError:
-        return getattr(module, name)

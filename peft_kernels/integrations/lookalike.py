@@ -102,7 +102,7 @@ def _guarded(forward: Callable, stock: type[nn.Module], reliance: Reliance) -> C
 Form = TypeVar("Form", bound=type[Lookalike])
 
 # The modules here that have forms.
-_FORMS_IN = ("transformers", "transformers_layers", "decoder_layer")
+_FORMS_IN = (".transformers", ".transformers_layers", "..inference.decoder_layer")
 
 _forms: list[type[Lookalike]] = []
 _seen: set[type] = set()
@@ -141,7 +141,7 @@ def register_loaded() -> None:
 
 def _all_forms() -> list[type[Lookalike]]:
     for module in _FORMS_IN:
-        importlib.import_module(f"{__package__}.{module}")
+        importlib.import_module(module, __package__)
     return _forms
 
 

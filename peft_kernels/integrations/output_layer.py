@@ -6,8 +6,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ..inference.guards import parameter
 from ..ops.linear import linear
-from .linear import is_plain, own_product, parameter
+from .linear import is_plain, own_product
 from .registry import FLOAT_DTYPES, Setting, change_class, register_setting, why_not_input
 from .sharding import class_below
 

@@ -16,24 +16,23 @@ from peft.tuners.lora.variants import DoraLinearVariant
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
+from ..inference.guards import ONCE, Reading
+from ..inference.packed import Adaptable
 from ..ops.dora_linear import dora_linear_of_layer, dora_norm
 from ..ops.lora_linear import lora_linear_of_layer, wants_gradients
 from ..ops.lora_linear_grouped import lora_linear_grouped_of_layer
 from .dropout import Dropout
 from .linear import (
     NO_ADAPTERS,
-    Adaptable,
     Adapters,
     BaseProduct,
     GroupedAdapters,
     OnLinear,
     is_conv1d,
     is_linear,
-    parameter,
     why_not_skip,
 )
 from .registry import FLOAT_DTYPES, mention, register
-from .watch import Watch
 
 _DROPOUTS = (nn.Dropout, Dropout)
 _Adapter = tuple[Tensor, Tensor, float, float]  # A, B, scaling and dropout
@@ -81,12 +80,8 @@ class FusedLoRA(Adaptable):
             return dora_linear_of_layer, self._dora_product(x, name)
         return lora_linear_of_layer, self.adapted_product(x)
 
-    def base_product(self, base: nn.Module, x: Tensor) -> BaseProduct | str:
+    def base_product(self, base: nn.Module, x: Tensor, read: Reading = ONCE) -> BaseProduct | str:
         """What `lora_linear` is to be called with for the base layer; or why this input has to take the stock path."""
-        raise NotImplementedError
-
-    def watch_base(self, base: nn.Module, watch: Watch) -> None:
-        """Has all watched that `base_product` makes its result of."""
         raise NotImplementedError
 
     def squares_of_rows(self, base: nn.Module) -> Tensor | None:
@@ -95,23 +90,23 @@ class FusedLoRA(Adaptable):
 
     # The rest runs at every forward, before the kernel starts: hence the dictionaries of nn.Module, read directly.
 
-    def adapted_product(self, x: Tensor) -> tuple[BaseProduct, Adapters] | str:
-        product = self._product(x)
+    def adapted_product(self, x: Tensor, read: Reading = ONCE) -> tuple[BaseProduct, Adapters] | str:
+        product = self._product(x, read)
         if isinstance(product, str):
             return product
-        if self._disable_adapters or self.merged_adapters:
-            both = self._disable_adapters and self.merged_adapters
-            return "its adapters are merged and disabled" if both else (product, NO_ADAPTERS)
+        disabled, merged, names = read.attributes(self, "_disable_adapters", "merged_adapters", "_active_adapter")
+        merged = read.length(merged)
+        if disabled or merged:
+            return "its adapters are merged and disabled" if disabled and merged else (product, NO_ADAPTERS)
         lora_A, lora_B, scaling, dropout = adapters = ([], [], [], [])
-        names = self._active_adapter
         for name in (names,) if isinstance(names, str) else names:
-            adapter = self._adapter(name)
+            adapter = self._adapter(name, read=read)
             if adapter is None:
                 continue
             if isinstance(adapter, str):
                 return adapter
             a, b, scale, p = adapter
-            if reason := self._why_not_cast(x, name, a):
+            if reason := self._why_not_cast(x, name, a, read):
                 return reason
             lora_A.append(a)
             lora_B.append(b)
@@ -170,34 +165,14 @@ class FusedLoRA(Adaptable):
             return "adapter_names was given, and a gradient is wanted"
         return product, (*adapters, [positions[name] for name in adapter_names])
 
-    def watch(self, watch: Watch) -> None:
-        modules = self._modules
-        watch.attributes(self, "_disable_adapters", "_active_adapter", "cast_input_dtype_enabled", "scaling")
-        watch.attributes(self, "merged_adapters", "lora_variant")
-        watch.lengths(self.merged_adapters)
-        watch.items(modules, "base_layer", "lora_A", "lora_B", "lora_dropout")
-        watch.module(modules["base_layer"])
-        self.watch_base(modules["base_layer"], watch)
-        for name in self.active_adapters:
-            watch.numbers(self.scaling, name)
-            watch.items(self.lora_variant, name)
-            for part in ("lora_A", "lora_B", "lora_dropout"):
-                watch.items(modules[part]._modules, name)
-                if module := modules[part]._modules.get(name):
-                    watch.module(module)
-                    if part == "lora_dropout":
-                        watch.attributes(module, "p", "training")
-                    else:
-                        watch.parameters(module, "weight", "bias")
-
-    def _product(self, x: Tensor) -> BaseProduct | str:
-        base = self._modules["base_layer"]
+    def _product(self, x: Tensor, read: Reading = ONCE) -> BaseProduct | str:
+        base = read.module(self._modules, "base_layer")
         if reason := why_not_skip(base):
             return f"its base layer has {reason}"
-        return self.base_product(base, x)
+        return self.base_product(base, x, read)
 
-    def _why_not_cast(self, x: Tensor, name: str, a: Tensor) -> str | None:
-        if a.dtype is x.dtype or self.cast_input_dtype_enabled:
+    def _why_not_cast(self, x: Tensor, name: str, a: Tensor, read: Reading = ONCE) -> str | None:
+        if a.dtype is x.dtype or read.attributes(self, "cast_input_dtype_enabled")[0]:
             return None
         return f"x is {x.dtype}, adapter {name!r} is {a.dtype}, and casting the input is disabled"
 
@@ -221,36 +196,39 @@ class FusedLoRA(Adaptable):
             return f"adapter {name!r} has a magnitude in {magnitude.weight.dtype}"
         return adapter, magnitude
 
-    def _adapter(self, name: str, variant: type | None = None) -> _Adapter | str | None:
+    def _adapter(self, name: str, variant: type | None = None, read: Reading = ONCE) -> _Adapter | str | None:
         """What an adapter, of a variant, is made of; or why it can't be fused; or None if this layer lacks it."""
-        modules = self._modules
-        a = modules["lora_A"]._modules.get(name)
+        lora_A, lora_B, dropouts = read.items(self._modules, "lora_A", "lora_B", "lora_dropout")
+        a = read.module(lora_A._modules, name)
         if a is None:
             return None
-        if name in self.lora_variant and type(self.lora_variant[name]) is not variant:
-            return f"adapter {name!r} is a {type(self.lora_variant[name]).__name__}"
-        b, dropout = modules["lora_B"]._modules[name], modules["lora_dropout"]._modules[name]
+        variants, scalings = read.attributes(self, "lora_variant", "scaling")
+        (found,) = read.items(variants, name)
+        if found is not None and type(found) is not variant:
+            return f"adapter {name!r} is a {type(found).__name__}"
+        b, dropout = read.module(lora_B._modules, name), read.module(dropouts._modules, name)
         if not (is_linear(a) and is_linear(b)):
             return f"adapter {name!r} is made of {type(a).__name__} and {type(b).__name__}, not of torch.nn.Linear"
-        if parameter(b, "bias") is not None:
+        weight_A, bias_A = read.parameters(a, "weight", "bias")
+        weight_B, bias_B = read.parameters(b, "weight", "bias")
+        if bias_B is not None:
             return f"adapter {name!r} has lora_bias"
-        if parameter(a, "bias") is not None:
+        if bias_A is not None:
             return f"adapter {name!r} has a bias on A"
-        p = 0.0
-        if type(dropout) in _DROPOUTS and dropout.p < 1:
-            p = dropout.p if dropout.training else 0.0
-        elif type(dropout) is not nn.Identity:
+        p, training = read.attributes(dropout, "p", "training") if type(dropout) in _DROPOUTS else (0.0, False)
+        if p >= 1 or not (type(dropout) in _DROPOUTS or type(dropout) is nn.Identity):
             return f"adapter {name!r} has the dropout {dropout}"
+        if not training:
+            p = 0.0
         if reason := why_not_skip(a) or why_not_skip(b) or why_not_skip(dropout):
             return f"adapter {name!r} has {reason}"
-        weight_A, weight_B = parameter(a, "weight"), parameter(b, "weight")
         if weight_A.dtype not in FLOAT_DTYPES or weight_B.dtype not in FLOAT_DTYPES:
             return f"adapter {name!r} is {weight_A.dtype} and {weight_B.dtype}"
-        scaling = self.scaling[name]
+        scaling = scalings[name]
         if isinstance(scaling, Tensor) and torch.compiler.is_compiling():
             # `prepare_model_for_compiled_hotswap` makes it one, which compiled code has to read each time that it runs.
             return weight_A, weight_B.float() * scaling, 1.0, p
-        return weight_A, weight_B, float(scaling), p
+        return weight_A, weight_B, read.number(scalings, name), p
 
 
 def _why_stock_call(args: tuple, kwargs: dict[str, Any]) -> str | None:
@@ -293,11 +271,8 @@ if hasattr(lora, "Linear4bit"):  # bitsandbytes is installed
                 return f"its base layer, a {type(self.base_layer).__name__}, is not fused"
             return self.base_layer.why_stock() or super().why_stock()
 
-        def base_product(self, base: nn.Module, x: Tensor) -> BaseProduct | str:
-            return base.base_product(x) if isinstance(base, Fused4bit) else "its base layer is not fused"
-
-        def watch_base(self, base: nn.Module, watch: Watch) -> None:
-            base.watch(watch)
+        def base_product(self, base: nn.Module, x: Tensor, read: Reading = ONCE) -> BaseProduct | str:
+            return base.base_product(x, read) if isinstance(base, Fused4bit) else "its base layer is not fused"
 
         def squares_of_rows(self, base: nn.Module) -> Tensor | None:
             return base.squares_of_rows()

@@ -10,9 +10,10 @@ from torch import Tensor, nn
 from transformers.activations import FastGELUActivation, GELUActivation, GELUTanh, NewGELUActivation, SiLUActivation
 
 from ..cuda import why_not
+from ..inference.guards import parameter
 from ..ops.glu import glu
 from ..ops.rms_norm import rms_norm
-from .linear import parameter, why_not_skip
+from .linear import why_not_skip
 from .lookalike import Lookalike, form
 from .recognition import Reliance, is_compiling
 from .registry import FLOAT_DTYPES, why_not_input

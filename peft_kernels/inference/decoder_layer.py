@@ -8,7 +8,7 @@ other kinds, gradients, many tokens of dense layers) takes the stock layer's for
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -16,16 +16,23 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
+from ..integrations.linear import NO_ADAPTERS, dense_product, why_not_skip
+from ..integrations.lookalike import Lookalike, form
+from ..integrations.registry import Caching, FusedLayer, fused_form
+from ..integrations.rotary import are_usual_angles
+from ..integrations.transformers import NAME, FusedLlamaAttention, attention
+from ..integrations.transformers_layers import (
+    FusedGatedMLP,
+    FusedRMSNorm,
+    activation_name,
+    why_not_activation,
+    why_not_both,
+)
 from ..ops.decoder_layer import Norm, after_attention, before_attention
 from ..ops.linear import FEW_ROWS
 from ..ops.projections import Projection, Projections
-from .linear import NO_ADAPTERS, Adaptable, dense_product, packable, parameter, suits_packed, watch_dense, why_not_skip
-from .lookalike import Lookalike, form
-from .registry import Caching, FusedLayer, fused_form
-from .rotary import are_usual_angles
-from .transformers import NAME, FusedLlamaAttention, attention
-from .transformers_layers import FusedGatedMLP, FusedRMSNorm, activation_name, why_not_activation, why_not_both
-from .watch import Watch
+from .guards import CannotGuardError, Guard
+from .packed import Adaptable, packable, suits_packed
 
 _PARTS = ("input_layernorm", "self_attn", "post_attention_layernorm", "mlp")
 
@@ -41,7 +48,7 @@ class _Plan(NamedTuple):
     after: Callable[..., Tensor]
     dtype: torch.dtype
     most_rows: float
-    watch: Watch
+    guard: Guard
 
 
 @form
@@ -107,10 +114,10 @@ class FusedDecoderLayer(Caching, Lookalike):
         ):
             return None
         plan = self._plan  # read once: another thread may have one made for another dtype
-        if plan is None or plan.dtype is not x.dtype or not plan.watch.holds():
+        if plan is None or plan.dtype is not x.dtype or not plan.guard.holds():
             try:
                 plan = self._make_plan(x)
-            except _UnsuitedError:
+            except (_UnsuitedError, CannotGuardError):
                 plan = None
             self._plan = plan
         if plan is None or x.numel() > plan.most_rows * x.shape[2]:
@@ -123,34 +130,34 @@ class FusedDecoderLayer(Caching, Lookalike):
         Raises:
             _UnsuitedError: it would not be all that the modules do.
         """
-        watch = Watch()
-        norm, layer, norm_after, mlp = parts = [self._modules[name] for name in _PARTS]
-        if not isinstance(mlp, FusedGatedMLP) or why_not_activation(mlp.act_fn):
+        guard = Guard()
+        norm, layer, norm_after, mlp = (_skipped(self._modules, name, guard) for name in _PARTS)
+        if not isinstance(mlp, FusedGatedMLP):
             raise _UnsuitedError
-        watch.items(self._modules, *_PARTS)
-        watch.items(mlp._modules, "act_fn")
-        for module in (*parts, mlp.act_fn):
-            _skip(module, watch)
-        norm, norm_after = _norm(norm, x, watch), _norm(norm_after, x, watch)
-        watch.items(layer._modules, "q_norm", "k_norm")
-        heads = [_norm(layer._modules[name], x, watch) for name in ("q_norm", "k_norm") if name in layer._modules]
-        if any(of_heads[1:] != norm[1:] for of_heads in heads):
+        act_fn = _skipped(mlp._modules, "act_fn", guard)
+        if why_not_activation(act_fn):
             raise _UnsuitedError
-        weights = dict(zip(("q_norm", "k_norm"), (of_heads.weight for of_heads in heads), strict=False))
-        qkv = _projections(layer, ("q_proj", "k_proj", "v_proj"), x, watch)
-        others = _projections(layer, ("o_proj",), x, watch)
-        others += _projections(mlp, ("gate_proj", "up_proj", "down_proj"), x, watch)
+        norm, norm_after = _norm(norm, x, guard), _norm(norm_after, x, guard)
+        heads = {name: guard.module(layer._modules, name) for name in ("q_norm", "k_norm")}
+        heads = {name: _norm(module, x, guard) for name, module in heads.items() if module is not None}
+        if any(of_heads[1:] != norm[1:] for of_heads in heads.values()):
+            raise _UnsuitedError
+        qkv = [_projection(layer, name, x, guard) for name in ("q_proj", "k_proj", "v_proj")]
+        others = [_projection(layer, "o_proj", x, guard)]
+        others += [_projection(mlp, name, x, guard) for name in ("gate_proj", "up_proj", "down_proj")]
+        (head_dim,) = guard.attributes(layer, "head_dim")
         try:
             qkv, others = Projections(qkv), Projections(others)
         except ValueError as error:
             raise _UnsuitedError from error
-        before = partial(before_attention, norm=norm, projections=qkv, head_dim=layer.head_dim, **weights)
-        activation = activation_name(mlp.act_fn)
+        weights = {name: of_heads.weight for name, of_heads in heads.items()}
+        before = partial(before_attention, norm=norm, projections=qkv, head_dim=head_dim, **weights)
+        activation = activation_name(act_fn)
         after = partial(after_attention, norm=norm_after, projections=others, activation=activation)
         # Milliseconds of SmolLM2's modules in 4 bits and of the operations, for so many tokens after a prompt: 15.5 and
         # 9.0 (1), 20.8 and 14.4 (8), 43.6 and 36.1 (64), 118 and 94 (256), 235 and 205 (512).
         most_rows = FEW_ROWS if qkv.dense or others.dense else math.inf
-        return _Plan(before, after, x.dtype, most_rows, watch)
+        return _Plan(before, after, x.dtype, most_rows, guard.close())
 
 
 def _cache_of(kwargs: dict[str, Any]) -> Any:
@@ -159,47 +166,40 @@ def _cache_of(kwargs: dict[str, Any]) -> Any:
     return kwargs.get("past_key_values") if cache is None else cache
 
 
-def _skip(module: nn.Module, watch: Watch) -> None:
-    """Sees to it that nothing is left out by not calling a module."""
-    if why_not_skip(module):
+def _skipped(where: dict[str, nn.Module], name: str, guard: Guard) -> nn.Module:
+    """A module, and sees to it that nothing is left out by not calling it."""
+    module = guard.module(where, name)
+    if module is None or why_not_skip(module):
         raise _UnsuitedError
-    watch.module(module)
     if isinstance(module, Lookalike):
         if module.reliance.why_not():
             raise _UnsuitedError
-        watch.reliance(module.reliance)
+        guard.reliance(module.reliance)
+    return module
 
 
-def _norm(layer: nn.Module, x: Tensor, watch: Watch) -> Norm:
-    if not isinstance(layer, FusedRMSNorm):
+def _norm(layer: nn.Module, x: Tensor, guard: Guard) -> Norm:
+    if not isinstance(layer, FusedRMSNorm) or why_not_skip(layer):
         raise _UnsuitedError
-    _skip(layer, watch)
-    weight = parameter(layer, "weight")
+    (weight,) = guard.parameters(layer, "weight")
     if why_not_both(x, weight) or layer.out_dtype(x, weight) is not x.dtype or not weight.is_contiguous():
         raise _UnsuitedError
-    watch.parameters(layer, "weight")
-    watch.attributes(layer, layer.eps_name)
-    return Norm(weight, getattr(layer, layer.eps_name), layer.offset)
+    return Norm(weight, guard.number(vars(layer), layer.eps_name), layer.offset)
 
 
-def _projections(block: nn.Module, names: Sequence[str], x: Tensor, watch: Watch) -> list[Projection]:
-    watch.items(block._modules, *names)
-    return [_projection(block._modules[name], x, watch) for name in names]
-
-
-def _projection(layer: nn.Module, x: Tensor, watch: Watch) -> Projection:
+def _projection(block: nn.Module, name: str, x: Tensor, guard: Guard) -> Projection:
     """What a linear layer and its adapters do, for input of x's kind."""
-    _skip(layer, watch)
-    if not hasattr(layer, "in_features"):  # no linear layer, or a Conv1D
+    layer = _skipped(block._modules, name, guard)
+    (in_features,) = guard.attributes(layer, "in_features")
+    if in_features is None:  # no linear layer, or a Conv1D
         raise _UnsuitedError
-    if x.shape[-1] != layer.in_features:
-        x = x.new_empty((0, layer.in_features))
-    found = layer.adapted_product(x) if isinstance(layer, Adaptable) else (dense_product(layer, x), NO_ADAPTERS)
+    if x.shape[-1] != in_features:
+        x = x.new_empty((0, in_features))
+    if isinstance(layer, Adaptable):
+        found = layer.adapted_product(x, guard)
+    else:
+        found = dense_product(layer, x, guard), NO_ADAPTERS
     projection = packable(found, x)
     if projection is None:
         raise _UnsuitedError
-    if isinstance(layer, Adaptable):
-        layer.watch(watch)
-    else:
-        watch_dense(layer, watch)
     return projection

@@ -1,0 +1,174 @@
+"""Whether what was found out about a model still holds.
+
+There is one rule: whatever a result is made of is read by a `Reading`. One that is a `Guard` remembers what it has
+read, so a result that is kept can use nothing that is not looked at again before its next use.
+
+Looking a decoder layer's forty modules through takes 150 µs when they have left the caches, as they have between two
+tokens: a third of a decoding model's time. Looking whether they are as they were takes 35.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sized
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from .._extension import _C
+
+if TYPE_CHECKING:
+    from ..integrations.recognition import Reliance
+
+# What `why_not_skip` looks for, which spells them out to be fast.
+_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+
+
+class CannotGuardError(Exception):
+    """Something that was read can change unseen."""
+
+
+class Reading:
+    """Reads, and remembers nothing: for results that are used once."""
+
+    @staticmethod
+    def items(where: dict, *keys: Any) -> list[Any]:
+        """Items of a dictionary; None where one is missing."""
+        return [where.get(key) for key in keys]
+
+    @staticmethod
+    def attributes(owner: Any, *names: str) -> list[Any]:
+        """Attributes of an object; None where one is missing."""
+        return [getattr(owner, name, None) for name in names]
+
+    @staticmethod
+    def module(where: dict, key: Any) -> Any:
+        """A module in a dictionary that is not called but replaced: by its class, its hooks and what it has."""
+        return where.get(key)
+
+    @staticmethod
+    def parameters(module: nn.Module, *names: str) -> list[Any]:
+        """Parameters of a module; or the attributes in their place."""
+        return [parameter(module, name) for name in names]
+
+    @staticmethod
+    def tensors(owner: Any, *names: str) -> list[Any]:
+        """Attributes that are tensors, or None."""
+        return [getattr(owner, name) for name in names]
+
+    @staticmethod
+    def number(where: dict, key: Any) -> float:
+        """A number in a dictionary, which may be a tensor."""
+        return float(where[key])
+
+    @staticmethod
+    def length(container: Sized) -> int:
+        """How much there is in a container."""
+        return len(container)
+
+    @staticmethod
+    def copies() -> None:
+        """Has it known that a copy was made of something that was read, which later changes do not reach."""
+
+
+ONCE = Reading()
+
+
+class Guard(Reading):
+    """Reads, and knows whether all that it has read is still the same: the same objects, tensors with their memory at
+    the same place in the same layout, and numbers of the same value. What is in the memory of tensors may change."""
+
+    def __init__(self) -> None:
+        self._seen: set[tuple[int, Any]] = set()  # of what follows, which keeps the objects alive
+        self._values: list[Any] = []  # of dictionaries: the dictionary, the key and the value, and so on
+        self._types: list[Any] = []  # the object and its type
+        self._lengths: list[Any] = []  # the container and its length
+        self._tensors: list[Tensor] = []
+        self._layouts: Any = None  # of theirs: their addresses, strides, shapes and dtypes
+        self._numbers: list[Tensor] = []
+        self._found_numbers: list[float] = []  # in these
+
+    def items(self, where: dict, *keys: Any) -> list[Any]:
+        for key in keys:
+            if self._is_new(where, key):
+                self._values += where, key, where.get(key)
+        return [where.get(key) for key in keys]
+
+    def attributes(self, owner: Any, *names: str) -> list[Any]:
+        own = vars(owner)
+        if any(name not in own and hasattr(type(owner), name) for name in names):
+            raise CannotGuardError  # a property, or an attribute of the class
+        return self.items(own, *names)
+
+    def module(self, where: dict, key: Any) -> Any:
+        (module,) = self.items(where, key)
+        if module is not None and self._is_new(module, "class"):
+            self._types += module, type(module)
+            for name in _HOOKS:
+                self.length(vars(module)[name])
+            self.items(vars(module), "forward")
+        return module
+
+    def parameters(self, module: nn.Module, *names: str) -> list[Any]:
+        if not module._parameters.keys() >= set(names):
+            raise CannotGuardError
+        return [self._tensor(tensor) for tensor in self.items(module._parameters, *names)]
+
+    def tensors(self, owner: Any, *names: str) -> list[Any]:
+        if not vars(owner).keys() >= set(names):
+            raise CannotGuardError
+        return [self._tensor(tensor) for tensor in self.attributes(owner, *names)]
+
+    def reliance(self, reliance: Reliance) -> None:
+        """What the methods of a class call."""
+        self._values += reliance.values
+
+    def number(self, where: dict, key: Any) -> float:
+        (number,) = self.items(where, key)
+        if isinstance(number, Tensor) and self._is_new(number, "value"):
+            self._numbers.append(number)
+            self._found_numbers.append(float(number))
+        return float(number)
+
+    def length(self, container: Sized) -> int:
+        if self._is_new(container, "length"):
+            self._lengths += container, len(container)
+        return len(container)
+
+    @staticmethod
+    def copies() -> None:
+        raise CannotGuardError
+
+    def holds(self) -> bool:
+        """Whether all of it is as it was."""
+        if self._layouts is None or not _C.unchanged(self._values, self._types, self._lengths, self._layouts):
+            return False
+        return not self._numbers or [float(number) for number in self._numbers] == self._found_numbers
+
+    def close(self) -> Guard:
+        """Ends the reading."""
+        with torch._C.DisableTorchFunctionSubclass():  # the tensors themselves, also where they are Params4bit
+            torch.ops.peft_kernels.record_layouts.default(self._tensors)
+        self._layouts = _C.recorded_layouts()
+        return self
+
+    def _tensor(self, tensor: Tensor | None) -> Tensor | None:
+        if tensor is not None and self._is_new(tensor, "memory"):
+            self._tensors.append(tensor)
+        return tensor
+
+    def _is_new(self, owner: Any, what: Any) -> bool:
+        """Whether that is read for the first time."""
+        key = id(owner), what
+        if key in self._seen:
+            return False
+        self._seen.add(key)
+        return True
+
+
+def parameter(module: nn.Module, name: str) -> Tensor | None:
+    """The attribute, where it usually is: nn.Module looks there last, which takes 0.5 µs."""
+    try:
+        return module._parameters[name]
+    except KeyError:
+        return getattr(module, name)

@@ -1,0 +1,74 @@
+"""A linear layer with its adapters, packed for the few rows of a decoding model."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..integrations.linear import Adapters, BaseProduct
+from ..integrations.registry import Caching, why_not_input
+from ..ops.linear import FEW_ROWS
+from ..ops.projections import Projection, Projections, project
+from .guards import ONCE, CannotGuardError, Guard, Reading
+
+
+class _Packed(NamedTuple):
+    """A layer for inputs of one dtype, and for as long as what it is made of stays as it is."""
+
+    projections: Projections
+    dtype: torch.dtype
+    guard: Guard
+
+
+class Adaptable(Caching):
+    """A linear layer that `lora_linear` computes, whether it has adapters or is what they are put on."""
+
+    derived = ("_packed",)
+    _packed: _Packed | None = None
+
+    def adapted_product(self, x: Tensor, read: Reading = ONCE) -> tuple[BaseProduct, Adapters] | str:
+        """What the operation is to be called with; or why x has to take the stock path."""
+        raise NotImplementedError
+
+    def projected(self, x: Tensor) -> Tensor | None:
+        """The layer's output for a few rows in inference, if it needs no more than a look at what was packed before.
+
+        One row of a 4-bit layer of 576 x 576 with LoRA, on one thread of Zen 5, takes 14 µs then instead of 20.
+        """
+        if not suits_packed(x) or x.shape[-1:] != (self.in_features,) or x.numel() > FEW_ROWS * self.in_features:
+            return None
+        packed = self._packed
+        if packed is None or packed.dtype is not x.dtype or not packed.guard.holds():
+            self._packed = packed = self._pack(x)
+        return None if packed is None else project(x, packed.projections)
+
+    def _pack(self, x: Tensor) -> _Packed | None:
+        guard = Guard()
+        try:
+            projection = packable(self.adapted_product(x, guard), x)
+            return None if projection is None else _Packed(Projections([projection]), x.dtype, guard.close())
+        except (CannotGuardError, ValueError):  # the operation says better what does not fit
+            return None
+
+
+def suits_packed(x: Tensor) -> bool:
+    """Whether packed projections are for such an x, here and now."""
+    return (
+        not torch.is_grad_enabled()
+        and why_not_input(x) is None
+        and x.is_cpu
+        and not torch._C._is_any_autocast_enabled()
+        and not torch.compiler.is_compiling()
+    )
+
+
+def packable(found: tuple[BaseProduct | str, Adapters] | str, x: Tensor) -> Projection | None:
+    """What `adapted_product` found, for `Projections`; None where it is not all that the layer does to x."""
+    if isinstance(found, str) or isinstance(found[0], str):
+        return None
+    (weight, bias, *dtypes), (lora_A, lora_B, scaling, dropout) = found
+    if any(dropout) or any(dtype is not x.dtype for dtype in dtypes):
+        return None
+    return Projection(weight, bias, lora_A, lora_B, scaling)

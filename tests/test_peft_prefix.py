@@ -59,6 +59,20 @@ def test_encoder_model(projection, monkeypatch):
     assert_same(got, step(model, ids, padding))
 
 
+@pytest.mark.parametrize("part", ["", ".embedding"], ids=["encoder", "embedding"])
+def test_hooks_on_the_encoder(part):
+    stock = prefix_model("llama").eval()
+    fused = copy.deepcopy(stock)
+    peft_kernels.accelerate(fused)
+    ids, padding = tokens()
+    results = []
+    for model in (stock, fused):
+        encoder = model.get_submodule(f"prompt_encoder.default{part}")
+        encoder.register_forward_hook(lambda module, args, out: 5 * out)
+        results.append(model(input_ids=ids, attention_mask=padding).logits[padding.bool()])
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-4)
+
+
 def test_prefix_is_neither_expanded_nor_cached():
     model = fused_prefix_model("llama", True)
     rows = []

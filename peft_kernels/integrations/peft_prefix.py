@@ -9,6 +9,7 @@ from peft import PeftType
 from torch import nn
 
 from ..nn.prefix import split_prefix
+from .linear import why_not_skip
 from .prefix import PrefixCache, backbone_of, find_backbone, inject_from_cache, remove_hooks, take_over, why_no_prefix
 from .registry import FusedLayer, register
 
@@ -64,7 +65,8 @@ class FusedPrefix(FusedLayer):
 
     def _prefix_cache(self, counted: bool) -> PrefixCache:
         config, encoder = self.active_peft_config, self.prompt_encoder[self.active_adapter]
-        if config.inference_mode or not encoder.prefix_projection:
+        is_called = encoder.prefix_projection or why_not_skip(encoder) or why_not_skip(encoder.embedding)
+        if config.inference_mode or not is_called:
             # Without the look-up, whose graph reentrant checkpointing could go through only once.
             flat = encoder.embedding.weight
         else:

@@ -65,10 +65,8 @@ def backward(weight: NF4Weight, x: Tensor) -> Callable[[], object]:
     """dx alone: what else a backward computes is the same for both products."""
     grad_y = torch.randn(x.shape[0], weight.shape[0], dtype=x.dtype, device=x.device)
     return lambda: torch.ops.peft_kernels.lora_linear_backward(
-        grad_y, None, None, weight.codes, weight.absmax, weight.nested, weight.nested_blocksize, weight.shape[1],
-        weight.blocksize, weight.quant_type, weight.dtype, x.dtype, x.dtype, None, None, (), (), (), (), None, True,
-        (), (),
-    )  # fmt: skip
+        grad_y, None, None, *weight.arguments, (), (), (), True, (), (), compute_dtype=x.dtype, x_dtype=x.dtype
+    )
 
 
 def tune(n: int, k: int, say: Callable[[str], None]) -> None:

@@ -9,7 +9,8 @@ from ia3_linear_cases import LEAVES, expected, make_case, run
 from lora_linear_cases import BASES, DTYPES, assert_close, error, short
 from torch.utils.checkpoint import checkpoint
 
-from peft_kernels.ops import NF4Weight, ia3_linear
+from peft_kernels.ops import ia3_linear
+from peft_kernels.ops._linear import weight_arguments
 
 pytestmark = pytest.mark.kernels
 
@@ -259,18 +260,11 @@ def test_compile(base, dynamic):
 
 def op_arguments(case, grad_y=None):
     """The arguments of the forward op or, with a grad_y, of the backward op."""
-    weight, dtype = case.weight, case.x.dtype
-    features = weight.shape[0 if grad_y is None else 1]
-    if isinstance(weight, NF4Weight):
-        product = (
-            None, weight.codes, weight.absmax, weight.nested, weight.nested_blocksize, features, weight.blocksize,
-            weight.quant_type, weight.dtype, dtype, dtype,
-        )  # fmt: skip
-    else:
-        product = weight, None, None, (), 256, features, 64, "nf4", dtype, dtype, dtype
+    weight, dtype = weight_arguments(case.weight), case.x.dtype
     if grad_y is None:
-        return case.x, *product, case.bias, case.l_in, case.l_out, True
-    return grad_y, case.x, torch.randn_like(grad_y), *product, case.l_in, case.l_out, True, True, True
+        return (case.x, *weight, case.bias, case.l_in, case.l_out, True), {"compute_dtype": dtype, "out_dtype": dtype}
+    arguments = grad_y, case.x, torch.randn_like(grad_y), *weight, case.l_in, case.l_out, True, True, True
+    return arguments, {"compute_dtype": dtype, "x_dtype": dtype}
 
 
 @pytest.mark.may_launch_nothing
@@ -278,8 +272,8 @@ def op_arguments(case, grad_y=None):
 @pytest.mark.parametrize("rows", [0, 4, 30])
 def test_opcheck(platform, rows, base):
     case = make_case(rows, 40, 128, x_dtype=torch.bfloat16, base=base, weight_dtype=torch.bfloat16)
-    torch.library.opcheck(ops.ia3_linear_forward.default, op_arguments(case))
-    torch.library.opcheck(ops.ia3_linear_backward.default, op_arguments(case, case.grad_y))
+    torch.library.opcheck(ops.ia3_linear_forward.default, *op_arguments(case))
+    torch.library.opcheck(ops.ia3_linear_backward.default, *op_arguments(case, case.grad_y))
 
 
 # ---- bad arguments -----------------------------------------------------------------------------------------------
@@ -308,14 +302,12 @@ def test_bad_arguments(base, name, change, message):
 
 def test_bad_op_arguments():
     case = make_case(3, 40, 128)
-    arguments = list(op_arguments(case))
-    both = [*arguments]
-    both[1] = torch.randn(40, 128)
-    with pytest.raises(ValueError, match="dense: got a dense and a 4-bit weight, wanted a dense or a 4-bit weight"):
-        ops.ia3_linear_forward(*both)
-    backward = list(op_arguments(case, case.grad_y))
+    arguments, options = op_arguments(case)
+    with pytest.raises(ValueError, match="weight: got none, wanted a dense or a 4-bit weight"):
+        ops.ia3_linear_forward(arguments[0], (), (), *arguments[3:], **options)
+    backward, options = op_arguments(case, case.grad_y)
     for position, name in ((1, "x"), (2, "unscaled")):
         without = [*backward]
         without[position] = None
         with pytest.raises(ValueError, match=f"{name}: got none, wanted the forward's"):
-            ops.ia3_linear_backward(*without)
+            ops.ia3_linear_backward(*without, **options)

@@ -352,9 +352,6 @@ def test_adapters_drop_independently(platform):
     x, weight = torch.ones(64, 512), quantize_4bit(torch.zeros(1, 512))
     a, b = torch.eye(512), torch.zeros(1, 512)
     forward = torch.ops.peft_kernels.lora_linear_forward
-    _, s = forward(
-        x, weight.codes, weight.absmax, (), 1, [a, a], [b, b], [1.0, 1.0],
-        dropout=[0.5, 0.25], seeds=torch.tensor([5, 6]),
-    )  # fmt: skip
+    _, s = forward(x, *weight.arguments, [a, a], [b, b], [1.0, 1.0], dropout=[0.5, 0.25], seeds=torch.tensor([5, 6]))
     assert torch.equal(s[:, :512] != 0, dropout_mask(5, 64, 512, 0.5))
     assert torch.equal(s[:, 512:] != 0, dropout_mask(6, 64, 512, 0.25))

@@ -221,36 +221,24 @@ def test_compile_draws_seeds(platform):
     assert not torch.equal(first, second)
 
 
-def format_of(weight, dtype, names):
-    """Keyword arguments of the ops: how the weight is stored, and `dtype` for each name."""
-    return {
-        "blocksize": weight.blocksize, "quant_type": weight.quant_type, "nested_blocksize": weight.nested_blocksize,
-        **dict.fromkeys(names, dtype),
-    }  # fmt: skip
-
-
-FORWARD_DTYPES = "weight_dtype", "compute_dtype", "out_dtype"
-
-
 def forward_op_arguments(case):
     """With everything that is optional."""
-    weight = case.weight
     options = {"dropout": case.dropout, "seeds": case.seeds, "bias": case.bias, "add": torch.randn_like(case.grad_y)}
     return (
-        (case.x, weight.codes, weight.absmax, weight.nested, weight.shape[0], case.lora_A, case.lora_B, case.scaling),
-        options | format_of(weight, case.x.dtype, FORWARD_DTYPES),
+        (case.x, *case.weight.arguments, case.lora_A, case.lora_B, case.scaling),
+        options | dict.fromkeys(("compute_dtype", "out_dtype"), case.x.dtype),
     )
 
 
 def backward_op_arguments(case):
     """With everything that is optional."""
-    weight, dtype, count = case.weight, case.x.dtype, len(case.lora_A)
+    count = len(case.lora_A)
     s = torch.randn(len(case.x), sum(a.shape[0] for a in case.lora_A))
+    options = {"dropout": case.dropout, "seeds": case.seeds, "add": torch.randn_like(case.x)}
     return (
-        case.grad_y, case.x, s, weight.codes, weight.absmax, weight.nested, weight.nested_blocksize, weight.shape[1],
-        weight.blocksize, weight.quant_type, weight.dtype, dtype, dtype, None, torch.randn_like(case.x),
-        case.lora_A, case.lora_B, case.scaling, case.dropout, case.seeds, True, [True] * count,
-        [i % 2 == 0 for i in range(count)],
+        (case.grad_y, case.x, s, *case.weight.arguments, case.lora_A, case.lora_B, case.scaling, True, [True] * count,
+         [i % 2 == 0 for i in range(count)]),
+        options | dict.fromkeys(("compute_dtype", "x_dtype"), case.x.dtype),
     )  # fmt: skip
 
 
@@ -261,7 +249,7 @@ def test_opcheck(platform, shape, base, dropout):
     case = make_case(*shape, (8, 3), torch.bfloat16, base=base, dropout=dropout)
     for op in (ops.lora_linear, ops.lora_linear_forward):
         torch.library.opcheck(op.default, *forward_op_arguments(case))
-    torch.library.opcheck(ops.lora_linear_backward.default, backward_op_arguments(case))
+    torch.library.opcheck(ops.lora_linear_backward.default, *backward_op_arguments(case))
 
 
 @pytest.mark.parametrize("dtype", [None, torch.float32], ids=["same", "fp32"])
@@ -271,20 +259,19 @@ def test_opcheck_of_more_dimensions(platform, dtype):
     case = make_case(m, n, k, (8, 3), torch.float32)
     x = case.x.view(2, m // 2, k).transpose(0, 1)
     grad_y = case.grad_y.view(2, m // 2, n).transpose(0, 1)
-    weight, adapters = case.weight, (case.lora_A, case.lora_B, case.scaling)
-    quantised = weight.codes, weight.absmax, weight.nested
+    weight, adapters = case.weight.arguments, (case.lora_A, case.lora_B, case.scaling)
     forward, backward = ops.lora_linear_forward.default, ops.lora_linear_backward.default
-    arguments, options = (x, *quantised, n, *adapters), format_of(weight, dtype, FORWARD_DTYPES)
+    arguments, options = (x, *weight, *adapters), dict.fromkeys(("compute_dtype", "out_dtype"), dtype)
     torch.library.opcheck(forward, arguments, options)
     y, s = forward(*arguments, **options)
     flat, flat_s = forward(x.reshape(m, k), *arguments[1:], **options)
     assert torch.equal(y.reshape(m, n), flat) and torch.equal(s, flat_s)
 
-    form = weight.nested_blocksize, k, weight.blocksize, weight.quant_type, dtype, dtype, dtype
-    arguments = (grad_y, x, s, *quantised, *form, None, None, *adapters, None, None, True, [True, True], [True, False])
-    torch.library.opcheck(backward, arguments)
-    grads = backward(*arguments)
-    flat = backward(grad_y.reshape(m, n), x.reshape(m, k), *arguments[2:])
+    arguments = (grad_y, x, s, *weight, *adapters, True, [True, True], [True, False])
+    options = dict.fromkeys(("compute_dtype", "x_dtype"), dtype)
+    torch.library.opcheck(backward, arguments, options)
+    grads = backward(*arguments, **options)
+    flat = backward(grad_y.reshape(m, n), x.reshape(m, k), *arguments[2:], **options)
     assert grads[0].shape == x.shape and torch.equal(grads[0].reshape(m, k), flat[0])
     assert torch.equal(grads[1], flat[1]) and torch.equal(grads[2], flat[2])
 

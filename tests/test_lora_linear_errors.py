@@ -209,24 +209,21 @@ def test_stays_usable_after_an_error():
 
 def forward_arguments(**changes):
     case = make_case(3, 24, 128, dropout=(0.5,))
-    weight = case.weight
+    weight, format = case.weight.arguments
     arguments = {
-        "x": case.x, "codes": weight.codes, "absmax": weight.absmax, "nested": (), "nested_blocksize": 256,
-        "out_features": 24, "blocksize": 64, "quant_type": "nf4", "weight_dtype": torch.float32,
-        "compute_dtype": torch.float32, "out_dtype": torch.float32, "bias": case.bias, "dense": None,
-        "add": None,
-        "lora_A": case.lora_A, "lora_B": case.lora_B, "scaling": case.scaling, "dropout": case.dropout,
-        "seeds": case.seeds,
+        "x": case.x, "weight": weight, "format": format, "compute_dtype": torch.float32, "out_dtype": torch.float32,
+        "bias": case.bias, "add": None, "lora_A": case.lora_A, "lora_B": case.lora_B, "scaling": case.scaling,
+        "dropout": case.dropout, "seeds": case.seeds,
     }  # fmt: skip
     return arguments | changes
 
 
 def backward_arguments(**changes):
     arguments = forward_arguments()
-    for name in ("out_features", "out_dtype", "bias"):
+    for name in ("out_dtype", "bias"):
         del arguments[name]
-    arguments |= {"grad_y": torch.ones(3, 24), "s": torch.ones(3, 8), "in_features": 128, "x_dtype": torch.float32,
-                  "wants_x": True, "wants_A": [True], "wants_B": [True]}  # fmt: skip
+    arguments |= {"grad_y": torch.ones(3, 24), "s": torch.ones(3, 8), "x_dtype": torch.float32, "wants_x": True,
+                  "wants_A": [True], "wants_B": [True]}  # fmt: skip
     return arguments | changes
 
 
@@ -235,16 +232,24 @@ def backward_arguments(**changes):
     [
         ({"x": torch.tensor(1.0)}, r"x: got float32 \[\], wanted a tensor of one dimension at least"),
         ({"x": torch.ones(3, 128).double()}, f"x: got float64, wanted {FLOATS}"),
-        ({"absmax": None}, "absmax: got none, wanted the statistics of the 4-bit weight"),
-        ({"out_features": -1}, r"shape: got \[-1, 128\]"),
-        ({"out_features": 2**62}, r"shape: got .*, wanted .* below 2\*\*63"),
+        ({"x": torch.ones(3, 127)}, r"x: got shape \[3, 127\], wanted \[3, 128\]"),
+        ({"weight": []}, "codes: got none, wanted those of a 4-bit weight"),
+        ({"weight": [torch.ones(1536).byte()]}, "absmax: got none, wanted the statistics of the 4-bit weight"),
+        ({"format": (64, 0, 256, 0, -1, 128)}, r"shape: got \[-1, 128\]"),
+        ({"format": (64, 0, 256, 0, 2**62, 128)}, r"shape: got .*, wanted .* below 2\*\*63"),
+        ({"format": (64, 0, 256, 0, 3072)}, r"shape: got \[3072\], wanted \[N, K\]"),
+        ({"format": (64, 0, 256)}, "format: got 3 items, wanted blocksize, quant_type, nested_blocksize, dtype and a"),
+        ({"format": (64, 2, 256, 0, 24, 128)}, "quant_type: got 2, wanted 0 for nf4 or 1 for fp4"),
+        ({"format": (64, 0, 256, -1, 24, 128)}, "weight dtype: got -1, wanted 0 for float32, 1 for bfloat16 or 2"),
+        ({"format": ()}, r"weight: got 2 items without a format, wanted a dense matrix \[N, K\], or none"),
+        ({"format": (), "weight": [torch.ones(128)]}, r"weight: got float32 \[128\], wanted a matrix \[N, K\]"),
         ({"compute_dtype": torch.float64}, "compute_dtype: got float64"),
         ({"out_dtype": torch.float64}, "out_dtype: got float64"),
         ({"add": torch.ones(3, 24).half()}, r"add: got float16 \[3, 24\], wanted float32"),
         ({"add": torch.ones(3, 23)}, r"add: got shape \[3, 23\], wanted \[3, 24\]"),
         ({"seeds": None}, "seeds: got none, wanted an int64 tensor, since there is dropout"),
         (
-            {"codes": None, "lora_A": [], "lora_B": [], "scaling": [], "dropout": []},
+            {"weight": [], "format": (), "lora_A": [], "lora_B": [], "scaling": [], "dropout": []},
             "codes: got none, wanted a weight, or at least one adapter",
         ),
     ],
@@ -259,7 +264,7 @@ def test_bad_forward_argument(changes, message):
     [
         ({"grad_y": torch.tensor(1.0)}, r"grad_y: got float32 \[\], wanted a tensor of one dimension at least"),
         ({"grad_y": torch.ones(3, 24).double()}, "grad_y: got float64"),
-        ({"grad_y": torch.ones(3, 23)}, r"codes: got uint8 \[1536\], wanted uint8 with 1472"),
+        ({"grad_y": torch.ones(3, 23)}, r"grad_y: got shape \[3, 23\], wanted \[3, 24\]"),
         ({"x": None}, "x: got none, wanted the forward's x, since lora_A's gradient is wanted"),
         ({"x": torch.ones(4, 128)}, r"x: got shape \[4, 128\], wanted \[3, 128\]"),
         ({"s": None}, "s: got none, wanted the forward's s, since lora_B's gradient is wanted"),
@@ -268,13 +273,20 @@ def test_bad_forward_argument(changes, message):
         ({"x_dtype": torch.float64}, "x_dtype: got float64"),
         ({"wants_A": []}, "wants_A: got 0 items, wanted 1 item"),
         ({"wants_B": [True, False]}, "wants_B: got 2 items, wanted 1 item"),
-        ({"in_features": -128}, r"shape: got \[24, -128\]"),
+        ({"format": (64, 0, 256, 0, 24, -128)}, r"shape: got \[24, -128\]"),
         ({"lora_A": [torch.ones(8, 128, device="meta")]}, "lora_A: got a tensor on meta, wanted one on cpu"),
     ],
 )
 def test_bad_backward_argument(changes, message):
     with pytest.raises(ValueError, match=message):
         ops.lora_linear_backward(**backward_arguments(**changes))
+
+
+@pytest.mark.parametrize(("name", "most"), [("lora_linear_forward", 13), ("lora_linear_backward", 17)])
+def test_signatures_are_short(name, most):
+    arguments = [argument.name for argument in getattr(ops, name).default._schema.arguments]
+    assert len(arguments) <= most
+    assert {"weight", "format"} <= {*arguments}  # whatever a weight consists of
 
 
 def test_forward_and_backward_arguments_are_good():

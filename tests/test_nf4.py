@@ -60,10 +60,6 @@ def fields(weight):
     return values
 
 
-def dequantize_arguments(weight, dtype):
-    return (*fields(weight).values(), dtype)
-
-
 def quantize_on(device, tensor, *arguments):
     """Quantised on a device, and brought back."""
     weight = quantize_4bit(tensor.to(device), *arguments)
@@ -349,9 +345,8 @@ def test_opcheck(double_quant):
     tensor = torch.randn(9, 33)
     weight = quantize_4bit(tensor, double_quant=double_quant)
     torch.library.opcheck(ops.nf4_quantize.default, (tensor, 64, "nf4"))
-    torch.library.opcheck(ops.nf4_dequantize.default, dequantize_arguments(weight, torch.bfloat16))
-    rows = (*fields(weight).values(), 8, torch.empty(1, 33))
-    torch.library.opcheck(ops.nf4_dequantize_rows.default, rows)
+    torch.library.opcheck(ops.nf4_dequantize.default, (*weight.arguments, torch.bfloat16))
+    torch.library.opcheck(ops.nf4_dequantize_rows.default, (*weight.arguments, 8, torch.empty(1, 33)))
 
 
 def test_compile():

@@ -44,17 +44,17 @@ def forward_s(x, lora_A, p, seed):
     n, rank = 1, lora_A.shape[0]
     add = torch.zeros(x.shape[0], n)
     _, s = ops.lora_linear_forward(
-        x, None, None, (), n, [lora_A], [torch.zeros(n, rank)], [1.0], dropout=[p], seeds=torch.tensor([seed]), add=add
+        x, (), (), [lora_A], [torch.zeros(n, rank)], [1.0], dropout=[p], seeds=torch.tensor([seed]), add=add
     )
     return s
 
 
 def backward(grad_y, x, lora_A, lora_B, p, seed):
     """grad_x (without the base product) and grad_A."""
-    k, rank = lora_A.shape[1], lora_A.shape[0]
+    rank, k = lora_A.shape
     grad_x, grad_A, _ = ops.lora_linear_backward(
-        grad_y, x, None, None, None, (), 256, k, 64, "nf4", x.dtype, x.dtype, x.dtype, None, None,
-        [lora_A], [lora_B], [1.0], [p], torch.tensor([seed]), True, [True], [False],
+        grad_y, x, None, (), (), [lora_A], [lora_B], [1.0], True, [True], [False],
+        dropout=[p], seeds=torch.tensor([seed]), compute_dtype=x.dtype, x_dtype=x.dtype,
     )  # fmt: skip
     return grad_x, grad_A.view(rank, k)
 

@@ -19,8 +19,6 @@
 namespace peft_kernels {
 namespace {
 
-using Tensors = std::vector<Tensor>;
-
 void check_list(size_t got, const char* name, size_t wanted) {
     if (got != wanted)
         bad_argument(name, std::to_string(got) + " items", std::to_string(wanted) + ", one for each down_weight");

@@ -19,8 +19,6 @@
 namespace peft_kernels {
 namespace {
 
-using Tensors = std::vector<Tensor>;
-
 // Without gradients; the vector that params points into has to live on.
 std::vector<FusedAdapter> check_common(AdapterFusionParams& params, const Tensor& t, const Tensors& adapters,
                                        bool shared, const std::optional<Tensor>& offsets, double temperature,

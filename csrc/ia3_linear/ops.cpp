@@ -15,9 +15,6 @@
 namespace peft_kernels {
 namespace {
 
-using OptionalTensor = std::optional<Tensor>;
-using OptionalDtype = std::optional<ScalarType>;
-
 const float* check_scale(const std::optional<Tensor>& scale, const char* name, int64_t count, const Tensor& reference) {
     if (!scale) return nullptr;
     check_shape(*scale, name, {count});
@@ -25,25 +22,33 @@ const float* check_scale(const std::optional<Tensor>& scale, const char* name, i
     return static_cast<const float*>(scale->const_data_ptr());
 }
 
+LinearWeight check_some_weight(const Tensors& weight, const Integers& format, const Tensor& reference) {
+    const LinearWeight result = check_weight(weight, format, reference);
+    if (!result) bad_argument("weight", "none", "a dense or a 4-bit weight");
+    return result;
+}
+
+#if defined(PEFT_KERNELS_CUDA)
+// A dense weight is for torch's product.
+OptionalTensor dense_of(const Tensors& weight, const Integers& format) {
+    return format.empty() ? OptionalTensor(weight[0]) : std::nullopt;
+}
+#endif
+
 // -> y [m, n], and (l_in ⊙ x) Wᵀ + b [m, n], in y's dtype; without elements if it is not to be kept.
-std::tuple<Tensor, Tensor> forward(const Tensor& x, const OptionalTensor& dense, const OptionalTensor& codes,
-                                   const OptionalTensor& absmax, const Tensors& nested, int64_t nested_blocksize,
-                                   int64_t out_features, int64_t blocksize, const std::string& quant_type,
-                                   OptionalDtype weight_dtype, OptionalDtype compute_dtype, OptionalDtype out_dtype,
+std::tuple<Tensor, Tensor> forward(const Tensor& x, const Tensors& given_weight, const Integers& format,
                                    const OptionalTensor& bias, const OptionalTensor& l_in, const OptionalTensor& l_out,
-                                   bool keeps_unscaled) {
+                                   bool keeps_unscaled, OptionalDtype compute_dtype, OptionalDtype out_dtype) {
     if (x.dim() != 2) bad_argument("x", describe(x), "a matrix [M, K]");
+    const LinearWeight weight = check_some_weight(given_weight, format, x);
     LoraLinearForwardParams params{};
+    weight.give(params);
     params.m = x.size(0);
-    params.n = out_features;
-    params.k = x.size(1);
+    params.n = weight.n;
+    params.k = weight.k;
     params.x = check_matrix(x, "x", params.m, params.k, x);
     params.compute_dtype = check_float_dtype(compute_dtype, "compute_dtype", params.x.dtype);
     const DType y_dtype = check_float_dtype(out_dtype, "out_dtype", params.x.dtype);
-    const LinearWeight weight = check_weight(dense, codes, absmax, nested, nested_blocksize, params.n, params.k,
-                                             blocksize, quant_type, weight_dtype, params.compute_dtype, x);
-    weight.give(params);
-    if (!params.weight && !params.dense) bad_argument("dense", "no weight", "a dense or a 4-bit weight");
     if (bias) params.bias = check_bias(*bias, params.n, x);
     params.scale_k = check_scale(l_in, "l_in", params.k, x);
     params.scale_n = check_scale(l_out, "l_out", params.n, x);
@@ -55,7 +60,7 @@ std::tuple<Tensor, Tensor> forward(const Tensor& x, const OptionalTensor& dense,
     if (keeps_unscaled) params.unscaled = {unscaled.mutable_data_ptr(), params.y.dtype, params.n};
 #if defined(PEFT_KERNELS_CUDA)
     if (runs_on_cuda(x)) {
-        IA3LinearOnCuda(params, x, dense).forward(params, x, bias, y, unscaled);
+        IA3LinearOnCuda(params, x, dense_of(given_weight, format)).forward(params, x, bias, y, unscaled);
         return {y, unscaled};
     }
 #endif
@@ -64,24 +69,21 @@ std::tuple<Tensor, Tensor> forward(const Tensor& x, const OptionalTensor& dense,
 }
 
 // -> grad_x [m, k], grad_l_in [k], grad_l_out [n]; what is not wanted has no elements.
-std::tuple<Tensor, Tensor, Tensor> backward(
-    const Tensor& grad_y, const OptionalTensor& x, const OptionalTensor& unscaled, const OptionalTensor& dense,
-    const OptionalTensor& codes, const OptionalTensor& absmax, const Tensors& nested, int64_t nested_blocksize,
-    int64_t in_features, int64_t blocksize, const std::string& quant_type, OptionalDtype weight_dtype,
-    OptionalDtype compute_dtype, OptionalDtype x_dtype, const OptionalTensor& l_in, const OptionalTensor& l_out,
-    bool wants_x, bool wants_l_in, bool wants_l_out) {
+std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_y, const OptionalTensor& x,
+                                            const OptionalTensor& unscaled, const Tensors& given_weight,
+                                            const Integers& format, const OptionalTensor& l_in,
+                                            const OptionalTensor& l_out, bool wants_x, bool wants_l_in,
+                                            bool wants_l_out, OptionalDtype compute_dtype, OptionalDtype x_dtype) {
     if (grad_y.dim() != 2) bad_argument("grad_y", describe(grad_y), "a matrix [M, N]");
+    const LinearWeight weight = check_some_weight(given_weight, format, grad_y);
     LoraLinearBackwardParams params{};
+    weight.give(params);
     params.m = grad_y.size(0);
-    params.n = grad_y.size(1);
-    params.k = in_features;
+    params.n = weight.n;
+    params.k = weight.k;
     params.grad_y = check_matrix(grad_y, "grad_y", params.m, params.n, grad_y);
     params.compute_dtype = check_float_dtype(compute_dtype, "compute_dtype", params.grad_y.dtype);
     const DType grad_dtype = check_float_dtype(x_dtype, "x_dtype", params.grad_y.dtype);
-    const LinearWeight weight = check_weight(dense, codes, absmax, nested, nested_blocksize, params.n, params.k,
-                                             blocksize, quant_type, weight_dtype, params.compute_dtype, grad_y);
-    weight.give(params);
-    if (!params.weight && !params.dense) bad_argument("dense", "no weight", "a dense or a 4-bit weight");
     params.scale_k = check_scale(l_in, "l_in", params.k, grad_y);
     params.scale_n = check_scale(l_out, "l_out", params.n, grad_y);
     if (wants_l_in) {
@@ -107,7 +109,8 @@ std::tuple<Tensor, Tensor, Tensor> backward(
     if (!params.grad_x.data && !params.grad_scale_k && !params.grad_scale_n) return {grad_x, grad_l_in, grad_l_out};
 #if defined(PEFT_KERNELS_CUDA)
     if (runs_on_cuda(grad_y)) {
-        IA3LinearOnCuda(params, grad_y, dense).backward(params, grad_y, grad_x, grad_l_in, grad_l_out);
+        IA3LinearOnCuda(params, grad_y, dense_of(given_weight, format))
+            .backward(params, grad_y, grad_x, grad_l_in, grad_l_out);
         return {grad_x, grad_l_in, grad_l_out};
     }
 #endif
@@ -120,15 +123,13 @@ std::tuple<Tensor, Tensor, Tensor> backward(
 
 STABLE_TORCH_LIBRARY_FRAGMENT(PEFT_KERNELS_NAMESPACE, m) {
     m.def(
-        "ia3_linear_forward(Tensor x, Tensor? dense, Tensor? codes, Tensor? absmax, Tensor[] nested, "
-        "int nested_blocksize, int out_features, int blocksize, str quant_type, ScalarType? weight_dtype, "
-        "ScalarType? compute_dtype, ScalarType? out_dtype, Tensor? bias, Tensor? l_in, Tensor? l_out, "
-        "bool keeps_unscaled) -> (Tensor y, Tensor unscaled)");
+        "ia3_linear_forward(Tensor x, Tensor[] weight, int[] format, Tensor? bias, Tensor? l_in, Tensor? l_out, "
+        "bool keeps_unscaled, *, ScalarType? compute_dtype=None, ScalarType? out_dtype=None) "
+        "-> (Tensor y, Tensor unscaled)");
     m.def(
-        "ia3_linear_backward(Tensor grad_y, Tensor? x, Tensor? unscaled, Tensor? dense, Tensor? codes, "
-        "Tensor? absmax, Tensor[] nested, int nested_blocksize, int in_features, int blocksize, str quant_type, "
-        "ScalarType? weight_dtype, ScalarType? compute_dtype, ScalarType? x_dtype, Tensor? l_in, Tensor? l_out, "
-        "bool wants_x, bool wants_l_in, bool wants_l_out) -> (Tensor grad_x, Tensor grad_l_in, Tensor grad_l_out)");
+        "ia3_linear_backward(Tensor grad_y, Tensor? x, Tensor? unscaled, Tensor[] weight, int[] format, Tensor? l_in, "
+        "Tensor? l_out, bool wants_x, bool wants_l_in, bool wants_l_out, *, ScalarType? compute_dtype=None, "
+        "ScalarType? x_dtype=None) -> (Tensor grad_x, Tensor grad_l_in, Tensor grad_l_out)");
 }
 
 PEFT_KERNELS_IMPLEMENT(m) {

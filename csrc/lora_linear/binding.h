@@ -29,8 +29,6 @@ inline void run_backward_cpu(LoraLinearBackwardParams& params, const Tensor& lik
     run_lora_linear_cpu(&dispatch::lora_linear_backward, params, like, true);
 }
 
-inline std::string counted(size_t count) { return std::to_string(count) + (count == 1 ? " item" : " items"); }
-
 struct CheckedAdapters {
     std::vector<LoraAdapter> list;
     int64_t total_rank = 0;

@@ -15,8 +15,6 @@
 namespace peft_kernels {
 namespace {
 
-using Integers = std::vector<int64_t>;
-
 // Rows of x in the order of their adapters, as LoraLinearGroupedParams has them.
 struct GroupedRows {
     GroupedRows(const Integers& index, int64_t rows_each, size_t num_adapters)

@@ -14,14 +14,17 @@
 namespace peft_kernels {
 namespace {
 
-using OptionalTensor = std::optional<Tensor>;
-using OptionalDtype = std::optional<ScalarType>;
-
 #if defined(PEFT_KERNELS_CUDA)
 void check_no_dense(const LoraLinearParams& params) {
-    if (params.dense) bad_argument("dense", "a tensor", "none on a GPU, whose library makes the product, as `add`");
+    if (params.dense) bad_argument("weight", "a dense one", "none on a GPU, whose library makes the product, as `add`");
 }
 #endif
+
+// A side of the weight that there is none of: that of what the product of others is, or of the first adapter.
+int64_t side_without_weight(const OptionalTensor& add, const Tensors& matrices, int64_t dimension) {
+    if (add && add->dim() > 0) return add->size(add->dim() - 1);
+    return matrices.empty() || matrices[0].dim() != 2 ? 0 : matrices[0].size(dimension);
+}
 
 // What `forward` returns: y alone, or also s for backward.
 using Y = Tensor;
@@ -29,24 +32,21 @@ using YAndS = std::tuple<Tensor, Tensor>;
 
 // x [..., k] -> y [..., n], s [m, Σ rank], where m is the number of rows of x.
 template <class Result>
-Result forward(const Tensor& given_x, const OptionalTensor& codes, const OptionalTensor& absmax, const Tensors& nested,
-               int64_t out_features, const Tensors& lora_A, const Tensors& lora_B, const Numbers& scaling,
-               const std::optional<Numbers>& dropout, const OptionalTensor& seeds, const OptionalTensor& bias,
-               const OptionalTensor& add, int64_t blocksize, const std::string& quant_type, int64_t nested_blocksize,
-               OptionalDtype weight_dtype, OptionalDtype compute_dtype, OptionalDtype out_dtype,
-               const OptionalTensor& dense) {
+Result forward(const Tensor& given_x, const Tensors& given_weight, const Integers& format, const Tensors& lora_A,
+               const Tensors& lora_B, const Numbers& scaling, const std::optional<Numbers>& dropout,
+               const OptionalTensor& seeds, const OptionalTensor& bias, const OptionalTensor& add,
+               OptionalDtype compute_dtype, OptionalDtype out_dtype) {
     const Tensor x = as_rows(given_x, "x");
+    const LinearWeight weight = check_weight(given_weight, format, x);
+    if (!weight && lora_A.empty()) bad_argument("codes", "none", "a weight, or at least one adapter");
     LoraLinearForwardParams params{};
+    weight.give(params);
     params.m = x.size(0);
-    params.n = out_features;
-    params.k = x.size(1);
+    params.n = weight ? weight.n : side_without_weight(add, lora_B, 0);
+    params.k = weight ? weight.k : x.size(1);
     params.x = check_matrix(x, "x", params.m, params.k, x);
     params.compute_dtype = check_float_dtype(compute_dtype, "compute_dtype", params.x.dtype);
     const DType y_dtype = check_float_dtype(out_dtype, "out_dtype", params.x.dtype);
-
-    const LinearWeight weight = check_weight(dense, codes, absmax, nested, nested_blocksize, params.n, params.k,
-                                             blocksize, quant_type, weight_dtype, params.compute_dtype, x);
-    weight.give(params);
     if (bias) params.bias = check_bias(*bias, params.n, x);
     OptionalTensor add_rows;
     if (add) {
@@ -68,8 +68,6 @@ Result forward(const Tensor& given_x, const OptionalTensor& codes, const Optiona
             return YAndS{y, s};
     };
     if (params.m == 0 || params.n == 0) return result();
-    if (!params.weight && !params.dense && params.num_adapters == 0)
-        bad_argument("codes", "none", "a weight, or at least one adapter");
     params.y = {y.mutable_data_ptr(), y_dtype, params.n};
     params.s = static_cast<float*>(s.mutable_data_ptr());
 #if defined(PEFT_KERNELS_CUDA)
@@ -86,25 +84,23 @@ Result forward(const Tensor& given_x, const OptionalTensor& codes, const Optiona
 
 // grad_y [..., n], x [..., k] -> grad_x [..., k], grad_A (flat, adapter after adapter, each [rank, k]), grad_B (flat,
 // each [n, rank]); what is not wanted has no elements.
-std::tuple<Tensor, Tensor, Tensor> backward(
-    const Tensor& given_grad_y, const OptionalTensor& x, const OptionalTensor& s, const OptionalTensor& codes,
-    const OptionalTensor& absmax, const Tensors& nested, int64_t nested_blocksize, int64_t in_features,
-    int64_t blocksize, const std::string& quant_type, OptionalDtype weight_dtype, OptionalDtype compute_dtype,
-    OptionalDtype x_dtype, const OptionalTensor& dense, const OptionalTensor& add, const Tensors& lora_A,
-    const Tensors& lora_B, const Numbers& scaling, const std::optional<Numbers>& dropout, const OptionalTensor& seeds,
-    bool wants_x, const std::vector<bool>& wants_A, const std::vector<bool>& wants_B) {
+std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& given_grad_y, const OptionalTensor& x,
+                                            const OptionalTensor& s, const Tensors& given_weight,
+                                            const Integers& format, const Tensors& lora_A, const Tensors& lora_B,
+                                            const Numbers& scaling, bool wants_x, const std::vector<bool>& wants_A,
+                                            const std::vector<bool>& wants_B, const std::optional<Numbers>& dropout,
+                                            const OptionalTensor& seeds, const OptionalTensor& add,
+                                            OptionalDtype compute_dtype, OptionalDtype x_dtype) {
     const Tensor grad_y = as_rows(given_grad_y, "grad_y");
+    const LinearWeight weight = check_weight(given_weight, format, grad_y);
     LoraLinearBackwardParams params{};
+    weight.give(params);
     params.m = grad_y.size(0);
-    params.n = grad_y.size(1);
-    params.k = in_features;
+    params.n = weight ? weight.n : grad_y.size(1);
+    params.k = weight ? weight.k : side_without_weight(add, lora_A, 1);
     params.grad_y = check_matrix(grad_y, "grad_y", params.m, params.n, grad_y);
     params.compute_dtype = check_float_dtype(compute_dtype, "compute_dtype", params.grad_y.dtype);
     const DType grad_dtype = check_float_dtype(x_dtype, "x_dtype", params.grad_y.dtype);
-
-    const LinearWeight weight = check_weight(dense, codes, absmax, nested, nested_blocksize, params.n, params.k,
-                                             blocksize, quant_type, weight_dtype, params.compute_dtype, grad_y);
-    weight.give(params);
     OptionalTensor add_rows, x_rows;
     if (add) {
         add_rows = as_rows(*add, "add");
@@ -176,18 +172,15 @@ std::tuple<Tensor, Tensor, Tensor> backward(
 STABLE_TORCH_LIBRARY_FRAGMENT(PEFT_KERNELS_NAMESPACE, m) {
     // An argument that is left to its default costs a call 0.07 us less; one that isn't None, 0.2.
     const std::string arguments =
-        "(Tensor x, Tensor? codes, Tensor? absmax, Tensor[] nested, int out_features, Tensor[] lora_A, "
-        "Tensor[] lora_B, float[] scaling, *, float[]? dropout=None, Tensor? seeds=None, Tensor? bias=None, "
-        "Tensor? add=None, int blocksize=64, str quant_type='nf4', int nested_blocksize=256, "
-        "ScalarType? weight_dtype=None, ScalarType? compute_dtype=None, ScalarType? out_dtype=None, "
-        "Tensor? dense=None)";
+        "(Tensor x, Tensor[] weight, int[] format, Tensor[] lora_A, Tensor[] lora_B, float[] scaling, *, "
+        "float[]? dropout=None, Tensor? seeds=None, Tensor? bias=None, Tensor? add=None, "
+        "ScalarType? compute_dtype=None, ScalarType? out_dtype=None)";
     m.def(("lora_linear" + arguments + " -> Tensor y").c_str());
     m.def(("lora_linear_forward" + arguments + " -> (Tensor y, Tensor s)").c_str());
     m.def(
-        "lora_linear_backward(Tensor grad_y, Tensor? x, Tensor? s, Tensor? codes, Tensor? absmax, Tensor[] nested, "
-        "int nested_blocksize, int in_features, int blocksize, str quant_type, ScalarType? weight_dtype, "
-        "ScalarType? compute_dtype, ScalarType? x_dtype, Tensor? dense, Tensor? add, Tensor[] lora_A, Tensor[] lora_B, "
-        "float[] scaling, float[]? dropout, Tensor? seeds, bool wants_x, bool[] wants_A, bool[] wants_B) "
+        "lora_linear_backward(Tensor grad_y, Tensor? x, Tensor? s, Tensor[] weight, int[] format, Tensor[] lora_A, "
+        "Tensor[] lora_B, float[] scaling, bool wants_x, bool[] wants_A, bool[] wants_B, *, float[]? dropout=None, "
+        "Tensor? seeds=None, Tensor? add=None, ScalarType? compute_dtype=None, ScalarType? x_dtype=None) "
         "-> (Tensor grad_x, Tensor grad_A, Tensor grad_B)");
 #if defined(PEFT_KERNELS_CUDA)
     m.def("lora_linear_set_crossover(str device_name, int forward, int backward) -> ()");

@@ -2,8 +2,6 @@
 #pragma once
 
 #include <optional>
-#include <string>
-#include <vector>
 
 #include "common/torch/checks.h"
 #include "matmul/matmul.h"
@@ -11,26 +9,14 @@
 
 namespace peft_kernels {
 
-using Tensors = std::vector<Tensor>;
-using Numbers = std::vector<double>;
-
-// The 4-bit weight [n, k] of an op, or nothing where it was not given one. Its dtype is compute_dtype by default.
-inline std::optional<Nf4Weight> check_optional_weight(
-    const std::optional<Tensor>& codes, const std::optional<Tensor>& absmax, const std::vector<Tensor>& nested,
-    int64_t nested_blocksize, int64_t n, int64_t k, int64_t blocksize, const std::string& quant_type,
-    const std::optional<ScalarType>& dtype, DType compute_dtype, const Tensor& reference) {
-    if (!codes) return std::nullopt;
-    if (!absmax) bad_argument("absmax", "none", "the statistics of the 4-bit weight");
-    check_device(*codes, "codes", reference);
-    return check_nf4_weight(*codes, *absmax, {n, k}, check_float_dtype(dtype, "weight dtype", compute_dtype), blocksize,
-                            quant_type, nested, nested_blocksize);
-}
-
-// A weight [n, k] of either kind, or none.
+// The weight [n, k] of an op, of either kind, or none.
 struct LinearWeight {
     std::optional<Nf4Weight> nf4;
     std::optional<ConstMatrix> dense;
     bool is_transposed = false;  // the dense one lies as [k, n]
+    int64_t n = 0, k = 0;
+
+    explicit operator bool() const { return nf4 || dense; }
 
     void give(MatmulParams& params) const {
         params.weight = nf4 ? &*nf4 : nullptr;
@@ -39,17 +25,28 @@ struct LinearWeight {
     }
 };
 
-inline LinearWeight check_weight(const std::optional<Tensor>& dense, const std::optional<Tensor>& codes,
-                                 const std::optional<Tensor>& absmax, const Tensors& nested, int64_t nested_blocksize,
-                                 int64_t n, int64_t k, int64_t blocksize, const std::string& quant_type,
-                                 const std::optional<ScalarType>& dtype, DType compute_dtype, const Tensor& reference) {
-    const std::optional<Nf4Weight> nf4 = check_optional_weight(codes, absmax, nested, nested_blocksize, n, k, blocksize,
-                                                               quant_type, dtype, compute_dtype, reference);
-    if (!dense) return {nf4, std::nullopt};
-    if (nf4) bad_argument("dense", "a dense and a 4-bit weight", "a dense or a 4-bit weight");
-    check_shape(*dense, "dense", {n, k});
-    if (dense->stride(1) == 1 || k <= 1) return {std::nullopt, check_matrix(*dense, "dense", n, k, reference)};
-    return {std::nullopt, check_matrix(torch::stable::transpose(*dense, 0, 1), "dense", k, n, reference), true};
+// `weight` and `format` are those of a 4-bit weight (nf4/binding.h), one dense matrix and an empty list, or both empty.
+inline LinearWeight check_weight(const Tensors& weight, const Integers& format, const Tensor& reference) {
+    LinearWeight result;
+    if (!format.empty()) {
+        const Sizes shape = shape_of(format);
+        if (shape.size() != 2) bad_argument("shape", describe_shape(shape), "[N, K]");
+        result.nf4 = check_nf4_weight(weight, format);
+        check_device(weight[0], "codes", reference);
+        result.n = result.nf4->n;
+        result.k = result.nf4->k;
+        return result;
+    }
+    if (weight.empty()) return result;
+    if (weight.size() > 1)
+        bad_argument("weight", counted(weight.size()) + " without a format", "a dense matrix [N, K], or none");
+    const Tensor& dense = weight[0];
+    if (dense.dim() != 2) bad_argument("weight", describe(dense), "a matrix [N, K]");
+    const int64_t n = result.n = dense.size(0), k = result.k = dense.size(1);
+    result.is_transposed = k > 1 && dense.stride(1) != 1;
+    result.dense = result.is_transposed ? check_matrix(torch::stable::transpose(dense, 0, 1), "weight", k, n, reference)
+                                        : check_matrix(dense, "weight", n, k, reference);
+    return result;
 }
 
 inline ConstMatrix check_bias(const Tensor& bias, int64_t n, const Tensor& reference) {

@@ -2,7 +2,6 @@
 #pragma once
 
 #include <string>
-#include <vector>
 
 #include "common/torch/checks.h"
 #include "nf4/nf4.h"
@@ -23,42 +22,64 @@ inline int32_t check_blocksize(int64_t blocksize, const char* name, int64_t smal
     return __builtin_ctzll(static_cast<uint64_t>(blocksize));
 }
 
+// A value of an enumeration whose last one is `last`, from its number.
+template <class Enum>
+Enum check_enum(int64_t value, const char* name, Enum last, const char* wanted) {
+    if (value < 0 || value > static_cast<int64_t>(last)) bad_argument(name, std::to_string(value), wanted);
+    return static_cast<Enum>(value);
+}
+
 inline int32_t check_blocksize(int64_t blocksize) { return check_blocksize(blocksize, "blocksize", 32, 4096); }
 
-// The fields of an NF4Weight (peft_kernels/ops/nf4.py), in its order. The result points into the tensors. A shape of
-// other than two dimensions becomes one row.
-inline Nf4Weight check_nf4_weight(const Tensor& codes, const Tensor& absmax, const std::vector<int64_t>& shape,
-                                  DType dtype, int64_t blocksize, const std::string& quant_type,
-                                  const std::vector<Tensor>& nested, int64_t nested_blocksize) {
-    Nf4Weight weight{};
+// An NF4Weight as an op is given it, in two lists; `NF4Weight.arguments` in peft_kernels/ops/nf4.py makes them:
+//
+//   weight  codes, absmax; then, where the statistics are nested, their code, absmax and offset
+//   format  blocksize, QuantType, nested blocksize, DType; then the sizes of the tensor
+//
+inline Sizes shape_of(const Integers& format) {
+    constexpr size_t kHead = 4;
+    if (format.size() < kHead)
+        bad_argument("format", counted(format.size()), "blocksize, quant_type, nested_blocksize, dtype and a shape");
+    return {format.data() + kHead, format.size() - kHead};
+}
+
+// The result points into the tensors. A shape of other than two dimensions becomes one row.
+inline Nf4Weight check_nf4_weight(const Tensors& weight, const Integers& format) {
+    const Sizes shape = shape_of(format);
+    Nf4Weight result{};
     const int64_t count = check_count(shape, "shape");
-    weight.n = shape.size() == 2 ? shape[0] : 1;
-    weight.k = shape.size() == 2 ? shape[1] : count;
-    weight.log2_blocksize = check_blocksize(blocksize);
-    weight.quant_type = check_quant_type(quant_type);
-    weight.dtype = dtype;
+    result.n = shape.size() == 2 ? shape[0] : 1;
+    result.k = shape.size() == 2 ? shape[1] : count;
+    const int64_t blocksize = format[0], nested_blocksize = format[2];
+    result.log2_blocksize = check_blocksize(blocksize);
+    result.quant_type = check_enum(format[1], "quant_type", QuantType::kFp4, "0 for nf4 or 1 for fp4");
+    result.dtype =
+        check_enum(format[3], "weight dtype", DType::kFloat16, "0 for float32, 1 for bfloat16 or 2 for float16");
+    if (weight.empty()) bad_argument("codes", "none", "those of a 4-bit weight");
+    if (weight.size() == 1) bad_argument("absmax", "none", "the statistics of the 4-bit weight");
+    const Tensor &codes = weight[0], &absmax = weight[1];
     const int64_t blocks = count / blocksize + (count % blocksize != 0);
     check_array(codes, "codes", ScalarType::Byte, count / 2 + count % 2, codes);
-    weight.codes = static_cast<const uint8_t*>(codes.const_data_ptr());
+    result.codes = static_cast<const uint8_t*>(codes.const_data_ptr());
 
-    if (nested.empty()) {
+    if (weight.size() == 2) {
         check_array(absmax, "absmax", ScalarType::Float, blocks, codes);
-        weight.absmax.absmax = static_cast<const float*>(absmax.const_data_ptr());
-        return weight;
+        result.absmax.absmax = static_cast<const float*>(absmax.const_data_ptr());
+        return result;
     }
-    if (nested.size() != 3)
-        bad_argument("nested", std::to_string(nested.size()) + " tensors", "none, or (code, absmax, offset)");
-    weight.absmax.log2_nested_blocksize = check_blocksize(nested_blocksize, "nested_blocksize", 1, int64_t{1} << 30);
+    if (weight.size() != 5)
+        bad_argument("nested", std::to_string(weight.size() - 2) + " tensors", "none, or (code, absmax, offset)");
+    result.absmax.log2_nested_blocksize = check_blocksize(nested_blocksize, "nested_blocksize", 1, int64_t{1} << 30);
     const int64_t nested_blocks = blocks / nested_blocksize + (blocks % nested_blocksize != 0);
     check_array(absmax, "absmax", ScalarType::Byte, blocks, codes);
-    check_array(nested[0], "nested code", ScalarType::Float, 256, codes);
-    check_array(nested[1], "nested absmax", ScalarType::Float, nested_blocks, codes);
-    check_array(nested[2], "nested offset", ScalarType::Float, 1, codes);
-    weight.absmax.nested_codes = static_cast<const uint8_t*>(absmax.const_data_ptr());
-    weight.absmax.nested_code = static_cast<const float*>(nested[0].const_data_ptr());
-    weight.absmax.nested_absmax = static_cast<const float*>(nested[1].const_data_ptr());
-    weight.absmax.nested_offset = static_cast<const float*>(nested[2].const_data_ptr());
-    return weight;
+    check_array(weight[2], "nested code", ScalarType::Float, 256, codes);
+    check_array(weight[3], "nested absmax", ScalarType::Float, nested_blocks, codes);
+    check_array(weight[4], "nested offset", ScalarType::Float, 1, codes);
+    result.absmax.nested_codes = static_cast<const uint8_t*>(absmax.const_data_ptr());
+    result.absmax.nested_code = static_cast<const float*>(weight[2].const_data_ptr());
+    result.absmax.nested_absmax = static_cast<const float*>(weight[3].const_data_ptr());
+    result.absmax.nested_offset = static_cast<const float*>(weight[4].const_data_ptr());
+    return result;
 }
 
 }  // namespace peft_kernels

@@ -24,34 +24,29 @@ void dequantize(const Nf4DequantizeParams& params, [[maybe_unused]] const Tensor
     dispatch::nf4_dequantize(params);
 }
 
-Tensor dequantize_all(Tensor codes, Tensor absmax, std::vector<int64_t> shape, ScalarType weight_dtype,
-                      int64_t blocksize, std::string quant_type, std::vector<Tensor> nested, int64_t nested_blocksize,
-                      ScalarType dtype) {
+Tensor dequantize_all(const Tensors& weight, const Integers& format, ScalarType dtype) {
     Nf4DequantizeParams params{};
-    params.weight = check_nf4_weight(codes, absmax, shape, check_float_dtype(weight_dtype, "weight dtype"), blocksize,
-                                     quant_type, nested, nested_blocksize);
+    params.weight = check_nf4_weight(weight, format);
     params.out_dtype = check_float_dtype(dtype, "dtype");
-    Tensor out = empty(codes, shape, dtype);
+    Tensor out = empty(weight[0], shape_of(format), dtype);
     if (out.numel() == 0) return out;
     params.count = out.numel();
     params.out = out.mutable_data_ptr();
-    dequantize(params, codes);
+    dequantize(params, weight[0]);
     return out;
 }
 
 // Rows first_row and following of a weight [n, k] into out [rows, k].
-void dequantize_rows(Tensor codes, Tensor absmax, std::vector<int64_t> shape, ScalarType weight_dtype,
-                     int64_t blocksize, std::string quant_type, std::vector<Tensor> nested, int64_t nested_blocksize,
-                     int64_t first_row, Tensor out) {
+void dequantize_rows(const Tensors& weight, const Integers& format, int64_t first_row, Tensor out) {
     Nf4DequantizeParams params{};
-    params.weight = check_nf4_weight(codes, absmax, shape, check_float_dtype(weight_dtype, "weight dtype"), blocksize,
-                                     quant_type, nested, nested_blocksize);
+    params.weight = check_nf4_weight(weight, format);
+    const Sizes shape = shape_of(format);
     if (shape.size() != 2) bad_argument("shape", describe_shape(shape), "[N, K]");
     params.out_dtype = check_float_dtype(out, "out");
     const int64_t n = shape[0], k = shape[1];
     if (out.dim() != 2 || out.size(1) != k || out.size(0) > n)
         bad_argument("out", describe(out), "some of the rows of a weight " + describe_shape(shape));
-    check_device(out, "out", codes);
+    check_device(out, "out", weight[0]);
     check_contiguous(out, "out");
     if (first_row < 0 || first_row > n - out.size(0))
         bad_argument("first_row", std::to_string(first_row),
@@ -68,7 +63,7 @@ void dequantize_rows(Tensor codes, Tensor absmax, std::vector<int64_t> shape, Sc
     if (reinterpret_cast<uint64_t>(params.out) % 16 != 0)
         bad_argument("out", "memory at a multiple of " + std::to_string(size_of(params.out_dtype)) + " bytes",
                      "a multiple of 16");
-    dequantize(params, codes);
+    dequantize(params, weight[0]);
 }
 
 std::tuple<Tensor, Tensor> quantize(Tensor input, int64_t blocksize, std::string quant_type) {
@@ -100,12 +95,8 @@ std::tuple<Tensor, Tensor> quantize(Tensor input, int64_t blocksize, std::string
 }  // namespace peft_kernels
 
 STABLE_TORCH_LIBRARY_FRAGMENT(PEFT_KERNELS_NAMESPACE, m) {
-    m.def(
-        "nf4_dequantize(Tensor codes, Tensor absmax, int[] shape, ScalarType weight_dtype, int blocksize, "
-        "str quant_type, Tensor[] nested, int nested_blocksize, ScalarType dtype) -> Tensor");
-    m.def(
-        "nf4_dequantize_rows(Tensor codes, Tensor absmax, int[] shape, ScalarType weight_dtype, int blocksize, "
-        "str quant_type, Tensor[] nested, int nested_blocksize, int first_row, Tensor(a!) out) -> ()");
+    m.def("nf4_dequantize(Tensor[] weight, int[] format, ScalarType dtype) -> Tensor");
+    m.def("nf4_dequantize_rows(Tensor[] weight, int[] format, int first_row, Tensor(a!) out) -> ()");
     m.def("nf4_quantize(Tensor tensor, int blocksize, str quant_type) -> (Tensor, Tensor)");
 }
 

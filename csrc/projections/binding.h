@@ -10,8 +10,6 @@
 
 namespace peft_kernels {
 
-using Integers = std::vector<int64_t>;
-
 inline ConstMatrix read_only(const Matrix& matrix) { return {matrix.data, matrix.dtype, matrix.stride}; }
 
 // A linear layer and its adapters: plain data, which points into tensors that the caller keeps.

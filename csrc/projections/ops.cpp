@@ -1,9 +1,9 @@
 // The projections ops: packing linear layers with their adapters, and calling one. What runs is lora_linear or linear.
 //
-// A call of lora_linear hands over 18 arguments, which are looked at and checked each time: 6 us, as long as the kernel
+// A call of lora_linear hands over a dozen arguments, which are looked at and checked each time: 6 us, as long as the kernel
 // takes for one row of 576 x 576. This one hands over three.
-#include <optional>
 #include <string>
+#include <type_traits>
 #include <vector>
 
 #include "common/torch/registration.h"
@@ -12,24 +12,20 @@
 namespace peft_kernels {
 namespace {
 
-// Lists with an item for each projection; adapters of all, one after the other. Where weights are dense there is no
-// absmax, where biases are missing there is none at all.
-Tensor pack(const Tensors& weights, const Tensors& absmax, const Tensors& nested, int64_t nested_blocksize,
-            int64_t blocksize, const std::string& quant_type, ScalarType weight_dtype, const Integers& in_features,
-            const Integers& out_features, const Tensors& biases, const Integers& num_adapters, const Tensors& lora_A,
-            const Tensors& lora_B, const Numbers& scaling) {
-    const size_t count = weights.size();
-    if (count == 0) bad_argument("weights", "none", "one at least");
+// Lists with an item for each projection: weights and formats, one list after the other of a kind, as matmul/binding.h
+// has them, and all of one kind; biases, or none; adapters of all, one after the other.
+Tensor pack(const Tensors& weights, const Integers& formats, const Tensors& biases, const Integers& num_adapters,
+            const Tensors& lora_A, const Tensors& lora_B, const Numbers& scaling) {
+    const size_t count = num_adapters.size();
+    if (count == 0) bad_argument("num_adapters", "none", "one at least");
     const auto check = [](const auto& list, const char* name, size_t wanted, bool optional = false) {
         if (list.size() != wanted && !(optional && list.empty()))
             bad_argument(name, counted(list.size()), counted(wanted) + (optional ? ", or none" : ""));
     };
-    check(absmax, "absmax", count, true);
-    check(nested, "nested", 3 * count, true);
-    check(in_features, "in_features", count);
-    check(out_features, "out_features", count);
+    const size_t each_weight = weights.size() / count, each_format = formats.size() / count;
+    check(weights, "weights", each_weight > 0 ? each_weight * count : count);
+    check(formats, "formats", each_format * count);
     check(biases, "biases", count, true);
-    check(num_adapters, "num_adapters", count);
     size_t total = 0;
     for (int64_t some : num_adapters) {
         if (some < 0) bad_argument("num_adapters", std::to_string(some), "a number of at least 0");
@@ -42,36 +38,31 @@ Tensor pack(const Tensors& weights, const Tensors& absmax, const Tensors& nested
     std::vector<Projection> projections(count);
     std::vector<LoraAdapter> adapters;
     const Tensor& reference = weights[0];
-    const DType dtype = check_float_dtype(weight_dtype, "weight_dtype");
+    const auto part = [](const auto& list, size_t begin, size_t count) {
+        return std::decay_t<decltype(list)>(list.begin() + begin, list.begin() + begin + count);
+    };
     for (size_t i = 0; i < count; ++i) {
         Projection& w = projections[i];
-        w.n = out_features[i];
-        w.k = in_features[i];
-        if (absmax.empty()) {
-            check_dtype(weights[i], "weights", weight_dtype);
-            w.dense = check_matrix(weights[i], "weights", w.n, w.k, reference);
-        } else {
-            Tensors statistics;
-            if (!nested.empty()) statistics.assign(&nested[3 * i], &nested[3 * i] + 3);
-            w.nf4 = check_nf4_weight(weights[i], absmax[i], {w.n, w.k}, dtype, blocksize, quant_type, statistics,
-                                     nested_blocksize);
-        }
+        const LinearWeight weight = check_weight(part(weights, i * each_weight, each_weight),
+                                                 part(formats, i * each_format, each_format), reference);
+        if (weight.is_transposed) bad_argument("weight", "a transposed one", "dense rows: an inner stride of 1");
+        w.n = weight.n;
+        w.k = weight.k;
+        if (weight.nf4) w.nf4 = *weight.nf4;
+        if (weight.dense) w.dense = *weight.dense;
         if (!biases.empty()) w.bias = check_bias(biases[i], w.n, reference);
-        if (w.bias.data && !w.nf4.codes) check_dtype(biases[i], "biases", weight_dtype);
+        if (w.bias.data && weight.dense) check_dtype(biases[i], "biases", dtype_of(reference));
         w.first_adapter = static_cast<int64_t>(adapters.size());
         w.num_adapters = static_cast<int32_t>(num_adapters[i]);
-        const auto part = [&](const auto& list) {
-            const auto begin = list.begin() + w.first_adapter;
-            return std::decay_t<decltype(list)>(begin, begin + w.num_adapters);
-        };
+        const auto of_this = [&](const auto& list) { return part(list, w.first_adapter, w.num_adapters); };
         // check_adapters would make a copy of other matrices, which would not outlive this call.
         for (const Tensors* matrices : {&lora_A, &lora_B})
-            for (const Tensor& matrix : part(*matrices))
+            for (const Tensor& matrix : of_this(*matrices))
                 if (matrix.dim() == 2 && matrix.size(1) > 1 && matrix.stride(1) != 1)
                     bad_argument(matrices == &lora_A ? "lora_A" : "lora_B",
                                  "strides " + describe_shape(matrix.strides()), "dense rows: an inner stride of 1");
-        const CheckedAdapters checked =
-            check_adapters(part(lora_A), part(lora_B), part(scaling), std::nullopt, std::nullopt, w.n, w.k, reference);
+        const CheckedAdapters checked = check_adapters(of_this(lora_A), of_this(lora_B), of_this(scaling), std::nullopt,
+                                                       std::nullopt, w.n, w.k, reference);
         w.total_rank = checked.total_rank;
         adapters.insert(adapters.end(), checked.list.begin(), checked.list.end());
     }
@@ -97,9 +88,8 @@ Tensor project(const Tensor& given_x, const Tensor& projections, int64_t out_fea
 
 STABLE_TORCH_LIBRARY_FRAGMENT(peft_kernels, m) {
     m.def(
-        "projections_pack(Tensor[] weights, Tensor[] absmax, Tensor[] nested, int nested_blocksize, "
-        "int blocksize, str quant_type, ScalarType weight_dtype, int[] in_features, int[] out_features, "
-        "Tensor[] biases, int[] num_adapters, Tensor[] lora_A, Tensor[] lora_B, float[] scaling) -> Tensor");
+        "projections_pack(Tensor[] weights, int[] formats, Tensor[] biases, int[] num_adapters, Tensor[] lora_A, "
+        "Tensor[] lora_B, float[] scaling) -> Tensor");
     m.def("projections_forward(Tensor x, Tensor projections, int out_features) -> Tensor y");
 }
 

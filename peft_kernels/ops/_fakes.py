@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -10,6 +11,8 @@ import torch
 from torch import Tensor
 
 from .. import _extension  # noqa: F401
+
+_OF_4BIT = ("codes", "absmax", "nested", "nested", "nested")  # what the ops' `weight` consists of
 
 
 def register_fake(op: str, **called: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -24,7 +27,7 @@ def register_fake(op: str, **called: str) -> Callable[[Callable[..., Any]], Call
         @functools.wraps(fake)
         def checked(*args: Any, **kwargs: Any) -> Any:
             given = {**dict(zip(names, args, strict=False)), **kwargs}
-            tensors = [(name, tensor) for name in given for tensor in _tensors(given[name])]
+            tensors = [pair for name in given for pair in _tensors(name, given[name])]
             for name, tensor in tensors:
                 if tensor.device != tensors[0][1].device:
                     raise ValueError(
@@ -39,8 +42,9 @@ def register_fake(op: str, **called: str) -> Callable[[Callable[..., Any]], Call
     return register
 
 
-def _tensors(value: Any) -> Iterator[Tensor]:
+def _tensors(name: str, value: Any) -> Iterator[tuple[str, Tensor]]:
     if isinstance(value, Tensor):
-        yield value
+        yield name, value
     elif isinstance(value, (list, tuple)):
-        yield from (item for item in value if isinstance(item, Tensor))
+        names = _OF_4BIT if name == "weight" and len(value) > 1 else itertools.repeat(name)
+        yield from ((name, item) for name, item in zip(names, value, strict=False) if isinstance(item, Tensor))

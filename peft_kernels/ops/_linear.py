@@ -53,22 +53,21 @@ def product_dtypes(
     return compute_dtype or default, out_dtype or default
 
 
-def weight_arguments(weight: Tensor | NF4Weight, features: int, compute_dtype: torch.dtype, x_dtype: torch.dtype):
-    """The ops' arguments from `codes` to `compute_dtype`, none for a dense weight; `features` is the side of the weight
-    that x or grad_y does not tell. A dtype that the ops would take anyway is left to them: it costs 0.4 µs to pass."""
-    compute = None if compute_dtype is x_dtype else compute_dtype
-    w = weight
-    if isinstance(w, NF4Weight):
-        dtype = None if w.dtype is compute_dtype else w.dtype
-        return w.codes, w.absmax, w.nested, w.nested_blocksize, features, w.blocksize, w.quant_type, dtype, compute
-    return None, None, (), 256, features, 64, "nf4", None, compute
+def weight_arguments(weight: Tensor | NF4Weight | None) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+    """The ops' `weight` and `format`."""
+    if isinstance(weight, NF4Weight):
+        return weight.arguments
+    return () if weight is None else (weight,), ()
 
 
-def weight_options(w: NF4Weight) -> dict[str, int | str]:
-    """How the elements are stored, as keyword arguments of an op, as far as that is not the usual way."""
-    if w.blocksize == 64 and w.quant_type == "nf4" and w.nested_blocksize == 256:
-        return {}
-    return {"blocksize": w.blocksize, "quant_type": w.quant_type, "nested_blocksize": w.nested_blocksize}
+def other_dtype(dtype: torch.dtype, x: Tensor) -> torch.dtype | None:
+    """An argument of an op that takes x's dtype for none: to pass one costs 0.4 µs."""
+    return None if dtype is x.dtype else dtype
+
+
+def sizes(weight: Sequence[Tensor], format: Sequence[int]) -> Sequence[int]:
+    """[N, K] of a weight that an op was given so."""
+    return format[-2:] if format else weight[0].shape
 
 
 def without_autocast(device_type: str) -> AbstractContextManager:

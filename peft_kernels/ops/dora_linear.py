@@ -195,19 +195,17 @@ class _Call:
     def add_branch(self, x, add, bias, lora_A, lora_B) -> tuple[Tensor, Tensor]:
         """Returns y [M, N], and x Aᵀ [M, r] in fp32."""
         return _BRANCH(
-            x, None, None, (), add.shape[1], [lora_A], [lora_B], [self.scaling], bias=bias, add=add,
-            out_dtype=self.product.out_dtype,
-        )  # fmt: skip
+            x, (), (), [lora_A], [lora_B], [self.scaling], bias=bias, add=add, out_dtype=self.product.out_dtype
+        )
 
     def backward(self, grad_y, x, x_dtype, s, unscaled, lora_A, lora_B, gain, wants_x, wants_A, wants_B, wants_gain):
         """Returns the gradients of x, A, B and g; without elements where not wanted."""
         grad_x, _, grad_gain = self.product.backward(
             grad_y, None, x_dtype, unscaled, None, gain, wants_x, False, wants_gain
         )
-        k = lora_A.shape[1]
         grad_x, grad_A, grad_B = _BRANCH_BACKWARD(
-            grad_y, x, s, None, None, (), 256, k, 64, "nf4", None, None, x_dtype, None, grad_x if wants_x else None,
-            [lora_A], [lora_B], [self.scaling], None, None, wants_x, [wants_A], [wants_B],
+            grad_y, x, s, (), (), [lora_A], [lora_B], [self.scaling], wants_x, [wants_A], [wants_B],
+            add=grad_x if wants_x else None, x_dtype=x_dtype,
         )  # fmt: skip
         return grad_x, grad_A, grad_B, grad_gain
 

@@ -17,13 +17,7 @@ from torch.autograd import forward_ad
 from ._arguments import bad, matrix
 from ._autograd import anchor, any_wants_gradients, differentiates, once_differentiable
 from ._fakes import register_fake
-from ._linear import (
-    check_product,
-    product_dtypes,
-    weight_arguments,
-    weight_options,
-    without_autocast,
-)
+from ._linear import check_product, other_dtype, product_dtypes, sizes, weight_arguments, without_autocast
 from .linear import linear, outruns_torch
 from .nf4 import NF4Weight
 
@@ -141,14 +135,13 @@ def check_items(name: str, items: Any, kind: type | tuple[type, ...]) -> None:
 
 def _forward(x, weight, bias, lora_A, lora_B, scaling, dropout, compute_dtype, out_dtype, seeds, wants_s, owns):
     """Returns y [..., N], and s [rows of x, Σ rank] if it is wanted. `owns`: a dense product is the kernels'."""
+    options = {}  # what is left out costs a call less
     if isinstance(weight, NF4Weight):
-        stored, options = (weight.codes, weight.absmax, weight.nested, weight.shape[0]), weight_options(weight)
-        if weight.dtype is not compute_dtype:
-            options["weight_dtype"] = weight.dtype
+        stored = weight.arguments
         if bias is not None:
             options["bias"] = bias
     elif owns:
-        stored, options = (None, None, (), weight.shape[0]), {"dense": weight}
+        stored = (weight,), ()
         if bias is not None:
             options["bias"] = bias.contiguous()
     else:
@@ -158,7 +151,7 @@ def _forward(x, weight, bias, lora_A, lora_B, scaling, dropout, compute_dtype, o
             add = linear(rows.to(compute_dtype), weight.to(compute_dtype), bias).to(out_dtype)
         if not lora_A:
             return add, None
-        stored, options = (None, None, (), weight.shape[0]), {"add": add}
+        stored, options["add"] = ((), ()), add
     if compute_dtype is not x.dtype:
         options["compute_dtype"] = compute_dtype
     if out_dtype is not x.dtype:
@@ -187,19 +180,19 @@ class _Call:
 
     def backward(self, grad_y, x, x_dtype, s, seeds, lora_A, lora_B, wants_x, wants_A, wants_B, owns):
         """Returns grad_x [..., K] or None, and lists of the gradients of A and B in fp32, None where not wanted."""
-        dense = add = None
-        if wants_x and not isinstance(self.weight, NF4Weight):
-            dtype = self.compute_dtype
-            if owns:
-                dense = self.weight
-            else:
+        weight, dtype, options = self.weight, self.compute_dtype, {}
+        if not (owns or isinstance(weight, NF4Weight)):
+            if wants_x:
                 with without_autocast(grad_y.device.type):
-                    add = (grad_y.to(dtype) @ self.weight.to(dtype)).to(x_dtype)
-        if not any(wants_A + wants_B) and (not wants_x or (add is not None and not lora_A)):
-            return add, [None] * len(lora_A), [None] * len(lora_A)
+                    options["add"] = (grad_y.to(dtype) @ weight.to(dtype)).to(x_dtype)
+            weight = None
+        if not any(wants_A + wants_B) and (not wants_x or (weight is None and not lora_A)):
+            return options.get("add"), [None] * len(lora_A), [None] * len(lora_A)
+        if self.dropout:
+            options |= {"dropout": self.dropout, "seeds": seeds}
         grad_x, grad_A, grad_B = torch.ops.peft_kernels.lora_linear_backward(
-            grad_y, x, s, *weight_arguments(self.weight, self.weight.shape[1], self.compute_dtype, grad_y.dtype),
-            x_dtype, dense, add, lora_A, lora_B, self.scaling, self.dropout or None, seeds, wants_x, wants_A, wants_B,
+            grad_y, x, s, *weight_arguments(weight), lora_A, lora_B, self.scaling, wants_x, wants_A, wants_B,
+            compute_dtype=other_dtype(dtype, grad_y), x_dtype=other_dtype(x_dtype, grad_y), **options,
         )  # fmt: skip
         return grad_x if wants_x else None, _split(grad_A, lora_A, wants_A), _split(grad_B, lora_B, wants_B)
 
@@ -251,22 +244,22 @@ class _LoRALinear(torch.autograd.Function):
 
 
 @register_fake("lora_linear")
-def _fake_y(x, codes, absmax, nested, out_features, lora_A, lora_B, scaling, *, dropout=None, seeds=None, bias=None,
-            add=None, dense=None, out_dtype=None, **format):  # fmt: skip
-    return x.new_empty((*x.shape[:-1], out_features), dtype=out_dtype)
+def _fake_y(x, weight, format, lora_A, lora_B, scaling, *, add=None, out_dtype=None, **options):
+    n = sizes(weight, format)[0] if weight else lora_B[0].shape[0] if add is None else add.shape[-1]
+    return x.new_empty((*x.shape[:-1], n), dtype=out_dtype)
 
 
 @register_fake("lora_linear_forward")
-def _(x, codes, absmax, nested, out_features, lora_A, *arguments, **options):
-    y = _fake_y(x, codes, absmax, nested, out_features, lora_A, *arguments, **options)
+def _(x, weight, format, lora_A, *arguments, **options):
+    y = _fake_y(x, weight, format, lora_A, *arguments, **options)
     return y, x.new_empty((math.prod(x.shape[:-1]), sum(a.shape[0] for a in lora_A)), dtype=torch.float32)
 
 
 @register_fake("lora_linear_backward")
-def _(grad_y, x, s, codes, absmax, nested, nested_blocksize, in_features, blocksize, quant_type, weight_dtype,
-      compute_dtype, x_dtype, dense, add, lora_A, lora_B, scaling, dropout, seeds, wants_x, wants_A,
-      wants_B):  # fmt: skip
+def _(grad_y, x, s, weight, format, lora_A, lora_B, scaling, wants_x, wants_A, wants_B, *, add=None, x_dtype=None,
+      **options):  # fmt: skip
+    k = sizes(weight, format)[1] if weight else lora_A[0].shape[1] if add is None else add.shape[-1]
     size_A = sum(a.numel() for a, want in zip(lora_A, wants_A, strict=True) if want)
     size_B = sum(b.numel() for b, want in zip(lora_B, wants_B, strict=True) if want)
-    grad_x = grad_y.new_empty((*grad_y.shape[:-1], in_features) if wants_x else (0, in_features), dtype=x_dtype)
+    grad_x = grad_y.new_empty((*grad_y.shape[:-1], k) if wants_x else (0, k), dtype=x_dtype)
     return grad_x, *(grad_y.new_empty((size,), dtype=torch.float32) for size in (size_A, size_B))

@@ -17,6 +17,7 @@ from ._fakes import register_fake
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _STORAGE_DTYPES = (torch.uint8, *_DTYPES)
 _NESTED_BLOCKSIZE = 256
+_FORMAT_SIZES = 4  # where the sizes begin in `NF4Weight.arguments`
 _CODEBOOKS = {
     "nf4": (
         -1.0,
@@ -38,6 +39,7 @@ _CODEBOOKS = {
     ),
     "fp4": tuple(sign * v / 12 for sign in (1, -1) for v in (0.0, 0.0625, 8.0, 12.0, 4.0, 6.0, 2.0, 3.0)),
 }
+_QUANT_TYPES = tuple(_CODEBOOKS)
 
 
 @dataclass(frozen=True)
@@ -204,6 +206,29 @@ class NF4Weight:
                 if not fits:
                     raise ValueError(f"{name}: got {value!r}, a {type(value).__name__}, wanted {wanted}")
 
+    @property
+    def arguments(self) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+        """The ops' `weight` and `format`, which csrc/nf4/binding.h describes.
+
+        Raises:
+            ValueError: quant_type or dtype is none that the format has.
+        """
+        if torch.compiler.is_compiling():
+            return self._make_arguments()
+        kept = self.__dict__.get("_arguments")
+        if kept is None:
+            kept = self.__dict__["_arguments"] = self._make_arguments()
+        return kept
+
+    def _make_arguments(self) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+        if self.quant_type not in _CODEBOOKS:
+            raise ValueError(f"quant_type: got {self.quant_type!r}, wanted 'nf4' or 'fp4'")
+        if self.dtype not in _DTYPES:
+            dtype = str(self.dtype).removeprefix("torch.")
+            raise ValueError(f"weight dtype: got {dtype}, wanted float32, bfloat16 or float16")
+        numbers = _QUANT_TYPES.index(self.quant_type), self.nested_blocksize, _DTYPES.index(self.dtype)
+        return (self.codes, self.absmax, *self.nested), (self.blocksize, *numbers, *self.shape)
+
     def as_dict(self) -> dict[str, Any]:
         """The fields under bitsandbytes' names: `QuantState.from_dict(weight.as_dict(), device)` is its QuantState."""
         state: dict[str, Any] = {
@@ -332,17 +357,7 @@ def dequantize_4bit(weight: NF4Weight, dtype: torch.dtype | None = None) -> Tens
     _check_weight(weight)
     if not (dtype is None or isinstance(dtype, torch.dtype)):
         raise ValueError(f"dtype: got {dtype!r}, wanted torch.float32, torch.bfloat16 or torch.float16")
-    return torch.ops.peft_kernels.nf4_dequantize(
-        weight.codes,
-        weight.absmax,
-        weight.shape,
-        weight.dtype,
-        weight.blocksize,
-        weight.quant_type,
-        weight.nested,
-        weight.nested_blocksize,
-        dtype or weight.dtype,
-    )
+    return torch.ops.peft_kernels.nf4_dequantize(*weight.arguments, dtype or weight.dtype)
 
 
 def dequantize_4bit_rows(weight: NF4Weight, first_row: int, out: Tensor) -> Tensor:
@@ -366,18 +381,7 @@ def dequantize_4bit_rows(weight: NF4Weight, first_row: int, out: Tensor) -> Tens
         raise ValueError(f"out: got {out!r}, a {type(out).__name__}, wanted a tensor [rows, K]")
     if not torch.compiler.is_compiling() and out.is_neg():  # torch would resolve it into a copy
         raise ValueError("out: got a negative view, wanted a tensor [rows, K] with memory of its values")
-    torch.ops.peft_kernels.nf4_dequantize_rows(
-        weight.codes,
-        weight.absmax,
-        weight.shape,
-        weight.dtype,
-        weight.blocksize,
-        weight.quant_type,
-        weight.nested,
-        weight.nested_blocksize,
-        first_row,
-        out,
-    )
+    torch.ops.peft_kernels.nf4_dequantize_rows(*weight.arguments, first_row, out)
     return out
 
 
@@ -388,12 +392,12 @@ def _check_weight(weight: Any) -> None:
 
 
 @register_fake("nf4_dequantize")
-def _(codes, absmax, shape, weight_dtype, blocksize, quant_type, nested, nested_blocksize, dtype):
-    return codes.new_empty(shape, dtype=dtype)
+def _(weight, format, dtype):
+    return weight[0].new_empty(format[_FORMAT_SIZES:], dtype=dtype)
 
 
 @register_fake("nf4_dequantize_rows")
-def _(codes, absmax, shape, weight_dtype, blocksize, quant_type, nested, nested_blocksize, first_row, out):
+def _(weight, format, first_row, out):
     return None
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from ._arguments import refuse
 from ._autograd import any_wants_gradients, differentiates
 from ._fakes import register_fake
+from ._linear import weight_arguments
 from .nf4 import NF4Weight
 
 
@@ -57,19 +58,14 @@ class Projections:
         counts = [len(lora_A) for lora_A in adapters[0]]
         first = weights[0]
         self.dense = not isinstance(first, NF4Weight)
-        if self.dense:
-            format_ = [w.detach() for w in weights], (), (), 256, 64, "nf4", first.dtype
-        else:
-            codes, absmax = [w.codes.detach() for w in weights], [w.absmax.detach() for w in weights]
-            nested = [tensor.detach() for w in weights for tensor in w.nested]
-            format_ = codes, absmax, nested, first.nested_blocksize, first.blocksize, first.quant_type, first.dtype
-        self.out_features, in_features = ([w.shape[side] for w in weights] for side in (0, 1))
-        lora_A, lora_B, scaling = ([item for items in lists for item in items] for lists in adapters)
+        self.out_features = [weight.shape[0] for weight in weights]
+        tensors, formats = zip(*map(weight_arguments, weights), strict=True)
+        lists = tensors, formats, *adapters
+        tensors, formats, lora_A, lora_B, scaling = ([item for items in kind for item in items] for kind in lists)
         self._adapters = *lora_A, *lora_B
-        self._kept = (
-            *format_, in_features, self.out_features, () if biases[0] is None else [bias.detach() for bias in biases],
-            counts, [a.detach() for a in lora_A], [b.detach() for b in lora_B], scaling,
-        )  # fmt: skip
+        biases = () if biases[0] is None else biases
+        tensors, biases, lora_A, lora_B = ([t.detach() for t in kind] for kind in (tensors, biases, lora_A, lora_B))
+        self._kept = tensors, formats, biases, counts, lora_A, lora_B, scaling
         self.packed = torch.ops.peft_kernels.projections_pack(*self._kept)
 
     def check_no_gradients(self, x: Tensor) -> None:

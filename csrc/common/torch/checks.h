@@ -11,6 +11,7 @@
 #include <stdexcept>
 #include <string>
 #include <utility>
+#include <vector>
 
 #include "common/activation.h"
 #include "common/dtype.h"
@@ -24,6 +25,13 @@ namespace peft_kernels {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
+
+using Sizes = torch::headeronly::IntHeaderOnlyArrayRef;
+using Tensors = std::vector<Tensor>;
+using Integers = std::vector<int64_t>;
+using Numbers = std::vector<double>;
+using OptionalTensor = std::optional<Tensor>;
+using OptionalDtype = std::optional<ScalarType>;
 
 [[noreturn]] inline void bad_argument(const std::string& name, const std::string& got, const std::string& wanted) {
     throw std::invalid_argument(name + ": got " + got + ", wanted " + wanted);
@@ -43,6 +51,8 @@ inline std::string describe(ScalarType type) {
         default: return torch::headeronly::toString(type);
     }
 }
+
+inline std::string counted(size_t count) { return std::to_string(count) + (count == 1 ? " item" : " items"); }
 
 template <class Sizes>
 std::string describe_shape(const Sizes& sizes) {

@@ -29,8 +29,6 @@ inline void advise_huge_pages(const Tensor& tensor, int64_t bytes) {
 #endif
 }
 
-using Sizes = torch::headeronly::IntHeaderOnlyArrayRef;
-
 inline Tensor new_tensor(const Tensor& like, Sizes sizes, ScalarType dtype) {
 #if defined(PEFT_KERNELS_EMULATED)
     return torch::stable::new_empty(like, sizes, dtype);  // which the emulator sees

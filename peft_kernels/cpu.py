@@ -7,6 +7,7 @@ import torch
 
 from . import _extension  # noqa: F401
 
+FEW_ROWS: int = torch.ops.peft_kernels.lora_linear_few_rows()  # for which a dense weight is read at the memory's speed
 _MKL_IS_NARROW = torch.backends.mkl.is_available() and not torch.ops.peft_kernels.cpu_is_intel()
 
 

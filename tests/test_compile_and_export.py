@@ -17,7 +17,7 @@ from torch import nn
 import peft_kernels
 from peft_kernels.nn import LoRALinear
 
-ROWS = (12, 1, 8, 9, 1024)  # the first is exported for, and there are others on both sides of `FEW_ROWS`
+ROWS = (12, 1, 8, 9, 1024)  # the first is exported for, and there are others on both sides of `cpu.FEW_ROWS`
 KINDS = ("dense", "conv1d", "4bit")
 
 

@@ -1,4 +1,4 @@
-"""The linear family against fp64, and the output layers of models that decode with it."""
+"""Products of few rows with a dense weight against fp64, and the output layers of models that decode with it."""
 
 import copy
 import pickle
@@ -14,6 +14,7 @@ from tiny_models import DECODERS, tiny, tokens
 import peft_kernels
 from peft_kernels.integrations import output_layer
 from peft_kernels.ops import linear
+from peft_kernels.ops.projections import Projection, Projections, project
 
 pytestmark = pytest.mark.kernels
 
@@ -101,8 +102,8 @@ def test_opcheck_and_compile():
     [
         ({"x": torch.ones(2, 5)}, r"x: got shape \[2, 5\], wanted \[2, 4\]"),
         ({"weight": torch.ones(4)}, r"weight: got float32 \[4\], wanted a matrix \[N, K\]"),
-        ({"weight": torch.ones(3, 4).half()}, r"weight: got float16 \[3, 4\], wanted float32"),
-        ({"bias": torch.ones(4)}, r"bias: got float32 \[4\], wanted float32 with 3 elements"),
+        ({"weight": torch.ones(3, 4).double()}, "weight: got float64, wanted float32, bfloat16 or float16"),
+        ({"bias": torch.ones(4)}, r"bias: got shape \[4\], wanted \[3\]"),
         ({"weight": torch.ones(3, 4, device="meta")}, "weight: got a tensor on meta, wanted one on cpu, where x is"),
         ({"bias": torch.ones(3, device="meta")}, "bias: got a tensor on meta, wanted one on cpu"),
     ],
@@ -111,6 +112,33 @@ def test_opcheck_and_compile():
 def test_bad_arguments(change, message):
     with pytest.raises(ValueError, match=message):
         ops.linear(*({"x": torch.ones(2, 4), "weight": torch.ones(3, 4), "bias": torch.ones(3)} | change).values())
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=short)
+@pytest.mark.parametrize("m", [1, 5, 8])
+def test_all_that_is_added_is_rounded_once(cpu_isa, m, dtype):
+    # In one launch: what is between the product and the sum of everything would be rounded on its way.
+    n, k, rank = 37, 50, 3
+    x, weight, bias = make_case(m, n, k, dtype)
+    add, lora_A, lora_B = torch.randn(m, n).to(dtype), torch.randn(rank, k), torch.randn(n, rank)
+    weights = [weight] + [torch.randn(n, k).to(other) for other in DTYPES if other is not dtype]
+    for stored in weights:
+        y = ops.lora_linear(x, (stored,), (), [lora_A], [lora_B], [0.5], bias=bias, add=add, out_dtype=dtype)
+        wanted = (
+            x.double() @ stored.double().T + bias + add + 0.5 * (x.double() @ lora_A.T.double()) @ lora_B.T.double()
+        )
+        assert_close(y, wanted, tolerances.product(dtype, dtype))
+
+
+@pytest.mark.parametrize("adapters", [0, 2])
+def test_projections_make_one_call(monkeypatch, capfd, adapters):
+    monkeypatch.setenv("PEFT_KERNELS_PRINT_PLANS", "1")
+    n, k = 41, 51 + adapters  # no other test's, since each plan is printed once
+    x, weight, bias = make_case(2, n, k, torch.bfloat16)
+    lora_A, lora_B = [torch.randn(4, k)] * adapters, [torch.randn(n, 4)] * adapters
+    project(x, Projections([Projection(weight, bias, lora_A, lora_B, [1.0] * adapters)]))
+    (line,) = capfd.readouterr().err.splitlines()
+    assert f"n={n} k={k}" in line and line.endswith(": dot (few rows)")
 
 
 @pytest.mark.parametrize("name", DECODERS)

@@ -5,7 +5,6 @@
 #include <string>
 #include <vector>
 
-#include "linear/linear.h"
 #include "lora_linear/binding.h"
 
 namespace peft_kernels {
@@ -59,30 +58,27 @@ public:
     }
 
     // y = x Wᵀ + b + add, with the adapters
-    void run(const Projection& w, const ConstMatrix& x, int64_t m, ConstMatrix add, const Matrix& y) const {
+    void run(const Projection& w, const ConstMatrix& x, int64_t m, const ConstMatrix& add, const Matrix& y) const {
         if (m == 0 || w.n == 0) return;
-        if (w.nf4.codes || w.num_adapters > 0) {
-            LoraLinearForwardParams params{};
-            params.m = m;
-            params.n = w.n;
-            params.k = w.k;
-            params.weight = w.nf4.codes ? &w.nf4 : nullptr;
-            params.compute_dtype = x.dtype;
-            params.adapters = adapters_ + w.first_adapter;
-            params.num_adapters = w.num_adapters;
-            params.total_rank = w.total_rank;
-            params.x = x;
-            if (w.nf4.codes) params.bias = w.bias;
-            params.add = add;
-            std::vector<float> s(m * w.total_rank);
-            params.s = s.data();
-            params.y = y;
-            run_forward_cpu(params, x_);
-            add = read_only(y);
-        }
-        if (w.nf4.codes) return;
-        LinearParams params{m, w.n, w.k, x, w.dense, w.bias, add, y, 0, nullptr, nullptr};
-        run_cpu(&dispatch::linear, params, x_);
+        LoraLinearForwardParams params{};
+        params.m = m;
+        params.n = w.n;
+        params.k = w.k;
+        if (w.nf4.codes)
+            params.weight = &w.nf4;
+        else
+            params.dense = &w.dense;
+        params.compute_dtype = x.dtype;
+        params.adapters = adapters_ + w.first_adapter;
+        params.num_adapters = w.num_adapters;
+        params.total_rank = w.total_rank;
+        params.x = x;
+        params.bias = w.bias;
+        params.add = add;
+        std::vector<float> s(m * w.total_rank);
+        params.s = s.data();
+        params.y = y;
+        run_forward_cpu(params, x_);
     }
 
 private:

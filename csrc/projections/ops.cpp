@@ -1,7 +1,7 @@
-// The projections ops: packing linear layers with their adapters, and calling one. What runs is lora_linear or linear.
+// The projections ops: packing linear layers with their adapters, and calling one. What runs is lora_linear.
 //
-// A call of lora_linear hands over a dozen arguments, which are looked at and checked each time: 6 us, as long as the kernel
-// takes for one row of 576 x 576. This one hands over three.
+// A call of lora_linear hands over a dozen arguments, which are looked at and checked each time: 6 us, as long as the
+// kernel takes for one row of 576 x 576. This one hands over three.
 #include <string>
 #include <type_traits>
 #include <vector>
@@ -51,7 +51,6 @@ Tensor pack(const Tensors& weights, const Integers& formats, const Tensors& bias
         if (weight.nf4) w.nf4 = *weight.nf4;
         if (weight.dense) w.dense = *weight.dense;
         if (!biases.empty()) w.bias = check_bias(biases[i], w.n, reference);
-        if (w.bias.data && weight.dense) check_dtype(biases[i], "biases", dtype_of(reference));
         w.first_adapter = static_cast<int64_t>(adapters.size());
         w.num_adapters = static_cast<int32_t>(num_adapters[i]);
         const auto of_this = [&](const auto& list) { return part(list, w.first_adapter, w.num_adapters); };

@@ -7,7 +7,6 @@ other kinds, gradients, many tokens of dense layers) takes the stock layer's for
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -28,8 +27,8 @@ from ..integrations.transformers_layers import (
     why_not_activation,
     why_not_both,
 )
+from ..ops._linear import few_rows
 from ..ops.decoder_layer import Norm, after_attention, before_attention
-from ..ops.linear import FEW_ROWS
 from ..ops.projections import Projection, Projections
 from .guards import CannotGuardError, Guard
 from .packed import Adaptable, packable, suits_packed
@@ -47,7 +46,7 @@ class _Plan(NamedTuple):
     before: Callable[..., tuple[Tensor, Tensor, Tensor]]
     after: Callable[..., Tensor]
     dtype: torch.dtype
-    most_rows: float
+    for_few_rows: bool
     guard: Guard
 
 
@@ -120,7 +119,7 @@ class FusedDecoderLayer(Caching, Lookalike):
             except (_UnsuitedError, CannotGuardError):
                 plan = None
             self._plan = plan
-        if plan is None or x.numel() > plan.most_rows * x.shape[2]:
+        if plan is None or (plan.for_few_rows and not few_rows(x)):
             return None
         return plan if activation_name(self._modules["mlp"].act_fn) else None  # None if its class was patched
 
@@ -156,8 +155,7 @@ class FusedDecoderLayer(Caching, Lookalike):
         after = partial(after_attention, norm=norm_after, projections=others, activation=activation)
         # Milliseconds of SmolLM2's modules in 4 bits and of the operations, for so many tokens after a prompt: 15.5 and
         # 9.0 (1), 20.8 and 14.4 (8), 43.6 and 36.1 (64), 118 and 94 (256), 235 and 205 (512).
-        most_rows = FEW_ROWS if qkv.dense or others.dense else math.inf
-        return _Plan(before, after, x.dtype, most_rows, guard.close())
+        return _Plan(before, after, x.dtype, qkv.dense or others.dense, guard.close())
 
 
 def _cache_of(kwargs: dict[str, Any]) -> Any:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..integrations.linear import Adapters, BaseProduct
 from ..integrations.registry import Caching, why_not_input
-from ..ops.linear import FEW_ROWS
+from ..ops._linear import few_rows
 from ..ops.projections import Projection, Projections, project
 from .guards import ONCE, CannotGuardError, Guard, Reading
 
@@ -37,7 +37,7 @@ class Adaptable(Caching):
 
         One row of a 4-bit layer of 576 x 576 with LoRA, on one thread of Zen 5, takes 14 µs then instead of 20.
         """
-        if not suits_packed(x) or x.shape[-1:] != (self.in_features,) or x.numel() > FEW_ROWS * self.in_features:
+        if not suits_packed(x) or x.shape[-1:] != (self.in_features,) or not few_rows(x):
             return None
         packed = self._packed
         if packed is None or packed.dtype is not x.dtype or not packed.guard.holds():

@@ -13,7 +13,7 @@ from torch._subclasses.functional_tensor import FunctionalTensor
 from ..cuda import why_not
 from ..inference.guards import ONCE, Reading
 from ..ops._arguments import autocast_dtype, surely
-from ..ops.linear import outruns_torch
+from ..ops._linear import few_rows, owns_product
 from ..ops.lora_linear import lora_linear_of_layer
 from ..ops.nf4 import NF4Weight
 from .registry import FLOAT_DTYPES, FusedLayer, why_not_input
@@ -57,7 +57,8 @@ def own_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None
         and (bias is None or bias.dtype is x.dtype)
         and why_not_input(x) is None
         and autocast_dtype(x) is None
-        and outruns_torch(x, weight, x.dtype)[0]
+        and not few_rows(x)
+        and owns_product(x, weight, x.dtype)[0]
         and not torch.compiler.is_exporting()  # the program would need this package for layers that torch has
     ):
         return lora_linear_of_layer(x, weight, bias, *NO_ADAPTERS, x.dtype, x.dtype)

@@ -13,9 +13,8 @@ from peft.tuners import ia3
 from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 
-from ..ops._arguments import surely
+from ..ops._linear import few_rows
 from ..ops.ia3_linear import ia3_linear
-from ..ops.linear import FEW_ROWS
 from ..ops.nf4 import NF4Weight
 from .linear import BaseProduct, OnLinear, is_conv1d, why_not_skip
 from .lookalike import form_of
@@ -82,7 +81,7 @@ class Linear(OnLinear, FusedIA3, ia3.Linear):
     __doc__ = FusedIA3.__doc__
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if is_conv1d(self._modules["base_layer"]) and surely(x.numel() <= FEW_ROWS * self.in_features):
+        if is_conv1d(self._modules["base_layer"]) and few_rows(x):
             return ia3.Linear.forward(
                 self, x, *args, **kwargs
             )  # the product would be torch's, and the call takes longer

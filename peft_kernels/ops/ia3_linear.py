@@ -12,19 +12,21 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ._arguments import bad, is_float, like_rows, matrix, surely
+from ._arguments import bad, is_float, like_rows, matrix
 from ._autograd import anchor, any_wants_gradients, once_differentiable
 from ._fakes import register_fake
 from ._linear import (
     check_devices,
     check_product,
+    few_rows,
     other_dtype,
+    owns_product,
     product_dtypes,
     sizes,
     weight_arguments,
     without_autocast,
 )
-from .linear import FEW_ROWS, linear
+from .linear import linear
 from .nf4 import NF4Weight
 
 _FORWARD = torch.ops.peft_kernels.ia3_linear_forward.default  # to look it up costs each call 0.3 µs
@@ -97,6 +99,7 @@ class ScaledProduct:
 
     def forward(self, x, bias, l_in, l_out, keeps_unscaled: bool) -> tuple[Tensor, Tensor]:
         """Returns y [M, N], and y before l_out, if it is to be kept."""
+        bias = None if bias is None else bias.contiguous()
         return _FORWARD(
             x, *self.arguments(), bias, _fp32(l_in), _fp32(l_out), keeps_unscaled,
             compute_dtype=other_dtype(self.compute_dtype, x), out_dtype=other_dtype(self.out_dtype, x),
@@ -104,14 +107,14 @@ class ScaledProduct:
 
     def infer(self, x, bias, l_in, l_out) -> Tensor:
         """Returns y [M, N] without a gradient."""
-        if isinstance(self.weight, NF4Weight) or not surely(x.shape[0] <= FEW_ROWS):
+        weight, dtype = self.weight, self.compute_dtype
+        if isinstance(weight, NF4Weight) or not few_rows(x) or owns_product(x, weight, dtype)[0]:
             return self.forward(x, bias, l_in, l_out, False)[0]
-        # `linear` reads the weight several times as fast as a kernel that packs it first, and passes over so few rows
+        # torch reads such a weight several times as fast as a kernel that packs it first, and passes over so few rows
         # of x and y cost nothing.
-        dtype = self.compute_dtype
         with without_autocast(x.device.type):
             x = (x if l_in is None else x * l_in).to(dtype)
-            y = linear(x, self.weight.to(dtype), None if bias is None else bias.to(dtype))
+            y = linear(x, weight.to(dtype), None if bias is None else bias.to(dtype))
             return (y if l_out is None else y * l_out).to(self.out_dtype)
 
     def backward(self, grad_y, x, x_dtype, unscaled, l_in, l_out, wants_x, wants_l_in, wants_l_out):

@@ -17,8 +17,8 @@ from torch.autograd import forward_ad
 from ._arguments import bad, matrix
 from ._autograd import anchor, any_wants_gradients, differentiates, once_differentiable
 from ._fakes import register_fake
-from ._linear import check_product, other_dtype, product_dtypes, sizes, weight_arguments, without_autocast
-from .linear import linear, outruns_torch
+from ._linear import check_product, other_dtype, owns_product, product_dtypes, sizes, weight_arguments, without_autocast
+from .linear import linear
 from .nf4 import NF4Weight
 
 _LORA_LINEAR = torch.ops.peft_kernels.lora_linear.default  # to look it up costs each call 0.3 µs
@@ -93,7 +93,7 @@ def lora_linear_of_layer(
     if wants_gradients(x, weight, bias, lora_A, lora_B):
         call = _Call(weight, compute_dtype, out_dtype, tuple(scaling), tuple(dropout))
         return _LoRALinear.apply(x, bias, seeds, dense, call, len(lora_A), *lora_A, *lora_B)[0]
-    owns = dense is not None and outruns_torch(x, dense, compute_dtype)[0]
+    owns = dense is not None and owns_product(x, dense, compute_dtype)[0]
     return _forward(*arguments, False, owns)[0]
 
 
@@ -213,7 +213,7 @@ class _LoRALinear(torch.autograd.Function):
         # `weight` repeats call.weight where it is dense, so that autograd sees it.
         lora_A, lora_B = adapters[:num_adapters], adapters[num_adapters:]
         needs_A, needs_B = ctx.needs_input_grad[6 : 6 + num_adapters], ctx.needs_input_grad[6 + num_adapters :]
-        owns_y, ctx.owns_x = (False, False) if weight is None else outruns_torch(x, weight, call.compute_dtype)
+        owns_y, ctx.owns_x = (False, False) if weight is None else owns_product(x, weight, call.compute_dtype)
         y, s = call.forward(x, bias, seeds, lora_A, lora_B, any(needs_B), owns_y)
         keeps_x = any(needs_A) or ctx.needs_input_grad[3]
         keeps_weight = ctx.needs_input_grad[0]  # else it may change before the backward

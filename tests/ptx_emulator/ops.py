@@ -79,5 +79,9 @@ def emulated():
     load()
     native().take_records()
     # The tensors are where the CPU's kernels would take dense products, which a GPU's leave to its library.
-    with _EmulatedOps(), mock.patch("peft_kernels.cpu.outruns_torch", lambda: False):
+    with (
+        _EmulatedOps(),
+        mock.patch("peft_kernels.cpu.outruns_torch", lambda: False),
+        mock.patch("peft_kernels.cpu.FEW_ROWS", -1),
+    ):
         yield native().take_records

@@ -1,10 +1,12 @@
 // Decode shapes of lora_linear: up to 8 rows of x, in fp32 up to 15. Vectors run along k; rows of W are decoded into
-// registers and multiplied with all rows of x at once, so the speed is that of reading the codes.
+// registers, or a dense W is loaded into them (dense_dot.h), and multiplied with all rows of x at once, so the speed is
+// that of reading W.
 // For sources that are compiled once per instruction set, and only for those.
 #pragma once
 
 #include "common/cpu/parallel_for.h"
 #include "common/cpu/partial_sums.h"
+#include "lora_linear/cpu/dense_dot.h"
 #include "lora_linear/cpu/operands.h"
 
 namespace peft_kernels {
@@ -120,7 +122,8 @@ inline bool has_whole_blocks(const LoraLinearParams& params) {
 
 template <int kM>
 void forward_dot(const LoraLinearForwardParams& p) {
-    const int64_t elements = step_elements(p.compute_dtype);
+    const bool is_dense = is_few_rows_of_dense(p);
+    const int64_t elements = is_dense && !multiplies_dense_pairs(p) ? 1 : step_elements(p.compute_dtype);
     const int64_t steps = ceil_div(p.k, kLanes * elements) * kLanes;
     const int64_t padded_k = ceil_div(p.k, kLanes) * kLanes;
     int64_t ranks = 0;
@@ -131,6 +134,7 @@ void forward_dot(const LoraLinearForwardParams& p) {
     float* x_wide = arena.take<float>(ranks > 0 ? kM * padded_k : 0);
     uint8_t* keep = arena.take<uint8_t>(kM * keep_bytes(p.k));
     float* s = arena.take<float>(kM * ranks);  // scaled, each adapter's part padded to whole vectors with zeros
+    float* wide_B = arena.take<float>(p.threads * kDenseWeights * ranks);  // rows of B, padded as s is
     if (!p.workspace) {
         *p.workspace_bytes = arena.used();
         return;
@@ -186,62 +190,90 @@ void forward_dot(const LoraLinearForwardParams& p) {
         rank += adapter.rank;
     }
 
-    // Tasks of about 64k weights: some ten microseconds, well above what handing one out costs.
+    // Tasks of about 64k weights of 4 bits, or 128k dense ones: ten microseconds or more, well above what handing one
+    // out costs.
     constexpr int kWeights = kDotWeights<kM>;
-    const int64_t task_rows = max_of<int64_t>(1, (int64_t{1} << 16) / max_of<int64_t>(1, p.k) / kWeights) * kWeights;
-    parallel_for_each(ceil_div(p.n, task_rows), [&](int64_t task, int) {
+    const int64_t task_weights = int64_t{1} << (is_dense ? 17 : 16), least = task_weights / max_of<int64_t>(1, p.k);
+    const int64_t task_rows = is_dense ? ceil_div(max_of<int64_t>(1, least), kDenseWeights) * kDenseWeights
+                                       : max_of<int64_t>(1, least / kWeights) * kWeights;
+    parallel_for_each(ceil_div(p.n, task_rows), [&](int64_t task, int worker) {
         const int64_t end = min_of(p.n, (task + 1) * task_rows);
-        const auto finish = [&](int64_t n, const F32* sums) {
-            for (int64_t i = 0; i < p.m; ++i) {
-                F32 sum = sums[i];
-                int64_t at = 0;
-                for (int a = 0; a < p.num_adapters; ++a) {
-                    const LoraAdapter& adapter = p.adapters[a];
-                    dispatch_dtype(adapter.lora_B.dtype, [&](auto* type) {
-                        const auto* row = static_cast<const Pointee<decltype(type)>*>(row_of(adapter.lora_B, n));
-                        for (int64_t r = 0; r < adapter.rank; r += kLanes, at += kLanes) {
-                            const int64_t count = adapter.rank - r;
-                            const F32 b = count >= kLanes ? load(row + r) : load_partial(row + r, count);
-                            sum = fma(b, load(s + i * ranks + at), sum);
-                        }
+        float* of_B = wide_B + worker * kDenseWeights * ranks;
+        const auto widen_B = [&](int64_t n, int count) {
+            float* out = of_B;
+            for (int64_t row = n; row < n + count; ++row)
+                for (int a = 0; a < p.num_adapters; ++a)
+                    dispatch_dtype(p.adapters[a].lora_B.dtype, [&](auto* type) {
+                        const auto* from =
+                            static_cast<const Pointee<decltype(type)>*>(row_of(p.adapters[a].lora_B, row));
+                        for (int64_t r = 0; r < p.adapters[a].rank; r += kLanes, out += kLanes)
+                            store(out, load_some(from + r, p.adapters[a].rank - r));
                     });
-                }
-                float value = horizontal_sum(sum);
-                if (p.bias.data)
-                    dispatch_dtype(p.bias.dtype, [&](auto* type) {
-                        value += to_float(static_cast<const Pointee<decltype(type)>*>(p.bias.data)[n]);
-                    });
-                dispatch_dtype(p.y.dtype, [&](auto* type) {
-                    using T = Pointee<decltype(type)>;
-                    if (p.add.data) value += to_float(static_cast<const T*>(row_of(p.add, i))[n]);
-                    if (p.unscaled.data)
-                        store_rounded(value, static_cast<T*>(p.unscaled.data) + i * p.unscaled.stride + n);
-                    if (p.scale_n) value *= p.scale_n[n];
-                    store_rounded(value, static_cast<T*>(p.y.data) + i * p.y.stride + n);
-                });
-            }
         };
-        if (!has_weight(p)) {
-            const F32 zeros[kM] = {};
-            for (int64_t n = task * task_rows; n < end; ++n) finish(n, zeros);
-            return;
-        }
-        const auto multiply = [&](const auto& dot) {
+        // y of row i of x and of kCount outputs, from their sums
+        const auto finish = [&](int64_t n, int64_t i, auto& sums) {
+            constexpr int kCount = sizeof sums / sizeof sums[0];
+            for (int64_t r = 0; r < ranks; r += kLanes) {
+                const F32 of_s = load(s + i * ranks + r);
+#pragma GCC unroll 4
+                for (int j = 0; j < kCount; ++j) sums[j] = fma(load(of_B + j * ranks + r), of_s, sums[j]);
+            }
+            float y[kLanes] = {};
+#pragma GCC unroll 4
+            for (int j = 0; j < kCount; ++j) y[j] = horizontal_sum(sums[j]);
+            F32 values = load(y);
+            if (p.bias.data)
+                dispatch_dtype(p.bias.dtype, [&](auto* type) {
+                    values += load_partial(static_cast<const Pointee<decltype(type)>*>(p.bias.data) + n, kCount);
+                });
+            dispatch_dtype(p.y.dtype, [&](auto* type) {
+                using T = Pointee<decltype(type)>;
+                if (p.add.data) values += load_partial(static_cast<const T*>(row_of(p.add, i, n)), kCount);
+                if (p.unscaled.data) store_partial(static_cast<T*>(row_of(p.unscaled, i, n)), values, kCount);
+                if (p.scale_n) values *= load_partial(p.scale_n + n, kCount);
+                store_partial(static_cast<T*>(row_of(p.y, i, n)), values, kCount);
+            });
+        };
+        // kCount outputs at a time; the last ones one by one.
+        const auto multiply = [&](auto outputs, const auto& dot) {
+            constexpr int kCount = decltype(outputs)::kValue;
             int64_t n = task * task_rows;
-            for (; n + kWeights <= end; n += kWeights) {
-                F32 sums[kWeights][kM] = {};
-                dot(n, sums);
-                for (int row = 0; row < kWeights; ++row) finish(n + row, sums[row]);
+            for (; n + kCount <= end; n += kCount) {
+                widen_B(n, kCount);
+                dot(n, outputs);
             }
             for (; n < end; ++n) {
-                F32 sums[1][kM] = {};
-                dot(n, sums);
-                finish(n, sums[0]);
+                widen_B(n, 1);
+                dot(n, Constant<1>{});
             }
         };
+        // add(n, sums) adds to sums[output][row of x].
+        const auto multiply_all_rows = [&](const auto& add) {
+            multiply(Constant<kWeights>{}, [&](int64_t n, auto outputs) {
+                constexpr int kCount = decltype(outputs)::kValue;
+                F32 sums[kCount][kM] = {};
+                add(n, sums);
+                for (int64_t i = 0; i < p.m; ++i) {
+                    F32 of_row[kCount];
+                    for (int j = 0; j < kCount; ++j) of_row[j] = sums[j][i];
+                    finish(n, i, of_row);
+                }
+            });
+        };
+        if (!has_weight(p)) return multiply_all_rows([](int64_t, auto&) {});
+        if constexpr (kM <= kDotRows)
+            if (is_dense)
+                return dispatch_dense_arithmetic(p, [&](auto arithmetic) {
+                    multiply(Constant<kDenseWeights>{}, [&](int64_t n, auto outputs) {
+                        dot_dense<decltype(arithmetic), decltype(outputs)::kValue, kM>(*p.dense, n, p.k, x_steps, steps,
+                                                                                       p.m, [&](int64_t i, auto& sums) {
+                                                                                           finish(n, i, sums);
+                                                                                       });
+                    });
+                });
         if (kM > kDotRows || !has_whole_blocks(p))
             return dispatch_weight(p, [&](const auto& weight) {
-                multiply([&](int64_t n, auto& sums) {
+                multiply_all_rows([&](int64_t n, auto& sums) {
                     dot_parts(weight, n, p.k, reinterpret_cast<const float*>(x_steps), steps, p.m, sums);
                 });
             });
@@ -249,7 +281,7 @@ void forward_dot(const LoraLinearForwardParams& p) {
             dispatch_compute(p.compute_dtype, p.weight->dtype, [&](auto* type, auto arithmetic) {
                 const Nf4Weight weight = rounded_once(*p.weight, p.compute_dtype);
                 const int64_t part = p.compute_dtype == DType::kFloat32 ? dot_part(p.k) : p.k;
-                multiply([&](int64_t n, auto& sums) {
+                multiply_all_rows([&](int64_t n, auto& sums) {
                     dot_rows<Pointee<decltype(type)>, decltype(arithmetic)>(weight, n, x_steps, steps, part, sums);
                 });
             });

@@ -98,15 +98,15 @@ def fuse(m: int, widths: list[int], shared: bool) -> Case:
         options = shared, None, 1.0, 0.0, None
 
         def call() -> None:
-            pooled, probabilities = torch.ops.peft_kernels.fusion_forward(t, adapters, *options)
-            torch.ops.peft_kernels.fusion_backward(
+            pooled, probabilities = torch.ops.peft_kernels.adapter_fusion_forward(t, adapters, *options)
+            torch.ops.peft_kernels.adapter_fusion_backward(
                 pooled, None, t, adapters, probabilities, shared, *options[1:], [True] * len(adapters)
             )
 
         return call
 
     kind = "outputs" if shared else "bottlenecks"
-    return Case("fusion", f"m={m} n={len(widths)} {kind} of {widths[0]} backward", prepare)
+    return Case("adapter_fusion", f"m={m} n={len(widths)} {kind} of {widths[0]} backward", prepare)
 
 
 def scaled_layer(m: int, n: int, k: int, side: str) -> Case:
@@ -150,17 +150,17 @@ def attend(queries: int, heads: tuple[int, int], dim: int, prefix: int = 0, trai
         common = (q, k, v, *scales, dim**-0.5, True, 0, None, None, *prefixes, None, None, 0.0, None)
 
         def call() -> None:
-            out, out_real, lse = torch.ops.peft_kernels.ia3_attention_forward(*common, training)
+            out, out_real, lse = torch.ops.peft_kernels.attention_forward(*common, training)
             if training:
                 wants = [True] * 6 + [prefix > 0] * 2
-                torch.ops.peft_kernels.ia3_attention_backward(
+                torch.ops.peft_kernels.attention_backward(
                     out.transpose(1, 2), *common, out if prefix else None, out_real, lse, wants
                 )
 
         return call
 
     name = f"S={queries} heads={heads[0]}/{heads[1]} D={dim}" + f" prefix={prefix}" * bool(prefix)
-    return Case("ia3_attention", name + " backward" * training, prepare)
+    return Case("attention", name + " backward" * training, prepare)
 
 
 def loss(m: int, classes: int) -> Case:
@@ -248,8 +248,6 @@ CASES = (
 
 # The folders of csrc/ whose kernels a family launches, where they are not its own and common's.
 FOLDERS = {
-    "fusion": ("adapter_fusion",),
-    "ia3_attention": ("attention", "common"),
     "ia3_linear": ("matmul", "nf4", "common"),
     "lora_linear": ("lora", "matmul", "nf4", "common"),
 }

@@ -5,8 +5,8 @@ Stock expands the prefix over the batch and puts it in front of keys and values,
 
 from collections.abc import Sequence
 
-from benchmarks.ia3_attention import BASELINES, run
-from benchmarks.ia3_attention import PREFIX_CASES as CASES
+from benchmarks.attention import BASELINES, run
+from benchmarks.attention import PREFIX_CASES as CASES
 from benchmarks.report import benchmark
 
 

@@ -24,7 +24,7 @@ GROUPS = (LINEAR, HEAD, ATTENTION, MLP, NORM, LAYER, OPTIMIZER, REST, PYTHON)
 _OF_LAYERS = {
     "peft_kernels::decoder_layer_before": LAYER,
     "peft_kernels::decoder_layer_after": LAYER,
-    "peft_kernels::ia3_attention_forward": ATTENTION,
+    "peft_kernels::attention_forward": ATTENTION,
 }
 _BACKWARD = "autograd::engine::evaluate_function"
 

@@ -18,14 +18,14 @@ from torch import nn
 from benchmarks import __main__ as command
 from benchmarks import (
     adapter,
+    adapter_fusion,
     architectures,
+    attention,
     cross_entropy,
     dora_linear,
     dropout,
-    fusion,
     glu,
     harness,
-    ia3_attention,
     ia3_linear,
     lora_linear,
     lora_linear_grouped,
@@ -57,10 +57,10 @@ BENCHMARKS = {
     "lora_linear_grouped": lora_linear_grouped,
     "dora_linear": dora_linear,
     "ia3_linear": ia3_linear,
-    "ia3_attention": ia3_attention,
+    "attention": attention,
     "prefix": prefix,
     "adapter": adapter,
-    "fusion": fusion,
+    "adapter_fusion": adapter_fusion,
     "cross_entropy": cross_entropy,
     "rotary": rotary,
     "rms_norm": rms_norm,
@@ -407,7 +407,17 @@ def test_kept_results_of_benchmarks_can_be_read():
 
 
 def test_a_family_is_timed_without_other_libraries():
-    families = ["adapter", "fusion", "cross_entropy", "rotary", "rms_norm", "glu", "dropout", "ia3_attention", "prefix"]
+    families = [
+        "adapter",
+        "adapter_fusion",
+        "cross_entropy",
+        "rotary",
+        "rms_norm",
+        "glu",
+        "dropout",
+        "attention",
+        "prefix",
+    ]
     unwanted = ["peft", "transformers", "bitsandbytes", "examples"]
     script = f"""
 import importlib, sys
@@ -434,8 +444,8 @@ def test_the_emulator_is_found_without_a_path_to_the_tests():
     [
         (adapter, adapter.Case(9, 64, 8), adapter.EAGER),
         (adapter, adapter.Case(9, 64, 8, norm=True, activation="relu"), adapter.EAGER),
-        (fusion, fusion.Case(9, 32, 3), fusion.UNFUSED),
-        (fusion, fusion.Case(9, 32, 3, rank=8), fusion.UNFUSED),
+        (adapter_fusion, adapter_fusion.Case(9, 32, 3), adapter_fusion.UNFUSED),
+        (adapter_fusion, adapter_fusion.Case(9, 32, 3, rank=8), adapter_fusion.UNFUSED),
         (cross_entropy, cross_entropy.Case(9, 50), cross_entropy.TORCH),
         (rotary, rotary.Case(1, 7, 4, 2, 16), rotary.TORCH),
         (rms_norm, rms_norm.Case(9, 50, trained=True), rms_norm.EAGER),
@@ -554,40 +564,40 @@ def test_nf4_finds_a_difference():
         problem.compare(nf4.quantize_4bit(problem.tensor.flip(0), double_quant=True))
 
 
-# ---- ia3_attention and prefix ---------------------------------------------------------------------------------------
+# ---- attention and prefix ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("queries", "training"), [(0, True), (0, False), (1, False)], ids=["train", "eval", "decode"])
 @pytest.mark.parametrize("prefix_length", [0, 5])
-def test_ia3_attention(prefix_length, queries, training):
-    case = ia3_attention.Case(2, 4, 2, 40, 16, queries, prefix=prefix_length, training=training)
+def test_attention(prefix_length, queries, training):
+    case = attention.Case(2, 4, 2, 40, 16, queries, prefix=prefix_length, training=training)
     isas = [cpu.isas()[0], cpu.isas()[-1]]
-    found = ia3_attention.run(case, ["stock", "plain"], isas, 0.0, shout)
+    found = attention.run(case, ["stock", "plain"], isas, 0.0, shout)
     phases = ["forward", "backward", "both"] if training else ["forward"]
     assert [r.phase for r in found] == phases * 4
-    names = [FUSED, FUSED, ia3_attention.STOCK, ia3_attention.PLAIN]
+    names = [FUSED, FUSED, attention.STOCK, attention.PLAIN]
     assert [r.contender for r in found] == [name for name in names for _ in phases]
     assert all((r.saved is not None) == training for r in found)
     assert all(0 < r.error < 0.01 for r in found if r.contender == FUSED)
 
 
-def test_ia3_attention_with_dropout():
-    case = ia3_attention.Case(2, 4, 2, 40, 16, dropout=0.1, training=True)
-    found = ia3_attention.run(case, ["stock"], [cpu.isa()], 0.0, shout)
+def test_attention_with_dropout():
+    case = attention.Case(2, 4, 2, 40, 16, dropout=0.1, training=True)
+    found = attention.run(case, ["stock"], [cpu.isa()], 0.0, shout)
     assert {record.phase for record in found} == {"forward", "backward", "both"}
 
 
-def test_ia3_attention_finds_a_difference(monkeypatch):
-    monkeypatch.setattr(ia3_attention, "fused", lambda p: 1.01 * ia3_attention.stock(p))
+def test_attention_finds_a_difference(monkeypatch):
+    monkeypatch.setattr(attention, "fused", lambda p: 1.01 * attention.stock(p))
     with pytest.raises(ArithmeticError, match="out: got an error of"):
-        ia3_attention.run(ia3_attention.Case(1, 2, 2, 20, 16), [], [cpu.isa()], 0.0, shout)
+        attention.run(attention.Case(1, 2, 2, 20, 16), [], [cpu.isa()], 0.0, shout)
 
 
-def test_ia3_attention_work():
-    case = ia3_attention.Case(2, 4, 2, 3, 8, prefix=1)
+def test_attention_work():
+    case = attention.Case(2, 4, 2, 3, 8, prefix=1)
     seen = 1 + 2 + 3 + 3
-    assert ia3_attention.work(case, "forward", True) == (2 * 2 * 8 * (2 * 4 * 3 + 2 * 2 * 3), 4 * 2 * 4 * 8 * seen)
-    assert ia3_attention.work(replace(case, queries=1), "forward", False)[1] == 4 * 2 * 4 * 8 * 3
+    assert attention.work(case, "forward", True) == (2 * 2 * 8 * (2 * 4 * 3 + 2 * 2 * 3), 4 * 2 * 4 * 8 * seen)
+    assert attention.work(replace(case, queries=1), "forward", False)[1] == 4 * 2 * 4 * 8 * 3
 
 
 # ---- model ----------------------------------------------------------------------------------------------------------

@@ -5,7 +5,7 @@ import torch
 
 from peft_kernels.nn import AdapterFusion, BottleneckAdapter, ParallelAdapter
 from peft_kernels.testing.reference.adapter import adapter as reference
-from peft_kernels.testing.reference.fusion import fusion as fusion_reference
+from peft_kernels.testing.reference.adapter_fusion import fusion as fusion_reference
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 import torch.nn.functional as F
-from ia3_attention_cases import on_gpu_plan
+from attention_cases import on_gpu_plan
 from peft import PrefixTuningConfig, get_peft_model
 from tiny_models import DECODERS, ENCODERS, tiny, tokens
 from transformers import StaticCache

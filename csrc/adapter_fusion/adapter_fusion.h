@@ -50,15 +50,15 @@ struct AdapterFusionBackwardParams : AdapterFusionParams {
     float* grad_offsets;              // [m, num_adapters]
 };
 
-PEFT_KERNELS_CPU_KERNEL(fusion_forward, AdapterFusionForwardParams)
-PEFT_KERNELS_CPU_KERNEL(fusion_backward, AdapterFusionBackwardParams)
+PEFT_KERNELS_CPU_KERNEL(adapter_fusion_forward, AdapterFusionForwardParams)
+PEFT_KERNELS_CPU_KERNEL(adapter_fusion_backward, AdapterFusionBackwardParams)
 
 namespace cuda {
 
 // Enqueue the kernel on `stream` (a cudaStream_t) of the current device. All adapters have one dtype, and there are at
 // most AdapterFusionPlan::kMaxAdapters of them. Return a cudaError_t.
-int fusion_forward(const AdapterFusionForwardParams& params, void* stream);
-int fusion_backward(const AdapterFusionBackwardParams& params, void* stream);
+int adapter_fusion_forward(const AdapterFusionForwardParams& params, void* stream);
+int adapter_fusion_backward(const AdapterFusionBackwardParams& params, void* stream);
 
 }  // namespace cuda
 

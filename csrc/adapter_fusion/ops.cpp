@@ -82,11 +82,11 @@ std::tuple<Tensor, Tensor> forward(Tensor t, Tensors adapters, bool shared, std:
 #if defined(PEFT_KERNELS_CUDA)
     if (runs_on_cuda(t)) {
         const CudaScope scope(t.get_device_index());
-        check_cuda(cuda::fusion_forward(params, scope.stream()), "fusion_forward");
+        check_cuda(cuda::adapter_fusion_forward(params, scope.stream()), "adapter_fusion_forward");
         return {pooled, probabilities};
     }
 #endif
-    run_cpu(&dispatch::fusion_forward, params, t);
+    run_cpu(&dispatch::adapter_fusion_forward, params, t);
     return {pooled, probabilities};
 }
 
@@ -126,11 +126,11 @@ std::tuple<Tensor, Tensor, Tensor> backward(Tensor grad_pooled, std::optional<Te
 #if defined(PEFT_KERNELS_CUDA)
     if (runs_on_cuda(t)) {
         const CudaScope scope(t.get_device_index());
-        check_cuda(cuda::fusion_backward(params, scope.stream()), "fusion_backward");
+        check_cuda(cuda::adapter_fusion_backward(params, scope.stream()), "adapter_fusion_backward");
         return {grad_t, grad_offsets, grads};
     }
 #endif
-    run_cpu(&dispatch::fusion_backward, params, t);
+    run_cpu(&dispatch::adapter_fusion_backward, params, t);
     return {grad_t, grad_offsets, grads};
 }
 
@@ -139,15 +139,16 @@ std::tuple<Tensor, Tensor, Tensor> backward(Tensor grad_pooled, std::optional<Te
 
 STABLE_TORCH_LIBRARY_FRAGMENT(PEFT_KERNELS_NAMESPACE, m) {
     m.def(
-        "fusion_forward(Tensor t, Tensor[] adapters, bool shared, Tensor? offsets, float temperature, float dropout, "
+        "adapter_fusion_forward(Tensor t, Tensor[] adapters, bool shared, Tensor? offsets, float temperature, float "
+        "dropout, "
         "Tensor? seed) -> (Tensor pooled, Tensor probabilities)");
     m.def(
-        "fusion_backward(Tensor grad_pooled, Tensor? grad_probabilities, Tensor t, Tensor[] adapters, "
+        "adapter_fusion_backward(Tensor grad_pooled, Tensor? grad_probabilities, Tensor t, Tensor[] adapters, "
         "Tensor probabilities, bool shared, Tensor? offsets, float temperature, float dropout, Tensor? seed, "
         "bool[] wanted) -> (Tensor grad_t, Tensor grad_offsets, Tensor grads)");
 }
 
 PEFT_KERNELS_IMPLEMENT(m) {
-    m.impl("fusion_forward", TORCH_BOX(&peft_kernels::forward));
-    m.impl("fusion_backward", TORCH_BOX(&peft_kernels::backward));
+    m.impl("adapter_fusion_forward", TORCH_BOX(&peft_kernels::forward));
+    m.impl("adapter_fusion_backward", TORCH_BOX(&peft_kernels::backward));
 }

@@ -62,7 +62,7 @@ struct AttentionBackwardParams : AttentionParams {
     float *grad_prefix_k, *grad_prefix_v;   // [kv_heads, prefix_length, head_dim], dense; null where not wanted
 };
 
-PEFT_KERNELS_CPU_KERNEL(ia3_attention_forward, AttentionForwardParams)
-PEFT_KERNELS_CPU_KERNEL(ia3_attention_backward, AttentionBackwardParams)
+PEFT_KERNELS_CPU_KERNEL(attention_forward, AttentionForwardParams)
+PEFT_KERNELS_CPU_KERNEL(attention_backward, AttentionBackwardParams)
 
 }  // namespace peft_kernels

@@ -161,11 +161,11 @@ std::tuple<Tensor, Tensor, Tensor> forward(Tensor q, Tensor k, Tensor v, MaybeTe
         const CudaScope scope(q.get_device_index());
         check_cuda_operands(params);
         if (prints_plans()) print_plan(describe(params, plan_attention_cuda(params)));
-        check_cuda(cuda::ia3_attention_forward(params, scope.stream()), "ia3_attention_forward");
+        check_cuda(cuda::attention_forward(params, scope.stream()), "attention_forward");
         return {out, out_real, lse};
     }
 #endif
-    run_cpu(&dispatch::ia3_attention_forward, params, q,
+    run_cpu(&dispatch::attention_forward, params, q,
             [&] { return describe(params, attention_plan(params), false, current_isa()); });
     return {out, out_real, lse};
 }
@@ -187,10 +187,10 @@ void run_backward(AttentionBackwardParams& params, [[maybe_unused]] const Tensor
         }
         const Tensor workspace = empty(q, {cuda::attention_backward_workspace(params)}, ScalarType::Byte);
         params.workspace = workspace.mutable_data_ptr();
-        return check_cuda(cuda::ia3_attention_backward(params, scope.stream()), "ia3_attention_backward");
+        return check_cuda(cuda::attention_backward(params, scope.stream()), "attention_backward");
     }
 #endif
-    run_cpu(&dispatch::ia3_attention_backward, params, q,
+    run_cpu(&dispatch::attention_backward, params, q,
             [&] { return describe(params, attention_plan(params), true, current_isa()); });
 }
 
@@ -265,12 +265,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backw
 
 STABLE_TORCH_LIBRARY_FRAGMENT(PEFT_KERNELS_NAMESPACE, m) {
     m.def(
-        "ia3_attention_forward(Tensor q, Tensor k, Tensor v, Tensor? l_q, Tensor? l_k, Tensor? l_v, float scale, "
+        "attention_forward(Tensor q, Tensor k, Tensor v, Tensor? l_q, Tensor? l_k, Tensor? l_v, float scale, "
         "bool causal, int window, Tensor? key_padding_mask, Tensor? attn_mask, Tensor? prefix_k, Tensor? prefix_v, "
         "Tensor? cos, Tensor? sin, float dropout, Tensor? seed, bool training) -> (Tensor out, Tensor out_real, Tensor "
         "lse)");
     m.def(
-        "ia3_attention_backward(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor? l_q, Tensor? l_k, Tensor? l_v, "
+        "attention_backward(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor? l_q, Tensor? l_k, Tensor? l_v, "
         "float scale, bool causal, int window, Tensor? key_padding_mask, Tensor? attn_mask, Tensor? prefix_k, "
         "Tensor? prefix_v, Tensor? cos, Tensor? sin, float dropout, Tensor? seed, Tensor? out, Tensor? out_real, "
         "Tensor lse, bool[] wants) -> "
@@ -279,6 +279,6 @@ STABLE_TORCH_LIBRARY_FRAGMENT(PEFT_KERNELS_NAMESPACE, m) {
 }
 
 PEFT_KERNELS_IMPLEMENT(m) {
-    m.impl("ia3_attention_forward", TORCH_BOX(&peft_kernels::forward));
-    m.impl("ia3_attention_backward", TORCH_BOX(&peft_kernels::backward));
+    m.impl("attention_forward", TORCH_BOX(&peft_kernels::forward));
+    m.impl("attention_backward", TORCH_BOX(&peft_kernels::backward));
 }

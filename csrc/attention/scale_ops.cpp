@@ -28,7 +28,7 @@ ScaleColumnsParams check_call(const Tensor& in, const char* name, const Tensor& 
     check_array(scales, "scales", ScalarType::Float, in.size(1), in);
     params.scale = static_cast<const float*>(scales.const_data_ptr());
     DeviceProperties device{};
-    check_cuda(cuda::query_device(device), "ia3_attention_scale");
+    check_cuda(cuda::query_device(device), "attention_scale");
     if (in.numel() > 0) params.plan = plan_scale_columns(in.size(0), in.size(1), sums, device.multiprocessors);
     return params;
 }
@@ -40,7 +40,7 @@ Tensor scale_on_cuda(const Tensor& x, const Tensor& scales) {
     Tensor y = empty(x, {x.size(0), x.size(1)}, x.scalar_type());
     if (y.numel() == 0) return y;
     params.out = {y.mutable_data_ptr(), params.in.dtype, x.size(1)};
-    check_cuda(cuda::scale_columns(params, scope.stream()), "ia3_attention_scale");
+    check_cuda(cuda::scale_columns(params, scope.stream()), "attention_scale");
     return y;
 }
 
@@ -66,8 +66,7 @@ std::tuple<Tensor, Tensor> differentiate_on_cuda(const Tensor& grad_y, const Ten
                             static_cast<int32_t>(params.plan.row_blocks)};
     }
     if (wants_scales) params.sums = static_cast<float*>(parts.mutable_data_ptr());
-    if (wants_x || wants_scales)
-        check_cuda(cuda::scale_columns(params, scope.stream()), "ia3_attention_scale_backward");
+    if (wants_x || wants_scales) check_cuda(cuda::scale_columns(params, scope.stream()), "attention_scale_backward");
     check_cuda(cuda::sum_parts(sums, scope.stream()), "the sum of parts");
     return {grad_x, grad_scales};
 }
@@ -98,13 +97,13 @@ std::tuple<Tensor, Tensor> scale_backward(Tensor grad_y, [[maybe_unused]] Tensor
 }  // namespace peft_kernels
 
 STABLE_TORCH_LIBRARY_FRAGMENT(PEFT_KERNELS_NAMESPACE, m) {
-    m.def("ia3_attention_scale(Tensor x, Tensor scales) -> Tensor");
+    m.def("attention_scale(Tensor x, Tensor scales) -> Tensor");
     m.def(
-        "ia3_attention_scale_backward(Tensor grad_y, Tensor x, Tensor scales, bool wants_x, bool wants_scales) -> "
+        "attention_scale_backward(Tensor grad_y, Tensor x, Tensor scales, bool wants_x, bool wants_scales) -> "
         "(Tensor grad_x, Tensor grad_scales)");
 }
 
 PEFT_KERNELS_IMPLEMENT(m) {
-    m.impl("ia3_attention_scale", TORCH_BOX(&peft_kernels::scale));
-    m.impl("ia3_attention_scale_backward", TORCH_BOX(&peft_kernels::scale_backward));
+    m.impl("attention_scale", TORCH_BOX(&peft_kernels::scale));
+    m.impl("attention_scale_backward", TORCH_BOX(&peft_kernels::scale_backward));
 }

@@ -17,7 +17,7 @@ from transformers.masking_utils import prepare_padding_mask, sdpa_mask
 
 from ..cuda import why_not
 from ..ops._attention_by_torch import inputs_of_torch
-from ..ops.ia3_attention import ia3_attention
+from ..ops.attention import ia3_attention
 from .lookalike import Lookalike, form
 from .registry import why_not_input
 from .rotary import with_fused_rotary

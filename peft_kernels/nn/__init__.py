@@ -1,7 +1,7 @@
 """Layers for models that use no PEFT library."""
 
 from .adapter import BottleneckAdapter, ParallelAdapter
-from .fusion import AdapterFusion
+from .adapter_fusion import AdapterFusion
 from .lora_linear import LoRALinear
 from .prefix import PrefixEncoder
 

@@ -1,12 +1,12 @@
 """The fused functions, one module a family."""
 
 from .adapter import ACTIVATIONS, AdapterWeights, adapter, adapter_grouped, bottleneck
+from .adapter_fusion import fusion, fusion_of_bottlenecks
+from .attention import ia3_attention
 from .cross_entropy import cross_entropy
 from .dora_linear import dora_linear, dora_norm
 from .dropout import dropout
-from .fusion import fusion, fusion_of_bottlenecks
 from .glu import glu
-from .ia3_attention import ia3_attention
 from .ia3_linear import ia3_linear
 from .linear import linear
 from .lora_linear import lora_linear

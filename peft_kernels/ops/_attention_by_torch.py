@@ -134,13 +134,13 @@ class ScaledHeads(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, factors):
         ctx.save_for_backward(x, factors)
-        return _heads(torch.ops.peft_kernels.ia3_attention_scale(_rows(x), _fp32(factors)), x.shape)
+        return _heads(torch.ops.peft_kernels.attention_scale(_rows(x), _fp32(factors)), x.shape)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, saved, grad):
         x, factors = saved
-        grad_x, grad_factors = torch.ops.peft_kernels.ia3_attention_scale_backward(
+        grad_x, grad_factors = torch.ops.peft_kernels.attention_scale_backward(
             _rows(grad), _rows(x), _fp32(factors), *ctx.needs_input_grad
         )
         wants_x, wants_factors = ctx.needs_input_grad
@@ -164,12 +164,12 @@ def _fp32(factors: Tensor) -> Tensor:
     return factors.float().reshape(-1)
 
 
-@register_fake("ia3_attention_scale")
+@register_fake("attention_scale")
 def _(x, scales):
     return torch.empty_like(x)
 
 
-@register_fake("ia3_attention_scale_backward")
+@register_fake("attention_scale_backward")
 def _(grad_y, x, scales, wants_x, wants_scales):
     rows, columns = grad_y.shape
     return (

@@ -127,7 +127,7 @@ inline void softmax(float* scores, int64_t count) {
 
 }  // namespace
 
-void fusion_forward(const AdapterFusionForwardParams& p) {
+void adapter_fusion_forward(const AdapterFusionForwardParams& p) {
     const AdapterFusionRows rows(p);
     rows.for_each_row([&](int64_t row, const AdapterFusionRows::Scratch& scratch) {
         const float* a = scratch.a;
@@ -145,7 +145,7 @@ void fusion_forward(const AdapterFusionForwardParams& p) {
     });
 }
 
-void fusion_backward(const AdapterFusionBackwardParams& p) {
+void adapter_fusion_backward(const AdapterFusionBackwardParams& p) {
     const AdapterFusionRows rows(p);
     rows.for_each_row([&](int64_t row, const AdapterFusionRows::Scratch& scratch) {
         const float* probabilities = p.probabilities + row * p.num_adapters;

@@ -247,8 +247,8 @@ private:
 // ---- kernels ------------------------------------------------------------------------------------------------------
 
 template <class A, class T, bool kKeepsRows>
-__global__ void __launch_bounds__(32 * AdapterFusionPlan::kMaxWarps)
-    fusion_forward_kernel(const __grid_constant__ AdapterFusionKernelParams<AdapterFusionForwardParams> params) {
+__global__ void __launch_bounds__(32 * AdapterFusionPlan::kMaxWarps) adapter_fusion_forward_kernel(
+    const __grid_constant__ AdapterFusionKernelParams<AdapterFusionForwardParams> params) {
     using Row = FusedRow<A, T, kKeepsRows>;
     extern __shared__ __align__(16) char shared[];
     const AdapterFusionForwardParams& p = params.problem;
@@ -298,8 +298,8 @@ __global__ void __launch_bounds__(32 * AdapterFusionPlan::kMaxWarps)
 }
 
 template <class A, class T, bool kKeepsRows>
-__global__ void __launch_bounds__(32 * AdapterFusionPlan::kMaxWarps)
-    fusion_backward_kernel(const __grid_constant__ AdapterFusionKernelParams<AdapterFusionBackwardParams> params) {
+__global__ void __launch_bounds__(32 * AdapterFusionPlan::kMaxWarps) adapter_fusion_backward_kernel(
+    const __grid_constant__ AdapterFusionKernelParams<AdapterFusionBackwardParams> params) {
     using Row = FusedRow<A, T, kKeepsRows>;
     extern __shared__ __align__(16) char shared[];
     const AdapterFusionBackwardParams& p = params.problem;

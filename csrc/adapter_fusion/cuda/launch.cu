@@ -14,11 +14,11 @@ namespace {
 
 template <class A, class T, bool kKeepsRows>
 constexpr auto kernel_of(const AdapterFusionForwardParams&) {
-    return &fusion_forward_kernel<A, T, kKeepsRows>;
+    return &adapter_fusion_forward_kernel<A, T, kKeepsRows>;
 }
 template <class A, class T, bool kKeepsRows>
 constexpr auto kernel_of(const AdapterFusionBackwardParams&) {
-    return &fusion_backward_kernel<A, T, kKeepsRows>;
+    return &adapter_fusion_backward_kernel<A, T, kKeepsRows>;
 }
 
 template <class Params>
@@ -27,7 +27,7 @@ int launch(const Params& problem, int others, void* stream) {
     if (const int error = query_device(device)) return error;
     AdapterFusionKernelParams<Params> params{};
     params.problem = problem;
-    params.plan = plan_fusion(problem, others, device);
+    params.plan = plan_adapter_fusion(problem, others, device);
     params.num_adapters = static_cast<int>(problem.num_adapters);
     params.shared = problem.shared;
     params.threshold = dropout_threshold(problem.dropout);
@@ -54,9 +54,9 @@ int launch(const Params& problem, int others, void* stream) {
 
 }  // namespace
 
-int fusion_forward(const AdapterFusionForwardParams& params, void* stream) { return launch(params, 1, stream); }
+int adapter_fusion_forward(const AdapterFusionForwardParams& params, void* stream) { return launch(params, 1, stream); }
 
-int fusion_backward(const AdapterFusionBackwardParams& params, void* stream) {
+int adapter_fusion_backward(const AdapterFusionBackwardParams& params, void* stream) {
     bool wants_grad = false;
     for (int64_t i = 0; i < params.num_adapters; ++i) wants_grad |= params.adapters[i].grad.data != nullptr;
     return launch(params, wants_grad ? 2 : 1, stream);

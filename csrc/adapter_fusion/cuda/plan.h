@@ -26,7 +26,8 @@ struct AdapterFusionPlan {
 // Columns that a row in shared memory takes, so that every row begins at a multiple of 16 bytes.
 constexpr int64_t padded_columns(int64_t columns) { return (columns + 7) / 8 * 8; }
 
-constexpr AdapterFusionPlan plan_fusion(const AdapterFusionParams& p, int others, const DeviceProperties& device) {
+constexpr AdapterFusionPlan plan_adapter_fusion(const AdapterFusionParams& p, int others,
+                                                const DeviceProperties& device) {
     // A lane has up to four vectors of a row: enough in flight, with the adapters that follow, for one warp.
     constexpr int64_t kVectorsPerLane = 4;
     // Rows of up to this size share a CTA, for a multiprocessor of sm_86 and sm_89 holds no more than 16 to 24 CTAs.
@@ -72,7 +73,7 @@ constexpr AdapterFusionPlan plan(int64_t count, int64_t width, bool shared, DTyp
     p.adapters = adapters;
     p.num_adapters = count;
     p.t.dtype = dtype;
-    return plan_fusion(p, others, kA100);
+    return plan_adapter_fusion(p, others, kA100);
 }
 
 // Eight adapters' outputs of 768 columns in bf16: a warp each, 14 KB a row, so that 11 rows are in flight on an A100.

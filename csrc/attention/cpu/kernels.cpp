@@ -31,12 +31,12 @@
 namespace peft_kernels {
 namespace PEFT_KERNELS_ISA {
 
-void ia3_attention_forward(const AttentionForwardParams& params) {
+void attention_forward(const AttentionForwardParams& params) {
     if (attention_plan(params).kernel == AttentionKernel::kFewQueries) return FewQueries(params).run();
     dispatch_products(params.q.dtype, [&](auto products) { Forward<decltype(products)>(params).run(); });
 }
 
-void ia3_attention_backward(const AttentionBackwardParams& params) {
+void attention_backward(const AttentionBackwardParams& params) {
     dispatch_products(params.q.dtype, [&](auto products) { Backward<decltype(products)>(params).run(); });
 }
 

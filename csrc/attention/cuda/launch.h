@@ -16,7 +16,7 @@ int64_t attention_backward_workspace(const AttentionBackwardParams& params);
 // Each enqueues its kernels on `stream` (a cudaStream_t) of the current device. Returns a cudaError_t. The operands
 // must not be refused; batch, heads, num_queries and head_dim must not be 0. None uses float atomics: results are the
 // same bits at every run.
-int ia3_attention_forward(const AttentionForwardParams& params, void* stream);
-int ia3_attention_backward(const AttentionBackwardParams& params, void* stream);
+int attention_forward(const AttentionForwardParams& params, void* stream);
+int attention_backward(const AttentionBackwardParams& params, void* stream);
 
 }  // namespace peft_kernels::cuda

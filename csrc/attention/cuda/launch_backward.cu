@@ -112,7 +112,7 @@ int64_t attention_backward_workspace(const AttentionBackwardParams& problem) {
     });
 }
 
-int ia3_attention_backward(const AttentionBackwardParams& problem, void* stream_of_torch) {
+int attention_backward(const AttentionBackwardParams& problem, void* stream_of_torch) {
     return with_traits(problem, [&](auto traits) -> int {
         using Traits = decltype(traits);
         using T = typename Traits::T;

@@ -65,7 +65,7 @@ const char* attention_refusal(const AttentionParams& params) {
     return nullptr;
 }
 
-int ia3_attention_forward(const AttentionForwardParams& params, void* stream) {
+int attention_forward(const AttentionForwardParams& params, void* stream) {
     if (params.q.dtype == DType::kBFloat16) return launch<__nv_bfloat16>(params, static_cast<cudaStream_t>(stream));
     return launch<__half>(params, static_cast<cudaStream_t>(stream));
 }

@@ -5,10 +5,10 @@ from dataclasses import replace
 import pytest
 import tolerances
 import torch
+from attention_cases import angles, expected, make_case, on_gpu_plan, run, stock
 from comparison import DTYPES, assert_close, error, short
 from hypothesis import given
 from hypothesis import strategies as st
-from ia3_attention_cases import angles, expected, make_case, on_gpu_plan, run, stock
 
 from peft_kernels.ops import ia3_attention
 

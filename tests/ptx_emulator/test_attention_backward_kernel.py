@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 import tolerances
 import torch
+from attention_cases import expected, make_case, run, stock
 from comparison import assert_close, error, short
-from ia3_attention_cases import expected, make_case, run, stock
 
 import ptx_emulator
 from peft_kernels.ops._attention_by_torch import ScaledHeads
@@ -42,10 +42,10 @@ def differentiate(case, wants=None) -> dict[str, torch.Tensor]:
         None if mask is None else mask.expand(*q.shape[:3], k.shape[2]), prefix_k, prefix_v, None, None,
         0.0, None,
     )  # fmt: skip
-    out, out_real, lse = ops.ia3_attention_forward(*arguments, True)
+    out, out_real, lse = ops.attention_forward(*arguments, True)
     given = [name in case.tensors for name in names]
     saved = out, out_real if l_v is not None else None, lse
-    grads = ops.ia3_attention_backward(case.grad_out, *arguments, *saved, wants or given)
+    grads = ops.attention_backward(case.grad_out, *arguments, *saved, wants or given)
     found = {name: grad for name, grad, is_given in zip(names, grads, given, strict=True) if is_given}
     return {
         name: grad.transpose(1, 2) if name in "qkv" else grad.reshape(case.tensors[name].shape)

@@ -21,8 +21,8 @@ from benchmarks.report import benchmark
 from benchmarks.timing import Contender, saved_bytes
 from peft_kernels import cpu
 from peft_kernels.ops import ia3_attention
-from peft_kernels.testing.reference.ia3_attention import ia3_attention as oracle
-from peft_kernels.testing.reference.ia3_attention import scaled, visible
+from peft_kernels.testing.reference.attention import ia3_attention as oracle
+from peft_kernels.testing.reference.attention import scaled, visible
 
 STOCK, PLAIN, COMPILED = "stock", "without (IA)3", "compiled stock"
 BASELINES = {"stock": STOCK, "plain": PLAIN, "compiled": COMPILED}
@@ -251,7 +251,7 @@ run = harness.runner(Problem, BASELINES)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    benchmark("ia3_attention", __doc__.splitlines()[0], CASES, BASELINES, run, arguments)
+    benchmark("attention", __doc__.splitlines()[0], CASES, BASELINES, run, arguments)
 
 
 if __name__ == "__main__":

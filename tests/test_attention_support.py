@@ -1,6 +1,6 @@
 """What ia3_attention supports, and how: every combination is run, and the table in docs/attention.md says the same.
 
-`python tests/test_ia3_attention_support.py` writes the table anew.
+`python tests/test_attention_support.py` writes the table anew.
 """
 
 import sys
@@ -11,8 +11,8 @@ import ptx_emulator
 import pytest
 import tolerances
 import torch
+from attention_cases import angles, expected, make_case, on_gpu_plan, run
 from comparison import DTYPES, error, short
-from ia3_attention_cases import angles, expected, make_case, on_gpu_plan, run
 
 from peft_kernels.ops import _attention_by_torch, _attention_plan, ia3_attention
 
@@ -128,7 +128,7 @@ def made():
 
 
 def test_table_is_what_the_document_says(made):
-    assert made == documented(), "run `python tests/test_ia3_attention_support.py`"
+    assert made == documented(), "run `python tests/test_attention_support.py`"
 
 
 def test_everything_is_supported(made):
@@ -140,7 +140,7 @@ def test_everything_is_supported(made):
 @pytest.mark.parametrize("prefix", [0, 3])
 @pytest.mark.parametrize("mask", ["causal", "padding", "bool", "additive"])
 def test_by_torch_with_queries_that_see_nothing(mask, prefix):
-    from test_ia3_attention import HIDING
+    from test_attention import HIDING
 
     case = make_case(2, 2, 1, 50, 30, 16, prefix=prefix, **HIDING[mask])
     assert is_right(case, by_torch, expected(case), tolerances.attention(torch.float32))

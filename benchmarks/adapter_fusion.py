@@ -17,7 +17,7 @@ from benchmarks.functions import COMPILED, Problem, Tensors
 from benchmarks.records import FUSED, Faster, Target
 from benchmarks.report import benchmark
 from peft_kernels.ops import fusion, fusion_of_bottlenecks
-from peft_kernels.testing.reference.fusion import fusion as oracle
+from peft_kernels.testing.reference.adapter_fusion import fusion as oracle
 
 UNFUSED = "unfused"
 BASELINES = {"unfused": UNFUSED, "compiled": COMPILED}
@@ -110,7 +110,7 @@ run = harness.runner(make_problem, BASELINES)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    benchmark("fusion", __doc__.splitlines()[0], CASES, BASELINES, run, arguments)
+    benchmark("adapter_fusion", __doc__.splitlines()[0], CASES, BASELINES, run, arguments)
 
 
 if __name__ == "__main__":

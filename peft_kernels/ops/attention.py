@@ -152,7 +152,7 @@ class _Call:
 
         The share has no elements unless it is for a backward with l_v.
         """
-        return torch.ops.peft_kernels.ia3_attention_forward(*self.arguments(*tensors), training)
+        return torch.ops.peft_kernels.attention_forward(*self.arguments(*tensors), training)
 
 
 class _IA3Attention(torch.autograd.Function):
@@ -173,14 +173,14 @@ class _IA3Attention(torch.autograd.Function):
         wants = list(ctx.needs_input_grad[1:])
         if _has_gpu_plan(grad_out.device) and not is_aligned(grad_out):
             grad_out = grad_out.contiguous()
-        grads = torch.ops.peft_kernels.ia3_attention_backward(
+        grads = torch.ops.peft_kernels.attention_backward(
             dense_inner(grad_out).transpose(1, 2), *ctx.call.arguments(*tensors), out, out_real, lse, wants
         )
         grads = [*(grad.transpose(1, 2) for grad in grads[:3]), *grads[3:]]
         return None, *(grad.to(x.dtype) if want else None for grad, x, want in zip(grads, tensors, wants, strict=True))
 
 
-@register_fake("ia3_attention_forward")
+@register_fake("attention_forward")
 def _(q, k, v, l_q, l_k, l_v, scale, causal, window, key_padding_mask, attn_mask, prefix_k, prefix_v, cos, sin,
       dropout, seed, training):  # fmt: skip
     batch, heads, num_queries, head_dim = q.shape
@@ -189,7 +189,7 @@ def _(q, k, v, l_q, l_k, l_v, scale, causal, window, key_padding_mask, attn_mask
     return out, real, q.new_empty((batch, heads, num_queries), dtype=torch.float32)
 
 
-@register_fake("ia3_attention_backward")
+@register_fake("attention_backward")
 def _(grad_out, q, k, v, l_q, l_k, l_v, scale, causal, window, key_padding_mask, attn_mask, prefix_k, prefix_v, cos,
       sin, dropout, seed, out, out_real, lse, wants):  # fmt: skip
 

@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from peft_kernels.ops import ia3_attention
-from peft_kernels.testing.reference.ia3_attention import ia3_attention as oracle
-from peft_kernels.testing.reference.ia3_attention import scaled, visible
+from peft_kernels.testing.reference.attention import ia3_attention as oracle
+from peft_kernels.testing.reference.attention import scaled, visible
 
 
 @dataclass
@@ -88,7 +88,7 @@ def expected_forward(case: Case) -> Tensor:
 
 def on_gpu_plan(monkeypatch) -> None:
     """Has calls on the emulator's tensors, which are on the CPU, ask for a GPU's plan."""
-    monkeypatch.setattr(sys.modules["peft_kernels.ops.ia3_attention"], "_has_gpu_plan", lambda device: True)
+    monkeypatch.setattr(sys.modules["peft_kernels.ops.attention"], "_has_gpu_plan", lambda device: True)
 
 
 def stock(q, k, v, l_q=None, l_k=None, l_v=None, prefix_k=None, prefix_v=None, causal=False, key_padding_mask=None):

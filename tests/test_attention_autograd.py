@@ -3,8 +3,8 @@
 import pytest
 import tolerances
 import torch
+from attention_cases import Case, angles, expected, make_case, run
 from comparison import assert_close, same_results, saved_for_backward, short
-from ia3_attention_cases import Case, angles, expected, make_case, run
 from torch.utils.checkpoint import checkpoint
 
 from peft_kernels.ops import ia3_attention
@@ -151,12 +151,10 @@ def test_opcheck(shape, dtype):
     case = everything(dtype, shape)
     arguments = op_arguments(case)
     for training in (True, False):
-        torch.library.opcheck(ops.ia3_attention_forward.default, (*arguments, training))
-    out, out_real, lse = ops.ia3_attention_forward(*arguments, True)
+        torch.library.opcheck(ops.attention_forward.default, (*arguments, training))
+    out, out_real, lse = ops.attention_forward(*arguments, True)
     for wants in ([True] * 8, [True, False] * 4):
-        torch.library.opcheck(
-            ops.ia3_attention_backward.default, (case.grad_out, *arguments, out, out_real, lse, wants)
-        )
+        torch.library.opcheck(ops.attention_backward.default, (case.grad_out, *arguments, out, out_real, lse, wants))
 
 
 def test_meta_shapes():

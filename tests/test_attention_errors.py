@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from ia3_attention_cases import angles, make_case
-from test_ia3_attention_autograd import everything, op_arguments
+from attention_cases import angles, make_case
+from test_attention_autograd import everything, op_arguments
 
 from peft_kernels.ops import ia3_attention
 
@@ -141,7 +141,7 @@ def test_bad_forward_argument(changes, message):
     for index, value in changes.items():
         arguments[index] = value
     with pytest.raises(ValueError, match=message):
-        ops.ia3_attention_forward(*arguments, True)
+        ops.attention_forward(*arguments, True)
 
 
 @pytest.mark.parametrize(
@@ -160,9 +160,9 @@ def test_bad_forward_argument(changes, message):
 def test_bad_backward_argument(changes, message):
     case = everything()
     arguments = op_arguments(case)
-    saved = ops.ia3_attention_forward(*arguments, True)
+    saved = ops.attention_forward(*arguments, True)
     arguments = [case.grad_out, *arguments, *saved, [True] * 8]
     for index, value in changes.items():
         arguments[index] = value
     with pytest.raises(ValueError, match=message):
-        ops.ia3_attention_backward(*arguments)
+        ops.attention_backward(*arguments)

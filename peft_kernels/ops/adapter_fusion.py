@@ -225,7 +225,7 @@ class _Attention(NamedTuple):
         arguments = t, offsets, self.seed, shared, self.temperature, self.dropout, *adapters
         if any_wants_gradients(t, offsets, *adapters):
             return _Pool.apply(*arguments)
-        return torch.ops.peft_kernels.fusion_forward(
+        return torch.ops.peft_kernels.adapter_fusion_forward(
             t, adapters, shared, offsets, self.temperature, self.dropout, self.seed
         )
 
@@ -254,7 +254,7 @@ class _Cancelled(torch.autograd.Function):
 class _Pool(torch.autograd.Function):
     @staticmethod
     def forward(ctx, t, offsets, seed, shared, temperature, dropout, *adapters):
-        pooled, probabilities = torch.ops.peft_kernels.fusion_forward(
+        pooled, probabilities = torch.ops.peft_kernels.adapter_fusion_forward(
             t, adapters, shared, offsets, temperature, dropout, seed
         )
         ctx.save_for_backward(t, offsets, seed, probabilities, *adapters)
@@ -271,7 +271,7 @@ class _Pool(torch.autograd.Function):
         if grad_probabilities is not None:
             grad_probabilities = grad_probabilities.contiguous()
         wanted = list(ctx.needs_input_grad[6:])
-        grad_t, grad_offsets, grads = torch.ops.peft_kernels.fusion_backward(
+        grad_t, grad_offsets, grads = torch.ops.peft_kernels.adapter_fusion_backward(
             grad_pooled, grad_probabilities, t, adapters, probabilities, shared, offsets, temperature, dropout, seed,
             wanted,
         )  # fmt: skip
@@ -282,12 +282,12 @@ class _Pool(torch.autograd.Function):
         )  # fmt: skip
 
 
-@register_fake("fusion_forward")
+@register_fake("adapter_fusion_forward")
 def _(t, adapters, shared, offsets, temperature, dropout, seed):
     return t.new_empty(t.shape), t.new_empty((t.shape[0], len(adapters)), dtype=torch.float32)
 
 
-@register_fake("fusion_backward")
+@register_fake("adapter_fusion_backward")
 def _(grad_pooled, grad_probabilities, t, adapters, probabilities, shared, offsets, temperature, dropout, seed, wanted):
     elements = sum(a.numel() for a, want in zip(adapters, wanted, strict=True) if want)
     grad_offsets = t.new_empty((t.shape[0], len(adapters)), dtype=torch.float32)

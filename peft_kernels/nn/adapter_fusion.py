@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ops._arguments import check_flag, check_parameter_dtype, check_probability, check_size, is_number, refuse
-from ..ops.fusion import fusion, fusion_of_bottlenecks
+from ..ops.adapter_fusion import fusion, fusion_of_bottlenecks
 
 
 class AdapterFusion(nn.Module):

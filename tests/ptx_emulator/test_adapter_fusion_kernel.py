@@ -37,8 +37,8 @@ def run(case, shared=True, dropout=0.0, wanted=True):
     """What forward and backward return, by name."""
     t, grad, *adapters = case
     options = shared, None, 2.0, dropout, torch.tensor([7])
-    pooled, probabilities = ops.fusion_forward(t, adapters, *options)
-    gradients = ops.fusion_backward(
+    pooled, probabilities = ops.adapter_fusion_forward(t, adapters, *options)
+    gradients = ops.adapter_fusion_backward(
         grad, None, t, adapters, probabilities, shared, *options[1:], [wanted] * len(adapters)
     )
     names = ("pooled", "probabilities", "grad_t", "grad_offsets", "grads")

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 import tolerances
 import torch
+from attention_cases import expected_forward, make_case, on_gpu_plan, stock
 from comparison import assert_close, error, short
-from ia3_attention_cases import expected_forward, make_case, on_gpu_plan, stock
-from test_ia3_attention import HIDING, masks
+from test_attention import HIDING, masks
 
 import ptx_emulator
 from peft_kernels.ops import _attention_plan, ia3_attention
@@ -119,9 +119,9 @@ def test_saved_for_the_backward(emulated):
         *(tensors[name] for name in ("q", "k", "v", "l_q", "l_k", "l_v")), 0.125, True, 0, None, None,
         tensors["prefix_k"], tensors["prefix_v"], None, None, 0.0, None, True,
     )  # fmt: skip
-    out, real, lse = torch.ops.peft_kernels.ia3_attention_forward(*arguments)
+    out, real, lse = torch.ops.peft_kernels.attention_forward(*arguments)
     assert emulated()
-    cpu = torch.ops.peft_kernels.ia3_attention_forward.default
+    cpu = torch.ops.peft_kernels.attention_forward.default
     wanted = cpu.redispatch(torch._C.DispatchKeySet(torch._C.DispatchKey.CPU), *arguments)
     for actual, value in zip((out, real), wanted[:2], strict=True):
         assert_close(actual, value.double(), tolerances.attention(BF16))
@@ -253,6 +253,6 @@ def test_the_op_refuses_what_it_has_no_kernel_for(emulated, dtype, dropout, reas
     case = make_case(dtype=dtype, scales=())
     tensors = (case.tensors[name] for name in "qkv")
     with pytest.raises(ValueError, match=rf"q, k and v: got tensors that no CUDA kernel takes \({reason}"):
-        torch.ops.peft_kernels.ia3_attention_forward(
+        torch.ops.peft_kernels.attention_forward(
             *tensors, None, None, None, 1.0, False, 0, *[None] * 6, dropout, torch.tensor([1]), False
         )

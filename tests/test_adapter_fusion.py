@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from comparison import DTYPES, assert_close, error, saved_for_backward, short
 
 from peft_kernels.ops import fusion, fusion_of_bottlenecks
-from peft_kernels.testing.reference.fusion import fusion as oracle
+from peft_kernels.testing.reference.adapter_fusion import fusion as oracle
 
 pytestmark = pytest.mark.kernels
 
@@ -216,10 +216,10 @@ def test_opcheck(shared):
     t = torch.randn(7, 24)
     adapters = [torch.randn(7, 24 if shared else 8) for _ in range(3)]
     offsets, seed = torch.randn(7, 3), torch.tensor([3])
-    torch.library.opcheck(ops.fusion_forward.default, (t, adapters, shared, offsets, 2.0, 0.25, seed))
+    torch.library.opcheck(ops.adapter_fusion_forward.default, (t, adapters, shared, offsets, 2.0, 0.25, seed))
     probabilities = torch.rand(7, 3)
     torch.library.opcheck(
-        ops.fusion_backward.default,
+        ops.adapter_fusion_backward.default,
         (t, torch.randn(7, 3), t, adapters, probabilities, shared, offsets, 2.0, 0.25, seed, [True, False, True]),
     )
 

@@ -22,9 +22,9 @@ from transformers.models.gemma import modeling_gemma
 from transformers.models.llama import modeling_llama
 
 import peft_kernels
+from peft_kernels.inference.decoder_layer import FusedDecoderLayer
 from peft_kernels.integrations import lookalike, peft_ia3, recognition
 from peft_kernels.integrations.causal_lm_loss import FusedLoss
-from peft_kernels.integrations.decoder_layer import FusedDecoderLayer
 from peft_kernels.integrations.registry import _refused, _table, fused_form
 from peft_kernels.integrations.transformers import FusedAttention, FusedLlamaAttention
 from peft_kernels.integrations.transformers_layers import FusedGatedMLP, FusedRMSNorm

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any, NoReturn
+from typing import Any, NoReturn, overload
 
 import torch
 from torch import Tensor
@@ -114,6 +114,10 @@ def dense_rows(x: Tensor) -> Tensor:
     return x.contiguous() if x.dim() == 2 and x.stride(1) != 1 and x.numel() > 0 else x
 
 
+@overload
+def dense_inner(x: Tensor) -> Tensor: ...
+@overload
+def dense_inner(x: Tensor | None) -> Tensor | None: ...
 def dense_inner(x: Tensor | None) -> Tensor | None:
     """Copied if there are gaps within its rows; these may be at any distance."""
     return x if x is None or x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()

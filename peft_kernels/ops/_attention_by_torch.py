@@ -6,6 +6,7 @@ Without a prefix and a rotation no key or value is touched: l_k multiplies the q
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..cuda import why_not
-from ._autograd import once_differentiable
+from ._autograd import Function, once_differentiable
 from ._fakes import register_fake
 
 
@@ -95,7 +96,7 @@ def inputs_of_torch(
     """
     num_queries, num_keys = q.shape[2], k.shape[2]
     mask = _mask(num_queries, num_keys, causal, window, key_padding_mask, attn_mask, q)
-    if prefix_k is not None:
+    if prefix_k is not None and prefix_v is not None:
         k, v = (
             torch.cat([prefix.to(x.dtype).expand(x.shape[0], -1, -1, -1), x], dim=2)
             for prefix, x in ((prefix_k, k), (prefix_v, v))
@@ -124,21 +125,22 @@ def _scaled(x: Tensor, factors: Tensor | None) -> Tensor:
     if factors is None:
         return x
     if x.is_cuda and why_not(x.device) is None:
-        return ScaledHeads.apply(x, factors)
+        y: Tensor = ScaledHeads.apply(x, factors)
+        return y
     return (x.float() * factors.float()).to(x.dtype)
 
 
-class ScaledHeads(torch.autograd.Function):
+class ScaledHeads(Function):
     """x [B, H, S, D] times factors [H, 1, D]; the backward reads each tensor once for both gradients."""
 
     @staticmethod
-    def forward(ctx, x, factors):
+    def forward(ctx: Any, x: Tensor, factors: Tensor) -> Tensor:
         ctx.save_for_backward(x, factors)
         return _heads(torch.ops.peft_kernels.attention_scale(_rows(x), _fp32(factors)), x.shape)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, saved, grad):
+    def backward(ctx: Any, saved: Sequence[Tensor], grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
         x, factors = saved
         grad_x, grad_factors = torch.ops.peft_kernels.attention_scale_backward(
             _rows(grad), _rows(x), _fp32(factors), *ctx.needs_input_grad
@@ -165,12 +167,12 @@ def _fp32(factors: Tensor) -> Tensor:
 
 
 @register_fake("attention_scale")
-def _(x, scales):
+def _(x: Tensor, scales: Tensor) -> Tensor:
     return torch.empty_like(x)
 
 
 @register_fake("attention_scale_backward")
-def _(grad_y, x, scales, wants_x, wants_scales):
+def _(grad_y: Tensor, x: Tensor, scales: Tensor, wants_x: bool, wants_scales: bool) -> tuple[Tensor, Tensor]:
     rows, columns = grad_y.shape
     return (
         grad_y.new_empty((rows if wants_x else 0, columns)),
@@ -195,7 +197,8 @@ def _band(num_queries: int, num_keys: int, causal: bool, window: int | None, dev
     return (seen if window is None else seen & (behind.abs() < window))[None, None]
 
 
-def _mask(num_queries, num_keys, causal, window, key_padding_mask, attn_mask, q: Tensor) -> Tensor | None:
+def _mask(num_queries: int, num_keys: int, causal: bool, window: int | None, key_padding_mask: Tensor | None,
+          attn_mask: Tensor | None, q: Tensor) -> Tensor | None:  # fmt: skip
     """All masks as one that broadcasts to [B, H, S_q, S_k]: bool or of q's dtype; None where is_causal says it all."""
     if window is not None and window >= max(num_queries, num_keys):
         window = None

@@ -4,11 +4,20 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+
+if TYPE_CHECKING:
+
+    class Function(torch.autograd.Function):
+        @classmethod
+        def apply(cls, *args: Any) -> Any: ...
+
+else:
+    Function = torch.autograd.Function  # torch leaves its `apply` without types
 
 
 def any_wants_gradients(*tensors: Tensor | None) -> bool:
@@ -35,7 +44,7 @@ def _has_tangent(tensor: Tensor) -> bool:
         return True
     # Within another transform of torch.func, a tangent of the outer one cannot be seen.
     functorch = torch._C._functorch
-    return functorch.is_functorch_wrapped_tensor(tensor) and functorch.maybe_current_level() > 1
+    return functorch.is_functorch_wrapped_tensor(tensor) and (functorch.maybe_current_level() or 0) > 1
 
 
 def anchor(x: Tensor, needed: bool) -> tuple[Tensor, ...]:
@@ -66,12 +75,14 @@ def once_differentiable(backward: Callable[..., Sequence[Tensor | None]]) -> Cal
         sources = [tensor for tensor in (*saved, *grads) if tensor is not None and tensor.requires_grad]
         if not sources or torch.compiler.is_compiling():  # torch.compile has a refusal of its own
             return results
-        refusal = torch._C._functions.DelayedError(
+        refusal: Any = torch._C._functions.DelayedError(
             f"peft_kernels: trying to differentiate twice through {backward.__qualname__.removesuffix('.backward')}, "
             "whose gradients can be computed but not differentiated, as for a penalty on a gradient",
             len(results) + len(sources),
         )
         # The sources are among its inputs so that autograd takes the way through it to each of them.
-        return refusal(*(None if result is None else result.detach() for result in results), *sources)[: len(results)]
+        detached = (None if result is None else result.detach() for result in results)
+        gradients: Sequence[Tensor | None] = refusal(*detached, *sources)[: len(results)]
+        return gradients
 
     return run

@@ -17,12 +17,18 @@ from .nf4 import NF4Weight
 ROWS_ACROSS = 32
 
 
-def check_product(x, weight, bias, compute_dtype, out_dtype) -> None:
+def check_product(
+    x: Tensor,
+    weight: Tensor | NF4Weight,
+    bias: Tensor | None,
+    compute_dtype: torch.dtype | None,
+    out_dtype: torch.dtype | None,
+) -> None:
     """Refuses what the ops would not see, or would see too late to say what is wrong: types, a dense weight, and x
     against the weight. It runs at every call, so the texts are made only on failure."""
     if not is_float(x) or x.dim() == 0:
         bad("x", x, "a float32, bfloat16 or float16 tensor [..., K]")
-    nf4 = check_weight(weight)
+    check_weight(weight)
     if x.shape[-1] != weight.shape[1]:
         bad("x", x, f"[..., {weight.shape[1]}], for a weight of shape {list(weight.shape)}")
     if bias is not None and not isinstance(bias, Tensor):
@@ -31,21 +37,18 @@ def check_product(x, weight, bias, compute_dtype, out_dtype) -> None:
         bad("compute_dtype", compute_dtype, "float32, bfloat16 or float16")
     if out_dtype is not None and out_dtype not in DTYPES:
         bad("out_dtype", out_dtype, "float32, bfloat16 or float16")
-    if nf4:
+    if isinstance(weight, NF4Weight):
         return
     if bias is not None and (bias.dtype not in DTYPES or bias.shape != weight.shape[:1]):
         bad("bias", bias, f"a float32, bfloat16 or float16 tensor [{weight.shape[0]}]")
     check_devices(x, (("weight", weight), ("bias", bias)))
 
 
-def check_weight(weight) -> bool:
-    """Whether it is a 4-bit one."""
-    nf4 = isinstance(weight, NF4Weight)
-    if nf4:
+def check_weight(weight: Tensor | NF4Weight) -> None:
+    if isinstance(weight, NF4Weight):
         weight.check_types()
-    if not (nf4 or is_float(weight)) or len(weight.shape) != 2:
+    if not (isinstance(weight, NF4Weight) or is_float(weight)) or len(weight.shape) != 2:
         bad("weight", weight, "an NF4Weight or a float32, bfloat16 or float16 tensor, of shape [N, K]")
-    return nf4
 
 
 def product_dtypes(
@@ -110,7 +113,7 @@ def owns_product(x: Tensor, weight: Tensor, compute_dtype: torch.dtype) -> tuple
     return few or y, dx
 
 
-def without_autocast(device_type: str) -> AbstractContextManager:
+def without_autocast(device_type: str) -> AbstractContextManager[object]:
     """For products in compute_dtype, which may be the caller's choice."""
     return torch.autocast(device_type, enabled=False) if autocasts(device_type) else nullcontext()
 

@@ -6,7 +6,7 @@ the scale: He et al. 2022 (arXiv:2110.04366).
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
@@ -28,7 +28,7 @@ from ._arguments import (
     matrix,
     refuse,
 )
-from ._autograd import anchor, any_wants_gradients, differentiates, once_differentiable
+from ._autograd import Function, anchor, any_wants_gradients, differentiates, once_differentiable
 from ._fakes import register_fake
 from ._linear import check_devices, named
 
@@ -187,7 +187,7 @@ def bottleneck(
     return _ACTIVATE[activation](F.linear(x.to(product_dtype), down_weight.to(product_dtype), bias)).to(dtype)
 
 
-_ACTIVATE = {
+_ACTIVATE: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
     "gelu": F.gelu,
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
@@ -198,7 +198,9 @@ _ACTIVATE = {
 }
 
 
-def _adapters(x, adapters, index, residual, activation, gate, post_layer_norm, dropout, seed, out_dtype) -> Tensor:
+def _adapters(x: Tensor, adapters: Sequence[AdapterWeights], index: Sequence[int] | Tensor | None,
+              residual: Tensor | None, activation: str, gate: Tensor | None, post_layer_norm: LayerNorm | None,
+              dropout: float, seed: Tensor | None, out_dtype: torch.dtype | None) -> Tensor:  # fmt: skip
     activation = activation_name(activation)
     _check(x, adapters, residual, gate, post_layer_norm, dropout, seed, out_dtype)
     cast_to = autocast_dtype(x)
@@ -214,7 +216,8 @@ def _adapters(x, adapters, index, residual, activation, gate, post_layer_norm, d
         residual = flat if series else matrix(residual)
     if gate is not None:
         gate = gate.expand(*x.shape[:-1], 1).reshape(rows).float().contiguous()
-    run_rows, run_adapters = (rows,), (0,)
+    run_rows: tuple[int, ...] = (rows,)
+    run_adapters: tuple[int, ...] = (0,)
     if index is not None:
         each = rows // max(len(index), 1)
         runs = [(name, each * len(list(group))) for name, group in groupby(index)]
@@ -234,14 +237,17 @@ def _adapters(x, adapters, index, residual, activation, gate, post_layer_norm, d
     scale = _scales(adapters, x)
     given = None if series else residual
     if differentiates():
-        tensors = [tensor for list_ in lists for tensor in list_ or [None] * len(adapters)]
+        missing: list[Tensor | None] = [None] * len(adapters)
+        tensors = [tensor for list_ in lists for tensor in list_ or missing]
         if any_wants_gradients(x, given, gate, scale, *post, *tensors):
             return like_rows(_Adapter.apply(flat, given, gate, scale, seed, call, *post, *tensors)[0], x)
     y, _, _ = call.forward(flat, given, gate, scale, seed, post, lists, saves=False)
     return like_rows(y, x)
 
 
-def _check(x, adapters, residual, gate, post_layer_norm, dropout, seed, out_dtype) -> None:
+def _check(x: Tensor, adapters: Sequence[AdapterWeights], residual: Tensor | None, gate: Tensor | None,
+           post_layer_norm: LayerNorm | None, dropout: float, seed: Tensor | None,
+           out_dtype: torch.dtype | None) -> None:  # fmt: skip
     """Refuses what the ops would not see, or would see too late to say what is wrong; the rest is theirs to check."""
     _check_x(x)
     for weights in adapters:
@@ -269,7 +275,7 @@ def _check(x, adapters, residual, gate, post_layer_norm, dropout, seed, out_dtyp
         bad("out_dtype", out_dtype, "float32, bfloat16 or float16")
 
 
-def _check_x(x) -> None:
+def _check_x(x: Tensor) -> None:
     if not is_float(x) or x.dim() == 0:
         bad("x", x, "a float32, bfloat16 or float16 tensor [..., d]")
 
@@ -333,24 +339,29 @@ class _Call:
         n = self.num_adapters
         return [[t for t in tensors[i : i + n] if t is not None] for i in range(0, len(tensors), n)]
 
-    def forward(self, x, residual, gate, scale, seed, post, lists, saves) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, x: Tensor, residual: Tensor | None, gate: Tensor | None, scale: Tensor | None,
+                seed: Tensor | None, post: Sequence[Tensor | None], lists: Sequence[Sequence[Tensor]],
+                saves: bool) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         """Returns y, pre and stats; `lists` as the method of that name has them."""
         *weights, norm_weight, norm_bias = lists
         post_weight, post_bias = ([] if t is None else [t] for t in post)
-        return torch.ops.peft_kernels.adapter_forward(
+        result: tuple[Tensor, Tensor, Tensor] = torch.ops.peft_kernels.adapter_forward(
             x, x if self.series else residual, gate, self.run_rows, self.run_adapters, *weights, scale,
             norm_weight, norm_bias, self.eps, post_weight, post_bias, self.post_eps, self.activation, self.dropout,
             seed, self._unless(self.compute_dtype, x), self._unless(self.out_dtype, x), saves,
         )  # fmt: skip
+        return result
 
     @staticmethod
     def _unless(dtype: torch.dtype, x: Tensor) -> torch.dtype | None:
         """None for what the op takes anyway, since a dtype costs 0.4 µs to pass."""
         return None if dtype is x.dtype else dtype
 
-    def unnormalized(self, x, residual, gate, scale, seed, tensors) -> Tensor:
+    def unnormalized(self, x: Tensor, residual: Tensor | None, gate: Tensor | None, scale: Tensor | None,
+                     seed: Tensor | None, tensors: Sequence[Tensor | None]) -> Tensor:  # fmt: skip
         """What the trailing LayerNorm normalises, in fp32."""
         *weights, norm_weight, norm_bias = self.lists(tensors)
+        y: Tensor
         y, _, _ = torch.ops.peft_kernels.adapter_forward(
             x, x if self.series else residual, gate, self.run_rows, self.run_adapters, *weights, scale,
             norm_weight, norm_bias, self.eps, [], [], None, self.activation, self.dropout, seed, self.compute_dtype,
@@ -359,9 +370,11 @@ class _Call:
         return y
 
 
-class _Adapter(torch.autograd.Function):
+class _Adapter(Function):
     @staticmethod
-    def forward(ctx, x, residual, gate, scale, seed, call, post_weight, post_bias, *tensors):
+    def forward(ctx: Any, x: Tensor, residual: Tensor | None, gate: Tensor | None, scale: Tensor | None,
+                seed: Tensor | None, call: _Call, post_weight: Tensor | None, post_bias: Tensor | None,
+                *tensors: Tensor | None) -> tuple[Tensor, ...]:  # fmt: skip
         ctx.branch = any(ctx.needs_input_grad[i] for i in (0, 2, 3)) or any(ctx.needs_input_grad[8:])
         y, pre, stats = call.forward(
             x, residual, gate, scale, seed, (post_weight, post_bias), call.lists(tensors), saves=ctx.branch
@@ -379,12 +392,12 @@ class _Adapter(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, saved, grad_y, *_):
+    def backward(ctx: Any, saved: Sequence[Tensor], grad_y: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         x, residual, gate, scale, seed, pre, stats, post_weight, post_bias, *rest = saved
         tensors = rest[: 6 * ctx.call.num_adapters]
         call, needs, n = ctx.call, ctx.needs_input_grad, ctx.call.num_adapters
         grad_y = matrix(grad_y)
-        post = None, None
+        post: Sequence[Tensor | None] = (None, None)
         if call.post_eps is not None:
             y = call.unnormalized(x, residual, gate, scale, seed, tensors)
             grad_y, *post = _layer_norm_backward(
@@ -407,28 +420,29 @@ class _Adapter(torch.autograd.Function):
         )  # fmt: skip
 
 
-def _layer_norm_backward(grad, x, weight, bias, eps, wanted) -> tuple[Tensor, Tensor | None, Tensor | None]:
+def _layer_norm_backward(
+    grad: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, wanted: Sequence[bool]
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """The gradients of an input in fp32, and of the weight and the bias in their dtypes."""
     shape, weights = x.shape[-1:], [_float(weight), _float(bias)]
     _, mean, rstd = torch.ops.aten.native_layer_norm(x, shape, *weights, eps)
     grads = torch.ops.aten.native_layer_norm_backward(grad.float(), x, shape, mean, rstd, *weights, list(wanted))
     return grads[0], *(
-        part.to(like.dtype) if want else None
+        part.to(like.dtype) if want and like is not None else None
         for part, like, want in zip(grads[1:], (weight, bias), wanted[1:], strict=True)
     )
 
 
-def _weight_gradients(
-    flat, tensors, scale, numbers, needs, normalizes, wants_scale
-) -> tuple[list[Tensor | None], Tensor | None]:
+def _weight_gradients(flat: Sequence[Tensor], tensors: Sequence[Any], scale: Tensor,
+                      numbers: Sequence[float | None], needs: Sequence[bool], normalizes: bool,
+                      wants_scale: bool) -> tuple[list[Tensor | None], Tensor | None]:  # fmt: skip
     """The gradients of an op's tensors, and of the scales, out of the sums that the kernel returns (see adapter.h)."""
     n = scale.shape[0]
     down, _, up, up_bias, norm, norm_bias = (tensors[i : i + n] for i in range(0, 6 * n, n))
     kinds = (down, [w.shape[0] for w in down], up, [w.shape[0] for w in up])
-    sums_down, sums_down_bias, sums_up, sums_up_bias = (
-        _split(part, like) for part, like in zip(flat, kinds, strict=True)
-    )
-    grads: list[Tensor | None] = [None] * (6 * n)
+    sums: Iterator[list[Any]] = (_split(part, like) for part, like in zip(flat, kinds, strict=True))
+    sums_down, sums_down_bias, sums_up, sums_up_bias = sums
+    grads: list[Any] = [None] * (6 * n)
     grad_scale = []
     for i in range(n):
         p, dz = sums_down[i], sums_down_bias[i]
@@ -467,9 +481,12 @@ def _split(flat: Tensor, likes: Sequence[Tensor | int]) -> list[Tensor | None]:
     "adapter_forward", norm_weight="layer_norm", norm_bias="layer_norm", post_norm_weight="post_layer_norm",
     post_norm_bias="post_layer_norm",
 )  # fmt: skip
-def _(x, residual, gate, run_rows, run_adapters, down_weight, down_bias, up_weight, up_bias, scale, norm_weight,
-      norm_bias, norm_eps, post_norm_weight, post_norm_bias, post_norm_eps, activation, dropout, seed, compute_dtype,
-      out_dtype, saves):  # fmt: skip
+def _(x: Tensor, residual: Tensor | None, gate: Tensor | None, run_rows: Sequence[int], run_adapters: Sequence[int],
+      down_weight: Sequence[Tensor], down_bias: Sequence[Tensor], up_weight: Sequence[Tensor],
+      up_bias: Sequence[Tensor], scale: Tensor | None, norm_weight: Sequence[Tensor], norm_bias: Sequence[Tensor],
+      norm_eps: float | None, post_norm_weight: Sequence[Tensor], post_norm_bias: Sequence[Tensor],
+      post_norm_eps: float | None, activation: str, dropout: float, seed: Tensor | None, compute_dtype: torch.dtype,
+      out_dtype: torch.dtype | None, saves: bool) -> tuple[Tensor, ...]:  # fmt: skip
     m = x.shape[0]
     pre = x.new_empty((m if saves else 0, max(w.shape[0] for w in down_weight)), dtype=compute_dtype)
     stats = x.new_empty((m if saves and norm_eps else 0, 2), dtype=torch.float32)
@@ -477,9 +494,12 @@ def _(x, residual, gate, run_rows, run_adapters, down_weight, down_bias, up_weig
 
 
 @register_fake("adapter_backward")
-def _(grad_y, x, pre, stats, gate, run_rows, run_adapters, down_weight, down_bias, up_weight, up_bias, scale,
-      norm_weight, norm_bias, norm_eps, activation, dropout, seed, compute_dtype, x_dtype, adds_grad_y, wants_x,
-      wants_down, wants_up, wants_gate):  # fmt: skip
+def _(grad_y: Tensor, x: Tensor, pre: Tensor, stats: Tensor, gate: Tensor | None, run_rows: Sequence[int],
+      run_adapters: Sequence[int], down_weight: Sequence[Tensor], down_bias: Sequence[Tensor],
+      up_weight: Sequence[Tensor], up_bias: Sequence[Tensor], scale: Tensor | None, norm_weight: Sequence[Tensor],
+      norm_bias: Sequence[Tensor], norm_eps: float | None, activation: str, dropout: float, seed: Tensor | None,
+      compute_dtype: torch.dtype, x_dtype: torch.dtype, adds_grad_y: bool, wants_x: bool, wants_down: bool,
+      wants_up: bool, wants_gate: bool) -> tuple[Tensor, ...]:  # fmt: skip
     m, d = grad_y.shape
     ranks = sum(w.shape[0] for w in down_weight)
     sizes = (ranks * d if wants_down else 0, ranks if wants_down else 0, ranks * d if wants_up else 0,

@@ -6,7 +6,7 @@ Pfeiffer et al. 2021 (arXiv:2005.00247).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +23,7 @@ from ._arguments import (
     matrix,
     refuse,
 )
-from ._autograd import any_wants_gradients, once_differentiable
+from ._autograd import Function, any_wants_gradients, once_differentiable
 from ._fakes import register_fake
 from ._linear import check_devices, named
 
@@ -165,8 +165,10 @@ class _Attention(NamedTuple):
     dtype: torch.dtype
 
     @classmethod
-    def of(cls, query_input, query_weight, query_bias, key_weight, key_bias, value_weight, value_bias, residual,
-           temperature, dropout, seed, out_dtype) -> _Attention:  # fmt: skip
+    def of(cls, query_input: Tensor, query_weight: Tensor, query_bias: Tensor | None, key_weight: Tensor,
+           key_bias: Tensor | None, value_weight: Tensor | None, value_bias: Tensor | None, residual: Tensor | None,
+           temperature: float, dropout: float, seed: Tensor | None,
+           out_dtype: torch.dtype | None) -> _Attention:  # fmt: skip
         x = query_input
         if not is_float(x) or x.dim() == 0:
             bad("query_input", x, "a float32, bfloat16 or float16 tensor [..., d]")
@@ -178,7 +180,7 @@ class _Attention(NamedTuple):
                 if bias is not None:
                     bad("value_bias", bias, "None, since there is no value_weight")
                 continue
-            if not is_float(weight) or weight.shape != (d, d):
+            if weight is None or not is_float(weight) or weight.shape != (d, d):
                 bad(f"{name}_weight", weight, f"a float32, bfloat16 or float16 tensor [{d}, {d}]")
             if bias is not None and (not is_float(bias) or bias.shape != (d,)):
                 bad(f"{name}_bias", bias, f"a float32, bfloat16 or float16 tensor [{d}] or None")
@@ -224,10 +226,12 @@ class _Attention(NamedTuple):
         adapters = [a.to(dtype) for a in adapters]
         arguments = t, offsets, self.seed, shared, self.temperature, self.dropout, *adapters
         if any_wants_gradients(t, offsets, *adapters):
-            return _Pool.apply(*arguments)
-        return torch.ops.peft_kernels.adapter_fusion_forward(
+            result: tuple[Tensor, Tensor] = _Pool.apply(*arguments)
+            return result
+        result = torch.ops.peft_kernels.adapter_fusion_forward(
             t, adapters, shared, offsets, self.temperature, self.dropout, self.seed
         )
+        return result
 
     def finish(self, pooled: Tensor) -> Tensor:
         """W_v and the residual, after the pooling: Σ Pᵢ (W_v aᵢ + b_v) = W_v Σ Pᵢ aᵢ + b_v, as Σ Pᵢ = 1."""
@@ -238,22 +242,23 @@ class _Attention(NamedTuple):
         return (z if self.residual is None else self.residual + z).to(self.out_dtype)
 
 
-class _Cancelled(torch.autograd.Function):
+class _Cancelled(Function):
     """t, with a gradient of zero for what cancels out of it."""
 
     @staticmethod
-    def forward(ctx, t, cancelled):
+    def forward(ctx: Any, t: Tensor, cancelled: Tensor) -> Tensor:
         ctx.save_for_backward(cancelled)
         return t.view_as(t)
 
     @staticmethod
-    def backward(ctx, grad_t):
+    def backward(ctx: Any, grad_t: Tensor) -> tuple[Tensor, Tensor]:
         return grad_t, torch.zeros_like(ctx.saved_tensors[0])
 
 
-class _Pool(torch.autograd.Function):
+class _Pool(Function):
     @staticmethod
-    def forward(ctx, t, offsets, seed, shared, temperature, dropout, *adapters):
+    def forward(ctx: Any, t: Tensor, offsets: Tensor | None, seed: Tensor | None, shared: bool, temperature: float,
+                dropout: float, *adapters: Tensor) -> tuple[Tensor, Tensor]:  # fmt: skip
         pooled, probabilities = torch.ops.peft_kernels.adapter_fusion_forward(
             t, adapters, shared, offsets, temperature, dropout, seed
         )
@@ -264,7 +269,9 @@ class _Pool(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, saved, grad_pooled, grad_probabilities):
+    def backward(
+        ctx: Any, saved: Sequence[Tensor], grad_pooled: Tensor, grad_probabilities: Tensor
+    ) -> tuple[Tensor | None, ...]:
         t, offsets, seed, probabilities, *adapters = saved
         shared, temperature, dropout = ctx.options
         grad_pooled = torch.zeros_like(t) if grad_pooled is None else matrix(grad_pooled)
@@ -283,12 +290,15 @@ class _Pool(torch.autograd.Function):
 
 
 @register_fake("adapter_fusion_forward")
-def _(t, adapters, shared, offsets, temperature, dropout, seed):
+def _(t: Tensor, adapters: Sequence[Tensor], shared: bool, offsets: Tensor | None, temperature: float, dropout: float,
+      seed: Tensor | None) -> tuple[Tensor, ...]:  # fmt: skip
     return t.new_empty(t.shape), t.new_empty((t.shape[0], len(adapters)), dtype=torch.float32)
 
 
 @register_fake("adapter_fusion_backward")
-def _(grad_pooled, grad_probabilities, t, adapters, probabilities, shared, offsets, temperature, dropout, seed, wanted):
+def _(grad_pooled: Tensor, grad_probabilities: Tensor, t: Tensor, adapters: Sequence[Tensor], probabilities: Tensor,
+      shared: bool, offsets: Tensor | None, temperature: float, dropout: float, seed: Tensor | None,
+      wanted: Sequence[bool]) -> tuple[Tensor, ...]:  # fmt: skip
     elements = sum(a.numel() for a, want in zip(adapters, wanted, strict=True) if want)
     grad_offsets = t.new_empty((t.shape[0], len(adapters)), dtype=torch.float32)
     return t.new_empty(t.shape), grad_offsets, adapters[0].new_empty((elements,))

@@ -6,6 +6,7 @@ FlashAttention's: Dao et al. 2022 (arXiv:2205.14135).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -15,7 +16,7 @@ from torch import Tensor
 from ._arguments import autocast_dtype, check_dropout, dense_inner, drawn_seed
 from ._attention_by_torch import attention_by_torch, rotated
 from ._attention_plan import is_aligned, print_plan, why_torch
-from ._autograd import any_wants_gradients, once_differentiable
+from ._autograd import Function, any_wants_gradients, once_differentiable
 from ._fakes import register_fake
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -80,13 +81,14 @@ def ia3_attention(
     check_dropout(dropout, seed)
     scale = float(q.shape[3] ** -0.5 if scale is None else scale)
     if _has_gpu_plan(q.device):
-        masks = {"causal": causal, "window": window, "key_padding_mask": key_padding_mask, "attn_mask": attn_mask}
-        tensors = q, k, v, l_q, l_k, l_v, prefix_k, prefix_v
+        masks: dict[str, Any] = {"causal": causal, "window": window, "key_padding_mask": key_padding_mask,
+                                 "attn_mask": attn_mask}  # fmt: skip
+        given = q, k, v, l_q, l_k, l_v, prefix_k, prefix_v
         if seed is not None:
             _bad("seed", seed, f"None on {q.device.type}, where torch draws the mask")
-        if reason := why_torch(*tensors, dropout=dropout, **masks):
+        if reason := why_torch(*given, dropout=dropout, **masks):
             print_plan(q, reason)
-            out = attention_by_torch(*tensors, scale=scale, rope=rope, dropout=dropout, **masks)
+            out = attention_by_torch(*given, scale=scale, rope=rope, dropout=dropout, **masks)
             return out.transpose(1, 2).contiguous().transpose(1, 2)
         if rope is not None:
             # A rotation stands between the scales and the products; made here, it is differentiated by autograd.
@@ -140,7 +142,8 @@ class _Call:
     dropout: float
     seed: Tensor | None
 
-    def arguments(self, q, k, v, l_q, l_k, l_v, prefix_k, prefix_v) -> tuple:
+    def arguments(self, q: Tensor | None, k: Tensor | None, v: Tensor | None, l_q: Tensor | None, l_k: Tensor | None,
+                  l_v: Tensor | None, prefix_k: Tensor | None, prefix_v: Tensor | None) -> tuple[Any, ...]:  # fmt: skip
         """The arguments that both ops have."""
         return (
             q, k, v, l_q, l_k, l_v, self.scale, self.causal, self.window, self.key_padding_mask, self.attn_mask,
@@ -152,12 +155,15 @@ class _Call:
 
         The share has no elements unless it is for a backward with l_v.
         """
-        return torch.ops.peft_kernels.attention_forward(*self.arguments(*tensors), training)
+        result: tuple[Tensor, Tensor, Tensor] = torch.ops.peft_kernels.attention_forward(
+            *self.arguments(*tensors), training
+        )
+        return result
 
 
-class _IA3Attention(torch.autograd.Function):
+class _IA3Attention(Function):
     @staticmethod
-    def forward(ctx, call, *tensors):
+    def forward(ctx: Any, call: _Call, *tensors: Tensor | None) -> Tensor:
         out, out_real, lse = call.forward(tensors, training=True)
         l_v, prefix_k = tensors[5:7]
         # l_v's gradient wants the output before it, the softmax's wants the whole: with a prefix they are two.
@@ -168,7 +174,7 @@ class _IA3Attention(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, saved, grad_out):
+    def backward(ctx: Any, saved: Sequence[Tensor], grad_out: Tensor) -> tuple[Tensor | None, ...]:
         *tensors, out, out_real, lse = saved
         wants = list(ctx.needs_input_grad[1:])
         if _has_gpu_plan(grad_out.device) and not is_aligned(grad_out):
@@ -181,8 +187,10 @@ class _IA3Attention(torch.autograd.Function):
 
 
 @register_fake("attention_forward")
-def _(q, k, v, l_q, l_k, l_v, scale, causal, window, key_padding_mask, attn_mask, prefix_k, prefix_v, cos, sin,
-      dropout, seed, training):  # fmt: skip
+def _(q: Tensor, k: Tensor, v: Tensor, l_q: Tensor | None, l_k: Tensor | None, l_v: Tensor | None, scale: float,
+      causal: bool, window: int | None, key_padding_mask: Tensor | None, attn_mask: Tensor | None,
+      prefix_k: Tensor | None, prefix_v: Tensor | None, cos: Tensor | None, sin: Tensor | None, dropout: float,
+      seed: Tensor | None, training: bool) -> tuple[Tensor, ...]:  # fmt: skip
     batch, heads, num_queries, head_dim = q.shape
     out = q.new_empty((batch, num_queries, heads, head_dim))
     real = q.new_empty((batch if training and l_v is not None else 0, num_queries, heads, head_dim))
@@ -190,10 +198,13 @@ def _(q, k, v, l_q, l_k, l_v, scale, causal, window, key_padding_mask, attn_mask
 
 
 @register_fake("attention_backward")
-def _(grad_out, q, k, v, l_q, l_k, l_v, scale, causal, window, key_padding_mask, attn_mask, prefix_k, prefix_v, cos,
-      sin, dropout, seed, out, out_real, lse, wants):  # fmt: skip
+def _(grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, l_q: Tensor | None, l_k: Tensor | None, l_v: Tensor | None,
+      scale: float, causal: bool, window: int | None, key_padding_mask: Tensor | None, attn_mask: Tensor | None,
+      prefix_k: Tensor | None, prefix_v: Tensor | None, cos: Tensor | None, sin: Tensor | None, dropout: float,
+      seed: Tensor | None, out: Tensor, out_real: Tensor, lse: Tensor,
+      wants: Sequence[bool]) -> tuple[Tensor, ...]:  # fmt: skip
 
-    def rows(x, want):
+    def rows(x: Tensor, want: bool) -> Tensor:
         batch, heads, length, head_dim = x.shape
         return x.new_empty((batch if want else 0, length, heads, head_dim))
 
@@ -207,9 +218,10 @@ def _(grad_out, q, k, v, l_q, l_k, l_v, scale, causal, window, key_padding_mask,
     )
 
 
-def _check(
-    q, k, v, l_q, l_k, l_v, scale, causal, window, key_padding_mask, attn_mask, prefix_k, prefix_v, rope
-) -> None:  # fmt: skip
+def _check(q: Tensor, k: Tensor, v: Tensor, l_q: Tensor | None, l_k: Tensor | None, l_v: Tensor | None,
+           scale: float | None, causal: bool, window: int | None, key_padding_mask: Tensor | None,
+           attn_mask: Tensor | None, prefix_k: Tensor | None, prefix_v: Tensor | None,
+           rope: tuple[Tensor, Tensor] | None) -> None:  # fmt: skip
     """Everything else that can be wrong; the texts are made only on failure, since it runs at every call."""
     batch, heads, num_queries, head_dim = q.shape
     kv_heads, num_keys = k.shape[1:3]
@@ -254,7 +266,9 @@ def _check(
         missing, given = ("prefix_k", "prefix_v") if prefix_k is None else ("prefix_v", "prefix_k")
         raise ValueError(f"{missing}: got None, wanted a tensor, since {given} is one")
     for name, prefix in (("prefix_k", prefix_k), ("prefix_v", prefix_v)):
-        if prefix is not None and not (
+        if prefix is None or prefix_k is None:
+            continue
+        if not (
             isinstance(prefix, Tensor)
             and prefix.dtype in _DTYPES
             and prefix.dim() == 3
@@ -274,7 +288,7 @@ def _check(
             raise ValueError(f"{name}: got a tensor on {tensor.device}, wanted one on {q.device}, where q is")
 
 
-def _check_rope(rope, batch: int, num_queries: int, num_keys: int, head_dim: int) -> None:
+def _check_rope(rope: tuple[Tensor, Tensor], batch: int, num_queries: int, num_keys: int, head_dim: int) -> None:
     if not (isinstance(rope, (tuple, list)) and len(rope) == 2):
         _bad("rope", rope, "a pair of tensors (cos, sin)")
     for name, part in zip(("rope cos", "rope sin"), rope, strict=True):

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from ._arguments import bad, is_float, matrix
-from ._autograd import any_wants_gradients, once_differentiable
+from ._autograd import Function, any_wants_gradients, once_differentiable
 from ._fakes import register_fake
 
 
@@ -33,6 +36,7 @@ def cross_entropy(logits: Tensor, targets: Tensor, ignore_index: int = -100) -> 
     if not isinstance(ignore_index, int):
         bad("ignore_index", ignore_index, "an integer")
     rows, flat = matrix(logits), targets.reshape(-1)
+    losses: Tensor
     if any_wants_gradients(logits):
         losses = _CrossEntropy.apply(rows, flat, ignore_index)
     else:
@@ -40,9 +44,10 @@ def cross_entropy(logits: Tensor, targets: Tensor, ignore_index: int = -100) -> 
     return losses.view(targets.shape)
 
 
-class _CrossEntropy(torch.autograd.Function):
+class _CrossEntropy(Function):
     @staticmethod
-    def forward(ctx, logits, targets, ignore_index):
+    def forward(ctx: Any, logits: Tensor, targets: Tensor, ignore_index: int) -> Tensor:
+        losses: Tensor
         losses, statistics = torch.ops.peft_kernels.cross_entropy_forward(logits, targets, ignore_index)
         ctx.save_for_backward(logits, targets, statistics)
         ctx.ignore_index = ignore_index
@@ -50,17 +55,17 @@ class _CrossEntropy(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, saved, grad_losses):
+    def backward(ctx: Any, saved: Sequence[Tensor], grad_losses: Tensor) -> tuple[Tensor, None, None]:
         grad = torch.ops.peft_kernels.cross_entropy_backward(grad_losses.contiguous(), *saved, ctx.ignore_index)
         return grad, None, None
 
 
 @register_fake("cross_entropy_forward")
-def _(logits, targets, ignore_index):
+def _(logits: Tensor, targets: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
     rows = logits.shape[0]
     return logits.new_empty((rows,), dtype=torch.float32), logits.new_empty((rows, 2), dtype=torch.float32)
 
 
 @register_fake("cross_entropy_backward")
-def _(grad_losses, logits, targets, statistics, ignore_index):
+def _(grad_losses: Tensor, logits: Tensor, targets: Tensor, statistics: Tensor, ignore_index: int) -> Tensor:
     return logits.new_empty(logits.shape)

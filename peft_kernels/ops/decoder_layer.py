@@ -6,6 +6,7 @@ arXiv:2106.09685). The computation is that of `rms_norm`, `lora_linear`, `rotary
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -53,9 +54,10 @@ def before_attention(
             wanted.
     """
     projections.check_no_gradients(x)
-    return torch.ops.peft_kernels.decoder_layer_before(
+    result: tuple[Tensor, Tensor, Tensor] = torch.ops.peft_kernels.decoder_layer_before(
         x, *norm, projections.packed, projections.out_features, head_dim, q_norm, k_norm, cos, sin
     )
+    return result
 
 
 def after_attention(x: Tensor, attended: Tensor, norm: Norm, projections: Projections, activation: str) -> Tensor:
@@ -79,15 +81,20 @@ def after_attention(x: Tensor, attended: Tensor, norm: Norm, projections: Projec
             wanted.
     """
     projections.check_no_gradients(x)
-    return torch.ops.peft_kernels.decoder_layer_after(x, attended, *norm, projections.packed, activation)
+    y: Tensor = torch.ops.peft_kernels.decoder_layer_after(x, attended, *norm, projections.packed, activation)
+    return y
 
 
 @register_fake("decoder_layer_before")
-def _(x, norm, eps, offset, projections, out_features, head_dim, q_norm, k_norm, cos, sin):
+def _(x: Tensor, norm: Tensor, eps: float, offset: float, projections: Tensor, out_features: Sequence[int],
+      head_dim: int, q_norm: Tensor | None, k_norm: Tensor | None, cos: Tensor,
+      sin: Tensor) -> tuple[Tensor, ...]:  # fmt: skip
     batch, length, _ = x.shape
     return tuple(x.new_empty((batch, length, n // head_dim, head_dim)).transpose(1, 2) for n in out_features)
 
 
 @register_fake("decoder_layer_after")
-def _(x, attended, norm, eps, offset, projections, activation):
+def _(
+    x: Tensor, attended: Tensor, norm: Tensor, eps: float, offset: float, projections: Tensor, activation: str
+) -> Tensor:
     return x.new_empty(x.shape)

@@ -6,13 +6,15 @@ constant to the gradient (section 4.3 there).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ._arguments import bad, check_dropout, is_float, is_number, like_rows, matrix
-from ._autograd import anchor, any_wants_gradients, once_differentiable
+from ._autograd import Function, anchor, any_wants_gradients, once_differentiable
 from ._linear import check_devices, check_product, check_weight, product_dtypes, without_autocast
 from .dropout import dropout as drop
 from .ia3_linear import ScaledProduct
@@ -141,7 +143,8 @@ def dora_norm(
     check_weight(weight)
     _check_adapter(weight, lora_A, lora_B, scaling)
     # Not under no_grad, of which a non-strict export can't make a part of its program.
-    weight, lora_A, lora_B = (w if isinstance(w, NF4Weight) else w.detach() for w in (weight, lora_A, lora_B))
+    weight = weight if isinstance(weight, NF4Weight) else weight.detach()
+    lora_A, lora_B = lora_A.detach(), lora_B.detach()
     if squares is None:
         squares = squares_of_rows(weight)
     _check_shape("squares", squares, (weight.shape[0],))
@@ -177,8 +180,8 @@ def _check_adapter(weight: Tensor | NF4Weight, lora_A: Tensor, lora_B: Tensor, s
         bad("scaling", scaling, "a finite number")
 
 
-def _check_shape(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
-    if not is_float(tensor) or tensor.shape != shape:
+def _check_shape(name: str, tensor: Tensor | None, shape: tuple[int, ...]) -> None:
+    if tensor is None or not is_float(tensor) or tensor.shape != shape:
         bad(name, tensor, f"a float32, bfloat16 or float16 tensor {list(shape)}")
 
 
@@ -189,16 +192,21 @@ class _Call:
     product: ScaledProduct
     scaling: float
 
-    def infer(self, x, bias, lora_A, lora_B, gain) -> Tensor:
+    def infer(self, x: Tensor, bias: Tensor | None, lora_A: Tensor, lora_B: Tensor, gain: Tensor) -> Tensor:
         return self.add_branch(x, self.product.infer(x, None, None, gain), bias, lora_A, lora_B)[0]
 
-    def add_branch(self, x, add, bias, lora_A, lora_B) -> tuple[Tensor, Tensor]:
+    def add_branch(
+        self, x: Tensor, add: Tensor, bias: Tensor | None, lora_A: Tensor, lora_B: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """Returns y [M, N], and x Aᵀ [M, r] in fp32."""
-        return _BRANCH(
+        result: tuple[Tensor, Tensor] = _BRANCH(
             x, (), (), [lora_A], [lora_B], [self.scaling], bias=bias, add=add, out_dtype=self.product.out_dtype
         )
+        return result
 
-    def backward(self, grad_y, x, x_dtype, s, unscaled, lora_A, lora_B, gain, wants_x, wants_A, wants_B, wants_gain):
+    def backward(self, grad_y: Tensor, x: Tensor, x_dtype: torch.dtype, s: Tensor, unscaled: Tensor, lora_A: Tensor,
+                 lora_B: Tensor, gain: Tensor, wants_x: bool, wants_A: bool, wants_B: bool,
+                 wants_gain: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
         """Returns the gradients of x, A, B and g; without elements where not wanted."""
         grad_x, _, grad_gain = self.product.backward(
             grad_y, None, x_dtype, unscaled, None, gain, wants_x, False, wants_gain
@@ -210,9 +218,10 @@ class _Call:
         return grad_x, grad_A, grad_B, grad_gain
 
 
-class _DoRALinear(torch.autograd.Function):
+class _DoRALinear(Function):
     @staticmethod
-    def forward(ctx, x, bias, weight, lora_A, lora_B, gain, call):
+    def forward(ctx: Any, x: Tensor, bias: Tensor | None, weight: Tensor | None, lora_A: Tensor, lora_B: Tensor,
+                gain: Tensor, call: _Call) -> tuple[Tensor, ...]:  # fmt: skip
         # `weight` repeats the product's where it is dense, so that autograd sees it.
         wants_x, _, wants_weight, wants_A, wants_B, wants_gain, _ = ctx.needs_input_grad
         add, unscaled = call.product.forward(x, None, None, gain, wants_gain)
@@ -229,8 +238,8 @@ class _DoRALinear(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, saved, grad_y, *_):
-        x, s, unscaled, weight, lora_A, lora_B, gain, *_ = saved
+    def backward(ctx: Any, saved: Sequence[Tensor], grad_y: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        x, s, unscaled, weight, lora_A, lora_B, gain = saved[:7]
         wants_x, wants_bias, wants_weight, wants_A, wants_B, wants_gain, _ = ctx.needs_input_grad
         grad_y = matrix(grad_y)
         grad_x, grad_A, grad_B, grad_gain = ctx.call.backward(

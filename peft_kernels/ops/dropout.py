@@ -3,11 +3,13 @@ Overfitting" (JMLR 15)."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from ._arguments import bad, check_dropout, drawn_seed, is_float
-from ._autograd import any_wants_gradients
+from ._autograd import Function, any_wants_gradients
 from ._fakes import register_fake
 
 _DROPOUT = torch.ops.peft_kernels.dropout.default
@@ -37,23 +39,26 @@ def dropout(x: Tensor, p: float, seed: Tensor | None = None) -> Tensor:
         return x
     seed = drawn_seed(p, seed, x.device)
     if any_wants_gradients(x):
-        return _Dropout.apply(x, seed, p)
-    return _DROPOUT(x, seed, p)
+        y: Tensor = _Dropout.apply(x, seed, p)
+        return y
+    y = _DROPOUT(x, seed, p)
+    return y
 
 
-class _Dropout(torch.autograd.Function):
+class _Dropout(Function):
     @staticmethod
-    def forward(ctx, x, seed, p):
+    def forward(ctx: Any, x: Tensor, seed: Tensor, p: float) -> Tensor:
         ctx.save_for_backward(seed)
         ctx.p = p
-        return _DROPOUT(x, seed, p)
+        y: Tensor = _DROPOUT(x, seed, p)
+        return y
 
     @staticmethod
-    def backward(ctx, grad_y):
+    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor, None, None]:
         (seed,) = ctx.saved_tensors
         return dropout(grad_y, ctx.p, seed), None, None
 
 
 @register_fake("dropout")
-def _(x, seed, p):
+def _(x: Tensor, seed: Tensor, p: float) -> Tensor:
     return x.new_empty(x.shape)

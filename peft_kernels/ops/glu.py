@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from ._arguments import bad, is_float
-from ._autograd import any_wants_gradients, once_differentiable
+from ._autograd import Function, any_wants_gradients, once_differentiable
 from ._fakes import register_fake
 from .adapter import activation_name
 
@@ -31,29 +34,32 @@ def glu(gate: Tensor, up: Tensor, activation: str = "silu") -> Tensor:
         bad("up", up, f"a tensor like gate, {str(gate.dtype).removeprefix('torch.')} {list(gate.shape)}")
     activation = activation_name(activation)
     if any_wants_gradients(gate, up):
-        return _Glu.apply(gate, up, activation)
-    return torch.ops.peft_kernels.glu_forward(gate, up, activation)
+        y: Tensor = _Glu.apply(gate, up, activation)
+        return y
+    y = torch.ops.peft_kernels.glu_forward(gate, up, activation)
+    return y
 
 
-class _Glu(torch.autograd.Function):
+class _Glu(Function):
     @staticmethod
-    def forward(ctx, gate, up, activation):
+    def forward(ctx: Any, gate: Tensor, up: Tensor, activation: str) -> Tensor:
         ctx.save_for_backward(gate, up)
         ctx.activation = activation
-        return torch.ops.peft_kernels.glu_forward(gate, up, activation)
+        y: Tensor = torch.ops.peft_kernels.glu_forward(gate, up, activation)
+        return y
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, saved, grad_y):
+    def backward(ctx: Any, saved: Sequence[Tensor], grad_y: Tensor) -> tuple[Tensor, Tensor, None]:
         gate, up = saved
         return *torch.ops.peft_kernels.glu_backward(grad_y, gate, up, ctx.activation), None
 
 
 @register_fake("glu_forward")
-def _(gate, up, activation):
+def _(gate: Tensor, up: Tensor, activation: str) -> Tensor:
     return gate.new_empty(gate.shape)
 
 
 @register_fake("glu_backward")
-def _(grad_y, gate, up, activation):
+def _(grad_y: Tensor, gate: Tensor, up: Tensor, activation: str) -> tuple[Tensor, Tensor]:
     return gate.new_empty(gate.shape), gate.new_empty(gate.shape)

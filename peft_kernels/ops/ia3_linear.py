@@ -7,13 +7,15 @@ that reads a feed-forward block's hidden.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ._arguments import bad, is_float, like_rows, matrix
-from ._autograd import anchor, any_wants_gradients, once_differentiable
+from ._autograd import Function, anchor, any_wants_gradients, once_differentiable
 from ._fakes import register_fake
 from ._linear import (
     check_devices,
@@ -90,22 +92,25 @@ class ScaledProduct:
     compute_dtype: torch.dtype
     out_dtype: torch.dtype
 
-    def arguments(self) -> tuple:
+    def arguments(self) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
         """The ops' `weight` and `format`."""
         weight = self.weight
         if not isinstance(weight, NF4Weight) and 1 not in weight.stride():
             weight = weight.contiguous()
         return weight_arguments(weight)
 
-    def forward(self, x, bias, l_in, l_out, keeps_unscaled: bool) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, x: Tensor, bias: Tensor | None, l_in: Tensor | None, l_out: Tensor | None, keeps_unscaled: bool
+    ) -> tuple[Tensor, Tensor]:
         """Returns y [M, N], and y before l_out, if it is to be kept."""
         bias = None if bias is None else bias.contiguous()
-        return _FORWARD(
+        result: tuple[Tensor, Tensor] = _FORWARD(
             x, *self.arguments(), bias, _fp32(l_in), _fp32(l_out), keeps_unscaled,
             compute_dtype=other_dtype(self.compute_dtype, x), out_dtype=other_dtype(self.out_dtype, x),
         )  # fmt: skip
+        return result
 
-    def infer(self, x, bias, l_in, l_out) -> Tensor:
+    def infer(self, x: Tensor, bias: Tensor | None, l_in: Tensor | None, l_out: Tensor | None) -> Tensor:
         """Returns y [M, N] without a gradient."""
         weight, dtype = self.weight, self.compute_dtype
         if isinstance(weight, NF4Weight) or not few_rows(x) or owns_product(x, weight, dtype)[0]:
@@ -117,21 +122,25 @@ class ScaledProduct:
             y = linear(x, weight.to(dtype), None if bias is None else bias.to(dtype))
             return (y if l_out is None else y * l_out).to(self.out_dtype)
 
-    def backward(self, grad_y, x, x_dtype, unscaled, l_in, l_out, wants_x, wants_l_in, wants_l_out):
+    def backward(self, grad_y: Tensor, x: Tensor | None, x_dtype: torch.dtype, unscaled: Tensor, l_in: Tensor | None,
+                 l_out: Tensor | None, wants_x: bool, wants_l_in: bool,
+                 wants_l_out: bool) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         """Returns the gradients of x, l_in and l_out, without elements where not wanted."""
-        return _BACKWARD(
+        result: tuple[Tensor, Tensor, Tensor] = _BACKWARD(
             grad_y, x, unscaled, *self.arguments(), _fp32(l_in), _fp32(l_out), wants_x, wants_l_in, wants_l_out,
             compute_dtype=other_dtype(self.compute_dtype, grad_y), x_dtype=other_dtype(x_dtype, grad_y),
         )  # fmt: skip
+        return result
 
 
 def _fp32(scale: Tensor | None) -> Tensor | None:
     return None if scale is None else scale.to(torch.float32).contiguous()
 
 
-class _IA3Linear(torch.autograd.Function):
+class _IA3Linear(Function):
     @staticmethod
-    def forward(ctx, x, bias, weight, l_in, l_out, call):
+    def forward(ctx: Any, x: Tensor, bias: Tensor | None, weight: Tensor | None, l_in: Tensor | None,
+                l_out: Tensor | None, call: ScaledProduct) -> tuple[Tensor, ...]:  # fmt: skip
         # `weight` repeats call.weight where it is dense, so that autograd sees it.
         wants_x, wants_bias, wants_weight, wants_l_in, wants_l_out, _ = ctx.needs_input_grad
         y, unscaled = call.forward(x, bias, l_in, l_out, wants_l_out)
@@ -145,12 +154,15 @@ class _IA3Linear(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, saved, grad_y, *_):
-        x, unscaled, weight, l_in, l_out, *_ = saved
+    def backward(ctx: Any, saved: Sequence[Tensor], grad_y: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        x, unscaled, weight, l_in, l_out = saved[:5]
         wants_x, wants_bias, wants_weight, wants_l_in, wants_l_out, _ = ctx.needs_input_grad
         if grad_y.stride(-1) != 1:
             grad_y = grad_y.contiguous()
-        grad_x = grad_l_in = grad_l_out = grad_bias = grad_weight = None
+        grad_x: Any = None
+        grad_l_in: Any = None
+        grad_l_out: Any = None
+        grad_bias = grad_weight = None
         if wants_x or wants_l_in or wants_l_out:
             grad_x, grad_l_in, grad_l_out = ctx.call.backward(
                 grad_y, x, ctx.x_dtype, unscaled, l_in, l_out, wants_x, wants_l_in, wants_l_out
@@ -174,14 +186,18 @@ class _IA3Linear(torch.autograd.Function):
 
 
 @register_fake("ia3_linear_forward")
-def _(x, weight, format, bias, l_in, l_out, keeps_unscaled, *, out_dtype=None, **options):
+def _(x: Tensor, weight: Sequence[Tensor], format: Sequence[int], bias: Tensor | None, l_in: Tensor | None,
+      l_out: Tensor | None, keeps_unscaled: bool, *, out_dtype: torch.dtype | None = None,
+      **options: Any) -> tuple[Tensor, ...]:  # fmt: skip
     m, n = x.shape[0], sizes(weight, format)[0]
     y = x.new_empty((m, n), dtype=out_dtype)
     return y, x.new_empty((m if keeps_unscaled else 0, n), dtype=out_dtype)
 
 
 @register_fake("ia3_linear_backward")
-def _(grad_y, x, unscaled, weight, format, l_in, l_out, wants_x, wants_l_in, wants_l_out, *, x_dtype=None, **options):
+def _(grad_y: Tensor, x: Tensor, unscaled: Tensor | None, weight: Sequence[Tensor], format: Sequence[int],
+      l_in: Tensor | None, l_out: Tensor | None, wants_x: bool, wants_l_in: bool, wants_l_out: bool, *,
+      x_dtype: torch.dtype | None = None, **options: Any) -> tuple[Tensor, ...]:  # fmt: skip
     (m, n), k = grad_y.shape, sizes(weight, format)[1]
     return (
         grad_y.new_empty((m if wants_x else 0, k), dtype=x_dtype),

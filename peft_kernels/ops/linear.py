@@ -42,7 +42,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
             and forward_ad._current_level < 0
             and not any_wants_gradients(x, weight, bias)
         ):
-            return _LINEAR(x, weight, bias)
+            y: Tensor = _LINEAR(x, weight, bias)
+            return y
         if x.is_meta != weight.is_meta:  # torch's function would return a tensor on meta
             check_devices(x, [("weight", weight)])
         return F.linear(x, weight, bias)
@@ -54,5 +55,5 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 @register_fake("linear")
-def _(x, weight, bias):
+def _(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return x.new_empty((*x.shape[:-1], weight.shape[0]))

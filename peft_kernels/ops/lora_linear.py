@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from ._arguments import bad, matrix
-from ._autograd import anchor, any_wants_gradients, differentiates, once_differentiable
+from ._autograd import Function, anchor, any_wants_gradients, differentiates, once_differentiable
 from ._fakes import register_fake
 from ._linear import check_product, other_dtype, owns_product, product_dtypes, sizes, weight_arguments, without_autocast
 from .linear import linear
@@ -92,7 +92,8 @@ def lora_linear_of_layer(
     # forward's signature, whose *adapters hold two tensors, for one without it.
     if wants_gradients(x, weight, bias, lora_A, lora_B):
         call = _Call(weight, compute_dtype, out_dtype, tuple(scaling), tuple(dropout))
-        return _LoRALinear.apply(x, bias, seeds, dense, call, len(lora_A), *lora_A, *lora_B)[0]
+        y: Tensor = _LoRALinear.apply(x, bias, seeds, dense, call, len(lora_A), *lora_A, *lora_B)[0]
+        return y
     owns = dense is not None and owns_product(x, dense, compute_dtype)[0]
     return _forward(*arguments, False, owns)[0]
 
@@ -104,7 +105,9 @@ def wants_gradients(
     return differentiates() and any_wants_gradients(x, bias, dense, *lora_A, *lora_B)
 
 
-def _check(x, weight, bias, lora_A, lora_B, scaling, dropout, compute_dtype, out_dtype, seeds) -> None:
+def _check(x: Tensor, weight: Tensor | NF4Weight, bias: Tensor | None, lora_A: Sequence[Tensor],
+           lora_B: Sequence[Tensor], scaling: Sequence[float], dropout: Sequence[float],
+           compute_dtype: torch.dtype | None, out_dtype: torch.dtype | None, seeds: Tensor | None) -> None:  # fmt: skip
     """Refuses what the ops would not see, or would see too late to say what is wrong.
 
     That is types, the dense product, and x against the weight; the rest is the ops' to check. It runs at every call,
@@ -133,9 +136,12 @@ def check_items(name: str, items: Any, kind: type | tuple[type, ...]) -> None:
             bad(name, item, "tensors" if kind is Tensor else "numbers")
 
 
-def _forward(x, weight, bias, lora_A, lora_B, scaling, dropout, compute_dtype, out_dtype, seeds, wants_s, owns):
+def _forward(x: Tensor, weight: Tensor | NF4Weight, bias: Tensor | None, lora_A: Sequence[Tensor],
+             lora_B: Sequence[Tensor], scaling: Sequence[float], dropout: Sequence[float], compute_dtype: torch.dtype,
+             out_dtype: torch.dtype, seeds: Tensor | None, wants_s: bool,
+             owns: bool) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """Returns y [..., N], and s [rows of x, Σ rank] if it is wanted. `owns`: a dense product is the kernels'."""
-    options = {}  # what is left out costs a call less
+    options: dict[str, Any] = {}  # what is left out costs a call less
     if isinstance(weight, NF4Weight):
         stored = weight.arguments
         if bias is not None:
@@ -160,7 +166,10 @@ def _forward(x, weight, bias, lora_A, lora_B, scaling, dropout, compute_dtype, o
         options["dropout"] = dropout
         options["seeds"] = seeds
     if wants_s:
-        return torch.ops.peft_kernels.lora_linear_forward(x, *stored, lora_A, lora_B, scaling, **options)
+        result: tuple[Tensor, Tensor] = torch.ops.peft_kernels.lora_linear_forward(
+            x, *stored, lora_A, lora_B, scaling, **options
+        )
+        return result
     return _LORA_LINEAR(x, *stored, lora_A, lora_B, scaling, **options), None
 
 
@@ -174,24 +183,30 @@ class _Call:
     scaling: tuple[float, ...]
     dropout: tuple[float, ...]
 
-    def forward(self, x, bias, seeds, lora_A, lora_B, wants_s, owns) -> tuple[Tensor, Tensor | None]:
+    def forward(self, x: Tensor, bias: Tensor | None, seeds: Tensor | None, lora_A: Sequence[Tensor],
+                lora_B: Sequence[Tensor], wants_s: bool, owns: bool) -> tuple[Tensor, Tensor | None]:  # fmt: skip
         dtypes = self.compute_dtype, self.out_dtype
         return _forward(x, self.weight, bias, lora_A, lora_B, self.scaling, self.dropout, *dtypes, seeds, wants_s, owns)
 
-    def backward(self, grad_y, x, x_dtype, s, seeds, lora_A, lora_B, wants_x, wants_A, wants_B, owns):
+    def backward(self, grad_y: Tensor, x: Tensor, x_dtype: torch.dtype, s: Tensor | None, seeds: Tensor | None,
+                 lora_A: Sequence[Tensor], lora_B: Sequence[Tensor], wants_x: bool, wants_A: list[bool],
+                 wants_B: list[bool],
+                 owns: bool) -> tuple[Tensor | None, list[Tensor | None], list[Tensor | None]]:  # fmt: skip
         """Returns grad_x [..., K] or None, and lists of the gradients of A and B in fp32, None where not wanted."""
-        weight, dtype, options = self.weight, self.compute_dtype, {}
+        weight, dtype = self.weight, self.compute_dtype
+        given: Tensor | NF4Weight | None = weight  # to the op
+        options: dict[str, Any] = {}
         if not (owns or isinstance(weight, NF4Weight)):
             if wants_x:
                 with without_autocast(grad_y.device.type):
                     options["add"] = (grad_y.to(dtype) @ weight.to(dtype)).to(x_dtype)
-            weight = None
-        if not any(wants_A + wants_B) and (not wants_x or (weight is None and not lora_A)):
+            given = None
+        if not any(wants_A + wants_B) and (not wants_x or (given is None and not lora_A)):
             return options.get("add"), [None] * len(lora_A), [None] * len(lora_A)
         if self.dropout:
             options |= {"dropout": self.dropout, "seeds": seeds}
         grad_x, grad_A, grad_B = torch.ops.peft_kernels.lora_linear_backward(
-            grad_y, x, s, *weight_arguments(weight), lora_A, lora_B, self.scaling, wants_x, wants_A, wants_B,
+            grad_y, x, s, *weight_arguments(given), lora_A, lora_B, self.scaling, wants_x, wants_A, wants_B,
             compute_dtype=other_dtype(dtype, grad_y), x_dtype=other_dtype(x_dtype, grad_y), **options,
         )  # fmt: skip
         return grad_x if wants_x else None, _split(grad_A, lora_A, wants_A), _split(grad_B, lora_B, wants_B)
@@ -207,9 +222,10 @@ def _split(flat: Tensor, parameters: Sequence[Tensor], wanted: Sequence[bool]) -
     ]
 
 
-class _LoRALinear(torch.autograd.Function):
+class _LoRALinear(Function):
     @staticmethod
-    def forward(ctx, x, bias, seeds, weight, call, num_adapters, *adapters):
+    def forward(ctx: Any, x: Tensor, bias: Tensor | None, seeds: Tensor | None, weight: Tensor | None, call: _Call,
+                num_adapters: int, *adapters: Tensor) -> tuple[Tensor, ...]:  # fmt: skip
         # `weight` repeats call.weight where it is dense, so that autograd sees it.
         lora_A, lora_B = adapters[:num_adapters], adapters[num_adapters:]
         needs_A, needs_B = ctx.needs_input_grad[6 : 6 + num_adapters], ctx.needs_input_grad[6 + num_adapters :]
@@ -226,8 +242,8 @@ class _LoRALinear(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, saved, grad_y, *_):
-        x, s, seeds, _, *adapters = saved[: 4 + 2 * ctx.num_adapters]
+    def backward(ctx: Any, saved: Sequence[Tensor], grad_y: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        x, s, seeds, _weight, *adapters = saved[: 4 + 2 * ctx.num_adapters]
         n = ctx.num_adapters
         wants_x, wants_bias, _, wants_weight = ctx.needs_input_grad[:4]
         wants_A, wants_B = list(ctx.needs_input_grad[6 : 6 + n]), list(ctx.needs_input_grad[6 + n :])
@@ -244,20 +260,25 @@ class _LoRALinear(torch.autograd.Function):
 
 
 @register_fake("lora_linear")
-def _fake_y(x, weight, format, lora_A, lora_B, scaling, *, add=None, out_dtype=None, **options):
+def _fake_y(x: Tensor, weight: Sequence[Tensor], format: Sequence[int], lora_A: Sequence[Tensor],
+            lora_B: Sequence[Tensor], scaling: Sequence[float], *, add: Tensor | None = None,
+            out_dtype: torch.dtype | None = None, **options: Any) -> Tensor:  # fmt: skip
     n = sizes(weight, format)[0] if weight else lora_B[0].shape[0] if add is None else add.shape[-1]
     return x.new_empty((*x.shape[:-1], n), dtype=out_dtype)
 
 
 @register_fake("lora_linear_forward")
-def _(x, weight, format, lora_A, *arguments, **options):
+def _(x: Tensor, weight: Sequence[Tensor], format: Sequence[int], lora_A: Sequence[Tensor], *arguments: Any,
+      **options: Any) -> tuple[Tensor, Tensor]:  # fmt: skip
     y = _fake_y(x, weight, format, lora_A, *arguments, **options)
     return y, x.new_empty((math.prod(x.shape[:-1]), sum(a.shape[0] for a in lora_A)), dtype=torch.float32)
 
 
 @register_fake("lora_linear_backward")
-def _(grad_y, x, s, weight, format, lora_A, lora_B, scaling, wants_x, wants_A, wants_B, *, add=None, x_dtype=None,
-      **options):  # fmt: skip
+def _(grad_y: Tensor, x: Tensor, s: Tensor | None, weight: Sequence[Tensor], format: Sequence[int],
+      lora_A: Sequence[Tensor], lora_B: Sequence[Tensor], scaling: Sequence[float], wants_x: bool,
+      wants_A: Sequence[bool], wants_B: Sequence[bool], *, add: Tensor | None = None,
+      x_dtype: torch.dtype | None = None, **options: Any) -> tuple[Tensor, ...]:  # fmt: skip
     k = sizes(weight, format)[1] if weight else lora_A[0].shape[1] if add is None else add.shape[-1]
     size_A = sum(a.numel() for a, want in zip(lora_A, wants_A, strict=True) if want)
     size_B = sum(b.numel() for b, want in zip(lora_B, wants_B, strict=True) if want)

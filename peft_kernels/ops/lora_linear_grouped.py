@@ -83,9 +83,11 @@ def lora_linear_grouped_of_layer(
         base_dtype = torch.float32 if x.is_cpu else out_dtype  # rounded once, with the branches
     base = lora_linear_of_layer(x, weight, bias, (), (), (), (), compute_dtype, base_dtype)
     options = {} if out_dtype is x.dtype else {"out_dtype": out_dtype}
-    return torch.ops.peft_kernels.lora_linear_grouped.default(x, base, index, lora_A, lora_B, scaling, **options)
+    y: Tensor = torch.ops.peft_kernels.lora_linear_grouped.default(x, base, index, lora_A, lora_B, scaling, **options)
+    return y
 
 
 @register_fake("lora_linear_grouped")
-def _(x, base, index, lora_A, lora_B, scaling, *, out_dtype=None):
+def _(x: Tensor, base: Tensor, index: Sequence[int], lora_A: Sequence[Tensor], lora_B: Sequence[Tensor],
+      scaling: Sequence[float], *, out_dtype: torch.dtype | None = None) -> Tensor:  # fmt: skip
     return x.new_empty(base.shape, dtype=out_dtype)

@@ -6,6 +6,7 @@ the blocks' absmax in the 8-bit dynamic type of Dettmers et al. 2021 (arXiv:2110
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -357,7 +358,8 @@ def dequantize_4bit(weight: NF4Weight, dtype: torch.dtype | None = None) -> Tens
     _check_weight(weight)
     if not (dtype is None or isinstance(dtype, torch.dtype)):
         raise ValueError(f"dtype: got {dtype!r}, wanted torch.float32, torch.bfloat16 or torch.float16")
-    return torch.ops.peft_kernels.nf4_dequantize(*weight.arguments, dtype or weight.dtype)
+    y: Tensor = torch.ops.peft_kernels.nf4_dequantize(*weight.arguments, dtype or weight.dtype)
+    return y
 
 
 def dequantize_4bit_rows(weight: NF4Weight, first_row: int, out: Tensor) -> Tensor:
@@ -392,17 +394,17 @@ def _check_weight(weight: Any) -> None:
 
 
 @register_fake("nf4_dequantize")
-def _(weight, format, dtype):
+def _(weight: Sequence[Tensor], format: Sequence[int], dtype: torch.dtype) -> Tensor:
     return weight[0].new_empty(format[_FORMAT_SIZES:], dtype=dtype)
 
 
 @register_fake("nf4_dequantize_rows")
-def _(weight, format, first_row, out):
+def _(weight: Sequence[Tensor], format: Sequence[int], first_row: int, out: Tensor) -> None:
     return None
 
 
 @register_fake("nf4_quantize")
-def _(tensor, blocksize, quant_type):
+def _(tensor: Tensor, blocksize: int, quant_type: str) -> tuple[Tensor, Tensor]:
     count = tensor.numel()
     codes = tensor.new_empty(((count + 1) // 2,), dtype=torch.uint8)
     absmax = tensor.new_empty(((count + blocksize - 1) // blocksize,), dtype=torch.float32)

@@ -6,7 +6,7 @@ What is computed is `lora_linear`; what is saved is looking at its arguments, wh
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -59,13 +59,12 @@ class Projections:
         first = weights[0]
         self.dense = not isinstance(first, NF4Weight)
         self.out_features = [weight.shape[0] for weight in weights]
-        tensors, formats = zip(*map(weight_arguments, weights), strict=True)
-        lists = tensors, formats, *adapters
+        lists = *zip(*map(weight_arguments, weights), strict=True), *adapters
         tensors, formats, lora_A, lora_B, scaling = ([item for items in kind for item in items] for kind in lists)
         self._adapters = *lora_A, *lora_B
-        biases = () if biases[0] is None else biases
-        tensors, biases, lora_A, lora_B = ([t.detach() for t in kind] for kind in (tensors, biases, lora_A, lora_B))
-        self._kept = tensors, formats, biases, counts, lora_A, lora_B, scaling
+        given = () if biases[0] is None else biases
+        tensors, detached, lora_A, lora_B = ([t.detach() for t in kind] for kind in (tensors, given, lora_A, lora_B))
+        self._kept = tensors, formats, detached, counts, lora_A, lora_B, scaling
         self.packed = torch.ops.peft_kernels.projections_pack(*self._kept)
 
     def check_no_gradients(self, x: Tensor) -> None:
@@ -73,7 +72,7 @@ class Projections:
             refuse("x", "one that requires a gradient, or adapters that do", "a call under torch.no_grad()")
 
 
-def _format(weight: Tensor | NF4Weight) -> tuple:
+def _format(weight: Tensor | NF4Weight) -> tuple[Any, ...]:
     if not isinstance(weight, NF4Weight):
         return (weight.dtype,)
     return weight.dtype, weight.blocksize, weight.quant_type, weight.nested_blocksize if weight.nested else None
@@ -96,9 +95,10 @@ def project(x: Tensor, projections: Projections) -> Tensor:
     projections.check_no_gradients(x)
     if len(projections.out_features) != 1:
         refuse("projections", f"{len(projections.out_features)} of them", "one")
-    return torch.ops.peft_kernels.projections_forward.default(x, projections.packed, projections.out_features[0])
+    y: Tensor = torch.ops.peft_kernels.projections_forward.default(x, projections.packed, projections.out_features[0])
+    return y
 
 
 @register_fake("projections_forward")
-def _(x, projections, out_features):
+def _(x: Tensor, projections: Tensor, out_features: int) -> Tensor:
     return x.new_empty((*x.shape[:-1], out_features))

@@ -4,12 +4,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ._arguments import DTYPES, bad, is_float, is_number
-from ._autograd import any_wants_gradients, once_differentiable
+from ._autograd import Function, any_wants_gradients, once_differentiable
 from ._fakes import register_fake
 
 
@@ -47,13 +49,16 @@ def rms_norm(
         bad("out_dtype", out_dtype, "torch.float32, torch.bfloat16 or torch.float16")
     weight = weight.contiguous()
     if any_wants_gradients(x, weight):
-        return _RmsNorm.apply(x, weight, eps, offset, out_dtype)
-    return torch.ops.peft_kernels.rms_norm_forward(x, weight, eps, offset, out_dtype)[0]
+        y: Tensor = _RmsNorm.apply(x, weight, eps, offset, out_dtype)
+        return y
+    y = torch.ops.peft_kernels.rms_norm_forward(x, weight, eps, offset, out_dtype)[0]
+    return y
 
 
-class _RmsNorm(torch.autograd.Function):
+class _RmsNorm(Function):
     @staticmethod
-    def forward(ctx, x, weight, eps, offset, out_dtype):
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, offset: float, out_dtype: torch.dtype) -> Tensor:
+        y: Tensor
         y, rstd = torch.ops.peft_kernels.rms_norm_forward(x, weight, eps, offset, out_dtype)
         ctx.save_for_backward(x, weight, rstd)
         ctx.offset = offset
@@ -61,7 +66,9 @@ class _RmsNorm(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, saved, grad_y):
+    def backward(
+        ctx: Any, saved: Sequence[Tensor], grad_y: Tensor
+    ) -> tuple[Tensor | None, Tensor | None, None, None, None]:
         x, weight, rstd = saved
         wants_x, wants_weight = ctx.needs_input_grad[:2]
         grad_x, grad_weight = torch.ops.peft_kernels.rms_norm_backward(
@@ -77,12 +84,14 @@ class _RmsNorm(torch.autograd.Function):
 
 
 @register_fake("rms_norm_forward")
-def _(x, weight, eps, offset, out_dtype):
+def _(x: Tensor, weight: Tensor, eps: float, offset: float, out_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape, dtype=out_dtype), x.new_empty((math.prod(x.shape[:-1]),), dtype=torch.float32)
 
 
 @register_fake("rms_norm_backward")
-def _(grad_y, x, weight, rstd, offset, wants_x, wants_weight):
+def _(
+    grad_y: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, offset: float, wants_x: bool, wants_weight: bool
+) -> tuple[Tensor, Tensor]:
     d = x.shape[-1]
     return (
         x.new_empty(x.shape if wants_x else (0, d)),

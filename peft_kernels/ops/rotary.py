@@ -5,11 +5,13 @@ RoPE: Su et al. 2021 (arXiv:2104.09864), with the channels paired as in transfor
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from ._arguments import bad, dense_inner, describe, is_float
-from ._autograd import any_wants_gradients
+from ._autograd import Function, any_wants_gradients
 from ._fakes import register_fake
 
 
@@ -33,11 +35,15 @@ def rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tens
     return _rotate(q, k, dense_inner(cos), dense_inner(sin), out_dtype, False)
 
 
-def _rotate(q, k, cos, sin, out_dtype, backwards) -> tuple[Tensor, Tensor]:
+def _rotate(
+    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, out_dtype: torch.dtype, backwards: bool
+) -> tuple[Tensor, Tensor]:
     q, k = dense_inner(q), dense_inner(k)
     if any_wants_gradients(q, k, cos, sin):
-        return _Rotary.apply(q, k, cos, sin, out_dtype, backwards)
-    return torch.ops.peft_kernels.rotary(q, k, cos, sin, out_dtype, backwards)
+        result: tuple[Tensor, Tensor] = _Rotary.apply(q, k, cos, sin, out_dtype, backwards)
+        return result
+    result = torch.ops.peft_kernels.rotary(q, k, cos, sin, out_dtype, backwards)
+    return result
 
 
 def _check(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> None:
@@ -69,22 +75,26 @@ def _check(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> None:
             raise ValueError(f"{name}: got one that requires a gradient, wanted one that does not")
 
 
-class _Rotary(torch.autograd.Function):
+class _Rotary(Function):
     @staticmethod
-    def forward(ctx, q, k, cos, sin, out_dtype, backwards):
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, out_dtype: torch.dtype, backwards: bool
+    ) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(cos, sin)
         ctx.in_dtype, ctx.backwards = q.dtype, backwards
-        return torch.ops.peft_kernels.rotary(q, k, cos, sin, out_dtype, backwards)
+        result: tuple[Tensor, Tensor] = torch.ops.peft_kernels.rotary(q, k, cos, sin, out_dtype, backwards)
+        return result
 
     @staticmethod
-    def backward(ctx, grad_q, grad_k):
-        return *_rotate(grad_q, grad_k, *ctx.saved_tensors, ctx.in_dtype, not ctx.backwards), *[None] * 4
+    def backward(ctx: Any, grad_q: Tensor, grad_k: Tensor) -> tuple[Tensor | None, ...]:
+        cos, sin = ctx.saved_tensors
+        return *_rotate(grad_q, grad_k, cos, sin, ctx.in_dtype, not ctx.backwards), *[None] * 4
 
 
 @register_fake("rotary")
-def _(q, k, cos, sin, out_dtype, backwards):
+def _(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, out_dtype: torch.dtype, backwards: bool) -> tuple[Tensor, Tensor]:
 
-    def like(x):
+    def like(x: Tensor) -> Tensor:
         batch, heads, length, head_dim = x.shape
         if length == 1 or x.stride(1) >= x.stride(2):
             return x.new_empty((batch, heads, length, head_dim), dtype=out_dtype)

@@ -84,7 +84,7 @@ class _Thread(threading.local):
 
     def __init__(self) -> None:
         self.call: Call | None = None
-        self.inputs: dict[tuple[Setup, Place], Tensor] = {}
+        self.inputs: dict[tuple[Setup, Place], Tensor | None] = {}
         self.entered: tuple[tuple[Setup, Rows], ...] = ()
 
 
@@ -93,7 +93,7 @@ class _Trace:
 
     def __init__(self) -> None:
         self.call: Call | None = None
-        self.inputs: dict[tuple[Setup, Place], Tensor] = {}
+        self.inputs: dict[tuple[Setup, Place], Tensor | None] = {}
 
 
 _thread, _trace = _Thread(), _Trace()
@@ -158,16 +158,16 @@ def _recomputed(setup: Setup) -> Call | None:
     """The call that was made first of what is being recomputed in a backward, if it is known."""
     if _task() == -1:
         return None
-    node = torch._C._current_autograd_node()
+    node: Any = torch._C._current_autograd_node()  # torch's types take its `metadata` for a method
     return None if node is None else _of(setup, node.metadata.get(_MARK))
 
 
-def keep_input(setup: Setup, place: Place, x: Tensor) -> None:
+def keep_input(setup: Setup, place: Place, x: Tensor | None) -> None:
     """Has `kept_input` return x."""
     _own().inputs[setup, place] = x
 
 
-def kept_input(setup: Setup, place: Place) -> Tensor:
+def kept_input(setup: Setup, place: Place) -> Tensor | None:
     return _own().inputs.pop((setup, place))
 
 
@@ -197,7 +197,7 @@ def _entered_rows(setup: Setup) -> Rows | None:
 
 def _mark_graph(output: Any, call: Call) -> None:
     """Has every node between a call's output and what is marked already carry the call."""
-    nodes = [tensor.grad_fn for tensor in _tensors(output)]
+    nodes: list[Any] = [tensor.grad_fn for tensor in _tensors(output)]
     while nodes:
         node = nodes.pop()
         if node is not None and _MARK not in node.metadata:

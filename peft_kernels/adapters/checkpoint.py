@@ -17,13 +17,12 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
-from ..integrations.registry import FLOAT_DTYPES
-from ..nn import AdapterFusion
+from ..integrations.registry import FLOAT_DTYPES, check_module
+from ..nn import AdapterFusion, BottleneckAdapter
 from .config import AdapterConfig, FusionConfig
 from .hub import adapter_from_hub, adapter_to_hub, fusion_from_hub, fusion_to_hub
 from .insertion import (
     check_known,
-    check_module,
     check_new_name,
     find_setup,
     fusion_sites,
@@ -73,16 +72,16 @@ def save_adapter(model: nn.Module, folder: str | Path, name: str = "default") ->
         "version": f"{OWN}.{_version()}",
     }
     if name in setup.fusions:
-        config = setup.fusions[name]
-        layers = [(site.place, site.fusions[name]) for _, site in sites(model) if name in site.fusions]
-        config = replace(config, temperature=layers[0][1].temperature)
-        described["adapter_names"] = list(config.names)
-        described["config"] = fusion_to_hub(config)
-        series = all(setup.adapters[one].kind != "parallel" for one in config.names)
-        if not (series and _says(described, config, partial(fusion_from_hub, attention_dropout=0.0))):
-            described[OWN] = asdict(config)
+        fusion = setup.fusions[name]
+        fusions = [(site.place, site.fusions[name]) for _, site in sites(model) if name in site.fusions]
+        fusion = replace(fusion, temperature=fusions[0][1].temperature)
+        described["adapter_names"] = list(fusion.names)
+        described["config"] = fusion_to_hub(fusion)
+        series = all(setup.adapters[one].kind != "parallel" for one in fusion.names)
+        if not (series and _says(described, fusion, partial(fusion_from_hub, attention_dropout=0.0))):
+            described[OWN] = asdict(fusion)
             del described["config"]
-        _write(Path(folder), FUSION, _fusion_tensors(layers, name), described)
+        _write(Path(folder), FUSION, _fusion_tensors(fusions, name), described)
     else:
         config = setup.adapters[name]
         layers = [(site.place, site.adapters[name]) for _, site in sites(model) if name in site.adapters]
@@ -130,7 +129,7 @@ def load_adapter(model: nn.Module, folder: str | Path, name: str | None = None) 
 
 def _load_adapter(model: nn.Module, folder: Path, name: str | None) -> str:
     described, stored = _read(folder, ADAPTER)
-    saved_as = described.get("name")
+    saved_as: str = described["name"]
     name = saved_as if name is None else name
     check_new_name(find_setup(model), name)
     try:
@@ -164,7 +163,7 @@ def _load_fusion(model: nn.Module, folder: Path, name: str | None) -> str:
         raise ValueError(
             f"{folder}: got AdapterHub's fusion of the parallel adapter {parallel[0]!r}, wanted series ones"
         )
-    saved_as = described.get("name")
+    saved_as: str = described["name"]
     meta = [(site.place, AdapterFusion(site.features, **config.options, device="meta")) for site in chosen]
     stored = _fitting(folder / FUSION.weights, stored, _fusion_tensors(meta, saved_as), model)
     insert_fusion(model, setup, config, _dtype(stored))
@@ -176,7 +175,7 @@ def _load_fusion(model: nn.Module, folder: Path, name: str | None) -> str:
 # ---- Names ----------------------------------------------------------------------------------------------------------
 
 
-def _adapter_tensors(layers: Iterable[tuple[Place, nn.Module]], name: str) -> dict[str, Tensor]:
+def _adapter_tensors(layers: Iterable[tuple[Place, BottleneckAdapter]], name: str) -> dict[str, Tensor]:
     """The layers' own tensors under AdapterHub's names."""
     tensors = {}
     for place, layer in layers:
@@ -293,7 +292,10 @@ def _own(described: Mapping[str, Any], cls: type[Config]) -> Config | None:
         return None
     if not isinstance(entries, Mapping):
         raise ValueError(f"{OWN}: got {entries!r}, wanted the configuration's entries")
-    return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in entries.items()})
+    values: dict[str, Any] = {
+        name: tuple(value) if isinstance(value, list) else value for name, value in entries.items()
+    }
+    return cls(**values)
 
 
 def _version() -> str:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
 import torch
-from torch import nn
 
 from ..nn import BottleneckAdapter
 
@@ -51,9 +50,9 @@ class AdapterConfig:
     norm_before: bool = False
     norm_after: bool = False
     dropout: float = 0.0
-    locations: tuple[str, ...] | None = None
-    targets: tuple[str, ...] | None = None
-    leave_out: tuple[int, ...] = ()
+    locations: Sequence[str] | None = None
+    targets: Sequence[str] | None = None
+    leave_out: Sequence[int] = ()
 
     def __post_init__(self) -> None:
         if self.kind not in tuple(KINDS):  # a tuple, since kind may be unhashable
@@ -70,7 +69,9 @@ class AdapterConfig:
             raise ValueError(f"targets: got {self.targets!r}, wanted regular expressions of modules' names, as strings")
         object.__setattr__(self, "activation", self.make(1, device="meta").activation)  # `make` checks the rest
 
-    def make(self, d: int, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> nn.Module:
+    def make(
+        self, d: int, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> BottleneckAdapter:
         """The layer for d features, untrained."""
         return BottleneckAdapter(
             d,
@@ -95,7 +96,7 @@ class FusionConfig:
         value, temperature, temperature_decay, dropout: `peft_kernels.nn.AdapterFusion`'s.
     """
 
-    names: tuple[str, ...]
+    names: Sequence[str]
     value: bool = True
     temperature: float = 1.0
     temperature_decay: float = 0.0
@@ -116,7 +117,7 @@ class FusionConfig:
         return {name: value for name, value in vars(self).items() if name != "names"}
 
 
-def as_tuple(name: str, value: Any) -> tuple | None:
+def as_tuple(name: str, value: Any) -> tuple[Any, ...] | None:
     """A tuple of several, or of one string; None stays.
 
     Raises:

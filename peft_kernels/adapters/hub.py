@@ -20,10 +20,11 @@ def adapter_to_hub(config: AdapterConfig, features: int) -> dict[str, Any]:
     factor = features / config.bottleneck
     if features // factor < config.bottleneck:
         factor = math.nextafter(factor, 0)  # the quotient was rounded up
+    locations = config.locations or ()
     return {
-        "mh_adapter": ATTENTION in config.locations,
-        "cross_adapter": CROSS_ATTENTION in config.locations,
-        "output_adapter": FFN in config.locations,
+        "mh_adapter": ATTENTION in locations,
+        "cross_adapter": CROSS_ATTENTION in locations,
+        "output_adapter": FFN in locations,
         "reduction_factor": factor,
         "non_linearity": _ACTIVATIONS.get(config.activation, config.activation),
         "is_parallel": config.kind == "parallel",

@@ -6,13 +6,14 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from rich.table import Table
 from torch import nn
 
 from ..integrations.registry import FLOAT_DTYPES, check_module
-from ..nn import AdapterFusion
+from ..nn import AdapterFusion, BottleneckAdapter
 from ..printing import PrintedReport, starred
 from . import calls
 from .config import AdapterConfig, FusionConfig
@@ -150,7 +151,7 @@ def insert(model: nn.Module, name: str, config: AdapterConfig, dtype: torch.dtyp
     check_new_name(setup, name)
     layers = make_layers(model, config, dtype=dtype)
     for place, _ in layers:
-        site = model.get_submodule(place.path)._modules.get(place.site_name)
+        site = _site_at(model, place)
         if site is not None and not place.acts_as(site.place):
             other = next(iter(site.adapters))
             raise ValueError(
@@ -164,7 +165,7 @@ def insert(model: nn.Module, name: str, config: AdapterConfig, dtype: torch.dtyp
     reports = []
     for place, layer in layers:
         module = model.get_submodule(place.path)
-        site = module._modules.get(place.site_name)
+        site = _site_at(model, place)
         if site is None:
             site = AdapterSite(setup, place, layer.d)
             site.attach(model)
@@ -180,7 +181,7 @@ def insert(model: nn.Module, name: str, config: AdapterConfig, dtype: torch.dtyp
 
 def make_layers(
     model: nn.Module, config: AdapterConfig, device: torch.device | str | None = None, dtype: torch.dtype | None = None
-) -> list[tuple[Place, nn.Module]]:
+) -> list[tuple[Place, BottleneckAdapter]]:
     """An adapter's untrained layers and where they would act, on the device of the module there or on another.
 
     Raises:
@@ -228,7 +229,7 @@ def remove_adapters(model: nn.Module, name: str | None = None) -> None:
         root = setup.root(model)
         for handle in setup.handles:
             handle.remove()
-        for parameter_name, parameter in root.named_parameters():
+        for parameter_name, parameter in root.named_parameters() if root is not None else ():
             if parameter_name in setup.frozen:
                 parameter.requires_grad_(True)
 
@@ -404,6 +405,11 @@ def sites(model: nn.Module) -> list[tuple[nn.Module, AdapterSite]]:
     ]
 
 
+def _site_at(model: nn.Module, place: Place) -> AdapterSite | None:
+    site = model.get_submodule(place.path)._modules.get(place.site_name)
+    return site if isinstance(site, AdapterSite) else None
+
+
 def find_setup(model: nn.Module) -> Setup | None:
     """What the model's sites share; None if it has none.
 
@@ -472,9 +478,10 @@ def _features(model: nn.Module, place: Place) -> int:
 def _output_features(model: nn.Module, module: nn.Module, place: Place) -> int:
     """The module's own, or the model's hidden size."""
     if place.seam is Seam.NORM:
-        return module.weight.numel()
-    if isinstance(getattr(module, "out_features", None), int):
-        return module.out_features
+        weight: Any = module.weight
+        return int(weight.numel())
+    if isinstance(own := getattr(module, "out_features", None), int):
+        return own
     for path in _upwards(place.path):
         size = hidden_size(model.get_submodule(path))
         if size is not None:
@@ -487,7 +494,7 @@ def _output_features(model: nn.Module, module: nn.Module, place: Place) -> int:
 
 def hidden_size(model: nn.Module) -> int | None:
     """What the model's config says of its hidden states; None if there is no such config."""
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     if hasattr(config, "get_text_config"):
         config = config.get_text_config()
     sizes = (getattr(config, name, None) for name in ("hidden_size", "d_model"))

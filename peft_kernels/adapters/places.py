@@ -190,7 +190,9 @@ def find_places(model: nn.Module, config: AdapterConfig) -> list[Place]:
             block = re.sub(r"\.layer\.\d+$", "", path)  # a layer of T5's is a list of such sublayers
             number = numbers.setdefault(block if len(architecture.sublayers) == 1 else path, len(numbers))
             for sublayer in architecture.sublayers:
-                if sublayer.location not in config.locations or not all(_has(layer, need) for need in sublayer.needs):
+                if sublayer.location not in (config.locations or ()) or not all(
+                    _has(layer, need) for need in sublayer.needs
+                ):
                     continue
                 present.add(sublayer.location)
                 if config.kind not in sublayer.seams:
@@ -201,7 +203,7 @@ def find_places(model: nn.Module, config: AdapterConfig) -> list[Place]:
                     start = _join(path, start) if seam is Seam.PARALLEL else ""
                     hub_path = re.sub(*architecture.hub_names, _join(path, sublayer.hub_path))
                     places.append(Place(_join(path, module), seam, sublayer.location, number, start, hub_path))
-    for location in config.locations:
+    for location in config.locations or ():
         if location in present - possible:
             raise ValueError(
                 f"locations: got {location!r}, where {config.kind!r} has no place in a {type(model).__name__}: no "
@@ -230,7 +232,7 @@ def _matches(model: nn.Module, config: AdapterConfig) -> list[Place]:
     """The modules whose whole name, or the end of it after a dot, a target matches."""
     names = [name for name, _ in model.named_modules() if name and not {SITE, PARALLEL_SITE} & set(name.split("."))]
     found = set()
-    for target in config.targets:
+    for target in config.targets or ():
         try:
             pattern = re.compile(rf"(?:.*\.)?(?:{target})")
         except re.error as error:
@@ -241,7 +243,7 @@ def _matches(model: nn.Module, config: AdapterConfig) -> list[Place]:
                 f"targets: got {target!r}, which matches no module's name; names are such as {', '.join(names[-3:])}"
             )
         found |= matched
-    places = {}
+    places: dict[str, Place] = {}
     for name in names:
         if name in found:
             place = _place_of(model, name, config)

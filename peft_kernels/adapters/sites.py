@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from ..nn import BottleneckAdapter
+from ..nn import AdapterFusion, BottleneckAdapter
 from ..ops.adapter import adapter_grouped, bottleneck
 from . import calls
 from .calls import Call, Rows
@@ -62,20 +62,24 @@ class Setup:
 
     def root(self, model: nn.Module) -> nn.Module | None:
         """The module in a model that `listen` was given, if it is there."""
-        hooks = ((module, hook) for module in model.modules() for hook in module._forward_pre_hooks.values())
+        hooks: Iterator[tuple[nn.Module, Any]] = (
+            (module, hook) for module in model.modules() for hook in module._forward_pre_hooks.values()
+        )
         return next(
             (m for m, hook in hooks if getattr(hook, "func", None) is _begin_call and hook.args[0] is self), None
         )
 
 
-def _begin_call(setup: Setup, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+def _begin_call(
+    setup: Setup, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
     kwargs = dict(kwargs)
     names = kwargs.pop("adapter_names", None)
     calls.begin(setup, None if names is None else setup.checked(names))
     return args, kwargs
 
 
-def _end_call(setup: Setup, model: nn.Module, args: tuple, output: Any) -> None:
+def _end_call(setup: Setup, model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
     calls.end(setup, output)
 
 
@@ -95,7 +99,9 @@ class AdapterSite(nn.Module):
     def __init__(self, setup: Setup, place: Place, features: int) -> None:
         super().__init__()
         self.setup, self.place, self.features = setup, place, features
-        self.adapters, self.fusions = nn.ModuleDict(), nn.ModuleDict()
+        # An nn.ModuleDict does not say what its modules are.
+        self.adapters: dict[str, BottleneckAdapter] = nn.ModuleDict()  # type: ignore[assignment]
+        self.fusions: dict[str, AdapterFusion] = nn.ModuleDict()  # type: ignore[assignment]
         self.handles: tuple[RemovableHandle, ...] = ()
 
     def attach(self, model: nn.Module) -> None:
@@ -143,15 +149,17 @@ class AdapterSite(nn.Module):
         call = calls.current(self.setup) if call is None else call
         if call.rows is not None:
             return self._of_rows(call.rows, x, residual, norm)
-        if call.active in self.fusions:
-            return self._fused(call, x, residual, norm)
-        return _apply(self.adapters[call.active], x, residual, norm)
+        name = call.active
+        assert name is not None  # else nothing acts here
+        if name in self.fusions:
+            return self._fused(name, call, x, residual, norm)
+        return _apply(self.adapters[name], x, residual, norm)
 
-    def _fused(self, call: Call, x: Tensor, residual: Tensor, norm: nn.Module | None) -> Tensor:
+    def _fused(self, name: str, call: Call, x: Tensor, residual: Tensor, norm: nn.Module | None) -> Tensor:
         """AdapterFusion of the adapters' outputs as they are before gate, dropout and LayerNorm, as in AdapterHub."""
         x = x if norm is None else norm.forward(x)
-        fusion = self.fusions[call.active]
-        layers = [self.adapters[part] for part in self.setup.fusions[call.active].names]
+        fusion = self.fusions[name]
+        layers = [self.adapters[part] for part in self.setup.fusions[name].names]
         weights = [layer.weights() for layer in layers]
         bottlenecks = [
             bottleneck(x, w.down_weight, w.down_bias, activation=layer.activation, layer_norm=w.layer_norm)
@@ -162,7 +170,8 @@ class AdapterSite(nn.Module):
 
     def _of_rows(self, rows: Sequence[str], x: Tensor, residual: Tensor, norm: nn.Module | None) -> Tensor:
         """Each example with its own adapter."""
-        grouped: dict[tuple, list[str]] = defaultdict(list)  # by what is the same for all adapters of a call
+        # By what is the same for all adapters of a call.
+        grouped: dict[tuple[str, float, bool], list[str]] = defaultdict(list)
         y = residual
         for name in dict.fromkeys(rows):
             if name not in self.adapters:
@@ -172,11 +181,11 @@ class AdapterSite(nn.Module):
                 dropout = layer.dropout if layer.training else 0.0
                 grouped[layer.activation, dropout, layer.norm_before is None].append(name)
             else:  # more than a grouped call can do
-                index = torch.tensor([i for i, row in enumerate(rows) if row == name], device=x.device)
-                y = y.index_copy(0, index, _apply(layer, x[index], residual[index], norm))
+                rows_of = torch.tensor([i for i, row in enumerate(rows) if row == name], device=x.device)
+                y = y.index_copy(0, rows_of, _apply(layer, x[rows_of], residual[rows_of], norm))
         for (activation, dropout, _), names in grouped.items():
             weights = [self.adapters[name].weights() for name in names]
-            if norm is not None:
+            if isinstance(norm, nn.LayerNorm):
                 weights = [replace(w, layer_norm=(norm.weight, norm.bias, norm.eps)) for w in weights]
             position = {name: number for number, name in enumerate(names)}
             index = [position.get(row, -1) for row in rows]
@@ -186,9 +195,12 @@ class AdapterSite(nn.Module):
 
 def _apply(layer: BottleneckAdapter, x: Tensor, residual: Tensor, norm: nn.Module | None) -> Tensor:
     """`residual` plus the adapter's output for x, or for norm(x)."""
+    y: Tensor
     if norm is None:
-        return layer(x, residual)
-    return layer(x, residual, norm) if _fuses(layer, norm) else layer(norm.forward(x), residual)
+        y = layer(x, residual)
+    else:
+        y = layer(x, residual, norm) if _fuses(layer, norm) else layer(norm.forward(x), residual)
+    return y
 
 
 def _fuses(layer: BottleneckAdapter, norm: nn.Module | None) -> bool:
@@ -201,8 +213,9 @@ def _fuses(layer: BottleneckAdapter, norm: nn.Module | None) -> bool:
 # is hooked: torch.nn.DataParallel's replicas have their own.
 
 
-def _in_series(site_name: str, module: nn.Module, args: tuple, output: Any) -> Any:
-    site, x = module._modules[site_name], output[0] if isinstance(output, tuple) else output
+def _in_series(site_name: str, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+    site: AdapterSite = module._modules[site_name]  # type: ignore[assignment]  # `attach` has put it there
+    x = output[0] if isinstance(output, tuple) else output
     call = site.call(x)
     if call is None:
         return None
@@ -210,19 +223,21 @@ def _in_series(site_name: str, module: nn.Module, args: tuple, output: Any) -> A
     return (y, *output[1:]) if isinstance(output, tuple) else y
 
 
-def _before_norm(site_name: str, module: nn.Module, args: tuple) -> tuple | None:
-    site, x = module._modules[site_name], args[0]
+def _before_norm(site_name: str, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+    site: AdapterSite = module._modules[site_name]  # type: ignore[assignment]  # `attach` has put it there
+    x = args[0]
     call = site.call(x)
     # The LayerNorm is computed here once more, in the adapter's operation: what the adapter adds comes before it.
     return None if call is None else (site(x, x, module, call), *args[1:])
 
 
-def _at_start(setup: Setup, place: Place, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+def _at_start(setup: Setup, place: Place, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     calls.keep_input(setup, place, args[0] if args else kwargs.get("hidden_states"))
 
 
-def _in_parallel(site_name: str, module: nn.Module, args: tuple, output: Any) -> Any:
-    site, residual = module._modules[site_name], output[0] if isinstance(output, tuple) else output
+def _in_parallel(site_name: str, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+    site: AdapterSite = module._modules[site_name]  # type: ignore[assignment]  # `attach` has put it there
+    residual = output[0] if isinstance(output, tuple) else output
     x, call = calls.kept_input(site.setup, site.place), site.call(residual)
     if call is None:
         return None

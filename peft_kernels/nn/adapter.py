@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -73,7 +74,7 @@ class BottleneckAdapter(nn.Module):
             refuse("scale", repr(scale), "a finite number, or 'learned'")
         self.d, self.bottleneck, self.dropout = d, bottleneck, dropout
         self.activation = activation_name(activation)
-        made = {"device": device, "dtype": dtype}
+        made: dict[str, Any] = {"device": device, "dtype": dtype}
         self.norm_before = nn.LayerNorm(d, eps=eps, **made) if norm_before else None
         self.down = nn.Linear(d, bottleneck, bias=bias, **made)
         self.up = nn.Linear(bottleneck, d, bias=bias, **made)
@@ -147,7 +148,7 @@ class ParallelAdapter(BottleneckAdapter):
     He et al. 2022 (arXiv:2110.04366). The arguments are BottleneckAdapter's.
     """
 
-    def forward(self, x: Tensor, output: Tensor) -> Tensor:
+    def forward(self, x: Tensor, output: Tensor) -> Tensor:  # type: ignore[override]  # it reads x, and adds to output
         """y for the sublayer's input x [..., d] and its output [..., d], which it has at initialisation."""
         return self._adapt(x, output)
 

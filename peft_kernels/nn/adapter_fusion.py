@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -57,7 +58,7 @@ class AdapterFusion(nn.Module):
             refuse("temperature", repr(temperature), "a positive number")
         if not (is_number(temperature_decay) and temperature_decay >= 0):
             refuse("temperature_decay", repr(temperature_decay), "a number of at least 0")
-        made = {"device": device, "dtype": dtype}
+        made: dict[str, Any] = {"device": device, "dtype": dtype}
         self.d, self.dropout = d, dropout
         self.temperature, self.temperature_decay = temperature, temperature_decay
         self.query = nn.Linear(d, d, **made)
@@ -107,7 +108,7 @@ class AdapterFusion(nn.Module):
             **self._options(temperature),
         )  # fmt: skip
 
-    def _matrices(self) -> tuple[Tensor | None, ...]:
+    def _matrices(self) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None, Tensor | None, Tensor | None]:
         value = (None, None) if self.value is None else (self.value.weight, self.value.bias)
         return self.query.weight, self.query.bias, self.key.weight, self.key.bias, *value
 
@@ -123,7 +124,7 @@ class AdapterFusion(nn.Module):
             self.temperature = max(temperature - self.temperature_decay, min(temperature, 1.0))
         return temperature
 
-    def _options(self, temperature: float | None) -> dict[str, float]:
+    def _options(self, temperature: float | None) -> dict[str, Any]:
         temperature = self.next_temperature() if temperature is None else temperature
         return {"temperature": temperature, "dropout": self.dropout if self.training else 0.0}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -92,7 +93,7 @@ class LoRALinear(nn.Module):
             raise ValueError(f"linear: got a {type(linear).__name__}, wanted a torch.nn.Linear or a Linear4bit")
         weight: Tensor | NF4Weight = linear.weight
         if type(weight).__name__ == "Params4bit":
-            weight = NF4Weight.from_params4bit(weight)
+            weight = NF4Weight.from_params4bit(linear.weight)
             if quantize not in (None, weight.quant_type):
                 raise ValueError(f"quantize: got {quantize!r}, wanted None: linear is {weight.quant_type!r} already")
             quantize = weight.quant_type
@@ -124,6 +125,8 @@ class LoRALinear(nn.Module):
         if weight.dtype not in (torch.float32, torch.bfloat16, torch.float16):
             raise ValueError(f"dtype: got {weight.dtype}, wanted torch.float32, torch.bfloat16 or torch.float16")
         self.out_features, self.in_features = weight.shape
+        self.weight: nn.Parameter | Weight4bit
+        self.merged_weight: Tensor | Weight4bit | None
         self.rank, self.alpha, self.dropout, self.rslora = rank, alpha, dropout, rslora
         self.scaling = alpha / (math.sqrt(rank) if rslora else rank)
         self.quantize = quantize
@@ -147,8 +150,8 @@ class LoRALinear(nn.Module):
         nn.init.zeros_(self.lora_B)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.merged:
-            return lora_linear(x, _view(self.merged_weight), self.bias)
+        if (merged := self.merged_weight) is not None:
+            return lora_linear(x, _view(merged), self.bias)
         dropout = (self.dropout,) if self.training and self.dropout else ()
         return lora_linear(x, _view(self.weight), self.bias, (self.lora_A,), (self.lora_B,), (self.scaling,), dropout)
 
@@ -173,9 +176,10 @@ class LoRALinear(nn.Module):
         delta = self.scaling * (self.lora_B.float() @ self.lora_A.float())
         merged = (dense.float() + delta).to(dense.dtype)
         if isinstance(base, NF4Weight):
-            merged = quantize_4bit(merged, base.blocksize, base.quant_type, double_quant=bool(base.nested))
-            merged = Weight4bit(merged, persistent=False)
-        self.merged_weight = merged
+            quantized = quantize_4bit(merged, base.blocksize, base.quant_type, double_quant=bool(base.nested))
+            self.merged_weight = Weight4bit(quantized, persistent=False)
+        else:
+            self.merged_weight = merged
 
     def unmerge(self) -> None:
         """Drops the merged copy: W is what it was, bit for bit."""
@@ -188,7 +192,8 @@ class LoRALinear(nn.Module):
             + (", merged" if self.merged else "")
         )
 
-    def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing, unexpected, errors) -> None:
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, metadata: dict[str, Any], strict: bool,
+                              missing: list[str], unexpected: list[str], errors: list[str]) -> None:  # fmt: skip
         self.unmerge()
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
         if isinstance(self.weight, Weight4bit):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -45,7 +47,7 @@ class PrefixEncoder(nn.Module):
         check_parameter_dtype(dtype)
         self.num_layers, self.num_heads, self.head_dim, self.length = sizes.values()
         width = num_heads * head_dim
-        options = {"device": device, "dtype": dtype}
+        options: dict[str, Any] = {"device": device, "dtype": dtype}
         if hidden_size is None:
             self.embedding = nn.Embedding(length, num_layers * 2 * width, **options)
             self.transform = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -19,6 +20,9 @@ class Weight4bit(nn.Module):
     As the submodule `weight` it appears in a state_dict under the names that bitsandbytes uses: the codes as `weight`,
     the rest as `weight.absmax`, `weight.quant_map`, … and `weight.quant_state.bitsandbytes__nf4`.
     """
+
+    codes: Tensor
+    _buffers: dict[str, Tensor]  # type: ignore[assignment]  # torch's may be None, but none is registered so here
 
     def __init__(self, weight: NF4Weight, persistent: bool = True) -> None:
         super().__init__()
@@ -42,9 +46,9 @@ class Weight4bit(nn.Module):
         nested = len(self._buffers) > 2
         return f"{quant_type}, shape={list(shape)}, dtype={dtype}, blocksize={blocksize}, nested={nested}"
 
-    def _apply(self, fn, recurse: bool = True) -> nn.Module:
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
         before = dict(self._buffers)
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # torch's has no types
         for name, tensor in before.items():
             if self._buffers[name].dtype != tensor.dtype:
                 self._buffers[name] = tensor.to(self._buffers[name].device)
@@ -65,7 +69,9 @@ class Weight4bit(nn.Module):
     def _load_from_state_dict(self, *args: Any) -> None:
         """Nothing: torch shows a submodule only the keys below its own name, and the codes are stored at the name."""
 
-    def load(self, state_dict: dict[str, Tensor], name: str, missing: list[str], unexpected: list[str], errors) -> None:
+    def load(
+        self, state_dict: dict[str, Tensor], name: str, missing: list[str], unexpected: list[str], errors: list[str]
+    ) -> None:
         """Takes the weight out of its layer's state_dict, where it has this name; the lists are load_state_dict's."""
         if name not in state_dict:
             missing.append(name)

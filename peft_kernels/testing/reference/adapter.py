@@ -53,8 +53,11 @@ def adapter(
     """
     h = normalized(x.to(dtype), layer_norm)
     h = ACTIVATIONS[activation](F.linear(h, down_weight.to(dtype), _to(down_bias, dtype)))
-    up = F.linear(h, up_weight.to(dtype), _to(up_bias, dtype)) * _to(scale, dtype)
+    up = F.linear(h, up_weight.to(dtype), _to(up_bias, dtype)) * (
+        scale.to(dtype) if isinstance(scale, Tensor) else scale
+    )
     if dropout > 0:
+        assert seed is not None
         keep = dropout_mask(int(seed), up.shape[:-1].numel(), up.shape[-1], dropout)
         up = up * keep.view(up.shape) / (1 - dropout)
     if gate is not None:
@@ -63,9 +66,8 @@ def adapter(
     return normalized(y, post_layer_norm)
 
 
-def adapter_grouped(
-    x: Tensor, adapters: Sequence[dict[str, Any]], index: Sequence[int], *, residual: Tensor | None = None, **options
-) -> Tensor:
+def adapter_grouped(x: Tensor, adapters: Sequence[dict[str, Any]], index: Sequence[int], *,
+                    residual: Tensor | None = None, **options: Any) -> Tensor:  # fmt: skip
     """Each x[i] through the adapter that index[i] names, and through none where it is negative.
 
     Args:
@@ -86,5 +88,5 @@ def normalized(x: Tensor, layer_norm: LayerNorm | None) -> Tensor:
     return F.layer_norm(x, x.shape[-1:], _to(weight, x.dtype), _to(bias, x.dtype), eps)
 
 
-def _to(value: Tensor | float | None, dtype: torch.dtype) -> Tensor | float | None:
-    return value.to(dtype) if isinstance(value, Tensor) else value
+def _to(value: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    return None if value is None else value.to(dtype)

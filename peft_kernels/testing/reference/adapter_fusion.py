@@ -38,6 +38,7 @@ def fusion(
     q = F.linear(query_input.to(dtype), query_weight.to(dtype), _to(query_bias, dtype))
     scores = (F.linear(outputs, key_weight.to(dtype), _to(key_bias, dtype)) @ q.unsqueeze(-1)).squeeze(-1)
     if dropout > 0:
+        assert seed is not None
         keep = dropout_mask(int(seed), scores.shape[:-1].numel(), scores.shape[-1], dropout)
         scores = scores * keep.view(scores.shape) / (1 - dropout)
     values = outputs if value_weight is None else F.linear(outputs, value_weight.to(dtype), _to(value_bias, dtype))

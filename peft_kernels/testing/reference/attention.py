@@ -45,7 +45,7 @@ def ia3_attention(
     if attn_mask is not None:
         is_bool = attn_mask.dtype is torch.bool
         bias = bias.masked_fill(~attn_mask, -torch.inf) if is_bool else bias + attn_mask.to(dtype)
-    if prefix_k is not None:
+    if prefix_k is not None and prefix_v is not None:
         k = torch.cat([prefix_k.to(dtype).expand(batch, -1, -1, -1), k], dim=2)
         v = torch.cat([prefix_v.to(dtype).expand(batch, -1, -1, -1), v], dim=2)
         bias = torch.nn.functional.pad(bias, (prefix_k.shape[1], 0))
@@ -57,7 +57,8 @@ def ia3_attention(
     weights = scores.masked_fill(hidden, 0).softmax(dim=-1).masked_fill(hidden, 0)
     if dropout > 0:
         # One mask, whose rows are the keys of every head, those of the prefix first, and whose columns are the queries.
-        keep = dropout_mask(seed.item(), batch * heads * k.shape[2], num_queries, dropout)
+        assert seed is not None
+        keep = dropout_mask(int(seed), batch * heads * k.shape[2], num_queries, dropout)
         weights = weights * keep.view(batch, heads, k.shape[2], num_queries).mT / (1 - dropout)
     return weights @ v
 
@@ -75,7 +76,9 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat([rotated, x[..., rotary:]], dim=-1)
 
 
-def visible(num_queries: int, num_keys: int, causal: bool, window: int | None, device=None) -> Tensor:
+def visible(
+    num_queries: int, num_keys: int, causal: bool, window: int | None, device: torch.device | None = None
+) -> Tensor:
     """[Sq, Sk], whether query i sees key j; the last query is at the position of the last key."""
     position = torch.arange(num_keys - num_queries, num_keys, device=device)[:, None]
     behind = position - torch.arange(num_keys, device=device)  # how far the key is behind the query

@@ -8,7 +8,8 @@ from .dropout import keep
 
 def dora_norm(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, dtype: torch.dtype) -> Tensor:
     """`‖W + scaling · B A‖` of each row, [N], which has no gradient."""
-    return (weight.to(dtype) + scaling * lora_B.to(dtype) @ lora_A.to(dtype)).norm(dim=1).detach()
+    y: Tensor = (weight.to(dtype) + scaling * lora_B.to(dtype) @ lora_A.to(dtype)).norm(dim=1).detach()
+    return y
 
 
 def dora_linear(
@@ -37,6 +38,9 @@ def dora_linear(
     """
     x, weight, lora_A, lora_B = (tensor.to(dtype) for tensor in (x, weight, lora_A, lora_B))
     gain = magnitude.to(dtype) / dora_norm(weight, lora_A, lora_B, scaling, dtype)
-    dropped = x * keep(seed, x.numel(), dropout).view(x.shape) / (1 - dropout) if dropout > 0 else x
+    dropped = x
+    if dropout > 0:
+        assert seed is not None
+        dropped = x * keep(seed, x.numel(), dropout).view(x.shape) / (1 - dropout)
     y = x @ weight.T if bias is None else x @ weight.T + bias.to(dtype)
     return y + (gain - 1) * (dropped @ weight.T) + gain * scaling * (dropped @ lora_A.T @ lora_B.T)

@@ -37,7 +37,8 @@ def lora_linear(
     for i, (a, b) in enumerate(zip(lora_A, lora_B, strict=True)):
         dropped = flat
         if dropout and dropout[i] > 0:
-            keep = dropout_mask(int(seeds[i]), *flat.shape, dropout[i])
+            assert seeds is not None
+            keep = dropout_mask(int(seeds[i]), flat.shape[0], flat.shape[1], dropout[i])
             dropped = flat * keep / (1 - dropout[i])
         y = y + scaling[i] * (dropped @ a.to(dtype).T) @ b.to(dtype).T
     return y.reshape(*x.shape[:-1], y.shape[-1])

@@ -21,6 +21,6 @@ def lora_linear_grouped(
     """Each x[b] through `lora_linear` with the adapter that index[b] names, and with none where it is negative."""
     y = x.new_empty(*x.shape[:-1], weight.shape[0], dtype=dtype)
     for b, i in enumerate(index):
-        adapter = [list(items)[i : i + 1] if i >= 0 else [] for items in (lora_A, lora_B, scaling)]
-        y[b] = lora_linear(x[b], weight, bias, *adapter, dtype=dtype)
+        own = slice(i, i + 1) if i >= 0 else slice(0)
+        y[b] = lora_linear(x[b], weight, bias, lora_A[own], lora_B[own], scaling[own], dtype=dtype)
     return y

@@ -10,6 +10,6 @@ from .lora_linear import lora_linear
 
 def project(x: Tensor, projection: Projection, dtype: torch.dtype = torch.float64) -> Tensor:
     """y [..., N] in dtype, of x [..., K]."""
-    weight, bias, *adapters = projection
+    weight, bias, lora_A, lora_B, scaling = projection
     weight = weight.dequantize() if isinstance(weight, NF4Weight) else weight
-    return lora_linear(x, weight, bias, *adapters, dtype=dtype)
+    return lora_linear(x, weight, bias, lora_A, lora_B, scaling, dtype=dtype)

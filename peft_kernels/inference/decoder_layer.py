@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from ..integrations.linear import NO_ADAPTERS, dense_product, why_not_skip
+from ..integrations.linear import NO_ADAPTERS, Adapters, BaseProduct, dense_product, why_not_skip
 from ..integrations.lookalike import Lookalike, form
 from ..integrations.registry import Caching, FusedLayer, fused_form
 from ..integrations.rotary import are_usual_angles
@@ -63,7 +63,7 @@ class FusedDecoderLayer(Caching, Lookalike):
 
     @classmethod
     def applies(cls, layer: nn.Module) -> bool:
-        attention_class = type(layer.self_attn)
+        attention_class: type[Any] = type(layer.self_attn)
         return issubclass(fused_form(attention_class) or attention_class, FusedLlamaAttention)
 
     def prepare(self) -> str:
@@ -83,7 +83,8 @@ class FusedDecoderLayer(Caching, Lookalike):
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         plan = None if args else self._plan_for(hidden_states, **kwargs)
         if plan is None:
-            return super().forward(hidden_states, *args, **kwargs)
+            y: Tensor = super().forward(hidden_states, *args, **kwargs)
+            return y
         layer = self._modules["self_attn"]
         cos, sin = kwargs.pop("position_embeddings")
         mask, cache = kwargs.pop("attention_mask", None), _cache_of(kwargs)
@@ -107,7 +108,7 @@ class FusedDecoderLayer(Caching, Lookalike):
             and not layer.training  # when it may have dropout
             and type(_cache_of(kwargs)) in (DynamicCache, type(None))
             and position_embeddings is not None
-            and are_usual_angles(*position_embeddings, *x.shape[:2], layer.head_dim)
+            and are_usual_angles(*position_embeddings, x.shape[0], x.shape[1], layer.head_dim)
             and position_embeddings[0].dtype is x.dtype
             and layer.config._attn_implementation == NAME
         ):
@@ -130,28 +131,28 @@ class FusedDecoderLayer(Caching, Lookalike):
             _UnsuitedError: it would not be all that the modules do.
         """
         guard = Guard()
-        norm, layer, norm_after, mlp = (_skipped(self._modules, name, guard) for name in _PARTS)
+        first, layer, second, mlp = (_skipped(self._modules, name, guard) for name in _PARTS)
         if not isinstance(mlp, FusedGatedMLP):
             raise _UnsuitedError
         act_fn = _skipped(mlp._modules, "act_fn", guard)
         if why_not_activation(act_fn):
             raise _UnsuitedError
-        norm, norm_after = _norm(norm, x, guard), _norm(norm_after, x, guard)
-        heads = {name: guard.module(layer._modules, name) for name in ("q_norm", "k_norm")}
-        heads = {name: _norm(module, x, guard) for name, module in heads.items() if module is not None}
+        norm, norm_after = _norm(first, x, guard), _norm(second, x, guard)
+        modules = {name: guard.module(layer._modules, name) for name in ("q_norm", "k_norm")}
+        heads = {name: _norm(module, x, guard) for name, module in modules.items() if module is not None}
         if any(of_heads[1:] != norm[1:] for of_heads in heads.values()):
             raise _UnsuitedError
-        qkv = [_projection(layer, name, x, guard) for name in ("q_proj", "k_proj", "v_proj")]
-        others = [_projection(layer, "o_proj", x, guard)]
-        others += [_projection(mlp, name, x, guard) for name in ("gate_proj", "up_proj", "down_proj")]
+        before_it = [_projection(layer, name, x, guard) for name in ("q_proj", "k_proj", "v_proj")]
+        after_it = [_projection(layer, "o_proj", x, guard)]
+        after_it += [_projection(mlp, name, x, guard) for name in ("gate_proj", "up_proj", "down_proj")]
         (head_dim,) = guard.attributes(layer, "head_dim")
         try:
-            qkv, others = Projections(qkv), Projections(others)
+            qkv, others = Projections(before_it), Projections(after_it)
         except ValueError as error:
             raise _UnsuitedError from error
         weights = {name: of_heads.weight for name, of_heads in heads.items()}
         before = partial(before_attention, norm=norm, projections=qkv, head_dim=head_dim, **weights)
-        activation = activation_name(act_fn)
+        activation: Any = activation_name(act_fn)  # of those that have one, as was seen to above
         after = partial(after_attention, norm=norm_after, projections=others, activation=activation)
         # Milliseconds of SmolLM2's modules in 4 bits and of the operations, for so many tokens after a prompt: 15.5 and
         # 9.0 (1), 20.8 and 14.4 (8), 43.6 and 36.1 (64), 118 and 94 (256), 235 and 205 (512).
@@ -164,9 +165,9 @@ def _cache_of(kwargs: dict[str, Any]) -> Any:
     return kwargs.get("past_key_values") if cache is None else cache
 
 
-def _skipped(where: dict[str, nn.Module], name: str, guard: Guard) -> nn.Module:
+def _skipped(where: dict[str, Any], name: str, guard: Guard) -> nn.Module:
     """A module, and sees to it that nothing is left out by not calling it."""
-    module = guard.module(where, name)
+    module: nn.Module | None = guard.module(where, name)
     if module is None or why_not_skip(module):
         raise _UnsuitedError
     if isinstance(module, Lookalike):
@@ -193,6 +194,7 @@ def _projection(block: nn.Module, name: str, x: Tensor, guard: Guard) -> Project
         raise _UnsuitedError
     if x.shape[-1] != in_features:
         x = x.new_empty((0, in_features))
+    found: tuple[BaseProduct | str, Adapters] | str
     if isinstance(layer, Adaptable):
         found = layer.adapted_product(x, guard)
     else:

@@ -10,7 +10,7 @@ tokens: a third of a decoding model's time. Looking whether they are as they wer
 from __future__ import annotations
 
 from collections.abc import Sized
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 from torch import Tensor, nn
@@ -31,43 +31,35 @@ class CannotGuardError(Exception):
 class Reading:
     """Reads, and remembers nothing: for results that are used once."""
 
-    @staticmethod
-    def items(where: dict, *keys: Any) -> list[Any]:
+    def items(self, where: dict[Any, Any], *keys: Any) -> list[Any]:
         """Items of a dictionary; None where one is missing."""
         return [where.get(key) for key in keys]
 
-    @staticmethod
-    def attributes(owner: Any, *names: str) -> list[Any]:
+    def attributes(self, owner: Any, *names: str) -> list[Any]:
         """Attributes of an object; None where one is missing."""
         return [getattr(owner, name, None) for name in names]
 
-    @staticmethod
-    def module(where: dict, key: Any) -> Any:
+    def module(self, where: dict[Any, Any], key: Any) -> Any:
         """A module in a dictionary that is not called but replaced: by its class, its hooks and what it has."""
         return where.get(key)
 
-    @staticmethod
-    def parameters(module: nn.Module, *names: str) -> list[Any]:
+    def parameters(self, module: nn.Module, *names: str) -> list[Any]:
         """Parameters of a module; or the attributes in their place."""
         return [parameter(module, name) for name in names]
 
-    @staticmethod
-    def tensors(owner: Any, *names: str) -> list[Any]:
+    def tensors(self, owner: Any, *names: str) -> list[Any]:
         """Attributes that are tensors, or None."""
         return [getattr(owner, name) for name in names]
 
-    @staticmethod
-    def number(where: dict, key: Any) -> float:
+    def number(self, where: dict[Any, Any], key: Any) -> float:
         """A number in a dictionary, which may be a tensor."""
         return float(where[key])
 
-    @staticmethod
-    def length(container: Sized) -> int:
+    def length(self, container: Sized) -> int:
         """How much there is in a container."""
         return len(container)
 
-    @staticmethod
-    def copies() -> None:
+    def copies(self) -> None:
         """Has it known that a copy was made of something that was read, which later changes do not reach."""
 
 
@@ -88,7 +80,7 @@ class Guard(Reading):
         self._numbers: list[Tensor] = []
         self._found_numbers: list[float] = []  # in these
 
-    def items(self, where: dict, *keys: Any) -> list[Any]:
+    def items(self, where: dict[Any, Any], *keys: Any) -> list[Any]:
         for key in keys:
             if self._is_new(where, key):
                 self._values += where, key, where.get(key)
@@ -100,7 +92,7 @@ class Guard(Reading):
             raise CannotGuardError  # a property, or an attribute of the class
         return self.items(own, *names)
 
-    def module(self, where: dict, key: Any) -> Any:
+    def module(self, where: dict[Any, Any], key: Any) -> Any:
         (module,) = self.items(where, key)
         if module is not None and self._is_new(module, "class"):
             self._types += module, type(module)
@@ -123,7 +115,7 @@ class Guard(Reading):
         """What the methods of a class call."""
         self._values += reliance.values
 
-    def number(self, where: dict, key: Any) -> float:
+    def number(self, where: dict[Any, Any], key: Any) -> float:
         (number,) = self.items(where, key)
         if isinstance(number, Tensor) and self._is_new(number, "value"):
             self._numbers.append(number)
@@ -135,8 +127,7 @@ class Guard(Reading):
             self._lengths += container, len(container)
         return len(container)
 
-    @staticmethod
-    def copies() -> None:
+    def copies(self) -> None:
         raise CannotGuardError
 
     def holds(self) -> bool:
@@ -166,9 +157,14 @@ class Guard(Reading):
         return True
 
 
+@overload
+def parameter(module: nn.Module, name: Literal["weight"]) -> Tensor: ...
+@overload
+def parameter(module: nn.Module, name: str) -> Tensor | None: ...
 def parameter(module: nn.Module, name: str) -> Tensor | None:
     """The attribute, where it usually is: nn.Module looks there last, which takes 0.5 µs."""
     try:
         return module._parameters[name]
     except KeyError:
-        return getattr(module, name)
+        result: Tensor | None = getattr(module, name)
+        return result

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,7 +25,7 @@ class _Packed(NamedTuple):
 class Adaptable(Caching):
     """A linear layer that `lora_linear` computes, whether it has adapters or is what they are put on."""
 
-    derived = ("_packed",)
+    derived: ClassVar[tuple[str, ...]] = ("_packed",)
     _packed: _Packed | None = None
 
     def adapted_product(self, x: Tensor, read: Reading = ONCE) -> tuple[BaseProduct, Adapters] | str:
@@ -66,9 +66,12 @@ def suits_packed(x: Tensor) -> bool:
 
 def packable(found: tuple[BaseProduct | str, Adapters] | str, x: Tensor) -> Projection | None:
     """What `adapted_product` found, for `Projections`; None where it is not all that the layer does to x."""
-    if isinstance(found, str) or isinstance(found[0], str):
+    if isinstance(found, str):
         return None
-    (weight, bias, *dtypes), (lora_A, lora_B, scaling, dropout) = found
+    product, (lora_A, lora_B, scaling, dropout) = found
+    if isinstance(product, str):
+        return None
+    weight, bias, *dtypes = product
     if any(dropout) or any(dtype is not x.dtype for dtype in dtypes):
         return None
     return Projection(weight, bias, lora_A, lora_B, scaling)

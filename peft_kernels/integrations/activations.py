@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import ClassVar, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -23,7 +23,7 @@ class FusedGELU(FusedLayer):
 
     approximate: ClassVar[str] = "tanh"
     methods: ClassVar[tuple[str, ...]] = ("forward",)  # of the stock class
-    stock_forward: ClassVar[Callable | None] = None
+    stock_forward: ClassVar[Callable[..., Any] | None] = None
 
     def forward(self, input: Tensor) -> Tensor:
         reason, cls = why_not_input(input), type(self)
@@ -33,7 +33,8 @@ class FusedGELU(FusedLayer):
             reason = "autocast computes powers in fp32 there"  # and so the stock activation returns it
         if reason:
             self.log_stock_path(reason)
-            return super().forward(input)
+            y: Tensor = super().forward(input)
+            return y
         return F.gelu(input, approximate=self.approximate)
 
     @classmethod
@@ -81,7 +82,7 @@ class AccurateGELUActivation(FusedGELU, stock.AccurateGELUActivation):
 
     @classmethod
     def applies(cls, layer: nn.Module) -> bool:
-        return layer.precomputed_constant == math.sqrt(2 / math.pi)
+        return bool(layer.precomputed_constant == math.sqrt(2 / math.pi))
 
 
 @fuses
@@ -92,7 +93,8 @@ class GELUActivation(FusedGELU, stock.GELUActivation):
 
     @classmethod
     def applies(cls, layer: nn.Module) -> bool:
-        return getattr(layer.act, "__func__", None) is cls.stock._gelu_python
+        stock: Any = cls.stock
+        return getattr(layer.act, "__func__", None) is stock._gelu_python
 
 
 @fuses
@@ -103,7 +105,8 @@ class GELUTanh(FusedGELU, stock.GELUTanh):
 
     @classmethod
     def applies(cls, layer: nn.Module) -> bool:
-        return getattr(layer.act, "__func__", None) is cls.stock._gelu_tanh_python
+        stock: Any = cls.stock
+        return getattr(layer.act, "__func__", None) is stock._gelu_tanh_python
 
 
 register_loaded()  # for a pickled model that nobody accelerates again

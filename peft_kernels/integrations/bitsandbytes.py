@@ -5,6 +5,8 @@ Dettmers et al. 2023, "QLoRA: Efficient Finetuning of Quantized LLMs" (arXiv:230
 
 from __future__ import annotations
 
+from typing import Any
+
 import bitsandbytes as bnb
 import torch
 from bitsandbytes.functional import QuantState
@@ -20,14 +22,16 @@ from ..ops.nf4 import NF4Weight
 from .linear import NO_ADAPTERS, Adapters, BaseProduct
 from .registry import FLOAT_DTYPES, mention, register, why_not_input
 
-mention(bnb.nn.Linear4bit)
-mention(bnb.nn.Linear8bitLt)
+mention(bnb.nn.modules.Linear4bit)
+mention(bnb.nn.modules.Linear8bitLt)
 
 
 class Fused4bit(Adaptable):
     """`y = x dequant(W)ᵀ + b` in `compute_dtype`, returned in x's dtype, in training and evaluation alike."""
 
     derived = ("_view", "_squares", *Adaptable.derived)
+    compute_type_is_set: bool
+    quant_state: QuantState | None
     _view: tuple[QuantState, NF4Weight] | None = None
     _squares: tuple[NF4Weight, Tensor] | None = None
 
@@ -57,9 +61,10 @@ class Fused4bit(Adaptable):
         product = self.base_product(x)
         if isinstance(product, str):
             self.log_stock_path(product)
-            return super().forward(x)
-        weight, bias, *dtypes = product
-        return lora_linear_of_layer(x, weight, bias, (), (), (), (), *dtypes)
+            out: Tensor = super().forward(x)
+            return out
+        weight, bias, compute_dtype, out_dtype = product
+        return lora_linear_of_layer(x, weight, bias, (), (), (), (), compute_dtype, out_dtype)
 
     def adapted_product(self, x: Tensor, read: Reading = ONCE) -> tuple[BaseProduct, Adapters] | str:
         product = self.base_product(x, read)
@@ -109,7 +114,8 @@ class Fused4bit(Adaptable):
             # The tensor that a non-strict export puts in the weight's place has no quant_state.
             return NF4Weight.from_quant_state(weight, known)
         if quant_state is None and self.quant_state is not None:
-            bnb.nn.modules.fix_4bit_weight_quant_state_from_module(self)
+            stock: Any = self
+            bnb.nn.modules.fix_4bit_weight_quant_state_from_module(stock)
             weight, quant_state = self.weight, self.quant_state
         if quant_state is None:
             return NF4Weight.from_params4bit(weight)
@@ -137,8 +143,9 @@ class Fused4bit(Adaptable):
         view = NF4Weight.from_params4bit(weight)
         codes = view.codes.reshape(quant_state.original_qshape)
         weight.data = codes.view(vars(quant_state).get("original_storage_type") or torch.uint8)
-        weight.quant_state = self.quant_state = QuantState.from_dict(view.as_dict(), device=codes.device)
-        return weight.quant_state
+        quant_state = QuantState.from_dict(view.as_dict(), device=codes.device)
+        weight.quant_state = self.quant_state = quant_state
+        return quant_state
 
 
 def _shows(
@@ -161,15 +168,15 @@ def _shows(
 
 
 @register
-class Linear4bit(Fused4bit, bnb.nn.Linear4bit):
+class Linear4bit(Fused4bit, bnb.nn.modules.Linear4bit):
     __doc__ = Fused4bit.__doc__
 
 
 @register
-class LinearFP4(Fused4bit, bnb.nn.LinearFP4):
+class LinearFP4(Fused4bit, bnb.nn.modules.LinearFP4):
     __doc__ = Fused4bit.__doc__
 
 
 @register
-class LinearNF4(Fused4bit, bnb.nn.LinearNF4):
+class LinearNF4(Fused4bit, bnb.nn.modules.LinearNF4):
     __doc__ = Fused4bit.__doc__

@@ -43,13 +43,15 @@ def causal_lm_loss(
         fp32 [].
     """
     if why_not_input(logits) or why_not(logits.device) or not FusedLoss.is_as_found():
-        given = {"num_items_in_batch": num_items_in_batch, "shift_labels": shift_labels}
+        given: dict[str, Any] = {"num_items_in_batch": num_items_in_batch, "shift_labels": shift_labels}
         given = {name: value for name, value in given.items() if value is not None}  # what replaces it may know neither
         if ignore_index != -100:
             given["ignore_index"] = ignore_index
-        stock = loss_utils.LOSS_MAPPING[_NAME]
-        return stock(logits=logits, labels=labels, vocab_size=vocab_size, **given, **kwargs)
+        stock: Any = loss_utils.LOSS_MAPPING[_NAME]
+        loss: Tensor = stock(logits=logits, labels=labels, vocab_size=vocab_size, **given, **kwargs)
+        return loss
     if shift_labels is None:
+        assert labels is not None
         shift_labels = F.pad(labels, (0, 1), value=ignore_index)[..., 1:]
     targets = shift_labels.reshape(-1).to(logits.device)
     count = num_items_in_batch
@@ -110,7 +112,8 @@ class FusedLoss(Setting):
 
     @classmethod
     def set(cls, module: nn.Module) -> None:
-        module.loss_function = causal_lm_loss
+        model: Any = module
+        model.loss_function = causal_lm_loss
 
     @classmethod
     def unset(cls, module: nn.Module) -> None:

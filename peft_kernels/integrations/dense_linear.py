@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -19,9 +21,10 @@ class FusedDense(FusedLayer):
 
     @classmethod
     def why_not(cls, layer: nn.Module) -> str | None:
-        if reason := why_not_weight(layer.weight):
+        weight: Any = layer.weight
+        if reason := why_not_weight(weight):
             return reason
-        if min(layer.weight.shape) < LEAST_FEATURES:
+        if min(weight.shape) < LEAST_FEATURES:
             return f"it has fewer than {LEAST_FEATURES} features"
         return None if cpu.outruns_torch() else "torch's product is as fast on this processor"
 

@@ -14,8 +14,8 @@ class Dropout(FusedLayer, nn.Dropout):
     """The stock layer with a mask that is made again in the backward. One in place, or of p = 1, keeps its forward."""
 
     @classmethod
-    def applies(cls, layer: nn.Dropout) -> bool:
-        return 0 < layer.p < 1 and not layer.inplace
+    def applies(cls, layer: nn.Module) -> bool:
+        return isinstance(layer, nn.Dropout) and 0 < layer.p < 1 and not layer.inplace
 
     def forward(self, input: Tensor) -> Tensor:
         if not self.training:

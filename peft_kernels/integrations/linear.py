@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -38,7 +39,8 @@ class OnLinear(FusedLayer):
 
     @classmethod
     def why_not(cls, layer: nn.Module) -> str | None:
-        return why_not_linear(layer.base_layer)
+        base: Any = layer.base_layer
+        return why_not_linear(base)
 
     def why_stock(self) -> str | None:
         base = self.base_layer

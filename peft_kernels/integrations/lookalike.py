@@ -45,7 +45,7 @@ class Lookalike(FusedLayer):
         )
 
     @classmethod
-    def filed_key(cls) -> tuple | None:
+    def filed_key(cls) -> tuple[Any, ...] | None:
         return filed_key(cls._stock_module(), cls.class_name, cls.methods)
 
     @classmethod
@@ -58,7 +58,7 @@ class Lookalike(FusedLayer):
         return importlib.import_module(f"transformers.models.{cls.model}.modeling_{cls.model}")
 
     @classmethod
-    def members(cls, stock: type) -> dict[str, Any]:
+    def members(cls, stock: type[Any]) -> dict[str, Any]:
         """What the fused class of a stock class has for itself."""
         return {}
 
@@ -84,7 +84,7 @@ class Lookalike(FusedLayer):
         return self.reliance.why_not() if bypasses else None
 
 
-def _guarded(forward: Callable, stock: type[nn.Module], reliance: Reliance) -> Callable:
+def _guarded(forward: Callable[..., Any], stock: type[nn.Module], reliance: Reliance) -> Callable[..., Any]:
     """A fused forward for as long as what the stock one calls is what it was; otherwise the stock one."""
     holds = reliance.holds
 
@@ -130,12 +130,12 @@ def register_loaded() -> None:
         keys = [(methods, methods_key(stock, methods)) for methods in all_methods]
         found = [form for key in keys if key[1] is not None for form in forms.get(key, ()) if form.does_the_same(stock)]
         reliance = Reliance.of_methods(stock, found[0].methods) if found else None
-        reason = reliance and reliance.why_not()
+        reason = None if reliance is None else reliance.why_not()
         refuse(stock, reason)
         if reason:
             continue  # and looked at again by the next call
         _seen.add(stock)
-        if found:
+        if reliance is not None:
             found[0].made_for(stock, reliance)
 
 
@@ -159,6 +159,7 @@ def __getattr__(name: str) -> type:
         stock = getattr(importlib.import_module(module.replace("/", ".")), class_name)
         register_loaded()
         if name in globals():
-            return globals()[name]
+            result: type = globals()[name]
+            return result
         raise AttributeError(f"{stock.__module__}.{class_name} has no fused form")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -36,7 +38,8 @@ class FusedOutputLayer(Setting):
 
     @classmethod
     def applies(cls, module: nn.Module) -> bool:
-        head = module.get_output_embeddings() if isinstance(module, PreTrainedModel) else None
+        model: Any = module
+        head: Any = model.get_output_embeddings() if isinstance(module, PreTrainedModel) else None
         return (
             class_below(type(head)) is nn.Linear
             and "forward" not in vars(head)
@@ -50,7 +53,8 @@ class FusedOutputLayer(Setting):
 
     @classmethod
     def set(cls, module: nn.Module) -> None:
-        change_class(module.get_output_embeddings(), Linear.stock, Linear)
+        model: Any = module
+        change_class(model.get_output_embeddings(), Linear.stock, Linear)
 
     @classmethod
     def unset(cls, module: nn.Module) -> None:

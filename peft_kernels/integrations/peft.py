@@ -39,7 +39,7 @@ _Adapter = tuple[Tensor, Tensor, float, float]  # A, B, scaling and dropout
 _DoRA = tuple[Tensor, Tensor, Tensor, Tensor, float, float]  # A, B, magnitude, norm, scaling and dropout
 _Call = tuple[BaseProduct, Adapters | GroupedAdapters | _DoRA]
 
-mention(BaseTunerLayer)
+mention(BaseTunerLayer)  # whose subclasses are modules
 
 
 class FusedLoRA(Adaptable):
@@ -62,15 +62,19 @@ class FusedLoRA(Adaptable):
         if not (args or kwargs) and (y := self.projected(x)) is not None:
             return y
         if self._disable_adapters or self.merged_adapters:
-            return super().forward(x, *args, **kwargs)
+            out: Tensor = super().forward(x, *args, **kwargs)
+            return out
         operation, call = self._operation(x, args, kwargs)
         if isinstance(call, str):
             self.log_stock_path(call)
-            return super().forward(x, *args, **kwargs)
+            out = super().forward(x, *args, **kwargs)
+            return out
         (weight, bias, *dtypes), adapters = call
         return operation(x, weight, bias, *adapters, *dtypes)
 
-    def _operation(self, x: Tensor, args: tuple, kwargs: dict[str, Any]) -> tuple[Callable[..., Tensor], _Call | str]:
+    def _operation(
+        self, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Callable[..., Tensor], _Call | str]:
         """What computes this call's result, and of what; or why it has to take the stock path."""
         if reason := _why_stock_call(args, kwargs):
             return lora_linear_of_layer, reason
@@ -98,7 +102,8 @@ class FusedLoRA(Adaptable):
         merged = read.length(merged)
         if disabled or merged:
             return "its adapters are merged and disabled" if disabled and merged else (product, NO_ADAPTERS)
-        lora_A, lora_B, scaling, dropout = adapters = ([], [], [], [])
+        adapters: tuple[list[Tensor], list[Tensor], list[float], list[float]] = ([], [], [], [])
+        lora_A, lora_B, scaling, dropout = adapters
         for name in (names,) if isinstance(names, str) else names:
             adapter = self._adapter(name, read=read)
             if adapter is None:
@@ -117,8 +122,10 @@ class FusedLoRA(Adaptable):
     def _dora_product(self, x: Tensor, name: str) -> tuple[BaseProduct, _DoRA] | str:
         """What `adapted_product` returns, where the only active adapter is a DoRA."""
         product, found = self._product(x), self._dora(name)
-        if isinstance(product, str) or isinstance(found, str):
-            return product if isinstance(product, str) else found
+        if isinstance(product, str):
+            return product
+        if isinstance(found, str):
+            return found
         (a, b, scaling, p), magnitude = found
         if reason := self._why_not_cast(x, name, a):
             return reason
@@ -145,7 +152,8 @@ class FusedLoRA(Adaptable):
             return product
         if x.dim() < 2:
             return "x has no samples"
-        lora_A, lora_B, scaling = adapters = ([], [], [])
+        adapters: tuple[list[Tensor], list[Tensor], list[float]] = ([], [], [])
+        lora_A, lora_B, scaling = adapters
         positions: dict[str, int] = {"__base__": -1}
         for name in adapter_names:
             if name in positions:
@@ -185,6 +193,7 @@ class FusedLoRA(Adaptable):
 
     def _dora(self, name: str) -> tuple[_Adapter, dora.DoraLinearLayer] | str:
         adapter = self._adapter(name, DoraLinearVariant)
+        assert adapter is not None  # `_only_dora` has found it
         if isinstance(adapter, str):
             return adapter
         magnitude = self._modules["lora_magnitude_vector"]._modules[name]
@@ -231,7 +240,7 @@ class FusedLoRA(Adaptable):
         return weight_A, weight_B, read.number(scalings, name), p
 
 
-def _why_stock_call(args: tuple, kwargs: dict[str, Any]) -> str | None:
+def _why_stock_call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
     for name, value in kwargs.items():
         if value is not None and name != "adapter_names":
             return f"{name} was given"
@@ -257,7 +266,7 @@ if hasattr(lora, "Linear4bit"):  # bitsandbytes is installed
         merged: nn.Parameter
 
     @register
-    class Linear4bit(FusedLoRA, lora.Linear4bit):
+    class Linear4bit(FusedLoRA, lora.Linear4bit):  # type: ignore[misc]  # PEFT looks it up when asked
         """The QLoRA layer. Merging keeps the 4-bit weight that it replaces, and unmerging puts it back.
 
         PEFT's unmerge subtracts the adapters and quantises once more, so that each cycle moves the weight further.
@@ -274,8 +283,9 @@ if hasattr(lora, "Linear4bit"):  # bitsandbytes is installed
         def base_product(self, base: nn.Module, x: Tensor, read: Reading = ONCE) -> BaseProduct | str:
             return base.base_product(x, read) if isinstance(base, Fused4bit) else "its base layer is not fused"
 
-        def squares_of_rows(self, base: nn.Module) -> Tensor | None:
-            return base.squares_of_rows()
+        def squares_of_rows(self, base: Any) -> Tensor | None:
+            result: Tensor | None = base.squares_of_rows()
+            return result
 
         def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
             base = self.get_base_layer()
@@ -288,7 +298,7 @@ if hasattr(lora, "Linear4bit"):  # bitsandbytes is installed
             finally:  # an adapter that fails leaves those before it merged
                 if base.weight is not replaced:
                     replaced.bnb_quantized = True  # PEFT clears it, and then .to() would quantise the codes
-                    original = unmerged.original if follows else replaced
+                    original = unmerged.original if unmerged is not None and follows else replaced
                     self._unmerged = _Unmerged(original, base.weight) if keeps else None
 
         def unmerge(self) -> None:

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,11 +37,13 @@ class FusedIA3(FusedLayer):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if self._disable_adapters or self.merged_adapters:
-            return super().forward(x, *args, **kwargs)
+            y: Tensor = super().forward(x, *args, **kwargs)
+            return y
         call = self._call(x, args, kwargs)
         if isinstance(call, str):
             self.log_stock_path(call)
-            return super().forward(x, *args, **kwargs)
+            y = super().forward(x, *args, **kwargs)
+            return y
         (weight, bias, compute_dtype, out_dtype), scale = call
         l_in, l_out = (scale, None) if self.is_feedforward else (None, scale)
         return ia3_linear(x, weight, bias, l_in, l_out, compute_dtype=compute_dtype, out_dtype=out_dtype)
@@ -49,7 +52,9 @@ class FusedIA3(FusedLayer):
         """What `ia3_linear` is to be called with for the base layer; or why this input has to take the stock path."""
         raise NotImplementedError
 
-    def _call(self, x: Tensor, args: tuple, kwargs: dict[str, Any]) -> tuple[BaseProduct, Tensor | None] | str:
+    def _call(
+        self, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[BaseProduct, Tensor | None] | str:
         if args or kwargs:
             return "further arguments were given"
         base = self._modules["base_layer"]
@@ -104,7 +109,7 @@ if hasattr(ia3, "Linear4bit"):  # bitsandbytes is installed
         scales: dict[nn.Module, Tensor]
 
     @register
-    class Linear4bit(FusedIA3, ia3.Linear4bit):
+    class Linear4bit(FusedIA3, ia3.Linear4bit):  # type: ignore[misc]  # PEFT looks it up when asked
         """(IA)³ on a 4-bit weight. The result has x's dtype; PEFT's has fp32, to which it casts any x.
 
         PEFT can't merge this layer. Where rows don't share blocks, `merge` scales the blocks' statistics instead of
@@ -129,7 +134,8 @@ if hasattr(ia3, "Linear4bit"):  # bitsandbytes is installed
 
         def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
             if self.merged_adapters and not self._disable_adapters:
-                return self.base_layer(x)  # PEFT's forward knows of no merged adapter
+                y: Tensor = self.base_layer(x)  # PEFT's forward knows of no merged adapter
+                return y
             if self._disable_adapters and self.merged_adapters:
                 self.unmerge()
             return super().forward(x, *args, **kwargs)
@@ -158,29 +164,30 @@ if hasattr(ia3, "Linear4bit"):  # bitsandbytes is installed
             if safe_merge and not scale.isfinite().all():
                 raise ValueError(f"adapters {names}: got vectors that are not finite, wanted finite ones")
             _scale_rows(target, self, scale)
-            vars(self)["_merged_into"] = target  # not as a submodule
+            self.__dict__["_merged_into"] = target  # not as a submodule
             self.merged_adapters.extend(names)
 
         def unmerge(self) -> None:
             if self._merged_into is not None:
                 _scale_rows(self._merged_into, self, None)
-            vars(self).pop("_merged_into", None)
+            self.__dict__.pop("_merged_into", None)
             self.merged_adapters.clear()
 
-    def _scale_rows(layer: nn.Module, owner: nn.Module, scale: Tensor | None) -> None:
+    def _scale_rows(layer: Any, owner: nn.Module, scale: Tensor | None) -> None:
         """Scales the rows of a 4-bit layer, weight and bias, once more; None undoes all that the owner has done."""
         unscaled = vars(layer).get("_unscaled") or _Unscaled(layer.weight, layer.bias, {})
         scales = {key: value for key, value in unscaled.scales.items() if key is not owner}
         if scale is not None:
             scales[owner] = unscaled.scales.get(owner, 1) * scale
         device = layer.weight.device
-        weight, bias = unscaled.weight, unscaled.bias
+        weight: Any = unscaled.weight
+        bias = unscaled.bias
         if weight.device != device:  # the model has moved since
             weight, bias = weight.to(device), None if bias is None else bias.to(device)
         if scales:
-            product = math.prod(value.to(device) for value in scales.values())
+            product: Any = math.prod(value.to(device) for value in scales.values())
             view = NF4Weight.from_params4bit(weight).scale_rows(product)
-            weight = bnb.nn.Params4bit(
+            weight = bnb.nn.modules.Params4bit(
                 weight.data,  # the codes, shared
                 requires_grad=False,
                 quant_state=QuantState.from_dict(view.as_dict(), device=device),
@@ -204,7 +211,7 @@ if hasattr(ia3, "Linear4bit"):  # bitsandbytes is installed
     # ReLU commutes with factors that are not negative. These are known by their names if their code is another one.
     _GATED_MLPS = ("LlamaMLP", "MistralMLP", "Qwen2MLP", "Qwen3MLP")
 
-    def _producer(parent: nn.Module, leaf: str, scale: Tensor) -> nn.Module | str:
+    def _producer(parent: Any, leaf: str, scale: Tensor) -> Any:
         """The layer whose rows take the vector on the input of another; or why there is none."""
         kind = type(parent).__name__
         if leaf == "down_proj" and (form_of(type(parent)) is FusedGatedMLP or kind in _GATED_MLPS):
@@ -217,7 +224,7 @@ if hasattr(ia3, "Linear4bit"):  # bitsandbytes is installed
             return parent.fc1
         return f"no layer is known whose rows make the input of {leaf!r} in a {kind}"
 
-    def _target(model: nn.Module, name: str, layer: Linear4bit, names: list[str]) -> nn.Module | str:
+    def _target(model: nn.Module, name: str, layer: ia3.IA3Layer, names: list[str]) -> nn.Module | str:
         """The 4-bit layer whose rows take a layer's vector; or why there is none."""
         if not isinstance(layer, Linear4bit):
             return "it is not fused: call accelerate first"
@@ -259,7 +266,8 @@ if hasattr(ia3, "Linear4bit"):  # bitsandbytes is installed
         known = {name for layer in model.modules() if isinstance(layer, ia3.IA3Layer) for name in layer.ia3_l}
         if not (adapter_names is None or (isinstance(adapter_names, (list, tuple)) and known >= set(adapter_names))):
             raise ValueError(f"adapter_names: got {adapter_names!r}, wanted a list of some of {sorted(known)}")
-        merges, problems = [], []
+        merges: list[tuple[Callable[..., None], tuple[Any, ...]]] = []
+        problems: list[str] = []
         for name, layer in model.named_modules():
             if not isinstance(layer, ia3.IA3Layer):
                 continue
@@ -273,6 +281,7 @@ if hasattr(ia3, "Linear4bit"):  # bitsandbytes is installed
             if isinstance(target, str):
                 problems.append(f"{name}: {target}")
             else:
+                assert isinstance(layer, Linear4bit)  # else there is no target
                 merges.append((layer.merge_into, (target, False, names)))
         if problems:
             raise ValueError("model: got (IA)³ that can't be merged without loss\n" + "\n".join(problems))

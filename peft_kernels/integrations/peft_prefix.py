@@ -22,11 +22,13 @@ class FusedPrefix(FusedLayer):
 
     @classmethod
     def applies(cls, layer: nn.Module) -> bool:
-        return layer.active_peft_config.peft_type == PeftType.PREFIX_TUNING
+        config: Any = layer.active_peft_config
+        return bool(config.peft_type == PeftType.PREFIX_TUNING)
 
     @classmethod
     def why_not(cls, layer: nn.Module) -> str | None:
-        if layer.active_peft_config.num_transformer_submodules != 1:
+        config: Any = layer.active_peft_config
+        if config.num_transformer_submodules != 1:
             return "its model has an encoder and a decoder"
         if find_backbone(layer) is None:
             return "its model is not a transformers.PreTrainedModel"
@@ -54,14 +56,14 @@ class FusedPrefix(FusedLayer):
         if reason := self.why_stock():
             if self.applies(self):
                 self.log_stock_path(reason)
-            return super().get_prompt(batch_size, task_ids, max_cache_len)
+            return super().get_prompt(batch_size, task_ids, max_cache_len)  # type: ignore[misc]  # of the stock class
         return self._prefix_cache(counted=True)
 
-    def _prefix_tuning_forward(self, **kwargs: Any) -> Any:
+    def _prefix_tuning_forward(self, *args: Any, **kwargs: Any) -> Any:
         # PEFT looks for an argument of a name that the models, from transformers 5.20 or so on, have no more.
         if self.why_stock():
-            return super()._prefix_tuning_forward(**kwargs)
-        return self.base_model(past_key_values=self._prefix_cache(counted=True), **kwargs)
+            return super()._prefix_tuning_forward(*args, **kwargs)  # type: ignore[misc]  # of the stock class
+        return self.base_model(*args, past_key_values=self._prefix_cache(counted=True), **kwargs)
 
     def _prefix_cache(self, counted: bool) -> PrefixCache:
         config, encoder = self.active_peft_config, self.prompt_encoder[self.active_adapter]
@@ -80,11 +82,15 @@ class FusedPrefix(FusedLayer):
 class PeftModelForCausalLM(FusedPrefix, peft.PeftModelForCausalLM):
     __doc__ = FusedPrefix.__doc__
 
-    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    def prepare_inputs_for_generation(  # type: ignore[override]  # PeftModel sets an attribute of this name
+        self, *args: Any, **kwargs: Any
+    ) -> dict[str, Any]:
         # PEFT would put its prompt under a name that transformers, from 5.20 or so on, ignores beside its own cache.
         if self.why_stock():
-            return super().prepare_inputs_for_generation(*args, **kwargs)
-        inputs = self.base_model_prepare_inputs_for_generation(*args, **kwargs)
+            inputs: dict[str, Any] = super().prepare_inputs_for_generation(*args, **kwargs)
+            return inputs
+        prepare: Any = self.base_model_prepare_inputs_for_generation
+        inputs = prepare(*args, **kwargs)
         name = "cache" if "cache" in inputs else "past_key_values"
         if not isinstance(inputs.get(name), PrefixCache):
             inputs[name] = self._prefix_cache(counted=False)

@@ -21,6 +21,7 @@ from .registry import accelerate, check_module, undone_on_error
 from .transformers import NAME, PREFIX, FusedAttention
 
 Prefix = tuple[tuple[Tensor, Tensor], ...]
+_Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
 _SUBMODULE = "prefix_encoder"
 
@@ -94,17 +95,19 @@ class _Attached:
     def __init__(self, encoder: PrefixEncoder) -> None:
         self.encoder = encoder
 
-    def __call__(self, backbone: PreTrainedModel, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict]:
+    def __call__(self, backbone: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Arguments:
         kwargs = named_arguments(backbone, args, kwargs)
         return (), inject(backbone, kwargs, self._prefix(cache_of(kwargs)), counted=False)
 
     def _prefix(self, cache: Cache | None) -> Prefix:
         # A generation has one prefix, which the MLP makes at its first step.
         if cache is None or torch.is_grad_enabled():
-            return self.encoder()
+            result: Prefix = self.encoder()
+            return result
         if cache.get_seq_length() == 0 or not hasattr(cache, PREFIX):
             setattr(cache, PREFIX, self.encoder())
-        return getattr(cache, PREFIX)
+        result = getattr(cache, PREFIX)
+        return result
 
 
 class PrefixCache(DynamicCache):
@@ -118,7 +121,7 @@ class PrefixCache(DynamicCache):
         self.prefix, self.counted = prefix, counted
 
 
-def inject_from_cache(backbone: PreTrainedModel, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict]:
+def inject_from_cache(backbone: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Arguments:
     """Forward pre-hook of a backbone: a `PrefixCache` brings its prefix along."""
     cache = cache_of(kwargs)
     if not isinstance(cache, PrefixCache):
@@ -156,7 +159,7 @@ def inject(backbone: PreTrainedModel, kwargs: dict[str, Any], prefix: Prefix, co
 
 def _positions(backbone: PreTrainedModel, kwargs: dict[str, Any], padding: Tensor | None, length: int) -> Tensor:
     """The positions that the backbone would give its tokens, but after a prefix."""
-    tokens = kwargs.get("input_ids") if kwargs.get("inputs_embeds") is None else kwargs["inputs_embeds"][..., 0]
+    tokens: Any = kwargs.get("input_ids") if kwargs.get("inputs_embeds") is None else kwargs["inputs_embeds"][..., 0]
     cache = cache_of(kwargs)
     past = 0 if cache is None else cache.get_seq_length()
     if backbone.config.model_type == "opt":  # counts only what is no padding
@@ -182,7 +185,9 @@ def find_backbone(model: nn.Module) -> PreTrainedModel | None:
     """What `backbone_of` returns, if there is one."""
     for module in model.modules():
         if isinstance(module, PreTrainedModel):
-            return getattr(module.base_model, "decoder", module.base_model)  # OPT's, which its heads call directly
+            base: Any = module.base_model
+            backbone: PreTrainedModel = getattr(base, "decoder", base)  # OPT's, which its heads call directly
+            return backbone
     return None
 
 
@@ -221,7 +226,7 @@ def cache_of(kwargs: dict[str, Any]) -> Cache | None:
     return kwargs.get("past_key_values") if cache is None else cache
 
 
-def named_arguments(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
+def named_arguments(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     return dict(zip(inspect.signature(module.forward).parameters, args, strict=False)) | kwargs
 
 

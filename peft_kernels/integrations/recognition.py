@@ -42,7 +42,7 @@ is_compiling, unchanged = torch.compiler.is_compiling, _C.unchanged
 
 
 @cache
-def code_key(code: CodeType) -> tuple:
+def code_key(code: CodeType) -> tuple[Any, ...]:
     """What code does, to be compared, but for what its globals stand for."""
     constants = list(code.co_consts)
     documented = sys.version_info < (3, 13) or code.co_flags & _HAS_DOCSTRING
@@ -89,9 +89,11 @@ def _codes_of(module: ModuleType) -> dict[str, list[CodeType]]:
 
 def _file_of(module: ModuleType) -> CodeType | None:
     try:
-        return module.__loader__.get_code(module.__name__)
+        loader: Any = module.__loader__
+        code: CodeType | None = loader.get_code(module.__name__)
     except (AttributeError, ImportError, OSError, SyntaxError):
         return None
+    return code
 
 
 def _add_codes(code: CodeType, prefix: str, found: dict[str, list[CodeType]]) -> None:
@@ -107,11 +109,13 @@ def _imports_of(module: ModuleType) -> dict[str, list[tuple[str, str | None]]]:
     """By the names that a module's file gives them, from which modules it takes what; None is the module itself."""
     found: dict[str, list[tuple[str, str | None]]] = {}
     code, package = _file_of(module), getattr(module, "__package__", None) or ""
-    names = () if code is None else code.co_names
+    if code is None:
+        return found
+    names = code.co_names
     source, is_whole = "", False
     pending: tuple[str, str | None] | None = None  # what the next name is given to
     constants: list[Any] = [None, None]  # the last two: how far up a relative import begins, and what it takes
-    for step, argument in () if code is None else _steps(code):
+    for step, argument in _steps(code):
         if step == _LOAD_CONST:
             constants = [constants[1], code.co_consts[argument]]
         elif step == _LOAD_SMALL_INT:
@@ -179,7 +183,7 @@ def mean_the_same(module: ModuleType, name: str, other: ModuleType, other_name: 
     return _same(_definition(module, name), _definition(other, other_name), set())
 
 
-def _same(one: _Definition, other: _Definition, assumed: set[tuple]) -> bool:
+def _same(one: _Definition, other: _Definition, assumed: set[tuple[Any, ...]]) -> bool:
     if not one.codes or not other.codes:
         return not one.codes and not other.codes and _same_object(one, other)
     pair = *one[:2], *other[:2]
@@ -210,6 +214,7 @@ def _same_form(one: _Definition, other: _Definition) -> bool:
     if isinstance(a, type) or isinstance(b, type):
         return getattr(a, "__bases__", None) == getattr(b, "__bases__", None)
     a, b = undecorated(a), undecorated(b)
+    assert a is not None and b is not None  # as what was looked for is a function
     return repr((a.__defaults__, a.__kwdefaults__)) == repr((b.__defaults__, b.__kwdefaults__))
 
 
@@ -226,7 +231,7 @@ def undecorated(function: Any) -> FunctionType | None:
     """A function without what transformers puts around it, for checkpoints, arguments that were renamed, and kernels of
     its hub. What others put around it stays."""
     if isinstance(function, nn.Module) and type(function).__module__.partition(".")[0] == "kernels":
-        closure = getattr(type(function).forward, "__closure__", None) or ()
+        closure: tuple[Any, ...] = getattr(type(function).forward, "__closure__", None) or ()
         function = closure[0].cell_contents if len(closure) == 1 and "forward" not in vars(function) else None
     while hasattr(function, "__wrapped__") and function.__code__.co_filename in _decorators():
         function = function.__wrapped__
@@ -236,7 +241,7 @@ def undecorated(function: Any) -> FunctionType | None:
 @cache
 def _decorators() -> frozenset[str]:
     names = "transformers.modeling_layers", "transformers.utils.deprecation"
-    return frozenset(importlib.import_module(name).__file__ for name in names if "transformers" in sys.modules)
+    return frozenset(importlib.import_module(name).__file__ or "" for name in names if "transformers" in sys.modules)
 
 
 def _is_as_filed(module: ModuleType, qualname: str, codes: list[CodeType]) -> bool:
@@ -335,7 +340,7 @@ def _was_replaced(module: ModuleType, name: str) -> str:
 # ---- Methods of classes --------------------------------------------------------------------------------------------
 
 
-def methods_key(stock: type, methods: tuple[str, ...]) -> tuple | None:
+def methods_key(stock: type, methods: tuple[str, ...]) -> tuple[Any, ...] | None:
     """The code of methods that a class's module defines, to be compared; None if it does not. A method that was
     replaced has its file's; whether others are what their file says is not asked here, to be fast."""
     keys = []
@@ -354,9 +359,9 @@ def methods_key(stock: type, methods: tuple[str, ...]) -> tuple | None:
     return tuple(keys)
 
 
-def filed_key(module: ModuleType, class_name: str, methods: tuple[str, ...]) -> tuple | None:
+def filed_key(module: ModuleType, class_name: str, methods: tuple[str, ...]) -> tuple[Any, ...] | None:
     """What `methods_key` is of a class by a module's file, whatever has become of it since."""
-    codes = [_codes_of(module).get(f"{class_name}.{method}") for method in methods]
+    codes = [_codes_of(module).get(f"{class_name}.{method}", []) for method in methods]
     return tuple(code_key(each[0]) for each in codes) if all(codes) else None
 
 
@@ -375,4 +380,5 @@ def _owner(stock: type, method: str) -> type | None:
 
 def _place_of_method(stock: type, method: str) -> tuple[ModuleType, str]:
     owner = _owner(stock, method)
+    assert owner is not None
     return sys.modules[owner.__module__], f"{owner.__qualname__}.{method}"

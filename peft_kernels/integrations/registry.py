@@ -17,7 +17,7 @@ from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import MethodType
-from typing import Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import torch
 from rich.table import Table
@@ -49,11 +49,24 @@ _logger = logging.getLogger("peft_kernels")
 _logged: set[tuple[type, str]] = set()
 
 
-class FusedLayer:
+if TYPE_CHECKING:
+
+    class _Mixin(nn.Module):
+        """A mixin is a module, with parts and attributes of its own, only by the stock class that it extends."""
+
+        _modules: dict[str, Any]
+
+        def __getattr__(self, name: str) -> Any: ...
+
+else:
+    _Mixin = object
+
+
+class FusedLayer(_Mixin):
     """What a fused class adds to the stock class that it extends; its bases are a mixin of this kind and the stock."""
 
     stock: ClassVar[type[nn.Module]]
-    stock_forward: ClassVar[Callable]  # what the stock class had for it when this one was made
+    stock_forward: ClassVar[Callable[..., Any] | None]  # what the stock class had for it when this one was made
     # Attributes that exist only on a fused instance, and that `restore` drops.
     own_state: ClassVar[tuple[str, ...]] = ()
 
@@ -97,7 +110,7 @@ class Caching(FusedLayer):
 
     def _apply(self, *args: Any, **kwargs: Any) -> Any:
         self.forget()
-        return super()._apply(*args, **kwargs)
+        return super()._apply(*args, **kwargs)  # type: ignore[no-untyped-call]  # torch's has no types
 
     def release(self) -> None:
         self.forget()
@@ -142,7 +155,7 @@ AnySetting = TypeVar("AnySetting", bound=type[Setting])
 _table: dict[type[nn.Module], type[FusedLayer]] = {}
 _refused: dict[type[nn.Module], str] = {}
 _settings: list[type[Setting]] = []
-_mentioned: list[type[nn.Module]] = []
+_mentioned: list[type] = []
 
 
 def register(fused: Fused) -> Fused:
@@ -155,9 +168,10 @@ def register(fused: Fused) -> Fused:
 
 def refuse(stock: type[nn.Module], reason: str | None) -> None:
     """Has the report say why a class has no fused form for now; None takes it back."""
-    _refused[stock] = reason
     if reason is None:
-        del _refused[stock]
+        _refused.pop(stock, None)
+    else:
+        _refused[stock] = reason
 
 
 def register_setting(setting: AnySetting) -> AnySetting:
@@ -166,7 +180,7 @@ def register_setting(setting: AnySetting) -> AnySetting:
     return setting
 
 
-def mention(stock: type[nn.Module]) -> None:
+def mention(stock: type) -> None:
     """Has the report mention instances of a class, and of its subclasses, even if none of them can be fused, as it does
     the layers that `kind_of` knows."""
     _mentioned.append(stock)
@@ -293,7 +307,9 @@ def accelerate(model: nn.Module) -> Report:
     _load_packages()
     with undone_on_error(model), gathering(model):
         reasons = _fuse(model)
-        remarks = {module: module.prepare() for module in model.modules() if isinstance(module, FusedLayer)}
+        remarks: dict[nn.Module, str] = {
+            module: module.prepare() for module in model.modules() if isinstance(module, FusedLayer)
+        }
         return Report(tuple(_reports(model, reasons, remarks)), cpu.isa())
 
 
@@ -371,13 +387,15 @@ def _restore(model: nn.Module, but: Collection[tuple[Any, nn.Module]]) -> None:
             module.release()
             for name in module.own_state:
                 vars(module).pop(name, None)
-            change_class(module, fused_form(module.stock), module.stock)
+            change_class(module, _table[module.stock], module.stock)
 
 
 @contextmanager
 def undone_on_error(model: nn.Module) -> Iterator[None]:
     """Restores what has been fused within it, if it is left by an exception: a refused call leaves no trace."""
-    before = {(FusedLayer, module) for module in model.modules() if isinstance(module, FusedLayer)}
+    before: set[tuple[Any, nn.Module]] = {
+        (FusedLayer, module) for module in model.modules() if isinstance(module, FusedLayer)
+    }
     before |= {(setting, module) for module in model.modules() for setting in _settings if setting.is_set(module)}
     try:
         yield
@@ -423,9 +441,10 @@ def _why_not(fused: type[FusedLayer], module: nn.Module) -> str | None:
     return fused.why_not(module)
 
 
-def change_class(module: nn.Module, old: type[nn.Module], new: type[nn.Module]) -> None:
+def change_class(module: nn.Module, old: type, new: type) -> None:
     """Has a layer be of another class, also where `fully_shard` or a parametrization has put one of its own on top."""
-    cls = rederived(type(module), old, new)
+    cls: Any = type(module)
+    cls = rederived(cls, old, new)
     # Hooks of the accelerate library keep the forward that they wrap as a bound method in the instance, where it
     # would outlive the change.
     for name in ("forward", "_old_forward"):

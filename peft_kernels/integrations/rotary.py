@@ -23,7 +23,7 @@ from .registry import FLOAT_DTYPES, why_not_input
 _NAME = "apply_rotary_pos_emb"
 
 
-def with_fused_rotary(forward: Callable) -> FunctionType | None:
+def with_fused_rotary(forward: Callable[..., Any] | None) -> FunctionType | None:
     """A copy of an attention layer's forward that rotates by our function; None if it calls no such global, or one that
     rotates in another way than Llama's by its file.
 
@@ -47,17 +47,18 @@ def with_fused_rotary(forward: Callable) -> FunctionType | None:
         if inner is None or not any(cell.cell_contents is wrapped for cell in closure):
             return None
         closure = tuple(CellType(inner) if cell.cell_contents is wrapped else cell for cell in closure)
-    copy = FunctionType(code, names, forward.__name__, forward.__defaults__, closure)
+    copy: Any = FunctionType(code, names, forward.__name__, forward.__defaults__, closure)
     copy.__kwdefaults__ = forward.__kwdefaults__
     update_wrapper(copy, forward)
     if inner is None:
         del copy.__wrapped__
     else:
         copy.__wrapped__ = inner
-    return copy
+    fused: FunctionType = copy
+    return fused
 
 
-def _fused(module: ModuleType) -> Callable:
+def _fused(module: ModuleType) -> Callable[..., Any]:
     """The fused form of a module's function."""
     stock = getattr(module, _NAME)
 

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -36,7 +37,9 @@ def rederived(cls: type, old: type, new: type) -> type:
     """A class that derives from `new` where `cls` derives from `old`, or is it."""
     if cls is old:
         return new
-    bases = tuple(rederived(base, old, new) if issubclass(base, old) else base for base in cls.__bases__)
+    if not issubclass(cls, old):
+        return cls
+    bases = tuple(rederived(base, old, new) for base in cls.__bases__)
     # transformers' layers have each class that is derived from them wrap what it inherits: the new one will again.
     members = {
         name: value
@@ -71,5 +74,5 @@ def type_in_forward(weight: Tensor) -> type[Tensor]:
 
 def _is_only_sharded(parameter: Tensor) -> bool:
     """Whether it is no DTensor for another reason as well, such as tensor parallelism."""
-    placements = getattr(parameter, "placements", None)
+    placements: Any = getattr(parameter, "placements", None)
     return bool(placements) and placements[-1].is_shard() and all(each.is_replicate() for each in placements[:-1])

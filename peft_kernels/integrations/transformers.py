@@ -6,6 +6,7 @@ A mask function that is missing from the second registry would have transformers
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from functools import partial
 from typing import Any, ClassVar
 
@@ -57,12 +58,15 @@ def attention(
     if reason and isinstance(module, FusedAttention):
         module.log_stock_path(reason)
     ours = not reason and (takes_over(query.device) or prefix_k is not None)
-    stock_call = partial(sdpa_attention_forward, module, query, dropout=dropout, scaling=scaling, **kwargs)
+    stock_call: Callable[..., tuple[Tensor, None]] = partial(
+        sdpa_attention_forward, module, query, dropout=dropout, scaling=scaling, **kwargs
+    )
     if not ours and prefix_k is None and _is_stock_mask(attention_mask, sliding_window, num_keys):
         return stock_call(key, value, attention_mask, is_causal=is_causal)
     if attention_mask is None and causal and num_queries < num_keys:
         # The other keys of an empty static cache are yet to come: see `mask`.
         key, value = key[:, :, :num_queries], value[:, :, :num_queries]
+    masks: dict[str, Any]
     if attention_mask is None or attention_mask.dim() == 2:
         masks = {"causal": causal, "window": sliding_window, "key_padding_mask": attention_mask, "attn_mask": None}
     else:
@@ -180,7 +184,8 @@ class FusedAttention(Lookalike):
     def why_not(cls, layer: nn.Module) -> str | None:
         if "q_length" not in inspect.signature(sdpa_mask).parameters:
             return "this version of transformers asks for masks in another way: 5.0 or so and later are known"
-        implementation = layer.config._attn_implementation
+        config: Any = layer.config
+        implementation = config._attn_implementation
         if implementation not in ("sdpa", NAME):
             return f"its attention is {implementation!r}, not 'sdpa'"
         return super().why_not(layer)
@@ -217,7 +222,7 @@ class FusedAttention(Lookalike):
         return next(self.parameters()).device
 
     @classmethod
-    def members(cls, stock: type) -> dict[str, Any]:
+    def members(cls, stock: type[Any]) -> dict[str, Any]:
         forward = with_fused_rotary(stock.forward)
         return {"forward": forward, "rotates": True} if forward else {}
 
@@ -259,7 +264,8 @@ class FusedQwen2Attention(FusedLlamaAttention):
     model, class_name = "qwen2", "Qwen2Attention"
 
     def window(self) -> int | None:
-        return self.sliding_window
+        window: int | None = self.sliding_window
+        return window
 
 
 @form

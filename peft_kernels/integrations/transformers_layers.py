@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +23,7 @@ ACTIVATIONS: dict[type[nn.Module], str] = {
     SiLUActivation: "silu", nn.SiLU: "silu", nn.ReLU: "relu", nn.Tanh: "tanh", GELUActivation: "gelu",
     GELUTanh: "gelu_tanh", NewGELUActivation: "gelu_tanh", FastGELUActivation: "gelu_tanh",
 }  # fmt: skip
-_stock_forwards: dict[type[nn.Module], Callable] = {}  # of these, which are what their files say
+_stock_forwards: dict[type[nn.Module], Callable[..., Any]] = {}  # of these, which are what their files say
 
 
 @form
@@ -38,7 +38,8 @@ class FusedRMSNorm(Lookalike):
         weight = parameter(self, "weight")
         if reason := why_not_both(hidden_states, weight):
             self.log_stock_path(reason)
-            return super().forward(hidden_states)
+            y: Tensor = super().forward(hidden_states)
+            return y
         eps, out_dtype = getattr(self, self.eps_name), self.out_dtype(hidden_states, weight)
         return rms_norm(hidden_states, weight, eps, offset=self.offset, out_dtype=out_dtype)
 
@@ -97,8 +98,11 @@ class FusedGatedMLP(Lookalike):
             reason = "the gate and what it gates differ in dtype or shape"
         if reason:
             self.log_stock_path(reason)
-            return self.down_proj(self.act_fn(gate) * up)
-        return self.down_proj(glu(gate, up, activation_name(self.act_fn)))
+            y: Tensor = self.down_proj(self.act_fn(gate) * up)
+            return y
+        activation: Any = activation_name(self.act_fn)  # one that has a name, as it has no reason
+        y = self.down_proj(glu(gate, up, activation))
+        return y
 
     def why_stock(self) -> str | None:
         weight = next(self.parameters(), None)

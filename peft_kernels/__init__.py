@@ -1,6 +1,7 @@
 """Fused kernels for parameter-efficient fine-tuning."""
 
 import importlib
+from typing import TYPE_CHECKING
 
 from . import _extension, adapters, nn, tuned  # noqa: F401  (_extension registers the ops, or says why it cannot)
 from .adapters import (
@@ -16,6 +17,10 @@ from .adapters import (
 )
 from .integrations import accelerate, restore
 
+if TYPE_CHECKING:
+    from .integrations.peft_ia3 import merge_ia3
+    from .integrations.prefix import attach_prefix, detach_prefix
+
 tuned.apply()
 
 # What needs transformers, or PEFT, is imported when it is asked for.
@@ -25,17 +30,19 @@ __all__ = [
     "accelerate",
     "adapter_rows",
     "adapters",
+    "attach_prefix",
+    "detach_prefix",
     "freeze_adapters",
     "fuse_adapters",
     "insert_adapters",
     "load_adapter",
+    "merge_ia3",
     "nn",
     "remove_adapters",
     "restore",
     "save_adapter",
     "set_adapter",
     "unfreeze_adapters",
-    *_OPTIONAL,
 ]
 __version__ = "0.1.0"
 

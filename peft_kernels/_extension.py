@@ -14,7 +14,7 @@ _REBUILD = (
 )
 
 try:
-    from . import _C
+    from . import _C as _C
 except ImportError as error:
     raise ImportError(
         f"peft_kernels: the compiled module peft_kernels._C could not be loaded ({error}). {_REBUILD}"

@@ -16,15 +16,17 @@ def isa() -> str:
 
     The fastest one that the processor has, unless the environment variable PEFT_KERNELS_CPU_ISA names another.
     """
-    return torch.ops.peft_kernels.cpu_isa()
+    result: str = torch.ops.peft_kernels.cpu_isa()
+    return result
 
 
 def isas() -> list[str]:
     """Every instruction set that this processor can run, slowest first."""
-    return torch.ops.peft_kernels.cpu_isas()
+    result: list[str] = torch.ops.peft_kernels.cpu_isas()
+    return result
 
 
-@torch.compiler.assume_constant_result
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # torch's has no types
 def outruns_torch() -> bool:
     """Whether the kernels' products of fp32 matrices are faster than torch's.
 

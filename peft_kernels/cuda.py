@@ -25,7 +25,8 @@ def why_not(device: torch.device) -> str | None:
 
 @functools.cache
 def _why_not_card(index: int) -> str | None:
-    if reason := _why_not_driver():
+    reason: str | None = _why_not_driver()
+    if reason:
         return reason
     capability = torch.cuda.get_device_capability(index)
     if capability >= _LEAST_CAPABILITY:
@@ -33,7 +34,7 @@ def _why_not_card(index: int) -> str | None:
     return f"no fused kernel for sm_{capability[0]}{capability[1]}, which is older than sm_80"
 
 
-@torch.compiler.assume_constant_result
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # torch's has no types
 def _why_not_driver() -> str | None:
     """A driver serves what was built with its own major version of CUDA, and with older ones."""
     versions = torch.ops.peft_kernels.cuda_versions()

@@ -17,9 +17,9 @@ class PrintedReport:
         raise NotImplementedError
 
     def __str__(self) -> str:
-        console = Console(file=io.StringIO(), width=120)
-        console.print(self)
-        return console.file.getvalue()
+        text = io.StringIO()
+        Console(file=text, width=120).print(self)
+        return text.getvalue()
 
 
 def starred(name: str) -> str:

@@ -9,6 +9,7 @@ import argparse
 import statistics
 import sys
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -54,7 +55,8 @@ def seconds_on_device(call: Callable[[], object], repeat: int = 20, rounds: int 
         end.record()
         end.synchronize()
         samples.append(begin.elapsed_time(end) / 1e3 / repeat)
-    return statistics.median(samples)
+    result: float = statistics.median(samples)
+    return result
 
 
 def forward(weight: NF4Weight, x: Tensor) -> Callable[[], object]:
@@ -74,7 +76,7 @@ def tune(n: int, k: int, say: Callable[[str], None]) -> None:
     name = torch.cuda.get_device_name()
     say(f"{name}: weight {n} x {k}, NF4, bf16")
     weight = quantize_4bit(torch.randn(n, k, dtype=torch.bfloat16, device="cuda"))
-    entry: dict = {"torch": torch.__version__, "shape": [n, k], "seconds": {"rows": ROWS}}
+    entry: dict[str, Any] = {"torch": torch.__version__, "shape": [n, k], "seconds": {"rows": ROWS}}
     for direction in (forward, backward):
         times = {}
         for kind, crossover in (("fused", ALWAYS_FUSED), ("library", NEVER_FUSED)):

@@ -36,7 +36,7 @@ def load() -> Tuned:
     except OSError as error:
         raise ValueError(f"{path()}: {error}") from error
     try:
-        tuned = json.loads(text)
+        tuned: Tuned = json.loads(text)
         for entry in tuned["lora_linear"].values():
             if not all(isinstance(entry[direction], int) for direction in ("forward", "backward")):
                 raise TypeError

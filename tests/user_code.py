@@ -1,0 +1,87 @@
+"""A user's code, to be read by type checkers: the README's, and every function and class that is public."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from typing_extensions import assert_type
+
+import peft_kernels
+from peft_kernels import adapters, ops
+from peft_kernels.adapters import AdapterConfig, AdapterReport, FusionConfig
+from peft_kernels.integrations import LayerReport, Report
+from peft_kernels.nn import AdapterFusion, BottleneckAdapter, LoRALinear, ParallelAdapter, PrefixEncoder
+from peft_kernels.ops import AdapterWeights, NF4Weight
+
+
+def readme(model: PreTrainedModel, inputs: dict[str, Tensor]) -> None:
+    report = peft_kernels.accelerate(model)
+    assert_type(report, Report)
+    assert_type(next(iter(report)), LayerReport)
+    peft_kernels.restore(model)
+
+    assert_type(peft_kernels.insert_adapters(model, "pfeiffer", bottleneck=48, name="news"), AdapterReport)
+    peft_kernels.set_adapter(model, "news")
+    peft_kernels.set_adapter(model, None)
+    model(**inputs, adapter_names=["news", "code", None])
+    with peft_kernels.adapter_rows(model, ["news", "code", None]):
+        model(**inputs)
+    assert_type(peft_kernels.fuse_adapters(model, ["news", "code"]), str)
+    peft_kernels.freeze_adapters(model, "news")
+    peft_kernels.unfreeze_adapters(model)
+    peft_kernels.save_adapter(model, "adapters/news", "news")
+    assert_type(peft_kernels.load_adapter(model, "adapters/news", name="again"), str)
+    peft_kernels.remove_adapters(model)
+
+    peft_kernels.merge_ia3(model)
+    peft_kernels.merge_ia3(model, ["default"])
+
+    encoder = peft_kernels.attach_prefix(model, length=32)
+    assert_type(encoder, PrefixEncoder)
+    torch.save(encoder.state_dict(), "prefix.pt")
+    peft_kernels.attach_prefix(model, encoder, hidden_size=512)
+    peft_kernels.detach_prefix(model)
+
+
+def layers(x: Tensor) -> None:
+    linear = LoRALinear(64, 32, rank=8, quantize="nf4", device="cpu", dtype=torch.bfloat16)
+    assert_type(linear.base_weight(), Tensor | NF4Weight)
+    assert_type(linear.merged, bool)
+    linear.merge()
+    linear.unmerge()
+    assert_type(LoRALinear.from_linear(nn.Linear(64, 32), rank=8), LoRALinear)
+    series, parallel = BottleneckAdapter(64, 16, "gelu"), ParallelAdapter(64, 16, scale="learned")
+    assert_type(series.forward(x), Tensor)
+    assert_type(series.weights(), AdapterWeights)
+    assert_type(parallel.forward(x, x), Tensor)
+    assert_type(AdapterFusion(64).forward(x, [x, x]), Tensor)
+    assert_type(AdapterConfig("houlsby").make(64), BottleneckAdapter)
+    assert_type(FusionConfig(("news", "code")).name, str)
+    assert_type("pfeiffer" in adapters.KINDS, bool)
+
+
+def functions(x: Tensor, w: Tensor, index: list[int]) -> None:
+    weight = ops.quantize_4bit(w, blocksize=64, double_quant=True)
+    assert_type(weight, NF4Weight)
+    assert_type(weight.dequantize(), Tensor)
+    assert_type(ops.dequantize_4bit(weight, torch.float32), Tensor)
+    assert_type(ops.dequantize_4bit_rows(weight, 0, w), Tensor)
+    assert_type(ops.linear(x, w), Tensor)
+    assert_type(ops.lora_linear(x, weight, None, [w], [w], [0.5], [0.1]), Tensor)
+    assert_type(ops.lora_linear_grouped(x, weight, None, [w], [w], [0.5], index), Tensor)
+    assert_type(ops.dora_linear(x, weight, None, w, w, w), Tensor)
+    assert_type(ops.dora_norm(weight, w, w), Tensor)
+    assert_type(ops.ia3_linear(x, weight, l_out=w), Tensor)
+    assert_type(ops.ia3_attention(x, x, x, causal=True, rope=(w, w)), Tensor)
+    assert_type(ops.adapter(x, w, None, w, None, activation="relu", layer_norm=(w, None, 1e-5)), Tensor)
+    assert_type(ops.adapter_grouped(x, [AdapterWeights(w, None, w, None)], index), Tensor)
+    assert_type(ops.bottleneck(x, w, None), Tensor)
+    assert_type(ops.fusion(x, [x], w, None, w, None), Tensor)
+    assert_type(ops.fusion_of_bottlenecks(x, [x], [w], [None], [1.0], w, None, w, None), Tensor)
+    assert_type(ops.cross_entropy(x, x), Tensor)
+    assert_type(ops.dropout(x, 0.1), Tensor)
+    assert_type(ops.glu(x, x, "silu"), Tensor)
+    assert_type(ops.rms_norm(x, w), Tensor)
+    assert_type(ops.rotary(x, x, w, w), tuple[Tensor, Tensor])
+    assert_type("gelu" in ops.ACTIVATIONS, bool)

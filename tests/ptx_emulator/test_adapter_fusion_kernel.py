@@ -143,7 +143,7 @@ def test_too_many_adapters(emulated):
     "architecture", ["sm_80", *(pytest.param(card, marks=pytest.mark.slow) for card in ("sm_86", "sm_89", "sm_90"))]
 )
 def test_registers(architecture):
-    kernels = report.resources(SOURCE, architecture, includes=(SOURCE.parent.parent,))
+    kernels = report.resources(SOURCE, architecture, includes=(SOURCE.parent.parent.parent,))
     assert len(kernels) == 2 * 3 * 3 * 2
     for kernel, used in kernels.items():
         assert used.spill_bytes == used.stack_bytes == 0, kernel

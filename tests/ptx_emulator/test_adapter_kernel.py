@@ -185,7 +185,7 @@ def test_norm_of_rows_far_from_zero(emulated, mode, shift):
     "architecture", ["sm_80", *(pytest.param(card, marks=pytest.mark.slow) for card in ("sm_86", "sm_89", "sm_90"))]
 )
 def test_registers(architecture):
-    kernels = report.resources(SOURCE, architecture, includes=(SOURCE.parent.parent,))
+    kernels = report.resources(SOURCE, architecture, includes=(SOURCE.parent.parent.parent,))
     assert len(kernels) == 3 * (1 + 2 + 2 + 1) + 3
     for kernel, used in kernels.items():
         assert used.spill_bytes == used.stack_bytes == 0, kernel

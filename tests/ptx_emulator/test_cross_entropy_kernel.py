@@ -83,7 +83,7 @@ def test_any_order_of_blocks_gives_the_same_bits(emulated):
     "architecture", ["sm_80", *(pytest.param(card, marks=pytest.mark.slow) for card in ("sm_86", "sm_89", "sm_90"))]
 )
 def test_registers(architecture):
-    kernels = report.resources(SOURCE, architecture, includes=(SOURCE.parent.parent,))
+    kernels = report.resources(SOURCE, architecture, includes=(SOURCE.parent.parent.parent,))
     assert len(kernels) == 2
     for kernel, used in kernels.items():
         assert used.spill_bytes == used.stack_bytes == 0, kernel

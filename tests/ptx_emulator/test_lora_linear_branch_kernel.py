@@ -132,7 +132,7 @@ def test_panels(emulated):
 
 @pytest.fixture(scope="module", params=["sm_80", *(pytest.param(card, marks=pytest.mark.slow) for card in CARDS[1:])])
 def kernels(request):
-    return report.resources(SOURCE, request.param, includes=(SOURCE.parent.parent,))
+    return report.resources(SOURCE, request.param, includes=(SOURCE.parent.parent.parent,))
 
 
 def test_registers(kernels):

@@ -9,7 +9,6 @@ from collections.abc import Callable
 from functools import cache, partial
 
 import bitsandbytes as bnb
-import tolerances
 import torch
 from comparison import error
 from decoding_models import CACHE, make
@@ -1077,4 +1076,5 @@ def check_result(pair: Pair, forward: Callable, seed: int, got: torch.Tensor, wa
     elif measured > SAME_IN_16_BITS:  # The stock model may be the one that errs.
         exact = outcome(forward, in_fp32(pair.stock), seed)
         ours, stock = error(got, exact), error(wanted, exact)
-        assert ours <= tolerances.VERSUS_STOCK * stock, f"{where}: {ours:.2g} from fp32, and stock {stock:.2g}"
+        # Stale results are looked for here. Of two roundings of one forward either may be twice as far off by chance.
+        assert ours <= 2 * max(stock, SAME_IN_16_BITS), f"{where}: {ours:.2g} from fp32, and stock {stock:.2g}"

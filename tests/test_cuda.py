@@ -129,7 +129,7 @@ int cuGetProcAddress(const char *name, void **address, int version, unsigned lon
 """
 ASK = """
 #include <cstdio>
-#include "common/cuda_device.h"
+#include "common/cuda/device.h"
 int main() {
     peft_kernels::cuda::CudaVersions versions;
     peft_kernels::DeviceProperties properties;
@@ -146,7 +146,7 @@ def test_versions_of_the_real_runtime(tmp_path):
     (tmp_path / "ask.cu").write_text(ASK)
     (tmp_path / "driver.c").write_text(OLD_DRIVER)
     csrc = ROOT / "csrc"
-    command = [find_nvcc(), "-std=c++20", "--cudart=static", f"-I{csrc}", "ask.cu", str(csrc / "common/cuda_device.cu")]
+    command = [find_nvcc(), "-std=c++20", "--cudart=static", f"-I{csrc}", "ask.cu", str(csrc / "common/cuda/device.cu")]
     subprocess.run([*command, "-o", "ask"], cwd=tmp_path, check=True)
     library = ["-shared", "-fPIC", "-Wl,-soname,libcuda.so.1", "-o", "libcuda.so.1"]
     subprocess.run([os.environ.get("CC", "cc"), "driver.c", *library], cwd=tmp_path, check=True)

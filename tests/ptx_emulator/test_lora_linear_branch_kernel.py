@@ -136,7 +136,7 @@ def kernels(request):
 
 
 def test_registers(kernels):
-    assert len(kernels) == 4 * 3 * 2 + 1
+    assert len(kernels) == 4 * 3 * 2
     for kernel, used in kernels.items():
         assert used.spill_bytes == used.stack_bytes == 0, kernel
 

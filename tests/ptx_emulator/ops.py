@@ -63,9 +63,13 @@ class _EmulatedOps(TorchDispatchMode):
         given = dict(zip((argument.name for argument in func._schema.arguments), args, strict=False)) | kwargs
         with Registration() as registration:
             for name, value in given.items():
-                for tensor in tree_leaves(value):
+                leaves = tree_leaves(value)
+                # A 4-bit weight is a list of codes, absmax and nested statistics, which are told apart.
+                is_4bit = name == "weight" and len(leaves) > 1
+                names = ["codes", "absmax", *["nested"] * len(leaves)] if is_4bit else [name] * len(leaves)
+                for part, tensor in zip(names, leaves, strict=False):
                     if isinstance(tensor, torch.Tensor) and tensor.numel():
-                        registration.add(tensor, name)
+                        registration.add(tensor, part)
             registration.apply()
             # Straight to the kernel: a plain call would hand the op itself to the mode, and leave the mode for it.
             with _Allocations(registration):

@@ -280,6 +280,10 @@ def test_machine_code(resources):
         if isinstance(used.mma_share, str):
             pytest.skip("needs nvdisasm")
     # G0 decodes exactly, to the bits of nf4_dequantize: a table of pairs of bytes would take a share of 12 %.
-    for part, share in {"DecodeTraits.*Li32E": 0.10, "GemmTraits.*Li128E": 0.25, "GemmTraits.*Li256E": 0.33}.items():
+    for part, share in {
+        "FewRowsTraits.*Li32E": 0.10,
+        "ManyRowsTraits.*Li128E": 0.25,
+        "ManyRowsTraits.*Li256E": 0.33,
+    }.items():
         chosen = [used for kernel, used in resources.items() if re.search(part, kernel)]
         assert chosen and all(used.mma_share >= share for used in chosen), part

@@ -25,13 +25,13 @@ def outruns(monkeypatch):
 @pytest.fixture
 def calls(monkeypatch):
     """Counts what goes to the kernels."""
-    made, function = [], peft_kernels.integrations.linear.lora_linear_of_layer
+    made, function = [], peft_kernels.integrations.linear.lora_linear_unchecked
 
     def counted(*arguments):
         made.append(arguments)
         return function(*arguments)
 
-    monkeypatch.setattr("peft_kernels.integrations.linear.lora_linear_of_layer", counted)
+    monkeypatch.setattr("peft_kernels.integrations.linear.lora_linear_unchecked", counted)
     return made
 
 

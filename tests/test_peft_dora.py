@@ -24,7 +24,7 @@ from torch import nn
 
 import peft_kernels
 from peft_kernels.ops import dora_norm
-from peft_kernels.ops.dora_linear import dora_linear_of_layer
+from peft_kernels.ops.dora_linear import dora_linear_unchecked
 from peft_kernels.testing.reference.dora_linear import dora_linear as reference
 
 KINDS = ("dense", "conv1d", "4bit")
@@ -228,8 +228,8 @@ def test_compiles_into_one_graph(kind, grad):
 def test_the_op_is_what_runs(monkeypatch):
     calls = []
     monkeypatch.setattr(
-        "peft_kernels.integrations.peft.dora_linear_of_layer",
-        lambda *args, **kwargs: calls.append(1) or dora_linear_of_layer(*args, **kwargs),
+        "peft_kernels.integrations.peft.dora_linear_unchecked",
+        lambda *args, **kwargs: calls.append(1) or dora_linear_unchecked(*args, **kwargs),
     )
     for kind in KINDS:
         fused_dora(kind)(torch.randn(2, IN_FEATURES))

@@ -83,9 +83,9 @@ def test_dense_layers(mesh, monkeypatch):
     (row,) = peft_kernels.accelerate(model)
     assert row.fused and row.reason == ""
     x, calls = torch.randn(96, 512), []
-    function = peft_kernels.integrations.linear.lora_linear_of_layer
+    function = peft_kernels.integrations.linear.lora_linear_unchecked
     monkeypatch.setattr(
-        "peft_kernels.integrations.linear.lora_linear_of_layer", lambda *args: calls.append(1) or function(*args)
+        "peft_kernels.integrations.linear.lora_linear_unchecked", lambda *args: calls.append(1) or function(*args)
     )
     assert model(x).shape == x.shape and calls
 

@@ -17,7 +17,7 @@ from ..inference.guards import ONCE, Reading
 from ..inference.packed import Adaptable
 from ..ops._arguments import autocast_dtype
 from ..ops.dora_linear import squares_of_rows
-from ..ops.lora_linear import lora_linear_of_layer
+from ..ops.lora_linear import lora_linear_unchecked
 from ..ops.nf4 import NF4Weight
 from .linear import NO_ADAPTERS, Adapters, BaseProduct
 from .registry import FLOAT_DTYPES, mention, register, why_not_input
@@ -64,7 +64,7 @@ class Fused4bit(Adaptable):
             out: Tensor = super().forward(x)
             return out
         weight, bias, compute_dtype, out_dtype = product
-        return lora_linear_of_layer(x, weight, bias, (), (), (), (), compute_dtype, out_dtype)
+        return lora_linear_unchecked(x, weight, bias, (), (), (), (), compute_dtype, out_dtype)
 
     def adapted_product(self, x: Tensor, read: Reading = ONCE) -> tuple[BaseProduct, Adapters] | str:
         product = self.base_product(x, read)

@@ -15,7 +15,7 @@ from ..cuda import why_not
 from ..inference.guards import ONCE, Reading
 from ..ops._arguments import autocast_dtype, surely
 from ..ops._linear import few_rows, owns_product
-from ..ops.lora_linear import lora_linear_of_layer
+from ..ops.lora_linear import lora_linear_unchecked
 from ..ops.nf4 import NF4Weight
 from .registry import FLOAT_DTYPES, FusedLayer, why_not_input
 from .sharding import type_in_forward
@@ -63,7 +63,7 @@ def own_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None
         and owns_product(x, weight, x.dtype)[0]
         and not torch.compiler.is_exporting()  # the program would need this package for layers that torch has
     ):
-        return lora_linear_of_layer(x, weight, bias, *NO_ADAPTERS, x.dtype, x.dtype)
+        return lora_linear_unchecked(x, weight, bias, *NO_ADAPTERS, x.dtype, x.dtype)
     return None
 
 

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 
 from ..inference.guards import ONCE, Reading
 from ..inference.packed import Adaptable
-from ..ops.dora_linear import dora_linear_of_layer, dora_norm
-from ..ops.lora_linear import lora_linear_of_layer, wants_gradients
-from ..ops.lora_linear_grouped import lora_linear_grouped_of_layer
+from ..ops.dora_linear import dora_linear_unchecked, dora_norm
+from ..ops.lora_linear import lora_linear_unchecked, wants_gradients
+from ..ops.lora_linear_grouped import lora_linear_grouped_unchecked
 from .dropout import Dropout
 from .linear import (
     NO_ADAPTERS,
@@ -77,12 +77,12 @@ class FusedLoRA(Adaptable):
     ) -> tuple[Callable[..., Tensor], _Call | str]:
         """What computes this call's result, and of what; or why it has to take the stock path."""
         if reason := _why_stock_call(args, kwargs):
-            return lora_linear_of_layer, reason
+            return lora_linear_unchecked, reason
         if (names := kwargs.get("adapter_names")) is not None:
-            return lora_linear_grouped_of_layer, self._grouped_product(x, names)
+            return lora_linear_grouped_unchecked, self._grouped_product(x, names)
         if name := self._only_dora():
-            return dora_linear_of_layer, self._dora_product(x, name)
-        return lora_linear_of_layer, self.adapted_product(x)
+            return dora_linear_unchecked, self._dora_product(x, name)
+        return lora_linear_unchecked, self.adapted_product(x)
 
     def base_product(self, base: nn.Module, x: Tensor, read: Reading = ONCE) -> BaseProduct | str:
         """What `lora_linear` is to be called with for the base layer; or why this input has to take the stock path."""

@@ -18,7 +18,7 @@ from ._autograd import Function, anchor, any_wants_gradients, once_differentiabl
 from ._linear import check_devices, check_product, check_weight, product_dtypes, without_autocast
 from .dropout import dropout as drop
 from .ia3_linear import ScaledProduct
-from .lora_linear import lora_linear_of_layer
+from .lora_linear import lora_linear_unchecked
 from .nf4 import NF4Weight, dequantize_4bit_rows
 
 _BRANCH = torch.ops.peft_kernels.lora_linear_forward.default
@@ -82,10 +82,10 @@ def dora_linear(
     dtypes = product_dtypes(x, compute_dtype, out_dtype)
     if norm is None:
         norm = dora_norm(weight, lora_A, lora_B, scaling)
-    return dora_linear_of_layer(x, weight, bias, lora_A, lora_B, magnitude, norm, scaling, dropout, *dtypes, seed)
+    return dora_linear_unchecked(x, weight, bias, lora_A, lora_B, magnitude, norm, scaling, dropout, *dtypes, seed)
 
 
-def dora_linear_of_layer(
+def dora_linear_unchecked(
     x: Tensor,
     weight: Tensor | NF4Weight,
     bias: Tensor | None,
@@ -104,7 +104,7 @@ def dora_linear_of_layer(
     rest, flat = None, matrix(x)
     if dropout > 0:  # x Wᵀ + (g - 1) ⊙ x̂ Wᵀ = (x - x̂) Wᵀ + g ⊙ x̂ Wᵀ
         dropped = drop(flat, dropout, seed)
-        rest = lora_linear_of_layer(flat - dropped, weight, bias, (), (), (), (), compute_dtype, out_dtype)
+        rest = lora_linear_unchecked(flat - dropped, weight, bias, (), (), (), (), compute_dtype, out_dtype)
         flat, bias = dropped, None
     call = _Call(ScaledProduct(weight, compute_dtype, out_dtype), scaling)
     dense = None if isinstance(weight, NF4Weight) else weight

@@ -63,10 +63,10 @@ def lora_linear(
     """
     _check(x, weight, bias, lora_A, lora_B, scaling, dropout, compute_dtype, out_dtype, seeds)
     compute_dtype, out_dtype = product_dtypes(x, compute_dtype, out_dtype)
-    return lora_linear_of_layer(x, weight, bias, lora_A, lora_B, scaling, dropout, compute_dtype, out_dtype, seeds)
+    return lora_linear_unchecked(x, weight, bias, lora_A, lora_B, scaling, dropout, compute_dtype, out_dtype, seeds)
 
 
-def lora_linear_of_layer(
+def lora_linear_unchecked(
     x: Tensor,
     weight: Tensor | NF4Weight,
     bias: Tensor | None,

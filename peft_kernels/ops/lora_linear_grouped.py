@@ -14,7 +14,7 @@ from torch import Tensor
 from ._arguments import bad, describe, refuse
 from ._fakes import register_fake
 from ._linear import check_product, product_dtypes
-from .lora_linear import check_items, lora_linear_of_layer, wants_gradients
+from .lora_linear import check_items, lora_linear_unchecked, wants_gradients
 from .nf4 import NF4Weight
 
 
@@ -63,10 +63,10 @@ def lora_linear_grouped(
     if wants_gradients(x, weight, bias, lora_A, lora_B):
         refuse("x", "one that requires a gradient, or parameters that do", "a call under torch.no_grad()")
     compute_dtype, out_dtype = product_dtypes(x, compute_dtype, out_dtype)
-    return lora_linear_grouped_of_layer(x, weight, bias, lora_A, lora_B, scaling, index, compute_dtype, out_dtype)
+    return lora_linear_grouped_unchecked(x, weight, bias, lora_A, lora_B, scaling, index, compute_dtype, out_dtype)
 
 
-def lora_linear_grouped_of_layer(
+def lora_linear_grouped_unchecked(
     x: Tensor,
     weight: Tensor | NF4Weight,
     bias: Tensor | None,
@@ -81,7 +81,7 @@ def lora_linear_grouped_of_layer(
     base_dtype = compute_dtype
     if isinstance(weight, NF4Weight):
         base_dtype = torch.float32 if x.is_cpu else out_dtype  # rounded once, with the branches
-    base = lora_linear_of_layer(x, weight, bias, (), (), (), (), compute_dtype, base_dtype)
+    base = lora_linear_unchecked(x, weight, bias, (), (), (), (), compute_dtype, base_dtype)
     options = {} if out_dtype is x.dtype else {"out_dtype": out_dtype}
     y: Tensor = torch.ops.peft_kernels.lora_linear_grouped.default(x, base, index, lora_A, lora_B, scaling, **options)
     return y

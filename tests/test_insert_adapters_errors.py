@@ -76,7 +76,7 @@ def model():
         ({"name": "keys"}, "name: got 'keys', which torch.nn.ModuleDict has another use for"),
         (
             {"dtype": torch.float64},
-            "dtype: got torch.float64, wanted one of torch.float32, torch.bfloat16, torch.float16",
+            "dtype: got torch.float64, a dtype, wanted float32, bfloat16 or float16",
         ),
     ],
     ids=lambda value: ",".join(value) if isinstance(value, dict) else "",
@@ -182,7 +182,7 @@ def test_fusion_that_there_is(model):
     peft_kernels.fuse_adapters(model, ["a", "b"])
     with refused(model, "names: got ['a', 'b'], for which the model has a fusion already"):
         peft_kernels.fuse_adapters(model, ["a", "b"])
-    with refused(model, "dtype: got torch.int8, wanted one of torch.float32"):
+    with refused(model, "dtype: got torch.int8, a dtype, wanted float32"):
         peft_kernels.fuse_adapters(model, ["b", "a"], dtype=torch.int8)
     with refused(model, "dropout: got 2.0, wanted a probability"):
         peft_kernels.fuse_adapters(model, ["b", "a"], dropout=2.0)

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-CSRC = Path(__file__).parent.parent / "csrc"
+ROOT = Path(__file__).parent.parent
+CSRC, PACKAGE = ROOT / "csrc", ROOT / "peft_kernels"
 SOURCES = sorted(path for path in CSRC.rglob("*") if path.suffix in {".h", ".cpp", ".cu", ".cuh"})
 FAMILIES = sorted({path.relative_to(CSRC).parts[0] for path in SOURCES} - {"common", "module.cpp"})
 
@@ -21,7 +22,7 @@ def may_include_torch(path: Path) -> bool:
 
 
 def test_cmake_lists_every_family():
-    (listed,) = re.findall(r"set\(families ([^)]*)\)", (CSRC.parent / "CMakeLists.txt").read_text())
+    (listed,) = re.findall(r"set\(families ([^)]*)\)", (ROOT / "CMakeLists.txt").read_text())
     assert sorted(listed.split()) == FAMILIES
 
 
@@ -81,3 +82,8 @@ def test_plans_of_the_cpu_are_no_shared_symbols():
     for path in CSRC.glob("*/cpu/plan.h"):
         for line in path.read_text().splitlines():
             assert not re.match(r"constexpr [\w:]+ [a-z_]\w*\(", line), f"{path.relative_to(CSRC)}: {line}"
+
+
+def test_the_dtypes_of_the_kernels_are_listed_once():
+    listed = re.compile(r"\(torch\.float32, torch\.bfloat16, torch\.float16\)")
+    assert [path.name for path in PACKAGE.rglob("*.py") for _ in listed.findall(path.read_text())] == ["_arguments.py"]

@@ -17,8 +17,9 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
-from ..integrations.registry import FLOAT_DTYPES, check_module
+from ..integrations.registry import check_module
 from ..nn import AdapterFusion, BottleneckAdapter
+from ..ops._arguments import FLOAT_DTYPES
 from .config import AdapterConfig, FusionConfig
 from .hub import adapter_from_hub, adapter_to_hub, fusion_from_hub, fusion_to_hub
 from .insertion import (

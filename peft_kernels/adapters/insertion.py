@@ -12,8 +12,9 @@ import torch
 from rich.table import Table
 from torch import nn
 
-from ..integrations.registry import FLOAT_DTYPES, check_module
+from ..integrations.registry import check_module
 from ..nn import AdapterFusion, BottleneckAdapter
+from ..ops._arguments import check_dtype
 from ..printing import PrintedReport, starred
 from . import calls
 from .config import AdapterConfig, FusionConfig
@@ -146,7 +147,7 @@ def insert_adapters(
 def insert(model: nn.Module, name: str, config: AdapterConfig, dtype: torch.dtype = torch.float32) -> AdapterReport:
     """`insert_adapters` for a configuration."""
     check_module(model)
-    check_dtype(dtype)
+    check_dtype("dtype", dtype)
     setup = find_setup(model)
     check_new_name(setup, name)
     layers = make_layers(model, config, dtype=dtype)
@@ -325,7 +326,7 @@ def insert_fusion(model: nn.Module, setup: Setup, config: FusionConfig, dtype: t
     Raises:
         ValueError: it does not fit the model's adapters; the model is then unchanged.
     """
-    check_dtype(dtype)
+    check_dtype("dtype", dtype)
     chosen = fusion_sites(model, setup, config)
     layers = [AdapterFusion(site.features, **config.options, device=_device_of(site), dtype=dtype) for site in chosen]
     for site, layer in zip(chosen, layers, strict=True):
@@ -435,11 +436,6 @@ def require_setup(model: nn.Module) -> Setup:
             f"model: got a {type(model).__name__} without adapters, wanted one that `insert_adapters` was given"
         )
     return setup
-
-
-def check_dtype(dtype: torch.dtype) -> None:
-    if dtype not in FLOAT_DTYPES:
-        raise ValueError(f"dtype: got {dtype}, wanted one of {', '.join(map(str, FLOAT_DTYPES))}")
 
 
 def check_known(setup: Setup, name: str) -> None:

@@ -15,12 +15,12 @@ from torch import Tensor
 from ..cuda import why_not
 from ..inference.guards import ONCE, Reading
 from ..inference.packed import Adaptable
-from ..ops._arguments import autocast_dtype
+from ..ops._arguments import FLOAT_DTYPES, autocast_dtype
 from ..ops.dora_linear import squares_of_rows
 from ..ops.lora_linear import lora_linear_unchecked
 from ..ops.nf4 import NF4Weight
 from .linear import NO_ADAPTERS, Adapters, BaseProduct
-from .registry import FLOAT_DTYPES, mention, register, why_not_input
+from .registry import mention, register, why_not_input
 
 mention(bnb.nn.modules.Linear4bit)
 mention(bnb.nn.modules.Linear8bitLt)

@@ -13,11 +13,11 @@ from torch._subclasses.functional_tensor import FunctionalTensor
 
 from ..cuda import why_not
 from ..inference.guards import ONCE, Reading
-from ..ops._arguments import autocast_dtype, surely
+from ..ops._arguments import FLOAT_DTYPES, autocast_dtype, surely
 from ..ops._linear import few_rows, owns_product
 from ..ops.lora_linear import lora_linear_unchecked
 from ..ops.nf4 import NF4Weight
-from .registry import FLOAT_DTYPES, FusedLayer, why_not_input
+from .registry import FusedLayer, why_not_input
 from .sharding import type_in_forward
 
 # The arguments of `lora_linear` and `ia3_linear` for the frozen layer: weight, bias, compute_dtype and out_dtype.

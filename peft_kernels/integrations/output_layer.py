@@ -9,9 +9,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..inference.guards import parameter
+from ..ops._arguments import FLOAT_DTYPES
 from ..ops.linear import linear
 from .linear import is_plain, own_product
-from .registry import FLOAT_DTYPES, Setting, change_class, register_setting, why_not_input
+from .registry import Setting, change_class, register_setting, why_not_input
 from .sharding import class_below
 
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from ..inference.guards import ONCE, Reading
 from ..inference.packed import Adaptable
+from ..ops._arguments import FLOAT_DTYPES
 from ..ops.dora_linear import dora_linear_unchecked, dora_norm
 from ..ops.lora_linear import lora_linear_unchecked, wants_gradients
 from ..ops.lora_linear_grouped import lora_linear_grouped_unchecked
@@ -32,7 +33,7 @@ from .linear import (
     is_linear,
     why_not_skip,
 )
-from .registry import FLOAT_DTYPES, mention, register
+from .registry import mention, register
 
 _DROPOUTS = (nn.Dropout, Dropout)
 _Adapter = tuple[Tensor, Tensor, float, float]  # A, B, scaling and dropout

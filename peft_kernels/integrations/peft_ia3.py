@@ -14,12 +14,13 @@ from peft.tuners import ia3
 from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 
+from ..ops._arguments import FLOAT_DTYPES
 from ..ops._linear import few_rows
 from ..ops.ia3_linear import ia3_linear
 from ..ops.nf4 import NF4Weight
 from .linear import BaseProduct, OnLinear, is_conv1d, why_not_skip
 from .lookalike import form_of
-from .registry import FLOAT_DTYPES, FusedLayer, check_module, register
+from .registry import FusedLayer, check_module, register
 from .transformers_layers import FusedGatedMLP
 
 

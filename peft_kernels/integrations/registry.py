@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from .. import cpu
+from ..ops._arguments import FLOAT_DTYPES
 from ..printing import PrintedReport, indented, starred
 from .kinds import kind_of, why_no_form
 from .sharding import class_below, gathering, rederived
@@ -37,8 +38,6 @@ _PACKAGES = {
     "transformers": ("lookalike", "activations", "causal_lm_loss", "conv1d", "output_layer"),
     "peft": ("peft", "peft_ia3", "peft_prefix"),
 }
-
-FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 # Parts that an adapter's layer computes itself when it is fused.
 _INNER = re.compile(r"(.*)\.(base_layer|lora_(A|B|dropout)\.[^.]+)")

@@ -8,7 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..ops._arguments import check_flag, check_parameter_dtype, check_probability, check_size, is_number, refuse
+from ..ops._arguments import (
+    check_dtype,
+    check_flag,
+    check_parameter_dtype,
+    check_probability,
+    check_size,
+    is_number,
+    refuse,
+)
 from ..ops.lora_linear import lora_linear
 from ..ops.nf4 import NF4Weight, quantize_4bit
 from .weight4bit import Weight4bit
@@ -122,8 +130,7 @@ class LoRALinear(nn.Module):
         check_flag("double_quant", double_quant)
         if not (quantize is None or isinstance(quantize, str)) or quantize not in (None, "nf4", "fp4"):
             raise ValueError(f"quantize: got {quantize!r}, wanted 'nf4', 'fp4' or None")
-        if weight.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-            raise ValueError(f"dtype: got {weight.dtype}, wanted torch.float32, torch.bfloat16 or torch.float16")
+        check_dtype("dtype", weight.dtype)
         self.out_features, self.in_features = weight.shape
         self.weight: nn.Parameter | Weight4bit
         self.merged_weight: Tensor | Weight4bit | None

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Sequence
 from typing import Any, NoReturn, overload
 
 import torch
 from torch import Tensor
 
-from .nf4 import NF4Weight
-
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # that the kernels read
 
 
 def refuse(name: str, got: str, wanted: str) -> NoReturn:
@@ -22,16 +21,22 @@ def bad(name: str, value: Any, wanted: str) -> NoReturn:
 
 
 def describe(value: Any) -> str:
+    from .nf4 import NF4Weight  # which describes what it refuses, too
+
     if isinstance(value, Tensor):
-        return f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)}"
+        return f"{dtype_name(value.dtype)} {list(value.shape)}"
     if isinstance(value, NF4Weight):
         return f"an NF4Weight of shape {list(value.shape)}"
     return f"{value!r}, a {type(value).__name__}"
 
 
+def dtype_name(dtype: Any) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
 def is_float(value: Any) -> bool:
     """Whether it is a tensor of a dtype that the kernels read."""
-    return isinstance(value, Tensor) and value.dtype in DTYPES
+    return isinstance(value, Tensor) and value.dtype in FLOAT_DTYPES
 
 
 def check_size(name: str, value: Any) -> None:
@@ -54,6 +59,11 @@ def check_parameter_dtype(dtype: Any) -> None:
         refuse("dtype", repr(dtype), "a floating-point dtype")
 
 
+def check_dtype(name: str, dtype: Any) -> None:
+    if dtype not in FLOAT_DTYPES:
+        bad(name, dtype, "float32, bfloat16 or float16")
+
+
 def is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and -math.inf < value < math.inf  # isfinite would break a compiled graph
 
@@ -71,11 +81,22 @@ def check_dropout(dropout: Any, seed: Any, name: str = "dropout") -> None:
 
 def check_scale(scale: Any, name: str = "scale") -> None:
     if isinstance(scale, Tensor):
-        if scale.numel() == 1 and scale.dtype in DTYPES:
+        if scale.numel() == 1 and scale.dtype in FLOAT_DTYPES:
             return
     elif is_number(scale):
         return
     bad(name, scale, "a number, or a tensor with one element")
+
+
+def check_devices(x: Tensor, tensors: Iterable[tuple[str, Tensor | None]], x_name: str = "x") -> None:
+    for name, tensor in tensors:
+        if tensor is not None and tensor.device != x.device:
+            raise ValueError(f"{name}: got a tensor on {tensor.device}, wanted one on {x.device}, where {x_name} is")
+
+
+def named(**lists: Sequence[Tensor | None]) -> list[tuple[str, Tensor | None]]:
+    """Pairs for `check_devices`."""
+    return [(name, tensor) for name, tensors in lists.items() for tensor in tensors]
 
 
 def drawn_seed(dropout: float, seed: Tensor | None, device: torch.device) -> Tensor | None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..cuda import why_not
+from ._arguments import describe
 
 _printed: set[str] = set()
 
@@ -54,8 +55,7 @@ def print_plan(q: Tensor, reason: str) -> None:
     """PEFT_KERNELS_PRINT_PLANS=1: each plan once, on the standard error. The kernels print theirs."""
     if torch.compiler.is_compiling() or os.environ.get("PEFT_KERNELS_PRINT_PLANS") != "1":
         return
-    dtype = str(q.dtype).removeprefix("torch.")
-    plan = f"ia3_attention q={dtype} {list(q.shape)}: torch's attention ({reason})"
+    plan = f"ia3_attention q={describe(q)}: torch's attention ({reason})"
     if plan not in _printed:
         _printed.add(plan)
         print(f"peft_kernels: {plan}", file=sys.stderr)

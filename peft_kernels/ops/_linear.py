@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
 
 from .. import cpu
-from ._arguments import DTYPES, autocast_dtype, autocasts, bad, is_float, surely
+from ._arguments import autocast_dtype, autocasts, bad, check_devices, check_dtype, is_float, surely
 from .nf4 import NF4Weight
 
 # A weight in fp32 that is read across its rows makes shorter streams. Speed over torch's for 4096 x 4096 and 9, 16, 32,
@@ -33,13 +33,13 @@ def check_product(
         bad("x", x, f"[..., {weight.shape[1]}], for a weight of shape {list(weight.shape)}")
     if bias is not None and not isinstance(bias, Tensor):
         bad("bias", bias, f"a tensor [{weight.shape[0]}]")
-    if compute_dtype is not None and compute_dtype not in DTYPES:
-        bad("compute_dtype", compute_dtype, "float32, bfloat16 or float16")
-    if out_dtype is not None and out_dtype not in DTYPES:
-        bad("out_dtype", out_dtype, "float32, bfloat16 or float16")
+    if compute_dtype is not None:
+        check_dtype("compute_dtype", compute_dtype)
+    if out_dtype is not None:
+        check_dtype("out_dtype", out_dtype)
     if isinstance(weight, NF4Weight):
         return
-    if bias is not None and (bias.dtype not in DTYPES or bias.shape != weight.shape[:1]):
+    if bias is not None and (not is_float(bias) or bias.shape != weight.shape[:1]):
         bad("bias", bias, f"a float32, bfloat16 or float16 tensor [{weight.shape[0]}]")
     check_devices(x, (("weight", weight), ("bias", bias)))
 
@@ -116,14 +116,3 @@ def owns_product(x: Tensor, weight: Tensor, compute_dtype: torch.dtype) -> tuple
 def without_autocast(device_type: str) -> AbstractContextManager[object]:
     """For products in compute_dtype, which may be the caller's choice."""
     return torch.autocast(device_type, enabled=False) if autocasts(device_type) else nullcontext()
-
-
-def check_devices(x: Tensor, tensors: Iterable[tuple[str, Tensor | None]], x_name: str = "x") -> None:
-    for name, tensor in tensors:
-        if tensor is not None and tensor.device != x.device:
-            raise ValueError(f"{name}: got a tensor on {tensor.device}, wanted one on {x.device}, where {x_name} is")
-
-
-def named(**lists: Sequence[Tensor | None]) -> list[tuple[str, Tensor | None]]:
-    """Pairs for `check_devices`."""
-    return [(name, tensor) for name, tensors in lists.items() for tensor in tensors]

@@ -16,21 +16,22 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ._arguments import (
-    DTYPES,
     autocast_dtype,
     bad,
+    check_devices,
     check_dropout,
+    check_dtype,
     check_scale,
     describe,
     drawn_seed,
     is_float,
     like_rows,
     matrix,
+    named,
     refuse,
 )
 from ._autograd import Function, anchor, any_wants_gradients, differentiates, once_differentiable
 from ._fakes import register_fake
-from ._linear import check_devices, named
 
 LayerNorm = tuple[Tensor | None, Tensor | None, float]  # weight [d], bias [d], eps
 
@@ -263,16 +264,14 @@ def _check(x: Tensor, adapters: Sequence[AdapterWeights], residual: Tensor | Non
         _check_layer_norm("layer_norm", weights.layer_norm)
         if (weights.layer_norm is None) != (adapters[0].layer_norm is None):
             refuse("layer_norm", "some adapters with one and some without", "all adapters of a call alike")
-    if residual is not None and (
-        not isinstance(residual, Tensor) or residual.shape != x.shape or residual.dtype not in DTYPES
-    ):
+    if residual is not None and (not is_float(residual) or residual.shape != x.shape):
         bad("residual", residual, f"a float32, bfloat16 or float16 tensor {list(x.shape)}, as x is")
     if gate is not None and not (is_float(gate) and _expands(gate.shape, (*x.shape[:-1], 1))):
         bad("gate", gate, f"a tensor that broadcasts to {[*x.shape[:-1], 1]}, in float32, bfloat16 or float16")
     _check_layer_norm("post_layer_norm", post_layer_norm)
     check_dropout(dropout, seed)
-    if out_dtype is not None and out_dtype not in DTYPES:
-        bad("out_dtype", out_dtype, "float32, bfloat16 or float16")
+    if out_dtype is not None:
+        check_dtype("out_dtype", out_dtype)
 
 
 def _check_x(x: Tensor) -> None:

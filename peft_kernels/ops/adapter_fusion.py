@@ -13,19 +13,20 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ._arguments import (
-    DTYPES,
     autocast_dtype,
     bad,
+    check_devices,
     check_dropout,
+    check_dtype,
     check_scale,
     drawn_seed,
     is_float,
     matrix,
+    named,
     refuse,
 )
 from ._autograd import Function, any_wants_gradients, once_differentiable
 from ._fakes import register_fake
-from ._linear import check_devices, named
 
 
 def fusion(
@@ -186,8 +187,8 @@ class _Attention(NamedTuple):
                 bad(f"{name}_bias", bias, f"a float32, bfloat16 or float16 tensor [{d}] or None")
         if residual is not None and (not is_float(residual) or residual.shape != x.shape):
             bad("residual", residual, f"a float32, bfloat16 or float16 tensor {list(x.shape)}, as query_input is")
-        if out_dtype is not None and out_dtype not in DTYPES:
-            bad("out_dtype", out_dtype, "float32, bfloat16 or float16")
+        if out_dtype is not None:
+            check_dtype("out_dtype", out_dtype)
         if not (isinstance(temperature, (int, float)) and 0 < temperature < float("inf")):
             bad("temperature", temperature, "a positive number")
         check_dropout(dropout, seed)

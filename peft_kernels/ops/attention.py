@@ -8,18 +8,26 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ._arguments import autocast_dtype, check_dropout, dense_inner, drawn_seed
+from ._arguments import (
+    autocast_dtype,
+    bad,
+    check_devices,
+    check_dropout,
+    check_flag,
+    dense_inner,
+    drawn_seed,
+    dtype_name,
+    is_float,
+)
 from ._attention_by_torch import attention_by_torch, rotated
 from ._attention_plan import is_aligned, print_plan, why_torch
 from ._autograd import Function, any_wants_gradients, once_differentiable
 from ._fakes import register_fake
-
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def ia3_attention(
@@ -73,8 +81,8 @@ def ia3_attention(
             wanted.
     """
     for name, x in (("q", q), ("k", k), ("v", v)):
-        if not isinstance(x, Tensor) or x.dim() != 4 or x.dtype not in _DTYPES or x.shape[3] == 0:
-            _bad(name, x, "a float32, bfloat16 or float16 tensor [B, heads, S, D]")
+        if not is_float(x) or x.dim() != 4 or x.shape[3] == 0:
+            bad(name, x, "a float32, bfloat16 or float16 tensor [B, heads, S, D]")
     if dtype := autocast_dtype(q):
         q, k, v = (x.to(dtype) for x in (q, k, v))
     _check(q, k, v, l_q, l_k, l_v, scale, causal, window, key_padding_mask, attn_mask, prefix_k, prefix_v, rope)
@@ -85,7 +93,7 @@ def ia3_attention(
                                  "attn_mask": attn_mask}  # fmt: skip
         given = q, k, v, l_q, l_k, l_v, prefix_k, prefix_v
         if seed is not None:
-            _bad("seed", seed, f"None on {q.device.type}, where torch draws the mask")
+            bad("seed", seed, f"None on {q.device.type}, where torch draws the mask")
         if reason := why_torch(*given, dropout=dropout, **masks):
             print_plan(q, reason)
             out = attention_by_torch(*given, scale=scale, rope=rope, dropout=dropout, **masks)
@@ -226,40 +234,36 @@ def _check(q: Tensor, k: Tensor, v: Tensor, l_q: Tensor | None, l_k: Tensor | No
     batch, heads, num_queries, head_dim = q.shape
     kv_heads, num_keys = k.shape[1:3]
     if k.shape[0] != batch or k.shape[3] != head_dim or k.dtype != q.dtype:
-        _bad("k", k, f"{_name(q.dtype)} [{batch}, H_kv, S_k, {head_dim}], for q {list(q.shape)}")
+        bad("k", k, f"{dtype_name(q.dtype)} [{batch}, H_kv, S_k, {head_dim}], for q {list(q.shape)}")
     if v.shape != k.shape or v.dtype != q.dtype:
-        _bad("v", v, f"{_name(q.dtype)} {list(k.shape)}, as k")
+        bad("v", v, f"{dtype_name(q.dtype)} {list(k.shape)}, as k")
     if heads and (kv_heads == 0 or heads % kv_heads):
-        _bad("k", k, f"a number of heads that divides q's {heads}")
+        bad("k", k, f"a number of heads that divides q's {heads}")
     for name, factors, count in (("l_q", l_q, heads), ("l_k", l_k, kv_heads), ("l_v", l_v, kv_heads)):
         if factors is not None and not (
-            isinstance(factors, Tensor)
-            and factors.dtype in _DTYPES
-            and factors.shape in ((count * head_dim,), (count, head_dim))
+            is_float(factors) and factors.shape in ((count * head_dim,), (count, head_dim))
         ):
             wanted = f"a float32, bfloat16 or float16 tensor [{count * head_dim}] or [{count}, {head_dim}]"
-            _bad(name, factors, wanted)
+            bad(name, factors, wanted)
     if scale is not None and not (isinstance(scale, (float, int)) and abs(scale) <= torch.finfo(torch.float32).max):
-        _bad("scale", scale, "a finite float32 number")
-    if not isinstance(causal, bool):
-        _bad("causal", causal, "True or False")
+        bad("scale", scale, "a finite float32 number")
+    check_flag("causal", causal)
     if window is not None and not (isinstance(window, int) and window >= 1):
-        _bad("window", window, "a whole number of at least 1")
+        bad("window", window, "a whole number of at least 1")
     if key_padding_mask is not None and not (
         isinstance(key_padding_mask, Tensor)
         and key_padding_mask.dtype is torch.bool
         and key_padding_mask.shape == (batch, num_keys)
     ):
-        _bad("key_padding_mask", key_padding_mask, f"a bool tensor [{batch}, {num_keys}]")
+        bad("key_padding_mask", key_padding_mask, f"a bool tensor [{batch}, {num_keys}]")
     if attn_mask is not None:
         full = (batch, heads, num_queries, num_keys)
         if not (
-            isinstance(attn_mask, Tensor)
-            and attn_mask.dtype in (torch.bool, *_DTYPES)
+            (is_float(attn_mask) or (isinstance(attn_mask, Tensor) and attn_mask.dtype is torch.bool))
             and attn_mask.dim() <= 4
             and all(n in (1, m) for n, m in zip(reversed(attn_mask.shape), reversed(full), strict=False))
         ):
-            _bad("attn_mask", attn_mask, f"a bool, float32, bfloat16 or float16 tensor that expands to {list(full)}")
+            bad("attn_mask", attn_mask, f"a bool, float32, bfloat16 or float16 tensor that expands to {list(full)}")
         if attn_mask.requires_grad:
             raise ValueError("attn_mask: got one that requires a gradient, wanted one that does not")
     if (prefix_k is None) != (prefix_v is None):
@@ -269,32 +273,28 @@ def _check(q: Tensor, k: Tensor, v: Tensor, l_q: Tensor | None, l_k: Tensor | No
         if prefix is None or prefix_k is None:
             continue
         if not (
-            isinstance(prefix, Tensor)
-            and prefix.dtype in _DTYPES
+            is_float(prefix)
             and prefix.dim() == 3
             and prefix.shape[::2] == (kv_heads, head_dim)
             and (name == "prefix_k" or prefix.shape == prefix_k.shape)
         ):
             length = "P" if name == "prefix_k" else prefix_k.shape[1]
-            _bad(name, prefix, f"a float32, bfloat16 or float16 tensor [{kv_heads}, {length}, {head_dim}]")
+            bad(name, prefix, f"a float32, bfloat16 or float16 tensor [{kv_heads}, {length}, {head_dim}]")
     if rope is not None:
         _check_rope(rope, batch, num_queries, num_keys, head_dim)
     named = {"k": k, "v": v, "l_q": l_q, "l_k": l_k, "l_v": l_v, "key_padding_mask": key_padding_mask,
              "attn_mask": attn_mask, "prefix_k": prefix_k, "prefix_v": prefix_v}  # fmt: skip
     if rope is not None:
         named |= {"rope cos": rope[0], "rope sin": rope[1]}
-    for name, tensor in named.items():
-        if tensor is not None and tensor.device != q.device:
-            raise ValueError(f"{name}: got a tensor on {tensor.device}, wanted one on {q.device}, where q is")
+    check_devices(q, named.items(), "q")
 
 
 def _check_rope(rope: tuple[Tensor, Tensor], batch: int, num_queries: int, num_keys: int, head_dim: int) -> None:
     if not (isinstance(rope, (tuple, list)) and len(rope) == 2):
-        _bad("rope", rope, "a pair of tensors (cos, sin)")
+        bad("rope", rope, "a pair of tensors (cos, sin)")
     for name, part in zip(("rope cos", "rope sin"), rope, strict=True):
         if not (
-            isinstance(part, Tensor)
-            and part.dtype in _DTYPES
+            is_float(part)
             and part.dim() in (2, 3)
             and part.shape[-2] == num_keys
             and part.shape[-1] <= head_dim
@@ -303,17 +303,8 @@ def _check_rope(rope: tuple[Tensor, Tensor], batch: int, num_queries: int, num_k
             and part.shape == rope[0].shape
         ):
             wanted = f"a float32, bfloat16 or float16 tensor [{num_keys}, R] or [{batch} or 1, {num_keys}, R]"
-            _bad(name, part, f"{wanted} with an even R ≤ {head_dim}, the same for both")
+            bad(name, part, f"{wanted} with an even R ≤ {head_dim}, the same for both")
         if part.requires_grad:
             raise ValueError(f"{name}: got one that requires a gradient, wanted one that does not")
     if num_queries > num_keys:
         raise ValueError(f"q: got {num_queries} positions, wanted at most k's {num_keys}, since rope is given")
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
-def _bad(name: str, got: Any, wanted: str) -> NoReturn:
-    text = f"{_name(got.dtype)} {list(got.shape)}" if isinstance(got, Tensor) else f"{got!r}, a {type(got).__name__}"
-    raise ValueError(f"{name}: got {text}, wanted {wanted}")

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._arguments import bad, check_dropout, is_float, is_number, like_rows, matrix
+from ._arguments import bad, check_devices, check_dropout, is_float, is_number, like_rows, matrix
 from ._autograd import Function, anchor, any_wants_gradients, once_differentiable
-from ._linear import check_devices, check_product, check_weight, product_dtypes, without_autocast
+from ._linear import check_product, check_weight, product_dtypes, without_autocast
 from .dropout import dropout as drop
 from .ia3_linear import ScaledProduct
 from .lora_linear import lora_linear_unchecked

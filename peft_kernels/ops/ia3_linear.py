@@ -14,11 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._arguments import bad, is_float, like_rows, matrix
+from ._arguments import bad, check_devices, is_float, like_rows, matrix
 from ._autograd import Function, anchor, any_wants_gradients, once_differentiable
 from ._fakes import register_fake
 from ._linear import (
-    check_devices,
     check_product,
     few_rows,
     other_dtype,

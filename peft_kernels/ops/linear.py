@@ -7,10 +7,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from ._arguments import bad, is_float
+from ._arguments import bad, check_devices, is_float
 from ._autograd import any_wants_gradients
 from ._fakes import register_fake
-from ._linear import check_devices, owns_few_rows
+from ._linear import owns_few_rows
 
 _LINEAR = torch.ops.peft_kernels.linear.default  # lora_linear without adapters
 

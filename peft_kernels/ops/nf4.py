@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ._arguments import FLOAT_DTYPES, bad, check_dtype, describe, dtype_name, refuse
 from ._fakes import register_fake
 
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_STORAGE_DTYPES = (torch.uint8, *_DTYPES)
+_STORAGE_DTYPES = (torch.uint8, *FLOAT_DTYPES)
 _NESTED_BLOCKSIZE = 256
 _FORMAT_SIZES = 4  # where the sizes begin in `NF4Weight.arguments`
 _CODEBOOKS = {
@@ -119,7 +119,7 @@ class NF4Weight:
         count, blocks = _check_format(shape, dtype, blocksize, quant_state.quant_type, "quant_state.")
         device = weight.device
         if weight.dtype not in _STORAGE_DTYPES:
-            raise ValueError(f"weight: got {_describe(weight)}, wanted uint8, bfloat16, float16 or float32 storage")
+            raise ValueError(f"weight: got {describe(weight)}, wanted uint8, bfloat16, float16 or float32 storage")
         if not weight.is_contiguous():
             raise ValueError(f"weight: got strides {weight.stride()}, wanted a dense tensor")
         codes = weight.view(-1)
@@ -127,7 +127,7 @@ class NF4Weight:
             codes = codes.view(torch.uint8)
         if codes.numel() != (count + 1) // 2:
             raise ValueError(
-                f"weight: got {_describe(weight)}, which is {codes.numel()} bytes, wanted {(count + 1) // 2}: half the "
+                f"weight: got {describe(weight)}, which is {codes.numel()} bytes, wanted {(count + 1) // 2}: half the "
                 f"elements of quant_state.shape {list(shape)}"
             )
         absmax, state2 = quant_state.absmax, quant_state.state2
@@ -168,7 +168,7 @@ class NF4Weight:
         absmax = quant_state.absmax
         if tuple(absmax.shape) != (k // blocksize, n):
             raise ValueError(
-                f"quant_state.absmax: got {_describe(absmax)}, wanted [{k // blocksize}, {n}], as bitsandbytes' "
+                f"quant_state.absmax: got {describe(absmax)}, wanted [{k // blocksize}, {n}], as bitsandbytes' "
                 "repacked CPU format has"
             )
         packed = weight.reshape(-1, 32)
@@ -205,7 +205,7 @@ class NF4Weight:
                 value = getattr(self, name)
                 fits = _all_are(kind, value) if name in ("shape", "nested") else isinstance(value, kind)
                 if not fits:
-                    raise ValueError(f"{name}: got {value!r}, a {type(value).__name__}, wanted {wanted}")
+                    bad(name, value, wanted)
 
     @property
     def arguments(self) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
@@ -224,10 +224,9 @@ class NF4Weight:
     def _make_arguments(self) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
         if self.quant_type not in _CODEBOOKS:
             raise ValueError(f"quant_type: got {self.quant_type!r}, wanted 'nf4' or 'fp4'")
-        if self.dtype not in _DTYPES:
-            dtype = str(self.dtype).removeprefix("torch.")
-            raise ValueError(f"weight dtype: got {dtype}, wanted float32, bfloat16 or float16")
-        numbers = _QUANT_TYPES.index(self.quant_type), self.nested_blocksize, _DTYPES.index(self.dtype)
+        if self.dtype not in FLOAT_DTYPES:
+            refuse("weight dtype", dtype_name(self.dtype), "float32, bfloat16 or float16")
+        numbers = _QUANT_TYPES.index(self.quant_type), self.nested_blocksize, FLOAT_DTYPES.index(self.dtype)
         return (self.codes, self.absmax, *self.nested), (self.blocksize, *numbers, *self.shape)
 
     def as_dict(self) -> dict[str, Any]:
@@ -237,7 +236,7 @@ class NF4Weight:
             "absmax": self.absmax,
             "blocksize": self.blocksize,
             "quant_map": torch.tensor(_CODEBOOKS[self.quant_type], device=self.codes.device),
-            "dtype": str(self.dtype).removeprefix("torch."),
+            "dtype": dtype_name(self.dtype),
             "shape": self.shape,
         }
         if self.nested:
@@ -269,7 +268,7 @@ class NF4Weight:
                 "a block that straddles rows has one absmax for both"
             )
         if scale.shape != self.shape[:1]:
-            raise ValueError(f"scale: got {_describe(scale)}, wanted [{self.shape[0]}]")
+            raise ValueError(f"scale: got {describe(scale)}, wanted [{self.shape[0]}]")
         absmax = self.absmax
         if self.nested:
             code, nested_absmax, offset = self.nested
@@ -331,7 +330,7 @@ def quantize_4bit(
         ("double_quant", double_quant, bool, "True or False"),
     ):
         if not isinstance(value, kind):
-            raise ValueError(f"{name}: got {value!r}, a {type(value).__name__}, wanted {wanted}")
+            bad(name, value, wanted)
     codes, absmax = torch.ops.peft_kernels.nf4_quantize(tensor.detach(), blocksize, quant_type)
     nested: tuple[Tensor, ...] = ()
     if double_quant:
@@ -378,9 +377,9 @@ def dequantize_4bit_rows(weight: NF4Weight, first_row: int, out: Tensor) -> Tens
     """
     _check_weight(weight)
     if not isinstance(first_row, int):
-        raise ValueError(f"first_row: got {first_row!r}, a {type(first_row).__name__}, wanted an integer")
+        bad("first_row", first_row, "an integer")
     if not isinstance(out, Tensor):
-        raise ValueError(f"out: got {out!r}, a {type(out).__name__}, wanted a tensor [rows, K]")
+        bad("out", out, "a tensor [rows, K]")
     if not torch.compiler.is_compiling() and out.is_neg():  # torch would resolve it into a copy
         raise ValueError("out: got a negative view, wanted a tensor [rows, K] with memory of its values")
     torch.ops.peft_kernels.nf4_dequantize_rows(*weight.arguments, first_row, out)
@@ -455,8 +454,7 @@ def _check_format(shape: Any, dtype: Any, blocksize: Any, quant_type: Any, prefi
         count *= size
     if count < 0 or count >= 2**63:
         raise ValueError(f"{prefix}shape: got {list(shape)}, wanted sizes whose product is from 0 to 2**63 - 1")
-    if dtype not in _DTYPES:
-        raise ValueError(f"{prefix}dtype: got {dtype}, wanted torch.float32, torch.bfloat16 or torch.float16")
+    check_dtype(f"{prefix}dtype", dtype)
     if not (isinstance(blocksize, int) and 32 <= blocksize <= 4096 and _is_power_of_two(blocksize)):
         raise ValueError(f"{prefix}blocksize: got {blocksize!r}, wanted a power of two from 32 to 4096")
     if quant_type not in _CODEBOOKS:
@@ -466,9 +464,7 @@ def _check_format(shape: Any, dtype: Any, blocksize: Any, quant_type: Any, prefi
 
 def _check_tensor(tensor: Tensor, name: str, dtype: torch.dtype, count: int, device: torch.device) -> None:
     if tensor.dtype is not dtype or tensor.numel() != count:
-        raise ValueError(
-            f"{name}: got {_describe(tensor)}, wanted {str(dtype).removeprefix('torch.')} with {count} elements"
-        )
+        raise ValueError(f"{name}: got {describe(tensor)}, wanted {dtype_name(dtype)} with {count} elements")
     if tensor.device != device:
         raise ValueError(f"{name}: got a tensor on {tensor.device}, wanted one on {device}, where the weight is")
     if not tensor.is_contiguous():
@@ -481,7 +477,3 @@ def _as_float(tensor: Tensor) -> Tensor:
 
 def _is_power_of_two(value: int) -> bool:
     return value > 0 and value & (value - 1) == 0
-
-
-def _describe(tensor: Tensor) -> str:
-    return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._arguments import DTYPES, bad, is_float, is_number
+from ._arguments import bad, check_dtype, is_float, is_number
 from ._autograd import Function, any_wants_gradients, once_differentiable
 from ._fakes import register_fake
 
@@ -45,8 +45,7 @@ def rms_norm(
     if not is_number(offset):
         bad("offset", offset, "a number")
     out_dtype = torch.promote_types(x.dtype, weight.dtype) if out_dtype is None else out_dtype
-    if out_dtype not in DTYPES:
-        bad("out_dtype", out_dtype, "torch.float32, torch.bfloat16 or torch.float16")
+    check_dtype("out_dtype", out_dtype)
     weight = weight.contiguous()
     if any_wants_gradients(x, weight):
         y: Tensor = _RmsNorm.apply(x, weight, eps, offset, out_dtype)

@@ -22,7 +22,7 @@ from torch import nn
 
 import peft_kernels
 from peft_kernels.adapters.hub import adapter_to_hub
-from peft_kernels.adapters.insertion import find_setup
+from peft_kernels.adapters.insertion import find_state
 
 pytestmark = pytest.mark.kernels
 
@@ -80,10 +80,10 @@ def test_prefix_of_the_base_model(tmp_path):
     peft_kernels.save_adapter(model, tmp_path / "head", "houlsby")
     assert all(key.startswith("bert.encoder.") for key in load_file(tmp_path / "head" / ADAPTER[1]))
     peft_kernels.load_adapter(base, tmp_path / "head", "again")
-    sites = [module for module in base.modules() if isinstance(module, peft_kernels.adapters.sites.AdapterSite)]
-    for site in sites:
+    hooks = [module for module in base.modules() if isinstance(module, peft_kernels.adapters.hooks.AdapterHook)]
+    for hook in hooks:
         for (_, got), (_, wanted) in zip(
-            site.adapters["again"].named_parameters(), site.adapters["houlsby"].named_parameters(), strict=True
+            hook.adapters["again"].named_parameters(), hook.adapters["houlsby"].named_parameters(), strict=True
         ):
             assert torch.equal(got, wanted)
 
@@ -104,7 +104,7 @@ def test_activation_of_old_files(tmp_path):
     del described["version"]
     (folder / ADAPTER[0]).write_text(json.dumps(described))
     peft_kernels.load_adapter(model, folder)
-    assert find_setup(model).adapters["pfeiffer"].activation == "gelu_tanh"
+    assert find_state(model).adapters["pfeiffer"].activation == "gelu_tanh"
 
 
 # ---- There and back -------------------------------------------------------------------------------------------------
@@ -125,12 +125,12 @@ def test_there_and_back(name, options, tmp_path):
     randomize(model, "one")
     wanted = output(model, inputs)
     peft_kernels.save_adapter(model, tmp_path / "one", "one")
-    config = find_setup(model).adapters["one"]
+    config = find_state(model).adapters["one"]
     peft_kernels.remove_adapters(model)
     assert not torch.allclose(output(model, inputs), wanted)
     assert peft_kernels.load_adapter(model, tmp_path / "one", "other") == "other"
     assert torch.equal(output(model, inputs), wanted)
-    assert find_setup(model).adapters == {"other": config}
+    assert find_state(model).adapters == {"other": config}
     described = json.loads((tmp_path / "one" / ADAPTER[0]).read_text())
     assert ("config" in described) == (options is not OPTIONS["own"])
 
@@ -163,7 +163,7 @@ def test_fusion_there_and_back(kind, tmp_path):
     for adapter in ("a", "b", name):
         peft_kernels.load_adapter(model, tmp_path / adapter)
     assert torch.equal(output(model, inputs), wanted)
-    assert find_setup(model).fusions[name].temperature == 2.5
+    assert find_state(model).fusions[name].temperature == 2.5
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])

@@ -102,7 +102,7 @@ def test_name_used_twice(model):
     peft_kernels.insert_adapters(model, bottleneck=8)
     with refused(model, "name: got 'default', which the model has already"):
         peft_kernels.insert_adapters(model, "pfeiffer", bottleneck=8)
-    assert peft_kernels.adapters.insertion.find_setup(model).active == "default"
+    assert peft_kernels.adapters.insertion.find_state(model).active == "default"
 
 
 @pytest.mark.parametrize(

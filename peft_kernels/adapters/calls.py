@@ -21,8 +21,8 @@ from torch import Tensor
 from ..nn import AdapterFusion
 
 if TYPE_CHECKING:
-    from .places import Place
-    from .sites import AdapterSite, Setup
+    from .hook_points import HookPoint
+    from .hooks import AdapterHook, AdapterState
 
 Rows = tuple[str, ...]
 _MARK = "peft_kernels.adapters.call"  # the key of a node's metadata
@@ -33,7 +33,7 @@ class Call:
     """One call of a model that has adapters.
 
     Attributes:
-        setup: the model's.
+        state: the model's.
         rows: for each example of the batch the name of its adapter; None where `active` is everyone's.
         active: the name of the adapter or fusion that runs; None for the base alone.
         outer: the call within which it was begun.
@@ -43,7 +43,7 @@ class Call:
         temperatures: of the fusions that have run in it.
     """
 
-    setup: Setup
+    state: AdapterState
     rows: Rows | None
     active: str | None
     outer: Call | None = None
@@ -60,11 +60,11 @@ class Call:
             self.temperatures[layer] = layer.next_temperature()
         return self.temperatures[layer]
 
-    def acts(self, site: AdapterSite) -> bool:
-        """Whether anything that runs has a layer at a site."""
+    def acts(self, hook: AdapterHook) -> bool:
+        """Whether anything that runs has a layer in a hook."""
         if self.rows is not None:
-            return any(name in site.adapters for name in self.rows)
-        return self.active is not None and (self.active in site.adapters or self.active in site.fusions)
+            return any(name in hook.adapters for name in self.rows)
+        return self.active is not None and (self.active in hook.adapters or self.active in hook.fusions)
 
     def notice_recomputation(self) -> None:
         # Reentrant checkpointing turns gradients off in the forward, and the other kind has hooks for saved tensors.
@@ -84,8 +84,8 @@ class _Thread(threading.local):
 
     def __init__(self) -> None:
         self.call: Call | None = None
-        self.inputs: dict[tuple[Setup, Place], Tensor | None] = {}
-        self.entered: tuple[tuple[Setup, Rows], ...] = ()
+        self.inputs: dict[tuple[AdapterState, HookPoint], Tensor | None] = {}
+        self.entered: tuple[tuple[AdapterState, Rows], ...] = ()
 
 
 class _Trace:
@@ -93,58 +93,58 @@ class _Trace:
 
     def __init__(self) -> None:
         self.call: Call | None = None
-        self.inputs: dict[tuple[Setup, Place], Tensor | None] = {}
+        self.inputs: dict[tuple[AdapterState, HookPoint], Tensor | None] = {}
 
 
 _thread, _trace = _Thread(), _Trace()
-_entered: ContextVar[tuple[tuple[Setup, Rows], ...]] = ContextVar("peft_kernels_adapter_rows", default=())
+_entered: ContextVar[tuple[tuple[AdapterState, Rows], ...]] = ContextVar("peft_kernels_adapter_rows", default=())
 
 
 def _own() -> _Thread | _Trace:
     return _trace if torch.compiler.is_compiling() else _thread
 
 
-def begin(setup: Setup, rows: Rows | None) -> None:
+def begin(state: AdapterState, rows: Rows | None) -> None:
     """Begins a call of a model, of which `rows` are the argument `adapter_names`."""
     own = _own()
     outer = own.call
-    while outer is not None and outer.setup is setup:  # an interrupted one: no hook follows a KeyboardInterrupt
+    while outer is not None and outer.state is state:  # an interrupted one: no hook follows a KeyboardInterrupt
         outer = outer.outer
     if outer is None:
         own.inputs.clear()
-    task, first = _task(), _recomputed(setup)
-    call = own.call = Call(setup, rows, setup.active, outer, task, torch.is_grad_enabled())
+    task, first = _task(), _recomputed(state)
+    call = own.call = Call(state, rows, state.active, outer, task, torch.is_grad_enabled())
     if first is not None:  # the whole model was checkpointed
         call.active, call.temperatures = first.active, first.temperatures
     if rows is None:
-        call.rows = _entered_rows(setup) if first is None else first.rows
+        call.rows = _entered_rows(state) if first is None else first.rows
 
 
-def end(setup: Setup, output: Any) -> None:
+def end(state: AdapterState, output: Any) -> None:
     """Ends the call that `begin` began; `output` is None if it failed."""
     own = _own()
     call = own.call
-    if call is None or call.setup is not setup:  # another hook failed before it began
+    if call is None or call.state is not state:  # another hook failed before it began
         return
     own.call = call.outer
     if call.recomputes and not torch.compiler.is_compiling():
         _mark_graph(output, call)
 
 
-def current(setup: Setup) -> Call:
+def current(state: AdapterState) -> Call:
     """The call of which a layer is being run, or run again. For a layer that is called by itself it is a new one."""
     call = _own().call
     if torch.compiler.is_compiling():
         call = _thread.call if call is None else call  # where one of the model's layers is compiled by itself
     elif call is None or call.task != _task():
-        call = _recomputed(setup) or call
-    call = _of(setup, call)
-    return Call(setup, _entered_rows(setup), setup.active) if call is None else call
+        call = _recomputed(state) or call
+    call = _of(state, call)
+    return Call(state, _entered_rows(state), state.active) if call is None else call
 
 
-def _of(setup: Setup, call: Call | None) -> Call | None:
+def _of(state: AdapterState, call: Call | None) -> Call | None:
     """The innermost call of a model, out of one and those around it."""
-    while call is not None and call.setup is not setup:
+    while call is not None and call.state is not state:
         call = call.outer
     return call
 
@@ -154,27 +154,27 @@ def _task() -> int:
     return -1 if torch.compiler.is_compiling() else torch._C._current_graph_task_id()
 
 
-def _recomputed(setup: Setup) -> Call | None:
+def _recomputed(state: AdapterState) -> Call | None:
     """The call that was made first of what is being recomputed in a backward, if it is known."""
     if _task() == -1:
         return None
     node: Any = torch._C._current_autograd_node()  # torch's types take its `metadata` for a method
-    return None if node is None else _of(setup, node.metadata.get(_MARK))
+    return None if node is None else _of(state, node.metadata.get(_MARK))
 
 
-def keep_input(setup: Setup, place: Place, x: Tensor | None) -> None:
+def keep_input(state: AdapterState, point: HookPoint, x: Tensor | None) -> None:
     """Has `kept_input` return x."""
-    _own().inputs[setup, place] = x
+    _own().inputs[state, point] = x
 
 
-def kept_input(setup: Setup, place: Place) -> Tensor | None:
-    return _own().inputs.pop((setup, place))
+def kept_input(state: AdapterState, point: HookPoint) -> Tensor | None:
+    return _own().inputs.pop((state, point))
 
 
 @contextmanager
-def entered(setup: Setup, rows: Rows) -> Iterator[None]:
+def entered(state: AdapterState, rows: Rows) -> Iterator[None]:
     """Within it, calls in this context have these rows."""
-    entry = (setup, rows)
+    entry = (state, rows)
     _enter((*_entered.get(), entry))
     try:
         yield
@@ -182,15 +182,15 @@ def entered(setup: Setup, rows: Rows) -> Iterator[None]:
         _enter(tuple(other for other in _entered.get() if other is not entry))
 
 
-def _enter(entries: tuple[tuple[Setup, Rows], ...]) -> None:
+def _enter(entries: tuple[tuple[AdapterState, Rows], ...]) -> None:
     _entered.set(entries)
     _thread.entered = entries
 
 
-def _entered_rows(setup: Setup) -> Rows | None:
+def _entered_rows(state: AdapterState) -> Rows | None:
     entries = _thread.entered if torch.compiler.is_compiling() else _entered.get()
     for other, rows in reversed(entries):
-        if other is setup:
+        if other is state:
             return rows
     return None
 

@@ -21,19 +21,19 @@ from ..integrations.registry import check_module
 from ..nn import AdapterFusion, BottleneckAdapter
 from ..ops._arguments import FLOAT_DTYPES
 from .config import AdapterConfig, FusionConfig
+from .hook_points import HookPoint
 from .hub import adapter_from_hub, adapter_to_hub, fusion_from_hub, fusion_to_hub
 from .insertion import (
     check_known,
     check_new_name,
-    find_setup,
-    fusion_sites,
+    find_state,
+    fusion_hooks,
+    hooks,
     insert,
     insert_fusion,
     make_layers,
-    require_setup,
-    sites,
+    require_state,
 )
-from .places import Place
 
 Config = TypeVar("Config", AdapterConfig, FusionConfig)
 
@@ -64,28 +64,28 @@ def save_adapter(model: nn.Module, folder: str | Path, name: str = "default") ->
         ValueError: there is no such adapter or fusion.
     """
     check_module(model)
-    setup = require_setup(model)
-    check_known(setup, name)
+    state = require_state(model)
+    check_known(state, name)
     described: dict[str, Any] = {
         "name": name,
         "model_class": type(model).__name__,
         "model_type": getattr(getattr(model, "config", None), "model_type", ""),
         "version": f"{OWN}.{_version()}",
     }
-    if name in setup.fusions:
-        fusion = setup.fusions[name]
-        fusions = [(site.place, site.fusions[name]) for _, site in sites(model) if name in site.fusions]
+    if name in state.fusions:
+        fusion = state.fusions[name]
+        fusions = [(hook.point, hook.fusions[name]) for _, hook in hooks(model) if name in hook.fusions]
         fusion = replace(fusion, temperature=fusions[0][1].temperature)
         described["adapter_names"] = list(fusion.names)
         described["config"] = fusion_to_hub(fusion)
-        series = all(setup.adapters[one].kind != "parallel" for one in fusion.names)
+        series = all(state.adapters[one].kind != "parallel" for one in fusion.names)
         if not (series and _says(described, fusion, partial(fusion_from_hub, attention_dropout=0.0))):
             described[OWN] = asdict(fusion)
             del described["config"]
         _write(Path(folder), FUSION, _fusion_tensors(fusions, name), described)
     else:
-        config = setup.adapters[name]
-        layers = [(site.place, site.adapters[name]) for _, site in sites(model) if name in site.adapters]
+        config = state.adapters[name]
+        layers = [(hook.point, hook.adapters[name]) for _, hook in hooks(model) if name in hook.adapters]
         described["hidden_size"] = layers[0][1].d
         described["config"] = adapter_to_hub(config, layers[0][1].d)
         if not _says(described, config, adapter_from_hub):
@@ -132,7 +132,7 @@ def _load_adapter(model: nn.Module, folder: Path, name: str | None) -> str:
     described, stored = _read(folder, ADAPTER)
     saved_as: str = described["name"]
     name = saved_as if name is None else name
-    check_new_name(find_setup(model), name)
+    check_new_name(find_state(model), name)
     try:
         config = _own(described, AdapterConfig) or adapter_from_hub(described)
     except (TypeError, ValueError, RecursionError) as error:
@@ -142,14 +142,14 @@ def _load_adapter(model: nn.Module, folder: Path, name: str | None) -> str:
         stored = {key.replace(".adapter_down.0.", ".adapter_norm_before."): t for key, t in stored.items()}
     stored = _fitting(folder / ADAPTER.weights, stored, wanted, model)
     insert(model, name, config, _dtype(stored))
-    layers = [(site.place, site.adapters[name]) for _, site in sites(model) if name in site.adapters]
+    layers = [(hook.point, hook.adapters[name]) for _, hook in hooks(model) if name in hook.adapters]
     _copy(stored, _adapter_tensors(layers, saved_as))
     return name
 
 
 def _load_fusion(model: nn.Module, folder: Path, name: str | None) -> str:
     described, stored = _read(folder, FUSION)
-    setup = require_setup(model)
+    state = require_state(model)
     try:
         dropout = getattr(getattr(model, "config", None), "attention_probs_dropout_prob", 0.0)
         config = _own(described, FusionConfig) or fusion_from_hub(described, dropout)
@@ -157,43 +157,43 @@ def _load_fusion(model: nn.Module, folder: Path, name: str | None) -> str:
         raise ValueError(f"{folder / FUSION.config}: {error}") from None
     if name not in (None, config.name):
         raise ValueError(f"name: got {name!r}, wanted {config.name!r}: a fusion is called by its adapters")
-    chosen = fusion_sites(model, setup, config)
-    parallel = [one for one in config.names if setup.adapters[one].kind == "parallel"]
+    chosen = fusion_hooks(model, state, config)
+    parallel = [one for one in config.names if state.adapters[one].kind == "parallel"]
     if parallel and OWN not in described:
         # AdapterHub's fusion of parallel adapters adds their input to the result once more.
         raise ValueError(
             f"{folder}: got AdapterHub's fusion of the parallel adapter {parallel[0]!r}, wanted series ones"
         )
     saved_as: str = described["name"]
-    meta = [(site.place, AdapterFusion(site.features, **config.options, device="meta")) for site in chosen]
+    meta = [(hook.point, AdapterFusion(hook.features, **config.options, device="meta")) for hook in chosen]
     stored = _fitting(folder / FUSION.weights, stored, _fusion_tensors(meta, saved_as), model)
-    insert_fusion(model, setup, config, _dtype(stored))
-    setup.active = config.name
-    _copy(stored, _fusion_tensors([(site.place, site.fusions[config.name]) for site in chosen], saved_as))
+    insert_fusion(model, state, config, _dtype(stored))
+    state.active = config.name
+    _copy(stored, _fusion_tensors([(hook.point, hook.fusions[config.name]) for hook in chosen], saved_as))
     return config.name
 
 
 # ---- Names ----------------------------------------------------------------------------------------------------------
 
 
-def _adapter_tensors(layers: Iterable[tuple[Place, BottleneckAdapter]], name: str) -> dict[str, Tensor]:
+def _adapter_tensors(layers: Iterable[tuple[HookPoint, BottleneckAdapter]], name: str) -> dict[str, Tensor]:
     """The layers' own tensors under AdapterHub's names."""
     tensors = {}
-    for place, layer in layers:
+    for point, layer in layers:
         # There `down` follows the LayerNorm in a Sequential.
         down = "adapter_down.0." if layer.norm_before is None else "adapter_down.1."
         parts = {"down.": down, "up.": "adapter_up.", "scale": "scaling", "norm_": "adapter_norm_"}
         for key, tensor in layer.state_dict().items():
             part = next((part for part in parts if key.startswith(part)), "")
-            tensors[f"{place.hub_path}.adapters.{name}.{parts.get(part, '')}{key.removeprefix(part)}"] = tensor
+            tensors[f"{point.hub_path}.adapters.{name}.{parts.get(part, '')}{key.removeprefix(part)}"] = tensor
     return tensors
 
 
-def _fusion_tensors(layers: Iterable[tuple[Place, nn.Module]], name: str) -> dict[str, Tensor]:
+def _fusion_tensors(layers: Iterable[tuple[HookPoint, nn.Module]], name: str) -> dict[str, Tensor]:
     """The layers' own tensors under AdapterHub's names."""
     return {
-        f"{place.hub_path}.adapter_fusion_layer.{name}.{key}": tensor
-        for place, layer in layers
+        f"{point.hub_path}.adapter_fusion_layer.{name}.{key}": tensor
+        for point, layer in layers
         for key, tensor in layer.state_dict().items()
     }
 

@@ -26,7 +26,7 @@ KINDS: Mapping[str, tuple[str, ...]] = MappingProxyType(
 
 @dataclass(frozen=True)
 class AdapterConfig:
-    """One adapter of a model, which has a layer at each of its places.
+    """One adapter of a model, which has a layer at each of its hook points.
 
     Attributes:
         kind: 'houlsby' reads a sublayer's output before it is added to the residual; 'pfeiffer' reads the sum, after

@@ -18,12 +18,12 @@ from ..ops._arguments import check_dtype
 from ..printing import PrintedReport, starred
 from . import calls
 from .config import AdapterConfig, FusionConfig
-from .places import Place, Seam, find_places
-from .sites import BASE, AdapterSite, Setup, one_of
+from .hook_points import HookPoint, Placement, find_hook_points
+from .hooks import BASE, AdapterHook, AdapterState, one_of
 
 
 @dataclass(frozen=True)
-class PlaceReport:
+class HookReport:
     """One layer of an adapter.
 
     Attributes:
@@ -52,14 +52,14 @@ class AdapterReport(PrintedReport):
     """
 
     name: str
-    layers: tuple[PlaceReport, ...]
+    layers: tuple[HookReport, ...]
     base_parameters: int
 
     @property
     def parameters(self) -> int:
         return sum(layer.parameters for layer in self.layers)
 
-    def __iter__(self) -> Iterator[PlaceReport]:
+    def __iter__(self) -> Iterator[HookReport]:
         return iter(self.layers)
 
     def __len__(self) -> int:
@@ -148,48 +148,48 @@ def insert(model: nn.Module, name: str, config: AdapterConfig, dtype: torch.dtyp
     """`insert_adapters` for a configuration."""
     check_module(model)
     check_dtype("dtype", dtype)
-    setup = find_setup(model)
-    check_new_name(setup, name)
+    state = find_state(model)
+    check_new_name(state, name)
     layers = make_layers(model, config, dtype=dtype)
-    for place, _ in layers:
-        site = _site_at(model, place)
-        if site is not None and not place.acts_as(site.place):
-            other = next(iter(site.adapters))
+    for point, _ in layers:
+        hook = _hook_at(model, point)
+        if hook is not None and not point.acts_as(hook.point):
+            other = next(iter(hook.adapters))
             raise ValueError(
-                f"targets: got {place.path}, where the adapter {other!r} acts otherwise, wanted other modules"
+                f"targets: got {point.path}, where the adapter {other!r} acts otherwise, wanted other modules"
             )
-    if setup is None:
-        setup = Setup()
-        setup.frozen = tuple(path for path, parameter in model.named_parameters() if parameter.requires_grad)
+    if state is None:
+        state = AdapterState()
+        state.frozen = tuple(path for path, parameter in model.named_parameters() if parameter.requires_grad)
         model.requires_grad_(False)
-        setup.listen(model)
+        state.listen(model)
     reports = []
-    for place, layer in layers:
-        module = model.get_submodule(place.path)
-        site = _site_at(model, place)
-        if site is None:
-            site = AdapterSite(setup, place, layer.d)
-            site.attach(model)
-        site.adapters[name] = layer.train(site.training)
+    for point, layer in layers:
+        module = model.get_submodule(point.path)
+        hook = _hook_at(model, point)
+        if hook is None:
+            hook = AdapterHook(state, point, layer.d)
+            hook.attach(model)
+        hook.adapters[name] = layer.train(hook.training)
         size = sum(parameter.numel() for parameter in layer.parameters())
-        reports.append(PlaceReport(place.path, type(module).__name__, place.seam.value, layer.d, size))
-    setup.adapters[name] = config
-    setup.active = name
-    own = {id(parameter) for _, site in sites(model) for parameter in site.parameters()}
+        reports.append(HookReport(point.path, type(module).__name__, point.placement.value, layer.d, size))
+    state.adapters[name] = config
+    state.active = name
+    own = {id(parameter) for _, hook in hooks(model) for parameter in hook.parameters()}
     base_parameters = sum(parameter.numel() for parameter in model.parameters() if id(parameter) not in own)
     return AdapterReport(name, tuple(reports), base_parameters)
 
 
 def make_layers(
     model: nn.Module, config: AdapterConfig, device: torch.device | str | None = None, dtype: torch.dtype | None = None
-) -> list[tuple[Place, BottleneckAdapter]]:
+) -> list[tuple[HookPoint, BottleneckAdapter]]:
     """An adapter's untrained layers and where they would act, on the device of the module there or on another.
 
     Raises:
         ValueError: there is no place, or the features at one of them can't be known.
     """
-    places = find_places(model, config)
-    return [(place, config.make(_features(model, place), device or _device(model, place), dtype)) for place in places]
+    points = find_hook_points(model, config)
+    return [(point, config.make(_features(model, point), device or _device(model, point), dtype)) for point in points]
 
 
 def remove_adapters(model: nn.Module, name: str | None = None) -> None:
@@ -203,35 +203,35 @@ def remove_adapters(model: nn.Module, name: str | None = None) -> None:
         ValueError: there is no such adapter, or a fusion needs it; the model is then unchanged.
     """
     check_module(model)
-    if name is None and find_setup(model) is None:
+    if name is None and find_state(model) is None:
         return
-    setup = require_setup(model)
+    state = require_state(model)
     if name is not None:
-        check_known(setup, name)
-        users = [fusion.name for fusion in setup.fusions.values() if name in fusion.names]
+        check_known(state, name)
+        users = [fusion.name for fusion in state.fusions.values() if name in fusion.names]
         if users:
             raise ValueError(
                 f"name: got {name!r}, which the fusion {users[0]!r} needs; wanted that to be removed before"
             )
-    gone = [*setup.adapters, *setup.fusions] if name is None else [name]
-    for module, site in sites(model):
-        for held in (site.adapters, site.fusions):
+    gone = [*state.adapters, *state.fusions] if name is None else [name]
+    for module, hook in hooks(model):
+        for held in (hook.adapters, hook.fusions):
             for one in gone:
                 if one in held:
                     del held[one]
-        if not site.adapters:
-            site.detach(module)
+        if not hook.adapters:
+            hook.detach(module)
     for one in gone:
-        setup.adapters.pop(one, None)
-        setup.fusions.pop(one, None)
-        if setup.active == one:
-            setup.active = None
-    if not setup.adapters:
-        root = setup.root(model)
-        for handle in setup.handles:
+        state.adapters.pop(one, None)
+        state.fusions.pop(one, None)
+        if state.active == one:
+            state.active = None
+    if not state.adapters:
+        root = state.root(model)
+        for handle in state.handles:
             handle.remove()
         for parameter_name, parameter in root.named_parameters() if root is not None else ():
-            if parameter_name in setup.frozen:
+            if parameter_name in state.frozen:
                 parameter.requires_grad_(True)
 
 
@@ -254,17 +254,17 @@ def set_adapter(model: nn.Module, name: str | None, inference_mode: bool = False
         ValueError: there is no such adapter.
     """
     check_module(model)
-    setup = require_setup(model)
+    state = require_state(model)
     if name is not None:
-        check_known(setup, name)
-    _activate(model, setup, name, trained=not inference_mode)
+        check_known(state, name)
+    _activate(model, state, name, trained=not inference_mode)
 
 
-def _activate(model: nn.Module, setup: Setup, name: str | None, trained: bool = True) -> None:
+def _activate(model: nn.Module, state: AdapterState, name: str | None, trained: bool = True) -> None:
     freeze_adapters(model)
     if name is not None and trained:
         unfreeze_adapters(model, name)
-    setup.active = name
+    state.active = name
 
 
 @contextmanager
@@ -281,8 +281,8 @@ def adapter_rows(model: nn.Module, names: Sequence[str | None]) -> Iterator[None
         ValueError: there is no such adapter; or, from the model, a batch that does not have as many rows.
     """
     check_module(model)
-    setup = require_setup(model)
-    with calls.entered(setup, setup.checked(names)):
+    state = require_state(model)
+    with calls.entered(state, state.checked(names)):
         yield
 
 
@@ -313,47 +313,49 @@ def fuse_adapters(
         ValueError: an argument that does not fit, or a fusion that there is already; the model is then unchanged.
     """
     check_module(model)
-    setup = require_setup(model)
+    state = require_state(model)
     config = FusionConfig(names, value, temperature, temperature_decay, dropout)
-    insert_fusion(model, setup, config, dtype)
-    _activate(model, setup, config.name)
+    insert_fusion(model, state, config, dtype)
+    _activate(model, state, config.name)
     return config.name
 
 
-def insert_fusion(model: nn.Module, setup: Setup, config: FusionConfig, dtype: torch.dtype = torch.float32) -> None:
-    """A new fusion at every site of its adapters.
+def insert_fusion(
+    model: nn.Module, state: AdapterState, config: FusionConfig, dtype: torch.dtype = torch.float32
+) -> None:
+    """A new fusion in every hook of its adapters.
 
     Raises:
         ValueError: it does not fit the model's adapters; the model is then unchanged.
     """
     check_dtype("dtype", dtype)
-    chosen = fusion_sites(model, setup, config)
-    layers = [AdapterFusion(site.features, **config.options, device=_device_of(site), dtype=dtype) for site in chosen]
-    for site, layer in zip(chosen, layers, strict=True):
-        site.fusions[config.name] = layer.train(site.training)
-    setup.fusions[config.name] = config
+    chosen = fusion_hooks(model, state, config)
+    layers = [AdapterFusion(hook.features, **config.options, device=_device_of(hook), dtype=dtype) for hook in chosen]
+    for hook, layer in zip(chosen, layers, strict=True):
+        hook.fusions[config.name] = layer.train(hook.training)
+    state.fusions[config.name] = config
 
 
-def fusion_sites(model: nn.Module, setup: Setup, config: FusionConfig) -> list[AdapterSite]:
-    """The sites that a new fusion has a layer at.
+def fusion_hooks(model: nn.Module, state: AdapterState, config: FusionConfig) -> list[AdapterHook]:
+    """The hooks that a new fusion has a layer in.
 
     Raises:
-        ValueError: there is such a fusion already; there is no such adapter; or their sites are not the same.
+        ValueError: there is such a fusion already; there is no such adapter; or their hooks are not the same.
     """
     names = config.names
     for name in names:
-        if name not in [*setup.adapters]:  # a list, since a name may be unhashable
-            raise ValueError(f"names: got {name!r}, wanted {one_of(setup.adapters)}")
+        if name not in [*state.adapters]:  # a list, since a name may be unhashable
+            raise ValueError(f"names: got {name!r}, wanted {one_of(state.adapters)}")
     if len(set(names)) != len(names) or len(names) < 2:
         raise ValueError(f"names: got {list(names)}, wanted two or more, each once")
-    if config.name in setup.fusions:
+    if config.name in state.fusions:
         raise ValueError(f"names: got {list(names)}, for which the model has a fusion already")
-    chosen = [site for _, site in sites(model) if any(name in site.adapters for name in names)]
-    for site in chosen:
+    chosen = [hook for _, hook in hooks(model) if any(name in hook.adapters for name in names)]
+    for hook in chosen:
         for name in names:
-            if name not in site.adapters:
+            if name not in hook.adapters:
                 raise ValueError(
-                    f"names: got {name!r}, which has no layer at {site.place.path}, wanted the others' places"
+                    f"names: got {name!r}, which has no layer at {hook.point.path}, wanted the others' places"
                 )
     return chosen
 
@@ -383,11 +385,11 @@ def unfreeze_adapters(model: nn.Module, *names: str) -> None:
 
 def _require_grad(model: nn.Module, names: Sequence[str], value: bool) -> None:
     check_module(model)
-    setup = require_setup(model)
+    state = require_state(model)
     for name in names:
-        check_known(setup, name)
-    for _, site in sites(model):
-        for held in (site.adapters, site.fusions):
+        check_known(state, name)
+    for _, hook in hooks(model):
+        for held in (hook.adapters, hook.fusions):
             for name, layer in held.items():
                 if name in names or not names:
                     layer.requires_grad_(value)
@@ -396,94 +398,94 @@ def _require_grad(model: nn.Module, names: Sequence[str], value: bool) -> None:
 # ---- What is there --------------------------------------------------------------------------------------------------
 
 
-def sites(model: nn.Module) -> list[tuple[nn.Module, AdapterSite]]:
-    """Every site of a model, after the module that it hooks."""
+def hooks(model: nn.Module) -> list[tuple[nn.Module, AdapterHook]]:
+    """Every hook of a model, after the module that it hooks."""
     return [
         (module, child)
         for module in model.modules()
         for child in list(module._modules.values())
-        if isinstance(child, AdapterSite)
+        if isinstance(child, AdapterHook)
     ]
 
 
-def _site_at(model: nn.Module, place: Place) -> AdapterSite | None:
-    site = model.get_submodule(place.path)._modules.get(place.site_name)
-    return site if isinstance(site, AdapterSite) else None
+def _hook_at(model: nn.Module, point: HookPoint) -> AdapterHook | None:
+    hook = model.get_submodule(point.path)._modules.get(point.hook_name)
+    return hook if isinstance(hook, AdapterHook) else None
 
 
-def find_setup(model: nn.Module) -> Setup | None:
-    """What the model's sites share; None if it has none.
+def find_state(model: nn.Module) -> AdapterState | None:
+    """What the model's hooks share; None if it has none.
 
     Raises:
         ValueError: parts of it were given adapters apart; or it is a part of what was given adapters.
     """
-    setups = {id(site.setup): site.setup for _, site in sites(model)}
+    states = {id(hook.state): hook.state for _, hook in hooks(model)}
     kind = type(model).__name__
-    if len(setups) > 1:
+    if len(states) > 1:
         raise ValueError(
-            f"model: got a {kind} of which {len(setups)} parts were given adapters apart, wanted one of them"
+            f"model: got a {kind} of which {len(states)} parts were given adapters apart, wanted one of them"
         )
-    setup = next(iter(setups.values()), None)
-    if setup is not None and setup.root(model) is None:
+    state = next(iter(states.values()), None)
+    if state is not None and state.root(model) is None:
         raise ValueError(f"model: got a {kind} that is a part of what was given adapters, wanted the whole")
-    return setup
+    return state
 
 
-def require_setup(model: nn.Module) -> Setup:
-    setup = find_setup(model)
-    if setup is None:
+def require_state(model: nn.Module) -> AdapterState:
+    state = find_state(model)
+    if state is None:
         raise ValueError(
             f"model: got a {type(model).__name__} without adapters, wanted one that `insert_adapters` was given"
         )
-    return setup
+    return state
 
 
-def check_known(setup: Setup, name: str) -> None:
-    if name not in [*setup.adapters, *setup.fusions]:  # a list, since a name may be unhashable
-        raise ValueError(f"name: got {name!r}, wanted {one_of([*setup.adapters, *setup.fusions])}")
+def check_known(state: AdapterState, name: str) -> None:
+    if name not in [*state.adapters, *state.fusions]:  # a list, since a name may be unhashable
+        raise ValueError(f"name: got {name!r}, wanted {one_of([*state.adapters, *state.fusions])}")
 
 
-def check_new_name(setup: Setup | None, name: str) -> None:
+def check_new_name(state: AdapterState | None, name: str) -> None:
     if not isinstance(name, str) or not name or "." in name or "," in name or name == BASE:
         raise ValueError(f"name: got {name!r}, wanted a name without dots or commas that is not {BASE!r}")
     if hasattr(nn.ModuleDict(), name):
         raise ValueError(f"name: got {name!r}, which torch.nn.ModuleDict has another use for; wanted another name")
-    if setup is not None and name in setup.adapters:
+    if state is not None and name in state.adapters:
         raise ValueError(
-            f"name: got {name!r}, which the model has already; wanted another than {', '.join(setup.adapters)}"
+            f"name: got {name!r}, which the model has already; wanted another than {', '.join(state.adapters)}"
         )
 
 
 # ---- Features and devices -------------------------------------------------------------------------------------------
 
 
-def _features(model: nn.Module, place: Place) -> int:
-    """The features that an adapter has at a place."""
-    module = model.get_submodule(place.path)
-    features = _output_features(model, module, place)
-    if place.seam is Seam.PARALLEL:
-        read = getattr(model.get_submodule(place.start), "in_features", features)
+def _features(model: nn.Module, point: HookPoint) -> int:
+    """The features that an adapter has at a hook point."""
+    module = model.get_submodule(point.path)
+    features = _output_features(model, module, point)
+    if point.placement is Placement.PARALLEL:
+        read = getattr(model.get_submodule(point.start), "in_features", features)
         if read != features:
             raise ValueError(
-                f"targets: got {place.start}, which reads {read} features and returns {features}, wanted as many: a "
+                f"targets: got {point.start}, which reads {read} features and returns {features}, wanted as many: a "
                 "parallel adapter reads the one and adds to the other"
             )
     return features
 
 
-def _output_features(model: nn.Module, module: nn.Module, place: Place) -> int:
+def _output_features(model: nn.Module, module: nn.Module, point: HookPoint) -> int:
     """The module's own, or the model's hidden size."""
-    if place.seam is Seam.NORM:
+    if point.placement is Placement.NORM:
         weight: Any = module.weight
         return int(weight.numel())
     if isinstance(own := getattr(module, "out_features", None), int):
         return own
-    for path in _upwards(place.path):
+    for path in _upwards(point.path):
         size = hidden_size(model.get_submodule(path))
         if size is not None:
             return size
     raise ValueError(
-        f"targets: got {place.path}, a {type(module).__name__} whose features can't be known, wanted a module with "
+        f"targets: got {point.path}, a {type(module).__name__} whose features can't be known, wanted a module with "
         "`out_features`, or a model whose config has a hidden_size"
     )
 
@@ -497,16 +499,16 @@ def hidden_size(model: nn.Module) -> int | None:
     return next((size for size in sizes if isinstance(size, int)), None)
 
 
-def _device(model: nn.Module, place: Place) -> torch.device:
+def _device(model: nn.Module, point: HookPoint) -> torch.device:
     """That of the nearest parameters."""
-    for path in _upwards(place.path):
+    for path in _upwards(point.path):
         for parameter in model.get_submodule(path).parameters():
             return parameter.device
     return torch.get_default_device()
 
 
-def _device_of(site: AdapterSite) -> torch.device:
-    return next(site.parameters()).device
+def _device_of(hook: AdapterHook) -> torch.device:
+    return next(hook.parameters()).device
 
 
 def _upwards(path: str) -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""What is put into a model at each place: the adapters' layers there, and the hook that runs those that are active."""
+"""What is put into a model at each hook point: the adapters' layers, and what runs those of them that are active."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from ..ops.adapter import adapter_grouped, bottleneck
 from . import calls
 from .calls import Call, Rows
 from .config import AdapterConfig, FusionConfig
-from .places import Place, Seam
+from .hook_points import HookPoint, Placement
 
 BASE = "__base__"  # the name of no adapter among a batch's, as in PEFT
 
 
 @dataclass(eq=False)
-class Setup:
-    """What all sites of one model share: what there is, and what runs.
+class AdapterState:
+    """What all hooks of one model share: what there is, and what runs.
 
     Attributes:
         adapters, fusions: by name.
@@ -71,16 +71,16 @@ class Setup:
 
 
 def _begin_call(
-    setup: Setup, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    state: AdapterState, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     kwargs = dict(kwargs)
     names = kwargs.pop("adapter_names", None)
-    calls.begin(setup, None if names is None else setup.checked(names))
+    calls.begin(state, None if names is None else state.checked(names))
     return args, kwargs
 
 
-def _end_call(setup: Setup, model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-    calls.end(setup, output)
+def _end_call(state: AdapterState, model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    calls.end(state, output)
 
 
 def one_of(names: Iterable[str]) -> str:
@@ -89,16 +89,16 @@ def one_of(names: Iterable[str]) -> str:
     return f"one of {', '.join(texts)}" if texts else "none, since there is none"
 
 
-class AdapterSite(nn.Module):
-    """The layers of every adapter and fusion at one place.
+class AdapterHook(nn.Module):
+    """The layers of every adapter and fusion at one hook point.
 
     A child of the module that it hooks, so that its parameters move, are saved and are found with the model's. The
     hooks are functions of this file with arguments that go along when a model is copied or pickled.
     """
 
-    def __init__(self, setup: Setup, place: Place, features: int) -> None:
+    def __init__(self, state: AdapterState, point: HookPoint, features: int) -> None:
         super().__init__()
-        self.setup, self.place, self.features = setup, place, features
+        self.state, self.point, self.features = state, point, features
         # An nn.ModuleDict does not say what its modules are.
         self.adapters: dict[str, BottleneckAdapter] = nn.ModuleDict()  # type: ignore[assignment]
         self.fusions: dict[str, AdapterFusion] = nn.ModuleDict()  # type: ignore[assignment]
@@ -106,18 +106,18 @@ class AdapterSite(nn.Module):
 
     def attach(self, model: nn.Module) -> None:
         """Becomes a child of its module, and hooks it."""
-        module = model.get_submodule(self.place.path)
-        module.add_module(self.place.site_name, self.train(module.training))
-        name = self.place.site_name
+        module = model.get_submodule(self.point.path)
+        module.add_module(self.point.hook_name, self.train(module.training))
+        name = self.point.hook_name
         # Before other hooks on the output: what they record is then what the module's caller gets.
-        if self.place.seam is Seam.NORM:
+        if self.point.placement is Placement.NORM:
             handles = [module.register_forward_pre_hook(partial(_before_norm, name))]
-        elif self.place.seam is Seam.SERIES:
+        elif self.point.placement is Placement.SERIES:
             handles = [module.register_forward_hook(partial(_in_series, name), prepend=True)]
         else:
-            start = model.get_submodule(self.place.start)
+            start = model.get_submodule(self.point.start)
             handles = [
-                start.register_forward_pre_hook(partial(_at_start, self.setup, self.place), with_kwargs=True),
+                start.register_forward_pre_hook(partial(_at_start, self.state, self.point), with_kwargs=True),
                 module.register_forward_hook(partial(_in_parallel, name), prepend=True),
             ]
         self.handles = tuple(handles)
@@ -126,7 +126,7 @@ class AdapterSite(nn.Module):
         """Undoes `attach`; `module` is the one that it hooks."""
         for handle in self.handles:
             handle.remove()
-        delattr(module, self.place.site_name)
+        delattr(module, self.point.hook_name)
 
     def call(self, x: Tensor) -> Call | None:
         """The call of the model that x is of, if anything that runs in it has a layer here.
@@ -134,7 +134,7 @@ class AdapterSite(nn.Module):
         Raises:
             ValueError: it names an adapter for each row of a batch, and x has not as many.
         """
-        call = calls.current(self.setup)
+        call = calls.current(self.state)
         call.notice_recomputation()
         rows, acts = call.rows, call.acts(self)
         # Where none of some adapters has a layer, x may be of another batch, of images beside texts.
@@ -146,7 +146,7 @@ class AdapterSite(nn.Module):
 
     def forward(self, x: Tensor, residual: Tensor, norm: nn.Module | None = None, call: Call | None = None) -> Tensor:
         """`residual` plus what the active adapters make of x, or of norm(x); x and residual are [batch, ..., d]."""
-        call = calls.current(self.setup) if call is None else call
+        call = calls.current(self.state) if call is None else call
         if call.rows is not None:
             return self._of_rows(call.rows, x, residual, norm)
         name = call.active
@@ -159,7 +159,7 @@ class AdapterSite(nn.Module):
         """AdapterFusion of the adapters' outputs as they are before gate, dropout and LayerNorm, as in AdapterHub."""
         x = x if norm is None else norm.forward(x)
         fusion = self.fusions[name]
-        layers = [self.adapters[part] for part in self.setup.fusions[name].names]
+        layers = [self.adapters[part] for part in self.state.fusions[name].names]
         weights = [layer.weights() for layer in layers]
         bottlenecks = [
             bottleneck(x, w.down_weight, w.down_bias, activation=layer.activation, layer_norm=w.layer_norm)
@@ -209,37 +209,39 @@ def _fuses(layer: BottleneckAdapter, norm: nn.Module | None) -> bool:
 
 
 # ---- Hooks ----------------------------------------------------------------------------------------------------------
-# They return None, and change nothing, where nothing that is active has a layer. A site is looked up in the module that
+# They return None, and change nothing, where nothing that is active has a layer. A hook is looked up in the module that
 # is hooked: torch.nn.DataParallel's replicas have their own.
 
 
-def _in_series(site_name: str, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-    site: AdapterSite = module._modules[site_name]  # type: ignore[assignment]  # `attach` has put it there
+def _in_series(hook_name: str, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+    hook: AdapterHook = module._modules[hook_name]  # type: ignore[assignment]  # `attach` has put it there
     x = output[0] if isinstance(output, tuple) else output
-    call = site.call(x)
+    call = hook.call(x)
     if call is None:
         return None
-    y = site(x, x, None, call)
+    y = hook(x, x, None, call)
     return (y, *output[1:]) if isinstance(output, tuple) else y
 
 
-def _before_norm(site_name: str, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-    site: AdapterSite = module._modules[site_name]  # type: ignore[assignment]  # `attach` has put it there
+def _before_norm(hook_name: str, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+    hook: AdapterHook = module._modules[hook_name]  # type: ignore[assignment]  # `attach` has put it there
     x = args[0]
-    call = site.call(x)
+    call = hook.call(x)
     # The LayerNorm is computed here once more, in the adapter's operation: what the adapter adds comes before it.
-    return None if call is None else (site(x, x, module, call), *args[1:])
+    return None if call is None else (hook(x, x, module, call), *args[1:])
 
 
-def _at_start(setup: Setup, place: Place, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    calls.keep_input(setup, place, args[0] if args else kwargs.get("hidden_states"))
+def _at_start(
+    state: AdapterState, point: HookPoint, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> None:
+    calls.keep_input(state, point, args[0] if args else kwargs.get("hidden_states"))
 
 
-def _in_parallel(site_name: str, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-    site: AdapterSite = module._modules[site_name]  # type: ignore[assignment]  # `attach` has put it there
+def _in_parallel(hook_name: str, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+    hook: AdapterHook = module._modules[hook_name]  # type: ignore[assignment]  # `attach` has put it there
     residual = output[0] if isinstance(output, tuple) else output
-    x, call = calls.kept_input(site.setup, site.place), site.call(residual)
+    x, call = calls.kept_input(hook.state, hook.point), hook.call(residual)
     if call is None:
         return None
-    y = site(x, residual, None, call)
+    y = hook(x, residual, None, call)
     return (y, *output[1:]) if isinstance(output, tuple) else y

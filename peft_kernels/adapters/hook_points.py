@@ -27,11 +27,12 @@ from torch import nn
 
 from .config import ATTENTION, CROSS_ATTENTION, FFN, AdapterConfig
 
-SITE, PARALLEL_SITE = "adapter_site", "parallel_adapter_site"
+# The names of the hooks' modules, and so a part of their parameters' names in state_dicts, which stay as they are.
+SERIES_HOOK, PARALLEL_HOOK = "adapter_site", "parallel_adapter_site"
 
 
-class Seam(Enum):
-    """What an adapter A does at a module."""
+class Placement(Enum):
+    """How an adapter A is put to a module: what it reads, and what it changes."""
 
     SERIES = "output + A(output)"
     NORM = "LayerNorm(s + A(LayerNorm(s)))"
@@ -39,12 +40,12 @@ class Seam(Enum):
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where one layer of an adapter acts.
+class HookPoint:
+    """Where one layer of an adapter acts, and how.
 
     Attributes:
         path: of the module whose output, or in a LayerNorm whose input, it changes.
-        seam: how.
+        placement: how.
         location: the sublayer; empty for a pattern's match.
         layer: its number in the model.
         start: for PARALLEL the path of the module whose input it reads; may be `path`.
@@ -52,22 +53,24 @@ class Place:
     """
 
     path: str
-    seam: Seam
+    placement: Placement
     location: str
     layer: int
     start: str = ""
     hub_path: str = ""
 
     @property
-    def site_name(self) -> str:
+    def hook_name(self) -> str:
         """The name of what is put into the module, at which a series and a parallel adapter may both act."""
-        return PARALLEL_SITE if self.seam is Seam.PARALLEL else SITE
+        return PARALLEL_HOOK if self.placement is Placement.PARALLEL else SERIES_HOOK
 
-    def acts_as(self, other: Place) -> bool:
-        """Whether it does the same as another place at the same module, which may be named from further in or out."""
+    def acts_as(self, other: HookPoint) -> bool:
+        """Whether it does the same as another one at the same module, which may be named from further in or out."""
         longer, shorter = (self, other) if len(self.path) >= len(other.path) else (other, self)
         prefix = longer.path.removesuffix(shorter.path)
-        return self.seam is other.seam and (self.seam is not Seam.PARALLEL or longer.start == prefix + shorter.start)
+        return self.placement is other.placement and (
+            self.placement is not Placement.PARALLEL or longer.start == prefix + shorter.start
+        )
 
 
 @dataclass(frozen=True)
@@ -76,13 +79,13 @@ class Sublayer:
 
     Attributes:
         needs: modules without which a layer has no such sublayer.
-        seams: for each kind of adapter the module, how it acts there, and where PARALLEL reads.
+        placements: for each kind of adapter the module, how it acts there, and where PARALLEL reads.
         hub_path: AdapterHub's module that holds its adapters.
     """
 
     location: str
     needs: tuple[str, ...]
-    seams: Mapping[str, tuple[str, Seam, str]]
+    placements: Mapping[str, tuple[str, Placement, str]]
     hub_path: str
 
 
@@ -106,12 +109,12 @@ class Architecture:
 
 def _post_norm(location: str, start: str, output: str) -> Sublayer:
     """BERT's: `output` is dense, dropout and the sum's LayerNorm; `start` is what first reads the sublayer's input."""
-    seams = {
-        "houlsby": (f"{output}.dropout", Seam.SERIES, ""),
-        "pfeiffer": (f"{output}.LayerNorm", Seam.NORM, ""),
-        "parallel": (f"{output}.dropout", Seam.PARALLEL, start),
+    placements = {
+        "houlsby": (f"{output}.dropout", Placement.SERIES, ""),
+        "pfeiffer": (f"{output}.LayerNorm", Placement.NORM, ""),
+        "parallel": (f"{output}.dropout", Placement.PARALLEL, start),
     }
-    return Sublayer(location, (f"{output}.dropout", f"{output}.LayerNorm", start), seams, output)
+    return Sublayer(location, (f"{output}.dropout", f"{output}.LayerNorm", start), placements, output)
 
 
 def _pre_norm(attention: str, norms: tuple[str, str], hub_ffn: str) -> tuple[Sublayer, Sublayer]:
@@ -121,16 +124,16 @@ def _pre_norm(attention: str, norms: tuple[str, str], hub_ffn: str) -> tuple[Sub
         Sublayer(
             ATTENTION,
             (attention,),
-            {"houlsby": (attention, Seam.SERIES, ""), "parallel": (attention, Seam.PARALLEL, first)},
+            {"houlsby": (attention, Placement.SERIES, ""), "parallel": (attention, Placement.PARALLEL, first)},
             "attention_adapters",
         ),
         Sublayer(
             FFN,
             ("mlp",),
             {
-                "houlsby": ("mlp", Seam.SERIES, ""),
-                "pfeiffer": ("", Seam.SERIES, ""),
-                "parallel": ("mlp", Seam.PARALLEL, second),
+                "houlsby": ("mlp", Placement.SERIES, ""),
+                "pfeiffer": ("", Placement.SERIES, ""),
+                "parallel": ("mlp", Placement.PARALLEL, second),
             },
             hub_ffn,
         ),
@@ -139,12 +142,12 @@ def _pre_norm(attention: str, norms: tuple[str, str], hub_ffn: str) -> tuple[Sub
 
 def _t5(location: str, module: str) -> Architecture:
     """A sublayer of T5, which is a module of its own with norm, dropout and sum."""
-    seams = {
-        "houlsby": ("dropout", Seam.SERIES, ""),
-        "pfeiffer": ("", Seam.SERIES, ""),
-        "parallel": ("dropout", Seam.PARALLEL, ""),
+    placements = {
+        "houlsby": ("dropout", Placement.SERIES, ""),
+        "pfeiffer": ("", Placement.SERIES, ""),
+        "parallel": ("dropout", Placement.PARALLEL, ""),
     }
-    return Architecture((module, "layer_norm", "dropout"), (Sublayer(location, (module,), seams, ""),))
+    return Architecture((module, "layer_norm", "dropout"), (Sublayer(location, (module,), placements, ""),))
 
 
 ARCHITECTURES = (
@@ -172,15 +175,15 @@ ARCHITECTURES = (
 )
 
 
-def find_places(model: nn.Module, config: AdapterConfig) -> list[Place]:
-    """Every place of a model where the adapter is to have a layer, in the model's order.
+def find_hook_points(model: nn.Module, config: AdapterConfig) -> list[HookPoint]:
+    """Every hook point of a model where the adapter is to have a layer, in the model's order.
 
     Raises:
         ValueError: there is none.
     """
     if config.targets is not None:
         return _matches(model, config)
-    places: list[Place] = []
+    points: list[HookPoint] = []
     present, possible = set(), set()  # locations that the model has, and those of them where the kind has a place
     numbers: dict[str, int] = {}
     for path, layer in model.named_modules():
@@ -195,14 +198,14 @@ def find_places(model: nn.Module, config: AdapterConfig) -> list[Place]:
                 ):
                     continue
                 present.add(sublayer.location)
-                if config.kind not in sublayer.seams:
+                if config.kind not in sublayer.placements:
                     continue
                 possible.add(sublayer.location)
                 if number not in config.leave_out:
-                    module, seam, start = sublayer.seams[config.kind]
-                    start = _join(path, start) if seam is Seam.PARALLEL else ""
+                    module, placement, start = sublayer.placements[config.kind]
+                    start = _join(path, start) if placement is Placement.PARALLEL else ""
                     hub_path = re.sub(*architecture.hub_names, _join(path, sublayer.hub_path))
-                    places.append(Place(_join(path, module), seam, sublayer.location, number, start, hub_path))
+                    points.append(HookPoint(_join(path, module), placement, sublayer.location, number, start, hub_path))
     for location in config.locations or ():
         if location in present - possible:
             raise ValueError(
@@ -215,9 +218,9 @@ def find_places(model: nn.Module, config: AdapterConfig) -> list[Place]:
                 "like BERT's, Llama's, T5's or ViT's, or `targets`: patterns of the names of the modules to be adapted"
             )
     _check_left_out(config, set(numbers.values()))
-    if not places:
+    if not points:
         raise ValueError(f"leave_out: got {config.leave_out!r}, which are all of the {len(numbers)} layers")
-    return places
+    return points
 
 
 def _check_left_out(config: AdapterConfig, numbers: set[int]) -> None:
@@ -228,9 +231,11 @@ def _check_left_out(config: AdapterConfig, numbers: set[int]) -> None:
             raise ValueError(f"leave_out: got {entry!r}, which is no layer's number, wanted some of {found}")
 
 
-def _matches(model: nn.Module, config: AdapterConfig) -> list[Place]:
+def _matches(model: nn.Module, config: AdapterConfig) -> list[HookPoint]:
     """The modules whose whole name, or the end of it after a dot, a target matches."""
-    names = [name for name, _ in model.named_modules() if name and not {SITE, PARALLEL_SITE} & set(name.split("."))]
+    names = [
+        name for name, _ in model.named_modules() if name and not {SERIES_HOOK, PARALLEL_HOOK} & set(name.split("."))
+    ]
     found = set()
     for target in config.targets or ():
         try:
@@ -243,19 +248,19 @@ def _matches(model: nn.Module, config: AdapterConfig) -> list[Place]:
                 f"targets: got {target!r}, which matches no module's name; names are such as {', '.join(names[-3:])}"
             )
         found |= matched
-    places: dict[str, Place] = {}
+    points: dict[str, HookPoint] = {}
     for name in names:
         if name in found:
-            place = _place_of(model, name, config)
-            places.setdefault(place.path, place)
-    _check_left_out(config, {place.layer for place in places.values()} - {-1})
-    kept = [place for place in places.values() if place.layer not in config.leave_out]
+            point = _hook_point_of(model, name, config)
+            points.setdefault(point.path, point)
+    _check_left_out(config, {point.layer for point in points.values()} - {-1})
+    kept = [point for point in points.values() if point.layer not in config.leave_out]
     if not kept:
         raise ValueError(f"leave_out: got {config.leave_out!r}, which are all of the layers that `targets` matches")
     return kept
 
 
-def _place_of(model: nn.Module, name: str, config: AdapterConfig) -> Place:
+def _hook_point_of(model: nn.Module, name: str, config: AdapterConfig) -> HookPoint:
     module, end = model.get_submodule(name), name
     # A Sequential runs every child that it has, and would run the adapter; its last module returns the same.
     while isinstance(module, nn.Sequential) and len(module):
@@ -266,8 +271,8 @@ def _place_of(model: nn.Module, name: str, config: AdapterConfig) -> Place:
     number = re.search(r"(?:^|\.)(\d+)(?:\.|$)", name)
     layer = int(number[1]) if number else -1
     if config.kind == "parallel":
-        return Place(end, Seam.PARALLEL, "", layer, start=name, hub_path=end)
-    return Place(end, Seam.SERIES, "", layer, hub_path=end)
+        return HookPoint(end, Placement.PARALLEL, "", layer, start=name, hub_path=end)
+    return HookPoint(end, Placement.SERIES, "", layer, hub_path=end)
 
 
 def _has(module: nn.Module | None, path: str) -> bool:

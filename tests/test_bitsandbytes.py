@@ -14,6 +14,7 @@ from torch import nn
 
 import peft_kernels
 from peft_kernels.integrations import registry
+from peft_kernels.integrations.refusal import Refusal
 from peft_kernels.testing.reference.lora_linear import lora_linear as reference
 
 # Ours may be this much less exact than the stock layer, in relative error against fp64.
@@ -249,7 +250,7 @@ def test_input_without_a_fused_path(caplog):
 
 def test_other_devices_are_left_to_stock():
     layer = fused4bit()
-    assert layer.base_product(torch.empty(2, IN_FEATURES, device="meta")) == "no fused kernel for meta"
+    assert layer.base_product(torch.empty(2, IN_FEATURES, device="meta")) == Refusal("no fused kernel for meta")
 
 
 @pytest.mark.parametrize("shape", [(IN_FEATURES,), (0, IN_FEATURES), (2, 0, IN_FEATURES), (1, 2, 3, IN_FEATURES)])

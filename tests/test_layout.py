@@ -87,3 +87,9 @@ def test_plans_of_the_cpu_are_no_shared_symbols():
 def test_the_dtypes_of_the_kernels_are_listed_once():
     listed = re.compile(r"\(torch\.float32, torch\.bfloat16, torch\.float16\)")
     assert [path.name for path in PACKAGE.rglob("*.py") for _ in listed.findall(path.read_text())] == ["_arguments.py"]
+
+
+def test_what_is_refused_is_no_text_in_the_place_of_a_result():
+    for path in PACKAGE.rglob("*.py"):
+        found = re.findall(r"^.*-> .*\w\]? \| str\b.*$", path.read_text(), re.MULTILINE)
+        assert not found, f"{path.relative_to(PACKAGE)}: {found}"

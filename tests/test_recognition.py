@@ -25,6 +25,7 @@ import peft_kernels
 from peft_kernels.inference.decoder_layer import FusedDecoderLayer
 from peft_kernels.integrations import lookalike, peft_ia3, recognition
 from peft_kernels.integrations.causal_lm_loss import FusedLoss
+from peft_kernels.integrations.refusal import Refusal
 from peft_kernels.integrations.registry import _refused, _table, fused_form
 from peft_kernels.integrations.transformers import FusedAttention, FusedLlamaAttention
 from peft_kernels.integrations.transformers_layers import FusedGatedMLP, FusedRMSNorm
@@ -354,7 +355,7 @@ def test_classes_of_transformers():
         for cls in (fused, fused.stock):
             block = module_of(cls)
             assert peft_ia3._producer(block, "down_proj", torch.ones(1)) is block.up_proj
-            assert isinstance(peft_ia3._producer(block, "up_proj", torch.ones(1)), str)
+            assert isinstance(peft_ia3._producer(block, "up_proj", torch.ones(1)), Refusal)
 
 
 def in_transformers(cls):

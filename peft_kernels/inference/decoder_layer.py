@@ -17,6 +17,7 @@ from transformers import DynamicCache
 
 from ..integrations.linear import NO_ADAPTERS, Adapters, BaseProduct, dense_product, why_not_skip
 from ..integrations.lookalike import Lookalike, form
+from ..integrations.refusal import Refusal
 from ..integrations.registry import Caching, FusedLayer, fused_form
 from ..integrations.rotary import are_usual_angles
 from ..integrations.transformers import NAME, FusedLlamaAttention, attention
@@ -194,7 +195,7 @@ def _projection(block: nn.Module, name: str, x: Tensor, guard: Guard) -> Project
         raise _UnsuitedError
     if x.shape[-1] != in_features:
         x = x.new_empty((0, in_features))
-    found: tuple[BaseProduct | str, Adapters] | str
+    found: tuple[BaseProduct | Refusal, Adapters] | Refusal
     if isinstance(layer, Adaptable):
         found = layer.adapted_product(x, guard)
     else:

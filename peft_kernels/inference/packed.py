@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..integrations.linear import Adapters, BaseProduct
+from ..integrations.refusal import Refusal
 from ..integrations.registry import Caching, why_not_input
 from ..ops._linear import few_rows
 from ..ops.projections import Projection, Projections, project
@@ -28,7 +29,7 @@ class Adaptable(Caching):
     derived: ClassVar[tuple[str, ...]] = ("_packed",)
     _packed: _Packed | None = None
 
-    def adapted_product(self, x: Tensor, read: Reading = ONCE) -> tuple[BaseProduct, Adapters] | str:
+    def adapted_product(self, x: Tensor, read: Reading = ONCE) -> tuple[BaseProduct, Adapters] | Refusal:
         """What the operation is to be called with; or why x has to take the stock path."""
         raise NotImplementedError
 
@@ -64,12 +65,12 @@ def suits_packed(x: Tensor) -> bool:
     )
 
 
-def packable(found: tuple[BaseProduct | str, Adapters] | str, x: Tensor) -> Projection | None:
+def packable(found: tuple[BaseProduct | Refusal, Adapters] | Refusal, x: Tensor) -> Projection | None:
     """What `adapted_product` found, for `Projections`; None where it is not all that the layer does to x."""
-    if isinstance(found, str):
+    if isinstance(found, Refusal):
         return None
     product, (lora_A, lora_B, scaling, dropout) = found
-    if isinstance(product, str):
+    if isinstance(product, Refusal):
         return None
     weight, bias, *dtypes = product
     if any(dropout) or any(dtype is not x.dtype for dtype in dtypes):

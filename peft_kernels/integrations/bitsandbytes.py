@@ -20,6 +20,7 @@ from ..ops.dora_linear import squares_of_rows
 from ..ops.lora_linear import lora_linear_unchecked
 from ..ops.nf4 import NF4Weight
 from .linear import NO_ADAPTERS, Adapters, BaseProduct
+from .refusal import Refusal
 from .registry import mention, register, why_not_input
 
 mention(bnb.nn.modules.Linear4bit)
@@ -59,24 +60,24 @@ class Fused4bit(Adaptable):
         if (y := self.projected(x)) is not None:
             return y
         product = self.base_product(x)
-        if isinstance(product, str):
-            self.log_stock_path(product)
+        if isinstance(product, Refusal):
+            self.log_stock_path(product.reason)
             out: Tensor = super().forward(x)
             return out
         weight, bias, compute_dtype, out_dtype = product
         return lora_linear_unchecked(x, weight, bias, (), (), (), (), compute_dtype, out_dtype)
 
-    def adapted_product(self, x: Tensor, read: Reading = ONCE) -> tuple[BaseProduct, Adapters] | str:
+    def adapted_product(self, x: Tensor, read: Reading = ONCE) -> tuple[BaseProduct, Adapters] | Refusal:
         product = self.base_product(x, read)
-        return product if isinstance(product, str) else (product, NO_ADAPTERS)
+        return product if isinstance(product, Refusal) else (product, NO_ADAPTERS)
 
-    def base_product(self, x: Tensor, read: Reading = ONCE) -> BaseProduct | str:
+    def base_product(self, x: Tensor, read: Reading = ONCE) -> BaseProduct | Refusal:
         """What `lora_linear` is to be called with; or why this input has to take the stock path."""
         if reason := why_not_input(x):
-            return reason
+            return Refusal(reason)
         if not x.is_cpu and (reason := why_not(x.device)):
             self._view = None  # the weight has moved: let go of the memory that it had
-            return reason
+            return Refusal(reason)
         if not self.compute_type_is_set:
             self.set_compute_type(x)
             self.compute_type_is_set = True
@@ -84,10 +85,10 @@ class Fused4bit(Adaptable):
         own_dtype = compute_dtype or x.dtype
         compute_dtype = autocast_dtype(x) or own_dtype
         if compute_dtype not in FLOAT_DTYPES:
-            return f"the compute dtype is {compute_dtype}"
+            return Refusal(f"the compute dtype is {compute_dtype}")
         weight = self.nf4_weight(read)
         if x.shape[-1] != weight.shape[-1]:
-            return f"x has {x.shape[-1]} features, and the weight has shape {list(weight.shape)}"
+            return Refusal(f"x has {x.shape[-1]} features, and the weight has shape {list(weight.shape)}")
         (bias,) = read.parameters(self, "bias")
         if bias is not None and bias.dtype != own_dtype:
             if torch.compiler.is_compiling():

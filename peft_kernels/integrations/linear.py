@@ -17,6 +17,7 @@ from ..ops._arguments import FLOAT_DTYPES, autocast_dtype, surely
 from ..ops._linear import few_rows, owns_product
 from ..ops.lora_linear import lora_linear_unchecked
 from ..ops.nf4 import NF4Weight
+from .refusal import Refusal
 from .registry import FusedLayer, why_not_input
 from .sharding import type_in_forward
 
@@ -46,7 +47,7 @@ class OnLinear(FusedLayer):
         base = self.base_layer
         return why_not_linear(base) or why_not_weight(base.weight) or super().why_stock()
 
-    def base_product(self, base: nn.Module, x: Tensor, read: Reading = ONCE) -> BaseProduct | str:
+    def base_product(self, base: nn.Module, x: Tensor, read: Reading = ONCE) -> BaseProduct | Refusal:
         return dense_product(base, x, read)
 
 
@@ -67,22 +68,22 @@ def own_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None
     return None
 
 
-def dense_product(base: nn.Module, x: Tensor, read: Reading = ONCE) -> BaseProduct | str:
+def dense_product(base: nn.Module, x: Tensor, read: Reading = ONCE) -> BaseProduct | Refusal:
     """What an `nn.Linear` or a `Conv1D` computes for x, as the fused operations take it; or why x has to take the stock
     path."""
     if reason := why_not_linear(base) or why_not_input(x):
-        return reason
+        return Refusal(reason)
     weight, bias = read.parameters(base, "weight", "bias")
     if reason := why_not_weight(weight):
-        return reason
+        return Refusal(reason)
     if is_conv1d(base):
         weight = weight.T
     if x.device != weight.device:
-        return f"x is on {x.device.type}, and the weight on {weight.device.type}"
+        return Refusal(f"x is on {x.device.type}, and the weight on {weight.device.type}")
     if dtype := autocast_dtype(x):
         return weight, bias, dtype, dtype
     if x.dtype != weight.dtype or (bias is not None and x.dtype != bias.dtype):
-        return "x and the base layer differ in dtype"  # which PEFT's forward raises an error for
+        return Refusal("x and the base layer differ in dtype")  # which PEFT's forward raises an error for
     return weight, bias, x.dtype, x.dtype
 
 

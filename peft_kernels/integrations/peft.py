@@ -33,6 +33,7 @@ from .linear import (
     is_linear,
     why_not_skip,
 )
+from .refusal import Refusal
 from .registry import mention, register
 
 _DROPOUTS = (nn.Dropout, Dropout)
@@ -57,7 +58,7 @@ class FusedLoRA(Adaptable):
             return f"its base layer has {reason}"
         name = self._only_dora()
         adapters = [self._dora(name)] if name else map(self._adapter, self.active_adapters)
-        return next((adapter for adapter in adapters if isinstance(adapter, str)), None)
+        return next((adapter.reason for adapter in adapters if isinstance(adapter, Refusal)), None)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if not (args or kwargs) and (y := self.projected(x)) is not None:
@@ -66,8 +67,8 @@ class FusedLoRA(Adaptable):
             out: Tensor = super().forward(x, *args, **kwargs)
             return out
         operation, call = self._operation(x, args, kwargs)
-        if isinstance(call, str):
-            self.log_stock_path(call)
+        if isinstance(call, Refusal):
+            self.log_stock_path(call.reason)
             out = super().forward(x, *args, **kwargs)
             return out
         (weight, bias, *dtypes), adapters = call
@@ -75,17 +76,17 @@ class FusedLoRA(Adaptable):
 
     def _operation(
         self, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[Callable[..., Tensor], _Call | str]:
+    ) -> tuple[Callable[..., Tensor], _Call | Refusal]:
         """What computes this call's result, and of what; or why it has to take the stock path."""
         if reason := _why_stock_call(args, kwargs):
-            return lora_linear_unchecked, reason
+            return lora_linear_unchecked, Refusal(reason)
         if (names := kwargs.get("adapter_names")) is not None:
             return lora_linear_grouped_unchecked, self._grouped_product(x, names)
         if name := self._only_dora():
             return dora_linear_unchecked, self._dora_product(x, name)
         return lora_linear_unchecked, self.adapted_product(x)
 
-    def base_product(self, base: nn.Module, x: Tensor, read: Reading = ONCE) -> BaseProduct | str:
+    def base_product(self, base: nn.Module, x: Tensor, read: Reading = ONCE) -> BaseProduct | Refusal:
         """What `lora_linear` is to be called with for the base layer; or why this input has to take the stock path."""
         raise NotImplementedError
 
@@ -95,43 +96,43 @@ class FusedLoRA(Adaptable):
 
     # The rest runs at every forward, before the kernel starts: hence the dictionaries of nn.Module, read directly.
 
-    def adapted_product(self, x: Tensor, read: Reading = ONCE) -> tuple[BaseProduct, Adapters] | str:
+    def adapted_product(self, x: Tensor, read: Reading = ONCE) -> tuple[BaseProduct, Adapters] | Refusal:
         product = self._product(x, read)
-        if isinstance(product, str):
+        if isinstance(product, Refusal):
             return product
         disabled, merged, names = read.attributes(self, "_disable_adapters", "merged_adapters", "_active_adapter")
         merged = read.length(merged)
         if disabled or merged:
-            return "its adapters are merged and disabled" if disabled and merged else (product, NO_ADAPTERS)
+            return Refusal("its adapters are merged and disabled") if disabled and merged else (product, NO_ADAPTERS)
         adapters: tuple[list[Tensor], list[Tensor], list[float], list[float]] = ([], [], [], [])
         lora_A, lora_B, scaling, dropout = adapters
         for name in (names,) if isinstance(names, str) else names:
             adapter = self._adapter(name, read=read)
             if adapter is None:
                 continue
-            if isinstance(adapter, str):
+            if isinstance(adapter, Refusal):
                 return adapter
             a, b, scale, p = adapter
             if reason := self._why_not_cast(x, name, a, read):
-                return reason
+                return Refusal(reason)
             lora_A.append(a)
             lora_B.append(b)
             scaling.append(scale)
             dropout.append(p)
         return product, adapters
 
-    def _dora_product(self, x: Tensor, name: str) -> tuple[BaseProduct, _DoRA] | str:
+    def _dora_product(self, x: Tensor, name: str) -> tuple[BaseProduct, _DoRA] | Refusal:
         """What `adapted_product` returns, where the only active adapter is a DoRA."""
         product, found = self._product(x), self._dora(name)
-        if isinstance(product, str):
+        if isinstance(product, Refusal):
             return product
-        if isinstance(found, str):
+        if isinstance(found, Refusal):
             return found
         (a, b, scaling, p), magnitude = found
         if reason := self._why_not_cast(x, name, a):
-            return reason
+            return Refusal(reason)
         if magnitude.weight.device != x.device:
-            return f"adapter {name!r} has its magnitude on {magnitude.weight.device}"
+            return Refusal(f"adapter {name!r} has its magnitude on {magnitude.weight.device}")
         # PEFT's own cache, for those who turn it on; from 0.19 on there is one.
         cache, key = vars(magnitude).get("_dora_cache", {}), f"weight-norm-{name}"
         caches = getattr(dora, "ENABLE_DORA_CACHING", False) and not magnitude.training
@@ -145,14 +146,16 @@ class FusedLoRA(Adaptable):
                 cache[key] = norm
         return product, (a, b, magnitude.weight, norm, scaling, p)
 
-    def _grouped_product(self, x: Tensor, adapter_names: Sequence[str]) -> tuple[BaseProduct, GroupedAdapters] | str:
+    def _grouped_product(
+        self, x: Tensor, adapter_names: Sequence[str]
+    ) -> tuple[BaseProduct, GroupedAdapters] | Refusal:
         """What `adapted_product` returns, where each sample has the adapter of a name."""
         self._check_forward_args(x, adapter_names=adapter_names)  # whose errors are PEFT's
         product = self._product(x)
-        if isinstance(product, str):
+        if isinstance(product, Refusal):
             return product
         if x.dim() < 2:
-            return "x has no samples"
+            return Refusal("x has no samples")
         adapters: tuple[list[Tensor], list[Tensor], list[float]] = ([], [], [])
         lora_A, lora_B, scaling = adapters
         positions: dict[str, int] = {"__base__": -1}
@@ -160,24 +163,24 @@ class FusedLoRA(Adaptable):
             if name in positions:
                 continue
             adapter = self._adapter(name)
-            if isinstance(adapter, str):
+            if isinstance(adapter, Refusal):
                 return adapter
             positions[name] = -1 if adapter is None else len(lora_A)
             if adapter is not None:
                 a, b, scale, p = adapter
                 if p > 0:
-                    return f"adapter {name!r} has dropout, and adapter_names was given"
+                    return Refusal(f"adapter {name!r} has dropout, and adapter_names was given")
                 lora_A.append(a)
                 lora_B.append(b)
                 scaling.append(scale)
         if wants_gradients(x, *product[:2], lora_A, lora_B):
-            return "adapter_names was given, and a gradient is wanted"
+            return Refusal("adapter_names was given, and a gradient is wanted")
         return product, (*adapters, [positions[name] for name in adapter_names])
 
-    def _product(self, x: Tensor, read: Reading = ONCE) -> BaseProduct | str:
+    def _product(self, x: Tensor, read: Reading = ONCE) -> BaseProduct | Refusal:
         base = read.module(self._modules, "base_layer")
         if reason := why_not_skip(base):
-            return f"its base layer has {reason}"
+            return Refusal(f"its base layer has {reason}")
         return self.base_product(base, x, read)
 
     def _why_not_cast(self, x: Tensor, name: str, a: Tensor, read: Reading = ONCE) -> str | None:
@@ -192,21 +195,21 @@ class FusedLoRA(Adaptable):
         names = [name for name in self.active_adapters if name in self.lora_A]
         return names[0] if len(names) == 1 and type(self.lora_variant.get(names[0])) is DoraLinearVariant else None
 
-    def _dora(self, name: str) -> tuple[_Adapter, dora.DoraLinearLayer] | str:
+    def _dora(self, name: str) -> tuple[_Adapter, dora.DoraLinearLayer] | Refusal:
         adapter = self._adapter(name, DoraLinearVariant)
         assert adapter is not None  # `_only_dora` has found it
-        if isinstance(adapter, str):
+        if isinstance(adapter, Refusal):
             return adapter
         magnitude = self._modules["lora_magnitude_vector"]._modules[name]
         if type(magnitude) is not dora.DoraLinearLayer:
-            return f"adapter {name!r} has a magnitude that is a {type(magnitude).__name__}"
+            return Refusal(f"adapter {name!r} has a magnitude that is a {type(magnitude).__name__}")
         if reason := why_not_skip(magnitude):
-            return f"adapter {name!r} has {reason}"
+            return Refusal(f"adapter {name!r} has {reason}")
         if magnitude.weight.dtype not in FLOAT_DTYPES:
-            return f"adapter {name!r} has a magnitude in {magnitude.weight.dtype}"
+            return Refusal(f"adapter {name!r} has a magnitude in {magnitude.weight.dtype}")
         return adapter, magnitude
 
-    def _adapter(self, name: str, variant: type | None = None, read: Reading = ONCE) -> _Adapter | str | None:
+    def _adapter(self, name: str, variant: type | None = None, read: Reading = ONCE) -> _Adapter | Refusal | None:
         """What an adapter, of a variant, is made of; or why it can't be fused; or None if this layer lacks it."""
         lora_A, lora_B, dropouts = read.items(self._modules, "lora_A", "lora_B", "lora_dropout")
         a = read.module(lora_A._modules, name)
@@ -215,25 +218,26 @@ class FusedLoRA(Adaptable):
         variants, scalings = read.attributes(self, "lora_variant", "scaling")
         (found,) = read.items(variants, name)
         if found is not None and type(found) is not variant:
-            return f"adapter {name!r} is a {type(found).__name__}"
+            return Refusal(f"adapter {name!r} is a {type(found).__name__}")
         b, dropout = read.module(lora_B._modules, name), read.module(dropouts._modules, name)
         if not (is_linear(a) and is_linear(b)):
-            return f"adapter {name!r} is made of {type(a).__name__} and {type(b).__name__}, not of torch.nn.Linear"
+            kinds = f"{type(a).__name__} and {type(b).__name__}"
+            return Refusal(f"adapter {name!r} is made of {kinds}, not of torch.nn.Linear")
         weight_A, bias_A = read.parameters(a, "weight", "bias")
         weight_B, bias_B = read.parameters(b, "weight", "bias")
         if bias_B is not None:
-            return f"adapter {name!r} has lora_bias"
+            return Refusal(f"adapter {name!r} has lora_bias")
         if bias_A is not None:
-            return f"adapter {name!r} has a bias on A"
+            return Refusal(f"adapter {name!r} has a bias on A")
         p, training = read.attributes(dropout, "p", "training") if type(dropout) in _DROPOUTS else (0.0, False)
         if p >= 1 or not (type(dropout) in _DROPOUTS or type(dropout) is nn.Identity):
-            return f"adapter {name!r} has the dropout {dropout}"
+            return Refusal(f"adapter {name!r} has the dropout {dropout}")
         if not training:
             p = 0.0
         if reason := why_not_skip(a) or why_not_skip(b) or why_not_skip(dropout):
-            return f"adapter {name!r} has {reason}"
+            return Refusal(f"adapter {name!r} has {reason}")
         if weight_A.dtype not in FLOAT_DTYPES or weight_B.dtype not in FLOAT_DTYPES:
-            return f"adapter {name!r} is {weight_A.dtype} and {weight_B.dtype}"
+            return Refusal(f"adapter {name!r} is {weight_A.dtype} and {weight_B.dtype}")
         scaling = scalings[name]
         if isinstance(scaling, Tensor) and torch.compiler.is_compiling():
             # `prepare_model_for_compiled_hotswap` makes it one, which compiled code has to read each time that it runs.
@@ -281,8 +285,8 @@ if hasattr(lora, "Linear4bit"):  # bitsandbytes is installed
                 return f"its base layer, a {type(self.base_layer).__name__}, is not fused"
             return self.base_layer.why_stock() or super().why_stock()
 
-        def base_product(self, base: nn.Module, x: Tensor, read: Reading = ONCE) -> BaseProduct | str:
-            return base.base_product(x, read) if isinstance(base, Fused4bit) else "its base layer is not fused"
+        def base_product(self, base: nn.Module, x: Tensor, read: Reading = ONCE) -> BaseProduct | Refusal:
+            return base.base_product(x, read) if isinstance(base, Fused4bit) else Refusal("its base layer is not fused")
 
         def squares_of_rows(self, base: Any) -> Tensor | None:
             result: Tensor | None = base.squares_of_rows()

@@ -20,6 +20,7 @@ from ..ops.ia3_linear import ia3_linear
 from ..ops.nf4 import NF4Weight
 from .linear import BaseProduct, OnLinear, is_conv1d, why_not_skip
 from .lookalike import form_of
+from .refusal import Refusal
 from .registry import FusedLayer, check_module, register
 from .transformers_layers import FusedGatedMLP
 
@@ -34,40 +35,40 @@ class FusedIA3(FusedLayer):
         if reason := why_not_skip(self.base_layer):
             return f"its base layer has {reason}"
         scale = self._scale()
-        return scale if isinstance(scale, str) else None
+        return scale.reason if isinstance(scale, Refusal) else None
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if self._disable_adapters or self.merged_adapters:
             y: Tensor = super().forward(x, *args, **kwargs)
             return y
         call = self._call(x, args, kwargs)
-        if isinstance(call, str):
-            self.log_stock_path(call)
+        if isinstance(call, Refusal):
+            self.log_stock_path(call.reason)
             y = super().forward(x, *args, **kwargs)
             return y
         (weight, bias, compute_dtype, out_dtype), scale = call
         l_in, l_out = (scale, None) if self.is_feedforward else (None, scale)
         return ia3_linear(x, weight, bias, l_in, l_out, compute_dtype=compute_dtype, out_dtype=out_dtype)
 
-    def base_product(self, base: nn.Module, x: Tensor) -> BaseProduct | str:
+    def base_product(self, base: nn.Module, x: Tensor) -> BaseProduct | Refusal:
         """What `ia3_linear` is to be called with for the base layer; or why this input has to take the stock path."""
         raise NotImplementedError
 
     def _call(
         self, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[BaseProduct, Tensor | None] | str:
+    ) -> tuple[BaseProduct, Tensor | None] | Refusal:
         if args or kwargs:
-            return "further arguments were given"
+            return Refusal("further arguments were given")
         base = self._modules["base_layer"]
         if reason := why_not_skip(base):
-            return f"its base layer has {reason}"
+            return Refusal(f"its base layer has {reason}")
         product = self.base_product(base, x)
-        if isinstance(product, str):
+        if isinstance(product, Refusal):
             return product
         scale = self._scale()
-        return scale if isinstance(scale, str) else (product, scale)
+        return scale if isinstance(scale, Refusal) else (product, scale)
 
-    def _scale(self) -> Tensor | str | None:
+    def _scale(self) -> Tensor | Refusal | None:
         """The product of the active adapters' vectors, None if there is none; or why it can't be fused."""
         scale, vectors, device = None, self._modules["ia3_l"], self.base_layer.weight.device
         for name in self.active_adapters:
@@ -75,9 +76,9 @@ class FusedIA3(FusedLayer):
                 continue
             vector = vectors[name]
             if vector.dtype not in FLOAT_DTYPES:
-                return f"adapter {name!r} is {vector.dtype}"
+                return Refusal(f"adapter {name!r} is {vector.dtype}")
             if vector.device != device:
-                return f"adapter {name!r} is on {vector.device.type}"
+                return Refusal(f"adapter {name!r} is on {vector.device.type}")
             scale = vector.flatten() if scale is None else scale * vector.flatten()
         return scale
 
@@ -130,8 +131,8 @@ if hasattr(ia3, "Linear4bit"):  # bitsandbytes is installed
                 return f"its base layer, a {type(self.base_layer).__name__}, is not fused"
             return self.base_layer.why_stock() or super().why_stock()
 
-        def base_product(self, base: nn.Module, x: Tensor) -> BaseProduct | str:
-            return base.base_product(x) if isinstance(base, Fused4bit) else "its base layer is not fused"
+        def base_product(self, base: nn.Module, x: Tensor) -> BaseProduct | Refusal:
+            return base.base_product(x) if isinstance(base, Fused4bit) else Refusal("its base layer is not fused")
 
         def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
             if self.merged_adapters and not self._disable_adapters:
@@ -218,32 +219,33 @@ if hasattr(ia3, "Linear4bit"):  # bitsandbytes is installed
         if leaf == "down_proj" and (form_of(type(parent)) is FusedGatedMLP or kind in _GATED_MLPS):
             return parent.up_proj
         if kind == "OPTDecoderLayer" and leaf == "fc2":
+            activation = type(parent.activation_fn).__name__
             if not isinstance(parent.activation_fn, nn.ReLU):
-                return f"its input comes out of a {type(parent.activation_fn).__name__}, through which no factor passes"
+                return Refusal(f"its input comes out of a {activation}, through which no factor passes")
             if (scale < 0).any():
-                return "its input comes out of a ReLU, through which no negative factor passes"
+                return Refusal("its input comes out of a ReLU, through which no negative factor passes")
             return parent.fc1
-        return f"no layer is known whose rows make the input of {leaf!r} in a {kind}"
+        return Refusal(f"no layer is known whose rows make the input of {leaf!r} in a {kind}")
 
-    def _target(model: nn.Module, name: str, layer: ia3.IA3Layer, names: list[str]) -> nn.Module | str:
+    def _target(model: nn.Module, name: str, layer: ia3.IA3Layer, names: list[str]) -> nn.Module | Refusal:
         """The 4-bit layer whose rows take a layer's vector; or why there is none."""
         if not isinstance(layer, Linear4bit):
-            return "it is not fused: call accelerate first"
-        target: nn.Module | str = layer.base_layer
+            return Refusal("it is not fused: call accelerate first")
+        target: nn.Module | Refusal = layer.base_layer
         if layer.is_feedforward:
             parent, _, leaf = name.rpartition(".")
             scale = math.prod(layer.ia3_l[adapter].detach() for adapter in names)
             target = _producer(model.get_submodule(parent), leaf, scale)
-            if isinstance(target, str):
+            if isinstance(target, Refusal):
                 return target
             if isinstance(target, ia3.IA3Layer):
                 target = target.base_layer
         if not isinstance(target, Fused4bit):
-            return f"its vector would go into a {type(target).__name__}, which is no fused 4-bit layer"
+            return Refusal(f"its vector would go into a {type(target).__name__}, which is no fused 4-bit layer")
         weight = target.nf4_weight()
         if weight.shape[1] % weight.blocksize:
             shape, blocksize = list(weight.shape), weight.blocksize
-            return f"its vector would go into a weight {shape} whose blocks of {blocksize} straddle rows"
+            return Refusal(f"its vector would go into a weight {shape} whose blocks of {blocksize} straddle rows")
         return target
 
     def merge_ia3(model: nn.Module, adapter_names: list[str] | None = None) -> None:
@@ -279,8 +281,8 @@ if hasattr(ia3, "Linear4bit"):  # bitsandbytes is installed
                 merges.append((layer.merge, (False, names)))
                 continue
             target = _target(model, name, layer, names)
-            if isinstance(target, str):
-                problems.append(f"{name}: {target}")
+            if isinstance(target, Refusal):
+                problems.append(f"{name}: {target.reason}")
             else:
                 assert isinstance(layer, Linear4bit)  # else there is no target
                 merges.append((layer.merge_into, (target, False, names)))

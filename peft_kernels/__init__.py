@@ -18,13 +18,13 @@ from .adapters import (
 from .integrations import accelerate, restore
 
 if TYPE_CHECKING:
-    from .integrations.peft_ia3 import merge_ia3
-    from .integrations.prefix import attach_prefix, detach_prefix
+    from .integrations.peft.ia3 import merge_ia3
+    from .integrations.transformers.prefix import attach_prefix, detach_prefix
 
 tuned.apply()
 
 # What needs transformers, or PEFT, is imported when it is asked for.
-_OPTIONAL = {"attach_prefix": "prefix", "detach_prefix": "prefix", "merge_ia3": "peft_ia3"}
+_OPTIONAL = {"attach_prefix": "transformers.prefix", "detach_prefix": "transformers.prefix", "merge_ia3": "peft.ia3"}
 
 __all__ = [
     "accelerate",

@@ -12,7 +12,7 @@ from tolerances import FP32_SUM, ROUNDING, VERSUS_STOCK
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 import peft_kernels
-from peft_kernels.integrations.causal_lm_loss import causal_lm_loss
+from peft_kernels.integrations.transformers.causal_lm_loss import causal_lm_loss
 
 
 def problem(dtype=torch.float32, batch=2, length=11):

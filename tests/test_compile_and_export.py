@@ -226,7 +226,7 @@ def test_compiles_for_any_number_of_rows(layer, grad):
 def test_products_that_outrun_torch(layer, monkeypatch):
     """Where the kernels' products are chosen by their size."""
     monkeypatch.setattr("peft_kernels.cpu.outruns_torch", lambda: True)
-    monkeypatch.setattr("peft_kernels.integrations.dense_linear.LEAST_FEATURES", 1)
+    monkeypatch.setattr("peft_kernels.integrations.torch.linear.LEAST_FEATURES", 1)
     model = accelerated(LAYERS[layer])
     torch.compiler.reset()
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True, dynamic=True)

@@ -1,5 +1,6 @@
 """How csrc/ is laid out: the folder says the device, and a family shows others its header, binding and plans."""
 
+import ast
 import re
 from pathlib import Path
 
@@ -93,3 +94,17 @@ def test_what_is_refused_is_no_text_in_the_place_of_a_result():
     for path in PACKAGE.rglob("*.py"):
         found = re.findall(r"^.*-> .*\w\]? \| str\b.*$", path.read_text(), re.MULTILINE)
         assert not found, f"{path.relative_to(PACKAGE)}: {found}"
+
+
+def libraries_imported_by(path: Path) -> set[str]:
+    """Those that `accelerate` is for, and that a user may be without."""
+    nodes = list(ast.walk(ast.parse(path.read_text())))
+    names = [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
+    names += [node.module for node in nodes if isinstance(node, ast.ImportFrom) and node.level == 0]
+    return {name.partition(".")[0] for name in names} & {"bitsandbytes", "peft", "transformers"}
+
+
+def test_the_folder_says_whose_layers_are_fused():
+    for path in (PACKAGE / "integrations").rglob("*.py"):
+        folder = path.parent.name
+        assert libraries_imported_by(path) <= {folder}, path.relative_to(PACKAGE)

@@ -12,7 +12,7 @@ from peft import LoraConfig, get_peft_model
 from tiny_models import DECODERS, tiny, tokens
 
 import peft_kernels
-from peft_kernels.integrations import output_layer
+from peft_kernels.integrations.transformers import output_layer
 from peft_kernels.ops import linear
 from peft_kernels.ops.projections import Projection, Projections, project
 

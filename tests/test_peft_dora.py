@@ -228,7 +228,7 @@ def test_compiles_into_one_graph(kind, grad):
 def test_the_op_is_what_runs(monkeypatch):
     calls = []
     monkeypatch.setattr(
-        "peft_kernels.integrations.peft.dora_linear_unchecked",
+        "peft_kernels.integrations.peft.lora.dora_linear_unchecked",
         lambda *args, **kwargs: calls.append(1) or dora_linear_unchecked(*args, **kwargs),
     )
     for kind in KINDS:

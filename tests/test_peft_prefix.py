@@ -13,7 +13,7 @@ from torch import nn
 from transformers import PreTrainedConfig, StaticCache
 
 import peft_kernels
-import peft_kernels.integrations.transformers as integration
+import peft_kernels.integrations.transformers.attention as integration
 from peft_kernels.nn import PrefixEncoder
 
 LENGTH = 5

@@ -23,12 +23,14 @@ from transformers.models.llama import modeling_llama
 
 import peft_kernels
 from peft_kernels.inference.decoder_layer import FusedDecoderLayer
-from peft_kernels.integrations import lookalike, peft_ia3, recognition
-from peft_kernels.integrations.causal_lm_loss import FusedLoss
+from peft_kernels.integrations import recognition
+from peft_kernels.integrations.peft import ia3 as peft_ia3
 from peft_kernels.integrations.refusal import Refusal
 from peft_kernels.integrations.registry import _refused, _table, fused_form
-from peft_kernels.integrations.transformers import FusedAttention, FusedLlamaAttention
-from peft_kernels.integrations.transformers_layers import FusedGatedMLP, FusedRMSNorm
+from peft_kernels.integrations.transformers import lookalike
+from peft_kernels.integrations.transformers.attention import FusedAttention, FusedLlamaAttention
+from peft_kernels.integrations.transformers.causal_lm_loss import FusedLoss
+from peft_kernels.integrations.transformers.layers import FusedGatedMLP, FusedRMSNorm
 
 _counter = itertools.count()
 
@@ -381,4 +383,4 @@ def test_input_vectors_of_gated_blocks_beyond_the_four(name):
         def forward(self, x):
             return self.down_proj(self.up_proj(self.gate_proj(x)))
 
-    assert "no layer is known" in peft_ia3._producer(module_of(Other), "down_proj", torch.ones(1))
+    assert "no layer is known" in peft_ia3._producer(module_of(Other), "down_proj", torch.ones(1)).reason

@@ -10,8 +10,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
 import peft_kernels
-from peft_kernels.integrations import output_layer
 from peft_kernels.integrations.registry import FusedLayer
+from peft_kernels.integrations.transformers import output_layer
 
 
 @pytest.fixture
@@ -83,9 +83,9 @@ def test_dense_layers(mesh, monkeypatch):
     (row,) = peft_kernels.accelerate(model)
     assert row.fused and row.reason == ""
     x, calls = torch.randn(96, 512), []
-    function = peft_kernels.integrations.linear.lora_linear_unchecked
+    function = peft_kernels.integrations.base_layer.lora_linear_unchecked
     monkeypatch.setattr(
-        "peft_kernels.integrations.linear.lora_linear_unchecked", lambda *args: calls.append(1) or function(*args)
+        "peft_kernels.integrations.base_layer.lora_linear_unchecked", lambda *args: calls.append(1) or function(*args)
     )
     assert model(x).shape == x.shape and calls
 

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 import peft_kernels
 from peft_kernels.integrations import registry
-from peft_kernels.integrations.dropout import Dropout
+from peft_kernels.integrations.torch.dropout import Dropout
 from peft_kernels.ops import dropout
 from peft_kernels.testing.reference.dropout import dropout as oracle
 

@@ -10,7 +10,7 @@ from tiny_models import DECODERS, ENCODERS, assert_same, assert_same_steps, step
 from transformers import StaticCache
 
 import peft_kernels
-import peft_kernels.integrations.transformers as integration
+import peft_kernels.integrations.transformers.attention as integration
 
 
 def lora(model, **config):

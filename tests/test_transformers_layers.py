@@ -16,9 +16,8 @@ from tolerances import VERSUS_STOCK
 from torch import nn
 
 import peft_kernels
-from peft_kernels.integrations import lookalike
-from peft_kernels.integrations import transformers as attention
-from peft_kernels.integrations import transformers_layers as integration
+from peft_kernels.integrations.transformers import attention, lookalike
+from peft_kernels.integrations.transformers import layers as integration
 from peft_kernels.ops import rms_norm
 
 _SIZES = {"vocab_size": 60, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "pad_token_id": 0,

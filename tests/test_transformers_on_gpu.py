@@ -14,7 +14,7 @@ from tiny_models import DECODERS, ENCODERS, tiny, tokens
 from transformers import StaticCache
 
 import peft_kernels
-import peft_kernels.integrations.transformers as integration
+import peft_kernels.integrations.transformers.attention as integration
 
 LENGTH = 5  # of a prefix
 ARGUMENTS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")

@@ -9,7 +9,7 @@ from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from tiny_models import DECODERS, tiny, tokens
 
 import peft_kernels
-from peft_kernels.integrations import rotary as integration
+from peft_kernels.integrations.transformers import rotary as integration
 
 NOT_ROTATING = ["gpt2", "opt", "bert"]
 ROTATING = [name for name in DECODERS if name not in NOT_ROTATING]

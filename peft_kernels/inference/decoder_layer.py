@@ -15,19 +15,19 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from ..integrations.linear import NO_ADAPTERS, Adapters, BaseProduct, dense_product, why_not_skip
-from ..integrations.lookalike import Lookalike, form
+from ..integrations.base_layer import NO_ADAPTERS, Adapters, BaseProduct, dense_product, why_not_skip
 from ..integrations.refusal import Refusal
 from ..integrations.registry import Caching, FusedLayer, fused_form
-from ..integrations.rotary import are_usual_angles
-from ..integrations.transformers import NAME, FusedLlamaAttention, attention
-from ..integrations.transformers_layers import (
+from ..integrations.transformers.attention import NAME, FusedLlamaAttention, attention
+from ..integrations.transformers.layers import (
     FusedGatedMLP,
     FusedRMSNorm,
     activation_name,
     why_not_activation,
     why_not_both,
 )
+from ..integrations.transformers.lookalike import Lookalike, form
+from ..integrations.transformers.rotary import are_usual_angles
 from ..ops._linear import few_rows
 from ..ops.decoder_layer import Norm, after_attention, before_attention
 from ..ops.projections import Projection, Projections

@@ -7,7 +7,7 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from ..integrations.linear import Adapters, BaseProduct
+from ..integrations.base_layer import Adapters, BaseProduct
 from ..integrations.refusal import Refusal
 from ..integrations.registry import Caching, why_not_input
 from ..ops._linear import few_rows

@@ -30,13 +30,13 @@ from ..printing import PrintedReport, indented, starred
 from .kinds import kind_of, why_no_form
 from .sharding import class_below, gathering, rederived
 
-# Packages whose layers can be fused, with the modules here that fuse them. None of them is imported before a model
-# that is made of its layers has imported it.
+# Packages whose layers can be fused, with the modules in the folder of that name that fuse them. None of them is
+# imported before a model that is made of its layers has imported it.
 _PACKAGES = {
-    "torch": ("dense_linear", "dropout"),
-    "bitsandbytes": ("bitsandbytes",),
+    "torch": ("linear", "dropout"),
+    "bitsandbytes": ("linear4bit",),
     "transformers": ("lookalike", "activations", "causal_lm_loss", "conv1d", "output_layer"),
-    "peft": ("peft", "peft_ia3", "peft_prefix"),
+    "peft": ("lora", "ia3", "prefix"),
 }
 
 # Parts that an adapter's layer computes itself when it is fused.
@@ -427,7 +427,7 @@ def check_module(model: Any) -> None:
 def _load_packages() -> None:
     for package, modules in _PACKAGES.items():
         for module in modules if package in sys.modules else ():
-            loaded = importlib.import_module(f"{__package__}.{module}")
+            loaded = importlib.import_module(f"{__package__}.{package}.{module}")
             if hasattr(loaded, "register_loaded"):  # a package whose layers' modules come one by one
                 loaded.register_loaded()
 

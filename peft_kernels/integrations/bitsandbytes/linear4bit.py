@@ -5,23 +5,25 @@ Dettmers et al. 2023, "QLoRA: Efficient Finetuning of Quantized LLMs" (arXiv:230
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass
 from typing import Any
 
 import bitsandbytes as bnb
 import torch
 from bitsandbytes.functional import QuantState
-from torch import Tensor
+from torch import Tensor, nn
 
-from ..cuda import why_not
-from ..inference.guards import ONCE, Reading
-from ..inference.packed import Adaptable
-from ..ops._arguments import FLOAT_DTYPES, autocast_dtype
-from ..ops.dora_linear import squares_of_rows
-from ..ops.lora_linear import lora_linear_unchecked
-from ..ops.nf4 import NF4Weight
-from .linear import NO_ADAPTERS, Adapters, BaseProduct
-from .refusal import Refusal
-from .registry import mention, register, why_not_input
+from ...cuda import why_not
+from ...inference.guards import ONCE, Reading
+from ...inference.packed import Adaptable
+from ...ops._arguments import FLOAT_DTYPES, autocast_dtype
+from ...ops.dora_linear import squares_of_rows
+from ...ops.lora_linear import lora_linear_unchecked
+from ...ops.nf4 import NF4Weight
+from ..base_layer import NO_ADAPTERS, Adapters, BaseProduct
+from ..refusal import Refusal
+from ..registry import mention, register, why_not_input
 
 mention(bnb.nn.modules.Linear4bit)
 mention(bnb.nn.modules.Linear8bitLt)
@@ -181,3 +183,48 @@ class LinearFP4(Fused4bit, bnb.nn.modules.LinearFP4):
 @register
 class LinearNF4(Fused4bit, bnb.nn.modules.LinearNF4):
     __doc__ = Fused4bit.__doc__
+
+
+@dataclass
+class _Unscaled:
+    """The weight and the bias of a 4-bit layer before (IA)³ vectors were merged into it; and these, by their
+    owner."""
+
+    weight: nn.Parameter
+    bias: Tensor | None
+    scales: dict[nn.Module, Tensor]
+
+
+def scale_rows(layer: Any, owner: nn.Module, scale: Tensor | None) -> None:
+    """Scales the rows of a 4-bit layer, weight and bias, once more; None undoes all that the owner has done."""
+    unscaled = vars(layer).get("_unscaled") or _Unscaled(layer.weight, layer.bias, {})
+    scales = {key: value for key, value in unscaled.scales.items() if key is not owner}
+    if scale is not None:
+        scales[owner] = unscaled.scales.get(owner, 1) * scale
+    device = layer.weight.device
+    weight: Any = unscaled.weight
+    bias = unscaled.bias
+    if weight.device != device:  # the model has moved since
+        weight, bias = weight.to(device), None if bias is None else bias.to(device)
+    if scales:
+        product: Any = math.prod(value.to(device) for value in scales.values())
+        view = NF4Weight.from_params4bit(weight).scale_rows(product)
+        weight = bnb.nn.modules.Params4bit(
+            weight.data,  # the codes, shared
+            requires_grad=False,
+            quant_state=QuantState.from_dict(view.as_dict(), device=device),
+            blocksize=view.blocksize,
+            compress_statistics=False,
+            quant_type=view.quant_type,
+            quant_storage=weight.quant_storage,
+            module=layer,
+            bnb_quantized=True,
+        )
+        if bias is not None:
+            bias = nn.Parameter((bias.double() * product).to(bias.dtype), requires_grad=False)
+        unscaled.scales = scales
+        vars(layer)["_unscaled"] = unscaled
+    else:
+        vars(layer).pop("_unscaled", None)
+    layer.weight, layer.bias = weight, bias
+    layer.quant_state = layer.weight.quant_state

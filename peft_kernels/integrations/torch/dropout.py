@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from ..cuda import why_not
-from ..ops.dropout import dropout
-from .registry import FusedLayer, register, why_not_input
+from ...cuda import why_not
+from ...ops.dropout import dropout
+from ..registry import FusedLayer, register, why_not_input
 
 
 @register

@@ -8,10 +8,18 @@ import peft
 from peft import PeftType
 from torch import nn
 
-from ..nn.prefix import split_prefix
-from .linear import why_not_skip
-from .prefix import PrefixCache, backbone_of, find_backbone, inject_from_cache, remove_hooks, take_over, why_no_prefix
-from .registry import FusedLayer, register
+from ...nn.prefix import split_prefix
+from ..base_layer import why_not_skip
+from ..registry import FusedLayer, register
+from ..transformers.prefix import (
+    PrefixCache,
+    backbone_of,
+    find_backbone,
+    inject_from_cache,
+    remove_hooks,
+    take_over,
+    why_no_prefix,
+)
 
 
 class FusedPrefix(FusedLayer):

@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import cpu
-from ..inference.guards import parameter
-from .linear import own_product
-from .registry import FusedLayer, register
-from .sharding import type_in_forward
+from ... import cpu
+from ...inference.guards import parameter
+from ..base_layer import own_product
+from ..registry import FusedLayer, register
+from ..sharding import type_in_forward
 
 LEAST_FEATURES = 128  # below, as in most adapters, little time is spent
 

@@ -12,7 +12,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 import peft_kernels
-from peft_kernels.integrations import dense_linear
+from peft_kernels.integrations.torch.linear import FusedDense
 
 ROWS, FEATURES = 96, 512  # with as many outputs, enough for the kernels
 
@@ -25,13 +25,13 @@ def outruns(monkeypatch):
 @pytest.fixture
 def calls(monkeypatch):
     """Counts what goes to the kernels."""
-    made, function = [], peft_kernels.integrations.linear.lora_linear_unchecked
+    made, function = [], peft_kernels.integrations.base_layer.lora_linear_unchecked
 
     def counted(*arguments):
         made.append(arguments)
         return function(*arguments)
 
-    monkeypatch.setattr("peft_kernels.integrations.linear.lora_linear_unchecked", counted)
+    monkeypatch.setattr("peft_kernels.integrations.base_layer.lora_linear_unchecked", counted)
     return made
 
 
@@ -71,7 +71,7 @@ def test_restore_copy_and_pickle(layer):
     peft_kernels.accelerate(model)
     wanted = model(x)
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        assert isinstance(other[0], dense_linear.FusedDense) and torch.equal(other(x), wanted)
+        assert isinstance(other[0], FusedDense) and torch.equal(other(x), wanted)
     assert sorted(model.state_dict()) == ["0.bias", "0.weight"]
     peft_kernels.restore(model)
     assert type(model[0]) is type(layer)

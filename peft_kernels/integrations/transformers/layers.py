@@ -9,15 +9,15 @@ import torch
 from torch import Tensor, nn
 from transformers.activations import FastGELUActivation, GELUActivation, GELUTanh, NewGELUActivation, SiLUActivation
 
-from ..cuda import why_not
-from ..inference.guards import parameter
-from ..ops._arguments import FLOAT_DTYPES
-from ..ops.glu import glu
-from ..ops.rms_norm import rms_norm
-from .linear import why_not_skip
+from ...cuda import why_not
+from ...inference.guards import parameter
+from ...ops._arguments import FLOAT_DTYPES
+from ...ops.glu import glu
+from ...ops.rms_norm import rms_norm
+from ..base_layer import why_not_skip
+from ..recognition import Reliance, is_compiling
+from ..registry import why_not_input
 from .lookalike import Lookalike, form
-from .recognition import Reliance, is_compiling
-from .registry import why_not_input
 
 # What `glu` calls the σ of each class of activations.
 ACTIVATIONS: dict[type[nn.Module], str] = {

@@ -7,22 +7,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 from peft.tuners import ia3
 from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 
-from ..ops._arguments import FLOAT_DTYPES
-from ..ops._linear import few_rows
-from ..ops.ia3_linear import ia3_linear
-from ..ops.nf4 import NF4Weight
-from .linear import BaseProduct, OnLinear, is_conv1d, why_not_skip
-from .lookalike import form_of
-from .refusal import Refusal
-from .registry import FusedLayer, check_module, register
-from .transformers_layers import FusedGatedMLP
+from ...ops._arguments import FLOAT_DTYPES
+from ...ops._linear import few_rows
+from ...ops.ia3_linear import ia3_linear
+from ..base_layer import BaseProduct, OnLinear, is_conv1d, why_not_skip
+from ..refusal import Refusal
+from ..registry import FusedLayer, check_module, register
+from ..transformers.layers import FusedGatedMLP
+from ..transformers.lookalike import form_of
 
 
 class FusedIA3(FusedLayer):
@@ -96,19 +94,7 @@ class Linear(OnLinear, FusedIA3, ia3.Linear):
 
 
 if hasattr(ia3, "Linear4bit"):  # bitsandbytes is installed
-    import bitsandbytes as bnb
-    from bitsandbytes.functional import QuantState
-
-    from .bitsandbytes import Fused4bit
-
-    @dataclass
-    class _Unscaled:
-        """The weight and the bias of a 4-bit layer before (IA)³ vectors were merged into it; and these, by their
-        owner."""
-
-        weight: nn.Parameter
-        bias: Tensor | None
-        scales: dict[nn.Module, Tensor]
+    from ..bitsandbytes.linear4bit import Fused4bit, scale_rows
 
     @register
     class Linear4bit(FusedIA3, ia3.Linear4bit):  # type: ignore[misc]  # PEFT looks it up when asked
@@ -165,49 +151,15 @@ if hasattr(ia3, "Linear4bit"):  # bitsandbytes is installed
             scale = math.prod(self.ia3_l[name].detach().flatten().double() for name in names)
             if safe_merge and not scale.isfinite().all():
                 raise ValueError(f"adapters {names}: got vectors that are not finite, wanted finite ones")
-            _scale_rows(target, self, scale)
+            scale_rows(target, self, scale)
             self.__dict__["_merged_into"] = target  # not as a submodule
             self.merged_adapters.extend(names)
 
         def unmerge(self) -> None:
             if self._merged_into is not None:
-                _scale_rows(self._merged_into, self, None)
+                scale_rows(self._merged_into, self, None)
             self.__dict__.pop("_merged_into", None)
             self.merged_adapters.clear()
-
-    def _scale_rows(layer: Any, owner: nn.Module, scale: Tensor | None) -> None:
-        """Scales the rows of a 4-bit layer, weight and bias, once more; None undoes all that the owner has done."""
-        unscaled = vars(layer).get("_unscaled") or _Unscaled(layer.weight, layer.bias, {})
-        scales = {key: value for key, value in unscaled.scales.items() if key is not owner}
-        if scale is not None:
-            scales[owner] = unscaled.scales.get(owner, 1) * scale
-        device = layer.weight.device
-        weight: Any = unscaled.weight
-        bias = unscaled.bias
-        if weight.device != device:  # the model has moved since
-            weight, bias = weight.to(device), None if bias is None else bias.to(device)
-        if scales:
-            product: Any = math.prod(value.to(device) for value in scales.values())
-            view = NF4Weight.from_params4bit(weight).scale_rows(product)
-            weight = bnb.nn.modules.Params4bit(
-                weight.data,  # the codes, shared
-                requires_grad=False,
-                quant_state=QuantState.from_dict(view.as_dict(), device=device),
-                blocksize=view.blocksize,
-                compress_statistics=False,
-                quant_type=view.quant_type,
-                quant_storage=weight.quant_storage,
-                module=layer,
-                bnb_quantized=True,
-            )
-            if bias is not None:
-                bias = nn.Parameter((bias.double() * product).to(bias.dtype), requires_grad=False)
-            unscaled.scales = scales
-            vars(layer)["_unscaled"] = unscaled
-        else:
-            vars(layer).pop("_unscaled", None)
-        layer.weight, layer.bias = weight, bias
-        layer.quant_state = layer.weight.quant_state
 
     # Modules whose output, times a vector, can be had from the rows of one of their layers: gate · up feeds down, and
     # ReLU commutes with factors that are not negative. These are known by their names if their code is another one.

@@ -16,14 +16,13 @@ from peft.tuners.lora.variants import DoraLinearVariant
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from ..inference.guards import ONCE, Reading
-from ..inference.packed import Adaptable
-from ..ops._arguments import FLOAT_DTYPES
-from ..ops.dora_linear import dora_linear_unchecked, dora_norm
-from ..ops.lora_linear import lora_linear_unchecked, wants_gradients
-from ..ops.lora_linear_grouped import lora_linear_grouped_unchecked
-from .dropout import Dropout
-from .linear import (
+from ...inference.guards import ONCE, Reading
+from ...inference.packed import Adaptable
+from ...ops._arguments import FLOAT_DTYPES
+from ...ops.dora_linear import dora_linear_unchecked, dora_norm
+from ...ops.lora_linear import lora_linear_unchecked, wants_gradients
+from ...ops.lora_linear_grouped import lora_linear_grouped_unchecked
+from ..base_layer import (
     NO_ADAPTERS,
     Adapters,
     BaseProduct,
@@ -33,8 +32,9 @@ from .linear import (
     is_linear,
     why_not_skip,
 )
-from .refusal import Refusal
-from .registry import mention, register
+from ..refusal import Refusal
+from ..registry import mention, register
+from ..torch.dropout import Dropout
 
 _DROPOUTS = (nn.Dropout, Dropout)
 _Adapter = tuple[Tensor, Tensor, float, float]  # A, B, scaling and dropout
@@ -262,7 +262,7 @@ class Linear(OnLinear, FusedLoRA, lora.Linear):
 
 
 if hasattr(lora, "Linear4bit"):  # bitsandbytes is installed
-    from .bitsandbytes import Fused4bit
+    from ..bitsandbytes.linear4bit import Fused4bit
 
     class _Unmerged(NamedTuple):
         """What an unmerge puts back, and the weight that it is put back for."""

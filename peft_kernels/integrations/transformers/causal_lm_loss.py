@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.loss import loss_utils
 
-from ..cuda import why_not
-from ..ops.cross_entropy import cross_entropy
-from .recognition import Reliance
-from .registry import Setting, register_setting, why_not_input
+from ...cuda import why_not
+from ...ops.cross_entropy import cross_entropy
+from ..recognition import Reliance
+from ..registry import Setting, register_setting, why_not_input
 
 _NAME, _FUNCTION = "ForCausalLM", "ForCausalLMLoss"
 

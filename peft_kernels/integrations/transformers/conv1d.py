@@ -1,13 +1,13 @@
-"""transformers' `Conv1D`, GPT-2's linear layer, in fp32: see `dense_linear`."""
+"""transformers' `Conv1D`, GPT-2's linear layer, in fp32: see `integrations.torch.linear`."""
 
 from __future__ import annotations
 
 from torch import Tensor
 from transformers import pytorch_utils
 
-from ..inference.guards import parameter
-from .dense_linear import FusedDense
-from .registry import register
+from ...inference.guards import parameter
+from ..registry import register
+from ..torch.linear import FusedDense
 
 
 @register

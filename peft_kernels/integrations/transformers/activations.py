@@ -13,9 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import activations as stock
 
-from ..ops._arguments import autocast_dtype
-from .recognition import Reliance
-from .registry import FusedLayer, refuse, register, why_not_input
+from ...ops._arguments import autocast_dtype
+from ..recognition import Reliance
+from ..registry import FusedLayer, refuse, register, why_not_input
 
 
 class FusedGELU(FusedLayer):

@@ -8,12 +8,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..inference.guards import parameter
-from ..ops._arguments import FLOAT_DTYPES
-from ..ops.linear import linear
-from .linear import is_plain, own_product
-from .registry import Setting, change_class, register_setting, why_not_input
-from .sharding import class_below
+from ...inference.guards import parameter
+from ...ops._arguments import FLOAT_DTYPES
+from ...ops.linear import linear
+from ..base_layer import is_plain, own_product
+from ..registry import Setting, change_class, register_setting, why_not_input
+from ..sharding import class_below
 
 
 class Linear(nn.Linear):

@@ -15,11 +15,11 @@ from typing import Any
 from torch import Tensor
 from transformers.models.llama import modeling_llama
 
-from ..cuda import why_not
-from ..ops._arguments import FLOAT_DTYPES
-from ..ops.rotary import rotary
-from .recognition import mean_the_same
-from .registry import why_not_input
+from ...cuda import why_not
+from ...ops._arguments import FLOAT_DTYPES
+from ...ops.rotary import rotary
+from ..recognition import mean_the_same
+from ..registry import why_not_input
 
 _NAME = "apply_rotary_pos_emb"
 

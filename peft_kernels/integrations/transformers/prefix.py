@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache, DynamicCache, PreTrainedModel
 
-from ..nn.prefix import PrefixEncoder
-from .registry import accelerate, check_module, undone_on_error
-from .transformers import NAME, PREFIX, FusedAttention
+from ...nn.prefix import PrefixEncoder
+from ..registry import accelerate, check_module, undone_on_error
+from .attention import NAME, PREFIX, FusedAttention
 
 Prefix = tuple[tuple[Tensor, Tensor], ...]
 _Arguments = tuple[tuple[Any, ...], dict[str, Any]]

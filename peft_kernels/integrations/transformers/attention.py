@@ -16,11 +16,11 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import prepare_padding_mask, sdpa_mask
 
-from ..cuda import why_not
-from ..ops._attention_by_torch import inputs_of_torch
-from ..ops.attention import ia3_attention
+from ...cuda import why_not
+from ...ops._attention_by_torch import inputs_of_torch
+from ...ops.attention import ia3_attention
+from ..registry import why_not_input
 from .lookalike import Lookalike, form
-from .registry import why_not_input
 from .rotary import with_fused_rotary
 
 # The attention implementation's name in transformers' registries and configurations.

@@ -17,8 +17,8 @@ from typing import Any, ClassVar, TypeVar
 
 from torch import nn
 
-from .recognition import Reliance, filed_key, is_compiling, methods_key, same_methods
-from .registry import FusedLayer, refuse, register
+from ..recognition import Reliance, filed_key, is_compiling, methods_key, same_methods
+from ..registry import FusedLayer, refuse, register
 
 
 class Lookalike(FusedLayer):
@@ -102,7 +102,7 @@ def _guarded(forward: Callable[..., Any], stock: type[nn.Module], reliance: Reli
 Form = TypeVar("Form", bound=type[Lookalike])
 
 # The modules here that have forms.
-_FORMS_IN = (".transformers", ".transformers_layers", "..inference.decoder_layer")
+_FORMS_IN = (".attention", ".layers", "...inference.decoder_layer")
 
 _forms: list[type[Lookalike]] = []
 _seen: set[type] = set()

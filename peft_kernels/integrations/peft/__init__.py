@@ -1,0 +1,1 @@
+"""PEFT's layers and models, fused."""

@@ -1,0 +1,1 @@
+"""transformers' layers and models, fused."""

@@ -63,7 +63,6 @@ def save_adapter(model: nn.Module, folder: str | Path, name: str = "default") ->
         TypeError: `model` is not a module.
         ValueError: there is no such adapter or fusion.
     """
-    check_module(model)
     state = require_state(model)
     check_known(state, name)
     described: dict[str, Any] = {

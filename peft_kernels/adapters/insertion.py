@@ -146,9 +146,8 @@ def insert_adapters(
 
 def insert(model: nn.Module, name: str, config: AdapterConfig, dtype: torch.dtype = torch.float32) -> AdapterReport:
     """`insert_adapters` for a configuration."""
-    check_module(model)
-    check_dtype("dtype", dtype)
     state = find_state(model)
+    check_dtype("dtype", dtype)
     check_new_name(state, name)
     layers = make_layers(model, config, dtype=dtype)
     for point, _ in layers:
@@ -202,7 +201,6 @@ def remove_adapters(model: nn.Module, name: str | None = None) -> None:
         TypeError: `model` is not a module.
         ValueError: there is no such adapter, or a fusion needs it; the model is then unchanged.
     """
-    check_module(model)
     if name is None and find_state(model) is None:
         return
     state = require_state(model)
@@ -253,7 +251,6 @@ def set_adapter(model: nn.Module, name: str | None, inference_mode: bool = False
         TypeError: `model` is not a module.
         ValueError: there is no such adapter.
     """
-    check_module(model)
     state = require_state(model)
     if name is not None:
         check_known(state, name)
@@ -280,7 +277,6 @@ def adapter_rows(model: nn.Module, names: Sequence[str | None]) -> Iterator[None
         TypeError: `model` is not a module.
         ValueError: there is no such adapter; or, from the model, a batch that does not have as many rows.
     """
-    check_module(model)
     state = require_state(model)
     with calls.entered(state, state.checked(names)):
         yield
@@ -312,7 +308,6 @@ def fuse_adapters(
         TypeError: `model` is not a module.
         ValueError: an argument that does not fit, or a fusion that there is already; the model is then unchanged.
     """
-    check_module(model)
     state = require_state(model)
     config = FusionConfig(names, value, temperature, temperature_decay, dropout)
     insert_fusion(model, state, config, dtype)
@@ -384,7 +379,6 @@ def unfreeze_adapters(model: nn.Module, *names: str) -> None:
 
 
 def _require_grad(model: nn.Module, names: Sequence[str], value: bool) -> None:
-    check_module(model)
     state = require_state(model)
     for name in names:
         check_known(state, name)
@@ -417,8 +411,10 @@ def find_state(model: nn.Module) -> AdapterState | None:
     """What the model's hooks share; None if it has none.
 
     Raises:
+        TypeError: `model` is not a module.
         ValueError: parts of it were given adapters apart; or it is a part of what was given adapters.
     """
+    check_module(model)
     states = {id(hook.state): hook.state for _, hook in hooks(model)}
     kind = type(model).__name__
     if len(states) > 1:

@@ -27,6 +27,7 @@ from ..integrations.transformers.layers import (
     why_not_both,
 )
 from ..integrations.transformers.lookalike import Lookalike, form
+from ..integrations.transformers.prefix import cache_of
 from ..integrations.transformers.rotary import are_usual_angles
 from ..ops._linear import few_rows
 from ..ops.decoder_layer import Norm, after_attention, before_attention
@@ -88,7 +89,7 @@ class FusedDecoderLayer(Caching, Lookalike):
             return y
         layer = self._modules["self_attn"]
         cos, sin = kwargs.pop("position_embeddings")
-        mask, cache = kwargs.pop("attention_mask", None), _cache_of(kwargs)
+        mask, cache = kwargs.pop("attention_mask", None), cache_of(kwargs)
         q, k, v = plan.before(hidden_states, cos=cos, sin=sin)
         if cache is not None:
             k, v = cache.update(k, v, layer.layer_idx)
@@ -107,7 +108,7 @@ class FusedDecoderLayer(Caching, Lookalike):
             and x.numel() > 0
             and isinstance(layer, FusedLlamaAttention)
             and not layer.training  # when it may have dropout
-            and type(_cache_of(kwargs)) in (DynamicCache, type(None))
+            and type(cache_of(kwargs)) in (DynamicCache, type(None))
             and position_embeddings is not None
             and are_usual_angles(*position_embeddings, x.shape[0], x.shape[1], layer.head_dim)
             and position_embeddings[0].dtype is x.dtype
@@ -158,12 +159,6 @@ class FusedDecoderLayer(Caching, Lookalike):
         # Milliseconds of SmolLM2's modules in 4 bits and of the operations, for so many tokens after a prompt: 15.5 and
         # 9.0 (1), 20.8 and 14.4 (8), 43.6 and 36.1 (64), 118 and 94 (256), 235 and 205 (512).
         return _Plan(before, after, x.dtype, qkv.dense or others.dense, guard.close())
-
-
-def _cache_of(kwargs: dict[str, Any]) -> Any:
-    """The cache, whose argument transformers has given another name."""
-    cache = kwargs.get("cache")
-    return kwargs.get("past_key_values") if cache is None else cache
 
 
 def _skipped(where: dict[str, Any], name: str, guard: Guard) -> nn.Module:

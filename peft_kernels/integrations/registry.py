@@ -90,6 +90,12 @@ class FusedLayer(_Mixin):
         """Why the next forward would take the stock path, so far as it can be known without the input."""
         return None
 
+    def take_stock_path(self, reason: str, *args: Any, **kwargs: Any) -> Tensor:
+        """What the stock layer returns, which a forward falls through to."""
+        self.log_stock_path(reason)
+        y: Tensor = self.stock.forward(self, *args, **kwargs)
+        return y
+
     def log_stock_path(self, reason: str) -> None:
         """Says once for each class and reason that a forward fell through; the report can't know of these."""
         key = (type(self), reason)

@@ -39,6 +39,11 @@ def is_float(value: Any) -> bool:
     return isinstance(value, Tensor) and value.dtype in FLOAT_DTYPES
 
 
+def check_float(name: str, value: Any, shape: tuple[int, ...], *, optional: bool = False) -> None:
+    if not (is_float(value) and value.shape == shape) and not (optional and value is None):
+        bad(name, value, f"a float32, bfloat16 or float16 tensor {list(shape)}" + " or None" * optional)
+
+
 def check_size(name: str, value: Any) -> None:
     if isinstance(value, bool) or not (isinstance(value, int) and value > 0):
         refuse(name, repr(value), "a positive integer")

@@ -18,24 +18,9 @@ from ._autograd import Function, once_differentiable
 from ._fakes import register_fake
 
 
-def attention_by_torch(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    l_q: Tensor | None,
-    l_k: Tensor | None,
-    l_v: Tensor | None,
-    prefix_k: Tensor | None,
-    prefix_v: Tensor | None,
-    *,
-    scale: float,
-    causal: bool,
-    window: int | None,
-    key_padding_mask: Tensor | None,
-    attn_mask: Tensor | None,
-    rope: tuple[Tensor, Tensor] | None,
-    dropout: float,
-) -> Tensor:
+def attention_by_torch(q: Tensor, k: Tensor, v: Tensor, l_q: Tensor | None, l_k: Tensor | None, l_v: Tensor | None,
+                       prefix_k: Tensor | None, prefix_v: Tensor | None, *, scale: float,
+                       rope: tuple[Tensor, Tensor] | None, dropout: float, **masks: Any) -> Tensor:  # fmt: skip
     """The arguments of `ia3_attention`, checked; returns [B, H, S_q, D]."""
     heads, head_dim = q.shape[1::2]
     group = heads // max(k.shape[1], 1)
@@ -49,10 +34,7 @@ def attention_by_torch(
             on_q, on_k = (folded if on_q is None else on_q.float() * folded.float()), None
     v = _scaled(v, on_v)
     q, k = (_scaled(q, on_q), _scaled(k, on_k)) if rope is None else rotated(q, k, on_q, on_k, rope)
-    k, v, mask, is_causal = inputs_of_torch(
-        q, k, v, prefix_k, prefix_v, causal=causal, window=window, key_padding_mask=key_padding_mask,
-        attn_mask=attn_mask,
-    )  # fmt: skip
+    k, v, mask, is_causal = inputs_of_torch(q, k, v, prefix_k, prefix_v, **masks)
     hidden = None
     if mask is not None and prefix_k is None:
         # What a row without a visible key gives depends on the implementation that torch chooses.
@@ -78,18 +60,9 @@ def _attended(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, group: int, 
     return F.scaled_dot_product_attention(rows, k, v, attn_mask=mask, **options).reshape(q.shape)
 
 
-def inputs_of_torch(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    prefix_k: Tensor | None,
-    prefix_v: Tensor | None,
-    *,
-    causal: bool,
-    window: int | None,
-    key_padding_mask: Tensor | None,
-    attn_mask: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor | None, bool]:
+def inputs_of_torch(q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor | None, prefix_v: Tensor | None, *, causal: bool,
+                    window: int | None, key_padding_mask: Tensor | None,
+                    attn_mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None, bool]:  # fmt: skip
     """k, v, a mask and is_causal for torch's attention, which knows of neither prefixes nor other kinds of masks.
 
     The mask is as small as it can be, and none where is_causal says all.

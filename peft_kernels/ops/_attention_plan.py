@@ -14,22 +14,9 @@ from ._arguments import describe
 _printed: set[str] = set()
 
 
-def why_torch(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    l_q: Tensor | None,
-    l_k: Tensor | None,
-    l_v: Tensor | None,
-    prefix_k: Tensor | None,
-    prefix_v: Tensor | None,
-    *,
-    causal: bool,
-    window: int | None,
-    key_padding_mask: Tensor | None,
-    attn_mask: Tensor | None,
-    dropout: float,
-) -> str | None:
+def why_torch(q: Tensor, k: Tensor, v: Tensor, l_q: Tensor | None, l_k: Tensor | None, l_v: Tensor | None,
+              prefix_k: Tensor | None, prefix_v: Tensor | None, *, causal: bool, window: int | None,
+              key_padding_mask: Tensor | None, attn_mask: Tensor | None, dropout: float) -> str | None:  # fmt: skip
     """Why a call goes to torch's attention; None if it goes to the kernels.
 
     A pure function of shapes, strides, dtypes and the device. A rotation has no say: it is made before either.

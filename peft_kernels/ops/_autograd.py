@@ -47,6 +47,16 @@ def _has_tangent(tensor: Tensor) -> bool:
     return functorch.is_functorch_wrapped_tensor(tensor) and (functorch.maybe_current_level() or 0) > 1
 
 
+def cut_gradients(flat: Tensor, parameters: Sequence[Tensor], wanted: Sequence[bool]) -> list[Tensor | None]:
+    """Those of the wanted parameters, in their dtypes, out of the tensor in which an op returns them one by one."""
+    sizes = [p.numel() if want else 0 for p, want in zip(parameters, wanted, strict=True)]
+    parts = flat.split_with_sizes(sizes) if sizes else ()
+    return [
+        part.view(p.shape).to(p.dtype) if want else None
+        for part, p, want in zip(parts, parameters, wanted, strict=True)
+    ]
+
+
 def anchor(x: Tensor, needed: bool) -> tuple[Tensor, ...]:
     """A last output of a Function, for it to save in place of an x that its gradients depend on but are not made of.
 

@@ -116,3 +116,9 @@ def owns_product(x: Tensor, weight: Tensor, compute_dtype: torch.dtype) -> tuple
 def without_autocast(device_type: str) -> AbstractContextManager[object]:
     """For products in compute_dtype, which may be the caller's choice."""
     return torch.autocast(device_type, enabled=False) if autocasts(device_type) else nullcontext()
+
+
+def gradient_of_weight(grad_y: Tensor, x: Tensor, compute_dtype: torch.dtype, dtype: torch.dtype) -> Tensor:
+    """Of a dense weight [N, K], for matrices."""
+    with without_autocast(x.device.type):
+        return (grad_y.to(compute_dtype).T @ x.to(compute_dtype)).to(dtype)

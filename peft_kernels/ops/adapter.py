@@ -21,6 +21,7 @@ from ._arguments import (
     check_devices,
     check_dropout,
     check_dtype,
+    check_float,
     check_scale,
     describe,
     drawn_seed,
@@ -170,9 +171,7 @@ def bottleneck(
     d = x.shape[-1]
     if not is_float(down_weight) or down_weight.dim() != 2 or down_weight.shape[1] != d:
         bad("down_weight", down_weight, f"a float32, bfloat16 or float16 tensor [r, {d}]")
-    r = down_weight.shape[0]
-    if down_bias is not None and (not is_float(down_bias) or down_bias.shape != (r,)):
-        bad("down_bias", down_bias, f"a float32, bfloat16 or float16 tensor [{r}] or None")
+    check_float("down_bias", down_bias, (down_weight.shape[0],), optional=True)
     _check_layer_norm("layer_norm", layer_norm)
     norms = [] if layer_norm is None else [tensor for tensor in layer_norm[:2] if tensor is not None]
     for tensor in norms:

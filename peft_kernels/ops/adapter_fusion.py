@@ -18,6 +18,7 @@ from ._arguments import (
     check_devices,
     check_dropout,
     check_dtype,
+    check_float,
     check_scale,
     drawn_seed,
     is_float,
@@ -25,7 +26,7 @@ from ._arguments import (
     named,
     refuse,
 )
-from ._autograd import Function, any_wants_gradients, once_differentiable
+from ._autograd import Function, any_wants_gradients, cut_gradients, once_differentiable
 from ._fakes import register_fake
 
 
@@ -121,8 +122,7 @@ def fusion_of_bottlenecks(
     for h, w, b in zip(bottlenecks, up_weights, up_biases, strict=True):
         if not is_float(w) or w.shape != (d, h.shape[-1]):
             bad("up_weights", w, f"a floating-point tensor [{d}, {h.shape[-1]}], for a bottleneck {list(h.shape)}")
-        if b is not None and (not is_float(b) or b.shape != (d,)):
-            bad("up_biases", b, f"a float32, bfloat16 or float16 tensor [{d}] or None")
+        check_float("up_biases", b, (d,), optional=True)
     for scale in scales:
         check_scale(scale, "scales")
     unmade = [scale for scale in scales if isinstance(scale, Tensor) and scale.is_meta]  # another device's is copied
@@ -181,10 +181,8 @@ class _Attention(NamedTuple):
                 if bias is not None:
                     bad("value_bias", bias, "None, since there is no value_weight")
                 continue
-            if weight is None or not is_float(weight) or weight.shape != (d, d):
-                bad(f"{name}_weight", weight, f"a float32, bfloat16 or float16 tensor [{d}, {d}]")
-            if bias is not None and (not is_float(bias) or bias.shape != (d,)):
-                bad(f"{name}_bias", bias, f"a float32, bfloat16 or float16 tensor [{d}] or None")
+            check_float(f"{name}_weight", weight, (d, d))
+            check_float(f"{name}_bias", bias, (d,), optional=True)
         if residual is not None and (not is_float(residual) or residual.shape != x.shape):
             bad("residual", residual, f"a float32, bfloat16 or float16 tensor {list(x.shape)}, as query_input is")
         if out_dtype is not None:
@@ -283,11 +281,8 @@ class _Pool(Function):
             grad_pooled, grad_probabilities, t, adapters, probabilities, shared, offsets, temperature, dropout, seed,
             wanted,
         )  # fmt: skip
-        parts = grads.split_with_sizes([a.numel() if want else 0 for a, want in zip(adapters, wanted, strict=True)])
-        return (
-            grad_t, None if offsets is None else grad_offsets, None, None, None, None,
-            *(part.view(a.shape) if want else None for part, a, want in zip(parts, adapters, wanted, strict=True)),
-        )  # fmt: skip
+        grad_offsets = None if offsets is None else grad_offsets
+        return grad_t, grad_offsets, None, None, None, None, *cut_gradients(grads, adapters, wanted)
 
 
 @register_fake("adapter_fusion_forward")

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._arguments import bad, check_devices, check_dropout, is_float, is_number, like_rows, matrix
+from ._arguments import bad, check_devices, check_dropout, check_float, is_float, is_number, like_rows, matrix
 from ._autograd import Function, anchor, any_wants_gradients, once_differentiable
-from ._linear import check_product, check_weight, product_dtypes, without_autocast
+from ._linear import check_product, check_weight, gradient_of_weight, product_dtypes, without_autocast
 from .dropout import dropout as drop
 from .ia3_linear import ScaledProduct
 from .lora_linear import lora_linear_unchecked
@@ -74,9 +74,9 @@ def dora_linear(
     """
     check_product(x, weight, bias, compute_dtype, out_dtype)
     _check_adapter(weight, lora_A, lora_B, scaling)
-    for name, vector in (("magnitude", magnitude), ("norm", norm)):
-        if vector is not None or name == "magnitude":
-            _check_shape(name, vector, (weight.shape[0],))
+    check_float("magnitude", magnitude, (weight.shape[0],))
+    if norm is not None:
+        check_float("norm", norm, (weight.shape[0],))
     check_dropout(dropout, seed)
     check_devices(x, (("lora_A", lora_A), ("lora_B", lora_B), ("magnitude", magnitude), ("norm", norm)))
     dtypes = product_dtypes(x, compute_dtype, out_dtype)
@@ -85,20 +85,9 @@ def dora_linear(
     return dora_linear_unchecked(x, weight, bias, lora_A, lora_B, magnitude, norm, scaling, dropout, *dtypes, seed)
 
 
-def dora_linear_unchecked(
-    x: Tensor,
-    weight: Tensor | NF4Weight,
-    bias: Tensor | None,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    magnitude: Tensor,
-    norm: Tensor,
-    scaling: float,
-    dropout: float,
-    compute_dtype: torch.dtype,
-    out_dtype: torch.dtype,
-    seed: Tensor | None = None,
-) -> Tensor:
+def dora_linear_unchecked(x: Tensor, weight: Tensor | NF4Weight, bias: Tensor | None, lora_A: Tensor, lora_B: Tensor,
+                          magnitude: Tensor, norm: Tensor, scaling: float, dropout: float, compute_dtype: torch.dtype,
+                          out_dtype: torch.dtype, seed: Tensor | None = None) -> Tensor:  # fmt: skip
     """`dora_linear` of arguments that are known to be right."""
     gain = magnitude.float() / norm
     rest, flat = None, matrix(x)
@@ -147,7 +136,7 @@ def dora_norm(
     lora_A, lora_B = lora_A.detach(), lora_B.detach()
     if squares is None:
         squares = squares_of_rows(weight)
-    _check_shape("squares", squares, (weight.shape[0],))
+    check_float("squares", squares, (weight.shape[0],))
     stored = weight.codes if isinstance(weight, NF4Weight) else weight
     check_devices(stored, (("lora_A", lora_A), ("lora_B", lora_B), ("squares", squares)), "weight")
     with without_autocast(lora_A.device.type):
@@ -175,14 +164,9 @@ def _check_adapter(weight: Tensor | NF4Weight, lora_A: Tensor, lora_B: Tensor, s
     n, k = weight.shape
     if not is_float(lora_A) or lora_A.dim() != 2 or lora_A.shape[0] == 0 or lora_A.shape[1] != k:
         bad("lora_A", lora_A, f"a float32, bfloat16 or float16 tensor [r, {k}], with r at least 1")
-    _check_shape("lora_B", lora_B, (n, lora_A.shape[0]))
+    check_float("lora_B", lora_B, (n, lora_A.shape[0]))
     if not is_number(scaling):
         bad("scaling", scaling, "a finite number")
-
-
-def _check_shape(name: str, tensor: Tensor | None, shape: tuple[int, ...]) -> None:
-    if tensor is None or not is_float(tensor) or tensor.shape != shape:
-        bad(name, tensor, f"a float32, bfloat16 or float16 tensor {list(shape)}")
 
 
 @dataclass(frozen=True)
@@ -248,9 +232,7 @@ class _DoRALinear(Function):
         grad_bias = grad_y.sum(0, dtype=torch.float32).to(ctx.bias_dtype) if wants_bias else None
         grad_weight = None
         if wants_weight:
-            dtype = ctx.call.product.compute_dtype
-            with without_autocast(grad_y.device.type):
-                grad_weight = ((grad_y * gain).to(dtype).T @ x.to(dtype)).to(weight.dtype)
+            grad_weight = gradient_of_weight(grad_y * gain, x, ctx.call.product.compute_dtype, weight.dtype)
         return (
             grad_x if wants_x else None,
             grad_bias,

@@ -20,6 +20,7 @@ from ._fakes import register_fake
 from ._linear import (
     check_product,
     few_rows,
+    gradient_of_weight,
     other_dtype,
     owns_product,
     product_dtypes,
@@ -170,10 +171,8 @@ class _IA3Linear(Function):
             grad_bias = grad_y.sum(0, dtype=torch.float32)
             grad_bias = (grad_bias if l_out is None else grad_bias * l_out).to(ctx.bias_dtype)
         if wants_weight:
-            dtype = ctx.call.compute_dtype
             left, right = (grad_y if l_out is None else grad_y * l_out), (x if l_in is None else x * l_in)
-            with without_autocast(grad_y.device.type):
-                grad_weight = (left.to(dtype).T @ right.to(dtype)).to(weight.dtype)
+            grad_weight = gradient_of_weight(left, right, ctx.call.compute_dtype, weight.dtype)
         return (
             grad_x if wants_x else None,
             grad_bias,

@@ -15,9 +15,18 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from ._arguments import bad, matrix
-from ._autograd import Function, anchor, any_wants_gradients, differentiates, once_differentiable
+from ._autograd import Function, anchor, any_wants_gradients, cut_gradients, differentiates, once_differentiable
 from ._fakes import register_fake
-from ._linear import check_product, other_dtype, owns_product, product_dtypes, sizes, weight_arguments, without_autocast
+from ._linear import (
+    check_product,
+    gradient_of_weight,
+    other_dtype,
+    owns_product,
+    product_dtypes,
+    sizes,
+    weight_arguments,
+    without_autocast,
+)
 from .linear import linear
 from .nf4 import NF4Weight
 
@@ -66,18 +75,10 @@ def lora_linear(
     return lora_linear_unchecked(x, weight, bias, lora_A, lora_B, scaling, dropout, compute_dtype, out_dtype, seeds)
 
 
-def lora_linear_unchecked(
-    x: Tensor,
-    weight: Tensor | NF4Weight,
-    bias: Tensor | None,
-    lora_A: Sequence[Tensor],
-    lora_B: Sequence[Tensor],
-    scaling: Sequence[float],
-    dropout: Sequence[float],
-    compute_dtype: torch.dtype,
-    out_dtype: torch.dtype,
-    seeds: Tensor | None = None,
-) -> Tensor:
+def lora_linear_unchecked(x: Tensor, weight: Tensor | NF4Weight, bias: Tensor | None, lora_A: Sequence[Tensor],
+                          lora_B: Sequence[Tensor], scaling: Sequence[float], dropout: Sequence[float],
+                          compute_dtype: torch.dtype, out_dtype: torch.dtype,
+                          seeds: Tensor | None = None) -> Tensor:  # fmt: skip
     """`lora_linear` of arguments whose types are known to be right, and of x as wide as the weight."""
     if any(dropout):
         if seeds is None:
@@ -114,10 +115,7 @@ def _check(x: Tensor, weight: Tensor | NF4Weight, bias: Tensor | None, lora_A: S
     so the texts are made only on failure.
     """
     check_product(x, weight, bias, compute_dtype, out_dtype)
-    check_items("lora_A", lora_A, Tensor)
-    check_items("lora_B", lora_B, Tensor)
-    check_items("scaling", scaling, (float, int))
-    check_items("dropout", dropout, (float, int))
+    check_adapters(lora_A=lora_A, lora_B=lora_B, scaling=scaling, dropout=dropout)
     if seeds is not None and not (
         isinstance(seeds, Tensor) and seeds.dtype is torch.int64 and seeds.shape == (len(lora_A),)
     ):
@@ -128,12 +126,14 @@ def _check(x: Tensor, weight: Tensor | NF4Weight, bias: Tensor | None, lora_A: S
                 raise ValueError(f"{name}: got {len(items)} items, wanted none, since lora_A has none")
 
 
-def check_items(name: str, items: Any, kind: type | tuple[type, ...]) -> None:
-    if not isinstance(items, (list, tuple)):
-        bad(name, items, "a list or tuple with an item for each adapter")
-    for item in items:
-        if not isinstance(item, kind):
-            bad(name, item, "tensors" if kind is Tensor else "numbers")
+def check_adapters(**lists: Any) -> None:
+    for name, items in lists.items():
+        if not isinstance(items, (list, tuple)):
+            bad(name, items, "a list or tuple with an item for each adapter")
+        of_tensors = name.startswith("lora_")
+        for item in items:
+            if not isinstance(item, Tensor if of_tensors else (float, int)):
+                bad(name, item, "tensors" if of_tensors else "numbers")
 
 
 def _forward(x: Tensor, weight: Tensor | NF4Weight, bias: Tensor | None, lora_A: Sequence[Tensor],
@@ -209,17 +209,8 @@ class _Call:
             grad_y, x, s, *weight_arguments(given), lora_A, lora_B, self.scaling, wants_x, wants_A, wants_B,
             compute_dtype=other_dtype(dtype, grad_y), x_dtype=other_dtype(x_dtype, grad_y), **options,
         )  # fmt: skip
-        return grad_x if wants_x else None, _split(grad_A, lora_A, wants_A), _split(grad_B, lora_B, wants_B)
-
-
-def _split(flat: Tensor, parameters: Sequence[Tensor], wanted: Sequence[bool]) -> list[Tensor | None]:
-    """Cuts the gradients of the wanted parameters out of one flat fp32 tensor."""
-    sizes = [p.numel() if want else 0 for p, want in zip(parameters, wanted, strict=True)]
-    parts = flat.split_with_sizes(sizes) if sizes else ()
-    return [
-        part.view(p.shape).to(p.dtype) if want else None
-        for part, p, want in zip(parts, parameters, wanted, strict=True)
-    ]
+        of_A, of_B = cut_gradients(grad_A, lora_A, wants_A), cut_gradients(grad_B, lora_B, wants_B)
+        return grad_x if wants_x else None, of_A, of_B
 
 
 class _LoRALinear(Function):
@@ -253,9 +244,7 @@ class _LoRALinear(Function):
         grad_bias = matrix(grad_y).sum(0, dtype=torch.float32).to(ctx.bias_dtype) if wants_bias else None
         grad_weight = None
         if wants_weight:
-            dtype = ctx.call.compute_dtype
-            with without_autocast(grad_y.device.type):
-                grad_weight = (matrix(grad_y).to(dtype).T @ matrix(x).to(dtype)).to(ctx.call.weight.dtype)
+            grad_weight = gradient_of_weight(matrix(grad_y), matrix(x), ctx.call.compute_dtype, ctx.call.weight.dtype)
         return grad_x, grad_bias, None, grad_weight, None, None, *grad_A, *grad_B
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from ._arguments import bad, describe, refuse
 from ._fakes import register_fake
 from ._linear import check_product, product_dtypes
-from .lora_linear import check_items, lora_linear_unchecked, wants_gradients
+from .lora_linear import check_adapters, lora_linear_unchecked, wants_gradients
 from .nf4 import NF4Weight
 
 
@@ -53,9 +53,7 @@ def lora_linear_grouped(
             argument, what it got and what it wanted.
     """
     check_product(x, weight, bias, compute_dtype, out_dtype)
-    check_items("lora_A", lora_A, Tensor)
-    check_items("lora_B", lora_B, Tensor)
-    check_items("scaling", scaling, (float, int))
+    check_adapters(lora_A=lora_A, lora_B=lora_B, scaling=scaling)
     if not isinstance(index, (list, tuple)) or not all(isinstance(i, int) for i in index):
         bad("index", index, "a list or tuple of positions in lora_A, or -1")
     if x.dim() < 2 or len(index) != x.shape[0]:
@@ -66,17 +64,9 @@ def lora_linear_grouped(
     return lora_linear_grouped_unchecked(x, weight, bias, lora_A, lora_B, scaling, index, compute_dtype, out_dtype)
 
 
-def lora_linear_grouped_unchecked(
-    x: Tensor,
-    weight: Tensor | NF4Weight,
-    bias: Tensor | None,
-    lora_A: Sequence[Tensor],
-    lora_B: Sequence[Tensor],
-    scaling: Sequence[float],
-    index: Sequence[int],
-    compute_dtype: torch.dtype,
-    out_dtype: torch.dtype,
-) -> Tensor:
+def lora_linear_grouped_unchecked(x: Tensor, weight: Tensor | NF4Weight, bias: Tensor | None, lora_A: Sequence[Tensor],
+                                  lora_B: Sequence[Tensor], scaling: Sequence[float], index: Sequence[int],
+                                  compute_dtype: torch.dtype, out_dtype: torch.dtype) -> Tensor:  # fmt: skip
     """`lora_linear_grouped` of arguments whose types are known to be right, and of x as wide as the weight."""
     base_dtype = compute_dtype
     if isinstance(weight, NF4Weight):

@@ -23,7 +23,7 @@ from ...ops.lora_linear import lora_linear_unchecked
 from ...ops.nf4 import NF4Weight
 from ..base_layer import NO_ADAPTERS, Adapters, BaseProduct
 from ..refusal import Refusal
-from ..registry import mention, register, why_not_input
+from ..registry import FusedLayer, mention, register, why_not_input
 
 mention(bnb.nn.modules.Linear4bit)
 mention(bnb.nn.modules.Linear8bitLt)
@@ -63,9 +63,7 @@ class Fused4bit(Adaptable):
             return y
         product = self.base_product(x)
         if isinstance(product, Refusal):
-            self.log_stock_path(product.reason)
-            out: Tensor = super().forward(x)
-            return out
+            return self.take_stock_path(product.reason, x)
         weight, bias, compute_dtype, out_dtype = product
         return lora_linear_unchecked(x, weight, bias, (), (), (), (), compute_dtype, out_dtype)
 
@@ -149,6 +147,18 @@ class Fused4bit(Adaptable):
         quant_state = QuantState.from_dict(view.as_dict(), device=codes.device)
         weight.quant_state = self.quant_state = quant_state
         return quant_state
+
+
+class On4bit(FusedLayer):
+    """An adapter's fused layer on a `Linear4bit`; goes before the class of its method, as `OnLinear` does."""
+
+    def why_stock(self) -> str | None:
+        if not isinstance(self.base_layer, Fused4bit):
+            return f"its base layer, a {type(self.base_layer).__name__}, is not fused"
+        return self.base_layer.why_stock() or super().why_stock()
+
+    def base_product(self, base: nn.Module, x: Tensor, read: Reading = ONCE) -> BaseProduct | Refusal:
+        return base.base_product(x, read) if isinstance(base, Fused4bit) else Refusal("its base layer is not fused")
 
 
 def _shows(

@@ -41,9 +41,7 @@ class FusedIA3(FusedLayer):
             return y
         call = self._call(x, args, kwargs)
         if isinstance(call, Refusal):
-            self.log_stock_path(call.reason)
-            y = super().forward(x, *args, **kwargs)
-            return y
+            return self.take_stock_path(call.reason, x, *args, **kwargs)
         (weight, bias, compute_dtype, out_dtype), scale = call
         l_in, l_out = (scale, None) if self.is_feedforward else (None, scale)
         return ia3_linear(x, weight, bias, l_in, l_out, compute_dtype=compute_dtype, out_dtype=out_dtype)
@@ -94,10 +92,10 @@ class Linear(OnLinear, FusedIA3, ia3.Linear):
 
 
 if hasattr(ia3, "Linear4bit"):  # bitsandbytes is installed
-    from ..bitsandbytes.linear4bit import Fused4bit, scale_rows
+    from ..bitsandbytes.linear4bit import Fused4bit, On4bit, scale_rows
 
     @register
-    class Linear4bit(FusedIA3, ia3.Linear4bit):  # type: ignore[misc]  # PEFT looks it up when asked
+    class Linear4bit(On4bit, FusedIA3, ia3.Linear4bit):  # type: ignore[misc]  # PEFT looks it up when asked
         """(IA)³ on a 4-bit weight. The result has x's dtype; PEFT's has fp32, to which it casts any x.
 
         PEFT can't merge this layer. Where rows don't share blocks, `merge` scales the blocks' statistics instead of
@@ -111,14 +109,6 @@ if hasattr(ia3, "Linear4bit"):  # bitsandbytes is installed
         def release(self) -> None:
             if self.merged_adapters:  # which the stock layer would apply a second time
                 self.unmerge()
-
-        def why_stock(self) -> str | None:
-            if not isinstance(self.base_layer, Fused4bit):
-                return f"its base layer, a {type(self.base_layer).__name__}, is not fused"
-            return self.base_layer.why_stock() or super().why_stock()
-
-        def base_product(self, base: nn.Module, x: Tensor) -> BaseProduct | Refusal:
-            return base.base_product(x) if isinstance(base, Fused4bit) else Refusal("its base layer is not fused")
 
         def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
             if self.merged_adapters and not self._disable_adapters:

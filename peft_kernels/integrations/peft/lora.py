@@ -68,9 +68,7 @@ class FusedLoRA(Adaptable):
             return out
         operation, call = self._operation(x, args, kwargs)
         if isinstance(call, Refusal):
-            self.log_stock_path(call.reason)
-            out = super().forward(x, *args, **kwargs)
-            return out
+            return self.take_stock_path(call.reason, x, *args, **kwargs)
         (weight, bias, *dtypes), adapters = call
         return operation(x, weight, bias, *adapters, *dtypes)
 
@@ -262,7 +260,7 @@ class Linear(OnLinear, FusedLoRA, lora.Linear):
 
 
 if hasattr(lora, "Linear4bit"):  # bitsandbytes is installed
-    from ..bitsandbytes.linear4bit import Fused4bit
+    from ..bitsandbytes.linear4bit import On4bit
 
     class _Unmerged(NamedTuple):
         """What an unmerge puts back, and the weight that it is put back for."""
@@ -271,7 +269,7 @@ if hasattr(lora, "Linear4bit"):  # bitsandbytes is installed
         merged: nn.Parameter
 
     @register
-    class Linear4bit(FusedLoRA, lora.Linear4bit):  # type: ignore[misc]  # PEFT looks it up when asked
+    class Linear4bit(On4bit, FusedLoRA, lora.Linear4bit):  # type: ignore[misc]  # PEFT looks it up when asked
         """The QLoRA layer. Merging keeps the 4-bit weight that it replaces, and unmerging puts it back.
 
         PEFT's unmerge subtracts the adapters and quantises once more, so that each cycle moves the weight further.
@@ -279,14 +277,6 @@ if hasattr(lora, "Linear4bit"):  # bitsandbytes is installed
 
         own_state = ("_unmerged",)
         _unmerged: _Unmerged | None = None
-
-        def why_stock(self) -> str | None:
-            if not isinstance(self.base_layer, Fused4bit):
-                return f"its base layer, a {type(self.base_layer).__name__}, is not fused"
-            return self.base_layer.why_stock() or super().why_stock()
-
-        def base_product(self, base: nn.Module, x: Tensor, read: Reading = ONCE) -> BaseProduct | Refusal:
-            return base.base_product(x, read) if isinstance(base, Fused4bit) else Refusal("its base layer is not fused")
 
         def squares_of_rows(self, base: Any) -> Tensor | None:
             result: Tensor | None = base.squares_of_rows()

@@ -23,8 +23,7 @@ class Dropout(FusedLayer, nn.Dropout):
         if self.inplace or not 0 < self.p < 1:
             return super().forward(input)
         if reason := why_not_input(input) or why_not(input.device) or _why_not_layout(input):
-            self.log_stock_path(reason)
-            return super().forward(input)
+            return self.take_stock_path(reason, input)
         return dropout(input, float(self.p))
 
     def why_stock(self) -> str | None:

@@ -32,9 +32,7 @@ class FusedGELU(FusedLayer):
         if not reason and not input.is_cpu and autocast_dtype(input):
             reason = "autocast computes powers in fp32 there"  # and so the stock activation returns it
         if reason:
-            self.log_stock_path(reason)
-            y: Tensor = super().forward(input)
-            return y
+            return self.take_stock_path(reason, input)
         return F.gelu(input, approximate=self.approximate)
 
     @classmethod

@@ -38,9 +38,7 @@ class FusedRMSNorm(Lookalike):
     def forward(self, hidden_states: Tensor) -> Tensor:
         weight = parameter(self, "weight")
         if reason := why_not_both(hidden_states, weight):
-            self.log_stock_path(reason)
-            y: Tensor = super().forward(hidden_states)
-            return y
+            return self.take_stock_path(reason, hidden_states)
         eps, out_dtype = getattr(self, self.eps_name), self.out_dtype(hidden_states, weight)
         return rms_norm(hidden_states, weight, eps, offset=self.offset, out_dtype=out_dtype)
 

@@ -145,7 +145,7 @@ class FusedDecoderLayer(Caching, Lookalike):
         before_it = [_projection(layer, name, x, guard) for name in ("q_proj", "k_proj", "v_proj")]
         after_it = [_projection(layer, "o_proj", x, guard)]
         after_it += [_projection(mlp, name, x, guard) for name in ("gate_proj", "up_proj", "down_proj")]
-        (head_dim,) = guard.attributes(layer, "head_dim")
+        head_dim = guard.attribute(layer, "head_dim")
         try:
             qkv, others = Projections(before_it), Projections(after_it)
         except ValueError as error:
@@ -180,7 +180,7 @@ def _skipped(where: dict[str, Any], name: str, guard: Guard) -> nn.Module:
 def _norm(layer: nn.Module, x: Tensor, guard: Guard) -> Norm:
     if not isinstance(layer, FusedRMSNorm) or why_not_skip(layer):
         raise _UnsuitedError
-    (weight,) = guard.parameters(layer, "weight")
+    weight = guard.parameter(layer, "weight")
     if why_not_both(x, weight) or layer.out_dtype(x, weight) is not x.dtype or not weight.is_contiguous():
         raise _UnsuitedError
     return Norm(weight, guard.number(vars(layer), layer.eps_name), layer.offset)
@@ -189,7 +189,7 @@ def _norm(layer: nn.Module, x: Tensor, guard: Guard) -> Norm:
 def _projection(block: nn.Module, name: str, x: Tensor, guard: Guard) -> Projection:
     """What a linear layer and its adapters do, for input of x's kind."""
     layer = _skipped(block._modules, name, guard)
-    (in_features,) = guard.attributes(layer, "in_features")
+    in_features = guard.attribute(layer, "in_features")
     if in_features is None:  # no linear layer, or a Conv1D
         raise _UnsuitedError
     if x.shape[-1] != in_features:

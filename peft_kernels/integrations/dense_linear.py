@@ -37,7 +37,8 @@ class FusedDense(FusedLayer):
 
     def matrix(self) -> Tensor:
         """The weight as [N, K]."""
-        return parameter(self, "weight")
+        weight: Tensor = parameter(self, "weight")
+        return weight
 
 
 def why_not_weight(weight: Tensor) -> str | None:

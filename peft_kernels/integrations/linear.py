@@ -72,7 +72,7 @@ def dense_product(base: nn.Module, x: Tensor, read: Reading = ONCE) -> BaseProdu
     path."""
     if reason := why_not_linear(base) or why_not_input(x):
         return reason
-    weight, bias = read.parameters(base, "weight", "bias")
+    weight, bias = read.parameter(base, "weight"), read.parameter(base, "bias")
     if reason := why_not_weight(weight):
         return reason
     if is_conv1d(base):

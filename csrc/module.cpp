@@ -88,8 +88,8 @@ PyObject* recorded_layouts(PyObject*, PyObject*) {
 
 // Whether places are as they were: [dict, key, value, ...] are still those very values (None: or missing), the types of
 // [object, type, ...] are those, [container, length, ...] have those lengths, and recorded tensors, if there are any,
-// lie as they did. In Python it takes four times as long; and as all this has left the caches when it is looked at, the
-// processor should have many looks under way at once.
+// lie as they did. It is here because Python would take several times as long. All this has left the caches when it is
+// looked at, so the processor should have many looks under way at once.
 PyObject* unchanged(PyObject*, PyObject* arguments) {
     PyObject *values, *types, *lengths, *capsule = nullptr;
     if (!PyArg_ParseTuple(arguments, "O!O!O!|O", &PyList_Type, &values, &PyList_Type, &types, &PyList_Type, &lengths,

@@ -43,7 +43,7 @@ def seed():
 @pytest.fixture(autouse=True)
 def threads():
     """One thread, unless a test asks for more by calling this with a number: waiting threads spin, and on a busy
-    machine small problems took ten times as long with two."""
+    machine small problems take much longer with two."""
     torch.set_num_threads(1)
     return torch.set_num_threads
 

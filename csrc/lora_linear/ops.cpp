@@ -83,8 +83,8 @@ Result forward(const Tensor& given_x, const Tensors& given_weight, const Integer
     return result();
 }
 
-// The product with a dense weight alone. Where it is small, most of lora_linear's time would be looking at arguments
-// that are not given: with a weight of 768 x 3072, which takes everything else out of the caches, 12 of 180 us.
+// The product with a dense weight alone. The op has no arguments for adapters: looking at those that are not given
+// would cost a small product a part of its time.
 Tensor linear(const Tensor& x, const Tensor& weight, const OptionalTensor& bias) {
     return forward<Y>(x, {weight}, {}, {}, {}, {}, std::nullopt, std::nullopt, bias, std::nullopt, std::nullopt,
                       std::nullopt);
@@ -181,7 +181,7 @@ int64_t few_rows() { return kDotRows; }
 }  // namespace peft_kernels
 
 STABLE_TORCH_LIBRARY_FRAGMENT(PEFT_KERNELS_NAMESPACE, m) {
-    // An argument that is left to its default costs a call 0.07 us less; one that isn't None, 0.2.
+    // Most arguments have defaults: a call that leaves them out is faster.
     const std::string arguments =
         "(Tensor x, Tensor[] weight, int[] format, Tensor[] lora_A, Tensor[] lora_B, float[] scaling, *, "
         "float[]? dropout=None, Tensor? seeds=None, Tensor? bias=None, Tensor? add=None, "

@@ -3,8 +3,9 @@
 There is one rule: whatever a result is made of is read by a `Reading`. One that is a `Guard` remembers what it has
 read, so a result that is kept can use nothing that is not looked at again before its next use.
 
-Looking a decoder layer's forty modules through takes 150 µs when they have left the caches, as they have between two
-tokens: a third of a decoding model's time. Looking whether they are as they were takes 35.
+Between two tokens a decoder layer's forty modules leave the caches, and reading them anew would take a good part of a
+small model's time for a token. To look whether they are as they were takes a fraction of that (`python -m benchmarks
+model --filter decode`).
 """
 
 from __future__ import annotations
@@ -61,7 +62,7 @@ def _item(where: dict[Any, Any], key: Any) -> Any:  # Dynamo knows no dict.get a
 
 
 def parameter(module: nn.Module, name: str) -> Any:
-    """The attribute, where it usually is: nn.Module looks there last, which takes 0.5 µs."""
+    """The attribute, read where it usually is: nn.Module looks there last, which is slow."""
     try:
         return module._parameters[name]
     except KeyError:

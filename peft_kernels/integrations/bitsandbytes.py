@@ -99,8 +99,8 @@ class Fused4bit(Adaptable):
     def nf4_weight(self, read: Reading = ONCE) -> NF4Weight:
         """The view of the weight as it is now.
 
-        Deriving it takes 8 µs, so the last one is kept for as long as it shows the very tensors that the weight
-        consists of. It keeps their memory alive, so no other tensor can come to lie at the same address.
+        It is dear to derive, so the last one is kept for as long as it shows the very tensors that the weight consists
+        of. It keeps their memory alive, so no other tensor can come to lie at the same address.
 
         Raises:
             ValueError: the weight is not quantised, or its quant_state does not fit it.
@@ -156,7 +156,7 @@ def _shows(
         return False
     if view.absmax is not read.tensor(quant_state, "absmax"):
         return False
-    with torch._C.DisableTorchFunctionSubclass():  # Params4bit's __torch_function__ would take 1 µs more
+    with torch._C.DisableTorchFunctionSubclass():  # Params4bit's __torch_function__ is slow
         if view.codes.data_ptr() != weight.data_ptr():
             return False
     state2 = read.attribute(quant_state, "state2")

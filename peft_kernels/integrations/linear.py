@@ -28,7 +28,7 @@ Adapters = tuple[Sequence[Tensor], Sequence[Tensor], Sequence[float], Sequence[f
 GroupedAdapters = tuple[Sequence[Tensor], Sequence[Tensor], Sequence[float], Sequence[int]]
 NO_ADAPTERS: Adapters = ((), (), (), ())
 _STAND_INS = (FakeTensor, FunctionalTensor)  # for parameters, while a program is exported
-LEAST_PRODUCTS = 1 << 23  # of a layer by itself: an autograd.Function takes 50 µs more than torch's operation
+LEAST_PRODUCTS = 1 << 23  # of a layer by itself: for fewer, the autograd.Function's own time is lost
 
 
 class OnLinear(FusedLayer):

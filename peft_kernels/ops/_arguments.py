@@ -91,7 +91,7 @@ def autocasts(device_type: str) -> bool:
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
     """Autocast's dtype on x's device, if it is on."""
-    if not torch._C._is_any_autocast_enabled():  # a tenth of the time that asking for one device takes
+    if not torch._C._is_any_autocast_enabled():  # much faster than to ask for one device
         return None
     return torch.get_autocast_dtype(x.device.type) if autocasts(x.device.type) else None
 

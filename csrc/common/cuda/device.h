@@ -15,7 +15,7 @@ constexpr DeviceProperties kA100{80, 108, 163 << 10, 40 << 20};
 
 namespace cuda {
 
-// Of the current device. Returns a cudaError_t. The runtime answers from its own memory, in less than a microsecond.
+// Of the current device. Returns a cudaError_t. It is cheap: the runtime answers from its own memory.
 int query_device(DeviceProperties& properties);
 
 // What the driver and our runtime are for: 12040 is CUDA 12.4. The driver's is 0 where there is none.

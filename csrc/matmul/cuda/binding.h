@@ -30,7 +30,7 @@ namespace peft_kernels {
 struct TunedCrossovers {
     std::mutex mutex;
     std::map<std::string, Crossover> by_name;
-    std::map<std::tuple<int, int, int>, std::string> names;  // of devices; asking the driver takes a millisecond
+    std::map<std::tuple<int, int, int>, std::string> names;  // of devices; asking the driver is slow
 
     static TunedCrossovers& instance() {
         static TunedCrossovers tuned;

@@ -20,7 +20,7 @@ import peft_kernels
 from benchmarks import finetune, harness, timing
 from benchmarks.harness import relative_error
 from benchmarks.records import FUSED
-from benchmarks.report import benchmark
+from benchmarks.report import command
 from benchmarks.timing import DTYPES, Contender
 from peft_kernels import cpu
 
@@ -145,11 +145,4 @@ class Problem(harness.Problem):
 
 
 run = harness.runner(Problem, BASELINES)
-
-
-def main(arguments: Sequence[str] | None = None) -> None:
-    benchmark("architectures", __doc__.splitlines()[0], CASES, BASELINES, run, arguments)
-
-
-if __name__ == "__main__":
-    main()
+main = command("architectures", __doc__, CASES, BASELINES, run)

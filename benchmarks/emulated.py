@@ -287,7 +287,3 @@ def main(arguments: Sequence[str] | None = None) -> None:
             chosen = [case for case in cases if case.family == family]
             print(f"\n{family} on {card}\n")
             print(report.table([column for case in chosen for column in columns(case, card, used)]))
-
-
-if __name__ == "__main__":
-    main()

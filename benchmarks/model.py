@@ -210,7 +210,3 @@ def main(arguments: Sequence[str] | None = None) -> None:
         console.print(breakdown_table(case, breakdowns[str(case)]))
     results.finish()
     write_breakdowns(breakdowns, results.path.with_name(f"{results.path.name}-breakdown.csv"))
-
-
-if __name__ == "__main__":
-    main()

@@ -17,7 +17,7 @@ from torch import Tensor
 from benchmarks import harness
 from benchmarks.lora_layers import stored_bytes
 from benchmarks.records import FUSED
-from benchmarks.report import benchmark
+from benchmarks.report import command
 from benchmarks.timing import Contender
 from peft_kernels import cpu
 from peft_kernels.ops import NF4Weight, dequantize_4bit, quantize_4bit
@@ -150,11 +150,4 @@ class Problem(harness.Problem):
 
 
 run = harness.runner(Problem, BASELINES)
-
-
-def main(arguments: Sequence[str] | None = None) -> None:
-    benchmark("nf4", __doc__.splitlines()[0], CASES, BASELINES, run, arguments, share=0.25)
-
-
-if __name__ == "__main__":
-    main()
+main = command("nf4", __doc__, CASES, BASELINES, run, share=0.25)

@@ -20,7 +20,7 @@ void check_no_dense(const LoraLinearParams& params) {
 }
 #endif
 
-// A side of the weight that there is none of: that of what the product of others is, or of the first adapter.
+// A dimension of the weight where none is given: that of `add`, the caller's product, or of the first adapter.
 int64_t side_without_weight(const OptionalTensor& add, const Tensors& matrices, int64_t dimension) {
     if (add && add->dim() > 0) return add->size(add->dim() - 1);
     return matrices.empty() || matrices[0].dim() != 2 ? 0 : matrices[0].size(dimension);

@@ -30,7 +30,7 @@ constexpr AdapterFusionPlan plan_adapter_fusion(const AdapterFusionParams& p, in
                                                 const DeviceProperties& device) {
     // A lane has up to four vectors of a row: enough in flight, with the adapters that follow, for one warp.
     constexpr int64_t kVectorsPerLane = 4;
-    // Rows of up to this size share a CTA, for a multiprocessor of sm_86 and sm_89 holds no more than 16 to 24 CTAs.
+    // Rows of up to this size share a CTA: a multiprocessor of sm_86 and sm_89 holds no more than 16 to 24 CTAs.
     constexpr int64_t kSmallRow = 4096;
     constexpr int64_t kNumbers = 3;
 

@@ -80,7 +80,7 @@ struct AttentionTile {
         uint32_t to_;
     };
 
-    // The same for loops that have no registers for a Copier: it is made anew, in some ten instructions.
+    // The same for loops that have no registers for a Copier: it is made anew, in about ten instructions.
     template <int kRows, int kThreads>
     __device__ __forceinline__ static void copy(uint32_t tile, const T* head, int64_t row_stride, int first, int count,
                                                 int dim) {
@@ -210,8 +210,8 @@ struct KeyRange {
     int begin, end;
 };
 
-// Those that queries [query, query + count) see, some of them each, by their positions. Parts of it are not kept
-// through loops.
+// The keys that queries [query, query + count) see together, by their positions. `keep` has the compiler compute parts
+// of it anew rather than hold them through loops.
 __device__ inline KeyRange range_of(const AttentionParams& params, int query, int count = 1) {
     int everywhere = 1 << 29;  // more than there are keys and queries
     int keys = static_cast<int>(params.num_keys);
@@ -230,7 +230,7 @@ __device__ inline uint64_t bits_of(const KeyRange& range, int first) {
     return begin >= end ? 0 : ~uint64_t{0} << begin & ~uint64_t{0} >> (64 - end);
 }
 
-// Those of 64 keys that exist and that padding does not hide, by a warp together.
+// A bit for each of 64 keys that exists and that padding does not hide; a warp computes it together.
 __device__ inline uint64_t present_keys(const AttentionParams& params, int batch, int first) {
     if (!params.key_padding_mask) return bits_of({0, static_cast<int>(params.num_keys)}, first);
     const int key = first + threadIdx.x % 32;

@@ -2,9 +2,9 @@
 //
 // There are only 16 different values in a block. They are multiplied, rounded to T and kept in eight registers, as two
 // planes of bytes; PRMT then looks four codes up at once, one byte of each. A thread should decode whole blocks of 64:
-// 0.5 instructions an element for the planes, 2.6 for the lookups, and no access to shared memory. (Centroids that are
-// rounded first, with absmax applied to the sums, would take 2.6 and less; but then the product is that of another
-// weight than every other path's.)
+// 0.5 instructions an element for the planes, 2.6 for the lookups, and no access to shared memory. (Rounding the
+// centroids first and applying absmax to the sums would take at most 2.6; but then the weight would not be the one that
+// every other path multiplies with.)
 #pragma once
 
 #include "common/cuda/ptx.cuh"
@@ -47,8 +47,8 @@ __device__ inline void decode(const Planes& planes, uint32_t codes, uint32_t (&p
     });
 }
 
-// The lookups of nested statistics go anywhere in the table of 256 numbers, so that the caller, of kThreads threads,
-// keeps it in shared memory. They meet in banks, three or so at a time: one lookup for 64 weights, it does not matter.
+// The lookups of nested statistics go anywhere in the table of 256 numbers, so the caller, of kThreads threads, keeps
+// it in shared memory. About three of them meet in a bank, which does not matter for one lookup in 64 weights.
 template <int kThreads>
 __device__ void load_nested_code(const Absmax& a, float (&nested_code)[256]) {
     if (a.absmax) return;

@@ -72,7 +72,7 @@ using Layouts = std::vector<Layout>;
 
 constexpr char kLayouts[] = "peft_kernels.layouts";
 
-// What the op has recorded, which takes tensors, for the function to return, which makes an object.
+// Only an op can take tensors, and only a function can return an object: the op leaves here what the function returns.
 thread_local std::unique_ptr<Layouts> recorded;
 
 void record_layouts(std::vector<Tensor> tensors) {

@@ -78,7 +78,7 @@ __device__ inline void store_element(const Matrix& matrix, int64_t row, int64_t 
     static_cast<float*>(matrix.data)[i] = value;
 }
 
-// Those before `columns`.
+// Stores the values whose columns lie before `columns`.
 template <int kCount>
 __device__ inline void store_floats(const float (&values)[kCount], const Matrix& matrix, int64_t row, int64_t column,
                                     int64_t columns) {
@@ -227,7 +227,8 @@ enum class Along { kOutputs, kReduction };
 template <class T, class Tile, Along kAlong>
 class FactorReader {
 public:
-    // Of a left factor the four 8 x 8 matrices of a fragment go down the outputs first, of a right one the reduction.
+    // The four 8 x 8 matrices of a fragment go down the outputs first in a left factor, and the reduction in a right
+    // one.
     __device__ FactorReader(const char* tile, int first, bool is_left) {
         const int lane = threadIdx.x % 32;
         const int fast = lane / 8 % 2, slow = lane / 16;

@@ -49,7 +49,7 @@ struct AdapterFusionKernelParams : AdapterFusionKernelBase {
 
 // ---- vectors of a lane --------------------------------------------------------------------------------------------
 
-// Some columns of a row, in memory and perhaps in shared memory.
+// A part of a row's columns, in memory and perhaps in shared memory.
 template <class E, int kVector, bool kKept>
 class RowPart {
 public:
@@ -115,7 +115,7 @@ private:
     bool aligned_;
 };
 
-// Of a row that has `width` elements.
+// Stores a vector into a row that has `width` elements.
 template <class E, int kVector>
 __device__ inline void store_vector(const float (&values)[kVector], E* row, int column, int width) {
     E* const target = row + column;
@@ -211,7 +211,7 @@ public:
         return sum;
     }
 
-    // What the score of adapter i, or its gradient, is multiplied with by its dropout.
+    // The factor by which dropout multiplies the score of adapter i, or its gradient.
     __device__ float kept(const AdapterFusionParams& problem, int i) const {
         if (params_.threshold == 0) return 1.0f;
         const uint32_t bits = dropout_keep_bits(static_cast<uint64_t>(*problem.seed), params_.threshold, index,

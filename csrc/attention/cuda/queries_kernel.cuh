@@ -109,7 +109,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kCtas)
     keep(q_left), keep(left), keep(right);
     const float factor = p.scale * kLog2E;
 
-    // Of the lane's two rows. The weights of queries that do not exist are 2^-∞.
+    // Statistics of the lane's two rows. The weights of queries that do not exist are 2^-∞.
     float minus_lse[2], minus_delta[2];
 #pragma unroll
     for (int half = 0; half < 2; ++half) {

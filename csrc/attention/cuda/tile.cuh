@@ -43,7 +43,7 @@ struct AttentionTile {
             keep(rows_left_);
         }
 
-        // The same rows of another head, by the same registers as far as they go.
+        // Copies the same rows of another head, and uses the same registers where it can.
         __device__ Copier(const Copier& like, const T* head, int64_t row_stride)
             : pitch_(static_cast<uint32_t>(row_stride * sizeof(T))),
               rows_left_(like.rows_left_),
@@ -99,8 +99,8 @@ struct AttentionTile {
         });
     }
 
-    // Where a lane's loads of fragments begin: of 16 rows that are a left factor's, or the reduction of a right one;
-    // of 16 that are a right factor's columns.
+    // Where a lane's loads of fragments begin. `left` is for 16 rows that are a left factor's rows or a right factor's
+    // reduction, `right` for 16 that are a right factor's columns.
     __device__ static uint32_t left(uint32_t tile) {
         const int lane = threadIdx.x % 32;
         return tile + offset(lane % 16, lane / 16);

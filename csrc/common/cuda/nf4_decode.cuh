@@ -78,7 +78,7 @@ public:
         keep(within_);
     }
 
-    // Of block first_block + block.
+    // absmax of block first_block + block.
     __device__ float load(const float (&nested_code)[256], int block) const {
         if (!is_nested_) return __ldg(reinterpret_cast<const float*>(statistics_) + block);
         const uint8_t code = __ldg(reinterpret_cast<const uint8_t*>(statistics_) + block);
@@ -89,7 +89,7 @@ public:
 
     __device__ bool is_nested() const { return is_nested_; }
 
-    // Of block first_block + block and the three after it, where has_absmax_fours.
+    // absmax of block first_block + block and the three after it, if has_absmax_fours.
     __device__ float4 load_plain_four(int block) const {
         return __ldg(reinterpret_cast<const float4*>(statistics_) + block / 4);
     }

@@ -117,8 +117,8 @@ static __global__ void __launch_bounds__(32 * RowPlan::kMaxWarps)
     }
     const RowStatistics statistics = p.statistics[row];
     const float logarithm = log2f(statistics.sum), log_p = log_probability(p, row, target, statistics);
-    // Not a difference with one, which would have few digits where the probability is close to it. NaN in all of the
-    // row if there is no such class.
+    // expm1 and not a difference with one, which would lose digits where the probability is close to one. If there is
+    // no such class, the whole row is NaN.
     const float at_target = expm1f(log_p) * p.grad_losses[row];
     const float factor = isnan(log_p) ? log_p : p.grad_losses[row];
     for_each_fours(p, row, [&](const auto& columns, const auto& counts, const auto& x) {

@@ -204,7 +204,7 @@ public:
         keep(at_);
     }
 
-    // Of the next step, with a barrier between one and the next.
+    // absmax of the next step. There has to be a barrier between one call and the next.
     __device__ float next() {
         float absmax;
         if constexpr (Traits::kTransposed) {

@@ -17,8 +17,8 @@
 
 namespace peft_kernels::cuda {
 
-// Of four columns, that a lane keeps in registers: 1024 columns a warp, and 16384 of a row. What is beyond them is read
-// twice.
+// The fours of columns that a lane keeps in registers: 1024 columns a warp, and 16384 of a row. Columns beyond them are
+// read twice.
 constexpr int kRmsNormFours = 8;
 
 __device__ inline float dot(float4 a, float4 b) { return a.x * b.x + a.y * b.y + a.z * b.z + a.w * b.w; }

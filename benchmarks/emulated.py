@@ -254,7 +254,7 @@ FOLDERS = {
 
 
 def columns(case: Case, card: str, used: dict[str, report.Resources]) -> list[dict[str, str]]:
-    """One for each launch."""
+    """One line for each launch."""
     torch.manual_seed(0)
     call = case.prepare()
     with ptx_emulator.profile(card), ops.emulated() as launches:

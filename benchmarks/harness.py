@@ -156,8 +156,8 @@ def work(problem: Problem, phase: str, name: str) -> tuple[float, float]:
 
 
 def runner(make_problem: Callable[[Any], Problem], baselines: dict[str, str]) -> Callable[..., list[Record]]:
-    """What `report.command` calls for each case of a family: measures its problem, beside the contenders that some
-    names on the command line stand for."""
+    """What `report.command` calls for each case of a family: measures its problem, beside the contenders that the names
+    on the command line stand for."""
 
     def run(
         case: Any, vs: Sequence[str], isas: Sequence[str], seconds: float, say: Say, device: str = "cpu"

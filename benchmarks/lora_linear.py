@@ -126,7 +126,7 @@ CASES = (
 
 
 class _Dequantized(nn.Module):
-    """What a 4-bit layer costs without a fused product: our dequantisation, then torch's matrix product."""
+    """What a 4-bit layer costs without a fused product: this package's dequantisation, then torch's matrix product."""
 
     def __init__(self, weight: NF4Weight) -> None:
         super().__init__()
@@ -145,7 +145,7 @@ class Problem(harness.Problem):
     optional = BASELINES["compiled"]
 
     def __init__(self, case: Case, device: str = "cpu") -> None:
-        """Its tensors, and those of its layers, are on the device."""
+        """The tensors of the problem and of its layers are on the device."""
         self.case, self.device = case, device
         self.name = str(case)
         self.weighed = case.repeat == 1

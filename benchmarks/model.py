@@ -64,7 +64,7 @@ class Case(harness.Rows):
         return " ".join([f"{self.phase} {self.rows}x{self.tokens}", *extras])
 
     def small(self) -> Case:
-        """A little of the same, to see that it works; of which nothing is wanted."""
+        """A little of the same, to see that it works; it has no targets."""
         return replace(self, rows=1, tokens=self.tokens // 4, wanted=())
 
 

@@ -107,7 +107,7 @@ class Problem(harness.Problem):
         return dict.fromkeys(isas)
 
     def compare(self, weight: NF4Weight) -> None:
-        """Compares with the oracle, and what is stored with bitsandbytes' own.
+        """Compares values with the oracle's, and what is stored with what bitsandbytes stores.
 
         Raises:
             ArithmeticError: there is a difference.

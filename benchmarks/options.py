@@ -88,7 +88,7 @@ def expression(text: str) -> re.Pattern[str]:
 
 
 def names(known: Sequence[str]) -> Callable[[str], tuple[str, ...]]:
-    """An argparse type: a list of some of the known names, with commas between."""
+    """An argparse type: a list of known names, with commas between."""
 
     def parse(text: str) -> tuple[str, ...]:
         given = tuple(dict.fromkeys(name.strip() for name in text.split(",")))

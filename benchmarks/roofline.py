@@ -58,7 +58,7 @@ LAUNCH_SECONDS = 2e-6  # between kernels of one stream
 
 @dataclass(frozen=True)
 class Counts:
-    """Of one launch."""
+    """The counts of one launch."""
 
     kernel: str
     dram: float

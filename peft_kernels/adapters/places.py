@@ -64,7 +64,7 @@ class Place:
         return PARALLEL_SITE if self.seam is Seam.PARALLEL else SITE
 
     def acts_as(self, other: Place) -> bool:
-        """Whether it does the same as another place at the same module, which may be named from further in or out."""
+        """Whether it does the same at the same module as another place, whose path may begin further in or out."""
         longer, shorter = (self, other) if len(self.path) >= len(other.path) else (other, self)
         prefix = longer.path.removesuffix(shorter.path)
         return self.seam is other.seam and (self.seam is not Seam.PARALLEL or longer.start == prefix + shorter.start)
@@ -138,7 +138,7 @@ def _pre_norm(attention: str, norms: tuple[str, str], hub_ffn: str) -> tuple[Sub
 
 
 def _t5(location: str, module: str) -> Architecture:
-    """A sublayer of T5, which is a module of its own with norm, dropout and sum."""
+    """A sublayer of T5: a module of its own, which has the norm, the dropout and the sum."""
     seams = {
         "houlsby": ("dropout", Seam.SERIES, ""),
         "pfeiffer": ("", Seam.SERIES, ""),

@@ -1,8 +1,8 @@
 """The decoder layers of transformers' Llama and its like, in inference.
 
 A decoding model calls some twenty modules and operations a layer, each for microseconds of work. Here a layer is two
-operations, with the cache and the attention between them. Whatever its modules would do differently (hooks, adapters of
-other kinds, gradients, many tokens of dense layers) takes the stock layer's forward, which calls them one by one.
+operations, with the cache and the attention between them. Where its modules would do something else (hooks, adapters of
+other kinds, gradients, many tokens of dense layers), the stock layer's forward runs, which calls them one by one.
 """
 
 from __future__ import annotations
@@ -152,7 +152,7 @@ class FusedDecoderLayer(Caching, Lookalike):
             raise _UnsuitedError from error
         weights = {name: of_heads.weight for name, of_heads in heads.items()}
         before = partial(before_attention, norm=norm, projections=qkv, head_dim=head_dim, **weights)
-        activation: Any = activation_name(act_fn)  # of those that have one, as was seen to above
+        activation: Any = activation_name(act_fn)  # it has a name: that was checked above
         after = partial(after_attention, norm=norm_after, projections=others, activation=activation)
         # Layers in 4 bits are not limited to few rows: SmolLM2's operations outran its modules from 1 to 512 tokens.
         return _Plan(before, after, x.dtype, qkv.dense or others.dense, guard.close())
@@ -165,7 +165,7 @@ def _cache_of(kwargs: dict[str, Any]) -> Any:
 
 
 def _skipped(where: dict[str, Any], name: str, guard: Guard) -> nn.Module:
-    """A module, and sees to it that nothing is left out by not calling it."""
+    """A module, after a check that nothing is lost if it is not called."""
     module: nn.Module | None = guard.module(where, name)
     if module is None or why_not_skip(module):
         raise _UnsuitedError

@@ -51,10 +51,10 @@ class Reading(Protocol):
         """A number in a dictionary, which may be a tensor."""
 
     def length(self, container: Sized, /) -> int:
-        """How much there is in a container."""
+        """The length of a container."""
 
     def copies(self) -> None:
-        """Has it known that a copy was made of something that was read, which later changes do not reach."""
+        """Notes that a copy was made of something that was read, which later changes do not reach."""
 
 
 def _item(where: dict[Any, Any], key: Any) -> Any:  # Dynamo knows no dict.get as a function

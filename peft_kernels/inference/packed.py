@@ -29,7 +29,7 @@ class Adaptable(Caching):
     _packed: _Packed | None = None
 
     def adapted_product(self, x: Tensor, read: Reading = ONCE) -> tuple[BaseProduct, Adapters] | str:
-        """What the operation is to be called with; or why x has to take the stock path."""
+        """The arguments for the operation; or why x has to take the stock path."""
         raise NotImplementedError
 
     def projected(self, x: Tensor) -> Tensor | None:

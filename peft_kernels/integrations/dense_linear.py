@@ -13,7 +13,7 @@ from .linear import own_product
 from .registry import FusedLayer, register
 from .sharding import type_in_forward
 
-LEAST_FEATURES = 128  # below, as in most adapters, little time is spent
+LEAST_FEATURES = 128  # fewer, as in most adapters, take little time
 
 
 class FusedDense(FusedLayer):

@@ -1,4 +1,4 @@
-"""What the functions do alike with their arguments: errors, autocast, rows."""
+"""What all functions do with their arguments: errors, autocast, rows."""
 
 from __future__ import annotations
 
@@ -128,6 +128,6 @@ def surely(condition: bool) -> bool:
     it may be: a branch on the rest would narrow the compiled or exported program to the sizes on one side."""
     if not torch.compiler.is_compiling():
         return condition
-    from torch.fx.experimental.symbolic_shapes import statically_known_true  # which imports sympy
+    from torch.fx.experimental.symbolic_shapes import statically_known_true  # it imports sympy
 
     return statically_known_true(condition)

@@ -90,7 +90,7 @@ def inputs_of_torch(
     key_padding_mask: Tensor | None,
     attn_mask: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor | None, bool]:
-    """k, v, a mask and is_causal for torch's attention, which knows of neither prefixes nor other kinds of masks.
+    """k, v, a mask and is_causal for torch's attention, which knows neither prefixes nor other kinds of masks.
 
     The mask is as small as it can be, and none where is_causal says all.
     """
@@ -120,8 +120,7 @@ def rotated(
 
 
 def _scaled(x: Tensor, factors: Tensor | None) -> Tensor:
-    """Rounded once, after the product; by our kernels where there are some, and then without a copy in fp32 for the
-    backward."""
+    """Rounded once, after the product. Where kernels take it, no copy in fp32 is kept for the backward."""
     if factors is None:
         return x
     if x.is_cuda and why_not(x.device) is None:

@@ -54,7 +54,7 @@ def check_weight(weight: Tensor | NF4Weight) -> None:
 def product_dtypes(
     x: Tensor, compute_dtype: torch.dtype | None, out_dtype: torch.dtype | None
 ) -> tuple[torch.dtype, torch.dtype]:
-    """What is not given is autocast's dtype under autocast, else x's."""
+    """The dtypes of the product and of y: by default autocast's under autocast, else x's."""
     if compute_dtype is not None and out_dtype is not None:
         return compute_dtype, out_dtype
     default = autocast_dtype(x) or x.dtype
@@ -74,7 +74,7 @@ def other_dtype(dtype: torch.dtype, x: Tensor) -> torch.dtype | None:
 
 
 def sizes(weight: Sequence[Tensor], format: Sequence[int]) -> Sequence[int]:
-    """[N, K] of a weight that an op was given so."""
+    """[N, K] of a weight in the form that the ops take."""
     return format[-2:] if format else weight[0].shape
 
 
@@ -114,7 +114,7 @@ def owns_product(x: Tensor, weight: Tensor, compute_dtype: torch.dtype) -> tuple
 
 
 def without_autocast(device_type: str) -> AbstractContextManager[object]:
-    """For products in compute_dtype, which may be the caller's choice."""
+    """A context for products in compute_dtype, which the caller may have chosen: autocast is off in it."""
     return torch.autocast(device_type, enabled=False) if autocasts(device_type) else nullcontext()
 
 

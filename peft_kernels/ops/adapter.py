@@ -301,7 +301,7 @@ def _float(tensor: Tensor | None) -> Tensor | None:
 
 
 def _vectors(vectors: list[Tensor | None], otherwise: float) -> list[Tensor]:
-    """With all of them, where some adapter has one; else empty."""
+    """One for each adapter if any adapter has one; else empty."""
     some = [vector for vector in vectors if vector is not None]
     if len(some) in (0, len(vectors)):
         return some

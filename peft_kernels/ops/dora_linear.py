@@ -1,7 +1,7 @@
 """DoRA on a frozen linear, dense or 4-bit: `y = g ⊙ (x Wᵀ + scaling · x Aᵀ Bᵀ) + b`, `g = m / ‖W + scaling · B A‖`.
 
 DoRA: Liu et al. 2024, "DoRA: Weight-Decomposed Low-Rank Adaptation" (arXiv:2402.09353). The norm, of each row, is a
-constant to the gradient (section 4.3 there).
+constant to the gradient (section 4.3 of the paper).
 """
 
 from __future__ import annotations

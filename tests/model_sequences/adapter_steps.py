@@ -130,7 +130,7 @@ def load_state_dict(pair):
             key: (value * 0.9 if any(word in key for word in SMALL) else value).clone()
             for key, value in model.state_dict().items()
         }
-        if not any("quant" in key for key in state):  # bitsandbytes' layers load no state of theirs into themselves
+        if not any("quant" in key for key in state):  # bitsandbytes' layers can't load their own state
             model.load_state_dict(state, assign=assign)
 
     pair.both(change)

@@ -12,7 +12,7 @@ from torch import nn
 from model_sequences.forwards import gradients, outcome
 from model_sequences.pairs import Pair
 
-# In fp32 both models' outputs err by some 1e-6, and every step changes them by far more than this. Of gradients that
+# In fp32 both models' outputs err by about 1e-6, and every step changes them by far more than SAME. Of gradients that
 # nearly cancel, the stock model's have been seen to err by 1e-3 against fp64.
 SAME = 1e-4
 SAME_GRADIENTS = 1e-2

@@ -187,8 +187,9 @@ def bytes_of(weight):
 
 
 # bitsandbytes 0.50's own GEMM for sm_80 on such an emulator, n = 1024, k = 4096, bf16, nested NF4: warp instructions in
-# millions, sectors over compulsory bytes. And the shares of these that ours may take, with the wavefronts of shared
-# memory for each mma (theirs: 9.0, 5.5, 3.5, 2.75, with 2 to 3 times the wavefronts that their stores need).
+# millions, sectors over compulsory bytes. Then the shares of these that this project's kernels may take, and their
+# wavefronts of shared memory for each mma (bitsandbytes': 9.0, 5.5, 3.5, 2.75, with 2 to 3 times the wavefronts that
+# its stores need).
 BITSANDBYTES = {
     32: (1.38, 5.3, 0.45, 1.0, 3.0),
     64: (1.87, 8.5, 0.5, 0.6, 3.0),

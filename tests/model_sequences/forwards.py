@@ -42,7 +42,7 @@ def without_adapters(model: nn.Module, seed: int) -> torch.Tensor:
 
 
 def with_other_parameters(model: nn.Module, seed: int) -> torch.Tensor:
-    """As torch.func has a module called with tensors in its parameters' place."""
+    """Calls the model as torch.func does, with tensors in its parameters' place."""
     others = {
         name: 0.5 * parameter.detach()
         for name, parameter in model.named_parameters()
@@ -77,7 +77,7 @@ def gradients(model: nn.Module, seed: int) -> torch.Tensor:
     return torch.cat([loss.detach()[None].float(), *(grad.flatten().float() for grad in found if grad is not None)])
 
 
-# Those that find the most, as they run from what layers keep, come more than once.
+# Forwards that run from what layers keep find the most, so they come more than once.
 FORWARDS = (
     one_token, one_token, one_token, decode, decode, one_pass, padded, in_inference_mode, without_adapters,
     with_other_parameters, hidden_states, mixed, gradients,

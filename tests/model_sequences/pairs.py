@@ -13,7 +13,7 @@ from torch import nn
 
 import peft_kernels
 
-LINEAR = (nn.Linear,)  # PEFT's layers on it are none
+LINEAR = (nn.Linear,)  # PEFT's layers on an nn.Linear do not derive from it
 SMALL = ("lora_", "ia3_", "prompt_encoder", "norm")  # parameters beside the frozen weights
 ERRORS = (
     ValueError,
@@ -57,7 +57,7 @@ def _saved_pair(template: str) -> bytes:
     torch.manual_seed(0)
     name, base, config = TEMPLATES[template]
     model = make(name, base, lora=False)
-    nn.init.normal_(model.get_input_embeddings().weight)  # of small ones, norms would make large gradients
+    nn.init.normal_(model.get_input_embeddings().weight)  # norms of small embeddings would make large gradients
     model = get_peft_model(model, config()).eval()
     scramble(model, "default")
     fused = copy.deepcopy(model)

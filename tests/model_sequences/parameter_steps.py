@@ -82,7 +82,7 @@ def register_parameter(pair):
 
 
 def parameter_becomes_attribute(pair):
-    """As `nn.utils.weight_norm` and its like make it."""
+    """As `nn.utils.weight_norm` and its like do it."""
 
     def change(module, name):
         value = 0.75 * getattr(module, name).detach()
@@ -146,7 +146,7 @@ def tie_weights(pair):
 
 
 def add_bias(pair):
-    """To an adapter's matrix, or a layer's frozen weight."""
+    """Adds it to an adapter's matrix, or to a layer with a frozen weight."""
 
     def change(layer):
         dtype = layer.weight.dtype if layer.weight.is_floating_point() else layer.compute_dtype

@@ -5,7 +5,7 @@ x, the weights and the gradient are bf16; the adapter is in series (the residual
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor
 from benchmarks import harness
 from benchmarks.functions import COMPILED, Problem, Tensors
 from benchmarks.records import FUSED, Faster, Target
-from benchmarks.report import benchmark
+from benchmarks.report import command
 from peft_kernels.ops import adapter
 from peft_kernels.testing.reference.adapter import adapter as oracle
 
@@ -113,11 +113,4 @@ def make_problem(case: Case) -> Problem:
 
 
 run = harness.runner(make_problem, BASELINES)
-
-
-def main(arguments: Sequence[str] | None = None) -> None:
-    benchmark("adapter", __doc__.splitlines()[0], CASES, BASELINES, run, arguments)
-
-
-if __name__ == "__main__":
-    main()
+main = command("adapter", __doc__, CASES, BASELINES, run)

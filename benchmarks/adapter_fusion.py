@@ -5,7 +5,6 @@ Everything is bf16; the adapters are trained as well, or their bottlenecks are r
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,7 +14,7 @@ from torch import Tensor
 from benchmarks import harness
 from benchmarks.functions import COMPILED, Problem, Tensors
 from benchmarks.records import FUSED, Faster, Target
-from benchmarks.report import benchmark
+from benchmarks.report import command
 from peft_kernels.ops import fusion, fusion_of_bottlenecks
 from peft_kernels.testing.reference.adapter_fusion import fusion as oracle
 
@@ -107,11 +106,4 @@ def make_problem(case: Case) -> Problem:
 
 
 run = harness.runner(make_problem, BASELINES)
-
-
-def main(arguments: Sequence[str] | None = None) -> None:
-    benchmark("adapter_fusion", __doc__.splitlines()[0], CASES, BASELINES, run, arguments)
-
-
-if __name__ == "__main__":
-    main()
+main = command("adapter_fusion", __doc__, CASES, BASELINES, run)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from benchmarks import harness
 from benchmarks.harness import relative_error
 from benchmarks.records import FUSED, Faster, Target
-from benchmarks.report import benchmark
+from benchmarks.report import command
 from benchmarks.timing import Contender, saved_bytes
 from peft_kernels import cpu
 from peft_kernels.ops import ia3_attention
@@ -248,11 +248,4 @@ def work(case: Case, phase: str, prefix: bool) -> tuple[int, int]:
 
 
 run = harness.runner(Problem, BASELINES)
-
-
-def main(arguments: Sequence[str] | None = None) -> None:
-    benchmark("attention", __doc__.splitlines()[0], CASES, BASELINES, run, arguments)
-
-
-if __name__ == "__main__":
-    main()
+main = command("attention", __doc__, CASES, BASELINES, run)

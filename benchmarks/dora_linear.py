@@ -5,7 +5,6 @@ A 4-bit W is NF4 with double quantisation. x is bf16, the adapter fp32, as PEFT 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,7 +16,7 @@ from benchmarks import functions, harness
 from benchmarks.functions import Problem, Tensors
 from benchmarks.lora_layers import RANK, SCALING, STOCK, OneLinear, dense_linear, fused, linear4bit, stored_bytes
 from benchmarks.records import FUSED, Faster, Target
-from benchmarks.report import benchmark
+from benchmarks.report import command
 from peft_kernels.ops import NF4Weight
 from peft_kernels.testing.reference.dora_linear import dora_linear as oracle
 
@@ -102,11 +101,4 @@ def make_problem(case: Case) -> Problem:
 
 
 run = harness.runner(make_problem, BASELINES)
-
-
-def main(arguments: Sequence[str] | None = None) -> None:
-    benchmark("dora_linear", __doc__.splitlines()[0], CASES, BASELINES, run, arguments)
-
-
-if __name__ == "__main__":
-    main()
+main = command("dora_linear", __doc__, CASES, BASELINES, run)

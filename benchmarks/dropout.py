@@ -5,7 +5,6 @@ Everything is bf16, and has a gradient.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,7 +14,7 @@ from torch import Tensor
 from benchmarks import harness
 from benchmarks.functions import COMPILED, Problem, Tensors
 from benchmarks.records import FUSED
-from benchmarks.report import benchmark
+from benchmarks.report import command
 from peft_kernels.ops import dropout
 from peft_kernels.testing.reference.dropout import dropout as oracle
 
@@ -62,11 +61,4 @@ def make_problem(case: Case) -> Problem:
 
 
 run = harness.runner(make_problem, BASELINES)
-
-
-def main(arguments: Sequence[str] | None = None) -> None:
-    benchmark("dropout", __doc__.splitlines()[0], CASES, BASELINES, run, arguments)
-
-
-if __name__ == "__main__":
-    main()
+main = command("dropout", __doc__, CASES, BASELINES, run)

@@ -254,7 +254,7 @@ FOLDERS = {
 
 
 def columns(case: Case, card: str, used: dict[str, report.Resources]) -> list[dict[str, str]]:
-    """One for each launch."""
+    """One line for each launch."""
     torch.manual_seed(0)
     call = case.prepare()
     with ptx_emulator.profile(card), ops.emulated() as launches:
@@ -287,7 +287,3 @@ def main(arguments: Sequence[str] | None = None) -> None:
             chosen = [case for case in cases if case.family == family]
             print(f"\n{family} on {card}\n")
             print(report.table([column for case in chosen for column in columns(case, card, used)]))
-
-
-if __name__ == "__main__":
-    main()

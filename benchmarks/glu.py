@@ -5,7 +5,6 @@ Everything is bf16, and has a gradient.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,7 +13,7 @@ from torch import Tensor
 from benchmarks import harness
 from benchmarks.functions import COMPILED, Problem, Tensors
 from benchmarks.records import FUSED
-from benchmarks.report import benchmark
+from benchmarks.report import command
 from peft_kernels.ops import glu
 from peft_kernels.testing.reference.adapter import ACTIVATIONS
 from peft_kernels.testing.reference.glu import glu as oracle
@@ -67,11 +66,4 @@ def make_problem(case: Case) -> Problem:
 
 
 run = harness.runner(make_problem, BASELINES)
-
-
-def main(arguments: Sequence[str] | None = None) -> None:
-    benchmark("glu", __doc__.splitlines()[0], CASES, BASELINES, run, arguments)
-
-
-if __name__ == "__main__":
-    main()
+main = command("glu", __doc__, CASES, BASELINES, run)

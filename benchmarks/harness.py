@@ -155,14 +155,14 @@ def work(problem: Problem, phase: str, name: str) -> tuple[float, float]:
     return size, flops
 
 
-def runner(
-    make_problem: Callable[[Any], Problem], baselines: dict[str, str]
-) -> Callable[[Any, Sequence[str], Sequence[str], float, Say], list[Record]]:
-    """What `report.benchmark` calls for each case of a family: measures its problem, beside the contenders that some
-    names on the command line stand for."""
+def runner(make_problem: Callable[[Any], Problem], baselines: dict[str, str]) -> Callable[..., list[Record]]:
+    """What `report.command` calls for each case of a family: measures its problem, beside the contenders that the names
+    on the command line stand for."""
 
-    def run(case: Any, vs: Sequence[str], isas: Sequence[str], seconds: float, say: Say) -> list[Record]:
-        return measure(make_problem, case, [baselines[name] for name in vs], isas, seconds, say)
+    def run(
+        case: Any, vs: Sequence[str], isas: Sequence[str], seconds: float, say: Say, device: str = "cpu"
+    ) -> list[Record]:
+        return measure(make_problem, case, [baselines[name] for name in vs], isas, seconds, say, device)
 
     return run
 

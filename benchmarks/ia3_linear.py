@@ -18,7 +18,7 @@ from benchmarks import harness
 from benchmarks.harness import relative_error
 from benchmarks.lora_layers import STOCK, OneLinear, dense_linear, fused, linear4bit, stored_bytes
 from benchmarks.records import FUSED, Faster, Target
-from benchmarks.report import benchmark
+from benchmarks.report import command
 from benchmarks.timing import Contender, saved_bytes
 from peft_kernels import cpu
 from peft_kernels.ops import NF4Weight
@@ -166,11 +166,4 @@ def work(case: Case, phase: str, weight_bytes: int) -> tuple[int, int]:
 
 
 run = harness.runner(Problem, BASELINES)
-
-
-def main(arguments: Sequence[str] | None = None) -> None:
-    benchmark("ia3_linear", __doc__.splitlines()[0], CASES, BASELINES, run, arguments)
-
-
-if __name__ == "__main__":
-    main()
+main = command("ia3_linear", __doc__, CASES, BASELINES, run)

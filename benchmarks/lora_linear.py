@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
-from benchmarks import harness, options
+from benchmarks import harness
 from benchmarks.harness import relative_error
 from benchmarks.lora_layers import (
     OWN_BASE,
@@ -30,9 +30,8 @@ from benchmarks.lora_layers import (
     linear4bit,
     stored_bytes,
 )
-from benchmarks.progress import make_console, working
 from benchmarks.records import FUSED, Below, Faster, Record, Target, Within
-from benchmarks.report import Report
+from benchmarks.report import command
 from benchmarks.timing import Contender, saved_bytes
 from peft_kernels import cpu
 from peft_kernels.ops import NF4Weight, lora_linear
@@ -127,7 +126,7 @@ CASES = (
 
 
 class _Dequantized(nn.Module):
-    """What a 4-bit layer costs without a fused product: our dequantisation, then torch's matrix product."""
+    """What a 4-bit layer costs without a fused product: this package's dequantisation, then torch's matrix product."""
 
     def __init__(self, weight: NF4Weight) -> None:
         super().__init__()
@@ -146,7 +145,7 @@ class Problem(harness.Problem):
     optional = BASELINES["compiled"]
 
     def __init__(self, case: Case, device: str = "cpu") -> None:
-        """Its tensors, and those of its layers, are on the device."""
+        """The tensors of the problem and of its layers are on the device."""
         self.case, self.device = case, device
         self.name = str(case)
         self.weighed = case.repeat == 1
@@ -349,20 +348,4 @@ def run(
     return harness.measure(partial(Problem, device=device), case, names, isas, seconds, say, device)
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    console = make_console()
-    chosen, cases = options.parse(
-        "lora_linear", __doc__.splitlines()[0], arguments, CASES, list(BASELINES), ["compiled"], console,
-        devices=("cpu", "cuda"),
-    )  # fmt: skip
-    results = Report.begin("lora_linear", chosen, console)
-    isas = chosen.isas if chosen.device == "cpu" else chosen.isas[:1]
-    for case in cases:
-        with working(console, str(case)):
-            records = run(case, chosen.vs, isas, chosen.seconds, console.print, chosen.device)
-        results.add(records)
-    results.finish()
-
-
-if __name__ == "__main__":
-    main()
+main = command("lora_linear", __doc__, CASES, BASELINES, run, devices=("cpu", "cuda"))

@@ -19,7 +19,7 @@ from benchmarks import harness
 from benchmarks.harness import relative_error
 from benchmarks.lora_layers import OWN_BASE, RANK, STOCK, OneLinear, fused, linear4bit, stored_bytes
 from benchmarks.records import FUSED
-from benchmarks.report import benchmark
+from benchmarks.report import command
 from benchmarks.timing import Contender
 from peft_kernels import cpu
 from peft_kernels.ops import NF4Weight
@@ -102,11 +102,4 @@ def work(case: Case, weight_bytes: int, lora: bool) -> tuple[int, int]:
 
 
 run = harness.runner(Problem, BASELINES)
-
-
-def main(arguments: Sequence[str] | None = None) -> None:
-    benchmark("lora_linear_grouped", __doc__.splitlines()[0], CASES, BASELINES, run, arguments)
-
-
-if __name__ == "__main__":
-    main()
+main = command("lora_linear_grouped", __doc__, CASES, BASELINES, run)

@@ -64,7 +64,7 @@ class Case(harness.Rows):
         return " ".join([f"{self.phase} {self.rows}x{self.tokens}", *extras])
 
     def small(self) -> Case:
-        """A little of the same, to see that it works; of which nothing is wanted."""
+        """A little of the same, to see that it works; it has no targets."""
         return replace(self, rows=1, tokens=self.tokens // 4, wanted=())
 
 
@@ -210,7 +210,3 @@ def main(arguments: Sequence[str] | None = None) -> None:
         console.print(breakdown_table(case, breakdowns[str(case)]))
     results.finish()
     write_breakdowns(breakdowns, results.path.with_name(f"{results.path.name}-breakdown.csv"))
-
-
-if __name__ == "__main__":
-    main()

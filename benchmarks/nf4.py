@@ -17,7 +17,7 @@ from torch import Tensor
 from benchmarks import harness
 from benchmarks.lora_layers import stored_bytes
 from benchmarks.records import FUSED
-from benchmarks.report import benchmark
+from benchmarks.report import command
 from benchmarks.timing import Contender
 from peft_kernels import cpu
 from peft_kernels.ops import NF4Weight, dequantize_4bit, quantize_4bit
@@ -107,7 +107,7 @@ class Problem(harness.Problem):
         return dict.fromkeys(isas)
 
     def compare(self, weight: NF4Weight) -> None:
-        """Compares with the oracle, and what is stored with bitsandbytes' own.
+        """Compares values with the oracle's, and what is stored with what bitsandbytes stores.
 
         Raises:
             ArithmeticError: there is a difference.
@@ -150,11 +150,4 @@ class Problem(harness.Problem):
 
 
 run = harness.runner(Problem, BASELINES)
-
-
-def main(arguments: Sequence[str] | None = None) -> None:
-    benchmark("nf4", __doc__.splitlines()[0], CASES, BASELINES, run, arguments, share=0.25)
-
-
-if __name__ == "__main__":
-    main()
+main = command("nf4", __doc__, CASES, BASELINES, run, share=0.25)

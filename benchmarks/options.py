@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -66,6 +67,12 @@ def number(kind: type, accepts: Callable[[Any], bool], wanted: str) -> Callable[
     return parse
 
 
+COUNT = number(int, lambda n: n >= 1, "a whole number of at least 1")
+LENGTH = number(int, lambda n: n >= 2, "a whole number of at least 2")
+POSITIVE = number(float, lambda x: 0 < x < math.inf, "a number above 0")
+SEED = number(int, lambda n: 0 <= n < 2**63, "a whole number from 0 to 2**63 - 1")
+
+
 def model_path(text: str) -> Path:
     path = Path(text).expanduser().resolve()
     if not (path / "config.json").is_file() and not (path.suffix == ".gguf" and path.is_file()):
@@ -81,7 +88,7 @@ def expression(text: str) -> re.Pattern[str]:
 
 
 def names(known: Sequence[str]) -> Callable[[str], tuple[str, ...]]:
-    """An argparse type: a list of some of the known names, with commas between."""
+    """An argparse type: a list of known names, with commas between."""
 
     def parse(text: str) -> tuple[str, ...]:
         given = tuple(dict.fromkeys(name.strip() for name in text.split(",")))
@@ -117,13 +124,12 @@ def parse(
     """
     parser = argparse.ArgumentParser(prog=f"python -m benchmarks {benchmark}", description=description)
     known_isas = list(dict.fromkeys([*ISAS, *cpu.isas()]))
-    count = number(int, lambda n: n >= 1, "a whole number of at least 1")
     add = parser.add_argument
     add("--quick", action="store_true", help="fewer cases and rounds: to see that it works")
     add("--filter", type=expression, default=re.compile(""), metavar="REGEX", help="only cases whose name has a match")
     add("--vs", type=names(baselines), metavar="NAMES", help=f"baselines, of {','.join(baselines)}")
     add("--isa", type=names(known_isas), default=(cpu.isa(),), metavar="NAMES", help=f"of {','.join(known_isas)}")
-    add("--threads", type=count, default=torch.get_num_threads(), metavar="N", help="of torch (%(default)s)")
+    add("--threads", type=COUNT, default=torch.get_num_threads(), metavar="N", help="of torch (%(default)s)")
     add("--output", type=Path, default=RESULTS, metavar="DIR", help="folder for the results (benchmarks/results)")
     add("--device", choices=devices, default=devices[0], help=f"of {','.join(devices)} ({devices[0]})")
     given = parser.parse_args(arguments)

@@ -107,7 +107,3 @@ def main(arguments: Sequence[str] | None = None) -> None:
         except (OSError, ValueError) as error:
             parser.error(str(error))
         print(f"Saved: {output}")
-
-
-if __name__ == "__main__":
-    main()

@@ -3,16 +3,8 @@
 Stock expands the prefix over the batch and puts it in front of keys and values, as PEFT's caches do.
 """
 
-from collections.abc import Sequence
-
 from benchmarks.attention import BASELINES, run
 from benchmarks.attention import PREFIX_CASES as CASES
-from benchmarks.report import benchmark
+from benchmarks.report import command
 
-
-def main(arguments: Sequence[str] | None = None) -> None:
-    benchmark("prefix", __doc__.splitlines()[0], CASES, BASELINES, run, arguments)
-
-
-if __name__ == "__main__":
-    main()
+main = command("prefix", __doc__, CASES, BASELINES, run)

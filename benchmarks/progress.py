@@ -21,7 +21,7 @@ def make_console() -> Console:
 
 @contextmanager
 def working(console: Console, what: str) -> Iterator[None]:
-    """Says what is done meanwhile."""
+    """Shows what is being done."""
     if console.is_terminal:
         with console.status(what):
             yield

@@ -167,25 +167,35 @@ def _row(record: Record, records: Sequence[Record], roofline: Roofline) -> dict[
     }
 
 
-def benchmark(
+def command(
     name: str,
     description: str,
     cases: Sequence[Any],
     baselines: Collection[str],
     run: Callable[..., list[Record]],
-    arguments: Sequence[str] | None,
     share: float = 1.0,
-) -> None:
-    """The command line of a benchmark on the CPU: `run(case, vs, isas, seconds, say)` measures one of the cases.
+    devices: Sequence[str] = ("cpu",),
+) -> Callable[[Sequence[str] | None], None]:
+    """The command line of a benchmark.
 
     Args:
+        description: its first line is shown.
+        run: measures one of the cases, when called as `run(case, vs, isas, seconds, say, device)`.
         share: of the usual time that a case needs.
+        devices: what the benchmark can run on, of cpu and cuda.
     """
-    console = make_console()
-    chosen, cases = options.parse(name, description, arguments, cases, list(baselines), ["compiled"], console)
-    results = Report.begin(name, chosen, console)
-    for case in cases:
-        with working(console, str(case)):
-            records = run(case, chosen.vs, chosen.isas, share * chosen.seconds, console.print)
-        results.add(records)
-    results.finish()
+
+    def main(arguments: Sequence[str] | None = None) -> None:
+        console, summary = make_console(), description.splitlines()[0]
+        chosen, selected = options.parse(
+            name, summary, arguments, cases, list(baselines), ["compiled"], console, devices
+        )
+        results = Report.begin(name, chosen, console)
+        isas = chosen.isas if chosen.device == "cpu" else chosen.isas[:1]
+        for case in selected:
+            with working(console, str(case)):
+                records = run(case, chosen.vs, isas, share * chosen.seconds, console.print, chosen.device)
+            results.add(records)
+        results.finish()
+
+    return main

@@ -5,7 +5,7 @@ Everything is bf16; x has a gradient, and the weight where it is said.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor
 from benchmarks import harness
 from benchmarks.functions import COMPILED, Problem, Tensors
 from benchmarks.records import FUSED
-from benchmarks.report import benchmark
+from benchmarks.report import command
 from peft_kernels.ops import rms_norm
 from peft_kernels.testing.reference.rms_norm import rms_norm as oracle
 
@@ -78,11 +78,4 @@ def make_problem(case: Case) -> Problem:
 
 
 run = harness.runner(make_problem, BASELINES)
-
-
-def main(arguments: Sequence[str] | None = None) -> None:
-    benchmark("rms_norm", __doc__.splitlines()[0], CASES, BASELINES, run, arguments)
-
-
-if __name__ == "__main__":
-    main()
+main = command("rms_norm", __doc__, CASES, BASELINES, run)

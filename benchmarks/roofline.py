@@ -58,7 +58,7 @@ LAUNCH_SECONDS = 2e-6  # between kernels of one stream
 
 @dataclass(frozen=True)
 class Counts:
-    """Of one launch."""
+    """The counts of one launch."""
 
     kernel: str
     dram: float
@@ -169,7 +169,3 @@ def show(shape: Shape, name: str, dropout: float, say: Callable[[str], None]) ->
             say(f"  {each.kernel:20} {times}: {longest}")
         if is_library:
             say(f"  {'the product':20} {product(shape, card) * 1e6:.1f}")
-
-
-if __name__ == "__main__":
-    main()

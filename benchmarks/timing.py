@@ -27,11 +27,11 @@ Item = TypeVar("Item")
 
 
 def nothing() -> None:
-    """What a contender does between its calls unless it has something to put back."""
+    """What a contender with nothing to put back does between its calls."""
 
 
 def wait_for(device: str) -> None:
-    """Until the work that the device was given is done; a CPU does it at once."""
+    """Waits until the device has done its work; a CPU does it at once."""
     if device == "cuda":
         torch.cuda.synchronize()
 
@@ -81,7 +81,7 @@ def runnable(contenders: Sequence[Contender], optional: Collection[str], say: Ca
     for contender in contenders:
         try:
             contender.run()
-        except Exception as error:  # what a compiler fails with is not ours to foresee
+        except Exception as error:  # a compiler may raise anything
             if contender.name not in optional:
                 raise
             say(f"{contender.name}: skipped, {type(error).__name__}: {(str(error).splitlines() or [''])[0]}")
@@ -126,7 +126,7 @@ def with_sum(phases: dict[str, float]) -> dict[str, float]:
 # ---- Calls that may take very long ----------------------------------------------------------------------------------
 
 
-Part = Callable[[float], tuple[Contender, float]]  # a share of some calls: about that much of them, and how much it is
+Part = Callable[[float], tuple[Contender, float]]  # a contender for about a share of a call, and how much it is
 
 
 def estimate(part: Part) -> dict[str, float]:

@@ -72,7 +72,7 @@ using Layouts = std::vector<Layout>;
 
 constexpr char kLayouts[] = "peft_kernels.layouts";
 
-// What the op has recorded, which takes tensors, for the function to return, which makes an object.
+// Only an op can take tensors, and only a function can return an object: the op leaves here what the function returns.
 thread_local std::unique_ptr<Layouts> recorded;
 
 void record_layouts(std::vector<Tensor> tensors) {
@@ -88,8 +88,8 @@ PyObject* recorded_layouts(PyObject*, PyObject*) {
 
 // Whether places are as they were: [dict, key, value, ...] are still those very values (None: or missing), the types of
 // [object, type, ...] are those, [container, length, ...] have those lengths, and recorded tensors, if there are any,
-// lie as they did. In Python it takes four times as long; and as all this has left the caches when it is looked at, the
-// processor should have many looks under way at once.
+// lie as they did. It is here because Python would take several times as long. All this has left the caches when it is
+// looked at, so the processor should have many looks under way at once.
 PyObject* unchanged(PyObject*, PyObject* arguments) {
     PyObject *values, *types, *lengths, *capsule = nullptr;
     if (!PyArg_ParseTuple(arguments, "O!O!O!|O", &PyList_Type, &values, &PyList_Type, &types, &PyList_Type, &lengths,

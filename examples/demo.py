@@ -6,9 +6,7 @@ machine does meets both alike.
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
-import math
 import statistics
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -26,10 +24,11 @@ from transformers import AutoConfig, AutoTokenizer
 import peft_kernels
 from benchmarks import finetune, timing
 from benchmarks.finetune import PROMPT, Run, Settings
-from benchmarks.options import model_path, number
-from benchmarks.progress import make_console, progress, working
+from benchmarks.options import COUNT, number
+from benchmarks.progress import progress, working
 from benchmarks.records import describe_machine, describe_versions
-from benchmarks.timing import Budget, within
+from benchmarks.timing import within
+from examples.demo_options import make_parser, set_up
 from examples.demo_results import (
     COLORS,
     Row,
@@ -40,39 +39,13 @@ from examples.demo_results import (
     two_panels,
 )
 
+DESCRIPTION = "Fine-tunes a small language model with QLoRA, stock and accelerated, and compares the two."
 STOCK, ACCELERATED = "stock", "accelerated"
 AGREEMENT_STEPS = 8
 AVERAGED = 5  # steps whose mean stands for the loss at the start and at the end
 GENERATED = 48
 GENERATION_ROUNDS = 2
 SHARES = {"training": 0.45, "curves": 0.15, "memory": 0.1, "generation": 0.1}  # of the time
-
-
-# ---- Options --------------------------------------------------------------------------------------------------------
-
-
-def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks demo",
-        description="Fine-tunes a small language model with QLoRA, stock and accelerated, and compares the two.",
-    )
-    count = number(int, lambda n: n >= 1, "a whole number of at least 1")
-    length = number(int, lambda n: n >= 2, "a whole number of at least 2")
-    rate = number(float, lambda x: 0 < x < math.inf, "a number above 0")
-    probability = number(float, lambda x: 0 <= x < 1, "a number from 0 to below 1")
-    seed = number(int, lambda n: 0 <= n < 2**63, "a whole number from 0 to 2**63 - 1")
-    parser.add_argument("--steps", type=count, default=40, help="of training, for each of the two models (%(default)s)")
-    parser.add_argument("--rank", type=count, default=16, help="of the LoRA adapters (%(default)s)")
-    parser.add_argument("--batch", type=count, default=4, help="rows a step (%(default)s)")
-    parser.add_argument("--length", type=length, default=256, help="tokens a row (%(default)s)")
-    parser.add_argument("--lr", type=rate, default=5e-4, help="learning rate of AdamW (%(default)s)")
-    parser.add_argument("--dropout", type=probability, default=0.05, help="of the LoRA adapters (%(default)s)")
-    parser.add_argument("--model", type=model_path, help="a Hugging Face folder or a GGUF file (SmolLM2-135M-Instruct)")
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="where to train (%(default)s)")
-    parser.add_argument("--minutes", type=rate, default=10.0, help="it takes fewer steps to keep to it (%(default)g)")
-    parser.add_argument("--output", type=Path, default=Path("demo-output"), help="folder for results (%(default)s)")
-    parser.add_argument("--seed", type=seed, default=0, help="of initial values, batches and dropout (%(default)s)")
-    return parser
 
 
 # ---- Stages ---------------------------------------------------------------------------------------------------------
@@ -195,27 +168,24 @@ def main(arguments: Sequence[str] | None = None) -> None:
     Args:
         arguments: the command line after the benchmark's name; by default the process's.
     """
-    parser = make_parser()
+    parser = make_parser("demo", DESCRIPTION, steps=40, batch=4, length=256, lr=5e-4)
+    probability = number(float, lambda x: 0 <= x < 1, "a number from 0 to below 1")
+    parser.add_argument("--rank", type=COUNT, default=16, help="of the LoRA adapters (%(default)s)")
+    parser.add_argument("--dropout", type=probability, default=0.05, help="of the LoRA adapters (%(default)s)")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="where to train (%(default)s)")
     options = parser.parse_args(arguments)
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("argument --device: got 'cuda', but torch finds no CUDA device; wanted 'cpu'")
-    finetune.quiet()
-    budget = Budget(60 * options.minutes, SHARES)
-    console = make_console()
-    options.output.mkdir(parents=True, exist_ok=True)
-
-    model = finetune.base_model(options.model, options.output / "base")
-    shared = {name: value for name, value in vars(options).items() if name not in ("output", "minutes")}
-    settings = Settings(**shared | {"model": model})
-    tokenizer = AutoTokenizer.from_pretrained(model)
+    settings, budget, console = set_up(options, Settings, SHARES)
+    tokenizer = AutoTokenizer.from_pretrained(settings.model)
     tokens = tokenizer(finetune.language_reference(), return_tensors="pt").input_ids[0]
-    config = AutoConfig.from_pretrained(model)
+    config = AutoConfig.from_pretrained(settings.model)
     longest = min(len(tokens), config.max_position_embeddings)
     if settings.length > longest:
         parser.error(f"argument --length: got '{settings.length}', wanted at most {longest}: the model's or the text's")
     batches = finetune.make_batches(tokens, settings.steps, settings.batch, settings.length, settings.seed)
     machine = describe_machine(settings.device)
-    console.print(f"{model.name} on {len(tokens):,} tokens of Python's language reference")
+    console.print(f"{settings.model.name} on {len(tokens):,} tokens of Python's language reference")
     console.print(f"{machine}; {describe_versions()}", highlight=False)
 
     with working(console, "Choosing a dtype"):
@@ -264,7 +234,3 @@ def main(arguments: Sequence[str] | None = None) -> None:
     console.rule("The saved adapter, loaded again on a fresh base and accelerated, writes", align="left")
     console.print(sample, markup=False, highlight=False)
     console.print(f"\nSaved: {adapter}, {options.output / 'demo.png'}, {options.output / 'demo.json'}")
-
-
-if __name__ == "__main__":
-    main()

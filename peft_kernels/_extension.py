@@ -29,7 +29,7 @@ if build_info["ops_version"] != EXPECTED_OPS_VERSION:
 
 
 def refusing(op: Callable[..., Any]) -> Callable[..., Any]:
-    """An op of ours, whose refusals of an argument are ValueErrors."""
+    """An op of this package, whose refusals of an argument are ValueErrors."""
 
     def call(*args: Any, **kwargs: Any) -> Any:
         try:

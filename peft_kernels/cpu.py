@@ -31,8 +31,7 @@ def outruns_torch() -> bool:
     """Whether the kernels' products of fp32 matrices are faster than torch's.
 
     Torch's are MKL's, unless they may be of fewer bits. MKL takes vectors of 256 bits on processors that are not
-    Intel's, where AVX-512 has 512. Two cores of Zen 5, TFLOP/s: 0.17 and 0.35 (32 x 768 x 3072), 0.21 and 0.45 (128 x
-    768 x 768), 0.20 and 0.49 (512 x 4096 x 4096); their peak is 0.49.
+    Intel's, where AVX-512 has 512: `python -m benchmarks architectures` shows what that costs.
     """
     return _MKL_IS_NARROW and torch.get_float32_matmul_precision() == "highest" and isa() not in ("portable", "avx2")
 

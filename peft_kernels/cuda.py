@@ -9,7 +9,7 @@ import torch
 from . import _extension
 
 _LEAST_CAPABILITY = (8, 0)  # cp.async, and products of bf16 and tf32
-_LEAST_DRIVER = {12: 525, 13: 580}  # of NVIDIA's, for a major version of CUDA
+_LEAST_DRIVER = {12: 525, 13: 580}  # the oldest driver for a major version of CUDA
 
 
 def why_not(device: torch.device) -> str | None:

@@ -64,7 +64,7 @@ def forward(weight: NF4Weight, x: Tensor) -> Callable[[], object]:
 
 
 def backward(weight: NF4Weight, x: Tensor) -> Callable[[], object]:
-    """dx alone: what else a backward computes is the same for both products."""
+    """dx alone: everything else that a backward computes is the same for both products."""
     grad_y = torch.randn(x.shape[0], weight.shape[0], dtype=x.dtype, device=x.device)
     return lambda: torch.ops.peft_kernels.lora_linear_backward(
         grad_y, None, None, *weight.arguments, (), (), (), True, (), (), compute_dtype=x.dtype, x_dtype=x.dtype

@@ -61,7 +61,7 @@ def save(device: str, entry: dict[str, Any]) -> Path:
 
 
 def set_crossover(device: str, forward: int, backward: int) -> None:
-    """Up to how many rows a device decodes the weight inside the product, from now on."""
+    """Sets up to how many rows a device decodes the weight inside the product."""
     torch.ops.peft_kernels.lora_linear_set_crossover(device, forward, backward)
 
 

@@ -48,7 +48,7 @@ def same_results(actual: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
 
 
 def views_of_x(x: Tensor) -> dict[str, Tensor]:
-    """A matrix as rows that lie otherwise in memory; some of three dimensions."""
+    """The same matrix with rows that lie otherwise in memory; the last ones have three dimensions."""
     m, d = x.shape
     return {
         "row-strided": F.pad(x, (3, 5))[:, 3 : 3 + d],
@@ -86,7 +86,7 @@ def saved_for_backward(call: Callable[[], Tensor], known: Iterable[Tensor | None
 
 
 class Made(TorchDispatchMode):
-    """What operations return that is no view of other memory."""
+    """Everything that operations return, except views of other memory."""
 
     def __init__(self):
         super().__init__()

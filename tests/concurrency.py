@@ -1,4 +1,4 @@
-"""Calls in several threads at once, which are to find what they find in one."""
+"""Calls in several threads at once, whose results have to be those of one thread."""
 
 import sys
 import threading

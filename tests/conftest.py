@@ -20,7 +20,7 @@ hypothesis.settings.register_profile(
     database=None,
     suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture, hypothesis.HealthCheck.too_slow],
 )
-# For tests of a number of examples that goes by the profile's: `pytest --hypothesis-profile long`.
+# Tests with many examples take their number from the profile: `pytest --hypothesis-profile long`.
 hypothesis.settings.register_profile("long", hypothesis.settings.get_profile("default"), max_examples=300)
 hypothesis.settings.load_profile("default")
 
@@ -43,7 +43,7 @@ def seed():
 @pytest.fixture(autouse=True)
 def threads():
     """One thread, unless a test asks for more by calling this with a number: waiting threads spin, and on a busy
-    machine small problems took ten times as long with two."""
+    machine small problems take much longer with two."""
     torch.set_num_threads(1)
     return torch.set_num_threads
 
@@ -65,8 +65,8 @@ BACKENDS = [*ISAS, "cuda", "emulated"]
 
 @contextmanager
 def running_on(request, backend: str):
-    """Runs with an instruction set of the CPU; on a GPU; or with the CUDA kernels in the emulator. The device that
-    tensors have to be on: the emulator's are on the CPU."""
+    """Runs with an instruction set of the CPU; on a GPU; or with the CUDA kernels in the emulator. Yields the device
+    that tensors have to be on: the emulator's are on the CPU."""
     if backend == "cuda":
         if not (torch.cuda.is_available() and peft_kernels._extension.build_info["cuda"]):
             pytest.skip("needs a GPU, and a build with CUDA")

@@ -30,7 +30,7 @@ def make_projection(n, k, dtype, base="nf4", bias=False, ranks=(4,)):
 
 
 def quantised(model, dtype=torch.float32):
-    """With bitsandbytes' layers in the place of its blocks' linear layers."""
+    """Replaces the linear layers of a model's blocks by bitsandbytes' layers."""
     for module in list(model.modules()):
         for name, child in list(module.named_children()):
             if type(child) is nn.Linear and name != "lm_head":
@@ -58,7 +58,7 @@ def make(name="llama", base="4bit", lora=True, **config):
 
 
 def decode(model, steps=3, rows=2, prompt=12):
-    """The logits of some tokens, one by one after a prompt."""
+    """The logits of a few tokens, one by one after a prompt."""
     generator = torch.Generator().manual_seed(3)
     ids = torch.randint(3, 60, (rows, prompt + steps), generator=generator)
     padding = torch.ones_like(ids)
@@ -107,7 +107,7 @@ def _replace_dict(model):
 
 
 def _truncate(model):
-    """As what prunes ranks does: the rest stays where it is in memory."""
+    """Does what pruning of ranks does: the rest stays where it is in memory."""
     a, b = lora_of(model).lora_A["default"].weight, lora_of(model).lora_B["default"].weight
     a.data, b.data = a.data[:2], b.data[:, :2]
 
@@ -171,8 +171,8 @@ CHANGES = {
 
 
 def check_sees(change, accelerate, calls):
-    """That a model's output is stock's after a change that comes when it has decoded, so that its layers keep what they
-    found out; and that the fused calls, which `calls` counts, go on."""
+    """Checks a model that changes after it has decoded, when its layers keep what they found out: its output has to be
+    stock's, and the fused calls, which `calls` counts, have to go on."""
     model = make()
     ours = copy.deepcopy(model)
     before = decode(model)

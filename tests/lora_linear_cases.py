@@ -146,7 +146,7 @@ def stock(case: Case) -> nn.Module:
 
 
 def run_stock(case: Case) -> dict[str, Tensor]:
-    """What `run` returns, of stock; without the gradients of the base layer."""
+    """What `run` returns, but of the stock layer, and without the gradients of the base layer."""
     layer = stock(case)
     x = case.x.detach().requires_grad_()
     with _disable_current_modes():  # the emulator's, under which stock computes in other dtypes

@@ -103,7 +103,7 @@ ARGUMENTS: dict[str, Callable[[], dict[str, Any]]] = {
     "rotary": lambda: {"q": randn(2, 4, M, 8), "k": randn(2, 2, M, 8), "cos": randn(1, M, 4), "sin": randn(1, M, 4)},
 }  # fmt: skip
 
-# Other ways through a function, of which its calls above take one.
+# Further calls of functions that have several ways through them; the calls above take one of these.
 VARIANTS: dict[str, Callable[[], dict[str, Any]]] = {
     "dora_linear of NF4": lambda: _linear(weight4bit()) | _dora(weight4bit()) | {"magnitude": randn(N)},
     "dora_norm of NF4": lambda: _dora(weight4bit()),

@@ -116,7 +116,7 @@ def gradients(model: PeftModel, x: Tensor, grad: Tensor) -> list[Tensor | None]:
 
 
 def stock_path_reasons(model: nn.Module, caplog, *args, **kwargs) -> list[str]:
-    """Why calls of a model fell through, as logged."""
+    """The reasons that were logged when calls of a model took the stock path."""
     registry._logged.clear()
     caplog.clear()
     with caplog.at_level(logging.WARNING, "peft_kernels"):

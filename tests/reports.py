@@ -1,4 +1,4 @@
-"""What of a report a test wants to be fused."""
+"""Which layers of a report have to be fused, for the tests."""
 
 from peft_kernels.integrations import LayerReport, Report
 

@@ -1,4 +1,4 @@
-"""accelerate, restore and the report, whatever the layers."""
+"""What holds for accelerate, restore and the report with any layers."""
 
 import subprocess
 import sys

@@ -54,7 +54,7 @@ def test_shapes(backend, shape, mode):
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_activations(backend, activation, mode):
     case = make_case(40, 48, 24, *mode, activation=activation)
-    case.x *= 3  # some of σ's tails
+    case.x *= 3  # reaches the tails of σ
     check(case)
 
 

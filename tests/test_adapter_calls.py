@@ -177,7 +177,7 @@ def test_call_that_is_interrupted():
 @pytest.mark.slow
 @pytest.mark.parametrize("part", ["model", "layer"])
 def test_compiled_with_rows_that_were_entered(part):
-    """Of the whole model, or of a layer in a model that is not compiled otherwise."""
+    """Compiles the whole model, or only a layer of it."""
     model, inputs = adapted_model("bert", "parallel"), make_inputs("bert")
     torch._dynamo.reset()
     with torch.no_grad():
@@ -242,7 +242,7 @@ def assert_same(got, wanted):
 
 
 def preferences(run, model, x):
-    """Two forwards with other adapters, one of a reference, and the backward of all of them in the end."""
+    """Two forwards with different adapters, one of a reference, and then the backward of all of them."""
     chosen = run(model, x[0], adapter_names=ROWS[0])
     rejected = run(model, x[1], adapter_names=ROWS[1])
     with torch.no_grad():

@@ -51,7 +51,7 @@ def test_outputs_are_those_of_adapterhub(name, tmp_path):
 
 @pytest.mark.parametrize("name", HUB_MODELS)
 def test_files_are_those_of_adapterhub(name, tmp_path):
-    """What was loaded is saved as AdapterHub had saved it, in what both know of it."""
+    """What was loaded is saved as AdapterHub had saved it, in all entries that both know."""
     model = hub_model(name, tmp_path / "model")
     for adapter in (*HUB_ADAPTERS, "fusion"):
         loaded = peft_kernels.load_adapter(model, hub_checkpoint(name, adapter, tmp_path / adapter))
@@ -324,7 +324,7 @@ def test_dtype_that_no_adapter_has(saved, dtype, number):
 
 
 def test_dtype_holds_what_all_tensors_do(saved):
-    """Those of a file in both kinds of 16 bits lose nothing, of precision or of range."""
+    """The weights of a file with both 16-bit types lose neither precision nor range."""
     tensors = {key: (tensor + 1e30).bfloat16() for key, tensor in load_file(saved / ADAPTER[1]).items()}
     precise = next(key for key in tensors if key.endswith("adapter_up.bias"))
     tensors[precise] = torch.full_like(tensors[precise], 1 + 2**-10, dtype=torch.float16)

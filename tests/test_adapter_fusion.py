@@ -16,7 +16,7 @@ NAMES = ("query_weight", "query_bias", "key_weight", "key_bias", "value_weight",
 
 
 def make_case(m, d, n, x_dtype=torch.float32, weight_dtype=None, value=True, residual=True, bias=True):
-    """Scores of a few, so that no adapter is alone with all of the weight; results of about one."""
+    """Scores have a size of a few, so that no adapter gets all of the weight; results are about one."""
     weight_dtype = weight_dtype or x_dtype
     case = {"query_input": torch.randn(m, d).to(x_dtype)}
     for name in NAMES:

@@ -1,4 +1,4 @@
-"""Every argument of every function and layer: what is wrong is refused, by a sentence that names it."""
+"""Every wrong argument of every function and layer is refused, by a sentence that names it."""
 
 import dataclasses
 import inspect
@@ -14,7 +14,7 @@ from peft_kernels.ops import NF4Weight
 
 DTYPES = [torch.complex64, torch.float64, torch.bool, torch.int32, torch.float8_e4m3fn]
 OTHERS = {"None": None, "text": "?", "object": object(), "complex": 1j, "NaN": float("nan"), "infinity": float("inf")}
-# Of `linear`, wrong tensors are for torch's function to refuse, apart from their devices.
+# Wrong tensors for `linear` are left to torch's function to refuse, apart from their devices.
 TORCHS = {"linear", "linear without bias", "linear of many rows"}
 CASES = [*ARGUMENTS, *VARIANTS]
 # What is right although it looks wrong here.

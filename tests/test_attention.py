@@ -235,7 +235,7 @@ def test_dropout_with_masks(cpu_isa, mask):
 
 
 def test_dropout_keeps_its_share():
-    """Values of one: a result is the sum of the weights that were kept, over the share that is."""
+    """All values are one: a result is the sum of the weights that were kept, divided by the share that is kept."""
     case = make((4, 8, 8, 64, 256, 8), scales=())
     case.tensors["q"].zero_()  # equal weights
     case.tensors["v"].fill_(1)

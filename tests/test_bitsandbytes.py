@@ -17,7 +17,7 @@ from peft_kernels.integrations import registry
 from peft_kernels.integrations.refusal import Refusal
 from peft_kernels.testing.reference.lora_linear import lora_linear as reference
 
-# Ours may be this much less exact than the stock layer, in relative error against fp64.
+# The fused layer may be this much less exact than the stock layer, in relative error against fp64.
 ERROR_RATIO = 1.05
 # Relative to the largest element: two roundings to bf16, of results that were summed up in another order.
 BF16_TOLERANCE = 2 * 2.0**-8
@@ -97,7 +97,8 @@ def test_bias_takes_the_compute_dtype_and_trains():
 
 @pytest.mark.parametrize("format", FORMATS, ids=names)
 def test_evaluation_then_training(format):
-    """Stock: after an evaluation the input's gradient is None, and state_dict corrupt without double quantisation."""
+    """After an evaluation of the stock layer the input's gradient is None, and without double quantisation its
+    state_dict is corrupt."""
     layer = fused4bit(**format)
     before = {name: value.clone() for name, value in layer.state_dict().items()}
     x = torch.randn(3, IN_FEATURES, requires_grad=True)

@@ -1,4 +1,4 @@
-"""The decoder_layer family against fp64, and models that decode with it: which do, and what they look out for."""
+"""The decoder_layer family against fp64; which models decode with it, and which changes they notice."""
 
 import copy
 import pickle

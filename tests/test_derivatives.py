@@ -13,7 +13,7 @@ from peft_kernels import nn, ops
 CONSTANT = {"dequantize_4bit", "dequantize_4bit_rows", "dora_norm", "dora_norm of NF4", "quantize_4bit"}
 CASES = [*ARGUMENTS, *VARIANTS, *LAYERS]
 DIFFERENTIABLE = [name for name in CASES if name not in CONSTANT]
-# Of differences of results in fp32, with this step, relative to the size of what takes it.
+# The tolerance for differences of results in fp32 with this step, which is relative to the size of the tensor.
 STEP, TOLERANCE = 3e-3, 1e-2
 REFUSAL = "forward-mode differentiation|autograd.Function|jvp"
 

@@ -16,18 +16,23 @@ class Holder:
 
 
 def read(reading, holder):
-    (value, others), (weight, bias) = (
-        reading.attributes(holder, "value", "others"),
-        reading.parameters(reading.module(vars(holder), "layer"), "weight", "bias"),
-    )
-    (tensor,) = reading.tensors(holder, "number")
-    number, missing = reading.number(vars(holder), "number"), reading.items(vars(holder), "missing")
-    return [value, weight, bias, tensor, reading.length(others), number, *missing]
+    layer = reading.module(vars(holder), "layer")
+    return [
+        reading.attribute(holder, "value"),
+        reading.attribute(holder, "absent", 5),
+        reading.length(reading.attribute(holder, "others")),
+        reading.parameter(layer, "weight"),
+        reading.parameter(layer, "bias"),
+        reading.tensor(holder, "number"),
+        reading.number(vars(holder), "number"),
+        reading.item(vars(holder), "missing"),
+    ]
 
 
 CHANGES = {
     "attribute": lambda holder: setattr(holder, "value", object()),
     "missing": lambda holder: setattr(holder, "missing", object()),
+    "absent": lambda holder: setattr(holder, "absent", object()),
     "length": lambda holder: holder.others.append(2),
     "number": lambda holder: holder.number.fill_(3),
     "memory": lambda holder: setattr(holder.number, "data", torch.tensor(2.0)),
@@ -68,10 +73,10 @@ def test_what_cannot_be_guarded():
     del layer.weight
     layer.weight = torch.zeros(4, 4)
     with pytest.raises(CannotGuardError):
-        Guard().parameters(layer, "weight")
+        Guard().parameter(layer, "weight")
     with pytest.raises(CannotGuardError):
-        Guard().attributes(layer, "__doc__")
-    assert ONCE.parameters(layer, "weight") == [layer.weight]
+        Guard().attribute(layer, "__doc__")
+    assert ONCE.parameter(layer, "weight") is layer.weight
 
 
 def test_copied_statistics_are_not_kept():

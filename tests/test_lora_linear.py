@@ -77,7 +77,7 @@ def test_shapes(backend, shape, mode):
 @pytest.mark.parametrize("weight_dtype", [torch.bfloat16, torch.float16], ids=short)
 @pytest.mark.parametrize("base", ["nf4", "nested"])
 def test_few_rows(cpu_isa, base, weight_dtype):
-    """Each number of rows that a kernel of its own may serve, and outputs that are no multiple of what it takes."""
+    """Each number of rows that may have a kernel of its own, and outputs that are no multiple of what it takes."""
     for outputs, columns in ((7, 192), (101, 1088)):
         for rows in range(1, 14):
             case = make_case(rows, outputs, columns, (5,), torch.bfloat16, base=base, weight_dtype=weight_dtype)
@@ -185,8 +185,8 @@ def test_error_against_stock(platform, base, mode, autocast, rows):
     x_dtype, adapter_dtype = mode
     # Enough elements, so that the ratio of two rms errors is no accident.
     case = make_case(rows, 384, 512, (16,), *mode, base=base, weight_dtype=x_dtype, bias=False)
-    # As in trained models the branch is smaller than the base product. On a GPU the branch is rounded before the base
-    # product is added to it, in stock it is the base product that is.
+    # As in trained models, the branch is smaller than the base product. On a GPU the branch is rounded before the base
+    # product is added to it; stock rounds the base product instead.
     case.scaling[0] /= 4
     with torch.autocast(platform, torch.bfloat16, enabled=autocast):
         actual, theirs = run(case), run_stock(case)

@@ -80,7 +80,7 @@ def test_saves_less_than_stock(platform, base, autocast):
 
 
 class Recorder(TorchDispatchMode):
-    """The results of every call of one of our backward ops."""
+    """The results of every call of a backward op of this package."""
 
     def __init__(self):
         super().__init__()

@@ -77,7 +77,7 @@ def test_wheel_of_the_sdist_installs_and_works(sdist, tracked, environment, tmp_
     install = ["install", "--no-deps", "--no-index", "--no-compile", "--target", str(target), str(wheel)]
     subprocess.run([*PIP, *install], env=environment, check=True)
     # torch and the rest come from this environment, but only after what was installed. A plain line in a .pth file
-    # adds a folder and leaves out that folder's own .pth files, so an editable install of ours stays out.
+    # adds a folder and leaves out that folder's own .pth files, so an editable install of this package stays out.
     (target / "environment.pth").write_text(sysconfig.get_path("purelib") + "\n")
     program = (
         "import torch, peft_kernels; from peft_kernels.ops import quantize_4bit\n"

@@ -39,7 +39,7 @@ import peft_kernels
 from peft_kernels.integrations.refusal import Refusal
 from peft_kernels.testing.reference.lora_linear import lora_linear as reference
 
-# Ours may be this much less exact than the stock layer, in relative error against fp64.
+# The fused layer may be this much less exact than the stock layer, in relative error against fp64.
 ERROR_RATIO = 1.05
 # A relative error of fp32 results that comes from the order of summation alone.
 FP32_NOISE = 2.0**-21
@@ -333,7 +333,8 @@ def test_base_weight_is_neither_copied_nor_kept(kind, dtype):
 
 @pytest.mark.parametrize("rows", [1, 40])
 def test_conv1d_takes_the_product_of_stock(rows, monkeypatch):
-    """An adapter apart, it is the very number, where it is torch's product of the same operands."""
+    """While the adapter is zero, the result is stock's bit for bit, where torch makes the product of the same
+    operands."""
     monkeypatch.setattr("peft_kernels.cpu.outruns_torch", lambda: False)
     model = lora_model("conv1d", nonzero=False)
     x = torch.randn(rows, IN_FEATURES)

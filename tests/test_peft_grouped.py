@@ -180,7 +180,7 @@ def test_adapter_names_compile_into_one_graph(kind):
 @pytest.mark.parametrize("kind", ["dense", "4bit"])
 def test_generation_of_a_mixed_batch(kind, options, caplog):
     stock = decoding_models.make(base=kind)
-    # On fewer layers than the other, which the others of a batch then run without.
+    # An adapter on fewer layers than the other: elsewhere its samples run without one.
     stock.add_adapter("b", LoraConfig(r=3, lora_alpha=24, target_modules=["q_proj", "down_proj"]))
     randomize(stock)
     fused = copy.deepcopy(stock)

@@ -72,7 +72,7 @@ def test_as_near_to_fp64_as_stock(kind, side, dtype, rows):
     assert ours["y"].dtype == dtype
     for name, want in wanted.items():
         bound = tolerances.VERSUS_STOCK * error(theirs[name], want) + tolerances.FP32_SUM
-        # PEFT's 4-bit layer returns fp32 for any x; ours rounds y once, and its gradient is rounded as well.
+        # PEFT's 4-bit layer returns fp32 for any x; the fused one rounds y once, and its gradient is rounded as well.
         bound = max(bound, tolerances.product(dtype, dtype) if kind == "4bit" else 0)
         assert error(ours[name], want) <= bound, name
 

@@ -1,4 +1,4 @@
-"""The projections family against fp64, and the layers that are packed: which are, and what they look out for."""
+"""The projections family against fp64; which layers are packed, and which changes they notice."""
 
 import copy
 import pickle

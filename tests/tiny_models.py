@@ -47,7 +47,7 @@ def tiny(name: str, hidden: int = 32, intermediate: int = 48, **config) -> nn.Mo
 
 
 def tokens(batch: int = 3, length: int = 9) -> tuple[Tensor, Tensor]:
-    """Token ids, and their padding mask: some rows are padded on the left."""
+    """Token ids and their padding mask; a part of the rows is padded on the left."""
     ids = torch.randint(3, VOCABULARY, (batch, length))
     padding = torch.ones_like(ids)
     padding[0, :4] = 0

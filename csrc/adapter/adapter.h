@@ -33,7 +33,7 @@ struct BottleneckAdapter {
     float* grad_up_bias;    // [d]: Σ g
 };
 
-// Neighbouring rows that go through one adapter; through none, if it is -1.
+// Neighbouring rows that go through one adapter; -1 stands for none.
 struct AdapterRun {
     int64_t first_row, rows;
     int64_t adapter;

@@ -88,7 +88,7 @@ std::vector<AdapterRun> check_runs(const std::vector<int64_t>& rows, const std::
     return runs;
 }
 
-// What both ops have. The vectors that it points into have to live on.
+// Checks and fills in what both ops share. params points into the vectors, which have to outlive it.
 void check_common(AdapterParams& params, const std::vector<BottleneckAdapter>& adapters,
                   const std::vector<AdapterRun>& runs, const std::string& activation, DType compute_dtype,
                   double dropout, const std::optional<Tensor>& seed, const std::optional<Tensor>& gate,

@@ -1,8 +1,8 @@
 // The attention of AdapterFusion over N adapters, row by row: P = softmax(dropout(aᵢ · tᵢ + eᵢ) / T), pooled = Σ Pᵢ aᵢ.
 // Parameters and launchers. Plain data only: no torch, no CUDA headers.
 //
-// Of adapters' outputs aᵢ [m, d] there is one t and one pooled row of d. Of their bottlenecks aᵢ [m, rᵢ], each has a
-// part of t and of pooled to itself, and these stand side by side.
+// If aᵢ are the adapters' outputs [m, d], there is one t and one pooled row of d. If they are bottlenecks [m, rᵢ], each
+// has its own part of t and of pooled, and these parts stand side by side.
 #pragma once
 
 #include <cstdint>

@@ -19,7 +19,7 @@
 namespace peft_kernels {
 namespace {
 
-// Without gradients; the vector that params points into has to live on.
+// Checks and fills in what both ops share. params points into the vector that is returned, which has to outlive it.
 std::vector<FusedAdapter> check_common(AdapterFusionParams& params, const Tensor& t, const Tensors& adapters,
                                        bool shared, const std::optional<Tensor>& offsets, double temperature,
                                        double dropout, const std::optional<Tensor>& seed) {

@@ -175,7 +175,7 @@ void run_backward(AttentionBackwardParams& params, [[maybe_unused]] const Tensor
     if (runs_on_cuda(q)) {
         const CudaScope scope(q.get_device_index());
         check_cuda_operands(params);
-        // A gradient comes as autograd has it; the kernels want rows that begin at multiples of 16 bytes.
+        // A gradient has whatever strides autograd gives it; the kernels want rows that begin at multiples of 16 bytes.
         ConstHeads& grad = params.grad_out;
         Tensor aligned;
         const int64_t strides = grad.batch_stride | grad.head_stride | grad.row_stride;

@@ -1,5 +1,5 @@
-// The scalings around torch's attention on a GPU, where that takes the place of our kernels: schemas, checks,
-// allocation. Both are one pass of ia3_linear's over a matrix [rows of the batch, heads · head_dim].
+// The scalings around torch's attention on a GPU, where it takes the place of this project's kernels: schemas, checks,
+// allocation. Each is one pass over a matrix [rows of the batch, heads · head_dim], see common/cuda/scale_columns.h.
 #include <torch/csrc/stable/ops.h>
 
 #include <tuple>

@@ -3,9 +3,8 @@
 //   before   n = norm(x);  q, k, v = n Wᵀ each, with its LoRA;  norms of q's and k's heads;  q and k rotated
 //   after    h = x + attended W_oᵀ;  n = norm(h);  y = h + (σ(n W_gateᵀ) ⊙ (n W_upᵀ)) W_downᵀ,  each W with its LoRA
 //
-// There are no kernels here: those of rms_norm, lora_linear, rotary and glu run one after the other. What is
-// saved is Python between them, which takes longer than they do where the model is small: a token of SmolLM2's took
-// 17 ms, and takes 10 with them.
+// There are no kernels here: those of rms_norm, lora_linear, rotary and glu run one after the other. The op saves the
+// Python between them, which takes longer than they do where the model is small (`python -m benchmarks model`).
 #include <array>
 #include <memory>
 #include <optional>

@@ -1,5 +1,5 @@
-// y = keep(x) / (1 - p): parameters and launchers. Of x read as y's gradient, it is the gradient of x. Plain data only:
-// no torch, no CUDA headers.
+// y = keep(x) / (1 - p): parameters and launchers. Applied to y's gradient, it gives the gradient of x. Plain data
+// only: no torch, no CUDA headers.
 #pragma once
 
 #include <cstdint>

@@ -14,7 +14,7 @@
 
 namespace peft_kernels {
 
-// The launches on a CPU, for every family whose product is lora_linear's.
+// Launches on a CPU, for every family that uses lora_linear's product.
 template <class Params>
 void run_lora_linear_cpu(void (*launch)(const Params&), Params& params, const Tensor& like, bool backward) {
     run_cpu(launch, params, like, [&] {

@@ -20,7 +20,7 @@ void check_no_dense(const LoraLinearParams& params) {
 }
 #endif
 
-// A side of the weight that there is none of: that of what the product of others is, or of the first adapter.
+// A dimension of the weight where none is given: that of `add`, the caller's product, or of the first adapter.
 int64_t side_without_weight(const OptionalTensor& add, const Tensors& matrices, int64_t dimension) {
     if (add && add->dim() > 0) return add->size(add->dim() - 1);
     return matrices.empty() || matrices[0].dim() != 2 ? 0 : matrices[0].size(dimension);
@@ -83,8 +83,8 @@ Result forward(const Tensor& given_x, const Tensors& given_weight, const Integer
     return result();
 }
 
-// The product with a dense weight alone. Where it is small, most of lora_linear's time would be looking at arguments
-// that are not given: with a weight of 768 x 3072, which takes everything else out of the caches, 12 of 180 us.
+// The product with a dense weight alone. The op has no arguments for adapters: looking at those that are not given
+// would cost a small product a part of its time.
 Tensor linear(const Tensor& x, const Tensor& weight, const OptionalTensor& bias) {
     return forward<Y>(x, {weight}, {}, {}, {}, {}, std::nullopt, std::nullopt, bias, std::nullopt, std::nullopt,
                       std::nullopt);
@@ -181,7 +181,7 @@ int64_t few_rows() { return kDotRows; }
 }  // namespace peft_kernels
 
 STABLE_TORCH_LIBRARY_FRAGMENT(PEFT_KERNELS_NAMESPACE, m) {
-    // An argument that is left to its default costs a call 0.07 us less; one that isn't None, 0.2.
+    // Most arguments have defaults: a call that leaves them out is faster.
     const std::string arguments =
         "(Tensor x, Tensor[] weight, int[] format, Tensor[] lora_A, Tensor[] lora_B, float[] scaling, *, "
         "float[]? dropout=None, Tensor? seeds=None, Tensor? bias=None, Tensor? add=None, "

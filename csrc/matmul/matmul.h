@@ -17,7 +17,7 @@
 
 namespace peft_kernels {
 
-// A product [m, k] x [k, n] on either device. What else is computed with it is the families' that derive from this.
+// A product [m, k] x [k, n] on either device. Families that derive from this compute more with it.
 struct MatmulParams {
     int64_t m, n, k;
     const Nf4Weight* weight;   // [n, k], or null: see `dense`

@@ -14,8 +14,8 @@
 namespace peft_kernels {
 namespace {
 
-// [B, H, S, D], stored as `like` is: with the heads of a position, or with the positions of a head side by side. One
-// position is both, and a step of decoding is spared the view.
+// [B, H, S, D], stored in the order of `like`: either the heads of a position or the positions of a head lie side by
+// side. With one position both are true, and no view is needed.
 Tensor empty_heads(const Tensor& like, ScalarType dtype) {
     const int64_t batch = like.size(0), heads = like.size(1), length = like.size(2), head_dim = like.size(3);
     if (length == 1 || like.stride(1) >= like.stride(2)) return empty(like, {batch, heads, length, head_dim}, dtype);

@@ -39,7 +39,7 @@ class Call:
         outer: the call within which it was begun.
         task: the backward within which it was begun; -1 for none.
         trains: whether gradients were wanted then.
-        recomputes: whether a part of it will run again in the backward.
+        recomputes: whether a part of the call will run again in the backward.
         temperatures: of the fusions that have run in it.
     """
 
@@ -53,7 +53,7 @@ class Call:
     temperatures: dict[AdapterFusion, float] = field(default_factory=dict)
 
     def temperature(self, layer: AdapterFusion) -> float:
-        """A fusion's, which decays once for a call and is the same when a layer is recomputed."""
+        """The temperature of a fusion, which decays once in a call and stays the same when a layer is recomputed."""
         if torch.compiler.is_compiling():
             return layer.next_temperature()
         if layer not in self.temperatures:
@@ -150,12 +150,12 @@ def _of(state: AdapterState, call: Call | None) -> Call | None:
 
 
 def _task() -> int:
-    """The backward that is under way in this thread; -1 for none."""
+    """The number of the backward that is under way in this thread; -1 for none."""
     return -1 if torch.compiler.is_compiling() else torch._C._current_graph_task_id()
 
 
 def _recomputed(state: AdapterState) -> Call | None:
-    """The call that was made first of what is being recomputed in a backward, if it is known."""
+    """The call that first ran the layer that a backward is recomputing, if it is known."""
     if _task() == -1:
         return None
     node: Any = torch._C._current_autograd_node()  # torch's types take its `metadata` for a method
@@ -173,7 +173,7 @@ def kept_input(state: AdapterState, point: HookPoint) -> Tensor | None:
 
 @contextmanager
 def entered(state: AdapterState, rows: Rows) -> Iterator[None]:
-    """Within it, calls in this context have these rows."""
+    """A context in which calls have these rows."""
     entry = (state, rows)
     _enter((*_entered.get(), entry))
     try:
@@ -196,7 +196,7 @@ def _entered_rows(state: AdapterState) -> Rows | None:
 
 
 def _mark_graph(output: Any, call: Call) -> None:
-    """Has every node between a call's output and what is marked already carry the call."""
+    """Has every node between a call's output and the nodes that are marked already carry the call."""
     nodes: list[Any] = [tensor.grad_fn for tensor in _tensors(output)]
     while nodes:
         node = nodes.pop()

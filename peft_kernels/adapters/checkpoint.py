@@ -1,8 +1,8 @@
 """Adapters and fusions on disk: AdapterHub's files, so that either library reads what the other wrote. No pickle.
 
 A folder holds `adapter_config.json` and `adapter.safetensors`, for a fusion `adapter_fusion_config.json` and
-`model_adapter_fusion.safetensors`. Where AdapterHub's configuration can't say what an adapter is, there is ours
-instead, under "peft_kernels", which AdapterHub refuses.
+`model_adapter_fusion.safetensors`. Where AdapterHub's configuration can't describe an adapter, the file has this
+library's instead, under "peft_kernels", and AdapterHub refuses it.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from .insertion import (
 
 Config = TypeVar("Config", AdapterConfig, FusionConfig)
 
-OWN = "peft_kernels"  # the entry of our own, and in the version
+OWN = "peft_kernels"  # the entry of this library, and its name in the version
 LISTED = 5  # lines of each kind in an error's text
 
 
@@ -94,7 +94,7 @@ def save_adapter(model: nn.Module, folder: str | Path, name: str = "default") ->
 
 
 def _says(described: dict[str, Any], config: Config, read: Callable[[dict[str, Any]], Config]) -> bool:
-    """Whether AdapterHub's configuration says what ours does."""
+    """Whether AdapterHub's configuration can express this library's."""
     try:
         return read(described) == config
     except ValueError:
@@ -200,7 +200,7 @@ def _fusion_tensors(layers: Iterable[tuple[HookPoint, nn.Module]], name: str) ->
 def _fitting(
     path: Path, stored: Mapping[str, Tensor], wanted: Mapping[str, Tensor], model: nn.Module
 ) -> dict[str, Tensor]:
-    """A file's tensors under the wanted names, if they are the same and so are the shapes, and all numbers are finite.
+    """A file's tensors under the wanted names, if names and shapes match and all numbers are finite.
 
     The names may begin with that of the base model in a model with a head, or not, whichever either has.
 
@@ -245,7 +245,7 @@ def _copy(stored: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> None:
 
 
 def _dtype(tensors: Mapping[str, Tensor]) -> torch.dtype:
-    """One that holds what all of them do."""
+    """The dtype that can hold the numbers of all tensors."""
     return reduce(torch.promote_types, (tensor.dtype for tensor in tensors.values()))
 
 

@@ -109,7 +109,7 @@ class FusionConfig:
 
     @property
     def name(self) -> str:
-        """The fusion's own, as AdapterHub makes it: the adapters' with commas between."""
+        """The fusion's name, as AdapterHub makes it: the adapters' names with commas between."""
         return ",".join(self.names)
 
     @property
@@ -118,7 +118,7 @@ class FusionConfig:
 
 
 def as_tuple(name: str, value: Any) -> tuple[Any, ...] | None:
-    """A tuple of several, or of one string; None stays.
+    """The strings as a tuple, also if it is a single one; None stays None.
 
     Raises:
         ValueError: it is something else; with the argument's name.

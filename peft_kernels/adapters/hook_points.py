@@ -66,7 +66,7 @@ class HookPoint:
         return PARALLEL_HOOK if self.placement is Placement.PARALLEL else SERIES_HOOK
 
     def acts_as(self, other: HookPoint) -> bool:
-        """Whether it does the same as another one at the same module, which may be named from further in or out."""
+        """Whether it does the same at the same module as another one, whose path may begin further in or out."""
         longer, shorter = (self, other) if len(self.path) >= len(other.path) else (other, self)
         prefix = longer.path.removesuffix(shorter.path)
         return self.placement is other.placement and (
@@ -142,7 +142,7 @@ def _pre_norm(attention: str, norms: tuple[str, str], hub_ffn: str) -> tuple[Sub
 
 
 def _t5(location: str, module: str) -> Architecture:
-    """A sublayer of T5, which is a module of its own with norm, dropout and sum."""
+    """A sublayer of T5: a module of its own, which has the norm, the dropout and the sum."""
     placements = {
         "houlsby": ("dropout", Placement.SERIES, ""),
         "pfeiffer": ("", Placement.SERIES, ""),

@@ -24,7 +24,7 @@ BASE = "__base__"  # the name of no adapter among a batch's, as in PEFT
 
 @dataclass(eq=False)
 class AdapterState:
-    """What all hooks of one model share: what there is, and what runs.
+    """What all hooks of one model share: its adapters and fusions, and which of them run.
 
     Attributes:
         adapters, fusions: by name.
@@ -137,7 +137,7 @@ class AdapterHook(nn.Module):
         call = calls.current(self.state)
         call.notice_recomputation()
         rows, acts = call.rows, call.acts(self)
-        # Where none of some adapters has a layer, x may be of another batch, of images beside texts.
+        # If no adapter that is named has a layer here, x may be another batch, such as images beside texts.
         if rows is not None and x.shape[0] != len(rows) and (acts or {BASE}.issuperset(rows)):
             raise ValueError(
                 f"adapter_names: got {len(rows)} names, wanted {x.shape[0]}, one for each row of the batch"

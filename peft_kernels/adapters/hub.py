@@ -60,7 +60,7 @@ def adapter_from_hub(described: Mapping[str, Any]) -> AdapterConfig:
     if after_norm and not parallel:
         _want(hub, "residual_before_ln", True, True)
     if hub.get("ln_after"):
-        # Elsewhere what it is the LayerNorm of is no sum that is made here.
+        # With other options AdapterHub applies that LayerNorm to a sum that is not made here.
         for entry, wanted in (
             ("is_parallel", False),
             ("original_ln_before", False),

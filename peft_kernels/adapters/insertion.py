@@ -266,7 +266,7 @@ def _activate(model: nn.Module, state: AdapterState, name: str | None, trained: 
 
 @contextmanager
 def adapter_rows(model: nn.Module, names: Sequence[str | None]) -> Iterator[None]:
-    """Within it each row of a batch has the adapter of its name; None or '__base__' for none.
+    """A context in which each row of a batch has the adapter of its name; None or '__base__' stands for none.
 
     For one call of the model its argument `adapter_names` does the same. This is for several, such as `generate`'s
     (where beams count as rows), and for calls of the model's parts. It holds for the thread, and the context of a
@@ -470,7 +470,7 @@ def _features(model: nn.Module, point: HookPoint) -> int:
 
 
 def _output_features(model: nn.Module, module: nn.Module, point: HookPoint) -> int:
-    """The module's own, or the model's hidden size."""
+    """The features of the module itself, or the model's hidden size."""
     if point.placement is Placement.NORM:
         weight: Any = module.weight
         return int(weight.numel())
@@ -496,7 +496,7 @@ def hidden_size(model: nn.Module) -> int | None:
 
 
 def _device(model: nn.Module, point: HookPoint) -> torch.device:
-    """That of the nearest parameters."""
+    """The device of the nearest parameters."""
     for path in _upwards(point.path):
         for parameter in model.get_submodule(path).parameters():
             return parameter.device

@@ -3,14 +3,15 @@
 There is one rule: whatever a result is made of is read by a `Reading`. One that is a `Guard` remembers what it has
 read, so a result that is kept can use nothing that is not looked at again before its next use.
 
-Looking a decoder layer's forty modules through takes 150 µs when they have left the caches, as they have between two
-tokens: a third of a decoding model's time. Looking whether they are as they were takes 35.
+Between two tokens a decoder layer's forty modules leave the caches, and reading them anew would take a good part of a
+small model's time for a token. To look whether they are as they were takes a fraction of that (`python -m benchmarks
+model --filter decode`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sized
-from typing import TYPE_CHECKING, Any, Literal, overload
+from collections.abc import Callable, Sized
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -28,45 +29,68 @@ class CannotGuardError(Exception):
     """Something that was read can change unseen."""
 
 
-class Reading:
-    """Reads, and remembers nothing: for results that are used once."""
+class Reading(Protocol):
+    """How what a result is made of is read: one thing at a time, as a layer reads a dozen of them at every call."""
 
-    def items(self, where: dict[Any, Any], *keys: Any) -> list[Any]:
-        """Items of a dictionary; None where one is missing."""
-        return [where.get(key) for key in keys]
+    def item(self, where: dict[Any, Any], key: Any, /) -> Any:
+        """An item of a dictionary; None where it is missing."""
 
-    def attributes(self, owner: Any, *names: str) -> list[Any]:
-        """Attributes of an object; None where one is missing."""
-        return [getattr(owner, name, None) for name in names]
+    def attribute(self, owner: Any, name: str, default: Any = ..., /) -> Any:
+        """An attribute of an object."""
 
-    def module(self, where: dict[Any, Any], key: Any) -> Any:
+    def module(self, where: dict[Any, Any], key: Any, /) -> Any:
         """A module in a dictionary that is not called but replaced: by its class, its hooks and what it has."""
-        return where.get(key)
 
-    def parameters(self, module: nn.Module, *names: str) -> list[Any]:
-        """Parameters of a module; or the attributes in their place."""
-        return [parameter(module, name) for name in names]
+    def parameter(self, module: nn.Module, name: str, /) -> Any:
+        """A parameter of a module; or the attribute in its place."""
 
-    def tensors(self, owner: Any, *names: str) -> list[Any]:
-        """Attributes that are tensors, or None."""
-        return [getattr(owner, name) for name in names]
+    def tensor(self, owner: Any, name: str, /) -> Any:
+        """An attribute that is a tensor, or None."""
 
-    def number(self, where: dict[Any, Any], key: Any) -> float:
+    def number(self, where: dict[Any, Any], key: Any, /) -> float:
         """A number in a dictionary, which may be a tensor."""
-        return float(where[key])
 
-    def length(self, container: Sized) -> int:
-        """How much there is in a container."""
-        return len(container)
+    def length(self, container: Sized, /) -> int:
+        """The length of a container."""
 
     def copies(self) -> None:
-        """Has it known that a copy was made of something that was read, which later changes do not reach."""
+        """Notes that a copy was made of something that was read, which later changes do not reach."""
 
 
-ONCE = Reading()
+def _item(where: dict[Any, Any], key: Any) -> Any:  # Dynamo knows no dict.get as a function
+    return where.get(key)
 
 
-class Guard(Reading):
+def parameter(module: nn.Module, name: str) -> Any:
+    """The attribute, read where it usually is: nn.Module looks there last, which is slow."""
+    try:
+        return module._parameters[name]
+    except KeyError:
+        return getattr(module, name)
+
+
+def _number(where: dict[Any, Any], key: Any) -> float:
+    return float(where[key])
+
+
+class Once:
+    """Reads, and remembers nothing: for results that are used once."""
+
+    item = module = staticmethod(_item)
+    attribute: Callable[..., Any] = staticmethod(getattr)
+    tensor = attribute
+    parameter = staticmethod(parameter)
+    number = staticmethod(_number)
+    length = staticmethod(len)
+
+    def copies(self) -> None:
+        pass
+
+
+ONCE: Reading = Once()
+
+
+class Guard:
     """Reads, and knows whether all that it has read is still the same: the same objects, tensors with their memory at
     the same place in the same layout, and numbers of the same value. What is in the memory of tensors may change."""
 
@@ -80,43 +104,44 @@ class Guard(Reading):
         self._numbers: list[Tensor] = []
         self._found_numbers: list[float] = []  # in these
 
-    def items(self, where: dict[Any, Any], *keys: Any) -> list[Any]:
-        for key in keys:
-            if self._is_new(where, key):
-                self._values += where, key, where.get(key)
-        return [where.get(key) for key in keys]
+    def item(self, where: dict[Any, Any], key: Any) -> Any:
+        value = where.get(key)
+        if self._is_new(where, key):
+            self._values += where, key, value
+        return value
 
-    def attributes(self, owner: Any, *names: str) -> list[Any]:
+    def attribute(self, owner: Any, name: str, default: Any = None) -> Any:
         own = vars(owner)
-        if any(name not in own and hasattr(type(owner), name) for name in names):
+        if name not in own and hasattr(type(owner), name):
             raise CannotGuardError  # a property, or an attribute of the class
-        return self.items(own, *names)
+        self.item(own, name)
+        return own.get(name, default)
 
     def module(self, where: dict[Any, Any], key: Any) -> Any:
-        (module,) = self.items(where, key)
+        module = self.item(where, key)
         if module is not None and self._is_new(module, "class"):
             self._types += module, type(module)
             for name in _HOOKS:
                 self.length(vars(module)[name])
-            self.items(vars(module), "forward")
+            self.item(vars(module), "forward")
         return module
 
-    def parameters(self, module: nn.Module, *names: str) -> list[Any]:
-        if not module._parameters.keys() >= set(names):
+    def parameter(self, module: nn.Module, name: str) -> Any:
+        if name not in module._parameters:
             raise CannotGuardError
-        return [self._tensor(tensor) for tensor in self.items(module._parameters, *names)]
+        return self._tensor(self.item(module._parameters, name))
 
-    def tensors(self, owner: Any, *names: str) -> list[Any]:
-        if not vars(owner).keys() >= set(names):
+    def tensor(self, owner: Any, name: str) -> Any:
+        if name not in vars(owner):
             raise CannotGuardError
-        return [self._tensor(tensor) for tensor in self.attributes(owner, *names)]
+        return self._tensor(self.item(vars(owner), name))
 
     def reliance(self, reliance: Reliance) -> None:
         """What the methods of a class call."""
         self._values += reliance.values
 
     def number(self, where: dict[Any, Any], key: Any) -> float:
-        (number,) = self.items(where, key)
+        number = self.item(where, key)
         if isinstance(number, Tensor) and self._is_new(number, "value"):
             self._numbers.append(number)
             self._found_numbers.append(float(number))
@@ -155,16 +180,3 @@ class Guard(Reading):
             return False
         self._seen.add(key)
         return True
-
-
-@overload
-def parameter(module: nn.Module, name: Literal["weight"]) -> Tensor: ...
-@overload
-def parameter(module: nn.Module, name: str) -> Tensor | None: ...
-def parameter(module: nn.Module, name: str) -> Tensor | None:
-    """The attribute, where it usually is: nn.Module looks there last, which takes 0.5 µs."""
-    try:
-        return module._parameters[name]
-    except KeyError:
-        result: Tensor | None = getattr(module, name)
-        return result

@@ -30,13 +30,13 @@ class Adaptable(Caching):
     _packed: _Packed | None = None
 
     def adapted_product(self, x: Tensor, read: Reading = ONCE) -> tuple[BaseProduct, Adapters] | Refusal:
-        """What the operation is to be called with; or why x has to take the stock path."""
+        """The arguments for the operation; or why x has to take the stock path."""
         raise NotImplementedError
 
     def projected(self, x: Tensor) -> Tensor | None:
         """The layer's output for a few rows in inference, if it needs no more than a look at what was packed before.
 
-        One row of a 4-bit layer of 576 x 576 with LoRA, on one thread of Zen 5, takes 14 µs then instead of 20.
+        For one row of a small layer the checks of `lora_linear` take a good part of the call.
         """
         if not suits_packed(x) or x.shape[-1:] != (self.in_features,) or not few_rows(x):
             return None

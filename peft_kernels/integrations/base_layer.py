@@ -29,7 +29,7 @@ Adapters = tuple[Sequence[Tensor], Sequence[Tensor], Sequence[float], Sequence[f
 GroupedAdapters = tuple[Sequence[Tensor], Sequence[Tensor], Sequence[float], Sequence[int]]
 NO_ADAPTERS: Adapters = ((), (), (), ())
 _STAND_INS = (FakeTensor, FunctionalTensor)  # for parameters, while a program is exported
-LEAST_PRODUCTS = 1 << 23  # of a layer by itself: an autograd.Function takes 50 µs more than torch's operation
+LEAST_PRODUCTS = 1 << 23  # of a layer by itself: for fewer, the autograd.Function's own time is lost
 
 
 class OnLinear(FusedLayer):
@@ -73,7 +73,7 @@ def dense_product(base: nn.Module, x: Tensor, read: Reading = ONCE) -> BaseProdu
     path."""
     if reason := why_not_linear(base) or why_not_input(x):
         return Refusal(reason)
-    weight, bias = read.parameters(base, "weight", "bias")
+    weight, bias = read.parameter(base, "weight"), read.parameter(base, "bias")
     if reason := why_not_weight(weight):
         return Refusal(reason)
     if is_conv1d(base):

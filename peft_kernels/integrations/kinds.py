@@ -1,6 +1,7 @@
 """What the report names of a model whether it can be fused or not: attention, norms, MLPs and linear layers.
 
-Classes of these are many, in transformers and beyond it, and go by their names; a linear layer by its sizes.
+There are many such classes, in transformers and beyond it, so they are known by their names, and a linear layer by its
+sizes.
 """
 
 from __future__ import annotations

@@ -67,7 +67,7 @@ def global_names(code: CodeType) -> tuple[str, ...]:
 
 
 def _steps(code: CodeType) -> Iterator[tuple[int, int]]:
-    """Operations of Python's bytecode and their arguments: those of `dis`, a tenth of whose time is all there is."""
+    """Operations of Python's bytecode and their arguments: what `dis` would give, in much less time."""
     extended = 0
     for step, argument in zip(code.co_code[::2], code.co_code[1::2], strict=True):
         argument |= extended

@@ -32,7 +32,7 @@ def class_below(cls: type) -> type:
     return cls.__bases__[1] if is_sharding(cls) else cls
 
 
-@functools.cache  # so that layers of one class stay so
+@functools.cache  # so that layers of one class keep one class
 def rederived(cls: type, old: type, new: type) -> type:
     """A class that derives from `new` where `cls` derives from `old`, or is it."""
     if cls is old:

@@ -1,4 +1,4 @@
-"""What the functions do alike with their arguments: errors, autocast, rows."""
+"""What all functions do with their arguments: errors, autocast, rows."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ def autocasts(device_type: str) -> bool:
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
     """Autocast's dtype on x's device, if it is on."""
-    if not torch._C._is_any_autocast_enabled():  # a tenth of the time that asking for one device takes
+    if not torch._C._is_any_autocast_enabled():  # much faster than to ask for one device
         return None
     return torch.get_autocast_dtype(x.device.type) if autocasts(x.device.type) else None
 
@@ -154,6 +154,6 @@ def surely(condition: bool) -> bool:
     it may be: a branch on the rest would narrow the compiled or exported program to the sizes on one side."""
     if not torch.compiler.is_compiling():
         return condition
-    from torch.fx.experimental.symbolic_shapes import statically_known_true  # which imports sympy
+    from torch.fx.experimental.symbolic_shapes import statically_known_true  # it imports sympy
 
     return statically_known_true(condition)

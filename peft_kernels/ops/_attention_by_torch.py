@@ -63,7 +63,7 @@ def _attended(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, group: int, 
 def inputs_of_torch(q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor | None, prefix_v: Tensor | None, *, causal: bool,
                     window: int | None, key_padding_mask: Tensor | None,
                     attn_mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None, bool]:  # fmt: skip
-    """k, v, a mask and is_causal for torch's attention, which knows of neither prefixes nor other kinds of masks.
+    """k, v, a mask and is_causal for torch's attention, which knows neither prefixes nor other kinds of masks.
 
     The mask is as small as it can be, and none where is_causal says all.
     """
@@ -93,8 +93,7 @@ def rotated(
 
 
 def _scaled(x: Tensor, factors: Tensor | None) -> Tensor:
-    """Rounded once, after the product; by our kernels where there are some, and then without a copy in fp32 for the
-    backward."""
+    """Rounded once, after the product. Where kernels take it, no copy in fp32 is kept for the backward."""
     if factors is None:
         return x
     if x.is_cuda and why_not(x.device) is None:

@@ -49,7 +49,7 @@ def print_plan(q: Tensor, reason: str) -> None:
 
 
 def is_aligned(x: Tensor | None) -> bool:
-    """Memory itself begins at such an address, whoever allocates it."""
+    """Whether all rows begin at multiples of 16 bytes. Every allocator returns memory that does."""
     if x is None:
         return True
     offsets = (x.storage_offset(), *x.stride()[:-1])

@@ -1,4 +1,4 @@
-"""Which calls need an `autograd.Function`, and which derivatives are refused, so that none is left out."""
+"""Decides which calls need an `autograd.Function`, and refuses the derivatives that would be wrong without a word."""
 
 from __future__ import annotations
 
@@ -35,7 +35,8 @@ def any_wants_gradients(*tensors: Tensor | None) -> bool:
 
 
 def differentiates() -> bool:
-    """Whether `any_wants_gradients` may be true or refuse: for callers to whom it is dear to list their tensors."""
+    """Whether `any_wants_gradients` could be true, or raise: a cheap question for callers whose tensors take long to
+    list."""
     return torch.is_grad_enabled() or forward_ad._current_level >= 0
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .. import _extension  # noqa: F401
 
-_OF_4BIT = ("codes", "absmax", "nested", "nested", "nested")  # what the ops' `weight` consists of
+_OF_4BIT = ("codes", "absmax", "nested", "nested", "nested")  # the parts of the ops' `weight`
 
 
 def register_fake(op: str, **called: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:

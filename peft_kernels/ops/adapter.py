@@ -299,7 +299,7 @@ def _float(tensor: Tensor | None) -> Tensor | None:
 
 
 def _vectors(vectors: list[Tensor | None], otherwise: float) -> list[Tensor]:
-    """With all of them, where some adapter has one; else empty."""
+    """One for each adapter if any adapter has one; else empty."""
     some = [vector for vector in vectors if vector is not None]
     if len(some) in (0, len(vectors)):
         return some
@@ -310,7 +310,7 @@ def _scales(adapters: Sequence[AdapterWeights], x: Tensor) -> Tensor:
     """fp32 [adapters]."""
     scales = [weights.scale for weights in adapters]
     if len(scales) == 1 and not isinstance(scales[0], Tensor):
-        return x.new_full((1,), scales[0], dtype=torch.float32)  # in a third of the time that torch.tensor takes
+        return x.new_full((1,), scales[0], dtype=torch.float32)  # torch.tensor is slower
     if not any(isinstance(scale, Tensor) for scale in scales):
         return torch.tensor([float(scale) for scale in scales], device=x.device)
     return torch.cat([torch.as_tensor(scale, device=x.device).float().reshape(1) for scale in scales])
@@ -352,7 +352,7 @@ class _Call:
 
     @staticmethod
     def _unless(dtype: torch.dtype, x: Tensor) -> torch.dtype | None:
-        """None for what the op takes anyway, since a dtype costs 0.4 µs to pass."""
+        """None where the op takes x's dtype anyway: to pass a dtype costs a small call time."""
         return None if dtype is x.dtype else dtype
 
     def unnormalized(self, x: Tensor, residual: Tensor | None, gate: Tensor | None, scale: Tensor | None,

@@ -110,7 +110,7 @@ def ia3_attention(
         None if key_padding_mask is None else key_padding_mask.contiguous(), attn_mask, cos, sin, dropout,
         drawn_seed(dropout, seed, q.device),
     )  # fmt: skip
-    # Prepared out here, the tensors that are saved lead autograd to the caller's.
+    # They are prepared outside the Function, so that the saved tensors lead autograd to the caller's.
     tensors = *map(dense_inner, (q, k, v)), *map(_vector, (l_q, l_k, l_v)), dense_inner(prefix_k), dense_inner(prefix_v)
     if any_wants_gradients(*tensors, attn_mask, cos, sin):
         out = _IA3Attention.apply(call, *tensors)
@@ -120,7 +120,7 @@ def ia3_attention(
 
 
 def _has_gpu_plan(device: torch.device) -> bool:
-    """Whether there is a choice: the CPU's kernels take everything."""
+    """Whether a plan chooses between torch's attention and the kernels; the CPU's kernels take every call."""
     return device.type not in ("cpu", "meta")
 
 
@@ -174,7 +174,8 @@ class _IA3Attention(Function):
     def forward(ctx: Any, call: _Call, *tensors: Tensor | None) -> Tensor:
         out, out_real, lse = call.forward(tensors, training=True)
         l_v, prefix_k = tensors[5:7]
-        # l_v's gradient wants the output before it, the softmax's wants the whole: with a prefix they are two.
+        # l_v's gradient needs the output before l_v, the softmax's gradient needs the whole: with a prefix these
+        # differ.
         keeps_out, keeps_real = l_v is None or prefix_k is not None, l_v is not None
         ctx.save_for_backward(*tensors, out if keeps_out else None, out_real if keeps_real else None, lse)
         ctx.call = call
@@ -230,7 +231,7 @@ def _check(q: Tensor, k: Tensor, v: Tensor, l_q: Tensor | None, l_k: Tensor | No
            scale: float | None, causal: bool, window: int | None, key_padding_mask: Tensor | None,
            attn_mask: Tensor | None, prefix_k: Tensor | None, prefix_v: Tensor | None,
            rope: tuple[Tensor, Tensor] | None) -> None:  # fmt: skip
-    """Everything else that can be wrong; the texts are made only on failure, since it runs at every call."""
+    """Checks everything else. It runs at every call, so the texts are made only on failure."""
     batch, heads, num_queries, head_dim = q.shape
     kv_heads, num_keys = k.shape[1:3]
     if k.shape[0] != batch or k.shape[3] != head_dim or k.dtype != q.dtype:

@@ -1,7 +1,7 @@
 """Makes the files in this folder with AdapterHub's own library: what it saves, and what its models compute.
 
-Each holds a small random model, inputs, and for every adapter the weights and the output that the model has with it;
-the metadata are their configurations, as saved.
+Each file holds a small random model, inputs, and for every adapter its weights and the output of the model with it. The
+metadata are the configurations, as saved.
 
 It needs an environment of its own, since that library holds transformers at 4.57:
 

@@ -1,4 +1,4 @@
-"""With --hardware, what a kernel leaves in memory is a real card's, and the tests judge that."""
+"""With --hardware a real card runs the kernels as well, and the tests judge what it leaves in memory."""
 
 import ctypes
 
@@ -12,7 +12,7 @@ ON_HARDWARE = ("test_floats", "test_integers", "test_kernels", "test_math", "tes
 
 @pytest.fixture(autouse=True)
 def hardware(request, monkeypatch):
-    """The emulator goes first: what it has something to say against never comes to the card."""
+    """The emulator goes first: a kernel that it objects to never runs on the card."""
     if not request.config.getoption("hardware") or request.path.stem not in ON_HARDWARE:
         return
     driver, emulate = find_driver(), Module.run

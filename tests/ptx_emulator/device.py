@@ -11,7 +11,7 @@ from .build import compile_to_ptx, native
 
 
 class EmulatorError(RuntimeError):
-    """What the emulator has to say against a program or a launch."""
+    """An objection of the emulator to a program or a launch."""
 
 
 def _call(function, *arguments, **keywords):
@@ -64,7 +64,7 @@ class Module:
             return self.run(kernel, _sizes(grid), _sizes(block), shared, packed, ranges)
 
     def run(self, kernel: str, grid: list[int], block: list[int], shared: int, packed: list[bytes], ranges) -> dict:
-        """What is left when arguments are bytes, and may touch the ranges of addresses: --hardware adds to it."""
+        """Launches with arguments as bytes, which may touch the ranges of addresses. --hardware replaces it."""
         return _call(self._module.launch, kernel, grid, block, shared, packed)
 
 

@@ -12,7 +12,7 @@ from .sass import disassemble, loads_of_sums, main_loop
 
 
 class Resources(NamedTuple):
-    """Of a kernel, as ptxas tells; and of its main loop, as the disassembler does."""
+    """What a kernel uses, as ptxas says, and what its main loop does, as the disassembler shows."""
 
     registers: int
     spill_bytes: int  # stores and loads
@@ -71,7 +71,7 @@ def compulsory_bytes(record: dict) -> int:
 
 
 def shared_wavefronts(record: dict) -> tuple[int, int]:
-    """As they are, and as they would be without bank conflicts."""
+    """The wavefronts as they are, and as they would be without bank conflicts."""
     kinds = [record[kind] for kind in ("shared_load", "shared_store", "ldmatrix", "cp_async")]
     return sum(kind["wavefronts"] for kind in kinds), sum(kind["ideal_wavefronts"] for kind in kinds)
 

@@ -56,7 +56,7 @@ def find_loops(code: str) -> list[Loop]:
 
 
 def main_loop(code: str) -> Loop | None:
-    """Of the innermost loops with mma the one with most; where none has any, the longest loop."""
+    """The innermost loop with the most mma; if no loop has any, the longest loop."""
     loops = find_loops(code)
     with_mma = [loop for loop in loops if loop.mma]
     return max(innermost(with_mma) or loops, key=lambda loop: (loop.mma, loop.length), default=None)

@@ -108,7 +108,7 @@ def test_launches_of_a_training_step(emulated):
     plain, norm = (launches_of(emulated, make_case(*TWO_KERNELS, BF16, BF16, norm=norm)) for norm in (False, True))
     assert [list(part) for part in plain] == [["shrink", "bottleneck", "expand"], ["shrink", "bottleneck", "gradients"]]
     assert [list(part) for part in norm] == [["prepare", *part] for part in plain]
-    # Too many ranks for the gradients' kernel to have all of grad_x.
+    # There are too many ranks for the gradients' kernel to make all of grad_x.
     assert list(launches_of(emulated, make_case(20, 32, 65))[1]) == ["shrink", "bottleneck", "gradients", "expand"]
 
 

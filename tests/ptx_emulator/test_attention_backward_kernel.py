@@ -178,7 +178,7 @@ def test_no_worse_than_stock(emulated, scales, prefix, dtype, head_dim):
 
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
 def test_moves_each_operand_once(emulated, head_dim):
-    """By one CTA, which has a tile of keys, or of queries: what passes by is read once, and so is what stays."""
+    """A CTA has a tile of keys, or of queries: it reads once what stays, and once what passes by."""
     case = make_case(1, 2, 1, 256, 64, head_dim, torch.bfloat16, scales=())
     record = launches_of(emulated, case)[KEYS]
     halves = max(head_dim // 128, 1)  # of 256 channels, each for itself

@@ -85,7 +85,7 @@ def test_queries_that_see_nothing(emulated, mask):
 
 @pytest.mark.parametrize("scale", [0.0, -0.2, 30.0])
 def test_scale_of_scores(emulated, scale):
-    # Scores of up to 1000: those of a later tile make what was there before as good as nothing.
+    # Scores reach 1000, so that those of a later tile make everything before them vanish.
     case = make_case(1, 2, 1, 40, 200, 64, BF16, prefix=3, window=300, scale=scale)
     tolerance = tolerances.attention(BF16) * (1 if scale < 1 else 50)  # e^score of scores that are rounded
     assert_close(launch_of(emulated, case)[0], expected_forward(case), tolerance)

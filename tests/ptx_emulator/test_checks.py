@@ -1,4 +1,4 @@
-"""Every mistake that the emulator promises to catch, by a kernel that makes it."""
+"""For every mistake that the emulator promises to catch there is a kernel that makes it."""
 
 from pathlib import Path
 

@@ -23,7 +23,7 @@ pytestmark = pytest.mark.skipif(bool(ptx_emulator.missing()), reason=str(ptx_emu
 
 
 def profiles_for(m):
-    """Where so many rows are fewer than the crossover, from which the weight is dequantised."""
+    """The profiles where so many rows stay below the crossover, from which on the weight is dequantised."""
     return [profile for profile in PROFILES if m <= 160 or profile != "sm_90"]
 
 
@@ -86,7 +86,7 @@ BACKWARD = [
 
 
 def assert_rounded_once(actual, exact, what):
-    """As near as the exact result is when it is rounded."""
+    """Checks that a result is as near as the exact result is when it is rounded."""
     assert_close(actual, exact, tolerances.FP32_SUM + 1.02 * error(exact.to(actual.dtype), exact), what)
 
 
@@ -187,8 +187,9 @@ def bytes_of(weight):
 
 
 # bitsandbytes 0.50's own GEMM for sm_80 on such an emulator, n = 1024, k = 4096, bf16, nested NF4: warp instructions in
-# millions, sectors over compulsory bytes. And the shares of these that ours may take, with the wavefronts of shared
-# memory for each mma (theirs: 9.0, 5.5, 3.5, 2.75, with 2 to 3 times the wavefronts that their stores need).
+# millions, sectors over compulsory bytes. Then the shares of these that this project's kernels may take, and their
+# wavefronts of shared memory for each mma (bitsandbytes': 9.0, 5.5, 3.5, 2.75, with 2 to 3 times the wavefronts that
+# its stores need).
 BITSANDBYTES = {
     32: (1.38, 5.3, 0.45, 1.0, 3.0),
     64: (1.87, 8.5, 0.5, 0.6, 3.0),
@@ -212,9 +213,9 @@ def test_against_bitsandbytes(m):
 
 
 def test_instructions_of_a_weight_for_few_tokens():
-    """Decoding is most of them. It is exact whatever the tokens, 3.1 instructions a weight (see
-    test_decoding_for_products): a table of pairs of rounded centroids would take 2 or so, but multiply by another
-    weight than every other path."""
+    """Decoding is most of them. It is exact, whatever the number of tokens, and takes 3.1 instructions a weight (see
+    test_decoding_for_products). A table of pairs of rounded centroids would take about 2, but would multiply with
+    another weight than every other path."""
     launch, weight = multiply(8)
     assert 32 * launch["warp_instructions"] <= 5.1 * 2 * weight.codes.nbytes
 
@@ -254,8 +255,8 @@ def test_transposed_weight_is_fetched_once(m, nested):
     fetched = {name: 32 * count for name, count in launch["sectors_read"].items()}
     tiles = k // 128
     assert fetched["codes"] == weight.codes.nbytes
-    # Of absmax a tile wants two neighbours of each row, and so a sector, of which other tiles want the rest: they are
-    # in flight together and meet in the L2. DRAM delivers each of its bytes once.
+    # A tile reads two neighbouring absmax of each row, and so a sector, the rest of which other tiles read: they are in
+    # flight together and meet in the L2. DRAM delivers each byte once.
     assert fetched["absmax"] == 32 * n * tiles
     assert fetched["grad_y"] == grad_y.nbytes * tiles
     assert launch["global_store"]["sectors"] == launch["global_store"]["ideal_sectors"]

@@ -65,7 +65,8 @@ public:
             problems.push_back(problem);
             splits += plans.back().gradient_splits;
         }
-        // Where several launches, or splits, have parts of a sum, and where an adapter has no rows.
+        // Parts are zeros first where no launch writes all of them: with several launches, and where an adapter has no
+        // rows.
         Sum sums[4] = {{&grad_down}, {&grad_down_bias}, {&grad_up}, {&grad_up_bias}};
         const bool is_whole = launches_.size() == 1 && launches_[0].num_adapters == p.num_adapters;
         for (Sum& sum : sums) {
@@ -215,7 +216,7 @@ private:
         return shrink.parts;
     }
 
-    // What kernels of whole rows need of a LayerNorm. (The fused forward has the rows themselves.)
+    // What kernels of whole rows need of a LayerNorm. (The fused forward computes it from the rows that it holds.)
     void prepare(CudaAdapters& adapters, int splits, int64_t split_columns) {
         if (!adapts_norm() || adapters.num_adapters == 0) return;
         const int64_t count = adapters.num_adapters * params_.max_rank;
@@ -283,7 +284,7 @@ private:
         return to;
     }
 
-    // The matrix unit takes 16-bit numbers where the large operands are of the type that products are rounded to.
+    // The matrix unit multiplies 16-bit numbers if the large operands have the type that products are rounded to.
     void choose_element(const ConstMatrix& first, const ConstMatrix& second) {
         const DType compute = params_.compute_dtype;
         element_ = first.dtype == compute && second.dtype == compute ? compute : DType::kFloat32;

@@ -15,7 +15,7 @@ namespace peft_kernels::cuda {
 
 template <class T>
 struct AdapterGradientsTraits {
-    // Of grad_y, x, h and dz, for two stages; of W_down. 64 rows of 64 columns or ranks.
+    // Tiles of 64 rows and 64 columns or ranks: of grad_y, x, h and dz for two stages, and of W_down.
     using Tile = AdapterTile<T, kAdapterGradientRows, kRankPanels<T>>;
     static constexpr int kStageBytes = 4 * Tile::kBytes;
     static constexpr int kStages = sizeof(T) == 2 ? 2 : 1;  // of fp32 a card with 99 KB has room for one

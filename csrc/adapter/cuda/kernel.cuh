@@ -31,7 +31,7 @@ struct AdapterShrinkTraits {
     static constexpr int kSharedBytes = 2 * kStageBytes;
 };
 
-// What a thread does to the vectors of the input that it has copied itself, and the sums over their rows.
+// What a thread does to the input vectors that it has copied itself; and its sums over their rows.
 template <class T, bool kBackward>
 class ShrinkInput {
 public:
@@ -46,7 +46,7 @@ public:
     // Whether there is anything to do.
     __device__ bool changes() const { return params_.parts.row_sums || (kBackward && params_.dropout.seed); }
 
-    // Of the first panel that this CTA has, from column0 on.
+    // Takes the pivots from this CTA's first panel, which begins at column0.
     __device__ void find_pivots(const char* panel, int64_t column0) {
         const int64_t left = params_.adapters.d - column0;
         for_own([&](int turn, int, int column, uint32_t offset) {
@@ -230,7 +230,7 @@ private:
     const uint64_t seed_;
 };
 
-// What a LayerNorm makes of dn = (dz W_down) γ: rstd (dn - mean - n · correlation), with n = (x - μ) rstd.
+// The gradient through a LayerNorm, of dn = (dz W_down) γ: rstd (dn - mean - n · correlation), with n = (x - μ) rstd.
 struct NormGradient {
     float2 stats, of_row;  // μ and rstd; the mean and the correlation
 
@@ -260,7 +260,7 @@ __device__ inline void add_grad_x(const CudaAdapters& all, const CudaAdapter& ad
     for (int i = 0; i < kVector<T>; ++i) result[i] += gradient(values[i] * gamma[i], x[i]);
 }
 
-// Rows of no adapter: out = add, or zero.
+// For rows without an adapter out is `add`, or zero.
 template <int kThreads>
 __device__ inline void pass_on(const ConstMatrix& add, const Matrix& out, const RowBlock& block, int64_t columns,
                                int64_t first, int64_t end) {

@@ -95,7 +95,7 @@ struct AdapterBottleneckParams {
     float* grad_gate;  // [m], or null
 };
 
-// y or grad_x out of h or dz.
+// Makes y of h, or grad_x of dz.
 struct AdapterExpandParams {
     CudaAdapters adapters;
     int32_t tiles_per_cta;

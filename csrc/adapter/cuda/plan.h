@@ -10,7 +10,7 @@
 
 namespace peft_kernels {
 
-// Of every product's tile: ranks that go past the large operand together, and columns that go past the bottleneck.
+// The tile of every product: ranks that go past the large operand together, and columns that go past the bottleneck.
 constexpr int kAdapterRanks = 64, kAdapterColumns = 64;
 constexpr int kAdapterThreads = 256;
 constexpr int kAdapterRows = 128;         // of a CTA of the shrink and of the expand

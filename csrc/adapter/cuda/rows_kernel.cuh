@@ -133,7 +133,7 @@ static __global__ void __launch_bounds__(kAdapterThreads)
             of_beta + (adapter.down_bias.data ? load_element(adapter.down_bias, 0, rank) : 0);
 }
 
-// A CTA takes a row, three times: the second and third time it comes from the L1.
+// A CTA reads its row three times; the second and third time it comes from the L1.
 static __global__ void __launch_bounds__(kAdapterThreads)
     adapter_post_norm_kernel(const __grid_constant__ AdapterPostNormParams params) {
     __shared__ float partial[2][kWarpsOfRows];

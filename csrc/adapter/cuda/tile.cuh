@@ -1,10 +1,10 @@
 // What the adapter's kernels for a GPU are made of: tiles in shared memory, and one product of two of them.
 //
-// T is the type of the products. bf16 and fp16: x, grad_y and the matrices are rounded to it, if they are not of it
-// already. fp32: everything is kept, and the matrix unit multiplies numbers split into two of tf32, 22 bits together,
-// by three products (two where the left factor has the 11 bits of a 16-bit number). A step of the matrix unit takes 16
-// numbers of a 16-bit type along the reduction, or 8 of fp32: two vectors of 16 bytes in any case, so that the same
-// code moves both.
+// T is the type of the products. If it is bf16 or fp16, x, grad_y and the matrices are rounded to it. If it is fp32,
+// nothing is rounded: each number is split into two of tf32, which hold 22 bits together, and the matrix unit makes
+// three products of them (two where the left factor has the 11 bits of a 16-bit number). A step of the matrix unit
+// takes 16 numbers of a 16-bit type along the reduction, or 8 of fp32: two vectors of 16 bytes in any case, so that the
+// same code moves both.
 //
 // A tile is cut into panels of 128 bytes:
 //
@@ -78,7 +78,7 @@ __device__ inline void store_element(const Matrix& matrix, int64_t row, int64_t 
     static_cast<float*>(matrix.data)[i] = value;
 }
 
-// Those before `columns`.
+// Stores the values whose columns lie before `columns`.
 template <int kCount>
 __device__ inline void store_floats(const float (&values)[kCount], const Matrix& matrix, int64_t row, int64_t column,
                                     int64_t columns) {
@@ -138,9 +138,9 @@ struct AdapterTile {
         store_shared(shared_address(vector), {v.x, v.y, v.z, v.w});
     }
 
-    // Which vectors a thread moves: body(turn, row, column of the tile, offset in it). They are the same at every call,
-    // so that a thread may change what it has copied itself before others see it. Turns are so many rows apart, that
-    // they are swizzled alike.
+    // Calls body(turn, row, column of the tile, offset in it) for the vectors that a thread moves. They are the same at
+    // every call, so that a thread may change what it has copied itself before others see it. A thread's turns are a
+    // number of rows apart that are swizzled alike.
     template <int kThreads, int kUnroll, class Body>
     __device__ static void for_own_vectors(const Body& body) {
         constexpr int kTurns = kRows * kPanels * 8 / kThreads, kTurnRows = kThreads / 8;
@@ -153,9 +153,9 @@ struct AdapterTile {
                  start + i * kTurnRows * kAdapterPanelBytes);
     }
 
-    // Starts to copy what row_of(row) says, the row of the matrix or -1 for none, from column0 on. What is not there,
-    // and what is past `columns`, becomes zero. Of another type, or where rows begin anywhere, no copy is left under
-    // way.
+    // Starts to copy the rows that row_of(row) names (-1 for none) from column0 on. A row that is not there, and
+    // columns past `columns`, become zeros. If the matrix has another type, or unaligned rows, the copy is over when
+    // this returns.
     template <int kThreads, class RowOf>
     __device__ static void stage(char* tile, const ConstMatrix& matrix, int64_t columns, int64_t column0,
                                  const RowOf& row_of) {
@@ -178,9 +178,9 @@ struct AdapterTile {
     }
 };
 
-// An mma's sums have two neighbouring columns in a lane. Where they go to memory, lanes shall have 16 bytes: in the
-// j-th mma of a group of kVector / 2, lane t's columns are 2j and 2j + 1 of its vector. So a row of a right factor that
-// lies at `place` belongs to this column; and a column's place:
+// An mma leaves two neighbouring columns in a lane, but a lane should write 16 bytes to memory. So in the j-th mma of a
+// group of kVector / 2, lane t's columns are columns 2j and 2j + 1 of its vector. This is the column of the right
+// factor's row that lies at `place`; `place_of` is the inverse.
 template <class T>
 __device__ inline int column_at(int place) {
     constexpr int kGroup = 4 * kVector<T>;
@@ -222,12 +222,13 @@ __device__ inline void stage_placed(char* tile, const ConstMatrix& matrix, int64
 // reduction.
 enum class Along { kOutputs, kReduction };
 
-// A lane's way through a factor, whose outputs begin at `first`, a multiple of 32 (or of 16, if it has no second 16).
-// All addresses are the first one with bits flipped and constants added: tiles begin at multiples of 128 bytes.
+// A lane's addresses in a factor whose outputs begin at `first`, a multiple of 32 (or of 16, if there is no second 16).
+// Tiles begin at multiples of 128 bytes, so that each address is the first one with bits flipped and constants added.
 template <class T, class Tile, Along kAlong>
 class FactorReader {
 public:
-    // Of a left factor the four 8 x 8 matrices of a fragment go down the outputs first, of a right one the reduction.
+    // The four 8 x 8 matrices of a fragment go down the outputs first in a left factor, and the reduction in a right
+    // one.
     __device__ FactorReader(const char* tile, int first, bool is_left) {
         const int lane = threadIdx.x % 32;
         const int fast = lane / 8 % 2, slow = lane / 16;
@@ -345,7 +346,7 @@ __device__ inline void for_vectors(const float (&sums)[kRows][4][4], const Body&
 
 // ---- rows ---------------------------------------------------------------------------------------------------------
 
-// Some rows of one run.
+// Rows of one run.
 struct RowBlock {
     const CudaAdapter* adapter;  // null: of none
     int64_t row0;
@@ -390,7 +391,8 @@ __device__ inline float sum_of_8(float value) {
     for (int distance = 1; distance < 8; distance *= 2) value += __shfl_xor_sync(0xFFFFFFFF, value, distance);
     return value;
 }
-// The fourth smallest of 8 neighbouring lanes' values; the first lane's stands for those that have none. Of NaNs any.
+// The fourth smallest of 8 neighbouring lanes' values. The first lane's value stands for lanes that have none. With
+// NaNs among them it may be any of the values.
 __device__ inline float median_of_8(float value, bool exists) {
     const int lane = threadIdx.x % 32, first = lane & ~7;
     const float of_first = __shfl_sync(0xFFFFFFFF, value, first);

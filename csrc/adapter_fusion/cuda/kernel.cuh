@@ -49,7 +49,7 @@ struct AdapterFusionKernelParams : AdapterFusionKernelBase {
 
 // ---- vectors of a lane --------------------------------------------------------------------------------------------
 
-// Some columns of a row, in memory and perhaps in shared memory.
+// A part of a row's columns, in memory and perhaps in shared memory.
 template <class E, int kVector, bool kKept>
 class RowPart {
 public:
@@ -115,7 +115,7 @@ private:
     bool aligned_;
 };
 
-// Of a row that has `width` elements.
+// Stores a vector into a row that has `width` elements.
 template <class E, int kVector>
 __device__ inline void store_vector(const float (&values)[kVector], E* row, int column, int width) {
     E* const target = row + column;
@@ -144,7 +144,7 @@ class FusedRow {
 public:
     static constexpr int kVector = 16 / (sizeof(A) > sizeof(T) ? sizeof(A) : sizeof(T));
     static constexpr int kRowsAhead = 4;
-    // Adapters of a lane, wherever they are one a lane: lane, lane + 32.
+    // Where each lane has adapters of its own, these are adapters lane and lane + 32.
     static constexpr int kTurns = (AdapterFusionPlan::kMaxAdapters + 31) / 32;
 
     __device__ FusedRow(const AdapterFusionKernelBase& params, char* shared)
@@ -165,7 +165,7 @@ public:
         return {matrix, index, of.first, of.width, shared_address(shared_ + at)};
     }
 
-    // aᵢ · otherᵢ of every i. `also` is a matrix, or null, that is only to be kept.
+    // Computes aᵢ · otherᵢ for every i. `also` is a matrix that is only kept in shared memory, or null.
     __device__ void multiply(const ConstMatrix& other, const ConstMatrix* also) const {
         const auto copy = [&](int i) {
             if (kKeepsRows && i < params_.num_adapters) {
@@ -211,7 +211,7 @@ public:
         return sum;
     }
 
-    // What the score of adapter i, or its gradient, is multiplied with by its dropout.
+    // The factor by which dropout multiplies the score of adapter i, or its gradient.
     __device__ float kept(const AdapterFusionParams& problem, int i) const {
         if (params_.threshold == 0) return 1.0f;
         const uint32_t bits = dropout_keep_bits(static_cast<uint64_t>(*problem.seed), params_.threshold, index,
@@ -219,7 +219,7 @@ public:
         return bits >> (i % 8) & 1 ? params_.keep_scale : 0.0f;
     }
 
-    // A number of each adapter, for the lanes of this warp: the first or the second of them.
+    // This warp's own numbers, one for each adapter: the first or the second set of them.
     __device__ float* weights(int which) const { return numbers(1 + which) + threadIdx.x / 32 * params_.num_adapters; }
 
     // Calls body(first, end, column) with the adapters whose weighted sum the columns are, of each of this lane's

@@ -30,7 +30,7 @@ constexpr AdapterFusionPlan plan_adapter_fusion(const AdapterFusionParams& p, in
                                                 const DeviceProperties& device) {
     // A lane has up to four vectors of a row: enough in flight, with the adapters that follow, for one warp.
     constexpr int64_t kVectorsPerLane = 4;
-    // Rows of up to this size share a CTA, for a multiprocessor of sm_86 and sm_89 holds no more than 16 to 24 CTAs.
+    // Rows of up to this size share a CTA: a multiprocessor of sm_86 and sm_89 holds no more than 16 to 24 CTAs.
     constexpr int64_t kSmallRow = 4096;
     constexpr int64_t kNumbers = 3;
 
@@ -80,12 +80,12 @@ constexpr AdapterFusionPlan plan(int64_t count, int64_t width, bool shared, DTyp
 static_assert(plan(8, 768, true, DType::kBFloat16, 1).warps == 1);
 static_assert(plan(8, 768, true, DType::kBFloat16, 1).row_bytes == 9 * 1536 + 96);
 static_assert(plan(8, 768, true, DType::kBFloat16, 1).grid == 2048);
-// Of 4096 columns: four warps, two rows in flight; in fp32 too much to keep beside dpooled and t.
+// With 4096 columns: four warps, two rows in flight; in fp32 nine adapters are too many to keep beside dpooled and t.
 static_assert(plan(8, 4096, true, DType::kBFloat16, 2).warps == 4 &&
               plan(8, 4096, true, DType::kBFloat16, 2).keeps_rows);
 static_assert(plan(8, 4096, true, DType::kFloat32, 1).keeps_rows &&
               !plan(9, 4096, true, DType::kFloat32, 2).keeps_rows);
-// Eight bottlenecks of 64: four rows a CTA.
+// Eight bottlenecks of 64 columns: four rows share a CTA.
 static_assert(plan(8, 64, false, DType::kBFloat16, 1).rows == 4 && plan(8, 64, false, DType::kBFloat16, 1).grid == 512);
 
 }  // namespace fusion_plan_examples

@@ -4,7 +4,7 @@
 //   prepare     rows of grad_out and out → D = Σ grad ⊙ out of each; l_q⊙l_k⊙q and l_v⊙grad_out, rounded; parts of dl_v
 //   keys        a CTA a tile of keys: dk, dv, over the group's heads and their queries; of the prefix by sequence
 //   queries     a CTA a tile of queries: dq over the keys; parts of dl_q and dl_k
-//   sum-parts   adds up what CTAs have left in parts: the family lora_linear's
+//   sum-parts   adds up what CTAs have left in parts: see common/cuda/sum_parts.h
 //
 // Plain data only: no torch, no CUDA headers.
 #pragma once
@@ -15,7 +15,7 @@
 
 namespace peft_kernels {
 
-// The operands of the products with some keys, all of the products' type.
+// The operands of the products with one kind of keys, the real ones or the prefix; all have the products' type.
 struct AttentionFlow {
     ConstHeads q, grad;  // [batch, heads, num_queries, head_dim], scaled as the keys and the values see them
     ConstHeads k, v;     // [batch, kv_heads, num_keys, head_dim]
@@ -25,7 +25,8 @@ struct AttentionFlow {
 struct AttentionBackwardKernelParams {
     AttentionBackwardParams problem;
     AttentionFlow real, prefix;
-    // CTAs: of prepare, for each head's queries, for the padding, for the prefix; tiles of the other kernels.
+    // The numbers of prepare's CTAs (for each head's queries, for the padding, for the prefix) and of the others'
+    // tiles.
     int32_t query_blocks, present_blocks, prefix_blocks, key_tiles, prefix_tiles, query_tiles;
     int64_t padded_queries;  // rows of `rows` for each head
     float* rows;             // [batch, heads, padded_queries, 2]: lse and D; infinity and 0 behind the last query

@@ -16,10 +16,10 @@
 // column of ones: that of the weights as they are rounded, for 2 mma instead of 16 additions and a reduction.
 //
 // The scales of the keys are the queries', which are multiplied and rounded once on their way into shared memory.
-// Those of the values are the results'. A prefix bypasses both, so it comes last, with other queries. Its sums would
-// have to be kept apart, for which there are no registers; so it is gone through twice, it is short: first for the
-// sum of its weights, by which the real keys' share of the result is known (the backward wants that); then that share
-// is multiplied by l_v, and the prefix's values are added.
+// Those of the values are the results'. A prefix bypasses both, so it comes last, with other queries. There are no
+// registers to keep its sums apart, so the kernel goes through it twice, as it is short. The first pass makes the sum
+// of its weights, which yields the real keys' share of the result (the backward wants that). Then that share is
+// multiplied by l_v, and the second pass adds the prefix's values.
 #pragma once
 
 #include "attention/cuda/plan.h"
@@ -52,7 +52,7 @@ struct AttentionForwardTraits {
     static constexpr int kBiasPitch = 4 * (kKeys + 8);
 };
 
-// Where queries see only the keys before them, the last have most to do: they begin first.
+// With causal masks the last queries have the most keys, so their CTAs begin first.
 template <class Traits>
 __device__ inline int first_row_of_cta(const AttentionForwardKernelParams& params) {
     int block = blockIdx.x;
@@ -60,8 +60,8 @@ __device__ inline int first_row_of_cta(const AttentionForwardKernelParams& param
     return (params.last_tile - block) * Traits::kRows;
 }
 
-// A warp's rows, and what attention over some keys has come to for them. A lane has rows lane / 4 and 8 below of each
-// 16; of a row's sums it has two neighbouring columns in 8.
+// A warp's rows, and the state of their online softmax. A lane has rows lane / 4 and 8 below of each 16; of a row's
+// sums it has two neighbouring columns in 8.
 template <class Traits>
 class AttendingWarp {
 public:
@@ -168,7 +168,8 @@ public:
             }
     }
 
-    // Takes the largest of the scores, times `factor`, into account. Whether the base of the weights has to be raised.
+    // Takes the largest of the scores, times `factor`, into account. Returns whether the base of the weights has to be
+    // raised.
     __device__ __forceinline__ bool take_largest(const Scores& scores, float factor) {
         bool grows = false;
 #pragma unroll
@@ -229,7 +230,7 @@ public:
         multiply_weights<T, Traits::kDim>(sums_, weights, values_);
     }
 
-    // When all keys have been weighed: stores the logarithm of the sum of their weights.
+    // Stores the logarithm of the sum of the weights, once all keys have been weighed.
     __device__ __forceinline__ void finish() {
 #pragma unroll
         for (int i = 0; i < Traits::kTiles; ++i)
@@ -262,7 +263,8 @@ public:
         }
     }
 
-    // Shares of the sum of weights, by way of the tile of rows, which it overwrites: so whole sectors are written.
+    // Stores shares of the sum of weights by way of the tile of rows, which it overwrites, so that whole sectors are
+    // written.
     __device__ __forceinline__ void store(const Heads& target) const {
         const int lane = threadIdx.x % 32;
         __syncwarp();
@@ -308,7 +310,7 @@ private:
         return shared_address(&shared_ + 1) + (first_row() + row) * Traits::kBiasPitch;
     }
 
-    // Of the warp's row. It is found anew each time: there are no registers to keep parts of it through the main loop.
+    // The query and head of the warp's row. They are found anew each time: the main loop has no registers to keep them.
     __device__ Place place_of(int row) const {
         int group = params_.group;
         keep(row);
@@ -358,7 +360,8 @@ public:
 
     __device__ uint64_t present() const { return present_keys(params_, blockIdx.z, first) & kAll; }
 
-    // Where the tiles end, from this one on, of whose keys nothing is hidden from any query, or added to its score.
+    // The end of the run of tiles that begins here and needs no mask: no key is hidden from any query, nothing is
+    // added.
     __device__ int end_of_plain() const {
         const KeyRange queries = queries_of_cta();
         const int seen_from = range_of(params_, queries.end - 1).begin, seen_to = range_of(params_, queries.begin).end;

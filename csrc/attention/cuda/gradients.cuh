@@ -30,11 +30,11 @@ struct AttentionGradientTraits {
     static constexpr int kDim = kDim_, kWarps = 4, kThreads = 32 * kWarps;
     static constexpr int kCtas = kDim <= 128 ? 2 : 1;  // of a multiprocessor, by registers and shared memory
     static constexpr int kRows = 16 * kWarps;          // that stay
-    // That pass by at a time, so that all is in 99 KB.
+    // Rows that pass by at a time, so that everything fits in 99 KB.
     static constexpr int kColumns = kDim <= 64 ? 64 : kDim <= 128 ? 32 : 16;
-    // Of them whose scores are made at a time, by registers.
+    // The rows among them whose scores are made at a time, as registers allow.
     static constexpr int kKeysStep = kDim <= 128 ? 32 : 16, kQueriesStep = kColumns;
-    // A CTA has so many channels of dK and dV: of 256 half of them, and makes the scores for them alone.
+    // A CTA makes this many channels of dK and dV. With 256, two CTAs share them, and each makes the scores for itself.
     static constexpr int kChannels = kDim <= 128 ? kDim : 128, kParts = kDim / kChannels;
 
     static constexpr int kRowBytes = kRows * Tile::kPitch, kColumnBytes = kColumns * Tile::kPitch;
@@ -43,8 +43,8 @@ struct AttentionGradientTraits {
     static constexpr int kSharedBytes = 2 * kRowBytes + 2 * kStageBytes;
 };
 
-// Sums of a warp, of 16 rows: of all columns of a head, and of some that pass by. A lane has rows lane / 4 and 8 below;
-// columns 2 (lane % 4) and the next of every 8.
+// A warp's sums of 16 rows: over all columns of a head, and over the columns that pass by at a time. A lane has rows
+// lane / 4 and 8 below; columns 2 (lane % 4) and the next of every 8.
 template <int kColumns>
 using WarpSums = float[1][kColumns / 8][4];
 
@@ -113,7 +113,7 @@ __device__ inline void add_mask(WarpSums<kColumns>& scores, float factor, const 
     });
 }
 
-// Multiplies sums with a factor, and with the scales of their columns if these are not null.
+// Multiplies sums by a factor, and by the scales of their columns unless these are null.
 template <int kDim>
 __device__ inline void scale_columns(WarpSums<kDim>& sums, float factor, const float* scales, int dim) {
     for_sums<kDim>(sums, [&](float& sum, int, int column) {

@@ -46,7 +46,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kCtas)
     Tile::template copy<Traits::kRows, Traits::kThreads>(v_tile, head_of<T>(flow.v, batch, kv_head), flow.v.row_stride,
                                                          first_key, num_keys, dim);
 
-    // Queries that see any of the keys, and those that see them all. Of keys that do not exist the gradients may be
+    // Queries that see any of the keys, and those that see them all. Gradients of keys that do not exist may be
     // anything.
     KeyRange some{0, num_queries}, all = some;
     uint64_t present = ~uint64_t{0};

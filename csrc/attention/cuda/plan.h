@@ -17,11 +17,11 @@ struct AttentionCudaPlan {
 
 constexpr int kAttentionWarps = 4;
 
-// Of 16 rows, that a warp has. With two, a fragment of keys or values serves twice; with more than 128 sums of a row, a
-// warp has registers for one.
+// Tiles of 16 rows in a warp. With two, a fragment of keys or values serves twice; with more than 128 sums in a row a
+// warp has registers for only one.
 constexpr int attention_row_tiles(int dim) { return dim > 128 ? 1 : 2; }
 
-// Of a tile. Beside the sums of more than 64 columns there are registers for the scores of 32 keys.
+// Keys in a tile. Beside the sums of more than 64 columns there are registers for the scores of only 32 keys.
 constexpr int attention_keys(int dim) { return dim > 64 ? 32 : 64; }
 
 constexpr AttentionCudaPlan plan_attention_cuda(const AttentionParams& p) {

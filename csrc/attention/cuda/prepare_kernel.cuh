@@ -122,7 +122,7 @@ __global__ void __launch_bounds__(kPrepareThreads)
             const uint4 words = narrow(grad, T{});
             if (present) store_global16(static_cast<T*>(params.scaled_grad) + at, words);
             if (!p.prefix_length) {
-                // Of the gradient that the products see: what its rounding does to both then cancels.
+                // D is made of the gradient as the products see it, so that the effect of its rounding on both cancels.
                 widen_pair<T>(words.x, grad[0], grad[1]);
                 widen_pair<T>(words.y, grad[2], grad[3]);
                 widen_pair<T>(words.z, grad[4], grad[5]);
@@ -158,7 +158,7 @@ __global__ void __launch_bounds__(kPrepareThreads)
 #pragma unroll
         for (int distance = kVectors; distance < 32; distance *= 2)
             l_v_sums[i] += __shfl_xor_sync(0xFFFFFFFF, l_v_sums[i], distance);
-        // The bits beyond a row of banks, so that no two lanes meet in one.
+        // The column is permuted by its row of banks, so that no two lanes meet in one bank.
         if (lane < kVectors) warp_sums[warp][(column + i) ^ column / 32] = l_v_sums[i];
     }
     __syncthreads();

@@ -59,7 +59,7 @@ public:
         advance();
     }
 
-    // Those of a prefix, which all see.
+    // The tiles of a prefix, which all queries see.
     __device__ explicit PresentTiles(int length) : first(0), words_(nullptr), all_{0, length}, end_(length) {}
 
     __device__ __forceinline__ void advance() {
@@ -95,7 +95,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kCtas)
     const AttentionBackwardParams& p = params.problem;
     const int heads = static_cast<int>(p.heads), kv_heads = static_cast<int>(p.kv_heads), group = heads / kv_heads;
     const int num_queries = static_cast<int>(p.num_queries), dim = static_cast<int>(p.head_dim);
-    // Where queries see only the keys before them, the last have most to do: they begin first.
+    // With causal masks the last queries have the most keys, so their CTAs begin first.
     const int tile = params.query_tiles - 1 - blockIdx.x % params.query_tiles;
     const int head = blockIdx.x / params.query_tiles % heads, batch = blockIdx.x / params.query_tiles / heads;
     const int kv_head = head / group;
@@ -109,7 +109,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kCtas)
     keep(q_left), keep(left), keep(right);
     const float factor = p.scale * kLog2E;
 
-    // Of the lane's two rows. The weights of queries that do not exist are 2^-∞.
+    // Statistics of the lane's two rows. The weights of queries that do not exist are 2^-∞.
     float minus_lse[2], minus_delta[2];
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
@@ -124,7 +124,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kCtas)
         Tile::template copy<Traits::kRows, Traits::kThreads>(to, head_of<T>(rows, batch, head), rows.row_stride,
                                                              first_query, num_queries, dim);
     };
-    // part[column] = scales[column] · scale · Σ sums ⊙ q over the rows, which come to where keys have been.
+    // part[column] = scales[column] · scale · Σ sums ⊙ q over the rows, which are loaded to where keys were.
     const int64_t part = int64_t{batch} * params.query_tiles + tile;
     const auto sum_queries = [&](const float* scales, float* to) {
         start_rows(stages, p.q);

@@ -43,7 +43,7 @@ struct AttentionTile {
             keep(rows_left_);
         }
 
-        // The same rows of another head, by the same registers as far as they go.
+        // Copies the same rows of another head, and uses the same registers where it can.
         __device__ Copier(const Copier& like, const T* head, int64_t row_stride)
             : pitch_(static_cast<uint32_t>(row_stride * sizeof(T))),
               rows_left_(like.rows_left_),
@@ -80,7 +80,7 @@ struct AttentionTile {
         uint32_t to_;
     };
 
-    // The same for loops that have no registers for a Copier: it is made anew, in some ten instructions.
+    // The same for loops that have no registers for a Copier: it is made anew, in about ten instructions.
     template <int kRows, int kThreads>
     __device__ __forceinline__ static void copy(uint32_t tile, const T* head, int64_t row_stride, int first, int count,
                                                 int dim) {
@@ -99,8 +99,8 @@ struct AttentionTile {
         });
     }
 
-    // Where a lane's loads of fragments begin: of 16 rows that are a left factor's, or the reduction of a right one;
-    // of 16 that are a right factor's columns.
+    // Where a lane's loads of fragments begin. `left` is for 16 rows that are a left factor's rows or a right factor's
+    // reduction, `right` for 16 that are a right factor's columns.
     __device__ static uint32_t left(uint32_t tile) {
         const int lane = threadIdx.x % 32;
         return tile + offset(lane % 16, lane / 16);
@@ -210,8 +210,8 @@ struct KeyRange {
     int begin, end;
 };
 
-// Those that queries [query, query + count) see, some of them each, by their positions. Parts of it are not kept
-// through loops.
+// The keys that queries [query, query + count) see together, by their positions. `keep` has the compiler compute parts
+// of it anew rather than hold them through loops.
 __device__ inline KeyRange range_of(const AttentionParams& params, int query, int count = 1) {
     int everywhere = 1 << 29;  // more than there are keys and queries
     int keys = static_cast<int>(params.num_keys);
@@ -230,7 +230,7 @@ __device__ inline uint64_t bits_of(const KeyRange& range, int first) {
     return begin >= end ? 0 : ~uint64_t{0} << begin & ~uint64_t{0} >> (64 - end);
 }
 
-// Those of 64 keys that exist and that padding does not hide, by a warp together.
+// A bit for each of 64 keys that exists and that padding does not hide; a warp computes it together.
 __device__ inline uint64_t present_keys(const AttentionParams& params, int batch, int first) {
     if (!params.key_padding_mask) return bits_of({0, static_cast<int>(params.num_keys)}, first);
     const int key = first + threadIdx.x % 32;

@@ -16,7 +16,7 @@ int query_device(DeviceProperties& properties) {
     query(properties.shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin);
     query(properties.l2_bytes, cudaDevAttrL2CacheSize);
     properties.compute_capability = 10 * major + minor;
-    if (error != cudaSuccess) cudaGetLastError();  // Some callers go on without a device: no later launch has failed.
+    if (error != cudaSuccess) cudaGetLastError();  // cleared, as callers may go on without a device
     return error;
 }
 

@@ -15,16 +15,16 @@ constexpr DeviceProperties kA100{80, 108, 163 << 10, 40 << 20};
 
 namespace cuda {
 
-// Of the current device. Returns a cudaError_t. The runtime answers from its own memory, in less than a microsecond.
+// Of the current device. Returns a cudaError_t. It is cheap: the runtime answers from its own memory.
 int query_device(DeviceProperties& properties);
 
-// What the driver and our runtime are for: 12040 is CUDA 12.4. The driver's is 0 where there is none.
+// The CUDA versions of the driver and of the linked runtime: 12040 is CUDA 12.4. The driver's is 0 if there is none.
 struct CudaVersions {
     int driver = 0, runtime = 0;
 };
 
-// Returns a cudaError_t; an old driver is none. The first call starts the driver, as no process may that is to be
-// forked.
+// Returns a cudaError_t; an old driver is no error. The first call starts the driver, which a process must not do
+// before it forks.
 int query_versions(CudaVersions& versions);
 
 }  // namespace cuda

@@ -69,7 +69,7 @@ __device__ inline bool has_aligned_fours(const Matrix& matrix) {
     return reinterpret_cast<uint64_t>(matrix.data) % bytes == 0 && matrix.stride % 4 == 0;
 }
 
-// Of four neighbouring columns; ones where there are none.
+// The scales of four neighbouring columns; ones if there are no scales.
 __device__ inline float4 load_scales(const float* scale, int64_t column, int count) {
     if (!scale) return make_float4(1, 1, 1, 1);
     const ConstMatrix row{scale, DType::kFloat32, 0};

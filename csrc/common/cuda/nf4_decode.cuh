@@ -2,9 +2,9 @@
 //
 // There are only 16 different values in a block. They are multiplied, rounded to T and kept in eight registers, as two
 // planes of bytes; PRMT then looks four codes up at once, one byte of each. A thread should decode whole blocks of 64:
-// 0.5 instructions an element for the planes, 2.6 for the lookups, and no access to shared memory. (Centroids that are
-// rounded first, with absmax applied to the sums, would take 2.6 and less; but then the product is that of another
-// weight than every other path's.)
+// 0.5 instructions an element for the planes, 2.6 for the lookups, and no access to shared memory. (Rounding the
+// centroids first and applying absmax to the sums would take at most 2.6; but then the weight would not be the one that
+// every other path multiplies with.)
 #pragma once
 
 #include "common/cuda/ptx.cuh"
@@ -47,8 +47,8 @@ __device__ inline void decode(const Planes& planes, uint32_t codes, uint32_t (&p
     });
 }
 
-// The lookups of nested statistics go anywhere in the table of 256 numbers, so that the caller, of kThreads threads,
-// keeps it in shared memory. They meet in banks, three or so at a time: one lookup for 64 weights, it does not matter.
+// The lookups of nested statistics go anywhere in the table of 256 numbers, so the caller, of kThreads threads, keeps
+// it in shared memory. About three of them meet in a bank, which does not matter for one lookup in 64 weights.
 template <int kThreads>
 __device__ void load_nested_code(const Absmax& a, float (&nested_code)[256]) {
     if (a.absmax) return;
@@ -78,7 +78,7 @@ public:
         keep(within_);
     }
 
-    // Of block first_block + block.
+    // absmax of block first_block + block.
     __device__ float load(const float (&nested_code)[256], int block) const {
         if (!is_nested_) return __ldg(reinterpret_cast<const float*>(statistics_) + block);
         const uint8_t code = __ldg(reinterpret_cast<const uint8_t*>(statistics_) + block);
@@ -89,7 +89,7 @@ public:
 
     __device__ bool is_nested() const { return is_nested_; }
 
-    // Of block first_block + block and the three after it, where has_absmax_fours.
+    // absmax of block first_block + block and the three after it, if has_absmax_fours.
     __device__ float4 load_plain_four(int block) const {
         return __ldg(reinterpret_cast<const float4*>(statistics_) + block / 4);
     }

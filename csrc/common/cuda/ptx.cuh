@@ -24,8 +24,8 @@ __device__ __forceinline__ void unroll(const Body& body) {
     }(std::make_integer_sequence<int, kCount>{});
 }
 
-// Hides where a value comes from, so that the compiler keeps it in a register: in loops that it sees to be short of
-// registers it would make addresses anew from the number of the thread, by ten instructions each.
+// Hides where a value comes from, so that the compiler keeps it in a register. Otherwise, where a loop is short of
+// registers, it would compute addresses anew from the thread's number, with ten instructions each.
 __device__ inline void keep(uint32_t& value) { asm volatile("" : "+r"(value)); }
 __device__ inline void keep(int& value) { asm volatile("" : "+r"(value)); }
 __device__ inline void keep(int64_t& value) { asm volatile("" : "+l"(value)); }
@@ -73,7 +73,7 @@ __device__ inline uint32_t pack(float low, float high, __half) {
     return result;
 }
 
-// pointer + count · bytes. From C++ a part of the product that is known to be zero was added as well, on sm_90.
+// pointer + count · bytes. From C++ the compiler also adds a part of the product that is known to be zero, on sm_90.
 __device__ inline const char* advance(const char* pointer, uint32_t count, uint32_t bytes) {
     const char* result;
     asm("mad.wide.u32 %0, %1, %2, %3;" : "=l"(result) : "r"(count), "r"(bytes), "l"(pointer));
@@ -91,8 +91,8 @@ __device__ inline float exp2_approximate(float x) {
 
 // ---- copies from global to shared memory --------------------------------------------------------------------------
 
-// 16 bytes past the L1; the bytes after the first `bytes` become zeros, and are not read. Offsets that are known at
-// compile time cost no instruction.
+// Copies 16 bytes past the L1; the bytes after the first `bytes` become zeros, and are not read. Offsets that are known
+// at compile time cost no instruction.
 template <int kSharedOffset = 0, int kGlobalOffset = 0>
 __device__ inline void copy_async16(uint32_t shared, const void* global, int bytes) {
     asm volatile("cp.async.cg.shared.global [%0 + %3], [%1 + %4], 16, %2;" ::"r"(shared), "l"(global), "r"(bytes),
@@ -107,7 +107,7 @@ __device__ inline void copy_async16(uint32_t shared, const void* global) {
                  : "memory");
 }
 
-// The same of 8, through the L1: past it go only 16.
+// Copies 8 bytes through the L1: only copies of 16 can go past it.
 __device__ inline void copy_async8(uint32_t shared, const void* global, int bytes) {
     asm volatile("cp.async.ca.shared.global [%0], [%1], 8, %2;" ::"r"(shared), "l"(global), "r"(bytes) : "memory");
 }

@@ -18,7 +18,7 @@ constexpr RowPlan plan_rows(int64_t m, int64_t columns, int64_t warp_columns) {
     RowPlan plan{};
     plan.warps = 1;
     while (plan.warps < RowPlan::kMaxWarps && columns > warp_columns * plan.warps) plan.warps *= 2;
-    // A multiprocessor of sm_86 and sm_89 holds no more than 16 to 24 CTAs.
+    // Short rows share a CTA, because a multiprocessor of sm_86 and sm_89 holds no more than 16 to 24 CTAs.
     plan.rows = plan.warps == 1 ? 4 : 1;
     plan.grid = (m + plan.rows - 1) / plan.rows;
     return plan;

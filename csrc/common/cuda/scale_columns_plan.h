@@ -11,7 +11,7 @@ namespace peft_kernels {
 struct ScaleColumnsPlan {
     static constexpr int kWarps = 8;        // each takes every 8th row of the CTA's
     static constexpr int kColumns = 4;      // of a lane: 8 or 16 bytes
-    static constexpr int kSummedRows = 64;  // of a CTA at least, whose part of the sums is then 6 % of what it reads
+    static constexpr int kSummedRows = 64;  // of a CTA at least, so that it writes few sums beside what it reads
     static constexpr int kResident = 6;     // CTAs on a multiprocessor: 1536 threads, as many as sm_86 and sm_89 take
 
     int64_t columns;

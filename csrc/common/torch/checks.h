@@ -16,7 +16,7 @@
 #include "common/activation.h"
 #include "common/dtype.h"
 
-// As the headers of torch 2.10 have it.
+// The headers of torch 2.10 give it this name.
 #if !defined(STABLE_TORCH_ERROR_CODE_CHECK)
 #define STABLE_TORCH_ERROR_CODE_CHECK(call) TORCH_ERROR_CODE_CHECK(call)
 #endif
@@ -78,7 +78,7 @@ inline int32_t device_type_of(const Tensor& tensor) {
     return type;
 }
 
-// tensor.scalar_type(), which compares with one type after the other, those that are common here among the last.
+// Does what tensor.scalar_type() does, faster: that compares with one type after the other, the common ones last.
 inline ScalarType dtype_of(const Tensor& tensor) {
     int32_t dtype;
     STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(tensor.get(), &dtype));

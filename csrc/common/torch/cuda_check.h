@@ -1,4 +1,4 @@
-// What a binding needs to launch a CUDA kernel: torch's device and stream, and errors of our own CUDA runtime.
+// What a binding needs to launch a CUDA kernel: torch's device and stream, and errors of the linked CUDA runtime.
 //
 // The runtime is linked statically and torch's CUDA libraries are not linked at all, so that the same binary loads
 // on a torch without CUDA and on a machine without a driver.
@@ -43,7 +43,7 @@ struct CudaScope {
 
 inline bool runs_on_cuda(const torch::stable::Tensor& tensor) { return tensor.is_cuda(); }
 
-// Makes a device current for torch and for our runtime while it lives, and knows torch's stream there.
+// Makes a device current for torch and for the linked runtime while it lives, and knows torch's stream there.
 class __attribute__((visibility("hidden"))) CudaScope {
 public:
     explicit CudaScope(int32_t device_index) : guard_(device_index) {

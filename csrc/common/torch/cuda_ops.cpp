@@ -15,7 +15,7 @@
 namespace peft_kernels {
 namespace {
 
-// Of the driver and of our runtime; zeros in a build without CUDA.
+// The versions of the driver and of the linked runtime; zeros in a build without CUDA.
 std::vector<int64_t> cuda_versions() {
 #if defined(PEFT_KERNELS_CUDA)
     cuda::CudaVersions versions;

@@ -11,7 +11,7 @@ namespace peft_kernels {
 int num_threads() { return static_cast<int>(torch::stable::get_num_threads()); }
 
 void Gate::spin() const {
-    // A thread that is late has most likely been descheduled, perhaps for this one.
+    // A thread that is late has most likely been descheduled, perhaps in favour of this one: so this one yields.
     constexpr int kTries = 1 << 12;
     for (int tries = 0; !is_open(); ++tries)
         if (tries >= kTries) std::this_thread::yield();
@@ -24,7 +24,7 @@ void parallel_for_each(int64_t tasks, ParallelBody body, void* context) {
         return;
     }
     std::atomic<int64_t> next{0};
-    // One index of the outer range per thread: its begin is the worker's number.
+    // Each thread gets one index of the outer range, which is its number.
     torch::stable::parallel_for(0, threads, 1, [&](int64_t worker, int64_t) {
         for (int64_t task = next++; task < tasks; task = next++) body(task, static_cast<int>(worker), context);
     });

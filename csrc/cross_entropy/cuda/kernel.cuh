@@ -16,12 +16,12 @@
 
 namespace peft_kernels::cuda {
 
-// Of four logits, that a lane has under way: 512 logits a warp.
+// A lane loads this many fours of logits at once: 512 logits a warp.
 constexpr int kCrossEntropyFours = 4;
 
 constexpr float kLog2E = 1.44269504f;
 
-// Calls body(columns, counts, logits) with some fours of this thread's of a row at a time.
+// Calls body(columns, counts, logits) for the fours of a row that are this thread's, several at a time.
 template <class Body>
 __device__ inline void for_each_fours(const CrossEntropyParams& p, int64_t row, const Body& body) {
     const bool aligned = has_aligned_fours(p.logits);
@@ -46,13 +46,13 @@ __device__ inline float4 first_of_four(float4 x, int count, float other) {
                        count > 3 ? x.w : other);
 }
 
-// The sums of both, of which either maximum may be larger.
+// Adds two parts of a row's sum; either maximum may be the larger one.
 __device__ inline RowStatistics together(const RowStatistics& a, const RowStatistics& b) {
     const float maximum = fmaxf(a.maximum, b.maximum);
     return {maximum, a.sum * exp2f((a.maximum - maximum) * kLog2E) + b.sum * exp2f((b.maximum - maximum) * kLog2E)};
 }
 
-// Of a row, from those of its threads, in a fixed order; for the first thread.
+// Adds up the threads' sums of a row, in a fixed order; the first thread gets the result.
 __device__ inline RowStatistics statistics_of_row(RowStatistics lane) {
     __shared__ RowStatistics of_warp[RowPlan::kMaxWarps];
 #pragma unroll
@@ -81,7 +81,7 @@ static __global__ void __launch_bounds__(32 * RowPlan::kMaxWarps)
     if (row >= p.m) return;
     const int64_t target = p.targets[row];
     const bool counts_row = target != p.ignore_index;
-    // From a finite number on, minus infinity less the maximum is minus infinity and no NaN.
+    // It starts from a finite number: minus infinity less that is minus infinity, and no NaN.
     RowStatistics lane{-FLT_MAX, 0};
     if (counts_row)
         for_each_fours(p, row, [&](const auto&, const auto& counts, auto& x) {
@@ -117,8 +117,8 @@ static __global__ void __launch_bounds__(32 * RowPlan::kMaxWarps)
     }
     const RowStatistics statistics = p.statistics[row];
     const float logarithm = log2f(statistics.sum), log_p = log_probability(p, row, target, statistics);
-    // Not a difference with one, which would have few digits where the probability is close to it. NaN in all of the
-    // row if there is no such class.
+    // expm1 and not a difference with one, which would lose digits where the probability is close to one. If there is
+    // no such class, the whole row is NaN.
     const float at_target = expm1f(log_p) * p.grad_losses[row];
     const float factor = isnan(log_p) ? log_p : p.grad_losses[row];
     for_each_fours(p, row, [&](const auto& columns, const auto& counts, const auto& x) {

@@ -19,7 +19,7 @@ namespace peft_kernels {
 
 class IA3LinearOnCuda : MatmulOnCuda {
 public:
-    // dense: the weight, where params have none in 4 bits.
+    // dense: the weight, unless params have one in 4 bits.
     IA3LinearOnCuda(const LoraLinearParams& params, const Tensor& input, const std::optional<Tensor>& dense)
         : MatmulOnCuda(params, input), dense_(dense) {}
 
@@ -113,7 +113,7 @@ private:
         linear(input, transposed ? torch::stable::transpose(weight, 0, 1) : weight, add, out);
     }
 
-    // Of ours, in compute_dtype.
+    // Views of tensors that are allocated here, in compute_dtype.
     Matrix matrix_of(const Tensor& tensor) const {
         return {tensor.mutable_data_ptr(), params_.compute_dtype, tensor.size(1)};
     }

@@ -19,7 +19,7 @@ namespace peft_kernels::cuda {
 
 constexpr int kStages = 3;  // tiles of the large operand: one in use, two under way
 
-// Some ranks of one adapter: group z of the plan's.
+// The ranks of one adapter that are group z of the plan.
 struct RankGroup {
     const BranchAdapter& adapter;
     int64_t first;  // rank
@@ -285,7 +285,7 @@ struct ExpandTraits {
     static constexpr int kSharedBytes = RowFactor::kBytes + ColumnFactor::kBytes;
 };
 
-// Two columns' worth of a vector of 16 bytes, as floats, of a matrix with `columns`; zeros past its end.
+// Loads a vector of 16 bytes as floats from a row that has `columns` elements; zeros past its end.
 template <class T>
 __device__ inline void load_vector(const ConstMatrix& matrix, int64_t row, int64_t column, int64_t columns,
                                    float (&values)[16 / sizeof(T)]) {
@@ -342,7 +342,7 @@ __device__ inline void expand(const ExpandParams& params, int64_t cta, char* sha
         const int rows_left = ranks_left > 0 ? static_cast<int>(min(branch.m - row0 - row, int64_t{kBranchRows})) : 0;
         const int64_t first = (row0 + row) * branch.total_rank + group.column() + 2 * pair;
         const int64_t turn = kTurnRows * branch.total_rank;  // even, so that all turns are aligned alike
-        // Lanes past the last rank, which load nothing, go with the others.
+        // Lanes past the last rank load nothing, but take part.
         const bool both = ranks_left > 1, together = ranks_left != 1 && first % 2 == 0 && params.s.stride % 2 == 0;
         float2 values[kTurns];
         const auto sum = [&](const auto& load) {
@@ -463,8 +463,8 @@ __device__ inline void expand(const ExpandParams& params, int64_t cta, char* sha
     }
 }
 
-// CTAs of a multiprocessor at least. bf16, which has half of the sums, fits twice. Without the bound of one, for sm_86
-// and sm_89 ptxas gives the fp16 instance of 16 ranks half of the registers that it could have, and spills.
+// The least number of CTAs on a multiprocessor. bf16 has half of the sums, so two of its CTAs fit. Without the bound of
+// one, ptxas gives the fp16 instance of 16 ranks half of the registers that sm_86 and sm_89 have, and spills.
 template <class T>
 constexpr int kExpandCtas = OutputTile<T>::kFirstOnly ? 2 : 1;
 

@@ -5,9 +5,9 @@
 //   outer       y [rows, columns]    = Q · P
 //
 // The branch is computed to fp32's accuracy on the matrix unit: fp32 factors are split into two numbers of tf32, which
-// hold 22 bits together; x and dy in bf16 or fp16 are numbers of tf32 as they are. (Three bf16 terms would do for bf16
-// alone, and fp16 has not the range.) Products with the second numbers are summed apart: where a sum is infinite they
-// are infinity minus infinity, and are left out.
+// hold 22 bits together; x and dy in bf16 or fp16 are numbers of tf32 as they are. (Splitting into three bf16 terms
+// would work for bf16 only; fp16 lacks the range.) Products with the second numbers are summed apart: where a sum is
+// infinite they are infinity minus infinity, and are left out.
 //
 // An mma takes the reduction in any order that both operands agree on. Here lane t of four takes neighbours 2t and
 // 2t + 1, which ldmatrix delivers in one register and a split tile in one 16-byte load.
@@ -153,7 +153,7 @@ struct SplitTile {
         }
     }
 
-    // Both, some at a time, which takes fewer registers.
+    // Fetches and stores, a few pairs at a time, which takes fewer registers.
     template <bool kAlongRows, class Load>
     __device__ static void stage(char* tile, const Load& load) {
 #pragma unroll 2
@@ -303,7 +303,7 @@ struct OutputTile {
     static constexpr int kVector = 16 / sizeof(T);
     static constexpr int kGroups = kExpandColumns / (4 * kVector);
     static constexpr int kTiles = kVector / 2;  // mma of a group
-    // A result in bf16 is rounded to 8 bits, beside which the errors of products of 11 vanish.
+    // A result in bf16 is rounded to 8 bits, so that factors of 11 bits are exact enough.
     static constexpr bool kFirstOnly = std::is_same_v<T, __nv_bfloat16>;
 
     __device__ static int first_column(int group, int lane) { return group * 4 * kVector + lane % 4 * kVector; }

@@ -190,7 +190,7 @@ private:
         return gemm;
     }
 
-    // The branch, whose masks it does not know, is added to it.
+    // The kernel does not know the dropout's masks, so the branch is added to its result.
     FusedMatmulParams fused_of(const LoraLinearBackwardParams& p, const Tensor& grad_y) const {
         FusedMatmulParams gemm = MatmulOnCuda::fused_of(grad_y, true);
         gemm.add = p.add;
@@ -225,7 +225,7 @@ private:
         return true;
     }
 
-    // What further adapters, beyond those of one launch, are added to.
+    // The result that the adapters beyond those of one launch are added to.
     static void continue_on(ExpandParams& expand) {
         expand.add = {expand.out.data, expand.out.dtype, expand.out.stride};
         expand.bias = expand.base = {};

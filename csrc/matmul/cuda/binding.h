@@ -30,7 +30,7 @@ namespace peft_kernels {
 struct TunedCrossovers {
     std::mutex mutex;
     std::map<std::string, Crossover> by_name;
-    std::map<std::tuple<int, int, int>, std::string> names;  // of devices; asking the driver takes a millisecond
+    std::map<std::tuple<int, int, int>, std::string> names;  // of devices; asking the driver is slow
 
     static TunedCrossovers& instance() {
         static TunedCrossovers tuned;
@@ -44,7 +44,7 @@ inline void set_crossover(std::string device_name, int64_t forward, int64_t back
     tuned.by_name[device_name] = {forward, backward};
 }
 
-// Of the current device.
+// The crossover of the current device.
 inline Crossover crossover_of(const DeviceProperties& device) {
     TunedCrossovers& tuned = TunedCrossovers::instance();
     const std::lock_guard lock(tuned.mutex);
@@ -70,7 +70,7 @@ protected:
 
     // ---- fused ----------------------------------------------------------------------------------------------------
 
-    // Of x, or of the gradient of y, which are in compute_dtype.
+    // The parameters of the product of x, or of the gradient of y. Both are in compute_dtype.
     FusedMatmulParams fused_of(const Tensor& x, bool transposed) const {
         FusedMatmulParams gemm{};
         gemm.weight = params_.weight;

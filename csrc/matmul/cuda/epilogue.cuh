@@ -6,8 +6,8 @@
 
 namespace peft_kernels::cuda {
 
-// A pair of numbers as bf16: high halves, what they lack, and the high halves that are finite. An infinity has no low
-// half, and may not meet the other's, which has any sign.
+// A pair of numbers as bf16: the high halves, the low halves (what the high ones lack), and the high halves that are
+// finite. An infinity has no low half, and must not meet the other factor's low half, whose sign may differ.
 struct SplitPair {
     uint32_t high, low, finite_high;
 };
@@ -99,7 +99,7 @@ __device__ bool gather_sums(const FusedMatmulKernelParams& params, typename Trai
         while (atomicAdd(written, 0) != others) __nanosleep(100);
     __syncthreads();
     __threadfence();
-    // A few vectors of each part at a time: as many loads under way as registers are free.
+    // A few vectors of each part at a time: as many loads are under way as there are free registers.
     constexpr int kAtOnce = Traits::kTransposed ? 4 : 8;
     static_assert(Traits::kTilesN % kAtOnce == 0);
 #pragma unroll
@@ -140,7 +140,8 @@ __device__ void store_tile(const FusedMatmulKernelParams& params, typename Trait
     float* const sums = shared.sums[threadIdx.x / 32];
     const bool aligned = has_aligned_fours(operands.out), add_aligned = has_aligned_fours(operands.add);
     const bool unscaled_aligned = has_aligned_fours(operands.unscaled);
-    // Lanes: 4 rows, 8 vectors of 4 columns; then the 32 columns beyond. Rolled loops, for there are many cases inside.
+    // Lanes: 4 rows, 8 vectors of 4 columns; then the 32 columns beyond. The loops are not unrolled, because there are
+    // many cases inside.
 #pragma unroll
     for (int i = 0; i < Traits::kTilesM; ++i) {
         __syncwarp();

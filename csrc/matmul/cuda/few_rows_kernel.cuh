@@ -118,7 +118,7 @@ public:
         for (const char*& x : x_) keep(x);
     }
 
-    // Copies of all 16 bytes of a unit spare four instructions each, which make a number of bytes into an address.
+    // Copies of all 16 bytes of a unit save four instructions each, which would compute how many bytes exist.
 
     // The codes of the chunk at hand (kAhead = 0), then of the one after it (1). Rows and blocks that the weight does
     // not have become zeros.
@@ -224,9 +224,9 @@ private:
     uint32_t lane_codes_[kLaneRows][4];
 };
 
-// absmax of all rows for the chunks of a span: lanes take four blocks each along a row, in whole sectors. Where the
-// weight has no row, that of its last one will do, for what comes of it is not stored; where it has no block, x is zero
-// and absmax must be finite.
+// absmax of all rows for the chunks of a span: lanes take four blocks each along a row, in whole sectors. Past the last
+// row, the last row's absmax is read, since the result is not stored. Past the last block x is zero, and absmax only
+// has to be finite.
 template <class Traits>
 __device__ void stage_absmax(const FusedMatmulKernelParams& params, typename Traits::Shared& shared, int64_t first_row,
                              int first_block) {

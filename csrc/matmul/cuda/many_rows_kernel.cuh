@@ -1,4 +1,4 @@
-// The product of some tens to hundreds of rows on the matrix unit, both ways:
+// The product of tens to hundreds of rows on the matrix unit, both ways:
 //
 //   out [m, n] = scale ⊙ (x · Wᵀ + bias + add + Σᵢ scalingᵢ · sᵢ · lora_Bᵢᵀ)
 //   out [m, k] = scale ⊙ (x · W         + add + Σᵢ scalingᵢ · sᵢ · lora_Aᵢ)        (kTransposed)

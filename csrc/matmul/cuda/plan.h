@@ -12,8 +12,8 @@
 namespace peft_kernels {
 
 // The most rows for which the product that decodes the weight in its registers is faster than to dequantise the weight
-// and call the library's. Per row the library's product is the faster one, but dequantising costs it the time of
-// n * k * 2.5 bytes, whatever the rows.
+// and call the library's. Per row the library's product is the faster one, but whatever the rows, dequantising moves
+// 2.5 n k bytes.
 struct Crossover {
     int64_t forward, backward;
 };

@@ -95,7 +95,7 @@ public:
         write_x_ = shared_address(shared.stages[0].x) + row * 128 + (unit ^ (row % 8)) * 16;
 
         // Two neighbouring lanes have the two halves of a block's codes, a sector; transposed, four have those of a
-        // row. A row or column that the weight does not have is replaced by its last one: what comes of it is not
+        // row. A row or column that the weight does not have is replaced by its last one, since the result is not
         // stored.
         const int block = threadIdx.x / 2, half = threadIdx.x % 2;
         const int64_t pitch = params.weight.k / 2;
@@ -153,8 +153,8 @@ private:
     uint32_t write_x_, write_codes_;
 };
 
-// absmax of a thread's block, step after step. Where the weight has no row or column, that of another block will do:
-// what comes of it is not stored.
+// absmax of a thread's block, step after step. Where the weight has no row or column, another block's absmax is read,
+// since the result is not stored.
 template <class Traits>
 class ManyRowsAbsmax {
 public:
@@ -204,7 +204,7 @@ public:
         keep(at_);
     }
 
-    // Of the next step, with a barrier between one and the next.
+    // absmax of the next step. There has to be a barrier between one call and the next.
     __device__ float next() {
         float absmax;
         if constexpr (Traits::kTransposed) {
@@ -226,7 +226,8 @@ private:
         return absmax_.load(shared_.nested_code, block);
     }
 
-    // Transposed: of the block 64 rows further down; below the last row x is zero, and absmax must be finite.
+    // Transposed: absmax of the block 64 rows further down. Below the last row x is zero, and absmax only has to be
+    // finite.
     __device__ float load_next() {
         const float absmax = at_ <= last_ ? load() : 0.0f;
         at_ += 64 * pitch_;

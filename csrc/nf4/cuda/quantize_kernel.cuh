@@ -8,7 +8,7 @@
 //     row 1   | warp 0               | ...                        a thread keeps its vector of each row
 //
 // A block of up to 128 elements lies within one warp's part of a row; a larger one is a run of such parts, whose maxima
-// meet in shared memory. The limit is the comparisons, some 4 for each element, rather than the traffic.
+// meet in shared memory. The limit is the comparisons, about 4 for each element, rather than the traffic.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -56,7 +56,7 @@ __device__ inline void load_values(const T* input, int64_t i, int64_t count,
     }
 }
 
-// How many bounds lie below the value, which takes the lower code where it equals one; a NaN is above them all.
+// The number of bounds below the value. A value that equals a bound takes the lower code; a NaN is above all bounds.
 __device__ inline int find_rank(const float* bounds, float value) {
     int rank = 0;
 #pragma unroll

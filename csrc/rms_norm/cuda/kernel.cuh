@@ -17,13 +17,13 @@
 
 namespace peft_kernels::cuda {
 
-// Of four columns, that a lane keeps in registers: 1024 columns a warp, and 16384 of a row. What is beyond them is read
-// twice.
+// The fours of columns that a lane keeps in registers: 1024 columns a warp, and 16384 of a row. Columns beyond them are
+// read twice.
 constexpr int kRmsNormFours = 8;
 
 __device__ inline float dot(float4 a, float4 b) { return a.x * b.x + a.y * b.y + a.z * b.z + a.w * b.w; }
 
-// This lane's part of a row: the columns that it keeps are read once, others at each visit.
+// This lane's part of a row. The columns that it keeps are read once, the others at each visit.
 template <class Kept, class Load>
 class LaneOfRow {
 public:
@@ -50,7 +50,7 @@ private:
     Kept kept_[kRmsNormFours];
 };
 
-// The sum over the threads of a row, for each of them.
+// The sum over the threads of a row; each thread gets it.
 __device__ inline float sum_of_row(float value) {
     __shared__ float of_warp[RowPlan::kMaxWarps];
     value = sum_of_warp(value);

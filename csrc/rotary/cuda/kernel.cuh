@@ -1,4 +1,4 @@
-// The rotary embedding on a GPU. A CTA has some positions, with all heads of each:
+// The rotary embedding on a GPU. A CTA has a few positions, with all heads of each:
 //
 //             i          R/2 + i     R
 //   a row   | 0 | 1 | …  | 0 | 1 | … | 8 | 9 | …    a thread has four channels and those half a row on, or four that
@@ -39,7 +39,7 @@ __device__ inline float4 turned(float4 x, float4 cos, float4 y, float4 sin) {
 
 __device__ inline float4 negative(float4 x) { return make_float4(-x.x, -x.y, -x.z, -x.w); }
 
-// Of a row's four channels from i on, and of those half a row on.
+// The factors of a row's four channels from i on, and of those half a row further on.
 struct TurnedFours {
     float4 cos_i, cos_j, to_i, to_j;  // to_i: what x[j] is multiplied with for out[i]
 
@@ -64,7 +64,7 @@ static __global__ void __launch_bounds__(RotaryPlan::kThreads)
     const auto for_each_head = [&](const auto& body) {
         for (int64_t head = threadIdx.y; head < p.parts[0].heads; head += blockDim.y)
             body(p.parts[0], row_of(p.parts[0].in, head), row_of(p.parts[0].out, head));
-        // Where the heads of q end, those of k go on with the next thread.
+        // The heads of k continue, with the next thread, where those of q end.
         const int64_t first = (threadIdx.y + blockDim.y - p.parts[0].heads % blockDim.y) % blockDim.y;
         for (int64_t head = first; head < p.parts[1].heads; head += blockDim.y)
             body(p.parts[1], row_of(p.parts[1].in, head), row_of(p.parts[1].out, head));

@@ -81,7 +81,7 @@ class Fused4bit(Adaptable):
         if not self.compute_type_is_set:
             self.set_compute_type(x)
             self.compute_type_is_set = True
-        (compute_dtype,) = read.attributes(self, "compute_dtype")
+        compute_dtype = read.attribute(self, "compute_dtype")
         own_dtype = compute_dtype or x.dtype
         compute_dtype = autocast_dtype(x) or own_dtype
         if compute_dtype not in FLOAT_DTYPES:
@@ -89,7 +89,7 @@ class Fused4bit(Adaptable):
         weight = self.nf4_weight(read)
         if x.shape[-1] != weight.shape[-1]:
             return Refusal(f"x has {x.shape[-1]} features, and the weight has shape {list(weight.shape)}")
-        (bias,) = read.parameters(self, "bias")
+        bias = read.parameter(self, "bias")
         if bias is not None and bias.dtype != own_dtype:
             if torch.compiler.is_compiling():
                 bias = bias.to(own_dtype)
@@ -100,14 +100,14 @@ class Fused4bit(Adaptable):
     def nf4_weight(self, read: Reading = ONCE) -> NF4Weight:
         """The view of the weight as it is now.
 
-        Deriving it takes 8 µs, so the last one is kept for as long as it shows the very tensors that the weight
-        consists of. It keeps their memory alive, so no other tensor can come to lie at the same address.
+        It is dear to derive, so the last one is kept for as long as it shows the very tensors that the weight consists
+        of. It keeps their memory alive, so no other tensor can come to lie at the same address.
 
         Raises:
             ValueError: the weight is not quantised, or its quant_state does not fit it.
         """
-        (weight,) = read.parameters(self, "weight")
-        (quant_state,) = read.attributes(weight, "quant_state")
+        weight = read.parameter(self, "weight")
+        quant_state = read.attribute(weight, "quant_state", None)
         compiling = torch.compiler.is_compiling()
         if not compiling and self._view is not None and _shows(*self._view, weight, quant_state, read):
             return self._view[1]
@@ -167,17 +167,17 @@ def _shows(
     """Whether the view consists of the weight's and the quant_state's own tensors; not so if any was converted."""
     if seen is not quant_state:
         return False
-    (absmax,), (state2,) = read.tensors(quant_state, "absmax"), read.attributes(quant_state, "state2")
-    if view.absmax is not absmax:
+    if view.absmax is not read.tensor(quant_state, "absmax"):
         return False
-    with torch._C.DisableTorchFunctionSubclass():  # Params4bit's __torch_function__ would take 1 µs more
+    with torch._C.DisableTorchFunctionSubclass():  # Params4bit's __torch_function__ is slow
         if view.codes.data_ptr() != weight.data_ptr():
             return False
+    state2 = read.attribute(quant_state, "state2")
     if state2 is None:
         return True
     code, absmax, offset = view.nested
-    (its_offset,), (its_code, its_absmax) = read.tensors(quant_state, "offset"), read.tensors(state2, "code", "absmax")
-    return code is its_code and absmax is its_absmax and offset is its_offset
+    is_state2 = code is read.tensor(state2, "code") and absmax is read.tensor(state2, "absmax")
+    return is_state2 and offset is read.tensor(quant_state, "offset")
 
 
 @register

@@ -152,7 +152,7 @@ if hasattr(ia3, "Linear4bit"):  # bitsandbytes is installed
             self.merged_adapters.clear()
 
     # Modules whose output, times a vector, can be had from the rows of one of their layers: gate · up feeds down, and
-    # ReLU commutes with factors that are not negative. These are known by their names if their code is another one.
+    # ReLU commutes with factors that are not negative. They are recognised by their code, or else by their names.
     _GATED_MLPS = ("LlamaMLP", "MistralMLP", "Qwen2MLP", "Qwen3MLP")
 
     def _producer(parent: Any, leaf: str, scale: Tensor) -> Any:

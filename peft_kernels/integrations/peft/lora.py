@@ -98,12 +98,13 @@ class FusedLoRA(Adaptable):
         product = self._product(x, read)
         if isinstance(product, Refusal):
             return product
-        disabled, merged, names = read.attributes(self, "_disable_adapters", "merged_adapters", "_active_adapter")
-        merged = read.length(merged)
+        disabled = read.attribute(self, "_disable_adapters")
+        merged = read.length(read.attribute(self, "merged_adapters"))
         if disabled or merged:
             return Refusal("its adapters are merged and disabled") if disabled and merged else (product, NO_ADAPTERS)
         adapters: tuple[list[Tensor], list[Tensor], list[float], list[float]] = ([], [], [], [])
         lora_A, lora_B, scaling, dropout = adapters
+        names = read.attribute(self, "_active_adapter")
         for name in (names,) if isinstance(names, str) else names:
             adapter = self._adapter(name, read=read)
             if adapter is None:
@@ -182,7 +183,7 @@ class FusedLoRA(Adaptable):
         return self.base_product(base, x, read)
 
     def _why_not_cast(self, x: Tensor, name: str, a: Tensor, read: Reading = ONCE) -> str | None:
-        if a.dtype is x.dtype or read.attributes(self, "cast_input_dtype_enabled")[0]:
+        if a.dtype is x.dtype or read.attribute(self, "cast_input_dtype_enabled"):
             return None
         return f"x is {x.dtype}, adapter {name!r} is {a.dtype}, and casting the input is disabled"
 
@@ -209,33 +210,33 @@ class FusedLoRA(Adaptable):
 
     def _adapter(self, name: str, variant: type | None = None, read: Reading = ONCE) -> _Adapter | Refusal | None:
         """What an adapter, of a variant, is made of; or why it can't be fused; or None if this layer lacks it."""
-        lora_A, lora_B, dropouts = read.items(self._modules, "lora_A", "lora_B", "lora_dropout")
-        a = read.module(lora_A._modules, name)
+        modules = self._modules
+        a = read.module(read.item(modules, "lora_A")._modules, name)
         if a is None:
             return None
-        variants, scalings = read.attributes(self, "lora_variant", "scaling")
-        (found,) = read.items(variants, name)
+        found = read.item(read.attribute(self, "lora_variant"), name)
         if found is not None and type(found) is not variant:
             return Refusal(f"adapter {name!r} is a {type(found).__name__}")
-        b, dropout = read.module(lora_B._modules, name), read.module(dropouts._modules, name)
+        b = read.module(read.item(modules, "lora_B")._modules, name)
+        dropout = read.module(read.item(modules, "lora_dropout")._modules, name)
         if not (is_linear(a) and is_linear(b)):
             kinds = f"{type(a).__name__} and {type(b).__name__}"
             return Refusal(f"adapter {name!r} is made of {kinds}, not of torch.nn.Linear")
-        weight_A, bias_A = read.parameters(a, "weight", "bias")
-        weight_B, bias_B = read.parameters(b, "weight", "bias")
-        if bias_B is not None:
+        weight_A, weight_B = read.parameter(a, "weight"), read.parameter(b, "weight")
+        if read.parameter(b, "bias") is not None:
             return Refusal(f"adapter {name!r} has lora_bias")
-        if bias_A is not None:
+        if read.parameter(a, "bias") is not None:
             return Refusal(f"adapter {name!r} has a bias on A")
-        p, training = read.attributes(dropout, "p", "training") if type(dropout) in _DROPOUTS else (0.0, False)
+        p = read.attribute(dropout, "p") if type(dropout) in _DROPOUTS else 0.0
         if p >= 1 or not (type(dropout) in _DROPOUTS or type(dropout) is nn.Identity):
             return Refusal(f"adapter {name!r} has the dropout {dropout}")
-        if not training:
+        if p and not read.attribute(dropout, "training"):
             p = 0.0
         if reason := why_not_skip(a) or why_not_skip(b) or why_not_skip(dropout):
             return Refusal(f"adapter {name!r} has {reason}")
         if weight_A.dtype not in FLOAT_DTYPES or weight_B.dtype not in FLOAT_DTYPES:
             return Refusal(f"adapter {name!r} is {weight_A.dtype} and {weight_B.dtype}")
+        scalings = read.attribute(self, "scaling")
         scaling = scalings[name]
         if isinstance(scaling, Tensor) and torch.compiler.is_compiling():
             # `prepare_model_for_compiled_hotswap` makes it one, which compiled code has to read each time that it runs.

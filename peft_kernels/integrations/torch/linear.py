@@ -13,7 +13,7 @@ from ..base_layer import own_product
 from ..registry import FusedLayer, register
 from ..sharding import type_in_forward
 
-LEAST_FEATURES = 128  # below, as in most adapters, little time is spent
+LEAST_FEATURES = 128  # fewer, as in most adapters, take little time
 
 
 class FusedDense(FusedLayer):
@@ -37,7 +37,8 @@ class FusedDense(FusedLayer):
 
     def matrix(self) -> Tensor:
         """The weight as [N, K]."""
-        return parameter(self, "weight")
+        weight: Tensor = parameter(self, "weight")
+        return weight
 
 
 def why_not_weight(weight: Tensor) -> str | None:

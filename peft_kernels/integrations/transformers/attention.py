@@ -89,7 +89,7 @@ def takes_over(device: torch.device) -> bool:
 
 
 def _is_stock_mask(attention_mask: Tensor | None, window: int | None, num_keys: int) -> bool:
-    """Whether a mask is one that torch's attention has a meaning for, and all that is masked."""
+    """Whether torch's attention understands the mask, and nothing else is masked."""
     if attention_mask is None:
         return window is None or window >= num_keys
     return attention_mask.dim() == 4
@@ -146,7 +146,8 @@ def mask(
     plain = (allow_is_causal_skip or allow_is_bidirectional_skip) and (
         local_size in (None, getattr(config, "sliding_window", None))
     )
-    # Our last query stands at the last key. Not so in a static cache, whose last keys are yet to come.
+    # The kernel takes the last query to stand at the last key. In a static cache it does not: its last keys are yet to
+    # come.
     if (
         not plain
         or isinstance(q_offset, Tensor)

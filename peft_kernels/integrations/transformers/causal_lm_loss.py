@@ -1,7 +1,7 @@
 """The loss of transformers' causal language models without their logits in fp32.
 
 The stock function converts the logits [B, S, V] to fp32, and keeps them, their log-softmax and two gradients of that
-size: 800 MB for 1024 tokens and a vocabulary of 49152, most of whose time goes to pages that are new in every step.
+size. Most of its time goes to memory pages that are new in every step.
 """
 
 from __future__ import annotations

@@ -15,4 +15,5 @@ class Conv1D(FusedDense, pytorch_utils.Conv1D):
     __doc__ = FusedDense.__doc__
 
     def matrix(self) -> Tensor:
-        return parameter(self, "weight").T
+        weight: Tensor = parameter(self, "weight")
+        return weight.T

@@ -1,7 +1,7 @@
 """The rotary embedding in the attention of transformers' Llama and its like, fused.
 
 A layer's forward calls it as a global of its module, `apply_rotary_pos_emb`. That stays as it is, for the other models
-of the process: a fused layer's forward is a copy of the stock one, whose globals have ours in its place.
+of the process: a fused layer's forward is a copy of the stock one, whose globals have the fused function in its place.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ _NAME = "apply_rotary_pos_emb"
 
 
 def with_fused_rotary(forward: Callable[..., Any] | None) -> FunctionType | None:
-    """A copy of an attention layer's forward that rotates by our function; None if it calls no such global, or one that
-    rotates in another way than Llama's by its file.
+    """A copy of an attention layer's forward that calls the fused function; None if the forward calls no such global,
+    or one whose file rotates in another way than Llama's.
 
     The copy's globals are those of now: a function's globals have to be a real dictionary, no view of another one. The
     fused layer calls it for as long as these are what they were.

@@ -1,4 +1,4 @@
-// The backward of ia3_attention. See attention/cpu/kernels.cpp for the products and the partition of the work.
+// The backward of attention. See attention/cpu/kernels.cpp for the products and the partition of the work.
 // For sources that are compiled once per instruction set, and only for those.
 #pragma once
 
@@ -10,9 +10,9 @@ namespace PEFT_KERNELS_ISA {
 namespace {
 
 // Keys of one head from first_key on, as the backward's products want them, and sums of their gradients.
-template <class Products>
+template <class Multiply>
 struct BackwardKeys {
-    using Element = typename Products::Element;
+    using Element = typename Multiply::Element;
     int64_t first_key;
     Element* rows;                   // [key][dim]
     Element* columns;                // [block of kAttentionKeys][dim][key]
@@ -30,14 +30,14 @@ struct BackwardKeys {
 
     // Also clears the gradients.
     void pack(const HeadRows& k, const HeadRows& v, int64_t count, int64_t dim, float* scratch) const {
-        constexpr int64_t kRows = Products::kMultiple;
+        constexpr int64_t kRows = kMultiple<Multiply>;
         for (int64_t row = 0; row < count; row += kRows) {
             k.fetch(first_key + row, kRows, dim, scratch);
-            pack_rows<Products>(scratch, dim, rows + row * dim);
+            pack_rows<Multiply>(scratch, dim, rows + row * dim);
             const int64_t block = round_down(row, kAttentionKeys);
-            pack_columns<Products>(scratch, dim, columns + block * dim + row - block, kAttentionKeys);
+            pack_columns<Multiply>(scratch, dim, columns + block * dim + row - block, kAttentionKeys);
             v.fetch(first_key + row, kRows, dim, scratch);
-            pack_rows<Products>(scratch, dim, values + row * dim);
+            pack_rows<Multiply>(scratch, dim, values + row * dim);
         }
         const int64_t padded = round_up(count, kRows) * dim;
         memset(grad_rows, 0, padded * sizeof(float));
@@ -50,14 +50,14 @@ struct PackedRows {
     uint32_t *lanes, *steps;
 };
 
-template <class Products>
+template <class Multiply>
 class Backward {
 public:
     explicit Backward(const AttentionBackwardParams& params)
         : p_(params),
           arena_(params.workspace),
           plan_(attention_plan(params)),
-          dim_(round_up(params.head_dim, Products::kMultiple)),
+          dim_(round_up(params.head_dim, kMultiple<Multiply>)),
           problem_(params, dim_, arena_),
           blocks_(ceil_div(params.num_queries, kQueries)),
           key_blocks_(ceil_div(params.num_keys, kAttentionKeys)),
@@ -99,7 +99,7 @@ public:
             Arena own(scratches + worker * scratch_bytes);
             const int64_t split = task % plan_.key_splits, kv_head = task / plan_.key_splits % p_.kv_heads;
             Scratch scratch(own, *this, split * split_keys_);
-            [[maybe_unused]] const typename Products::Unit unit;
+            [[maybe_unused]] const typename Multiply::Unit unit;
             differentiate(task / plan_.key_splits / p_.kv_heads, kv_head, split, scratch);
         });
         parallel_for_each(add_tasks, [&](int64_t task, int worker) {
@@ -119,14 +119,14 @@ private:
         float *scores, *grad_weights;  // [key][kQueries]
         float* bias;                   // see ScoreMask
         uint8_t* keep;                 // see WeightDropout
-        typename Products::Element *weights, *grad_scores;  // rows, whose steps are the queries
+        typename Multiply::Element *weights, *grad_scores;  // rows, whose steps are the queries
         uint32_t* grad_score_strips;                        // the latter again, as strips whose steps are the keys
         float* grad_q;  // [dim][kQueries]; once more for the prefix if that is kept apart
-        BackwardKeys<Products> keys, prefix;
+        BackwardKeys<Multiply> keys, prefix;
 
         Scratch(Arena& arena, const Backward& b, int64_t first_key)
             : keys(arena, first_key, b.split_keys_, b.dim_), prefix(arena, 0, b.p_.prefix_length, b.dim_) {
-            using Element = typename Products::Element;
+            using Element = typename Multiply::Element;
             constexpr int64_t kScores = kAttentionKeys * kQueries;
             rows = arena.take<float>(kQueries * b.dim_);
             other_rows = arena.take<float>(kQueries * b.dim_);
@@ -140,7 +140,7 @@ private:
             grad_weights = arena.take<float>(kScores);
             bias = arena.take<float>(b.p_.attn_mask.data ? ScoreMask::kScratch : 0);
             keep = arena.take<uint8_t>(b.problem_.dropout_scratch());
-            if constexpr (Products::kStepElements == 1) {
+            if constexpr (Multiply::kStepElements == 1) {
                 // fp32 results take their operands' place, and rows of keys are strips as well.
                 weights = scores;
                 grad_scores = grad_weights;
@@ -148,13 +148,13 @@ private:
             } else {
                 weights = arena.take<Element>(kScores);
                 grad_scores = arena.take<Element>(kScores);
-                grad_score_strips = arena.take<uint32_t>(kScores / Products::kStepElements);
+                grad_score_strips = arena.take<uint32_t>(kScores / Multiply::kStepElements);
             }
             grad_q = arena.take<float>(b.query_sums());
         }
 
         static PackedRows packed(Arena& arena, int64_t dim) {
-            const int64_t size = kQueries * dim / Products::kStepElements;
+            const int64_t size = kQueries * dim / Multiply::kStepElements;
             uint32_t* lanes = arena.take<uint32_t>(size);
             return {lanes, arena.take<uint32_t>(size)};
         }
@@ -162,7 +162,7 @@ private:
 
     // How the gradient flows between a block of queries and some keys; null pointers are not wanted.
     struct Flow {
-        const BackwardKeys<Products>& keys;
+        const BackwardKeys<Multiply>& keys;
         const PackedRows &q, &grad;
         float *grad_k, *grad_v, *grad_q;
     };
@@ -197,7 +197,7 @@ private:
                         plan_.key_splits > 1 && wants_q_ ? split_sums(split, batch, head, block) : scratch.grad_q;
                     memset(grad_q, 0, query_sums() * sizeof(float));
                     const ScoreMask mask(p_, batch, head, block * kQueries, scratch.bias);
-                    const BackwardKeys<Products>&keys = scratch.keys, &prefix = scratch.prefix;
+                    const BackwardKeys<Multiply>&keys = scratch.keys, &prefix = scratch.prefix;
                     flow({keys, scratch.q, scratch.grad, wants_k_ ? keys.grad_rows : nullptr,
                           wants_v_ ? keys.grad_values : nullptr, wants_q_ ? grad_q : nullptr},
                          mask, problem_.dropout_of_keys(batch, head, block * kQueries, scratch.keep), count, scratch);
@@ -221,10 +221,10 @@ private:
     // Packs the queries and the output's gradient, and sums up what each row's softmax needs.
     void pack_queries(int64_t batch, int64_t head, int64_t query, bool has_prefix, const Scratch& scratch,
                       float* l_v_sums) const {
-        constexpr int64_t kRows = Products::kMultiple, kSteps = kQueries / Products::kStepElements;
+        constexpr int64_t kRows = kMultiple<Multiply>, kSteps = kQueries / Multiply::kStepElements;
         const auto pack = [&](int64_t row, const PackedRows& packed) {
-            pack_lanes<Products>(scratch.rows, dim_, row, packed.lanes);
-            pack_steps<Products>(scratch.rows, dim_, row / Products::kStepElements, kSteps, packed.steps);
+            pack_lanes<Multiply>(scratch.rows, dim_, row, packed.lanes);
+            pack_steps<Multiply>(scratch.rows, dim_, row / Multiply::kStepElements, kSteps, packed.steps);
         };
         const HeadRows grad = problem_.plain(p_.grad_out, batch, head, p_.num_queries);
         const HeadRows out_real = problem_.plain(p_.out_real, batch, head, p_.num_queries);
@@ -258,11 +258,11 @@ private:
     void scale_grad(const Scratch& scratch, const float* l_v, float* l_v_sums) const {
         for (int64_t c = 0; c < dim_; c += kLanes) {
             F32 sum{};
-            for (int64_t row = 0; row < Products::kMultiple; ++row) {
+            for (int64_t row = 0; row < kMultiple<Multiply>; ++row) {
                 float* at = scratch.rows + row * dim_ + c;
                 const F32 grad = load(at);
                 sum = fma(grad, load(scratch.other_rows + row * dim_ + c), sum);
-                store(at, Products::round(grad * load(l_v + c)));
+                store(at, Multiply::round(grad * load(l_v + c)));
             }
             if (l_v_sums) store(l_v_sums + c, load(l_v_sums + c) + sum);
         }
@@ -271,7 +271,7 @@ private:
     // delta: the output times its gradient, of kMultiple rows. The gradient is the one that the products see: what its
     // rounding does to both then cancels.
     void sum_rows(const Scratch& scratch, int64_t first_row) const {
-        for (int64_t row = 0; row < Products::kMultiple; ++row) {
+        for (int64_t row = 0; row < kMultiple<Multiply>; ++row) {
             F32 sum{};
             for (int64_t c = 0; c < dim_; c += kLanes)
                 sum = fma(load(scratch.rows + row * dim_ + c), load(scratch.other_rows + row * dim_ + c), sum);
@@ -283,31 +283,32 @@ private:
     void flow(const Flow& f, const ScoreMask& mask, const WeightDropout& dropout, int64_t count,
               const Scratch& scratch) const {
         if (!f.grad_k && !f.grad_v && !f.grad_q) return;
-        constexpr int64_t kStep = Products::kStepElements, kSize = sizeof(typename Products::Element);
+        constexpr int64_t kStep = Multiply::kStepElements;
         const int64_t first = f.keys.first_key;
-        KeyBlocks<Products> key_blocks(mask, first, first + count);
+        KeyBlocks<Multiply> key_blocks(mask, first, first + count);
         for (KeyBlock key_block; key_blocks.next(key_block);) {
             const int64_t key = key_block.key, keys = key_block.count;
             const int64_t at = key - first, block = round_down(at, kAttentionKeys);
-            Products::multiply({f.keys.rows + at * dim_, dim_ * kSize, 4}, keys, f.q.lanes, kTileStrips, dim_ / kStep,
-                               scratch.scores, kQueries, false);
+            multiply_block<Multiply>(f.keys.rows + at * dim_, dim_, keys, f.q.lanes, kTileStrips, dim_ / kStep,
+                                     scratch.scores, kQueries, false);
             if (f.grad_k || f.grad_q)
-                Products::multiply({f.keys.values + at * dim_, dim_ * kSize, 4}, keys, f.grad.lanes, kTileStrips,
-                                   dim_ / kStep, scratch.grad_weights, kQueries, false);
+                multiply_block<Multiply>(f.keys.values + at * dim_, dim_, keys, f.grad.lanes, kTileStrips, dim_ / kStep,
+                                         scratch.grad_weights, kQueries, false);
             const float factor = mask.apply(scratch.scores, key, keys, problem_.factor);
             if (const uint8_t* keep = dropout.keep_bits(key, keys))
                 differentiate_softmax<true>(factor, keys, keep, dropout.scale(), scratch);
             else
                 differentiate_softmax<false>(factor, keys, nullptr, 1.0f, scratch);
-            const auto add = [&](const typename Products::Element* rows, const uint32_t* steps, float* sums) {
-                Products::multiply({rows, kQueries * kSize, 4}, keys, steps, dim_ / kLanes, kQueries / kStep,
-                                   sums + at * dim_, dim_, true);
+            const auto add = [&](const typename Multiply::Element* rows, const uint32_t* steps, float* sums) {
+                multiply_block<Multiply>(rows, kQueries, keys, steps, dim_ / kLanes, kQueries / kStep, sums + at * dim_,
+                                         dim_, true);
             };
             if (f.grad_v) add(scratch.weights, f.grad.steps, f.grad_v);
             if (f.grad_k) add(scratch.grad_scores, f.q.steps, f.grad_k);
             if (f.grad_q)
-                Products::multiply({f.keys.columns + block * dim_ + at - block, kAttentionKeys * kSize, 4}, dim_,
-                                   scratch.grad_score_strips, kTileStrips, keys / kStep, f.grad_q, kQueries, true);
+                multiply_block<Multiply>(f.keys.columns + block * dim_ + at - block, kAttentionKeys, dim_,
+                                         scratch.grad_score_strips, kTileStrips, keys / kStep, f.grad_q, kQueries,
+                                         true);
         }
     }
 
@@ -316,7 +317,7 @@ private:
     template <bool kDrops>
     static void differentiate_softmax(float factor, int64_t keys, const uint8_t* keep, float keep_scale,
                                       const Scratch& scratch) {
-        constexpr int kStep = Products::kStepElements;
+        constexpr int kStep = Multiply::kStepElements;
         for (int64_t key = 0; key < keys; key += kStep)
 #pragma GCC unroll 4
             for (int strip = 0; strip < kTileStrips; strip += kStep) {
@@ -326,7 +327,7 @@ private:
 #pragma GCC unroll 2
                     for (int j = 0; j < kStep; ++j) {
                         const int64_t lane = (strip + j) * kLanes, at = (key + i) * kQueries + lane;
-                        weights[i][j] = Products::exp2(
+                        weights[i][j] = exp2_of<Multiply>(
                             fma(load(scratch.scores + at), broadcast(factor), -load(scratch.lse + lane)));
                         F32 grad = load(scratch.grad_weights + at);
                         const auto dropped = [&](F32 v) {
@@ -336,13 +337,17 @@ private:
                         grads[i][j] = weights[i][j] * (grad - load(scratch.delta + lane));
                         if constexpr (kDrops) weights[i][j] = dropped(weights[i][j]);
                     }
-                Products::store_steps(weights, kQueries, scratch.weights + key * kQueries + strip * kLanes);
-                Products::store_steps(grads, kQueries, scratch.grad_scores + key * kQueries + strip * kLanes);
+#pragma GCC unroll 2
+                for (int i = 0; i < kStep; ++i) {
+                    const int64_t at = (key + i) * kQueries + strip * kLanes;
+                    store_vector(scratch.weights + at, Multiply::steps_along(weights[i]));
+                    store_vector(scratch.grad_scores + at, Multiply::steps_along(grads[i]));
+                }
                 if constexpr (kStep == 2)
 #pragma GCC unroll 2
                     for (int j = 0; j < kStep; ++j)
                         store_vector(scratch.grad_score_strips + (key / kStep * kTileStrips + strip + j) * kLanes,
-                                     Products::step({grads[0][j], grads[1][j]}));
+                                     Multiply::step_across({grads[0][j], grads[1][j]}));
             }
     }
 
@@ -381,7 +386,7 @@ private:
 
     // The same for the keys of a task.
     void finish_keys(int64_t batch, int64_t kv_head, int64_t count, int64_t slot, const Scratch& scratch) const {
-        const BackwardKeys<Products>& keys = scratch.keys;
+        const BackwardKeys<Multiply>& keys = scratch.keys;
         const Angles angles = angles_of(p_.rope, batch, 0);
         for (int64_t i = 0; i < count * dim_; i += kLanes)
             store(keys.grad_rows + i, load(keys.grad_rows + i) * p_.scale);
@@ -421,7 +426,7 @@ private:
             for (int64_t c = 0; c < dim_; c += kLanes) store(rows + c, load(rows + c) * load(scales + c));
     }
 
-    void finish_prefix(int64_t batch_part, int64_t kv_head, const BackwardKeys<Products>& prefix) const {
+    void finish_prefix(int64_t batch_part, int64_t kv_head, const BackwardKeys<Multiply>& prefix) const {
         for (int64_t row = 0; row < p_.prefix_length; ++row) {
             const int64_t at = ((batch_part * p_.kv_heads + kv_head) * p_.prefix_length + row) * p_.head_dim;
             for (int64_t c = 0; c < p_.head_dim; ++c) {

@@ -1,4 +1,4 @@
-// The forward of ia3_attention. See attention/cpu/kernels.cpp for the products and the partition of the work.
+// The forward of attention. See attention/cpu/kernels.cpp for the products and the partition of the work.
 // For sources that are compiled once per instruction set, and only for those.
 #pragma once
 
@@ -35,7 +35,7 @@ struct Stage {
 };
 
 // Takes the maximum of a stage's scores times factor into account.
-template <class Products>
+template <class Multiply>
 inline void raise_max(float factor, Stage& stage, Attended& attended) {
     F32 max[kTileStrips];
 #pragma GCC unroll 4
@@ -52,7 +52,7 @@ inline void raise_max(float factor, Stage& stage, Attended& attended) {
         float *max_at = attended.max + strip * kLanes, *weight_at = attended.weight + strip * kLanes;
         const F32 before = load(max_at), here = max[strip] * factor;
         const F32 now = here > before ? here : before;
-        const F32 rescale = Products::exp2(before - subtrahend(now));
+        const F32 rescale = exp2_of<Multiply>(before - subtrahend(now));
         store(max_at, now);
         store(weight_at, load(weight_at) * rescale);
         store(stage.rescale + strip * kLanes, rescale);
@@ -62,10 +62,10 @@ inline void raise_max(float factor, Stage& stage, Attended& attended) {
 
 // Turns the scores, times factor, of keys [begin, end) of a stage into weights. fp32 weights may take their place.
 // Where `keep` says so, [key][kQueries] bits, a weight becomes zero after it was added up.
-template <class Products, bool kDrops>
+template <class Multiply, bool kDrops>
 inline void make_weights(float factor, const Stage& stage, int64_t begin, int64_t end, const uint8_t* keep,
                          Attended& attended) {
-    constexpr int kStep = Products::kStepElements;
+    constexpr int kStep = Multiply::kStepElements;
     F32 max[kTileStrips], sum[kTileStrips];
 #pragma GCC unroll 4
     for (int strip = 0; strip < kTileStrips; ++strip) {
@@ -79,28 +79,28 @@ inline void make_weights(float factor, const Stage& stage, int64_t begin, int64_
 #pragma GCC unroll 2
             for (int i = 0; i < kStep; ++i) {
                 const F32 score = load(stage.scores + (key + i) * kQueries + strip * kLanes);
-                step[i] = Products::exp2(fma(score, broadcast(factor), -max[strip]));
+                step[i] = exp2_of<Multiply>(fma(score, broadcast(factor), -max[strip]));
                 sum[strip] += step[i];
                 if constexpr (kDrops)
                     step[i] = keep_where(step[i], keep + (key + i) * WeightDropout::kKeyBytes, strip * kLanes);
             }
-            store_vector(stage.weights + (key / kStep * kTileStrips + strip) * kLanes, Products::step(step));
+            store_vector(stage.weights + (key / kStep * kTileStrips + strip) * kLanes, Multiply::step_across(step));
         }
 #pragma GCC unroll 4
     for (int strip = 0; strip < kTileStrips; ++strip) store(attended.weight + strip * kLanes, sum[strip]);
 }
 
 // The keys of some heads as the forward's products want them.
-template <class Products>
+template <class Multiply>
 struct ForwardKeys {
-    using Element = typename Products::Element;
+    using Element = typename Multiply::Element;
     int64_t dim, rows_size, values_size;  // of a head
     Element* rows;                        // [head][key][dim]
     Element* values;                      // [head][block of kAttentionKeys][dim][key]
 
     ForwardKeys(Arena& arena, int64_t heads, int64_t count, int64_t dim)
         : dim(dim),
-          rows_size(round_up(count, Products::kMultiple) * dim),
+          rows_size(round_up(count, kMultiple<Multiply>) * dim),
           values_size(round_up(count, kAttentionKeys) * dim),
           rows(arena.take<Element>(heads * rows_size)),
           values(arena.take<Element>(heads * values_size)) {}
@@ -114,21 +114,21 @@ struct ForwardKeys {
 
     // kMultiple rows from `row` on.
     void pack(int64_t head, const HeadRows& k, const HeadRows& v, int64_t row, float* scratch) const {
-        k.fetch(row, Products::kMultiple, dim, scratch);
-        pack_rows<Products>(scratch, dim, rows + head * rows_size + row * dim);
-        v.fetch(row, Products::kMultiple, dim, scratch);
-        pack_columns<Products>(scratch, dim, values_at(head, row), kAttentionKeys);
+        k.fetch(row, kMultiple<Multiply>, dim, scratch);
+        pack_rows<Multiply>(scratch, dim, rows + head * rows_size + row * dim);
+        v.fetch(row, kMultiple<Multiply>, dim, scratch);
+        pack_columns<Multiply>(scratch, dim, values_at(head, row), kAttentionKeys);
     }
 };
 
-template <class Products>
+template <class Multiply>
 class Forward {
 public:
     explicit Forward(const AttentionForwardParams& params)
         : p_(params),
           arena_(params.workspace),
           plan_(attention_plan(params)),
-          dim_(round_up(params.head_dim, Products::kMultiple)),
+          dim_(round_up(params.head_dim, kMultiple<Multiply>)),
           blocks_(ceil_div(params.num_queries, kQueries)),
           problem_(params, dim_, arena_) {}
 
@@ -146,7 +146,7 @@ public:
         parallel_for_each(tasks, [&](int64_t task, int worker) {
             Arena arena(scratches + worker * bytes);
             Scratch scratch(arena, *this);
-            [[maybe_unused]] const typename Products::Unit unit;
+            [[maybe_unused]] const typename Multiply::Unit unit;
             const int64_t part = task % plan_.parts, set = task / plan_.parts % sets;
             attend(task / plan_.parts / sets, set * plan_.heads, units * part / plan_.parts,
                    units * (part + 1) / plan_.parts, scratch);
@@ -162,15 +162,15 @@ private:
         Stage stages[2];
         float* bias;    // see ScoreMask
         uint8_t* keep;  // see WeightDropout
-        ForwardKeys<Products> keys, prefix_keys;
+        ForwardKeys<Multiply> keys, prefix_keys;
         Attended real, prefix;
 
         Scratch(Arena& arena, const Forward& f)
             : rows(arena.take<float>(kQueries * f.dim_)),
               prefix_rows(arena.take<float>(f.p_.prefix_length ? kQueries * f.dim_ : 0)),
-              queries(arena.take<uint32_t>(kQueries * f.dim_ / Products::kStepElements)),
+              queries(arena.take<uint32_t>(kQueries * f.dim_ / Multiply::kStepElements)),
               prefix_queries(f.problem_.prefix_apart()
-                                 ? arena.take<uint32_t>(kQueries * f.dim_ / Products::kStepElements)
+                                 ? arena.take<uint32_t>(kQueries * f.dim_ / Multiply::kStepElements)
                                  : queries),
               stages{stage(arena), stage(arena)},
               bias(arena.take<float>(f.p_.attn_mask.data ? ScoreMask::kScratch : 0)),
@@ -184,8 +184,8 @@ private:
             constexpr int64_t kScores = kAttentionKeys * kQueries;
             Stage stage{};
             stage.scores = arena.take<float>(kScores);
-            stage.weights = Products::kStepElements == 1 ? reinterpret_cast<uint32_t*>(stage.scores)
-                                                         : arena.take<uint32_t>(kScores / Products::kStepElements);
+            stage.weights = Multiply::kStepElements == 1 ? reinterpret_cast<uint32_t*>(stage.scores)
+                                                         : arena.take<uint32_t>(kScores / Multiply::kStepElements);
             stage.rescale = arena.take<float>(kQueries);
             return stage;
         }
@@ -197,18 +197,17 @@ private:
 
     // Units [first, end) of a set of key heads: a unit is a block of queries of one head; those of all heads of the set
     // that are at the same place follow each other. So do the heads where rows are packed: in [B, S, H, D] their rows
-    // share a page of memory. With one head at a time, reading and storing rows, which is mostly looking up pages, took
-    // a quarter of the time (H = 16, S = 1024, D = 64).
+    // share a page of memory. One head at a time would look up each page as often as there are heads.
     void attend(int64_t batch, int64_t first_head, int64_t first, int64_t end, Scratch& scratch) const {
         if (first == end) return;
         const int64_t heads = plan_.heads * problem_.group;
         const int64_t first_key = ScoreMask(p_, batch, 0, first / heads * kQueries, nullptr).begin();
         const int64_t end_key = ScoreMask(p_, batch, 0, (end - 1) / heads * kQueries, nullptr).end();
-        for (int64_t row = round_down(first_key, Products::kMultiple); row < end_key; row += Products::kMultiple)
+        for (int64_t row = round_down(first_key, kMultiple<Multiply>); row < end_key; row += kMultiple<Multiply>)
             for (int64_t i = 0; i < plan_.heads; ++i)
                 scratch.keys.pack(i, problem_.keys(batch, first_head + i), problem_.values(batch, first_head + i), row,
                                   scratch.rows);
-        for (int64_t row = 0; row < p_.prefix_length; row += Products::kMultiple)
+        for (int64_t row = 0; row < p_.prefix_length; row += kMultiple<Multiply>)
             for (int64_t i = 0; i < plan_.heads; ++i)
                 scratch.prefix_keys.pack(i, problem_.prefix_keys(first_head + i),
                                          problem_.prefix_values(first_head + i), row, scratch.rows);
@@ -230,19 +229,19 @@ private:
     }
 
     void pack_queries(const HeadRows& q, int64_t query, float* rows, uint32_t* strips) const {
-        for (int64_t row = 0; row < kQueries; row += Products::kMultiple) {
-            q.fetch(query + row, Products::kMultiple, dim_, rows);
-            pack_lanes<Products>(rows, dim_, row, strips);
+        for (int64_t row = 0; row < kQueries; row += kMultiple<Multiply>) {
+            q.fetch(query + row, kMultiple<Multiply>, dim_, rows);
+            pack_lanes<Multiply>(rows, dim_, row, strips);
         }
     }
 
     // A pipeline: while the weights of one block of keys are made, which is work for the vector units, the products for
     // the scores of the next block and for the sums of the one before are made in between, which is work for the tile
     // unit. The processor reorders instructions over a few hundred of them, so they have to take turns that often.
-    void attend_keys(const ForwardKeys<Products>& keys, int64_t kv_head, const uint32_t* queries, const ScoreMask& mask,
+    void attend_keys(const ForwardKeys<Multiply>& keys, int64_t kv_head, const uint32_t* queries, const ScoreMask& mask,
                      const WeightDropout& dropout, const Scratch& scratch, Attended& attended) const {
         attended.clear();
-        KeyBlocks<Products> blocks(mask, 0, mask.end());
+        KeyBlocks<Multiply> blocks(mask, 0, mask.end());
         Stage stages[2] = {scratch.stages[0], scratch.stages[1]};
         if (!blocks.next(stages[0].block)) return;
         add_scores(keys, kv_head, queries, stages[0].block, 0, 1, stages[0].scores);
@@ -251,19 +250,19 @@ private:
             Stage &stage = stages[turn], &other = stages[1 - turn];  // `other` is the one before, then the next one
             const bool has_previous = !attended.empty;
             const float factor = mask.apply(stage.scores, stage.block.key, stage.block.count, problem_.factor);
-            raise_max<Products>(factor, stage, attended);
+            raise_max<Multiply>(factor, stage, attended);
             if (has_previous) rescale_sums(other, attended);
             KeyBlock next{};
             has_next = blocks.next(next);
             const uint8_t* keep = dropout.keep_bits(stage.block.key, stage.block.count);
-            const int64_t parts = ceil_div(stage.block.count, Products::kTurn);
+            const int64_t parts = ceil_div(stage.block.count, kTurn<Multiply>);
             for (int64_t part = 0; part < parts; ++part) {
-                const int64_t begin = part * Products::kTurn;
-                const int64_t end = min_of(begin + Products::kTurn, stage.block.count);
+                const int64_t begin = part * kTurn<Multiply>;
+                const int64_t end = min_of(begin + kTurn<Multiply>, stage.block.count);
                 if (keep)
-                    make_weights<Products, true>(factor, stage, begin, end, keep, attended);
+                    make_weights<Multiply, true>(factor, stage, begin, end, keep, attended);
                 else
-                    make_weights<Products, false>(factor, stage, begin, end, nullptr, attended);
+                    make_weights<Multiply, false>(factor, stage, begin, end, nullptr, attended);
                 if (has_previous) add_values(keys, kv_head, other, part, parts, attended);
                 if (has_next) add_scores(keys, kv_head, queries, next, part, parts, other.scores);
             }
@@ -276,14 +275,13 @@ private:
     }
 
     // One of `parts` parts of the products for the scores of a block.
-    void add_scores(const ForwardKeys<Products>& keys, int64_t kv_head, const uint32_t* queries, const KeyBlock& block,
+    void add_scores(const ForwardKeys<Multiply>& keys, int64_t kv_head, const uint32_t* queries, const KeyBlock& block,
                     int64_t part, int64_t parts, float* scores) const {
-        constexpr int64_t kStep = Products::kStepElements, kSize = sizeof(typename Products::Element);
-        const int64_t turns = ceil_div(block.count, Products::kTurn);
-        const int64_t begin = turns * part / parts * Products::kTurn;
-        const int64_t end = min_of(turns * (part + 1) / parts * Products::kTurn, block.count);
-        Products::multiply({keys.rows_at(kv_head, block.key + begin), dim_ * kSize, 4}, end - begin, queries,
-                           kTileStrips, dim_ / kStep, scores + begin * kQueries, kQueries, false);
+        const int64_t turns = ceil_div(block.count, kTurn<Multiply>);
+        const int64_t begin = turns * part / parts * kTurn<Multiply>;
+        const int64_t end = min_of(turns * (part + 1) / parts * kTurn<Multiply>, block.count);
+        multiply_block<Multiply>(keys.rows_at(kv_head, block.key + begin), dim_, end - begin, queries, kTileStrips,
+                                 dim_ / Multiply::kStepElements, scores + begin * kQueries, kQueries, false);
     }
 
     // Brings the sums so far to the maximum that a stage's weights are relative to.
@@ -301,16 +299,14 @@ private:
     }
 
     // One of `parts` parts of the products of a stage's weights and the values.
-    void add_values(const ForwardKeys<Products>& keys, int64_t kv_head, const Stage& stage, int64_t part, int64_t parts,
+    void add_values(const ForwardKeys<Multiply>& keys, int64_t kv_head, const Stage& stage, int64_t part, int64_t parts,
                     const Attended& attended) const {
-        constexpr int64_t kStep = Products::kStepElements, kSize = sizeof(typename Products::Element);
-        const int64_t turns = ceil_div(dim_, Products::kTurn);
-        const int64_t begin = turns * part / parts * Products::kTurn;
-        const int64_t end = min_of(turns * (part + 1) / parts * Products::kTurn, dim_);
-        Products::multiply({keys.values_at(kv_head, stage.block.key) + begin * kAttentionKeys, kAttentionKeys * kSize,
-                            4},
-                           end - begin, stage.weights, kTileStrips, stage.block.count / kStep,
-                           attended.sums + begin * kQueries, kQueries, !stage.first);
+        const int64_t turns = ceil_div(dim_, kTurn<Multiply>);
+        const int64_t begin = turns * part / parts * kTurn<Multiply>;
+        const int64_t end = min_of(turns * (part + 1) / parts * kTurn<Multiply>, dim_);
+        multiply_block<Multiply>(keys.values_at(kv_head, stage.block.key) + begin * kAttentionKeys, kAttentionKeys,
+                                 end - begin, stage.weights, kTileStrips, stage.block.count / Multiply::kStepElements,
+                                 attended.sums + begin * kQueries, kQueries, !stage.first);
     }
 
     // Puts the shares of the real keys and of the prefix together, and stores the block's results.
@@ -321,7 +317,8 @@ private:
         for (int64_t lane = 0; lane < kQueries; lane += kLanes) {
             const F32 real_max = load(real.max + lane), prefix_max = load(prefix.max + lane);
             const F32 max = subtrahend(real_max > prefix_max ? real_max : prefix_max);
-            const F32 real_scale = Products::exp2(real_max - max), prefix_scale = Products::exp2(prefix_max - max);
+            const F32 real_scale = exp2_of<Multiply>(real_max - max);
+            const F32 prefix_scale = exp2_of<Multiply>(prefix_max - max);
             const F32 total = load(real.weight + lane) * real_scale + load(prefix.weight + lane) * prefix_scale;
             const F32 inverse = total == 0.0f ? F32{} : 1.0f / total;
             store(real_share + lane, real_scale * (inverse * problem_.dropout.keep_scale));

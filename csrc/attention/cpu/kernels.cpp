@@ -1,4 +1,4 @@
-// The CPU kernels of ia3_attention, compiled once per instruction set.
+// The CPU kernels of attention, compiled once per instruction set.
 //
 // With Q̃ = l_q⊙l_k⊙Q, O′ = softmax(scale Q̃Kᵀ)V and O = l_v⊙O′ the scales cost no pass over K or V. All products are
 // of rows and strips (common/cpu/microkernel.h), for blocks of 256 keys and as many queries as a group of strips has
@@ -33,11 +33,13 @@ namespace PEFT_KERNELS_ISA {
 
 void attention_forward(const AttentionForwardParams& params) {
     if (attention_plan(params).kernel == AttentionKernel::kFewQueries) return FewQueries(params).run();
-    dispatch_products(params.q.dtype, [&](auto products) { Forward<decltype(products)>(params).run(); });
+    dispatch_multiply(params.q.dtype == DType::kBFloat16,
+                      [&](auto multiply) { Forward<decltype(multiply)>(params).run(); });
 }
 
 void attention_backward(const AttentionBackwardParams& params) {
-    dispatch_products(params.q.dtype, [&](auto products) { Backward<decltype(products)>(params).run(); });
+    dispatch_multiply(params.q.dtype == DType::kBFloat16,
+                      [&](auto multiply) { Backward<decltype(multiply)>(params).run(); });
 }
 
 }  // namespace PEFT_KERNELS_ISA

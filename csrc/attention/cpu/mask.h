@@ -145,20 +145,20 @@ struct KeyBlock {
 
 // The blocks of the keys [first, end) that the mask may let through, kAttentionKeys at most each. They are counted from
 // `first`, and begin and end at multiples of what the products want, if need be behind `end`.
-template <class Products>
+template <class Multiply>
 class KeyBlocks {
 public:
     KeyBlocks(const ScoreMask& mask, int64_t first, int64_t end)
         : mask_(mask),
           first_(first),
-          at_(round_down(max_of<int64_t>(0, mask.begin() - first), Products::kMultiple)),
+          at_(round_down(max_of<int64_t>(0, mask.begin() - first), kMultiple<Multiply>)),
           end_(min_of(end, mask.end()) - first) {}
 
     // False when there are no more.
     bool next(KeyBlock& block) {
         while (at_ < end_) {
             const int64_t after = min_of(end_, round_down(at_, kAttentionKeys) + kAttentionKeys);
-            block = {first_ + at_, round_up(after - at_, Products::kMultiple)};
+            block = {first_ + at_, round_up(after - at_, kMultiple<Multiply>)};
             at_ = after;
             if (!mask_.hides(block.key, block.count)) return true;
         }

@@ -1,10 +1,11 @@
-// The operands of ia3_attention's products: rows of a head are read as fp32, scaled and rotated on the way, and packed
+// The operands of attention's products: rows of a head are read as fp32, scaled and rotated on the way, and packed
 // into the layouts of common/cpu/microkernel.h.
 // For sources that are compiled once per instruction set, and only for those.
 #pragma once
 
 #include "attention/attention.h"
-#include "attention/cpu/products.h"
+#include "common/cpu/multiply.h"
+#include "common/cpu/vector_math.h"
 #include "common/cpu/workspace.h"
 
 namespace peft_kernels {
@@ -14,17 +15,50 @@ namespace {
 // Queries whose scores are made together: one group of strips, whose lanes they are.
 constexpr int kQueries = kTileStrips * kLanes;
 
+// ---- Arithmetic ---------------------------------------------------------------------------------------------------
+
+// Every dimension of an operand is padded to a multiple of so many elements: of the vectors, and of two tiles. So many
+// rows are packed at a time.
+template <class Multiply>
+constexpr int64_t kMultiple = kLanes * Multiply::kStepElements;
+static_assert(kQueries % kMultiple<MultiplyF32> == 0);
+#if defined(__AVX512BF16__)
+static_assert(kQueries % kMultiple<MultiplyBf16Pairs> == 0);
+#endif
+
+// Rows to be multiplied before work for the vector units takes its turn, where products are not such work themselves.
+template <class Multiply>
+constexpr int64_t kTurn = INT32_MAX;
+#if defined(__AMX_BF16__)
+template <>
+constexpr int64_t kTurn<MultiplyTiles> = 2 * kTileSide;
+#endif
+
+// 2^x, as exact as the products are.
+template <class Multiply>
+inline F32 exp2_of(F32 x) {
+    return exp2<Multiply::kStepElements == 1 ? 6 : 4>(x);
+}
+
+// sums [row][lane of a strip] (+)= rows · strips; a step of fp32 is one element, one of bf16 two.
+//
+// A sum of fewer fp32 products errs less: where at most 32 are added to one, results err no more than torch's.
+template <class Multiply>
+inline void multiply_block(const typename Multiply::Element* rows, int64_t row_stride, int64_t num_rows,
+                           const uint32_t* strips, int64_t num_strips, int64_t steps, float* sums, int64_t stride,
+                           bool accumulate) {
+    constexpr int64_t kSize = sizeof(typename Multiply::Element), kPartSteps = kSize == 4 ? 32 : INT64_MAX;
+    multiply<Multiply>({rows, row_stride * kSize, 4}, num_rows, strips, num_strips, steps, sums, stride, accumulate,
+                       kPartSteps);
+}
+
+// ---- Rows of a head -----------------------------------------------------------------------------------------------
+
 template <class View>
 inline const char* head_of(const View& view, int64_t batch, int64_t head) {
     return static_cast<const char*>(view.data) +
            (batch * view.batch_stride + head * view.head_stride) * size_of(view.dtype);
 }
-
-// The rows that are packed at a time make up a block.
-static_assert(kQueries % F32Products::kMultiple == 0);
-#if defined(__AVX512BF16__)
-static_assert(kQueries % Bf16Products::kMultiple == 0);
-#endif
 
 // The angles of consecutive rows: cos and sin, [row][channels].
 struct Angles {
@@ -91,47 +125,47 @@ private:
 // From kMultiple rows of fp32, [row][dim], at a time.
 
 // Rows as they are: out [row][dim].
-template <class Products>
-inline void pack_rows(const float* x, int64_t dim, typename Products::Element* out) {
-    constexpr int64_t kStep = kLanes * Products::kStepElements;
-    for (int64_t i = 0; i < Products::kMultiple * dim; i += kStep) store_vector(out + i, Products::steps_along(x + i));
+template <class Multiply>
+inline void pack_rows(const float* x, int64_t dim, typename Multiply::Element* out) {
+    constexpr int64_t kStep = kLanes * Multiply::kStepElements;
+    for (int64_t i = 0; i < kMultiple<Multiply> * dim; i += kStep) store_vector(out + i, Multiply::steps_along(x + i));
 }
 
 // Strips whose lanes are the rows and whose steps run along them: one group of kTileStrips strips, of which these rows
 // are the ones from first_row on.
-template <class Products>
+template <class Multiply>
 inline void pack_lanes(const float* x, int64_t dim, int64_t first_row, uint32_t* strips) {
-    constexpr int64_t kStep = kLanes * Products::kStepElements;
-    for (int64_t row = 0; row < Products::kMultiple; row += kLanes)
+    constexpr int64_t kStep = kLanes * Multiply::kStepElements;
+    for (int64_t row = 0; row < kMultiple<Multiply>; row += kLanes)
         for (int64_t channel = 0; channel < dim; channel += kStep) {
             U32 square[kLanes];
             for (int lane = 0; lane < kLanes; ++lane)
-                square[lane] = Products::steps_along(x + (row + lane) * dim + channel);
+                square[lane] = Multiply::steps_along(x + (row + lane) * dim + channel);
             transpose(square);
             const int64_t strip = (first_row + row) / kLanes;
             for (int64_t i = 0; i < kLanes; ++i) {
-                const int64_t step = channel / Products::kStepElements + i;
+                const int64_t step = channel / Multiply::kStepElements + i;
                 store_vector(strips + (step * kTileStrips + strip) * kLanes, square[i]);
             }
         }
 }
 
 // Strips whose steps are the rows and whose lanes run along them; there are `steps` in all, these from first_step on.
-template <class Products>
+template <class Multiply>
 inline void pack_steps(const float* x, int64_t dim, int64_t first_step, int64_t steps, uint32_t* strips) {
-    for (int64_t step = 0; step < Products::kMultiple / Products::kStepElements; ++step)
+    for (int64_t step = 0; step < kMultiple<Multiply> / Multiply::kStepElements; ++step)
         for (int64_t strip = 0; strip < dim / kLanes; ++strip)
             store_vector(strip_at(strips, dim / kLanes, steps, first_step + step, strip),
-                         Products::step_across(x + step * Products::kStepElements * dim + strip * kLanes, dim));
+                         Multiply::step_across(x + step * Multiply::kStepElements * dim + strip * kLanes, dim));
 }
 
 // The transpose of the rows: out [dim][stride].
-template <class Products>
-inline void pack_columns(const float* x, int64_t dim, typename Products::Element* out, int64_t stride) {
+template <class Multiply>
+inline void pack_columns(const float* x, int64_t dim, typename Multiply::Element* out, int64_t stride) {
     for (int64_t channel = 0; channel < dim; channel += kLanes) {
         U32 square[kLanes];
         for (int64_t step = 0; step < kLanes; ++step)
-            square[step] = Products::step_across(x + step * Products::kStepElements * dim + channel, dim);
+            square[step] = Multiply::step_across(x + step * Multiply::kStepElements * dim + channel, dim);
         transpose(square);
         for (int64_t i = 0; i < kLanes; ++i) store_vector(out + (channel + i) * stride, square[i]);
     }

@@ -1,4 +1,4 @@
-// How ia3_attention is cut into tasks on a CPU: pure functions of the shape. The number of threads has no say, so that
+// How attention is cut into tasks on a CPU: pure functions of the shape. The number of threads has no say, so that
 // sums are made in the same order whatever it is.
 #pragma once
 
@@ -9,7 +9,7 @@
 
 namespace peft_kernels {
 
-// Keys whose scores are made together. With 64 queries those are 64 KB of fp32; 128 keys took 5 % longer (D = 64, AMX).
+// Keys whose scores are made together: with 64 queries 64 KB of fp32. Fewer would rescale the sums more often.
 constexpr int64_t kAttentionKeys = 256;
 
 enum class AttentionKernel {
@@ -39,7 +39,7 @@ static constexpr AttentionPlan attention_plan(int64_t batch, int64_t heads, int6
            plan.heads * 2 * num_keys * head_dim * 4 <= 1 << 20)
         plan.heads *= 2;
     const int64_t sets = at_least_1(batch * kv_heads / plan.heads);
-    // 512 queries take about 20 times as long as packing the keys that they attend to.
+    // Every part packs the keys anew, which is little beside attending to them with so many queries.
     plan.parts = at_least_1(at_most(kTasks / sets, heads / at_least_1(kv_heads) * num_queries / 512));
     plan.kernel = num_queries <= 4 ? AttentionKernel::kFewQueries : AttentionKernel::kBlocks;
     plan.key_parts = at_least_1(at_most(kTasks / at_least_1(batch * kv_heads), num_keys / 256));

@@ -28,13 +28,41 @@ namespace {
 constexpr int kTileRows = 6;
 constexpr int kTileStrips = kLanes == 16 ? 4 : 2;
 
+// How steps are made and multiplied; see common/cpu/multiply.h for the choice among these.
 struct MultiplyF32 {
+    using Element = float;
+    static constexpr int kStepElements = 1;  // of the reduction
+    struct Unit {};                          // what a thread has to hold while it multiplies
+
     static F32 add_product(F32 sum, U32 a, U32 b) { return fma((F32)a, (F32)b, sum); }
+    // kLanes steps along a row.
+    static U32 steps_along(const F32 (&elements)[1]) { return (U32)elements[0]; }
+    static U32 steps_along(const float* row) { return (U32)load(row); }
+    // One step of kLanes columns, across rows that are `stride` apart.
+    static U32 step_across(const F32 (&elements)[1]) { return (U32)elements[0]; }
+    static U32 step_across(const float* rows, int64_t) { return (U32)load(rows); }
+    // A number as it is multiplied.
+    static F32 round(F32 value) { return value; }
 };
 
 #if defined(__AVX512BF16__)
 struct MultiplyBf16Pairs {
+    using Element = BFloat16;
+    static constexpr int kStepElements = 2;
+    struct Unit {};
+
     static F32 add_product(F32 sum, U32 a, U32 b) { return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b); }
+    static U32 steps_along(const F32 (&elements)[2]) { return (U32)_mm512_cvtne2ps_pbh(elements[1], elements[0]); }
+    static U32 steps_along(const float* row) { return steps_along({load(row), load(row + kLanes)}); }
+    static U32 step_across(const float* rows, int64_t stride) { return step_across({load(rows), load(rows + stride)}); }
+    static U32 step_across(const F32 (&elements)[2]) {
+        // One conversion and one permutation, not two conversions, two widenings and a merge.
+        alignas(64) static constexpr uint16_t kOrder[32] = {0,  16, 1,  17, 2,  18, 3,  19, 4,  20, 5,
+                                                            21, 6,  22, 7,  23, 8,  24, 9,  25, 10, 26,
+                                                            11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+        return (U32)_mm512_permutexvar_epi16(_mm512_load_si512(kOrder), (__m512i)steps_along(elements));
+    }
+    static F32 round(F32 value) { return widen_bf16(narrow_bf16(value)); }
 };
 #endif
 
@@ -141,10 +169,16 @@ inline void multiply(const Rows& rows, int64_t num_rows, const uint32_t* strips,
         });
 }
 
+// The same for all steps. The products of at most part_steps of them are added to one sum, before sums are added to
+// each other.
 template <class Multiply>
 inline void multiply(const Rows& rows, int64_t num_rows, const uint32_t* strips, int64_t num_strips, int64_t steps,
-                     float* tile, int64_t tile_stride, bool accumulate) {
-    multiply<Multiply>(rows, num_rows, strips, num_strips, steps, tile, tile_stride, accumulate, 0, steps);
+                     float* tile, int64_t tile_stride, bool accumulate, int64_t part_steps = INT64_MAX) {
+    for (int64_t step = 0; step == 0 || step < steps; step += part_steps) {
+        const Rows part{rows.row(0) + step * rows.step_stride, rows.row_stride, rows.step_stride};
+        multiply<Multiply>(part, num_rows, strips, num_strips, steps, tile, tile_stride, accumulate || step > 0, step,
+                           min_of(steps - step, part_steps));
+    }
 }
 
 // ---- Making operands ----------------------------------------------------------------------------------------------
@@ -196,8 +230,7 @@ inline void widen_rows(const T* x, int64_t stride, int64_t rows, int64_t columns
         }
 }
 
-// Parts of rows that are far apart, which the hardware does not fetch ahead of their use. Worth two thirds of the
-// time of strips_of_rows and half of store_rows' (1024 x 1536, bf16).
+// Parts of rows that are far apart, which the hardware does not fetch ahead of their use.
 template <bool kForWriting, class T>
 inline void prefetch_row(const T* row, int64_t columns) {
     for (int64_t column = 0; column < columns; column += 64 / sizeof(T)) __builtin_prefetch(row + column, kForWriting);

@@ -293,9 +293,10 @@ using Pointee = typename PointeeOf<Pointer>::Type;
 
 // ---- Transposition ------------------------------------------------------------------------------------------------
 
-// Swaps the off-diagonal Distance x Distance blocks of two rows; log2(kLanes) such stages transpose a square.
+// Swaps the off-diagonal Distance x Distance blocks of two rows; log2(kLanes) such stages transpose a square. All of it
+// is inlined: a call would pass the rows through memory, and GCC has a budget for a whole source.
 template <int Distance>
-inline void exchange(U32& a, U32& b) {
+[[gnu::always_inline]] inline void exchange(U32& a, U32& b) {
     I32 low{}, high{};
     for (int i = 0; i < kLanes; ++i) {
         low[i] = (i & Distance) ? kLanes + i - Distance : i;
@@ -307,13 +308,13 @@ inline void exchange(U32& a, U32& b) {
 }
 
 template <int Distance>
-inline void transpose_stage(U32 (&rows)[kLanes]) {
+[[gnu::always_inline]] inline void transpose_stage(U32 (&rows)[kLanes]) {
 #pragma GCC unroll 16
     for (int i = 0; i < kLanes; ++i)
         if (!(i & Distance)) exchange<Distance>(rows[i], rows[i + Distance]);
 }
 
-inline void transpose(U32 (&rows)[kLanes]) {
+[[gnu::always_inline]] inline void transpose(U32 (&rows)[kLanes]) {
     if constexpr (kLanes >= 16) transpose_stage<8>(rows);
     if constexpr (kLanes >= 8) transpose_stage<4>(rows);
     transpose_stage<2>(rows);

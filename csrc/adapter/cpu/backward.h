@@ -17,7 +17,7 @@ public:
     explicit AdapterBackward(const AdapterBackwardParams& params)
         : p_(params),
           block_(block_rows<Product>(params)),
-          strip_(adapter_reduced_columns(params.d, params.threads)),
+          task_columns_(adapter_reduced_columns(params.d, params.threads)),
           wants_x_(params.grad_x.data != nullptr),
           streams_(streams(params.grad_x, params.m, params.d)),
           wants_dz_(wants_x_ || params.wants_down) {}
@@ -52,11 +52,11 @@ public:
             for_each_block(p_, block_, [&](int64_t run, int64_t row, int64_t rows, int worker) {
                 adapt(run, row, rows, scratch(worker));
             });
-        const int64_t strips = ceil_div(p_.d, strip_);
-        parallel_for_each(p_.num_adapters * strips * 2, [&](int64_t task, int worker) {
-            const int64_t adapter = task / (strips * 2), first = task % strips * strip_;
-            const int64_t columns = min_of(strip_, p_.d - first);
-            if (task / strips % 2 == 0) {
+        const int64_t column_tasks = ceil_div(p_.d, task_columns_);
+        parallel_for_each(p_.num_adapters * column_tasks * 2, [&](int64_t task, int worker) {
+            const int64_t adapter = task / (column_tasks * 2), first = task % column_tasks * task_columns_;
+            const int64_t columns = min_of(task_columns_, p_.d - first);
+            if (task / column_tasks % 2 == 0) {
                 if (p_.wants_up) make_grad_up(adapter, first, columns, scratch(worker));
             } else if (p_.wants_down) {
                 make_grad_down(adapter, first, columns, scratch(worker));
@@ -108,7 +108,7 @@ private:
             t = arena.take<float>(rows * ranks);
             h = arena.take<float>(rows * ranks);
             tile = arena.take<float>(kWrittenRows * kRightOutputs);
-            sums = arena.take<float>(b.strip_ * b.sum_rows());
+            sums = arena.take<float>(b.task_columns_ * b.sum_rows());
             norm = arena.take<RowNorm>(b.block_);
             bytes = arena.used();
         }
@@ -118,7 +118,7 @@ private:
         float* t;
         float* h;
         float* tile;
-        float* sums;  // [64 columns of a strip][sum_rows()][64]
+        float* sums;  // [64 columns of a task][sum_rows()][64]
         RowNorm* norm;
         int64_t bytes;
     };
@@ -129,9 +129,9 @@ private:
     int64_t sum_rows() const { return Product::padded_rows(p_.max_rank + 1); }
     int64_t chunk_size() const { return Product::Left::size(p_.max_rank + 1, kReducedRows, fp32_terms()); }
 
-    // h or dz of some rows, turned: the rank's row and the token's column. Behind h's rows is one of the gates, whose
-    // products are the gradient of b_up.
-    Left turned(Element* all, int64_t run, int64_t chunk) const {
+    // h or dz of some rows, transposed: a row for each rank, a column for each token. Behind h's rows is one of the
+    // gates, whose products are the gradient of b_up.
+    Left transposed(Element* all, int64_t run, int64_t chunk) const {
         const int64_t rows = min_of(kReducedRows, p_.runs[run].rows - chunk * kReducedRows);
         return {all + (runs_[run].first_chunk + chunk) * chunk_size(), rows, fp32_terms()};
     }
@@ -206,9 +206,13 @@ private:
         const int64_t chunk = row / kReducedRows, first = row % kReducedRows;
         const int64_t end =
             min_of(first + block_, Product::padded_depth(min_of(kReducedRows, p_.runs[run].rows - row + first)));
+        const auto store_transposed = [&](const float* values, const Left& left) {
+            transpose_rows(values, stride, rows, end - first, adapter.rank,
+                           [&](int64_t r, int64_t i, F32 v) { left.store(r, first + i, v); });
+        };
         if (p_.wants_up) {
-            const Left h = turned(h_, run, chunk);
-            store_transposed(h, first, end, scratch.h, stride, rows, adapter.rank);
+            const Left h = transposed(h_, run, chunk);
+            store_transposed(scratch.h, h);
             for (int64_t i = 0; first + i < end; i += kLanes) {
                 F32 gates = broadcast(dropout.keep_scale);
                 if (p_.gate) gates *= load_up_to(p_.gate + row0 + i, rows - i);
@@ -216,7 +220,7 @@ private:
             }
         }
         if (p_.wants_down) {
-            store_transposed(turned(dz_, run, chunk), first, end, scratch.t, stride, rows, adapter.rank);
+            store_transposed(scratch.t, transposed(dz_, run, chunk));
             for (int64_t part = 0; part * kPartRows < rows; ++part)
                 for (int64_t column = 0; column < adapter.rank; column += kLanes) {
                     F32 sum{};
@@ -306,8 +310,7 @@ private:
                         },
                         grad_y);
                 const RowNorm* norms = scratch.norm + begin;
-                // This is the first time that x is read. Fetched a few lines at a time it takes 0.6 x the time (d =
-                // 4096).
+                // Here x is read for the first time. Vectors fetch a few of its lines at a time; none waits for others.
                 if (!Product::kFetches) prefetch_rows<false>(p_.x, row, some, next, next_columns);
                 const FetchRows<Product> fetch_x(part_of(p_.x, row, next), next_columns, adapter->rank);
                 with_vectors(p_.x, row, first, columns, [&](auto x) {
@@ -340,7 +343,7 @@ private:
             if (p_.runs[run].adapter != adapter) continue;
             const int64_t row0 = p_.runs[run].first_row, rows = p_.runs[run].rows;
             for (int64_t row = 0; row < rows; row += kReducedRows, started = true) {
-                const Left left = turned(coefficients, run, row / kReducedRows);
+                const Left left = transposed(coefficients, run, row / kReducedRows);
                 for (int64_t column = 0; column < columns; column += kRightOutputs) {
                     const Right right{scratch.right, left.depth, min_of(kRightOutputs, columns - column), terms};
                     fill(row0 + row, first + column, right);
@@ -353,7 +356,7 @@ private:
                 }
             }
         }
-        if (!started) memset(scratch.sums, 0, strip_ * sum_rows() * sizeof(float));
+        if (!started) memset(scratch.sums, 0, task_columns_ * sum_rows() * sizeof(float));
     }
 
     // gᵀ h and Σ g, for some columns of g
@@ -369,7 +372,9 @@ private:
         for (int64_t column = 0; column < columns; column += kRightOutputs) {
             const int64_t some = min_of(kRightOutputs, columns - column);
             const float* sums = scratch.sums + column * sum_rows();
-            write_transposed(sums, kRightOutputs, rank, some, adapter.grad_up + (first + column) * rank, rank);
+            float* out = adapter.grad_up + (first + column) * rank;
+            transpose_rows(sums, kRightOutputs, rank, rank, some,
+                           [&](int64_t i, int64_t r, F32 v) { store_some(out + i * rank + r, v, rank - r); });
             memcpy(adapter.grad_up_bias + first + column, sums + rank * kRightOutputs, some * sizeof(float));
         }
     }
@@ -408,7 +413,7 @@ private:
     }
 
     const AdapterBackwardParams& p_;
-    const int64_t block_, strip_;
+    const int64_t block_, task_columns_;
     const bool wants_x_, streams_, wants_dz_;
     Weights* weights_ = nullptr;
     Run* runs_ = nullptr;

@@ -2,7 +2,7 @@
 //
 // A task takes a block of rows all the way (adapter/cpu/forward.h, adapter/cpu/backward.h), so that x is read from
 // memory once and y written once, for any d; the block's x and the adapter's two matrices stay in the L2 cache.
-// Products are those of common/cpu/block_product.h:
+// Products are those of adapter/cpu/products.h:
 //
 //   forward    z  = LN?(x) W_downᵀ + b_down       block of x, as it is or normalised       r outputs
 //              y  = residual + s (h W_upᵀ + b_up)   h = σ(z)                                d outputs, 64 at a time

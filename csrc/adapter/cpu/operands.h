@@ -4,7 +4,7 @@
 
 #include "adapter/adapter.h"
 #include "adapter/cpu/plan.h"
-#include "common/cpu/block_product.h"
+#include "adapter/cpu/products.h"
 #include "common/cpu/parallel_for.h"
 #include "common/cpu/rows.h"
 #include "common/cpu/vector_math.h"
@@ -151,8 +151,7 @@ struct FetchRows {
 // The same for a product whose reduction runs over the rows of a matrix: the rows that follow, or other columns of the
 // same ones, kRightOutputs of them. The product's left operand has `count` rows.
 //
-// Into L1 rather than L2 this takes 0.95 x the time with d = 768. Where rows are a multiple of a page apart, they share
-// a few sets of L1, and there it takes 1.1 x the time (d = 4096).
+// They come into L1, unless rows are a multiple of a page apart: these share a few sets of L1, and come into L2.
 template <class Product>
 struct FetchReduced {
     static constexpr int64_t kRows = kFetchedSteps * 4 / sizeof(typename Product::Element);  // of a call of all tiles
@@ -276,7 +275,7 @@ inline float* take_vector(Arena& arena, int64_t count) {
 // The depth of d is taken in parts: of 64 rows of x 32 KB as bf16, which stay in L1 between being made and multiplied.
 constexpr int64_t kPart = 256;
 
-// One of an adapter's matrices, turned for a product: kRightOutputs outputs at a time, and a part of the depth at a
+// One of an adapter's matrices, packed for a product: kRightOutputs outputs at a time, and a part of the depth at a
 // time.
 template <class Product>
 struct Operand {
@@ -358,8 +357,7 @@ inline Dropout dropout_of(const AdapterParams& p) {
 
 // ---- Tasks --------------------------------------------------------------------------------------------------------
 
-// Rows of one task. On vectors 32 are best: what they leave in L2 is there when it is used again. With 64 it takes 1.02
-// to 1.03 x the time (d = 768 and 4096, forward and backward, operands from memory, an L2 of 1 MB).
+// Rows of one task. On vectors 32 are best: what they leave in an L2 cache of 1 MB is there when it is used again.
 template <class Product>
 int64_t block_rows(const AdapterParams& p) {
     return Product::kFetches ? 32 : adapter_block_rows(p.m, p.d, p.threads);

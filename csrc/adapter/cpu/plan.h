@@ -15,12 +15,12 @@ static constexpr int64_t adapter_block_rows(int64_t m, int64_t d, int threads) {
     return d > 4096 || m < int64_t{128} * threads ? 32 : 64;
 }
 
-// Rows that are written at once, 64 columns of each: 8 KB of sums. With 64 rows, whose sums, inputs and outputs do not
-// fit an L1 cache together, it takes 1.2 x the time. A multiple of 32 and a divisor of every block.
+// Rows that are written at once, 64 columns of each: 8 KB of sums. The sums, inputs and outputs of 64 rows do not fit
+// an L1 cache together. A multiple of 32 and a divisor of every block.
 constexpr int64_t kWrittenRows = 32;
 
 // From so many bytes on an output is written past the caches: it would not stay in L2, and a line that is only written
-// need not be read first (M = 2048, d = 4096, from and to L3: 0.7 x the time).
+// need not be read first.
 constexpr int64_t kStreamedBytes = int64_t{8} << 20;
 
 // Rows whose products with an adapter's gradient are summed at once: with 64 columns 32 KB of bf16, or 64 KB of fp32.
@@ -39,22 +39,15 @@ static_assert(adapter_block_rows(100, 768, 2) == 32);
 static_assert(adapter_reduced_columns(768, 2) == 256 && adapter_reduced_columns(768, 16) == 64);
 static_assert(kReducedRows % 64 == 0);
 
-// How products are made: a function of the instruction set and of whether numbers may be rounded to bf16.
-enum class AdapterProducts { kF32, kBf16Pairs, kTiles };
-
-static constexpr AdapterProducts adapter_products(Isa isa, bool rounds) {
-    if (isa == Isa::kAmx) return AdapterProducts::kTiles;
-    return isa == Isa::kAvx512Bf16 && rounds ? AdapterProducts::kBf16Pairs : AdapterProducts::kF32;
-}
-
 // One line, for PEFT_KERNELS_PRINT_PLANS.
 inline std::string describe(const AdapterParams& p, bool backward, Isa isa) {
-    constexpr const char* kProducts[] = {"products in fp32", "products of bf16 pairs", "products of tiles"};
+    const char* products = isa == Isa::kAmx                        ? "tiles"
+                           : isa == Isa::kAvx512Bf16 && p.rounds() ? "bf16 pairs"
+                                                                   : "fp32 numbers";
     const auto number = [](int64_t value) { return std::to_string(value); };
     return std::string("adapter ") + (backward ? "backward" : "forward") + " m=" + number(p.m) + " d=" + number(p.d) +
            " rank=" + number(p.max_rank) + ", on the CPU with " + isa_name(isa) + ": blocks of " +
-           number(adapter_block_rows(p.m, p.d, p.threads)) + " rows, " +
-           kProducts[static_cast<int>(adapter_products(isa, p.rounds()))];
+           number(adapter_block_rows(p.m, p.d, p.threads)) + " rows, products of " + products;
 }
 
 }  // namespace peft_kernels

@@ -1,5 +1,5 @@
-// Products of a block of rows with a small matrix, for families whose operands are made by their kernels: in fp32 or in
-// bf16, on vectors or on AMX's tiles, behind one interface.
+// Products of a block of rows with a small matrix, whose operands the kernels of adapter make: in fp32 or in bf16, on
+// vectors or on AMX's tiles, behind one interface. See common/cpu/multiply.h for the arithmetic.
 // For sources that are compiled once per instruction set, and only for those.
 //
 //   left    the block's rows; the reduction ("depth") runs along them; packed, or a matrix's as they stand
@@ -13,12 +13,11 @@
 //
 //   product            arithmetic                         formats
 //   VectorProduct      fp32, or pairs of bf16             rows and strips of common/cpu/microkernel.h
-//   TileProduct        bf16 terms: 1 for what may be      panels of common/cpu/amx.h, one set for each term
+//   PanelProduct       bf16 terms: 1 for what may be      panels of common/cpu/amx.h, one set for each term
 //                      rounded, up to 3 to keep fp32
 #pragma once
 
-#include "common/cpu/amx.h"
-#include "common/cpu/microkernel.h"
+#include "common/cpu/multiply.h"
 #include "common/cpu/rows.h"
 
 namespace peft_kernels {
@@ -27,26 +26,13 @@ namespace {
 
 constexpr int64_t kRightOutputs = 64;
 
-// Two vectors as bf16 pairs: `even` in the lower halves.
-inline U32 bf16_pairs(F32 even, F32 odd) {
-#if defined(__AVX512BF16__)
-    // One conversion and one permutation, not two conversions, two widenings and a merge.
-    alignas(64) static constexpr uint16_t kTurns[32] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
-                                                        8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
-    return (U32)_mm512_permutexvar_epi16(_mm512_load_si512(kTurns), (__m512i)_mm512_cvtne2ps_pbh(odd, even));
-#else
-    return __builtin_convertvector(narrow_bf16(even), U32) | __builtin_convertvector(narrow_bf16(odd), U32) << 16;
-#endif
-}
-
 // ---- On vectors ---------------------------------------------------------------------------------------------------
 
-template <class Multiply, class ElementType>
+template <class Multiply>
 struct VectorProduct {
-    using Element = ElementType;
-    static constexpr bool kPairs = sizeof(Element) == 2;  // of bf16; else of fp32 numbers one at a time
-
-    struct Unit {};  // what a thread has to hold while it multiplies
+    using Element = typename Multiply::Element;
+    using Unit = typename Multiply::Unit;
+    static constexpr int kStep = Multiply::kStepElements;
 
     static constexpr bool kFetches = true;  // calls a Fetch while it multiplies (see NoFetch)
 
@@ -75,15 +61,15 @@ struct VectorProduct {
         int terms;
 
         static constexpr int64_t size(int64_t depth, int) { return kRightOutputs * padded_depth(depth); }
-        int64_t steps() const { return padded_depth(depth) / (kPairs ? 2 : 1); }
+        int64_t steps() const { return padded_depth(depth) / kStep; }
         int64_t strips() const { return ceil_div(outputs, kLanes); }
         uint32_t* step_at(int64_t strip, int64_t k) const {
-            return strip_at(reinterpret_cast<uint32_t*>(data), strips(), steps(), kPairs ? k / 2 : k, strip);
+            return strip_at(reinterpret_cast<uint32_t*>(data), strips(), steps(), k / kStep, strip);
         }
         void store_pairs(int64_t strip, int64_t k, U32 pairs) const { store_vector(step_at(strip, k), pairs); }
         void store(int64_t strip, int64_t k, F32 even, F32 odd) const {
-            if constexpr (kPairs) {
-                store_pairs(strip, k, bf16_pairs(even, odd));
+            if constexpr (kStep == 2) {
+                store_pairs(strip, k, Multiply::step_across({even, odd}));
             } else {
                 store_vector(step_at(strip, k), even);
                 store_vector(step_at(strip, k + 1), odd);
@@ -93,9 +79,9 @@ struct VectorProduct {
         void add_depth_sums(float* sums) const {
             for (int64_t strip = 0; strip < strips(); ++strip) {
                 F32 sum = load(sums + strip * kLanes);
-                for (int64_t k = 0; k < padded_depth(depth); k += kPairs ? 2 : 1) {
+                for (int64_t k = 0; k < padded_depth(depth); k += kStep) {
                     const U32 step = load_vector<U32>(step_at(strip, k));
-                    sum += kPairs ? (F32)(step << 16) + (F32)(step & 0xFFFF0000u) : (F32)step;
+                    sum += kStep == 2 ? (F32)(step << 16) + (F32)(step & 0xFFFF0000u) : (F32)step;
                 }
                 PEFT_KERNELS_ISA::store(sums + strip * kLanes, sum);
             }
@@ -108,8 +94,8 @@ struct VectorProduct {
                 const Bf16Vector row = load_bf16(rows + k * stride + column, outputs - column);
                 return bits ? keep_where(row, bits + k * bits_stride, column) : row;
             };
-            if (outputs == kRightOutputs && depth == padded_depth(depth) &&
-                !bits) {  // 0.4 x the time of the other loop
+            // The usual operand, of which no vector has to be asked whether it is a whole one.
+            if (outputs == kRightOutputs && depth == padded_depth(depth) && !bits) {
                 uint32_t* to = step_at(0, 0);
                 for (int64_t k = 0; k < depth; k += 2, rows += 2 * stride)
                     for (int64_t column = 0; column < kRightOutputs; column += 2 * kLanes, to += 2 * kLanes) {
@@ -132,7 +118,7 @@ struct VectorProduct {
 #endif
     };
 
-    // Not inlined: in some callers GCC 12 then keeps less in registers, which costs up to 0.3 x the time.
+    // Not inlined: GCC 12 would keep less in registers in several callers.
     template <class Fetch = NoFetch>
     [[gnu::noinline]] static void multiply(const Left& left, int64_t rows, const Right& right, float* sums,
                                            int64_t stride, bool accumulate, const Fetch& fetch = {}) {
@@ -154,16 +140,14 @@ struct VectorProduct {
     }
 };
 
-using F32Product = VectorProduct<MultiplyF32, float>;
-
 // ---- On tiles -----------------------------------------------------------------------------------------------------
 
 #if defined(__AMX_BF16__)
 
-struct TileProduct {
-    using Element = BFloat16;
-    using Unit = TileUnit;
-    static constexpr bool kFetches = false;    // not measured to help tiles
+struct PanelProduct {
+    using Element = MultiplyTiles::Element;
+    using Unit = MultiplyTiles::Unit;
+    static constexpr bool kFetches = false;    // has not been seen to help tiles
     static constexpr bool kHandsOver = false;  // sums go to memory in whole tiles
 
     static constexpr int64_t padded_rows(int64_t rows) { return round_up(rows, kTileSide); }
@@ -223,10 +207,10 @@ struct TileProduct {
         }
         void store_pairs(int64_t strip, int64_t k, U32 pairs) const { store_vector(pair_at(strip, k), pairs); }
         void store(int64_t strip, int64_t k, F32 even, F32 odd) const {
-            if (terms == 1) return store_pairs(strip, k, bf16_pairs(even, odd));
+            if (terms == 1) return store_pairs(strip, k, MultiplyTiles::step_across({even, odd}));
             Element* at = pair_at(strip, k);
             for (int term = 0; term < terms; ++term, at += panel(depth))
-                store_vector(at, take_term(even) >> 16 | take_term(odd));
+                store_vector(at, pair_of(take_term(even), take_term(odd)));
         }
         void pack(const BFloat16* rows, int64_t stride, const uint8_t* bits, int64_t bits_stride) const {
             pack_right_panels(rows, stride, depth, outputs, bits, bits_stride, data, panel(depth));
@@ -255,16 +239,11 @@ struct TileProduct {
 
 // Calls body with the product for operands that may be rounded to bf16 (or not).
 template <class Body>
-void dispatch_product(bool rounds, const Body& body) {
+void dispatch_product([[maybe_unused]] bool rounds, const Body& body) {
 #if defined(__AMX_BF16__)
-    (void)rounds;
-    return body(TileProduct{});
-#elif defined(__AVX512BF16__)
-    if (rounds) return body(VectorProduct<MultiplyBf16Pairs, BFloat16>{});
-    return body(F32Product{});
+    body(PanelProduct{});
 #else
-    (void)rounds;
-    return body(F32Product{});
+    dispatch_multiply(rounds, [&](auto multiply) { body(VectorProduct<decltype(multiply)>{}); });
 #endif
 }
 
@@ -346,33 +325,19 @@ void fill_from_rows(const typename Product::Right& right, const ConstMatrix& mat
     });
 }
 
-// out[column][row] = values[row][column]; the rows are read in whole vectors of columns.
-inline void write_transposed(const float* values, int64_t stride, int64_t rows, int64_t columns, float* out,
-                             int64_t out_stride) {
+// Hands store(column, row, v) the transpose of fp32 rows ([row][stride]): kLanes rows of a column, from `row` on, with
+// zeros behind the last of `count`. They are read in whole vectors of columns.
+template <class Store>
+void transpose_rows(const float* values, int64_t stride, int64_t count, int64_t rows, int64_t columns,
+                    const Store& store) {
     for (int64_t row = 0; row < rows; row += kLanes)
         for (int64_t column = 0; column < columns; column += kLanes) {
             U32 square[kLanes];
             for (int64_t i = 0; i < kLanes; ++i)
-                square[i] = row + i < rows ? load_vector<U32>(values + (row + i) * stride + column) : U32{};
+                square[i] = row + i < count ? load_vector<U32>(values + (row + i) * stride + column) : U32{};
             transpose(square);
             for (int64_t i = 0; i < min_of<int64_t>(kLanes, columns - column); ++i)
-                store_some(out + (column + i) * out_stride + row, (F32)square[i], rows - row);
-        }
-}
-
-// Rows of a left operand out of the columns of fp32 rows ([row][stride]): `count` of them become the depth from `first`
-// on, and zeros follow up to `end`; first and end are multiples of kLanes.
-template <class Left>
-void store_transposed(const Left& left, int64_t first, int64_t end, const float* values, int64_t stride, int64_t count,
-                      int64_t columns) {
-    for (int64_t depth = 0; first + depth < end; depth += kLanes)
-        for (int64_t column = 0; column < columns; column += kLanes) {
-            U32 square[kLanes];
-            for (int64_t i = 0; i < kLanes; ++i)
-                square[i] = depth + i < count ? load_vector<U32>(values + (depth + i) * stride + column) : U32{};
-            transpose(square);
-            for (int64_t i = 0; i < min_of<int64_t>(kLanes, columns - column); ++i)
-                left.store(column + i, first + depth, (F32)square[i]);
+                store(column + i, row, (F32)square[i]);
         }
 }
 

@@ -154,6 +154,7 @@ def test_bad_forward_argument(changes, message):
         ({-3: None}, "out_real: got none, wanted the forward's, since l_v is given"),
         ({-2: torch.ones(2, 4, 38)}, r"lse: got shape \[2, 4, 38\], wanted \[2, 4, 37\]"),
         ({-1: [True] * 7}, "wants: got 7 items, wanted 8"),
+        ({-1: [True]}, "wants: got 1 item, wanted 8"),
         ({4: None, -1: [True] * 8}, "wants: got true for item 3, wanted false, since there is no such tensor"),
     ],
 )  # fmt: skip

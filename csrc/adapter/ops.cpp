@@ -20,8 +20,7 @@ namespace peft_kernels {
 namespace {
 
 void check_list(size_t got, const char* name, size_t wanted) {
-    if (got != wanted)
-        bad_argument(name, std::to_string(got) + " items", std::to_string(wanted) + ", one for each down_weight");
+    if (got != wanted) bad_argument(name, counted(got), std::to_string(wanted) + ", one for each down_weight");
 }
 
 // The i-th vector [count] of a list that may be empty: then there is none.
@@ -69,10 +68,18 @@ struct Adapters {
     }
 };
 
+// The matrix [m, d] that the others of a call go by.
+ConstMatrix check_rows(AdapterParams& params, const Tensor& rows, const char* name) {
+    if (rows.dim() != 2) bad_argument(name, describe(rows), "a matrix [M, d]");
+    params.m = rows.size(0);
+    params.d = rows.size(1);
+    return check_matrix(rows, name, params.m, params.d, rows);
+}
+
 std::vector<AdapterRun> check_runs(const std::vector<int64_t>& rows, const std::vector<int64_t>& adapters, int64_t m,
                                    int64_t num_adapters) {
     if (rows.size() != adapters.size())
-        bad_argument("run_adapters", std::to_string(adapters.size()) + " items", std::to_string(rows.size()));
+        bad_argument("run_adapters", counted(adapters.size()), std::to_string(rows.size()));
     std::vector<AdapterRun> runs;
     int64_t first = 0;
     for (size_t i = 0; i < rows.size(); ++i) {
@@ -120,11 +127,8 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& x, const std::optional<
                                            const std::string& activation, double dropout,
                                            const std::optional<Tensor>& seed, std::optional<ScalarType> compute_dtype,
                                            std::optional<ScalarType> out_dtype, bool saves) {
-    if (x.dim() != 2) bad_argument("x", describe(x), "a matrix [M, d]");
     AdapterForwardParams params{};
-    params.m = x.size(0);
-    params.d = x.size(1);
-    params.x = check_matrix(x, "x", params.m, params.d, x);
+    params.x = check_rows(params, x, "x");
     const Adapters given{down_weight, down_bias, up_weight, up_bias, scale, norm_weight, norm_bias, norm_eps};
     const std::vector<BottleneckAdapter> adapters = given.check(params.d, x);
     const std::vector<AdapterRun> runs =
@@ -170,11 +174,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
     std::vector<double> norm_eps, std::string activation, double dropout, std::optional<Tensor> seed,
     ScalarType compute_dtype, ScalarType x_dtype, bool adds_grad_y, bool wants_x, bool wants_down, bool wants_up,
     bool wants_gate) {
-    if (grad_y.dim() != 2) bad_argument("grad_y", describe(grad_y), "a matrix [M, d]");
     AdapterBackwardParams params{};
-    params.m = grad_y.size(0);
-    params.d = grad_y.size(1);
-    params.grad_y = check_matrix(grad_y, "grad_y", params.m, params.d, grad_y);
+    params.grad_y = check_rows(params, grad_y, "grad_y");
     const Adapters given{down_weight, down_bias, up_weight, up_bias, scale, norm_weight, norm_bias, norm_eps};
     std::vector<BottleneckAdapter> adapters = given.check(params.d, grad_y);
     const std::vector<AdapterRun> runs =

@@ -105,8 +105,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(Tensor grad_pooled, std::optional<Te
         check_array(*grad_probabilities, "grad_probabilities", ScalarType::Float, params.m * params.num_adapters, t);
         params.grad_probabilities = static_cast<const float*>(grad_probabilities->const_data_ptr());
     }
-    if (wanted.size() != fused.size())
-        bad_argument("wanted", std::to_string(wanted.size()) + " items", std::to_string(fused.size()));
+    if (wanted.size() != fused.size()) bad_argument("wanted", counted(wanted.size()), std::to_string(fused.size()));
     int64_t elements = 0;
     for (size_t i = 0; i < fused.size(); ++i) {
         if (wanted[i]) elements += params.m * fused[i].width;

@@ -1,4 +1,4 @@
-// The ia3_attention ops: schemas, checks, allocation. See attention/attention.h for what they compute.
+// The ops of attention: schemas, checks, allocation. See attention/attention.h for what they compute.
 #include <torch/csrc/stable/ops.h>
 
 #include <cmath>
@@ -217,7 +217,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backw
     check_shape(lse, "lse", {batch, heads, params.num_queries});
     check_array(lse, "lse", ScalarType::Float, batch * heads * params.num_queries, q);
     params.lse = static_cast<const float*>(lse.const_data_ptr());
-    if (wants.size() != 8) bad_argument("wants", std::to_string(wants.size()) + " items", "8");
+    if (wants.size() != 8) bad_argument("wants", counted(wants.size()), "8");
     const bool given[] = {true,
                           true,
                           true,

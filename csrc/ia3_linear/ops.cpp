@@ -22,10 +22,17 @@ const float* check_scale(const std::optional<Tensor>& scale, const char* name, i
     return static_cast<const float*>(scale->const_data_ptr());
 }
 
-LinearWeight check_some_weight(const Tensors& weight, const Integers& format, const Tensor& reference) {
-    const LinearWeight result = check_weight(weight, format, reference);
-    if (!result) bad_argument("weight", "none", "a dense or a 4-bit weight");
-    return result;
+// Fills in what both directions have, but for their matrices, of which `rows` is one. params points into the weight.
+void check_call(LoraLinearParams& params, LinearWeight& weight, const Tensor& rows, const Tensors& given_weight,
+                const Integers& format, const OptionalTensor& l_in, const OptionalTensor& l_out) {
+    weight = check_weight(given_weight, format, rows);
+    if (!weight) bad_argument("weight", "none", "a dense or a 4-bit weight");
+    weight.give(params);
+    params.m = rows.size(0);
+    params.n = weight.n;
+    params.k = weight.k;
+    params.scale_k = check_scale(l_in, "l_in", params.k, rows);
+    params.scale_n = check_scale(l_out, "l_out", params.n, rows);
 }
 
 #if defined(PEFT_KERNELS_CUDA)
@@ -40,18 +47,13 @@ std::tuple<Tensor, Tensor> forward(const Tensor& x, const Tensors& given_weight,
                                    const OptionalTensor& bias, const OptionalTensor& l_in, const OptionalTensor& l_out,
                                    bool keeps_unscaled, OptionalDtype compute_dtype, OptionalDtype out_dtype) {
     if (x.dim() != 2) bad_argument("x", describe(x), "a matrix [M, K]");
-    const LinearWeight weight = check_some_weight(given_weight, format, x);
     LoraLinearForwardParams params{};
-    weight.give(params);
-    params.m = x.size(0);
-    params.n = weight.n;
-    params.k = weight.k;
+    LinearWeight weight;
+    check_call(params, weight, x, given_weight, format, l_in, l_out);
     params.x = check_matrix(x, "x", params.m, params.k, x);
     params.compute_dtype = check_float_dtype(compute_dtype, "compute_dtype", params.x.dtype);
     const DType y_dtype = check_float_dtype(out_dtype, "out_dtype", params.x.dtype);
     if (bias) params.bias = check_bias(*bias, params.n, x);
-    params.scale_k = check_scale(l_in, "l_in", params.k, x);
-    params.scale_n = check_scale(l_out, "l_out", params.n, x);
 
     Tensor y = empty(x, {params.m, params.n}, scalar_type(y_dtype));
     Tensor unscaled = empty(x, {keeps_unscaled ? params.m : 0, params.n}, scalar_type(y_dtype));
@@ -75,17 +77,12 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_y, const Optional
                                             const OptionalTensor& l_out, bool wants_x, bool wants_l_in,
                                             bool wants_l_out, OptionalDtype compute_dtype, OptionalDtype x_dtype) {
     if (grad_y.dim() != 2) bad_argument("grad_y", describe(grad_y), "a matrix [M, N]");
-    const LinearWeight weight = check_some_weight(given_weight, format, grad_y);
     LoraLinearBackwardParams params{};
-    weight.give(params);
-    params.m = grad_y.size(0);
-    params.n = weight.n;
-    params.k = weight.k;
+    LinearWeight weight;
+    check_call(params, weight, grad_y, given_weight, format, l_in, l_out);
     params.grad_y = check_matrix(grad_y, "grad_y", params.m, params.n, grad_y);
     params.compute_dtype = check_float_dtype(compute_dtype, "compute_dtype", params.grad_y.dtype);
     const DType grad_dtype = check_float_dtype(x_dtype, "x_dtype", params.grad_y.dtype);
-    params.scale_k = check_scale(l_in, "l_in", params.k, grad_y);
-    params.scale_n = check_scale(l_out, "l_out", params.n, grad_y);
     if (wants_l_in) {
         if (!x) bad_argument("x", "none", "the forward's x, since l_in's gradient is wanted");
         params.x = check_matrix(*x, "x", params.m, params.k, grad_y);

@@ -10,9 +10,9 @@
 //   sums          [row][column], fp32
 //
 //                    right: 2 tiles        Two by two tiles: four loads feed four products, so that one operand may
-//                    ┌─────┬─────┐         come from the L2 cache (TFLOP/s a core: with both in L2 2.4, in L1 3.4 of
-//              step  │  6  │  7  │         3.8; these are with zeros, with other numbers L2 gives 1.9). Tiles 0-3
-//          left      ├─────┼─────┤         are the sums, 4-7 the operands.
+//                    ┌─────┬─────┐         come from the L2 cache. Tiles 0-3 are the sums, 4-7 the operands.
+//              step  │  6  │  7  │
+//          left      ├─────┼─────┤
 //         ┌─────┐    │  0  │  1  │
 //         │  4  │    ├─────┼─────┤
 //         │  5  │    │  2  │  3  │
@@ -66,7 +66,7 @@ struct TileRows {
 };
 
 // The operand of which another panel comes with each product, while the other one's stays: its tiles are loaded with
-// the hint to leave the L1 cache to the other (from L2, 12 steps: 1.75 instead of 1.52 TFLOP/s a core).
+// the hint to leave the L1 cache to the other.
 enum class Streams { kNone, kLeft, kRight };
 
 // The instructions' names for tiles must be literals, so this can't be a function.
@@ -227,8 +227,7 @@ inline BFloat16* left_row(BFloat16* panel, int64_t row) { return panel + row * k
 
 // The panels, `size` elements apart, whose reduction runs over the rows of a matrix; where `bits` is given
 // ([row][bits_stride]), only the columns whose bit is set. Zeros fill up the last step and the last panel's width. Rows
-// are read once for all panels: far apart, 64 bytes of each come with 14 GB/s from L3, 128 with 23 (and slower, if
-// fetched ahead).
+// are read once for all panels: where they are far apart, more of each at a time comes faster.
 inline void pack_right_panels(const BFloat16* matrix, int64_t stride, int64_t rows, int64_t columns,
                               const uint8_t* bits, int64_t bits_stride, BFloat16* panels, int64_t size) {
     const auto load_row = [&](int64_t row, int64_t column) -> Bf16Vector {
@@ -253,7 +252,7 @@ inline void pack_right_panels(const BFloat16* matrix, int64_t stride, int64_t ro
 }
 
 // Elements of the reduction that are packed row after row. A row's steps are 2 KB apart, so whole rows at a time would
-// write each line of the panel in parts that the L1 cache can't hold until it is complete (2.3 x the time).
+// write each line of the panel in parts that the L1 cache can't hold until it is complete.
 constexpr int64_t kPackDepth = 256;
 
 // The panel of the rows of a matrix [rows <= kPanelSide, columns], whose reduction runs over its columns.

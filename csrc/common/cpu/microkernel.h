@@ -85,9 +85,9 @@ struct SumsTile {
     int64_t stride;
     bool accumulate;
 
-    // A row's sums of the strips from `strip` on.
+    // A row's sums of the strips from `strip` on. They are in registers, and a call would have to store them.
     template <int kStrips>
-    void operator()(int64_t row, int64_t strip, const F32 (&sums)[kStrips]) const {
+    [[gnu::always_inline]] void operator()(int64_t row, int64_t strip, const F32 (&sums)[kStrips]) const {
         float* out = data + row * stride + strip * kLanes;
         // What was there comes last: added to first, it would make each addition of a product round like the whole sum.
 #pragma GCC unroll 4

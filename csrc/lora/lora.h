@@ -1,5 +1,8 @@
-// The LoRA branch of lora_linear on a GPU, as four kernels around the base product. Each reads its large operand, x or
-// dy, once; none uses float atomics, so results are the same bits at every run.
+// The LoRA branch of a linear layer: the adapters that it is made of, and parameters and launchers.
+//
+// On a CPU a branch alone is that of a batch in which each row has its own adapter; lora_linear adds its branch to the
+// product's sums. On a GPU it is four kernels around the base product. Each reads its large operand, x or dy, once;
+// none uses float atomics, so results are the same bits at every run.
 //
 //   shrink      sᵢ  = dropoutᵢ(x) Aᵢᵀ
 //   expand      y   = bias + add + Σᵢ scalingᵢ sᵢ Bᵢᵀ                 onto which the base product is accumulated
@@ -13,10 +16,55 @@
 
 #include <cstdint>
 
+#include "common/cpu/isa.h"
 #include "common/dtype.h"
 #include "lora/cuda/plan.h"
 
 namespace peft_kernels {
+
+struct LoraAdapter {
+    ConstMatrix lora_A;  // [rank, k]
+    ConstMatrix lora_B;  // [n, rank]
+    int64_t rank;
+    float scaling;
+    double dropout;       // the probability p
+    const int64_t* seed;  // [1], of the dropout mask, in the memory of the device; null without dropout
+    float* grad_A;        // backward: [rank, k], or null
+    float* grad_B;        // backward: [n, rank], or null
+};
+
+// The active adapters of a layer.
+struct LoraAdapters {
+    const LoraAdapter* adapters;
+    int32_t num_adapters;
+    int64_t total_rank;  // Σ rankᵢ
+};
+
+// ---- On a CPU -------------------------------------------------------------------------------------------------------
+
+// y = base + scalingᵢ x Aᵢᵀ Bᵢᵀ, where each row of x has an adapter i of its own, or none.
+struct LoraGroupedParams {
+    int64_t m, n, k;
+    ConstMatrix x;     // [m, k]
+    ConstMatrix base;  // [m, n]
+    Matrix y;          // [m, n]
+
+    // Rows of x grouped by adapter, CSR-like: adapter i has those at order[indptr[i]] to order[indptr[i + 1] - 1], and
+    // behind the last one's are those without any.
+    const LoraAdapter* adapters;  // without dropout
+    int32_t num_adapters;
+    const int64_t* order;   // [m]
+    const int64_t* indptr;  // [num_adapters + 1]
+
+    // Without a workspace only workspace_bytes is set.
+    int32_t threads;
+    void* workspace;
+    int64_t* workspace_bytes;
+};
+
+PEFT_KERNELS_CPU_KERNEL(lora_grouped, LoraGroupedParams)
+
+// ---- On a GPU -------------------------------------------------------------------------------------------------------
 
 struct BranchAdapter {
     ConstMatrix lora_A;  // [rank, k]

@@ -1,4 +1,4 @@
-// The lora_linear_grouped op: schema, checks, allocation. See lora_linear/grouped.h for what it computes.
+// The lora_linear_grouped op: schema, checks, allocation. See lora/lora.h for what it computes.
 #include <algorithm>
 #include <optional>
 #include <type_traits>
@@ -6,7 +6,6 @@
 
 #include "common/torch/registration.h"
 #include "lora_linear/binding.h"
-#include "lora_linear/grouped.h"
 
 #if defined(PEFT_KERNELS_CUDA)
 #include "lora_linear/cuda/binding.h"
@@ -15,7 +14,7 @@
 namespace peft_kernels {
 namespace {
 
-// Rows of x in the order of their adapters, as LoraLinearGroupedParams has them.
+// Rows of x in the order of their adapters, as LoraGroupedParams has them.
 struct GroupedRows {
     GroupedRows(const Integers& index, int64_t rows_each, size_t num_adapters)
         : order(index.size() * rows_each), indptr(num_adapters + 1) {
@@ -40,7 +39,7 @@ AnyMatrix from_row(AnyMatrix matrix, int64_t row) {
 
 // A launch of the branch for each run of neighbouring examples that have the same adapter. What it is added to may lie
 // where it writes.
-void forward_on_cuda(const LoraLinearGroupedParams& p, const Integers& index, int64_t rows_each, const Tensor& x,
+void forward_on_cuda(const LoraGroupedParams& p, const Integers& index, int64_t rows_each, const Tensor& x,
                      const Tensor& base, Tensor& y) {
     torch::stable::copy_(y, base);
     for (size_t begin = 0, end; begin < index.size(); begin = end) {
@@ -72,7 +71,7 @@ Tensor grouped(const Tensor& given_x, const Tensor& given_base, const Integers& 
                const Tensors& lora_B, const Numbers& scaling, const std::optional<ScalarType>& out_dtype) {
     if (given_x.dim() < 2) bad_argument("x", describe(given_x), "a tensor [examples, ..., K]");
     const Tensor x = as_rows(given_x, "x");
-    LoraLinearGroupedParams params{};
+    LoraGroupedParams params{};
     params.m = x.size(0);
     params.k = x.size(1);
     params.n = given_base.dim() > 0 ? given_base.size(given_base.dim() - 1) : 0;
@@ -108,7 +107,7 @@ Tensor grouped(const Tensor& given_x, const Tensor& given_base, const Integers& 
     const GroupedRows rows(index, rows_each, adapters.list.size());
     params.order = rows.order.data();
     params.indptr = rows.indptr.data();
-    run_cpu(&dispatch::lora_linear_grouped, params, x);
+    run_cpu(&dispatch::lora_grouped, params, x);
     return y;
 }
 

@@ -33,6 +33,26 @@ struct MatmulParams {
     int64_t* workspace_bytes;
 };
 
+// The matrices of a forward, y = scale_n ⊙ ((scale_k ⊙ x) Wᵀ + bias + add).
+struct MatmulForward {
+    ConstMatrix x;     // [m, k]
+    ConstMatrix bias;  // [1, n]; data may be null
+    ConstMatrix add;   // [m, n] of y's dtype; data may be null
+    Matrix y;          // [m, n]
+    Matrix unscaled;   // [m, n] of y's dtype: y / scale_n; data may be null
+};
+
+// And of its backward, grad_x = scale_k ⊙ ((scale_n ⊙ grad_y) W + add), with the gradients of both scales.
+struct MatmulBackward {
+    ConstMatrix grad_y;    // [m, n]
+    ConstMatrix x;         // [m, k]; data may be null when grad_scale_k is
+    ConstMatrix add;       // [m, k] of grad_x's dtype; data may be null
+    Matrix grad_x;         // [m, k]; data may be null
+    ConstMatrix unscaled;  // [m, n]; data may be null when grad_scale_n is
+    float* grad_scale_k;   // [k], or null
+    float* grad_scale_n;   // [n], or null
+};
+
 // scaling · s · factorᵀ (forward), or scaling · s · factor (transposed).
 struct LoraTerm {
     ConstMatrix factor;  // forward: lora_B [n, rank]; transposed: lora_A [rank, k]; fp32, bf16 or fp16

@@ -6,8 +6,9 @@
 
 #include "common/cpu/parallel_for.h"
 #include "common/cpu/partial_sums.h"
-#include "lora_linear/cpu/dense_dot.h"
-#include "lora_linear/cpu/operands.h"
+#include "lora/cpu/dropout.h"
+#include "lora_linear/lora_linear.h"
+#include "matmul/cpu/dense_dot.h"
 
 namespace peft_kernels {
 namespace PEFT_KERNELS_ISA {
@@ -121,7 +122,7 @@ inline bool has_whole_blocks(const LoraLinearParams& params) {
 }
 
 template <int kM>
-void forward_dot(const LoraLinearForwardParams& p) {
+void forward_dot_rows(const LoraLinearForwardParams& p) {
     const bool is_dense = is_few_rows_of_dense(p);
     const int64_t elements = is_dense && !multiplies_dense_pairs(p) ? 1 : step_elements(p.compute_dtype);
     const int64_t steps = ceil_div(p.k, kLanes * elements) * kLanes;

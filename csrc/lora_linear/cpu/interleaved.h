@@ -24,7 +24,12 @@
 #if defined(__AVX512BF16__)
 
 #include "common/cpu/parallel_for.h"
-#include "lora_linear/cpu/scales.h"
+#include "lora/cpu/dropout.h"
+#include "lora_linear/lora_linear.h"
+#include "matmul/cpu/epilogue.h"
+#include "matmul/cpu/interleaving.h"
+#include "matmul/cpu/operands.h"
+#include "matmul/cpu/plan.h"
 
 namespace peft_kernels {
 namespace PEFT_KERNELS_ISA {
@@ -328,13 +333,8 @@ private:
             for (int64_t i = 0; i < p_.m; ++i)
                 add_lanes<kWeights>(scratch.sums + i * kWeights, scratch.tile + i * kInterleavedOutputs + row);
         }
-        if (p_.bias.data)
-            dispatch_dtype(p_.bias.dtype, [&](auto* type) {
-                const auto* bias = static_cast<const Pointee<decltype(type)>*>(p_.bias.data);
-                widen_rows(bias + n0, 0, 1, outputs, nullptr, 0, scratch.bias, 0);
-            });
-        store_y(p_, scratch.tile + n0 - begin, kInterleavedOutputs, 0, p_.m, n0, outputs,
-                p_.bias.data ? scratch.bias : nullptr);
+        store_y(p_, p_.scale_n, scratch.tile + n0 - begin, kInterleavedOutputs, 0, p_.m, n0, outputs,
+                widen_bias(p_.bias, n0, outputs, scratch.bias));
     }
 
     // Groups [begin, end) of some rows of W, of which those before whole_end have both their runs.
@@ -450,7 +450,7 @@ private:
     int64_t depth_;       // groups decoded at a time
     U32* x_ = nullptr;    // [m][groups][kGroupVectors]
     float* s_ = nullptr;  // [m][ranks], scaled
-    KeptBits kept_{p_};
+    KeptBits kept_{p_, p_.m, p_.k};
 };
 
 }  // namespace

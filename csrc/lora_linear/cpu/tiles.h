@@ -11,8 +11,12 @@
 // A dropped adapter's part of dx is a product of its own, because the mask is applied to it.
 #pragma once
 
-#include "lora_linear/cpu/panels.h"
-#include "lora_linear/cpu/scales.h"
+#include "lora/cpu/dropout.h"
+#include "lora/cpu/panels.h"
+#include "lora_linear/lora_linear.h"
+#include "matmul/cpu/epilogue.h"
+#include "matmul/cpu/panels.h"
+#include "matmul/cpu/plan.h"
 
 namespace peft_kernels {
 namespace PEFT_KERNELS_ISA {
@@ -62,7 +66,7 @@ protected:
           shrunk_(shrunk),
           added_(added),
           steps_(ceil_div(reduction, kBlock) * kBlockSteps),
-          plan_(lora_linear_tile_plan(params.m, outputs, reduction, params.threads, by_rows)) {
+          plan_(matmul_tile_plan(params.m, outputs, reduction, params.threads, by_rows)) {
         for (int a = 0; a < params.num_adapters; ++a) {
             branch_steps_ += branch_steps(adapter(a), (adapter(a).*added).dtype);
             shrink_panels_ += ceil_div(shrink_rows(a), kPanelSide);
@@ -198,7 +202,7 @@ protected:
     const bool has_base_;
     const ParameterOf shrunk_, added_;
     const int64_t steps_;
-    const LoraLinearTilePlan plan_;
+    const MatmulTilePlan plan_;
     int64_t branch_steps_ = 0;
     int64_t shrink_panels_ = 0;  // of all adapters
     int64_t shrink_rows_ = 0;    // the most that an adapter has: term · rank

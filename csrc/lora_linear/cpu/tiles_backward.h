@@ -18,7 +18,7 @@ public:
                       has_weight(params) && (params.grad_x.data || params.grad_scale_k), false, &LoraAdapter::lora_B,
                       &LoraAdapter::lora_A),
           p_(params),
-          scales_(params, kPanelSide) {
+          scales_(params, params, kPanelSide) {
         for (int a = 0; a < p_.num_adapters; ++a) {
             wants_A_ |= adapter(a).grad_A != nullptr;
             wants_B_ |= adapter(a).grad_B != nullptr;
@@ -338,7 +338,7 @@ private:
     int64_t reduce_rows_ = 0;    // the most that an adapter has: term · rank
     float* absmax_ = nullptr;    // [row of W][run of 64 elements], where blocks are aligned
     float* ds_ = nullptr;        // [m, total_rank]
-    KeptBits kept_{p_};
+    KeptBits kept_{p_, p_.m, p_.k};
     BFloat16* reduce_A_ = nullptr;  // left panels of dsᵀ
     BFloat16* reduce_B_ = nullptr;  // left panels of sᵀ
 };

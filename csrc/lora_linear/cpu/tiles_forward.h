@@ -159,11 +159,7 @@ private:
 
     // y = x Wᵀ + b + scaling s Bᵀ, or y = scale_n ⊙ (x Wᵀ + b), for some outputs of some rows
     void make_y(int64_t first, int64_t n0, int64_t outputs, int64_t row0, int64_t rows, const Scratch& scratch) const {
-        if (p_.bias.data)
-            dispatch_dtype(p_.bias.dtype, [&](auto* type) {
-                const auto* bias = static_cast<const Pointee<decltype(type)>*>(p_.bias.data);
-                widen_rows(bias + n0, 0, 1, outputs, nullptr, 0, scratch.bias, 0);
-            });
+        const float* bias = widen_bias(p_.bias, n0, outputs, scratch.bias);
         const int64_t runs = p_.k / kBlock;
         if (p_.weight && has_aligned_blocks(*p_.weight))
             runs_absmax(*p_.weight, n0 * p_.k, outputs * runs, scratch.absmax);
@@ -179,7 +175,7 @@ private:
         const auto make_tail = [&](int64_t n, int64_t some, BFloat16* panel) { pack_B(n0 + n, some, panel); };
         const auto finish = [&](int64_t row, int64_t count, int64_t n, int64_t some, const float* sums) {
             transpose_sums(count, sums, scratch.tile);
-            store_y(p_, scratch.tile, kPanelSide, row, count, n0 + n, some, p_.bias.data ? scratch.bias + n : nullptr);
+            store_y(p_, p_.scale_n, scratch.tile, kPanelSide, row, count, n0 + n, some, bias ? bias + n : nullptr);
         };
         multiply_base<Streams::kLeft>(first, outputs, row0, rows, branch_steps_, scratch.weight, scratch.sums, make,
                                       make_tail, finish);

@@ -1,4 +1,4 @@
-// The CPU kernel of lora_linear_grouped, compiled once per instruction set: the branches of a batch in which each row
+// The branches of a batch in which each row
 // has its own adapter, added to a base product that all rows share. Rows of one adapter are multiplied together,
 // wherever they lie, since what few rows cost is reading A and B:
 //
@@ -6,10 +6,8 @@
 //   expand   y = base + s Bᵀ      vectors along n      tasks: some outputs, some rows of whatever adapters
 //
 // The two steps are those of SGMV (Chen et al. 2023, "Punica: Multi-Tenant LoRA Serving", arXiv:2310.18547).
-#include "common/cpu/parallel_for.h"
 #include "common/cpu/rows.h"
-#include "lora_linear/cpu/operands.h"
-#include "lora_linear/grouped.h"
+#include "lora/cpu/many_rows.h"
 
 namespace peft_kernels {
 namespace PEFT_KERNELS_ISA {
@@ -26,7 +24,7 @@ constexpr int64_t kSerialWork = 1 << 17;
 
 class GroupedForward {
 public:
-    explicit GroupedForward(const LoraLinearGroupedParams& params) : p_(params), work_(params.m * params.n) {
+    explicit GroupedForward(const LoraGroupedParams& params) : p_(params), work_(params.m * params.n) {
         for (int a = 0; a < p_.num_adapters; ++a) {
             if (rows_of_adapter(a) == 0) continue;
             most_ranks_ = max_of(most_ranks_, p_.adapters[a].rank);
@@ -130,7 +128,7 @@ private:
 
     // y of the rows at [first, end) of the order, outputs [n0, n0 + kTaskOutputs).
     void expand(int64_t n0, int64_t first, int64_t end, const Scratch& scratch) const {
-        const int64_t outputs = min_of(kTaskOutputs, p_.n - n0), num_strips = strips_for(outputs);
+        const int64_t outputs = min_of(kTaskOutputs, p_.n - n0), num_strips = ceil_div(outputs, kLanes);
         int64_t row = first;
         for (int a = 0; row < end; ++a) {
             const bool has_adapter = a < p_.num_adapters;
@@ -154,7 +152,7 @@ private:
         }
     }
 
-    const LoraLinearGroupedParams& p_;
+    const LoraGroupedParams& p_;
     int64_t work_;
     int64_t most_ranks_ = 0;
     int64_t shrinks_ = 0;  // tasks
@@ -163,7 +161,7 @@ private:
 
 }  // namespace
 
-void lora_linear_grouped(const LoraLinearGroupedParams& params) { GroupedForward(params).run(); }
+void lora_grouped(const LoraGroupedParams& params) { GroupedForward(params).run(); }
 
 }  // namespace PEFT_KERNELS_ISA
 }  // namespace peft_kernels

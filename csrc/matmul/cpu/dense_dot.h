@@ -12,7 +12,8 @@
 
 #include "common/cpu/partial_sums.h"
 #include "common/cpu/rows.h"
-#include "lora_linear/cpu/operands.h"
+#include "matmul/cpu/operands.h"
+#include "matmul/cpu/plan.h"
 
 namespace peft_kernels {
 namespace PEFT_KERNELS_ISA {
@@ -50,17 +51,17 @@ struct InPairs {
 };
 #endif
 
-inline bool is_few_rows_of_dense(const LoraLinearParams& p) {
+inline bool is_few_rows_of_dense(const MatmulParams& p) {
     return is_few_rows_of_dense(p.m, p.dense, p.dense_is_transposed);
 }
 
-inline bool multiplies_dense_pairs(const LoraLinearParams& p) {
+inline bool multiplies_dense_pairs(const MatmulParams& p) {
     return p.compute_dtype == DType::kBFloat16 && p.dense->dtype == DType::kBFloat16;
 }
 
 // Calls body with how rows of these types are multiplied.
 template <class Body>
-void dispatch_dense_arithmetic(const LoraLinearParams& p, const Body& body) {
+void dispatch_dense_arithmetic(const MatmulParams& p, const Body& body) {
 #if defined(__AVX512BF16__)
     if (multiplies_dense_pairs(p)) return body(InPairs{});
 #endif

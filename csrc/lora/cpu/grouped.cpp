@@ -7,19 +7,18 @@
 //
 // The two steps are those of SGMV (Chen et al. 2023, "Punica: Multi-Tenant LoRA Serving", arXiv:2310.18547).
 #include "common/cpu/rows.h"
+#include "lora/cpu/dot.h"
 #include "lora/cpu/many_rows.h"
 
 namespace peft_kernels {
 namespace PEFT_KERNELS_ISA {
 namespace {
 
-// Rows of A and of x that are multiplied at once: as many sums as there are registers for.
-constexpr int kGroupedRanks = 4, kGroupedRows = kLanes == 16 ? 4 : 2;
 constexpr int64_t kShrinkRows = 16;         // of a task
 constexpr int64_t kExpandRows = 256;        // of a task
 constexpr int64_t kTaskProducts = 1 << 15;  // of a shrink, at least, where there are as many ranks
-// Products and results that one thread makes as fast as two, which are woken twice: 8 us. (To let expanding tasks wait
-// for the shrink in one parallel loop, as InterleavedForward does, gained nothing here.)
+// Products and results that one thread makes as fast as two, which are woken twice. (To let expanding tasks wait for
+// the shrink in one parallel loop, as the interleaved kernel does, gained nothing here.)
 constexpr int64_t kSerialWork = 1 << 17;
 
 class GroupedForward {
@@ -73,7 +72,7 @@ private:
     int64_t rows_of_adapter(int a) const { return p_.indptr[a + 1] - p_.indptr[a]; }
     int64_t ranks_of_task(int a) const {
         const int64_t rows = min_of(kShrinkRows, rows_of_adapter(a));
-        return max_of<int64_t>(1, kTaskProducts / max_of<int64_t>(1, rows * p_.k * kGroupedRanks)) * kGroupedRanks;
+        return max_of<int64_t>(1, kTaskProducts / max_of<int64_t>(1, rows * p_.k * kQuad)) * kQuad;
     }
     int64_t shrinks_of(int a) const {
         return ceil_div(rows_of_adapter(a), kShrinkRows) * ceil_div(p_.adapters[a].rank, ranks_of_task(a));
@@ -88,42 +87,12 @@ private:
         const int64_t end = min_of(first + kShrinkRows, p_.indptr[a + 1]);
         const int64_t first_rank = task / blocks * ranks_of_task(a);
         const int64_t end_rank = min_of(first_rank + ranks_of_task(a), adapter.rank);
-        dispatch_dtype(p_.x.dtype, [&](auto* x_type) {
-            dispatch_dtype(adapter.lora_A.dtype, [&](auto* a_type) {
-                for (int64_t r = first_rank; r < end_rank; r += kGroupedRanks)
-                    for (int64_t i = first; i < end; i += kGroupedRows)
-                        dispatch_range<1, kGroupedRows>(min_of<int64_t>(kGroupedRows, end - i), [&](auto rows) {
-                            shrink_some<Pointee<decltype(x_type)>, Pointee<decltype(a_type)>, decltype(rows)::kValue>(
-                                adapter, i, r);
-                        });
+        shrink_ranks(
+            p_.x, p_.k, adapter, first_rank, end_rank, first, end, [&](int64_t i) { return p_.order[i]; }, NoMask{},
+            [&](int64_t i, int64_t r, const F32(&sums)[kQuad]) {
+                for (int j = 0; j < min_of<int64_t>(kQuad, adapter.rank - r); ++j)
+                    s_[i * most_ranks_ + r + j] = horizontal_sum(sums[j]) * adapter.scaling;
             });
-        });
-    }
-
-    // s of the rows at [first, first + kRows) of the order, ranks [r, r + kGroupedRanks).
-    template <class X, class A, int kRows>
-    void shrink_some(const LoraAdapter& adapter, int64_t first, int64_t r) const {
-        const A* a[kGroupedRanks];
-        for (int j = 0; j < kGroupedRanks; ++j)  // those past the last one repeat it
-            a[j] = static_cast<const A*>(row_of(adapter.lora_A, min_of(r + j, adapter.rank - 1)));
-        const X* x[kRows];
-        for (int i = 0; i < kRows; ++i) x[i] = static_cast<const X*>(row_of(p_.x, p_.order[first + i]));
-        F32 sums[kRows][kGroupedRanks] = {};
-        for (int64_t column = 0; column < p_.k; column += kLanes) {
-            const int64_t count = p_.k - column;
-            F32 v[kGroupedRanks];
-#pragma GCC unroll 4
-            for (int j = 0; j < kGroupedRanks; ++j) v[j] = load_some(a[j] + column, count);
-#pragma GCC unroll 4
-            for (int i = 0; i < kRows; ++i) {
-                const F32 of_x = load_some(x[i] + column, count);
-#pragma GCC unroll 4
-                for (int j = 0; j < kGroupedRanks; ++j) sums[i][j] = fma(v[j], of_x, sums[i][j]);
-            }
-        }
-        for (int i = 0; i < kRows; ++i)
-            for (int j = 0; j < min_of<int64_t>(kGroupedRanks, adapter.rank - r); ++j)
-                s_[(first + i) * most_ranks_ + r + j] = horizontal_sum(sums[i][j]) * adapter.scaling;
     }
 
     // y of the rows at [first, end) of the order, outputs [n0, n0 + kTaskOutputs).

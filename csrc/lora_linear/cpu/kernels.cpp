@@ -2,8 +2,6 @@
 #include "lora_linear/cpu/kernels.h"
 
 #include "common/cpu/simd.h"
-#include "lora_linear/cpu/dot.h"
-#include "lora_linear/cpu/interleaved.h"
 #include "lora_linear/cpu/plan.h"
 #if defined(__AMX_BF16__)
 #include "lora_linear/cpu/tiles_backward.h"
@@ -19,14 +17,9 @@ void lora_linear_forward(const LoraLinearForwardParams& params) {
         case LoraLinearKernel::kTiles: return TileForward(params).run();
 #endif
 #if defined(__AVX512BF16__)
-        case LoraLinearKernel::kInterleaved: return InterleavedForward(params).run();
+        case LoraLinearKernel::kInterleaved: return forward_interleaved(params);
 #endif
-        case LoraLinearKernel::kDot:
-            if (params.m == 1) return forward_dot_rows<1>(params);
-            if (params.m == 2) return forward_dot_rows<2>(params);
-            if (params.m <= 4) return forward_dot_rows<4>(params);
-            if (params.m <= kDotRows) return forward_dot_rows<kDotRows>(params);
-            return forward_dot_rows<16>(params);
+        case LoraLinearKernel::kDot: return forward_dot(params);
         default: return forward_many_rows(params);
     }
 }

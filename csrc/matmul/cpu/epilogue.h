@@ -1,4 +1,4 @@
-// What follows the sums of a product, y = scale_n ⊙ ((scale_k ⊙ x) Wᵀ + bias + add) and grad_x, and the gradients of the
+// What follows the sums of a product, y = scale_n ⊙ ((scale_k ⊙ x) Wᵀ + bias + add) or grad_x, and the gradients of its
 // scales. For sources that are compiled once per instruction set, and only for those.
 #pragma once
 
@@ -42,7 +42,8 @@ inline void store_y(const MatmulForward& p, const float* scale_n, const float* s
 }
 
 // The same for `count` outputs of one row, at most a vector.
-inline void store_y(const MatmulForward& p, const float* scale_n, F32 values, int64_t row, int64_t n, int64_t count) {
+[[gnu::noinline]] inline void store_y(const MatmulForward& p, const float* scale_n, F32 values, int64_t row, int64_t n,
+                                      int64_t count) {
     if (p.bias.data)
         dispatch_dtype(p.bias.dtype, [&](auto* type) {
             values += load_partial(static_cast<const Pointee<decltype(type)>*>(p.bias.data) + n, count);

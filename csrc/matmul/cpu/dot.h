@@ -1,0 +1,124 @@
+// The product of few rows of x: up to 8, in fp32 up to 15. Vectors run along k; rows of a 4-bit W are decoded into
+// registers and multiplied with all rows of x at once, so the speed is that of reading W. dense_dot.h is the same for a
+// dense W.
+// For sources that are compiled once per instruction set, and only for those.
+#pragma once
+
+#include "common/cpu/partial_sums.h"
+#include "matmul/cpu/operands.h"
+#include "matmul/cpu/plan.h"
+
+namespace peft_kernels {
+namespace PEFT_KERNELS_ISA {
+namespace {
+
+// Rows of W that are multiplied at once: 16 sums at most, and 4 at least, since each multiplication waits for the one
+// before it in its sum. More rows of x than 8 do not stay in L1, and are read once for four of W.
+template <int kM>
+constexpr int kDotWeights = kM <= 2 || kM > kDotRows ? 4 : 2;
+
+// total[row][i] = W[first_row + row] . x[i], lane by lane, for rows whose blocks begin with them. Of `part` elements,
+// sums are apart. Not inlined, as its loop wants all registers.
+template <class T, class Multiply, int kWeights, int kM>
+[[gnu::noinline]] void dot_rows(const Nf4Weight& w, int64_t first_row, const uint32_t* x, int64_t x_stride,
+                                int64_t part, F32 (&total)[kWeights][kM]) {
+    constexpr int kElements = kStepElements<Multiply>;
+    F32 sum[kWeights][kM] = {};
+    int64_t left = part;
+    constexpr int kUnit = max_of(Table<T>::kGroup, kLanes * kElements);  // elements decoded at a time
+    constexpr int64_t kBlocks = 64;  // blocks whose statistics are decoded at a time
+    const float* values = codebook(w.quant_type);
+    const int64_t blocksize = int64_t{1} << w.log2_blocksize;
+    const int64_t row_blocks = w.k >> w.log2_blocksize;
+    const uint8_t* codes = w.codes + first_row * w.k / 2;
+    for (int64_t block0 = 0; block0 < row_blocks; block0 += kBlocks) {
+        const int64_t blocks = min_of(kBlocks, row_blocks - block0);
+        float absmax[kWeights][kBlocks];
+        for (int row = 0; row < kWeights; ++row)
+            for (int64_t block = 0; block < blocks; ++block)
+                absmax[row][block] = block_absmax(w.absmax, (first_row + row) * row_blocks + block0 + block);
+        for (int64_t block = 0; block < blocks; ++block) {
+            Table<T> table[kWeights];
+#pragma GCC unroll 4
+            for (int row = 0; row < kWeights; ++row) {
+                // The next rows to come: each row is a stream of its own, too short for the hardware to get ahead.
+                __builtin_prefetch(codes + (kWeights + row) * w.k / 2);
+                table[row] = make_product_table<T>(values, absmax[row][block], w.dtype);
+            }
+            for (int64_t unit = 0; unit < blocksize; unit += kUnit, codes += kUnit / 2, x += kUnit / kElements) {
+#pragma GCC unroll 4
+                for (int row = 0; row < kWeights; ++row) {
+                    T decoded[kUnit];
+#pragma GCC unroll 16
+                    for (int i = 0; i < kUnit; i += Table<T>::kGroup)
+                        decode_group(table[row], codes + (row * w.k + i) / 2, decoded + i);
+#pragma GCC unroll 4
+                    for (int i = 0; i < kUnit; i += kLanes * kElements) {
+                        U32 weights;
+                        if constexpr (kElements == 2)
+                            weights = load_vector<U32>(decoded + i);
+                        else
+                            weights = (U32)load(decoded + i);
+#pragma GCC unroll 8
+                        for (int m = 0; m < kM; ++m)
+                            sum[row][m] = Multiply::add_product(sum[row][m], weights,
+                                                                load_vector<U32>(x + m * x_stride + i / kElements));
+                    }
+                }
+                if constexpr (kFewLanes)
+                    if ((left -= kUnit) <= 0) {
+                        add_part(sum, total);
+                        left = part;
+                    }
+            }
+        }
+    }
+    if constexpr (kFewLanes)
+        add_part(sum, total);
+    else
+        memcpy(total, sum, sizeof sum);
+}
+
+// The same for any weight, in fp32: parts of its rows are decoded to a cache, and multiplied with a few of the `m` rows
+// of x at a time.
+template <int kWeights, int kM, class Weight>
+void dot_parts(const Weight& w, int64_t first_row, int64_t k, const float* x, int64_t x_stride, int64_t m,
+               F32 (&total)[kWeights][kM]) {
+    constexpr int64_t kMost = 512;
+    constexpr int kRowsOfX = min_of(kFewLanes ? 2 : 4, kM);  // with four rows of W as many sums as there are registers
+    float decoded[kWeights][kMost];
+    const int64_t part = min_of(dot_part(k), kMost);
+    for (int64_t begin = 0; begin < k; begin += part) {
+        const int64_t count = min_of(part, k - begin), whole = ceil_div(count, kLanes) * kLanes;
+        for (int row = 0; row < kWeights; ++row) {
+            prefetch_weight(w, first_row + kWeights + row, begin);
+            decode(w, first_row + row, begin, count, decoded[row]);
+            for (int64_t i = count; i < whole; ++i) decoded[row][i] = 0;
+        }
+        for (int64_t first = 0; first < m; first += kRowsOfX)
+            dispatch_range<1, kRowsOfX>(min_of<int64_t>(kRowsOfX, m - first), [&](auto rows) {
+                constexpr int kRows = decltype(rows)::kValue;
+                F32 sum[kWeights][kRows] = {};
+                const float* at = x + first * x_stride + begin;
+                for (int64_t i = 0; i < whole; i += kLanes)
+#pragma GCC unroll 4
+                    for (int row = 0; row < kWeights; ++row) {
+                        const F32 weights = load(decoded[row] + i);
+#pragma GCC unroll 4
+                        for (int j = 0; j < kRows; ++j)
+                            sum[row][j] = fma(weights, load(at + j * x_stride + i), sum[row][j]);
+                    }
+                for (int row = 0; row < kWeights; ++row)
+                    for (int j = 0; j < kRows; ++j) total[row][first + j] += sum[row][j];
+            });
+    }
+}
+
+// Whether the rows of W begin blocks of a 4-bit weight.
+inline bool has_whole_blocks(const MatmulParams& params) {
+    return params.weight && params.k % (int64_t{1} << params.weight->log2_blocksize) == 0;
+}
+
+}  // namespace
+}  // namespace PEFT_KERNELS_ISA
+}  // namespace peft_kernels

@@ -3,10 +3,6 @@
 
 #include "common/cpu/simd.h"
 #include "lora_linear/cpu/plan.h"
-#if defined(__AMX_BF16__)
-#include "lora_linear/cpu/tiles_backward.h"
-#include "lora_linear/cpu/tiles_forward.h"
-#endif
 
 namespace peft_kernels {
 namespace PEFT_KERNELS_ISA {
@@ -14,7 +10,7 @@ namespace PEFT_KERNELS_ISA {
 void lora_linear_forward(const LoraLinearForwardParams& params) {
     switch (plan_lora_linear_cpu(problem_of(params, false, kIsa)).kernel) {
 #if defined(__AMX_BF16__)
-        case LoraLinearKernel::kTiles: return TileForward(params).run();
+        case LoraLinearKernel::kTiles: return forward_tiles(params);
 #endif
 #if defined(__AVX512BF16__)
         case LoraLinearKernel::kInterleaved: return forward_interleaved(params);
@@ -27,7 +23,7 @@ void lora_linear_forward(const LoraLinearForwardParams& params) {
 void lora_linear_backward(const LoraLinearBackwardParams& params) {
 #if defined(__AMX_BF16__)
     if (plan_lora_linear_cpu(problem_of(params, true, kIsa)).kernel == LoraLinearKernel::kTiles)
-        return TileBackward(params).run();
+        return backward_tiles(params);
 #endif
     backward_many_rows(params);
 }

@@ -136,8 +136,8 @@ public:
     int64_t rows_ahead() const { return ceil_div(weight_.ahead(), p_.k / 2); }
     void prefetch(int64_t first_row) const { prefetch_codes(*p_.weight, first_row * p_.k, weight_.ahead()); }
 
-    // The sums of outputs [n0, n0 + outputs) and all rows of x: finish(weights as a Constant, first, sums) gets those of
-    // so many rows of W from `first` on, [row of x][row of W]. They may begin before n0, and come twice.
+    // The sums of outputs [n0, n0 + outputs) and all rows of x: finish(weights, first, sums) gets those of so many rows
+    // of W (a Constant) from `first` on, [row of x][row of W]. They may begin before n0, and come twice.
     template <class Finish>
     void multiply(int64_t n0, int64_t outputs, const Scratch& scratch, const Finish& finish) const {
         if (weight_.dtype() == DType::kFloat16)

@@ -203,7 +203,35 @@ inline void decode_right(const ConstMatrix& w, int64_t k0, int64_t columns, int6
     }
 }
 
-// ---- x ------------------------------------------------------------------------------------------------------------
+// ---- x and dy -------------------------------------------------------------------------------------------------------
+
+// Rows of x or dy in bf16: where they lie, or dense rows in a buffer.
+struct Bf16Rows {
+    const BFloat16* data;
+    int64_t stride;
+};
+
+// A part of a matrix, rounded to bf16 (kRounded), or one of the terms that it is the sum of; scaled if `scale` is
+// given.
+constexpr int kRounded = -1;
+inline Bf16Rows bf16_rows(const ConstMatrix& matrix, int64_t row, int64_t rows, int64_t column, int64_t columns,
+                          int term, const float* scale, BFloat16* buffer) {
+    if (matrix.dtype == DType::kBFloat16 && !scale)
+        return {static_cast<const BFloat16*>(row_of(matrix, row, column)), matrix.stride};
+    dispatch_dtype(matrix.dtype, [&](auto* type) {
+        for (int64_t i = 0; i < rows; ++i) {
+            const auto* from = static_cast<Pointee<decltype(type)> const*>(row_of(matrix, row + i, column));
+            BFloat16* to = buffer + i * columns;
+            for (int64_t c = 0; c < columns; c += kLanes) {
+                F32 value = load_some(from + c, columns - c);
+                if (scale) value *= load_some(scale + column + c, columns - c);
+                for (int before = 0; before < term; ++before) take_term(value);
+                store_some(to + c, term == kRounded ? value : (F32)take_term(value), columns - c);
+            }
+        }
+    });
+    return {buffer, columns};
+}
 
 // A right panel of rows of x, at most kPanelSide, whose reduction runs over its columns in interleaved order; where
 // `bits` is given ([row][bits_stride]), only the columns whose bit is set.

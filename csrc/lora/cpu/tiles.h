@@ -1,5 +1,5 @@
-// Panels of A, B, s and ds for AMX (common/cpu/amx.h).
-// For sources that are compiled once per instruction set, and only for those.
+// The branch on AMX, of numbers that are sums of bf16 ones (common/cpu/amx.h): its operands, and what both directions
+// share.
 //
 // Products of fp32 numbers are products of their terms. Where a whole product is wanted to fp32's accuracy (s, ds, dA,
 // dB) one operand is exact in bf16, and the other's three terms are rows or columns of their own, whose sums are added.
@@ -9,10 +9,12 @@
 //   left (u v u v) · right (s s t t),  with the parameter u + v and the activation s + t, or the other way round;
 //
 // or one pair, left (u u) · right (s t), where the parameter is bf16.
+//
+// For sources that are compiled once per instruction set, and only for those.
 #pragma once
 
-#include "common/cpu/amx.h"
-#include "lora/lora.h"
+#include "lora/cpu/dropout.h"
+#include "matmul/cpu/panels.h"
 
 namespace peft_kernels {
 namespace PEFT_KERNELS_ISA {
@@ -89,6 +91,66 @@ inline void split_terms(const T* from, int64_t count, int terms, BFloat16* const
         }
     }
 }
+
+class TileBranch {
+public:
+    // Steps of the reduction that the branch takes behind the base product's; of all adapters.
+    int64_t tail_steps() const { return tail_steps_; }
+
+protected:
+    using ParameterOf = ConstMatrix LoraAdapter::*;
+
+    // `shrunk` is the parameter that the input, x or dy, is multiplied with, and `added` the one that s or ds is: A and
+    // B in a forward, B and A in a backward. The input's panels have `steps` steps.
+    TileBranch(const LoraAdapters& params, const ConstMatrix& input, int64_t reduction, ParameterOf shrunk,
+               ParameterOf added)
+        : p_(params),
+          input_(input),
+          reduction_(reduction),
+          shrunk_(shrunk),
+          added_(added),
+          steps_(ceil_div(reduction, kBlock) * kBlockSteps) {
+        for (int a = 0; a < p_.num_adapters; ++a) {
+            tail_steps_ += tail_steps(a);
+            shrink_panels_ += ceil_div(shrink_rows(a), kPanelSide);
+            shrink_rows_ = max_of(shrink_rows_, shrink_rows(a));
+        }
+    }
+
+    const LoraAdapter& adapter(int a) const { return p_.adapters[a]; }
+    int shrink_terms(int a) const { return terms_of((adapter(a).*shrunk_).dtype); }
+    int64_t shrink_rows(int a) const { return shrink_terms(a) * adapter(a).rank; }
+    bool exact(int a) const { return (adapter(a).*added_).dtype == DType::kBFloat16; }
+    int64_t tail_steps(int a) const { return branch_steps(adapter(a), (adapter(a).*added_).dtype); }
+
+    int input_terms() const { return terms_of(input_.dtype); }
+    // How many rows (or columns) of the shrunk parameter's terms are multiplied with a term of the input: those whose
+    // product is above fp32's precision.
+    int64_t shrink_rows(int a, int input_term) const {
+        return min_of(shrink_terms(a), 3 - input_term) * adapter(a).rank;
+    }
+
+    void lay_out(Arena& arena) { shrink_ = arena.take<BFloat16>(shrink_panels_ * panel_elements(steps_)); }
+
+    // values[rank][kPanelSide] = scale · Σ terms of sums[term · rank][kPanelSide], the smallest first.
+    static void add_terms(const float* sums, int64_t rank, int terms, float scale, float* values) {
+        for (int64_t i = 0; i < rank * kPanelSide; i += kLanes) {
+            F32 sum{};
+            for (int term = terms; term-- > 0;) sum += load(sums + term * rank * kPanelSide + i);
+            store(values + i, sum * scale);
+        }
+    }
+
+    const LoraAdapters& p_;
+    const ConstMatrix& input_;
+    const int64_t reduction_;
+    const ParameterOf shrunk_, added_;
+    const int64_t steps_;
+    int64_t tail_steps_ = 0;
+    int64_t shrink_panels_ = 0;  // of all adapters
+    int64_t shrink_rows_ = 0;    // the most that an adapter has: term · rank
+    BFloat16* shrink_ = nullptr;
+};
 
 }  // namespace
 }  // namespace PEFT_KERNELS_ISA

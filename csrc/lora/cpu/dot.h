@@ -6,8 +6,7 @@
 #include "common/cpu/microkernel.h"
 #include "lora/cpu/dropout.h"
 
-namespace peft_kernels {
-namespace PEFT_KERNELS_ISA {
+namespace peft_kernels::PEFT_KERNELS_ISA {
 namespace {
 
 // Rows of A and of x that are multiplied at once: as many sums as there are registers for.
@@ -165,5 +164,4 @@ private:
 };
 
 }  // namespace
-}  // namespace PEFT_KERNELS_ISA
-}  // namespace peft_kernels
+}  // namespace peft_kernels::PEFT_KERNELS_ISA

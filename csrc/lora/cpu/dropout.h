@@ -6,8 +6,7 @@
 #include "common/cpu/workspace.h"
 #include "lora/lora.h"
 
-namespace peft_kernels {
-namespace PEFT_KERNELS_ISA {
+namespace peft_kernels::PEFT_KERNELS_ISA {
 namespace {
 
 inline Dropout dropout_of(const LoraAdapter& adapter) {
@@ -50,5 +49,4 @@ private:
 };
 
 }  // namespace
-}  // namespace PEFT_KERNELS_ISA
-}  // namespace peft_kernels
+}  // namespace peft_kernels::PEFT_KERNELS_ISA

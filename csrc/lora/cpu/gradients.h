@@ -10,8 +10,7 @@
 #include "common/cpu/simd.h"
 #include "lora/lora.h"
 
-namespace peft_kernels {
-namespace PEFT_KERNELS_ISA {
+namespace peft_kernels::PEFT_KERNELS_ISA {
 namespace {
 
 using Gradient = float* LoraAdapter::*;  // grad_A or grad_B
@@ -48,5 +47,4 @@ inline void store_gradient(const LoraAdapter& adapter, Gradient gradient, const 
 }
 
 }  // namespace
-}  // namespace PEFT_KERNELS_ISA
-}  // namespace peft_kernels
+}  // namespace peft_kernels::PEFT_KERNELS_ISA

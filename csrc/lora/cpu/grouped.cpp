@@ -10,8 +10,7 @@
 #include "lora/cpu/dot.h"
 #include "lora/cpu/many_rows.h"
 
-namespace peft_kernels {
-namespace PEFT_KERNELS_ISA {
+namespace peft_kernels::PEFT_KERNELS_ISA {
 namespace {
 
 constexpr int64_t kShrinkRows = 16;         // of a task
@@ -132,5 +131,4 @@ private:
 
 void lora_grouped(const LoraGroupedParams& params) { GroupedForward(params).run(); }
 
-}  // namespace PEFT_KERNELS_ISA
-}  // namespace peft_kernels
+}  // namespace peft_kernels::PEFT_KERNELS_ISA

@@ -17,8 +17,7 @@
 #include "lora/cpu/gradients.h"
 #include "matmul/cpu/plan.h"
 
-namespace peft_kernels {
-namespace PEFT_KERNELS_ISA {
+namespace peft_kernels::PEFT_KERNELS_ISA {
 namespace {
 
 // Columns of x or dy that a shrink widens at a time: its strips of A or B (16 KB at rank 16) stay in L1.
@@ -236,5 +235,4 @@ private:
 };
 
 }  // namespace
-}  // namespace PEFT_KERNELS_ISA
-}  // namespace peft_kernels
+}  // namespace peft_kernels::PEFT_KERNELS_ISA

@@ -16,8 +16,7 @@
 #include "lora/cpu/dropout.h"
 #include "matmul/cpu/panels.h"
 
-namespace peft_kernels {
-namespace PEFT_KERNELS_ISA {
+namespace peft_kernels::PEFT_KERNELS_ISA {
 namespace {
 
 constexpr int64_t branch_pairs(const LoraAdapter& adapter, DType parameter) {
@@ -153,5 +152,4 @@ protected:
 };
 
 }  // namespace
-}  // namespace PEFT_KERNELS_ISA
-}  // namespace peft_kernels
+}  // namespace peft_kernels::PEFT_KERNELS_ISA

@@ -12,8 +12,7 @@
 #include "lora/cpu/gradients.h"
 #include "lora/cpu/tiles.h"
 
-namespace peft_kernels {
-namespace PEFT_KERNELS_ISA {
+namespace peft_kernels::PEFT_KERNELS_ISA {
 namespace {
 
 // Rows of x or dy that the gradients of A and B take at a time: a panel of 1024 x 32 x 2 bytes = 64 KB.
@@ -252,5 +251,4 @@ private:
 };
 
 }  // namespace
-}  // namespace PEFT_KERNELS_ISA
-}  // namespace peft_kernels
+}  // namespace peft_kernels::PEFT_KERNELS_ISA

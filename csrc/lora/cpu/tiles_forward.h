@@ -8,8 +8,7 @@
 
 #include "lora/cpu/tiles.h"
 
-namespace peft_kernels {
-namespace PEFT_KERNELS_ISA {
+namespace peft_kernels::PEFT_KERNELS_ISA {
 namespace {
 
 // Columns of x that a shrink drops at a time: 32 x 1024 x 2 bytes = 64 KB.
@@ -123,5 +122,4 @@ public:
 };
 
 }  // namespace
-}  // namespace PEFT_KERNELS_ISA
-}  // namespace peft_kernels
+}  // namespace peft_kernels::PEFT_KERNELS_ISA

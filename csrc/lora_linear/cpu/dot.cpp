@@ -7,8 +7,7 @@
 #include "matmul/cpu/dot.h"
 #include "matmul/cpu/epilogue.h"
 
-namespace peft_kernels {
-namespace PEFT_KERNELS_ISA {
+namespace peft_kernels::PEFT_KERNELS_ISA {
 namespace {
 
 // kM: rows of x that there are sums for, p.m at least.
@@ -108,5 +107,4 @@ void forward_dot(const LoraLinearForwardParams& params) {
     run_dot<16>(params);
 }
 
-}  // namespace PEFT_KERNELS_ISA
-}  // namespace peft_kernels
+}  // namespace peft_kernels::PEFT_KERNELS_ISA

@@ -7,8 +7,7 @@
 #include "matmul/cpu/epilogue.h"
 #include "matmul/cpu/interleaved.h"
 
-namespace peft_kernels {
-namespace PEFT_KERNELS_ISA {
+namespace peft_kernels::PEFT_KERNELS_ISA {
 namespace {
 
 class InterleavedForward {
@@ -99,7 +98,6 @@ private:
 
 void forward_interleaved(const LoraLinearForwardParams& params) { InterleavedForward(params).run(); }
 
-}  // namespace PEFT_KERNELS_ISA
-}  // namespace peft_kernels
+}  // namespace peft_kernels::PEFT_KERNELS_ISA
 
 #endif

@@ -4,8 +4,7 @@
 #include "common/cpu/simd.h"
 #include "lora_linear/cpu/plan.h"
 
-namespace peft_kernels {
-namespace PEFT_KERNELS_ISA {
+namespace peft_kernels::PEFT_KERNELS_ISA {
 
 void lora_linear_forward(const LoraLinearForwardParams& params) {
     switch (plan_lora_linear_cpu(problem_of(params, false, kIsa)).kernel) {
@@ -28,5 +27,4 @@ void lora_linear_backward(const LoraLinearBackwardParams& params) {
     backward_many_rows(params);
 }
 
-}  // namespace PEFT_KERNELS_ISA
-}  // namespace peft_kernels
+}  // namespace peft_kernels::PEFT_KERNELS_ISA

@@ -4,8 +4,7 @@
 
 #include "lora_linear/lora_linear.h"
 
-namespace peft_kernels {
-namespace PEFT_KERNELS_ISA {
+namespace peft_kernels::PEFT_KERNELS_ISA {
 
 void forward_tiles(const LoraLinearForwardParams& params);        // with AMX
 void forward_interleaved(const LoraLinearForwardParams& params);  // with AVX-512 and bf16
@@ -15,5 +14,4 @@ void forward_many_rows(const LoraLinearForwardParams& params);
 void backward_tiles(const LoraLinearBackwardParams& params);  // with AMX
 void backward_many_rows(const LoraLinearBackwardParams& params);
 
-}  // namespace PEFT_KERNELS_ISA
-}  // namespace peft_kernels
+}  // namespace peft_kernels::PEFT_KERNELS_ISA

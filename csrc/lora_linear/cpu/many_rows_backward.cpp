@@ -4,8 +4,7 @@
 #include "matmul/cpu/epilogue.h"
 #include "matmul/cpu/many_rows.h"
 
-namespace peft_kernels {
-namespace PEFT_KERNELS_ISA {
+namespace peft_kernels::PEFT_KERNELS_ISA {
 namespace {
 
 class ManyRowsBackward {
@@ -94,5 +93,4 @@ private:
 
 void backward_many_rows(const LoraLinearBackwardParams& params) { ManyRowsBackward(params).run(); }
 
-}  // namespace PEFT_KERNELS_ISA
-}  // namespace peft_kernels
+}  // namespace peft_kernels::PEFT_KERNELS_ISA

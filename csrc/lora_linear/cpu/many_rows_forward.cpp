@@ -5,8 +5,7 @@
 #include "matmul/cpu/epilogue.h"
 #include "matmul/cpu/many_rows.h"
 
-namespace peft_kernels {
-namespace PEFT_KERNELS_ISA {
+namespace peft_kernels::PEFT_KERNELS_ISA {
 namespace {
 
 class ManyRowsForward {
@@ -78,5 +77,4 @@ private:
 
 void forward_many_rows(const LoraLinearForwardParams& params) { ManyRowsForward(params).run(); }
 
-}  // namespace PEFT_KERNELS_ISA
-}  // namespace peft_kernels
+}  // namespace peft_kernels::PEFT_KERNELS_ISA

@@ -7,8 +7,7 @@
 #include "matmul/cpu/epilogue.h"
 #include "matmul/cpu/tiles.h"
 
-namespace peft_kernels {
-namespace PEFT_KERNELS_ISA {
+namespace peft_kernels::PEFT_KERNELS_ISA {
 namespace {
 
 class TileBackward {
@@ -22,10 +21,10 @@ public:
 
     void run() {
         Arena arena(p_.workspace);
-        branch_.lay_out(arena);
         product_.lay_out(arena);
         if (product_.has_base() && p_.weight && has_aligned_blocks(*p_.weight))
             absmax_ = arena.take<float>(p_.n * p_.k / kBlock);
+        branch_.lay_out(arena);
         scales_.lay_out(arena);
         const int64_t worker_bytes = Scratch(nullptr, *this).bytes;
         char* workers = arena.take<char>(p_.threads * worker_bytes);
@@ -130,7 +129,6 @@ private:
 
 void backward_tiles(const LoraLinearBackwardParams& params) { TileBackward(params).run(); }
 
-}  // namespace PEFT_KERNELS_ISA
-}  // namespace peft_kernels
+}  // namespace peft_kernels::PEFT_KERNELS_ISA
 
 #endif

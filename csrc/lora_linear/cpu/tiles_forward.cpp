@@ -7,8 +7,7 @@
 #include "matmul/cpu/epilogue.h"
 #include "matmul/cpu/tiles.h"
 
-namespace peft_kernels {
-namespace PEFT_KERNELS_ISA {
+namespace peft_kernels::PEFT_KERNELS_ISA {
 namespace {
 
 class TileForward {
@@ -111,7 +110,6 @@ private:
 
 void forward_tiles(const LoraLinearForwardParams& params) { TileForward(params).run(); }
 
-}  // namespace PEFT_KERNELS_ISA
-}  // namespace peft_kernels
+}  // namespace peft_kernels::PEFT_KERNELS_ISA
 
 #endif

@@ -15,8 +15,7 @@
 #include "matmul/cpu/operands.h"
 #include "matmul/cpu/plan.h"
 
-namespace peft_kernels {
-namespace PEFT_KERNELS_ISA {
+namespace peft_kernels::PEFT_KERNELS_ISA {
 namespace {
 
 constexpr int kDenseRows = 4, kDenseWeights = 4;  // rows of x and of W at a time
@@ -125,5 +124,4 @@ void dot_dense(const ConstMatrix& weight, int64_t row, int64_t k, const uint32_t
 }
 
 }  // namespace
-}  // namespace PEFT_KERNELS_ISA
-}  // namespace peft_kernels
+}  // namespace peft_kernels::PEFT_KERNELS_ISA

@@ -8,8 +8,7 @@
 #include "matmul/cpu/operands.h"
 #include "matmul/cpu/plan.h"
 
-namespace peft_kernels {
-namespace PEFT_KERNELS_ISA {
+namespace peft_kernels::PEFT_KERNELS_ISA {
 namespace {
 
 // Rows of W that are multiplied at once: 16 sums at most, and 4 at least, since each multiplication waits for the one
@@ -120,5 +119,4 @@ inline bool has_whole_blocks(const MatmulParams& params) {
 }
 
 }  // namespace
-}  // namespace PEFT_KERNELS_ISA
-}  // namespace peft_kernels
+}  // namespace peft_kernels::PEFT_KERNELS_ISA

@@ -7,8 +7,7 @@
 #include "common/cpu/workspace.h"
 #include "matmul/matmul.h"
 
-namespace peft_kernels {
-namespace PEFT_KERNELS_ISA {
+namespace peft_kernels::PEFT_KERNELS_ISA {
 namespace {
 
 // `count` elements of the bias in fp32; null where there is none.
@@ -119,5 +118,4 @@ private:
 };
 
 }  // namespace
-}  // namespace PEFT_KERNELS_ISA
-}  // namespace peft_kernels
+}  // namespace peft_kernels::PEFT_KERNELS_ISA

@@ -25,8 +25,7 @@
 #include "matmul/cpu/operands.h"
 #include "matmul/cpu/plan.h"
 
-namespace peft_kernels {
-namespace PEFT_KERNELS_ISA {
+namespace peft_kernels::PEFT_KERNELS_ISA {
 namespace {
 
 // Most rows of x that W is multiplied with from registers, four rows of it up to kWideRows, else two. The sums of
@@ -296,7 +295,6 @@ private:
 };
 
 }  // namespace
-}  // namespace PEFT_KERNELS_ISA
-}  // namespace peft_kernels
+}  // namespace peft_kernels::PEFT_KERNELS_ISA
 
 #endif

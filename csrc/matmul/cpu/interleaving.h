@@ -12,8 +12,7 @@
 #include "common/cpu/nf4_decode.h"
 #include "common/cpu/simd.h"
 
-namespace peft_kernels {
-namespace PEFT_KERNELS_ISA {
+namespace peft_kernels::PEFT_KERNELS_ISA {
 namespace {
 
 constexpr int64_t kBlock = 64;  // elements of the smallest block that has a table of its own
@@ -24,8 +23,8 @@ constexpr int kGroupVectors = 4;
 // Whether every aligned run of 64 elements of a row has one absmax and whole bytes.
 inline bool has_aligned_blocks(const Nf4Weight& w) { return w.log2_blocksize >= 6 && w.k % kBlock == 0; }
 
-// Sixteen lookups of a byte among 256 numbers, in registers: each pair of those has five of the eight bits. 0.5 cycles
-// a lookup, where loads one by one take 1 and a gather 1.6.
+// Sixteen lookups of a byte among 256 numbers, in registers: each pair of those has five of the eight bits. It takes
+// half the time of loads one by one, and a gather takes more than these.
 inline __m512 lookup_bytes(const float* numbers, __m512i bytes) {
     const auto five_bits = [&](int i) {
         const float* part = numbers + 32 * i;
@@ -131,8 +130,8 @@ public:
         return half ? _mm512_maskz_loadu_epi64(0xF, from) : _mm512_loadu_si512(from);
     }
     // Asks for a line of the codes of later rows. The kRows rows are one run of memory, each too short for the hardware
-    // to get ahead by itself. The lines are 4 KB behind them all: with 2 KB the 210 layers of SmolLM2-135M, M = 1, took
-    // 1.05 of the time on two threads, with 6 KB 0.99, with 16 KB 1.13.
+    // to get ahead by itself. The lines are 4 KB behind them all: half of that is too short for memory, and four times
+    // as much leaves the cache before it is used.
     template <int kRows>
     void prefetch(const uint8_t* codes, int64_t index, int j) const {
         __builtin_prefetch(codes + ahead_ + (index * kRows + j) * kGroup / 2);
@@ -165,7 +164,6 @@ inline void lookup_pairs(__m512i table, __m512i odd_row, const uint8_t* first, c
 }
 
 }  // namespace
-}  // namespace PEFT_KERNELS_ISA
-}  // namespace peft_kernels
+}  // namespace peft_kernels::PEFT_KERNELS_ISA
 
 #endif

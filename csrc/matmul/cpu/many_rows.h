@@ -12,8 +12,7 @@
 #include "common/cpu/partial_sums.h"
 #include "matmul/cpu/strips.h"
 
-namespace peft_kernels {
-namespace PEFT_KERNELS_ISA {
+namespace peft_kernels::PEFT_KERNELS_ISA {
 namespace {
 
 // Products of fp32 numbers that are added to one sum where they are of bf16 (see common/cpu/partial_sums.h).
@@ -147,5 +146,4 @@ private:
 };
 
 }  // namespace
-}  // namespace PEFT_KERNELS_ISA
-}  // namespace peft_kernels
+}  // namespace peft_kernels::PEFT_KERNELS_ISA

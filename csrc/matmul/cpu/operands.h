@@ -8,8 +8,7 @@
 #include "common/cpu/workspace.h"
 #include "matmul/matmul.h"
 
-namespace peft_kernels {
-namespace PEFT_KERNELS_ISA {
+namespace peft_kernels::PEFT_KERNELS_ISA {
 namespace {
 
 // ---- Arithmetic --------------------------------------------------------------------------------------------------
@@ -107,7 +106,7 @@ void decode(const Weight& w, int64_t row, int64_t column, int64_t count, DType, 
 }
 
 // The strips are decoded a cache line a row, and the rows are far apart: the hardware does not get ahead of that by
-// itself (M = 32, 4096 x 4096: a third of the decoding was waiting).
+// itself, and decoding would wait for it.
 inline void prefetch_codes(const Nf4Weight& w, int64_t element, int64_t bytes = 1) {
     for (int64_t byte = 0; byte < bytes; byte += 64) __builtin_prefetch(w.codes + element / 2 + byte);
 }
@@ -145,5 +144,4 @@ void convert_row(const T* x, const float* scale, int64_t columns, int64_t elemen
 }
 
 }  // namespace
-}  // namespace PEFT_KERNELS_ISA
-}  // namespace peft_kernels
+}  // namespace peft_kernels::PEFT_KERNELS_ISA

@@ -14,8 +14,7 @@
 #include "matmul/cpu/interleaving.h"
 #include "matmul/cpu/operands.h"
 
-namespace peft_kernels {
-namespace PEFT_KERNELS_ISA {
+namespace peft_kernels::PEFT_KERNELS_ISA {
 namespace {
 
 constexpr int64_t kBlockSteps = kBlock / kTileDepth;
@@ -127,8 +126,12 @@ inline void decode_left(const ConstMatrix& w, int64_t n0, int64_t rows, int64_t 
     }
 }
 
-// Two rows of up to 64 elements, side by side, in right panels.
-inline void interleave_rows(const BFloat16 (&natural)[2][kBlock], int64_t columns, BFloat16* out, int64_t stride) {
+// `rows` rows of W from n on, at most two of which are taken and which may be none, side by side in right panels.
+template <class Weight>
+[[gnu::noinline]] void decode_pair(const Weight& w, int64_t n, int64_t rows, int64_t k0, int64_t columns, BFloat16* out,
+                                   int64_t stride) {
+    alignas(64) BFloat16 natural[2][kBlock] = {};
+    for (int64_t i = 0; i < min_of<int64_t>(2, rows); ++i) decode(w, n + i, k0, columns, natural[i]);
     for (int64_t k = 0; k < columns; k += kPanelSide, out += stride) {
         Bf16Vector low, high;
         interleave(_mm512_load_si512(natural[0] + k), _mm512_load_si512(natural[1] + k), low, high);
@@ -146,7 +149,6 @@ inline void decode_right(const Nf4Weight& w, int64_t k0, int64_t columns, int64_
     const bool aligned = has_aligned_blocks(w) && columns % kPanelSide == 0;
     const __m512 values = _mm512_load_ps(codebook(w.quant_type));
     const __m512i odd_row = _mm512_set1_epi32(16 << 16);
-    alignas(64) BFloat16 natural[2][kBlock] = {};
     for (int64_t n = 0; n < steps * kTileDepth; n += 2) {
         BFloat16* out = panel + n / kTileDepth * kPanelStep + n % kTileDepth / 2 * kTileDepth;
         const int64_t begin = (n0 + n) * w.k + k0;
@@ -164,25 +166,18 @@ inline void decode_right(const Nf4Weight& w, int64_t k0, int64_t columns, int64_
             }
             continue;
         }
-        for (int64_t i = 0; i < 2; ++i) {
-            if (n + i < count)
-                decode(w, n0 + n + i, k0, columns, natural[i]);
-            else
-                memset(natural[i], 0, sizeof natural[i]);
-        }
-        interleave_rows(natural, columns, out, stride);
+        decode_pair(w, n0 + n, count - n, k0, columns, out, stride);
     }
 }
 inline void decode_right(const ConstMatrix& w, int64_t k0, int64_t columns, int64_t n0, int64_t count, int64_t steps,
                          const float*, BFloat16* panel, int64_t stride) {
     constexpr int64_t kAhead = 32;
     const bool whole = w.dtype == DType::kBFloat16 && columns % kPanelSide == 0;
-    alignas(64) BFloat16 natural[2][kBlock] = {};
     for (int64_t n = 0; n < steps * kTileDepth; n += 2) {
         for (int64_t i = 0; i < 2; ++i)
             for (int64_t k = 0; k < columns; k += kPanelSide) prefetch_weight(w, n0 + n + i + kAhead, k0 + k);
+        BFloat16* out = panel + n / kTileDepth * kPanelStep + n % kTileDepth / 2 * kTileDepth;
         if (whole && n + 1 < count) {
-            BFloat16* out = panel + n / kTileDepth * kPanelStep + n % kTileDepth / 2 * kTileDepth;
             for (int64_t k = 0; k < columns; k += kPanelSide, out += stride) {
                 Bf16Vector low, high;
                 interleave(_mm512_loadu_si512(row_of(w, n0 + n, k0 + k)),
@@ -192,14 +187,7 @@ inline void decode_right(const ConstMatrix& w, int64_t k0, int64_t columns, int6
             }
             continue;
         }
-        for (int64_t i = 0; i < 2; ++i) {
-            if (n + i < count)
-                decode(w, n0 + n + i, k0, columns, natural[i]);
-            else
-                memset(natural[i], 0, sizeof natural[i]);
-        }
-        interleave_rows(natural, columns, panel + n / kTileDepth * kPanelStep + n % kTileDepth / 2 * kTileDepth,
-                        stride);
+        decode_pair(w, n0 + n, count - n, k0, columns, out, stride);
     }
 }
 
@@ -263,5 +251,4 @@ inline void pack_interleaved_columns(const BFloat16* x, int64_t stride, int64_t 
 }
 
 }  // namespace
-}  // namespace PEFT_KERNELS_ISA
-}  // namespace peft_kernels
+}  // namespace peft_kernels::PEFT_KERNELS_ISA

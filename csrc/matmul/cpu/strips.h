@@ -8,8 +8,7 @@
 #include "matmul/cpu/operands.h"
 #include "matmul/cpu/plan.h"
 
-namespace peft_kernels {
-namespace PEFT_KERNELS_ISA {
+namespace peft_kernels::PEFT_KERNELS_ISA {
 namespace {
 
 // The elements of a step of 32 bits.
@@ -179,5 +178,4 @@ void decode_strips_transposed(const Weight& w, DType compute_dtype, int64_t k0, 
 }
 
 }  // namespace
-}  // namespace PEFT_KERNELS_ISA
-}  // namespace peft_kernels
+}  // namespace peft_kernels::PEFT_KERNELS_ISA

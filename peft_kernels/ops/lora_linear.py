@@ -115,7 +115,7 @@ def _check(x: Tensor, weight: Tensor | NF4Weight, bias: Tensor | None, lora_A: S
     so the texts are made only on failure.
     """
     check_product(x, weight, bias, compute_dtype, out_dtype)
-    check_adapters(lora_A=lora_A, lora_B=lora_B, scaling=scaling, dropout=dropout)
+    check_adapters(lora_A, lora_B, scaling, dropout)
     if seeds is not None and not (
         isinstance(seeds, Tensor) and seeds.dtype is torch.int64 and seeds.shape == (len(lora_A),)
     ):
@@ -126,14 +126,18 @@ def _check(x: Tensor, weight: Tensor | NF4Weight, bias: Tensor | None, lora_A: S
                 raise ValueError(f"{name}: got {len(items)} items, wanted none, since lora_A has none")
 
 
-def check_adapters(**lists: Any) -> None:
-    for name, items in lists.items():
+def check_adapters(lora_A: Any, lora_B: Any, scaling: Any, dropout: Any = ()) -> None:
+    for name, items in ("lora_A", lora_A), ("lora_B", lora_B), ("scaling", scaling), ("dropout", dropout):
         if not isinstance(items, (list, tuple)):
             bad(name, items, "a list or tuple with an item for each adapter")
-        of_tensors = name.startswith("lora_")
-        for item in items:
-            if not isinstance(item, Tensor if of_tensors else (float, int)):
-                bad(name, item, "tensors" if of_tensors else "numbers")
+    for name, tensors in ("lora_A", lora_A), ("lora_B", lora_B):
+        for tensor in tensors:
+            if not isinstance(tensor, Tensor):
+                bad(name, tensor, "tensors")
+    for name, numbers in ("scaling", scaling), ("dropout", dropout):
+        for number in numbers:
+            if not isinstance(number, (float, int)):
+                bad(name, number, "numbers")
 
 
 def _forward(x: Tensor, weight: Tensor | NF4Weight, bias: Tensor | None, lora_A: Sequence[Tensor],

@@ -53,7 +53,7 @@ def lora_linear_grouped(
             argument, what it got and what it wanted.
     """
     check_product(x, weight, bias, compute_dtype, out_dtype)
-    check_adapters(lora_A=lora_A, lora_B=lora_B, scaling=scaling)
+    check_adapters(lora_A, lora_B, scaling)
     if not isinstance(index, (list, tuple)) or not all(isinstance(i, int) for i in index):
         bad("index", index, "a list or tuple of positions in lora_A, or -1")
     if x.dim() < 2 or len(index) != x.shape[0]:

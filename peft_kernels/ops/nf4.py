@@ -191,6 +191,8 @@ class NF4Weight:
         Raises:
             ValueError: a field is of another type than it should be; it names the field.
         """
+        if not torch.compiler.is_compiling() and "_arguments" in self.__dict__:
+            return  # it has been checked before
         if not (
             isinstance(self.codes, Tensor)
             and isinstance(self.absmax, Tensor)
@@ -222,6 +224,7 @@ class NF4Weight:
         return kept
 
     def _make_arguments(self) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+        self.check_types()
         if self.quant_type not in _CODEBOOKS:
             raise ValueError(f"quant_type: got {self.quant_type!r}, wanted 'nf4' or 'fp4'")
         if self.dtype not in FLOAT_DTYPES:

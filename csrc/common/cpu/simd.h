@@ -115,6 +115,37 @@ inline float horizontal_sum(F32 v) {
     return lanes[0];
 }
 
+// The horizontal sums of up to four vectors, bit for bit, in the first lanes of one: its other lanes are zero.
+template <int kCount>
+inline F32 horizontal_sums(const F32 (&vectors)[kCount]) {
+#if defined(__AVX__)
+    if constexpr (kCount > 1) {
+        const auto folded = [&](int i) {
+            if (i >= kCount) return _mm_setzero_ps();
+#if defined(__AVX512F__)
+            const __m256 half =
+                _mm256_add_ps(_mm512_castps512_ps256(vectors[i]), _mm512_extractf32x8_ps(vectors[i], 1));
+#else
+            const __m256 half = vectors[i];
+#endif
+            return _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
+        };
+        const __m128 a = folded(0), b = folded(1), c = folded(2), d = folded(3);
+        const __m128 ab = _mm_add_ps(_mm_unpacklo_ps(a, b), _mm_unpackhi_ps(a, b));
+        const __m128 cd = _mm_add_ps(_mm_unpacklo_ps(c, d), _mm_unpackhi_ps(c, d));
+        const __m128 sums = _mm_add_ps(_mm_movelh_ps(ab, cd), _mm_movehl_ps(cd, ab));
+#if defined(__AVX512F__)
+        return _mm512_zextps128_ps512(sums);
+#else
+        return _mm256_zextps128_ps256(sums);
+#endif
+    }
+#endif
+    F32 sums{};
+    for (int i = 0; i < kCount; ++i) sums[i] = horizontal_sum(vectors[i]);
+    return sums;
+}
+
 // Whether a comparison holds in some lane.
 inline bool any(I32 comparison) {
 #if defined(__AVX512F__)

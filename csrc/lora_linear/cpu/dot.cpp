@@ -54,10 +54,10 @@ void run_dot(const LoraLinearForwardParams& p) {
             constexpr int kCount = decltype(outputs)::kValue;
             if (p.num_adapters > 0) branch.expand<kCount>(n, first, rows, sums, row_stride, stride);
             for (int64_t i = 0; i < rows; ++i) {
-                float y[kLanes] = {};
+                F32 of_row[kCount];
 #pragma GCC unroll 4
-                for (int j = 0; j < kCount; ++j) y[j] = horizontal_sum(sums[i * row_stride + j * stride]);
-                store_y(p, p.scale_n, load(y), first + i, n, kCount);
+                for (int j = 0; j < kCount; ++j) of_row[j] = sums[i * row_stride + j * stride];
+                store_y(p, p.scale_n, horizontal_sums(of_row), first + i, n, kCount);
             }
         };
         // add(n, sums) adds to sums[output][row of x].

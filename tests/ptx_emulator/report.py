@@ -25,7 +25,16 @@ def resources(source: Path, architecture: str, includes: tuple[Path, ...] = ()) 
     """What the kernels of a .cu file take of a real card, by their (mangled) names."""
     with TemporaryDirectory() as folder:
         cubin = Path(folder) / "kernels.cubin"
-        command = [find_nvcc(), "-std=c++20", f"-arch={architecture}", "-cubin", "-Xptxas=-v", "-o", str(cubin)]
+        command = [
+            find_nvcc(),
+            "-std=c++20",
+            f"-arch={architecture}",
+            "-cubin",
+            "-Xptxas=-v",
+            "-Werror=all-warnings",
+            "-o",
+            str(cubin),
+        ]
         command += [*(f"-I{path}" for path in includes), str(source)]
         text = subprocess.run(command, capture_output=True, text=True, check=True).stderr
         codes = disassemble(cubin)

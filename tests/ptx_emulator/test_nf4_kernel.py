@@ -65,7 +65,7 @@ def test_dequantize(double_quant, dtype, architecture):
 
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_86", "sm_89", "sm_90"])
 def test_plan_follows_the_card(architecture):
-    # 660 tiles: more CTAs than 82 multiprocessors hold, fewer than the others do.
+    # 660 tiles: more CTAs than 82 multiprocessors hold, 6 each, fewer than the others do.
     from ptx_emulator.ops import emulated
 
     weight = quantize_4bit(torch.randn(660 * 4096))
@@ -73,7 +73,7 @@ def test_plan_follows_the_card(architecture):
         out = weight.dequantize()
         (launch,) = launches()
     assert torch.equal(out, weight.dequantize())
-    assert launch["grid"] == (656 if architecture == "sm_86" else 660, 1, 1)
+    assert launch["grid"] == (492 if architecture == "sm_86" else 660, 1, 1)
     # Nothing but the codes and statistics is read, and every sector of the output is written whole.
     assert launch["unique_bytes_read"] == weight.codes.numel() + 4 * weight.absmax.numel()
     assert launch["global_store"]["sectors"] == launch["global_store"]["ideal_sectors"]
@@ -114,15 +114,17 @@ def test_traffic_of_quantisation(blocksize, dtype):
     assert wavefronts == ideal_wavefronts > 0
 
 
-@pytest.mark.parametrize("architecture", ["sm_80", "sm_86", "sm_89", "sm_90"])
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_110", "sm_120"])
 def test_registers(architecture):
     kernels = report.resources(CSRC / "nf4/cuda/launch.cu", architecture, includes=(CSRC,))
     assert len(kernels) == 9
     for kernel, used in kernels.items():
-        assert used.spill_bytes == used.stack_bytes == 0
+        # On sm_120, two registers of an instance are kept in memory, which only codes at odd addresses take.
+        spilt = architecture == "sm_120" and "13__nv_bfloat16Lb0E" in kernel
+        assert used.spill_bytes == 2 * used.stack_bytes == 16 * spilt
         # The plan of dequantisation counts on as many threads as a multiprocessor takes, 2048 or 1536.
         if "dequantize" in kernel:
-            assert used.registers <= (32 if architecture in ("sm_80", "sm_90") else 40)
+            assert used.registers <= (32 if architecture in ("sm_80", "sm_90", "sm_100") else 40)
 
 
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_90"])

@@ -103,9 +103,9 @@ __device__ inline void round_to_weight_dtype(DType dtype, float (&values)[kCount
     }
 }
 
-// The plan counts on as many threads as a multiprocessor takes: at most 32 registers each, or 40 on sm_86 and sm_89.
-#if defined(__CUDA_ARCH__) && (__CUDA_ARCH__ == 860 || __CUDA_ARCH__ == 890)
-constexpr int kResidentThreads = 1536;
+// The plan counts on as many threads as a multiprocessor takes: at most 32 registers each, or 40 where it takes fewer.
+#if defined(__CUDA_ARCH__)
+constexpr int kResidentThreads = resident_threads(__CUDA_ARCH__ / 10);
 #else
 constexpr int kResidentThreads = 2048;
 #endif

@@ -6,6 +6,7 @@
 //   __half         yes                                         yes                                  yes
 #include <cuda_runtime.h>
 
+#include "common/cuda/device.h"
 #include "common/cuda/launch.cuh"
 #include "common/nf4_codebook.h"
 #include "nf4/cuda/dequantize_kernel.cuh"
@@ -16,14 +17,12 @@
 namespace peft_kernels::cuda {
 
 int nf4_dequantize(const Nf4DequantizeParams& params, void* stream) {
-    int device = 0, multiprocessors = 0;
-    cudaError_t error = cudaGetDevice(&device);
-    if (error == cudaSuccess) error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
-    if (error != cudaSuccess) return error;
+    DeviceProperties device{};
+    if (const int error = query_device(device)) return error;
 
     const Nf4DequantizePlan plan =
         plan_nf4_dequantize(params.count, size_of(params.out_dtype),
-                            reinterpret_cast<uint64_t>(params.weight.codes) + params.first / 2, multiprocessors);
+                            reinterpret_cast<uint64_t>(params.weight.codes) + params.first / 2, device);
     Nf4DequantizeKernelParams kernel_params{params.weight, params.first, params.count, params.out, plan.tiles, {}};
     for (int code = 0; code < 16; ++code) kernel_params.codebook[code] = codebook(params.weight.quant_type)[code];
 

@@ -65,8 +65,9 @@ __device__ inline int find_rank(const float* bounds, float value) {
     return rank;
 }
 
+// Without the bound of one CTA on a multiprocessor, ptxas spills on sm_120.
 template <class T>
-__global__ void __launch_bounds__(Nf4QuantizeTile::kThreads)
+__global__ void __launch_bounds__(Nf4QuantizeTile::kThreads, 1)
     nf4_quantize_kernel(const __grid_constant__ Nf4QuantizeKernelParams params) {
     using Tile = Nf4QuantizeTile;
     __shared__ float bounds[15];

@@ -1,5 +1,6 @@
 """The kernels of rms_norm, glu and dropout: what a launch fetches, sectors, banks, registers, order of blocks."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ from comparison import DTYPES, short
 import ptx_emulator
 from peft_kernels.ops import dropout, glu, rms_norm
 from ptx_emulator import report
+from ptx_emulator.build import compile_to_ptx
 
 # How many matrices the kernels of a forward and of a backward read and write.
 FAMILIES = {"rms_norm": ((1, 1), (2, 1)), "glu": ((2, 1), (3, 2)), "dropout": ((1, 1), (1, 1))}
@@ -80,3 +82,9 @@ def test_registers(family, architecture):
     for kernel, used in kernels.items():
         assert used.spill_bytes == used.stack_bytes == 0, kernel
         assert used.registers <= 128, kernel  # 512 threads
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_divides_no_integers(family):
+    ptx = compile_to_ptx(CSRC / family / "cuda/launch.cu", "sm_80", includes=(CSRC,))
+    assert re.findall(r"\b(?:div|rem)\.[su]\d+", ptx) == []

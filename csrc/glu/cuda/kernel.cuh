@@ -14,15 +14,15 @@ namespace peft_kernels::cuda {
 
 constexpr int kGluThreads = 256;
 
-// Where a thread's four columns are.
+// Where a thread's four columns are. Blocks are two-dimensional, because to divide an index by the number of columns
+// would take longer than everything else.
 struct GluFour {
     int64_t row, column;
     int count;  // that exist; none past the last row
 
     __device__ explicit GluFour(const GluParams& p) {
-        const int64_t fours = ceil_div(p.n, 4), i = int64_t{blockIdx.x} * kGluThreads + threadIdx.x;
-        row = i / fours;
-        column = i % fours * 4;
+        row = int64_t{blockIdx.x} * blockDim.y + threadIdx.y;
+        column = 4 * ((int64_t{blockIdx.z} * gridDim.y + blockIdx.y) * blockDim.x + threadIdx.x);
         count = row < p.m ? count_four(column, p.n) : 0;
     }
 };

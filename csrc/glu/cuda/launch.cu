@@ -1,6 +1,8 @@
 // The launch of the glu kernels.
 #include <cuda_runtime.h>
 
+#include <algorithm>
+
 #include "common/arithmetic.h"
 #include "common/cuda/launch.cuh"
 #include "glu/cuda/kernel.cuh"
@@ -8,18 +10,23 @@
 namespace peft_kernels::cuda {
 namespace {
 
-unsigned grid_of(const GluParams& params) {
-    return static_cast<unsigned>(ceil_div(params.m * ceil_div(params.n, 4), kGluThreads));
+// A block has several rows of few columns, or a part of one row.
+template <class Params>
+int launch(void (*kernel)(Params), const Params& params, void* stream) {
+    const int64_t fours = ceil_div(params.n, 4), parts = ceil_div(fours, kGluThreads);
+    const int64_t width = parts == 1 ? fours : round_up(ceil_div(fours, parts), 32), height = kGluThreads / width;
+    const int64_t column_blocks = ceil_div(fours, width), grid_y = std::min<int64_t>(column_blocks, 65535);
+    const auto size = [](int64_t x, int64_t y, int64_t z) {
+        return dim3(static_cast<unsigned>(x), static_cast<unsigned>(y), static_cast<unsigned>(z));
+    };
+    return launch_kernel(kernel, size(ceil_div(params.m, height), grid_y, ceil_div(column_blocks, grid_y)),
+                         size(width, height, 1), 0, params, stream);
 }
 
 }  // namespace
 
-int glu_forward(const GluForwardParams& params, void* stream) {
-    return launch_kernel(&glu_forward_kernel, grid_of(params), kGluThreads, 0, params, stream);
-}
+int glu_forward(const GluForwardParams& params, void* stream) { return launch(&glu_forward_kernel, params, stream); }
 
-int glu_backward(const GluBackwardParams& params, void* stream) {
-    return launch_kernel(&glu_backward_kernel, grid_of(params), kGluThreads, 0, params, stream);
-}
+int glu_backward(const GluBackwardParams& params, void* stream) { return launch(&glu_backward_kernel, params, stream); }
 
 }  // namespace peft_kernels::cuda

@@ -61,7 +61,7 @@ void forward_on_cuda(const LoraGroupedParams& p, const Integers& index, int64_t 
         run.add = {run.y.data, run.y.dtype, run.y.stride};
         Tensor s = empty(x, {run.m, run.total_rank}, ScalarType::Float);
         run.s = static_cast<float*>(s.mutable_data_ptr());
-        LoraLinearOnCuda(run, x).forward(run, x, y, s);
+        LoraLinearOnCuda(run, x).forward(run, x, std::nullopt, y, s);
     }
 }
 #endif

@@ -75,7 +75,7 @@ Result forward(const Tensor& given_x, const Tensors& given_weight, const Integer
     if (runs_on_cuda(x)) {
         check_no_dense(params);
         Tensor y_rows = as_rows(y, "y");
-        LoraLinearOnCuda(params, x).forward(params, x, y_rows, s);
+        LoraLinearOnCuda(params, x).forward(params, x, bias, y_rows, s);
         return result();
     }
 #endif

@@ -3,8 +3,10 @@
 from pathlib import Path
 
 import pytest
+import tolerances
 import torch
-from lora_linear_cases import make_case, run
+from comparison import assert_close
+from lora_linear_cases import expected, make_case, run
 
 import ptx_emulator
 from peft_kernels.ops import lora_linear
@@ -93,6 +95,17 @@ def test_launches_of_a_training_step(emulated, adapter_dtype):
     assert forward == ["lora_shrink", "lora_expand", "nf4_dequantize"]  # and the product
     assert backward == ["lora_dy_pass", "lora_x_pass", "nf4_dequantize", "sum_parts"]  # and the product
     assert len(forward) + 1 <= 4 and len(forward) + 1 + len(backward) + 1 <= 9
+
+
+@pytest.mark.parametrize(
+    ("m", "kernel"), [(4, "matmul_few_rows"), (40, "matmul_many_rows"), (1100, "nf4_dequantize")], ids=str
+)
+def test_bias_alone_takes_no_pass(emulated, m, kernel):
+    case = make_case(m, 128, 128, (), torch.bfloat16)
+    emulated()
+    y = lora_linear(case.x, case.weight, case.bias, [], [], [])
+    assert names(emulated()) == [kernel]
+    assert_close(y, expected(case)["y"], tolerances.product(torch.bfloat16, torch.bfloat16))
 
 
 @pytest.mark.parametrize("card", ["sm_80", "sm_89", "sm_90"])

@@ -27,7 +27,8 @@ public:
         ranks_.groups = std::max(groups, 1);
     }
 
-    void forward(const LoraLinearForwardParams& p, const Tensor& x, Tensor& y, Tensor& s) {
+    void forward(const LoraLinearForwardParams& p, const Tensor& x, const std::optional<Tensor>& bias, Tensor& y,
+                 Tensor& s) {
         if (p.k == 0) {
             branches_.clear();
             if (p.total_rank > 0) torch::stable::zero_(s);
@@ -55,6 +56,9 @@ public:
         }
 
         const bool accumulates = has_base && p.y.dtype == p.compute_dtype;
+        // Torch's product adds a bias in its epilogue. With no adapter, the expand would be a pass for that alone.
+        if (accumulates && bias && branches_.empty() && !p.add.data)
+            return multiply(plan.base, converted, in_compute_dtype(*bias), y, false);
         Tensor base;
         ExpandParams expand{};
         expand.plan = plan.expand;

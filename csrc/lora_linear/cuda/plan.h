@@ -58,7 +58,7 @@ constexpr LoraLinearProblem kTrainingProblem{
     {false, 4096, 4096, 4096, DType::kBFloat16, true, false, nullptr}, 16, {1, 1}, DType::kBFloat16, DType::kBFloat16};
 static_assert(plan_lora_linear_cuda(kTrainingProblem, kA100, default_crossover(80)).base.kind == MatmulKind::kLibrary);
 static_assert(plan_lora_linear_cuda(kTrainingProblem, kA100, {4096, 0}).base.kind == MatmulKind::kFused);
-// 32 MB in an L2 of 40: two panels.
-static_assert(plan_lora_linear_cuda(kTrainingProblem, kA100, default_crossover(80)).base.panel_rows == 2048);
+// 32 MB in an L2 of 40: two panels, of 3 waves and of 2.
+static_assert(plan_lora_linear_cuda(kTrainingProblem, kA100, default_crossover(80)).base.panel_rows == 2560);
 
 }  // namespace peft_kernels

@@ -1,6 +1,6 @@
 // The product with a frozen weight on a GPU, for the bindings of every family that has one: its launches and memory.
 //
-// The product of many rows is torch's own: a panel of the weight is dequantised into memory that stays in the L2, and
+// The product of many rows is torch's own: the weight, or a panel of it that stays in the L2, is dequantised and
 // multiplied. It is called here, not in Python, so that an op means the same on every device: whoever calls it, traces
 // it or compiles it sees one op. The stable ABI passes no Scalar, so addmm cannot be called; linear with a matrix for
 // its bias is the same product, with beta = 1.

@@ -58,17 +58,35 @@ struct MatmulPlan {
     int64_t panel_rows;  // of the weight, dequantised at a time
 };
 
+// Rows of a panel of the weight: all of them, or as many as half of the L2 holds between their two uses. That saves the
+// product a tenth of its time at most, so panels may not cost more waves of its tiles than that. The library's tiles
+// are taken to be 128 x 256. Each panel of a backward rounds dx once more: with two, the roundings are still no more
+// than stock's, which rounds the branch, the base product and their sum.
+constexpr int64_t plan_panel_rows(const MatmulProblem& p, const DeviceProperties& device) {
+    constexpr int64_t kTileRows = 128, kStep = 256;
+    const int64_t row_bytes = p.k * size_of(p.compute), resident_bytes = device.l2_bytes / 2;
+    if (p.n * row_bytes <= resident_bytes) return p.n;
+    const int64_t most = round_down(resident_bytes / row_bytes, kStep);
+    if (p.backward) {
+        const int64_t half = round_up(ceil_div(p.n, 2), kStep);
+        return half <= most ? half : p.n;
+    }
+    const auto waves_of = [&](int64_t columns) {
+        return ceil_div(ceil_div(p.m, kTileRows) * ceil_div(columns, kStep), device.multiprocessors);
+    };
+    int64_t best = p.n, least = waves_of(p.n) * 11 / 10;
+    for (int64_t rows = kStep; rows <= most && rows < p.n; rows += kStep) {
+        const int64_t waves = p.n / rows * waves_of(rows) + waves_of(p.n % rows);
+        if (waves <= least) best = rows, least = waves;
+    }
+    return best;
+}
+
 constexpr MatmulPlan plan_matmul(const MatmulProblem& p, const DeviceProperties& device, const Crossover& crossover) {
     if (!p.is_wanted) return {MatmulKind::kNone, 0};
     if (p.is_dense) return {MatmulKind::kLibrary, p.n};
     const bool is_fused = !p.refusal && p.m <= (p.backward ? crossover.backward : crossover.forward);
-    // Half of the L2 holds a panel between its two uses. Each panel of a backward rounds dx once more: with two, the
-    // roundings are still no more than stock's, which rounds the branch, the base product and their sum.
-    int64_t panels = ceil_div(p.n * p.k * size_of(p.compute), device.l2_bytes / 2 + 1);
-    panels = clamp(panels, 1, p.backward ? 2 : panels);
-    // So that panels begin at whole words of codes.
-    const int64_t panel_rows = ceil_div(ceil_div(p.n, panels), 8) * 8;
-    return {is_fused ? MatmulKind::kFused : MatmulKind::kLibrary, panel_rows};
+    return {is_fused ? MatmulKind::kFused : MatmulKind::kLibrary, plan_panel_rows(p, device)};
 }
 
 // ---- one line, for PEFT_KERNELS_PRINT_PLANS -------------------------------------------------------------------------
@@ -96,6 +114,21 @@ inline std::string describe(const MatmulProblem& p, const MatmulPlan& plan, cons
     return "base library, " + counted(ceil_div(p.n, plan.panel_rows), "panel") + " of " +
            std::to_string(plan.panel_rows) + " rows (" + (p.refusal ? p.refusal : "more rows than the crossover") + ")";
 }
+
+constexpr DeviceProperties kH100{90, 132, 227 << 10, 50 << 20};
+constexpr int64_t panel_rows_of(int64_t m, int64_t n, int64_t k, const DeviceProperties& device, bool backward) {
+    return plan_panel_rows({backward, m, n, k, DType::kBFloat16, true, false, nullptr}, device);
+}
+// 32 MB: 3 and 1 waves, 4 at once. 117 MB of long rows: 6 waves to 4; of short ones: 14 to 14. 470 MB: not worth it.
+static_assert(panel_rows_of(4096, 4096, 4096, kH100, false) == 3072);
+static_assert(panel_rows_of(4096, 4096, 14336, kH100, false) == 4096);
+static_assert(panel_rows_of(4096, 14336, 4096, kH100, false) == 3072);
+static_assert(panel_rows_of(4096, 8192, 28672, kH100, false) == 8192);
+static_assert(panel_rows_of(4096, 8192, 28672, kA100, false) == 8192);
+// Few rows leave multiprocessors idle as it is.
+static_assert(panel_rows_of(512, 4096, 4096, kH100, false) == 4096);
+static_assert(panel_rows_of(4096, 4096, 4096, kH100, true) == 2048);
+static_assert(panel_rows_of(4096, 4096, 14336, kH100, true) == 4096);
 
 static_assert(default_crossover(120).forward == default_crossover(90).forward);
 

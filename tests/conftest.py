@@ -29,7 +29,9 @@ def pytest_addoption(parser):
     parser.addoption(
         "--hardware", action="store_true", help="the emulator's tests of instructions on a CUDA device too"
     )
-    parser.addoption("--card", default="sm_80", help="what the emulator plays: sm_80, sm_86, sm_89 or sm_90")
+    parser.addoption(
+        "--card", default="sm_80", help="what the emulator plays: sm_80, sm_86, sm_89, sm_90, sm_100 or sm_120"
+    )
     parser.addoption("--schedule", type=int, default=0, help="a seed for the order of its warps and blocks")
 
 

@@ -105,6 +105,22 @@ def test_plans_follow_the_threshold(capfd, monkeypatch):
     assert "base library, 1 panel of 64 rows (more rows than the crossover)" in first and "base fused" in second
 
 
+@pytest.mark.skipif(bool(ptx_emulator.missing()), reason=str(ptx_emulator.missing()))
+@pytest.mark.parametrize(("card", "other", "fused"), [("sm_100", "sm_90", 160), ("sm_120", "sm_89", 896)])
+def test_plans_say_whose_threshold_a_card_has(capfd, monkeypatch, card, other, fused):
+    from ptx_emulator.ops import emulated
+
+    monkeypatch.setenv("PEFT_KERNELS_PRINT_PLANS", "1")
+    case = make_case(fused + 1, 24, 64, (), torch.bfloat16)
+    with ptx_emulator.profile(card), emulated() as launches:
+        for m, kernel in ((fused, "matmul_many_rows"), (fused + 1, "nf4_dequantize")):
+            lora_linear(case.x[:m], case.weight)
+            assert kernel in launches()[-1]["kernel"]
+    first, second = capfd.readouterr().err.splitlines()
+    assert f"each, the crossover is that of {other}, because" in first
+    assert f"more rows than the crossover, the crossover is that of {other}, because" in second
+
+
 def test_devices(monkeypatch):
     assert cuda.why_not(torch.device("cpu")) is None
     assert cuda.why_not(torch.device("meta")) == "no fused kernel for meta"

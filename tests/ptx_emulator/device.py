@@ -170,7 +170,7 @@ def failing(*functions: str):
 
 @contextmanager
 def profile(name: str):
-    """The card that the device plays: sm_80, sm_86, sm_89 or sm_90."""
+    """The card that the device plays: sm_80, sm_86, sm_89, sm_90, sm_100 or sm_120."""
     before = native().profile()
     _call(native().set_profile, name)
     try:

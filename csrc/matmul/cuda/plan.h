@@ -16,6 +16,7 @@ namespace peft_kernels {
 // 2.5 n k bytes.
 struct Crossover {
     int64_t forward, backward;
+    const char* stand_in = nullptr;  // for a card with no estimate of its own: whose it has instead, and why
 };
 
 // Of cards that were not tuned, by compute capability: estimates for 4096 x 4096 in bf16 from published rates, not
@@ -29,6 +30,8 @@ constexpr CardCrossover kCrossovers[] = {
     {86, {512, 512}},  // 3090: tensor cores so slow that decoding hides beside them, but dequantising is slow too
     {89, {896, 896}},  // 4090: the same, with more of both and no more bandwidth
     {90, {160, 160}},  // H100: the library has wgmma, which the fused product has not
+    {100, {160, 160, "of sm_90, because the library has instructions for wide tiles, which the fused product has not"}},
+    {120, {896, 896, "of sm_89, because the library has no instructions that the fused product has not"}},
 };
 
 constexpr Crossover default_crossover(int compute_capability) {
@@ -55,7 +58,8 @@ struct MatmulProblem {
 
 struct MatmulPlan {
     MatmulKind kind;
-    int64_t panel_rows;  // of the weight, dequantised at a time
+    int64_t panel_rows;              // of the weight, dequantised at a time
+    const char* stand_in = nullptr;  // of the crossover that was asked
 };
 
 // Rows of a panel of the weight: all of them, or as many as half of the L2 holds between their two uses. That saves the
@@ -86,7 +90,8 @@ constexpr MatmulPlan plan_matmul(const MatmulProblem& p, const DeviceProperties&
     if (!p.is_wanted) return {MatmulKind::kNone, 0};
     if (p.is_dense) return {MatmulKind::kLibrary, p.n};
     const bool is_fused = !p.refusal && p.m <= (p.backward ? crossover.backward : crossover.forward);
-    return {is_fused ? MatmulKind::kFused : MatmulKind::kLibrary, plan_panel_rows(p, device)};
+    return {is_fused ? MatmulKind::kFused : MatmulKind::kLibrary, plan_panel_rows(p, device),
+            p.refusal ? nullptr : crossover.stand_in};
 }
 
 // ---- one line, for PEFT_KERNELS_PRINT_PLANS -------------------------------------------------------------------------
@@ -103,16 +108,18 @@ inline std::string describe(const MatmulProblem& p, const MatmulPlan& plan, cons
     const auto counted = [](int64_t count, const std::string& what) {
         return std::to_string(count) + " " + what + (count == 1 ? "" : "s");
     };
+    const std::string stand_in = plan.stand_in ? std::string(", the crossover is that ") + plan.stand_in : "";
     if (plan.kind == MatmulKind::kNone) return "base none";
     if (plan.kind == MatmulKind::kFused) {
         const FusedMatmulPlan gemm = p.backward ? plan_fused_matmul(p.m, p.k, p.n, true, device)
                                                 : plan_fused_matmul(p.m, p.n, p.k, false, device);
         return "base fused, " + counted(gemm.tiles, "tile") + " of " + std::to_string(gemm.tile_m) + " rows, " +
-               counted(gemm.splits, "CTA") + " each";
+               counted(gemm.splits, "CTA") + " each" + stand_in;
     }
     if (p.is_dense) return "base library (the weight is dense)";
     return "base library, " + counted(ceil_div(p.n, plan.panel_rows), "panel") + " of " +
-           std::to_string(plan.panel_rows) + " rows (" + (p.refusal ? p.refusal : "more rows than the crossover") + ")";
+           std::to_string(plan.panel_rows) + " rows (" + (p.refusal ? p.refusal : "more rows than the crossover") +
+           stand_in + ")";
 }
 
 constexpr DeviceProperties kH100{90, 132, 227 << 10, 50 << 20};
@@ -130,6 +137,9 @@ static_assert(panel_rows_of(512, 4096, 4096, kH100, false) == 4096);
 static_assert(panel_rows_of(4096, 4096, 4096, kH100, true) == 2048);
 static_assert(panel_rows_of(4096, 4096, 14336, kH100, true) == 4096);
 
-static_assert(default_crossover(120).forward == default_crossover(90).forward);
+// A capability between two of the table has the lower one's.
+static_assert(default_crossover(87).forward == 512 && !default_crossover(87).stand_in);
+static_assert(default_crossover(103).forward == default_crossover(90).forward && default_crossover(103).stand_in);
+static_assert(default_crossover(121).forward == default_crossover(89).forward && default_crossover(121).stand_in);
 
 }  // namespace peft_kernels

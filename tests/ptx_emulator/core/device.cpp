@@ -8,10 +8,12 @@ namespace ptx_emulator {
 namespace {
 
 constexpr DeviceProfile kProfiles[] = {
-    {"sm_80", 8, 0, 108, 163 * 1024, 164 * 1024, 40 << 20, 2048, 32},  // A100
-    {"sm_86", 8, 6, 82, 99 * 1024, 100 * 1024, 6 << 20, 1536, 16},     // GeForce RTX 3090
-    {"sm_89", 8, 9, 128, 99 * 1024, 100 * 1024, 72 << 20, 1536, 24},   // GeForce RTX 4090
-    {"sm_90", 9, 0, 132, 227 * 1024, 228 * 1024, 50 << 20, 2048, 32},  // H100
+    {"sm_80", 8, 0, 108, 163 * 1024, 164 * 1024, 40 << 20, 2048, 32},     // A100
+    {"sm_86", 8, 6, 82, 99 * 1024, 100 * 1024, 6 << 20, 1536, 16},        // GeForce RTX 3090
+    {"sm_89", 8, 9, 128, 99 * 1024, 100 * 1024, 72 << 20, 1536, 24},      // GeForce RTX 4090
+    {"sm_90", 9, 0, 132, 227 * 1024, 228 * 1024, 50 << 20, 2048, 32},     // H100
+    {"sm_100", 10, 0, 148, 227 * 1024, 228 * 1024, 126 << 20, 2048, 32},  // B200
+    {"sm_120", 12, 0, 170, 99 * 1024, 100 * 1024, 96 << 20, 1536, 24},    // GeForce RTX 5090
 };
 
 // Instructions that a block may run before others get their turn: enough for any block that does not wait for another.
@@ -22,7 +24,7 @@ constexpr uint64_t kBlockTurn = uint64_t{1} << 20;
 const DeviceProfile& profile_named(const std::string& name) {
     for (const DeviceProfile& profile : kProfiles)
         if (name == profile.name) return profile;
-    throw EmulatorError("device profile: got '" + name + "', wanted sm_80, sm_86, sm_89 or sm_90");
+    throw EmulatorError("device profile: got '" + name + "', wanted sm_80, sm_86, sm_89, sm_90, sm_100 or sm_120");
 }
 
 std::vector<std::string> profile_names() {

@@ -17,6 +17,12 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 export HF_HUB_OFFLINE := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
+# Without a visible card a build has code for every architecture, which takes long, and none of which would run here.
+ifndef TORCH_CUDA_ARCH_LIST
+CARDS := $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | grep '^[0-9]')
+export TORCH_CUDA_ARCH_LIST := $(if $(CARDS),,8.0+PTX)
+endif
+
 .DEFAULT_GOAL := help
 .PHONY: help demo demo-adapters test test-avx2 test-asan test-amx test-gpu bench lint format clean
 

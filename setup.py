@@ -1,7 +1,8 @@
 """Builds `peft_kernels._C` with CMake and Ninja. Metadata lives in pyproject.toml.
 
 Environment: PEFT_KERNELS_CUDA=0/1 leaves out or demands the CUDA kernels (by default they are built when nvcc is
-found); TORCH_CUDA_ARCH_LIST names the architectures; PEFT_KERNELS_SANITIZE names sanitizers;
+found); TORCH_CUDA_ARCH_LIST names the architectures (by default those of the visible cards, or without a card every one
+that nvcc knows); PEFT_KERNELS_SANITIZE names sanitizers;
 PEFT_KERNELS_EMULATE_AMX=1 runs the kernels for AMX in software, for tests on a processor without it.
 """
 
@@ -41,8 +42,8 @@ def find_nvcc() -> str | None:
     return None
 
 
-def cuda_architectures() -> str:
-    """CMAKE_CUDA_ARCHITECTURES from TORCH_CUDA_ARCH_LIST, else of the visible cards, else sm_80 and its PTX."""
+def cuda_architectures(nvcc: str) -> str:
+    """CMAKE_CUDA_ARCHITECTURES from TORCH_CUDA_ARCH_LIST, else of the visible cards, else for every card of nvcc's."""
     names = re.split("[; ,]+", os.environ.get("TORCH_CUDA_ARCH_LIST", "").strip())
     architectures = []
     for name in filter(None, names):
@@ -53,7 +54,20 @@ def cuda_architectures() -> str:
         architectures.append(f"{major}{minor}{variant}" + ("" if ptx else "-real"))
     if not architectures:
         architectures = [f"{capability.replace('.', '')}-real" for capability in visible_cards()]
-    return ";".join(architectures or ["80"])
+    return ";".join(architectures or every_architecture(nvcc))
+
+
+def every_architecture(nvcc: str) -> list[str]:
+    """Code for every card that nvcc knows from sm_80 on, and PTX for later ones.
+
+    Code for an architecture runs on later ones of the same major number. sm_86 is there beside sm_80, because the many
+    cards of sm_86 and sm_89 have fewer threads and less shared memory on a multiprocessor.
+    """
+    listed = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True, check=True).stdout
+    known = sorted({int(number) for number in re.findall(r"\bsm_(\d+)\b", listed)})
+    first = {number // 10: number for number in reversed(known) if number >= 80}
+    *others, last = sorted({*first.values(), 86} & {*known})
+    return [*(f"{number}-real" for number in others), str(last)]
 
 
 def visible_cards() -> list[str]:
@@ -105,7 +119,7 @@ def cuda_options(nvcc: str) -> dict[str, str]:
     return {
         "PEFT_KERNELS_WITH_CUDA": "ON",
         "CMAKE_CUDA_COMPILER": nvcc,
-        "CMAKE_CUDA_ARCHITECTURES": cuda_architectures(),
+        "CMAKE_CUDA_ARCHITECTURES": cuda_architectures(nvcc),
         "CMAKE_CUDA_FLAGS": f"-L{library}" if in_wheel else "",
     }
 

@@ -2,12 +2,15 @@
 
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
+from ptx_emulator.build import ROOT
 from torch.utils.cpp_extension import include_paths
 
 import peft_kernels
@@ -67,6 +70,71 @@ def test_cuda_stream_symbol_is_weak():
     """A strong reference would keep the module from loading on a torch without CUDA."""
     stream = [weak for symbol, weak in undefined_symbols() if symbol == "aoti_torch_get_current_cuda_stream"]
     assert stream == ([True] if _extension.build_info["cuda"] else [])
+
+
+@pytest.fixture
+def card(tmp_path, monkeypatch):
+    """A machine with the card of a compute capability, or with none, whose nvcc knows of what its list names."""
+
+    def play(capability, listed=""):
+        for name, text in (("nvidia-smi", capability), ("nvcc", listed)):
+            program = tmp_path / name
+            program.write_text(f"#!/bin/sh\necho '{text}'\n" if text else "#!/bin/sh\nexit 6\n")
+            program.chmod(0o755)
+        return str(tmp_path / "nvcc")
+
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    for name in ("TORCH_CUDA_ARCH_LIST", "MAKEFLAGS"):  # which `make test` passes on
+        monkeypatch.delenv(name, raising=False)
+    return play
+
+
+def cuda_architectures(nvcc):
+    with mock.patch("setuptools.setup"):
+        return runpy.run_path(ROOT / "setup.py")["cuda_architectures"](nvcc)
+
+
+NVCC_12_8 = "sm_50 sm_75 sm_80 sm_86 sm_87 sm_89 sm_90 sm_100 sm_101 sm_120"
+NVCC_13_0 = "sm_75 sm_80 sm_86 sm_87 sm_88 sm_89 sm_90 sm_100 sm_110 sm_103 sm_120 sm_121"
+
+
+@pytest.mark.parametrize(
+    ("listed", "wanted"),
+    [
+        ("sm_70 sm_80", "80"),
+        (NVCC_12_8, "80-real;86-real;90-real;100-real;120"),
+        (NVCC_13_0, "80-real;86-real;90-real;100-real;110-real;120"),
+    ],
+    ids=["11.0", "12.8", "13.0"],
+)
+def test_without_a_card_there_is_code_for_every_major_number(card, listed, wanted):
+    assert cuda_architectures(card("", listed.replace(" ", "\n"))) == wanted
+
+
+def test_cards_and_names_come_first(card, monkeypatch):
+    nvcc = card("8.9", NVCC_13_0)
+    assert cuda_architectures(nvcc) == "89-real"
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "")
+    assert cuda_architectures(nvcc) == "89-real"
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.0;9.0a+PTX")
+    assert cuda_architectures(nvcc) == "80-real;90a"
+
+
+@pytest.mark.skipif(not shutil.which("make"), reason="needs make")
+def test_make_compiles_for_one_architecture(card, monkeypatch):
+    """Those who run the tests or the demo without a card shall not wait for code that cannot run there."""
+
+    def exported():
+        command = ["make", "--silent", "-C", ROOT, "--eval=show: ; @printenv TORCH_CUDA_ARCH_LIST", "show"]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    card("")
+    assert exported() == "8.0+PTX"
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "9.0")
+    assert exported() == "9.0"
+    monkeypatch.delenv("TORCH_CUDA_ARCH_LIST")
+    card("8.9")
+    assert exported() == ""
 
 
 def dynamic_section():

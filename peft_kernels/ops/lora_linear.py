@@ -127,17 +127,17 @@ def _check(x: Tensor, weight: Tensor | NF4Weight, bias: Tensor | None, lora_A: S
 
 
 def check_adapters(lora_A: Any, lora_B: Any, scaling: Any, dropout: Any = ()) -> None:
-    for name, items in ("lora_A", lora_A), ("lora_B", lora_B), ("scaling", scaling), ("dropout", dropout):
+    for name, items, kind, wanted in (
+        ("lora_A", lora_A, Tensor, "tensors"),
+        ("lora_B", lora_B, Tensor, "tensors"),
+        ("scaling", scaling, (float, int), "numbers"),
+        ("dropout", dropout, (float, int), "numbers"),
+    ):
         if not isinstance(items, (list, tuple)):
             bad(name, items, "a list or tuple with an item for each adapter")
-    for name, tensors in ("lora_A", lora_A), ("lora_B", lora_B):
-        for tensor in tensors:
-            if not isinstance(tensor, Tensor):
-                bad(name, tensor, "tensors")
-    for name, numbers in ("scaling", scaling), ("dropout", dropout):
-        for number in numbers:
-            if not isinstance(number, (float, int)):
-                bad(name, number, "numbers")
+        for item in items:
+            if not isinstance(item, kind):
+                bad(name, item, wanted)
 
 
 def _forward(x: Tensor, weight: Tensor | NF4Weight, bias: Tensor | None, lora_A: Sequence[Tensor],

@@ -3,7 +3,7 @@
 import importlib
 from typing import TYPE_CHECKING
 
-from . import _extension, adapters, nn, tuned  # noqa: F401  (_extension registers the ops, or says why it cannot)
+from . import _extension, adapters, choices, nn  # noqa: F401  (_extension registers the ops, or says why it cannot)
 from .adapters import (
     adapter_rows,
     freeze_adapters,
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from .integrations.peft.ia3 import merge_ia3
     from .integrations.transformers.prefix import attach_prefix, detach_prefix
 
-tuned.apply()
+choices.apply()
 
 # What needs transformers, or PEFT, is imported when it is asked for.
 _OPTIONAL = {"attach_prefix": "transformers.prefix", "detach_prefix": "transformers.prefix", "merge_ia3": "peft.ia3"}

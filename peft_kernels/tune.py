@@ -1,115 +1,119 @@
-"""Measures on this machine's cards where the library's product overtakes the fused one: python -m peft_kernels.tune
+"""Times linear layers of given shapes against stock, as `accelerate` does for a model: python -m peft_kernels.tune
 
-The result goes to a file (see tuned.py) that every later import reads.
+What it finds goes into the file that every later `accelerate` reads (see choices.py).
 """
 
 from __future__ import annotations
 
 import argparse
-import statistics
+import importlib.util
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from rich.console import Console
+from torch import Tensor, nn
 
-from . import _extension, tuned
+from . import choices
 from .cuda import why_not
-from .ops import NF4Weight, lora_linear, quantize_4bit
+from .integrations import LayerReport, Report, accelerate
+from .integrations.measuring import SECONDS, measure, name_of
+from .integrations.registry import Trial
+from .nn import LoRALinear
 
-ROWS = (16, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536)
-ALWAYS_FUSED, NEVER_FUSED = 2**62, 0
-
-
-def find_crossover(rows: Sequence[int], fused: Sequence[float], library: Sequence[float]) -> int:
-    """The most rows for which the fused product is still faster, between the two measured ones where that changes.
-
-    Where the times of both change places more than once, by noise, the first time counts: beyond it little is lost.
-    """
-    last = 0
-    for m, fused_seconds, library_seconds in zip(rows, fused, library, strict=True):
-        if fused_seconds >= library_seconds:
-            return (last + m) // 2 if last else 0
-        last = m
-    return last
+_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
-def seconds_on_device(call: Callable[[], object], repeat: int = 20, rounds: int = 7) -> float:
-    """Of one call, without the host's share: repeated in a CUDA graph; the median of several rounds."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            call()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for _ in range(repeat):
-            call()
-    samples = []
-    for _ in range(rounds):
-        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        begin.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        samples.append(begin.elapsed_time(end) / 1e3 / repeat)
-    result: float = statistics.median(samples)
-    return result
+class _Dequantized(nn.Module):
+    """What bitsandbytes computes, where it is not installed."""
+
+    def __init__(self, layer: LoRALinear) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight: Any = self.layer.base_weight()
+        return F.linear(x, weight.dequantize())
 
 
-def forward(weight: NF4Weight, x: Tensor) -> Callable[[], object]:
-    return lambda: lora_linear(x, weight)
+def tune_layers(shapes: Sequence[tuple[int, int]], rank: int, dtype: torch.dtype, device: torch.device,
+                seconds: float) -> Report:  # fmt: skip
+    """Times bitsandbytes' `Linear4bit`, with PEFT's LoRA on it unless the rank is 0."""
+    from bitsandbytes.nn.modules import Linear4bit
+
+    make: Any = Linear4bit
+    layers = [make(k, n, bias=False, compute_dtype=dtype, quant_type="nf4") for n, k in shapes]
+    model: Any = nn.Sequential(*layers).to(dtype).to(device)
+    if rank:
+        from peft import LoraConfig, inject_adapter_in_model
+
+        model.is_loaded_in_4bit = True  # PEFT asks the model
+        names = [str(number) for number in range(len(layers))]
+        model = inject_adapter_in_model(LoraConfig(r=rank, target_modules=names), model)
+    return accelerate(model, tune=seconds)
 
 
-def backward(weight: NF4Weight, x: Tensor) -> Callable[[], object]:
-    """dx alone: everything else that a backward computes is the same for both products."""
-    grad_y = torch.randn(x.shape[0], weight.shape[0], dtype=x.dtype, device=x.device)
-    return lambda: torch.ops.peft_kernels.lora_linear_backward(
-        grad_y, None, None, *weight.arguments, (), (), (), True, (), (), compute_dtype=x.dtype, x_dtype=x.dtype
-    )
-
-
-def tune(n: int, k: int, say: Callable[[str], None]) -> None:
-    """Measures both directions on the current device, and stores the crossovers."""
-    name = torch.cuda.get_device_name()
-    say(f"{name}: weight {n} x {k}, NF4, bf16")
-    weight = quantize_4bit(torch.randn(n, k, dtype=torch.bfloat16, device="cuda"))
-    entry: dict[str, Any] = {"torch": torch.__version__, "shape": [n, k], "seconds": {"rows": ROWS}}
-    for direction in (forward, backward):
-        times = {}
-        for kind, crossover in (("fused", ALWAYS_FUSED), ("library", NEVER_FUSED)):
-            tuned.set_crossover(name, crossover, crossover)
-            calls = (direction(weight, torch.randn(m, k, dtype=torch.bfloat16, device="cuda")) for m in ROWS)
-            times[kind] = [seconds_on_device(call) for call in calls]
-        entry[direction.__name__] = find_crossover(ROWS, **times)
-        entry["seconds"][direction.__name__] = times
-        for m, fused_seconds, library_seconds in zip(ROWS, *times.values(), strict=True):
-            say(f"  {direction.__name__} {m:5} rows: {fused_seconds * 1e6:8.1f} µs, {library_seconds * 1e6:8.1f} µs")
-        say(f"  {direction.__name__}: the fused product up to {entry[direction.__name__]} rows")
-    tuned.set_crossover(name, entry["forward"], entry["backward"])
-    say(f"stored in {tuned.save(name, entry)}")
+def tune_products(shapes: Sequence[tuple[int, int]], dtype: torch.dtype, device: torch.device,
+                  seconds: float) -> Report:  # fmt: skip
+    """Times the products alone, which the CUDA kernels have two ways to make."""
+    trials = {}
+    for n, k in shapes:
+        layer = LoRALinear(k, n, 1, bias=False, quantize="nf4", device=device, dtype=dtype)
+        trial = Trial(layer, k, dtype, device, (n, k), _Dequantized(layer))
+        trials[name_of(trial)] = trial
+    machine, entries = choices.machine_of(device), measure(trials, seconds)
+    choices.save(machine, entries)
+    choices.decide(machine, entries)
+    speeds = {
+        name: choices.choice_of(entry, trials[name].width, dtype, device.type).speed for name, entry in entries.items()
+    }
+    return Report(tuple(LayerReport(name, "", True, "", speed) for name, speed in speeds.items()), "")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m peft_kernels.tune", description=__doc__.splitlines()[0])
     add = parser.add_argument
-    add("--shape", nargs=2, type=int, default=(4096, 4096), metavar=("N", "K"), help="of the weight (4096 4096)")
+    add(
+        "--shape",
+        nargs=2,
+        type=int,
+        action="append",
+        metavar=("N", "K"),
+        help="of a weight; may be repeated (4096 4096)",
+    )
+    add("--rank", type=int, default=16, help="of LoRA; 0 for layers without it (16)")
+    add("--dtype", choices=_DTYPES, default="bf16", help="of the inputs and the products (bf16)")
+    add("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--seconds", type=float, default=SECONDS, help=f"to time for, at most ({SECONDS:.0f})")
     given = parser.parse_args(arguments)
-    n, k = given.shape
-    if n < 1 or k < 1:
-        parser.error(f"argument --shape: got {n} {k}, wanted two numbers of at least 1")
-    if not _extension.build_info["cuda"]:
-        sys.exit("peft_kernels.tune: this build has no CUDA kernels; PEFT_KERNELS_CUDA=1 pip install . makes one")
-    if not torch.cuda.is_available():
+    shapes = given.shape or [(4096, 4096)]
+    for n, k in shapes:
+        if n < 1 or k < 1:
+            parser.error(f"argument --shape: got {n} {k}, wanted two numbers of at least 1")
+    if given.rank < 0:
+        parser.error(f"argument --rank: got {given.rank}, wanted a number of at least 0")
+    if not given.seconds > 0:
+        parser.error(f"argument --seconds: got {given.seconds}, wanted a number above 0")
+    if given.device == "cuda" and not torch.cuda.is_available():
         sys.exit("peft_kernels.tune: torch finds no CUDA device")
-    for device in range(torch.cuda.device_count()):
-        if reason := why_not(torch.device("cuda", device)):
-            print(f"{torch.cuda.get_device_name(device)}: {reason}")
+    dtype = _DTYPES[given.dtype]
+    for index in range(torch.cuda.device_count() if given.device == "cuda" else 1):
+        device = torch.device(given.device, index) if given.device == "cuda" else torch.device("cpu")
+        if reason := why_not(device):
+            print(f"{device}: {reason}")
             continue
-        with torch.cuda.device(device):
-            tune(n, k, print)
+        missing = [
+            name for name in ("bitsandbytes", *["peft"] * bool(given.rank)) if not importlib.util.find_spec(name)
+        ]
+        if missing:
+            print(f"without {' and '.join(missing)}: the products alone")
+            report = tune_products(shapes, dtype, device, given.seconds)
+        else:
+            report = tune_layers(shapes, given.rank, dtype, device, given.seconds)
+        Console().print(report)
+    print(f"kept in {choices.path()}")
 
 
 if __name__ == "__main__":

@@ -3,6 +3,8 @@ from contextlib import contextmanager, nullcontext
 
 # No test needs the network; without it, a hub that does not answer would cost its time-out.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# What a test calls fused is not decided by how long it took.
+os.environ.setdefault("PEFT_KERNELS_TUNE", "0")
 
 import hypothesis
 import ptx_emulator

@@ -14,7 +14,7 @@ from torch import nn
 
 import peft_kernels
 from peft_kernels import cpu
-from peft_kernels.integrations import registry
+from peft_kernels.integrations import model, registry
 
 
 def verdicts(report):
@@ -165,7 +165,7 @@ def test_device_hooks_added_later_survive_restore():
 
 def test_every_fused_class_has_its_stock_name_and_is_importable():
     lora_model("4bit")
-    registry._load_packages()
+    model._load_packages()
     for stock, fused in registry._table.items():
         assert fused.__name__ == stock.__name__
         assert getattr(sys.modules[fused.__module__], fused.__qualname__) is fused

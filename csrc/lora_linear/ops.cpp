@@ -196,7 +196,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(PEFT_KERNELS_NAMESPACE, m) {
     m.def("linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor y");
     m.def("lora_linear_few_rows() -> int");
 #if defined(PEFT_KERNELS_CUDA)
-    m.def("lora_linear_set_crossover(str device_name, int forward, int backward) -> ()");
+    m.def("lora_linear_set_crossover(str device_name, int n, int k, int forward, int backward) -> ()");
 #endif
 }
 

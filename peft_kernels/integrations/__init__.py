@@ -1,5 +1,6 @@
 """Explicit, reversible conversion of other libraries' layers to fused ones."""
 
-from .registry import LayerReport, Report, accelerate, restore
+from .model import LayerReport, Report, accelerate
+from .registry import restore
 
 __all__ = ["LayerReport", "Report", "accelerate", "restore"]

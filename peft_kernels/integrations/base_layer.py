@@ -18,7 +18,7 @@ from ..ops._linear import few_rows, owns_product
 from ..ops.lora_linear import lora_linear_unchecked
 from ..ops.nf4 import NF4Weight
 from .refusal import Refusal
-from .registry import FusedLayer, why_not_input
+from .registry import FusedLayer, Trial, why_not_input
 from .sharding import type_in_forward
 
 # The arguments of `lora_linear` and `ia3_linear` for the frozen layer: weight, bias, compute_dtype and out_dtype.
@@ -49,6 +49,10 @@ class OnLinear(FusedLayer):
 
     def base_product(self, base: nn.Module, x: Tensor, read: Reading = ONCE) -> BaseProduct | Refusal:
         return dense_product(base, x, read)
+
+    def trial(self) -> Trial | None:
+        weight = self.base_layer.weight
+        return None if self.why_stock() else Trial(self, self.in_features, weight.dtype, weight.device)
 
 
 def own_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:

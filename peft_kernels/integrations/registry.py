@@ -8,41 +8,19 @@ and `restore` is the same assignment the other way round.
 
 from __future__ import annotations
 
-import importlib
 import logging
-import re
-import sys
-from collections import Counter
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from types import MethodType
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeVar
 
 import torch
-from rich.table import Table
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from .. import cpu
+from ..choices import Choice
 from ..ops._arguments import FLOAT_DTYPES
-from ..printing import PrintedReport, indented, starred
-from .kinds import kind_of, why_no_form
-from .sharding import class_below, gathering, rederived
-
-# Packages whose layers can be fused, with the modules in the folder of that name that fuse them. None of them is
-# imported before a model that is made of its layers has imported it.
-_PACKAGES = {
-    "torch": ("linear", "dropout"),
-    "bitsandbytes": ("linear4bit",),
-    "transformers": ("lookalike", "activations", "causal_lm_loss", "conv1d", "output_layer"),
-    "peft": ("lora", "ia3", "prefix"),
-}
-
-# Parts that an adapter's layer computes itself when it is fused.
-_INNER = re.compile(r"(.*)\.(base_layer|lora_(A|B|dropout)\.[^.]+)")
-
-_OWN = f"{__package__.partition('.')[0]}.nn."  # layers that compute what their parts are for
+from .sharding import class_below, rederived
 
 _logger = logging.getLogger("peft_kernels")
 _logged: set[tuple[type, str]] = set()
@@ -61,10 +39,49 @@ else:
     _Mixin = object
 
 
-class FusedLayer(_Mixin):
-    """What a fused class adds to the stock class that it extends; its bases are a mixin of this kind and the stock."""
+class Trial(NamedTuple):
+    """How a layer is timed.
+
+    Attributes:
+        layer: the layer itself, or what it does beside its parts; it is copied before it is called.
+        width: K of its inputs [rows, K].
+        dtype, device: of these. None stands for any dtype.
+        weight: [N, K] of a weight in 4 bits.
+        stock: what it is timed against, if that is not the layer as `restore` leaves it.
+    """
+
+    layer: nn.Module
+    width: int
+    dtype: torch.dtype | None
+    device: torch.device
+    weight: tuple[int, ...] | None = None
+    stock: nn.Module | None = None
+
+
+class Measured(_Mixin):
+    """A layer whose stock forward may be the faster one here, for inputs of some sizes."""
 
     stock: ClassVar[type[nn.Module]]
+    _choice: Choice | None = None  # as `accelerate` found it; None where the fused forward is taken
+
+    def trial(self) -> Trial | None:
+        """How to time it; None where that takes more than an input."""
+        return None
+
+    def stock_result(self, *args: Any, **kwargs: Any) -> Tensor:
+        """What the stock forward returns."""
+        y: Tensor = self.stock.forward(self, *args, **kwargs)
+        return y
+
+    def stock_is_faster(self, x: Tensor) -> bool:
+        """Whether x takes the stock forward for that reason."""
+        choice = self._choice
+        return choice is not None and isinstance(x, Tensor) and choice.is_stock(x, self.training)
+
+
+class FusedLayer(Measured):
+    """What a fused class adds to the stock class that it extends; its bases are a mixin of this kind and the stock."""
+
     stock_forward: ClassVar[Callable[..., Any] | None]  # what the stock class had for it when this one was made
     # Attributes that exist only on a fused instance, and that `restore` drops.
     own_state: ClassVar[tuple[str, ...]] = ()
@@ -93,8 +110,7 @@ class FusedLayer(_Mixin):
     def take_stock_path(self, reason: str, *args: Any, **kwargs: Any) -> Tensor:
         """What the stock layer returns, which a forward falls through to."""
         self.log_stock_path(reason)
-        y: Tensor = self.stock.forward(self, *args, **kwargs)
-        return y
+        return self.stock_result(*args, **kwargs)
 
     def log_stock_path(self, reason: str) -> None:
         """Says once for each class and reason that a forward fell through; the report can't know of these."""
@@ -185,10 +201,23 @@ def register_setting(setting: AnySetting) -> AnySetting:
     return setting
 
 
+def settings() -> tuple[type[Setting], ...]:
+    return tuple(_settings)
+
+
+def refusal_of(stock: type[nn.Module]) -> str | None:
+    """Why a class has no fused form for now."""
+    return _refused.get(stock)
+
+
 def mention(stock: type) -> None:
     """Has the report mention instances of a class, and of its subclasses, even if none of them can be fused, as it does
     the layers that `kind_of` knows."""
     _mentioned.append(stock)
+
+
+def is_mentioned(module: nn.Module) -> bool:
+    return isinstance(module, tuple(_mentioned))
 
 
 def fused_form(stock: type[nn.Module]) -> type[FusedLayer] | None:
@@ -200,173 +229,6 @@ def describe(cls: type) -> str:
     """`peft.Linear4bit`: the package and the name of a stock class, also when given its fused one."""
     stock = getattr(cls, "stock", class_below(cls))
     return f"{stock.__module__.split('.')[0]}.{stock.__name__}"
-
-
-@dataclass(frozen=True)
-class LayerReport:
-    """What became of one layer.
-
-    Attributes:
-        name: in the model, as `named_modules` has it.
-        kind: package and class, such as `peft.Linear4bit`.
-        fused: whether its forward takes the fused path.
-        reason: why not; or a remark, if it does.
-    """
-
-    name: str
-    kind: str
-    fused: bool
-    reason: str = ""
-
-
-@dataclass(frozen=True, repr=False)
-class Report(PrintedReport):
-    """What `accelerate` did, layer by layer. Printed, it is a table in which numbered layers share a row, without the
-    base layers and dropouts that run inside a fused layer.
-
-    Attributes:
-        layers: in the model's order.
-        isa: the instruction set of the CPU kernels.
-    """
-
-    layers: tuple[LayerReport, ...]
-    isa: str
-
-    @property
-    def fused(self) -> tuple[LayerReport, ...]:
-        return tuple(layer for layer in self.layers if layer.fused)
-
-    @property
-    def left_alone(self) -> tuple[LayerReport, ...]:
-        return tuple(layer for layer in self.layers if not layer.fused)
-
-    def __iter__(self) -> Iterator[LayerReport]:
-        return iter(self.layers)
-
-    def __len__(self) -> int:
-        return len(self.layers)
-
-    def __rich__(self) -> Table:
-        rows = Counter((starred(layer.name), layer.kind, layer.fused, layer.reason) for layer in self._outer_layers())
-        table = Table(title=self._summary(), caption=f"CPU kernels: {self.isa}", title_justify="left")
-        for heading in ("layer", "class", "forward"):
-            table.add_column(heading, overflow="fold")
-        table.add_column("layers", justify="right")
-        names = indented(name for name, *_ in rows)
-        for name, ((_, kind, fused, reason), count) in zip(names, rows.items(), strict=True):
-            verdict = "fused" if fused else "left alone"
-            table.add_row(name, kind, f"{verdict}: {reason}" if reason else verdict, str(count))
-        return table
-
-    def __repr__(self) -> str:
-        return f"Report({self._summary()}; CPU kernels: {self.isa})"
-
-    def _outer_layers(self) -> list[LayerReport]:
-        fused = {layer.name for layer in self.fused}
-
-        def is_inner(layer: LayerReport) -> bool:
-            inner = _INNER.fullmatch(layer.name)
-            return layer.fused and not layer.reason and inner is not None and inner[1] in fused
-
-        return [layer for layer in self.layers if not is_inner(layer)]
-
-    def _summary(self) -> str:
-        counts = Counter(layer.fused for layer in self._outer_layers())
-        return f"layers: {counts[True]} fused, {counts[False]} left alone"
-
-
-def accelerate(model: nn.Module) -> Report:
-    """Gives every layer of a model that has a fused form its fused forward, in place. `restore` undoes it.
-
-    Fused are, on the CPU and, but for attention, on CUDA devices that the package was built for: PEFT's `lora.Linear`
-    on an `nn.Linear` or a `Conv1D` and `lora.bnb.Linear4bit` (Hu et al. 2021, arXiv:2106.09685; Dettmers et al. 2023,
-    arXiv:2305.14314), also with DoRA (Liu et al. 2024, arXiv:2402.09353) or `adapter_names`, `ia3.Linear` and
-    `ia3.bnb.Linear4bit` (Liu et al. 2022, arXiv:2205.05638), PEFT's models with prefix tuning (Li and Liang 2021,
-    arXiv:2101.00190), the attention of transformers' Llama, Mistral, Qwen, GPT-2, OPT, BERT and what has their code,
-    the rotary embedding in it, RMSNorm, GELUs that are several operations and the gated feed-forward blocks of
-    transformers' models, the loss of its causal language models, their output layers (on the CPU), decoder layers like
-    Llama's in inference (on the CPU), `torch.nn.Dropout`, `torch.nn.Linear` and `Conv1D` in fp32 (on CPUs with AVX-512
-    that are not Intel's), and bitsandbytes' `Linear4bit`. Parameters, their names, state_dict, saving, merging and
-    switching adapters go on as before, and results have the dtype that the stock layers return. Whatever can't be fused
-    keeps its stock forward, and the report says why; what only an input can tell (its device or dtype, gradients of a
-    batch with `adapter_names`) is decided at each forward, and logged once.
-
-    Differences that are meant: dropout draws other masks; LoRA branches are computed in fp32; norms, GELUs, gated
-    blocks and rotary embeddings are rounded once, and so are residual sums without gradients; a label that is no class
-    makes a loss on a GPU NaN; a 4-bit weight is never repacked for bitsandbytes' own CPU kernels (one that already was
-    is converted back, once); a 4-bit unmerge puts the original weight back, which is kept while merged;
-    `ia3.bnb.Linear4bit` returns x's dtype, not fp32, and can be merged; a prefix is in no cache, whose length counts
-    tokens alone; models on the CPU, and those with a prefix, whose attention is `sdpa` are set to this package's; a
-    gradient can't be differentiated once more.
-
-    Args:
-        model: any module; calling again covers layers that were added since, and reports on all.
-
-    Returns:
-        A `Report`: iterate over it, or print it.
-
-    Raises:
-        TypeError: `model` is not a module.
-    """
-    check_module(model)
-    _load_packages()
-    with undone_on_error(model), gathering(model):
-        reasons = _fuse(model)
-        remarks: dict[nn.Module, str] = {
-            module: module.prepare() for module in model.modules() if isinstance(module, FusedLayer)
-        }
-        return Report(tuple(_reports(model, reasons, remarks)), cpu.isa())
-
-
-def _fuse(model: nn.Module) -> dict[nn.Module, str | None]:
-    """Changes the classes; of the layers that a fused class was found for, why they were left as they are."""
-    reasons: dict[nn.Module, str | None] = {}
-    for module in model.modules():
-        for setting in _settings:
-            if setting.applies(module):
-                setting.set(module)
-        stock = class_below(type(module))
-        fused = fused_form(stock)
-        if stock in _refused:
-            reasons[module] = _refused[stock]
-        if fused is None or not fused.applies(module):
-            continue
-        reasons[module] = reason = _why_not(fused, module)
-        if reason is None:
-            change_class(module, fused.stock, fused)
-    return reasons
-
-
-def _reports(
-    model: nn.Module, reasons: dict[nn.Module, str | None], remarks: dict[nn.Module, str]
-) -> Iterator[LayerReport]:
-    """What became of each layer, in the model's order; another walk, as that can depend on the layers inside it."""
-    named: set[str] = set()
-    own: tuple[str, ...] = ()  # layers of this package
-    mentioned = tuple(_mentioned)
-    for name, module in model.named_modules():
-        if class_below(type(module)).__module__.startswith(_OWN):
-            own += (f"{name}." if name else "",)
-            continue
-        kind, settings = describe(type(module)), [setting for setting in _settings if setting.is_set(module)]
-        for setting in _settings:
-            if (reason := setting.why_not(module)) or setting in settings:
-                yield LayerReport(name, kind, reason is None, reason or setting.remark)
-        if isinstance(module, FusedLayer):
-            reason = module.why_stock()
-        elif module in reasons:
-            reason = reasons[module]
-        elif isinstance(module, mentioned) or (kind_of(module) and not settings):
-            reason = why_no_form(module)
-        else:
-            continue
-        # Parts of an adapter's layer go without saying, fused or not.
-        inner = _INNER.fullmatch(name)
-        is_part = (inner and inner[1] in named) or name.startswith(own)
-        if reason and is_part and not isinstance(module, mentioned):
-            continue
-        named.add(name)
-        yield LayerReport(name, kind, reason is None, reason or remarks.get(module, ""))
 
 
 def restore(model: nn.Module) -> None:
@@ -390,7 +252,7 @@ def _restore(model: nn.Module, but: Collection[tuple[Any, nn.Module]]) -> None:
                 setting.unset(module)
         if isinstance(module, FusedLayer) and (FusedLayer, module) not in but:
             module.release()
-            for name in module.own_state:
+            for name in ("_choice", *module.own_state):
                 vars(module).pop(name, None)
             change_class(module, _table[module.stock], module.stock)
 
@@ -428,22 +290,6 @@ def why_not_input(x: Any) -> str | None:
 def check_module(model: Any) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: got {type(model).__name__}, wanted a torch.nn.Module")
-
-
-def _load_packages() -> None:
-    for package, modules in _PACKAGES.items():
-        for module in modules if package in sys.modules else ():
-            loaded = importlib.import_module(f"{__package__}.{package}.{module}")
-            if hasattr(loaded, "register_loaded"):  # a package whose layers' modules come one by one
-                loaded.register_loaded()
-
-
-def _why_not(fused: type[FusedLayer], module: nn.Module) -> str | None:
-    if "forward" in vars(module):
-        return "its forward was replaced on the instance"
-    if fused.stock.forward is not fused.stock_forward:
-        return "its class's forward was replaced"
-    return fused.why_not(module)
 
 
 def change_class(module: nn.Module, old: type, new: type) -> None:

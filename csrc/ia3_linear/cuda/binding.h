@@ -96,7 +96,8 @@ public:
 
 private:
     IA3LinearCudaPlan plan_of(const IA3LinearProblem& problem) const {
-        const IA3LinearCudaPlan plan = plan_ia3_linear_cuda(problem, device_, crossover_of(device_));
+        const IA3LinearCudaPlan plan =
+            plan_ia3_linear_cuda(problem, device_, crossover_of(device_, params_.n, params_.k));
         if (prints_plans()) print_plan(describe(problem, plan, device_));
         return plan;
     }

@@ -175,7 +175,8 @@ private:
                                         ranks_,
                                         x,
                                         dy};
-        const LoraLinearCudaPlan plan = plan_lora_linear_cuda(problem, device_, crossover_of(device_));
+        const LoraLinearCudaPlan plan =
+            plan_lora_linear_cuda(problem, device_, crossover_of(device_, params_.n, params_.k));
         if (prints_plans()) print_plan(describe(problem, plan, device_));
         return plan;
     }

@@ -26,10 +26,10 @@
 
 namespace peft_kernels {
 
-// What `python -m peft_kernels.tune` measured, by the names of devices.
+// What was measured of weights [n, k], by the names of devices.
 struct TunedCrossovers {
     std::mutex mutex;
-    std::map<std::string, Crossover> by_name;
+    std::map<std::tuple<std::string, int64_t, int64_t>, Crossover> of_weights;
     std::map<std::tuple<int, int, int>, std::string> names;  // of devices; asking the driver is slow
 
     static TunedCrossovers& instance() {
@@ -38,17 +38,17 @@ struct TunedCrossovers {
     }
 };
 
-inline void set_crossover(std::string device_name, int64_t forward, int64_t backward) {
+inline void set_crossover(std::string device_name, int64_t n, int64_t k, int64_t forward, int64_t backward) {
     TunedCrossovers& tuned = TunedCrossovers::instance();
     const std::lock_guard lock(tuned.mutex);
-    tuned.by_name[device_name] = {forward, backward};
+    tuned.of_weights[{device_name, n, k}] = {forward, backward};
 }
 
-// The crossover of the current device.
-inline Crossover crossover_of(const DeviceProperties& device) {
+// That of a weight on the current device.
+inline Crossover crossover_of(const DeviceProperties& device, int64_t n, int64_t k) {
     TunedCrossovers& tuned = TunedCrossovers::instance();
     const std::lock_guard lock(tuned.mutex);
-    if (tuned.by_name.empty()) return default_crossover(device.compute_capability);
+    if (tuned.of_weights.empty()) return default_crossover(device.compute_capability);
     int index = 0;
     check_cuda(cudaGetDevice(&index), "cudaGetDevice");
     std::string& name = tuned.names[{index, device.compute_capability, device.multiprocessors}];
@@ -57,8 +57,8 @@ inline Crossover crossover_of(const DeviceProperties& device) {
         check_cuda(cudaGetDeviceProperties(&properties, index), "cudaGetDeviceProperties");
         name = properties.name;
     }
-    const auto found = tuned.by_name.find(name);
-    return found != tuned.by_name.end() ? found->second : default_crossover(device.compute_capability);
+    const auto found = tuned.of_weights.find({name, n, k});
+    return found != tuned.of_weights.end() ? found->second : default_crossover(device.compute_capability);
 }
 
 class MatmulOnCuda {

@@ -19,8 +19,8 @@ struct Crossover {
     const char* stand_in = nullptr;  // for a card with no estimate of its own: whose it has instead, and why
 };
 
-// Of cards that were not tuned, by compute capability: estimates for 4096 x 4096 in bf16 from published rates, not
-// measurements; `python -m peft_kernels.tune` makes those.
+// Where nothing was measured, by compute capability: estimates for 4096 x 4096 in bf16 from published rates. Python's
+// `accelerate` measures (peft_kernels/choices.py).
 struct CardCrossover {
     int compute_capability;
     Crossover crossover;

@@ -23,7 +23,7 @@ from ...ops.lora_linear import lora_linear_unchecked
 from ...ops.nf4 import NF4Weight
 from ..base_layer import NO_ADAPTERS, Adapters, BaseProduct
 from ..refusal import Refusal
-from ..registry import FusedLayer, mention, register, why_not_input
+from ..registry import FusedLayer, Trial, mention, register, why_not_input
 
 mention(bnb.nn.modules.Linear4bit)
 mention(bnb.nn.modules.Linear8bitLt)
@@ -58,7 +58,15 @@ class Fused4bit(Adaptable):
             return "not quantised yet: bitsandbytes does so when the layer is moved to a device"
         return None
 
+    def trial(self) -> Trial | None:
+        if self.why_stock():
+            return None
+        weight = self.nf4_weight()
+        return Trial(self, self.in_features, self.compute_dtype or weight.dtype, weight.codes.device, weight.shape)
+
     def forward(self, x: Tensor) -> Tensor:
+        if self.stock_is_faster(x):
+            return self.stock_result(x)
         if (y := self.projected(x)) is not None:
             return y
         product = self.base_product(x)
@@ -156,6 +164,9 @@ class On4bit(FusedLayer):
         if not isinstance(self.base_layer, Fused4bit):
             return f"its base layer, a {type(self.base_layer).__name__}, is not fused"
         return self.base_layer.why_stock() or super().why_stock()
+
+    def trial(self) -> Trial | None:
+        return None if self.why_stock() else self.base_layer.trial()._replace(layer=self)
 
     def base_product(self, base: nn.Module, x: Tensor, read: Reading = ONCE) -> BaseProduct | Refusal:
         return base.base_product(x, read) if isinstance(base, Fused4bit) else Refusal("its base layer is not fused")

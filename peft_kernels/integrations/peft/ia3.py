@@ -18,7 +18,7 @@ from ...ops._linear import few_rows
 from ...ops.ia3_linear import ia3_linear
 from ..base_layer import BaseProduct, OnLinear, is_conv1d, why_not_skip
 from ..refusal import Refusal
-from ..registry import FusedLayer, check_module, register
+from ..registry import FusedLayer, Trial, check_module, register
 from ..transformers.layers import FusedGatedMLP
 from ..transformers.lookalike import form_of
 
@@ -39,6 +39,8 @@ class FusedIA3(FusedLayer):
         if self._disable_adapters or self.merged_adapters:
             y: Tensor = super().forward(x, *args, **kwargs)
             return y
+        if self.stock_is_faster(x):
+            return self.stock_result(x, *args, **kwargs)
         call = self._call(x, args, kwargs)
         if isinstance(call, Refusal):
             return self.take_stock_path(call.reason, x, *args, **kwargs)
@@ -105,6 +107,9 @@ if hasattr(ia3, "Linear4bit"):  # bitsandbytes is installed
 
         own_state = ("_merged_into",)
         _merged_into: nn.Module | None = None
+
+        def trial(self) -> Trial | None:
+            return None  # the stock forward's result has another dtype
 
         def release(self) -> None:
             if self.merged_adapters:  # which the stock layer would apply a second time

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from ...cuda import why_not
 from ...ops.dropout import dropout
-from ..registry import FusedLayer, register, why_not_input
+from ..registry import FusedLayer, Trial, register, why_not_input
+
+_WIDTH = 1024  # of the inputs that it is timed with; only the number of their elements counts
 
 
 @register
@@ -17,9 +20,14 @@ class Dropout(FusedLayer, nn.Dropout):
     def applies(cls, layer: nn.Module) -> bool:
         return isinstance(layer, nn.Dropout) and 0 < layer.p < 1 and not layer.inplace
 
+    def trial(self) -> Trial | None:
+        return None if self.why_stock() else Trial(self, _WIDTH, None, torch.device("cpu"))
+
     def forward(self, input: Tensor) -> Tensor:
         if not self.training:
             return input  # as torch's function does, past its checks
+        if self.stock_is_faster(input):
+            return self.stock_result(input)
         if self.inplace or not 0 < self.p < 1:
             return super().forward(input)
         if reason := why_not_input(input) or why_not(input.device) or _why_not_layout(input):

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ... import cpu
 from ...inference.guards import parameter
 from ..base_layer import own_product
-from ..registry import FusedLayer, register
+from ..registry import FusedLayer, Trial, register
 from ..sharding import type_in_forward
 
 LEAST_FEATURES = 128  # fewer, as in most adapters, take little time
@@ -31,7 +31,13 @@ class FusedDense(FusedLayer):
     def why_stock(self) -> str | None:
         return why_not_weight(self.weight)
 
+    def trial(self) -> Trial | None:
+        weight = self.matrix()
+        return None if self.why_stock() else Trial(self, weight.shape[1], weight.dtype, weight.device)
+
     def forward(self, input: Tensor) -> Tensor:
+        if self.stock_is_faster(input):
+            return self.stock_result(input)
         y = own_product(input, self.matrix(), parameter(self, "bias"))
         return super().forward(input) if y is None else y
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -16,7 +17,7 @@ from ...ops.glu import glu
 from ...ops.rms_norm import rms_norm
 from ..base_layer import why_not_skip
 from ..recognition import Reliance, is_compiling
-from ..registry import why_not_input
+from ..registry import Measured, Trial, why_not_input
 from .lookalike import Lookalike, form
 
 # What `glu` calls the σ of each class of activations.
@@ -35,7 +36,13 @@ class FusedRMSNorm(Lookalike):
     eps_name: ClassVar[str] = "variance_epsilon"
     offset: ClassVar[float] = 0.0
 
+    def trial(self) -> Trial | None:
+        weight = self.weight
+        return None if self.why_stock() else Trial(self, weight.numel(), weight.dtype, weight.device)
+
     def forward(self, hidden_states: Tensor) -> Tensor:
+        if self.stock_is_faster(hidden_states):
+            return self.stock_result(hidden_states)
         weight = parameter(self, "weight")
         if reason := why_not_both(hidden_states, weight):
             return self.take_stock_path(reason, hidden_states)
@@ -90,8 +97,24 @@ class FusedGatedMLP(Lookalike):
 
     model, class_name = "llama", "LlamaMLP"
 
+    def trial(self) -> Trial | None:
+        """Of what is between its linear layers, which are timed by themselves."""
+        down = self.down_proj
+        of_down = down.trial() if isinstance(down, Measured) else None
+        if of_down is None and type(down) is nn.Linear:
+            of_down = Trial(down, down.in_features, down.weight.dtype, down.weight.device)
+        if of_down is None or self.why_stock():
+            return None
+        layer = copy.copy(self)
+        parts = dict.fromkeys(("gate_proj", "up_proj", "down_proj"), nn.Identity())
+        vars(layer)["_modules"] = {**parts, "act_fn": self.act_fn}
+        return of_down._replace(layer=layer, weight=None)
+
     def forward(self, x: Tensor) -> Tensor:
         gate, up = self.gate_proj(x), self.up_proj(x)
+        if self.stock_is_faster(gate):
+            product: Tensor = self.down_proj(self.act_fn(gate) * up)
+            return product
         reason = why_not_both(gate, up) or why_not_activation(self.act_fn)
         if not reason and (gate.dtype is not up.dtype or gate.shape != up.shape):
             reason = "the gate and what it gates differ in dtype or shape"

@@ -12,17 +12,23 @@ from ...inference.guards import parameter
 from ...ops._arguments import FLOAT_DTYPES
 from ...ops.linear import linear
 from ..base_layer import is_plain, own_product
-from ..registry import Setting, change_class, register_setting, why_not_input
+from ..registry import Measured, Setting, Trial, change_class, register_setting, why_not_input
 from ..sharding import class_below
 
 
-class Linear(nn.Linear):
+class Linear(Measured, nn.Linear):
     """An output layer that is read at the memory's speed for few rows on the CPU without gradients; in fp32, many rows
     are multiplied as other layers' are."""
 
     stock = nn.Linear
 
+    def trial(self) -> Trial | None:
+        weight = self.weight
+        return Trial(self, self.in_features, weight.dtype, weight.device) if is_plain(weight) else None
+
     def forward(self, input: Tensor) -> Tensor:
+        if self.stock_is_faster(input):
+            return self.stock_result(input)
         weight, bias = parameter(self, "weight"), parameter(self, "bias")
         if (y := own_product(input, weight, bias)) is not None:
             return y
@@ -59,4 +65,5 @@ class FusedOutputLayer(Setting):
 
     @classmethod
     def unset(cls, module: nn.Module) -> None:
+        vars(module).pop("_choice", None)
         change_class(module, Linear, Linear.stock)

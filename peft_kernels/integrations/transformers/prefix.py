@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from transformers import Cache, DynamicCache, PreTrainedModel
 
 from ...nn.prefix import PrefixEncoder
-from ..registry import accelerate, check_module, undone_on_error
+from ..model import accelerate
+from ..registry import check_module, undone_on_error
 from .attention import NAME, PREFIX, FusedAttention
 
 Prefix = tuple[tuple[Tensor, Tensor], ...]

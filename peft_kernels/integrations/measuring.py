@@ -1,0 +1,331 @@
+"""Times the layers of a model against their stock forwards, for `choices`.
+
+Copies of the layers are called, on random inputs, so that nothing of the model changes: no gradient, no cache, no hook
+that would be told. Before each call more is read than caches hold, as a model's other layers do between two calls.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import logging
+import math
+import os
+import resource
+import statistics
+import time
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any, NamedTuple
+
+import torch
+from rich.console import Console
+from rich.progress import Progress
+from torch import Tensor, nn
+
+from .. import choices
+from ..choices import FUSED, LIBRARY, MODES, STOCK, Choice, Entry
+from .registry import Measured, Trial, describe, restore
+
+ROWS = (1, 8, 32, 128, choices.MANY_ROWS)
+SECONDS = 60.0  # for all that a call of `accelerate` times
+LEAST_PARAMETERS = 1_000_000  # of the layers; those of smaller models take microseconds, most of which is Python's
+_MOST_BYTES = 1 << 29  # of a layer, since it is copied
+_LEAST_ROUNDS, _MOST_ROUNDS = 5, 15
+_SLICE = 0.003  # seconds for which another process gets the processor at least, on Linux
+_FLUSHED_BYTES = 1 << 26  # read between two calls on a CPU; on a card, twice what its L2 cache holds
+
+_logger = logging.getLogger("peft_kernels")
+_agreements = 0  # how often the processes of a distributed run have agreed on entries
+
+
+def choose(model: nn.Module, seconds: float) -> dict[nn.Module, Choice]:
+    """Gives each layer the choice that follows from what is known of its operation, and times what is not known yet.
+
+    Args:
+        seconds: to time for, at most; zero has every layer go by estimates.
+
+    Returns:
+        The layers that something is known of, with their choices.
+    """
+    layers = [layer for layer in model.modules() if isinstance(layer, Measured)]
+    for layer in layers:
+        vars(layer).pop("_choice", None)
+    if seconds == 0 or _parameters(layers) < LEAST_PARAMETERS:
+        return {}
+    trials = {layer: trial for layer in layers if (trial := layer.trial()) and trial.device.type in ("cpu", "cuda")}
+    names = {layer: name_of(trial) for layer, trial in trials.items()}
+    found: dict[nn.Module, Choice] = {}
+    for device in {trial.device for trial in trials.values()}:
+        here = {layer: trial for layer, trial in trials.items() if trial.device == device}
+        machine = choices.machine_of(device)
+        _learn({names[layer]: trial for layer, trial in here.items()}, machine, seconds)
+        for layer, trial in here.items():
+            if entry := choices.entry_of(machine, names[layer]):
+                found[layer] = choice = choices.choice_of(entry, trial.width, trial.dtype, device.type)
+                if choice.inference or choice.training:
+                    vars(layer)["_choice"] = choice
+    return found
+
+
+def _parameters(layers: Iterable[nn.Module]) -> int:
+    return sum(parameter.numel() for parameter in {parameter for layer in layers for parameter in layer.parameters()})
+
+
+def name_of(trial: Trial) -> str:
+    """What the times of a layer depend on: its class, its parameters, its dropout, and its inputs."""
+    layer = trial.layer
+    parts = [describe(type(layer))]
+    for name, parameter in layer.named_parameters():
+        shape = getattr(getattr(parameter, "quant_state", None), "shape", parameter.shape)
+        parts.append(f"{name} {'x'.join(map(str, shape))} {_short(parameter.dtype)}{'*' * parameter.requires_grad}")
+    for name, part in layer.named_modules():
+        if getattr(part, "p", 0):  # a dropout
+            parts.append(f"{name} {part.p}")
+        elif "activation" in type(part).__module__:
+            parts.append(f"{name} {type(part).__name__}")
+    return ", ".join([*parts, f"inputs {trial.width} {_short(trial.dtype)}"])
+
+
+def _short(dtype: torch.dtype | None) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+# ---- What is not known yet -------------------------------------------------------------------------------------------
+
+
+def _learn(trials: Mapping[str, Trial], machine: str, seconds: float) -> None:
+    """Has the process know of operations what the file has of them, and for the rest, what they are measured to do."""
+    trials = {name: trial for name, trial in trials.items() if not choices.is_known(machine, name)}
+    if not trials:
+        return
+
+    distributed = torch.distributed
+    agrees = distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
+    # Processes that do not know of each other yet would measure at the same time, and disagree.
+    may_measure = agrees or int(os.environ.get("WORLD_SIZE") or 1) == 1
+
+    def find() -> dict[str, Entry]:
+        of_file = choices.load().get(machine, {})
+        missing = {name: trial for name, trial in trials.items() if name not in of_file}
+        measured = _measure_and_keep(missing, machine, seconds) if missing and may_measure else {}
+        return {name: entry for name, entry in (of_file | measured).items() if name in trials}
+
+    entries = _agree(find) if agrees else find()
+    choices.decide(machine, {name: entries.get(name) for name in trials})
+
+
+def _measure_and_keep(trials: Mapping[str, Trial], machine: str, seconds: float) -> dict[str, Entry]:
+    entries = measure(trials, seconds)
+    try:
+        choices.save(machine, entries)
+    except OSError as error:
+        _logger.warning("%s: %s; what was measured is not kept", choices.path(), error)
+    return entries
+
+
+def _agree(find: Callable[[], dict[str, Entry]]) -> dict[str, Entry]:
+    """Those of rank 0, for every process of a distributed run: it leaves them in the run's store, for all to read.
+
+    It is no collective call, which would wait for ever where one process alone accelerates its model.
+    """
+    global _agreements
+    _agreements += 1
+    store: Any = torch.distributed.distributed_c10d._get_default_store()
+    key = f"peft_kernels/choices/{_agreements}"
+    if torch.distributed.get_rank() == 0:
+        entries = find()
+        store.set(key, json.dumps(entries))
+        return entries
+    try:
+        store.wait([key], timedelta(seconds=2 * SECONDS))
+    except Exception as error:  # each kind of store has errors of its own
+        _logger.warning("rank 0 has measured nothing: %s; fused layers go by estimates", error)
+        return {}
+    found: dict[str, Entry] = json.loads(store.get(key))
+    return found
+
+
+# ---- Timing ----------------------------------------------------------------------------------------------------------
+
+
+class _Contender(NamedTuple):
+    """A layer's forward, and what is done before it is called, untimed."""
+
+    layer: nn.Module
+    prepare: Callable[[], None] = lambda: None
+
+
+def measure(trials: Mapping[str, Trial], seconds: float = SECONDS) -> dict[str, Entry]:
+    """Times operations of one device, those of few rows first.
+
+    Args:
+        trials: by the operations' names.
+        seconds: after which nothing more is begun.
+
+    Returns:
+        What was measured of each operation; one that can't be copied, or that raises an error, is missing.
+    """
+    device = next(iter(trials.values())).device
+    entries: dict[str, Entry] = {
+        name: {"weight": list(trial.weight)} if trial.weight else {} for name, trial in trials.items()
+    }
+    end = time.perf_counter() + seconds
+    flush = _flushing(device)
+    with _alone(device), _progress(len(ROWS) * len(trials)) as advance:
+        for rows in ROWS:
+            for name, trial in trials.items():
+                advance()
+                for mode in MODES:
+                    left = end - time.perf_counter()
+                    if left <= 0 or _predicted(entries[name].get(mode), rows) > left:
+                        continue
+                    try:
+                        _enter(entries[name], mode, rows, _time(trial, rows, mode == "training", flush))
+                    except Exception as error:  # stock layers have some of their own, for some inputs
+                        _logger.info("%s was not timed: %s: %s", name, type(error).__name__, error)
+    return {name: entry for name, entry in entries.items() if entry.keys() & {*MODES}}
+
+
+def _time(trial: Trial, rows: int, trains: bool, flush: Callable[[], None]) -> dict[str, float] | None:
+    """Seconds of each contender's call; None where there are none, or the clock was of no use."""
+    contenders = _contenders(trial)
+    x = torch.randn(rows, trial.width, device=trial.device).to(trial.dtype or torch.float32)
+    return _paired(contenders, x, trains, flush) if contenders else None
+
+
+def _contenders(trial: Trial) -> dict[str, _Contender]:
+    """Copies of the layer, stock and fused; none of one that is too large, sharded, or partly elsewhere."""
+    device = trial.device
+    tensors = [*trial.layer.parameters(), *trial.layer.buffers()]
+    is_whole = all(tensor.device == device and not hasattr(tensor, "placements") for tensor in tensors)
+    if not is_whole or sum(tensor.nbytes for tensor in tensors) > _MOST_BYTES:
+        return {}
+    stock, fused = copy.deepcopy(trial.stock or trial.layer), copy.deepcopy(trial.layer)
+    for part in (*stock.modules(), *fused.modules()):
+        for hooks in (part._forward_hooks, part._forward_pre_hooks, part._backward_hooks, part._backward_pre_hooks):
+            hooks.clear()
+        vars(part).pop("_choice", None)
+    restore(stock)
+    if not trial.weight or device.type != "cuda":
+        return {STOCK: _Contender(stock), FUSED: _Contender(fused)}
+    n, k = trial.weight
+
+    def decoding_up_to(rows: int) -> Callable[[], None]:
+        return lambda: choices.set_crossover(torch.cuda.get_device_name(device), n, k, rows, rows)
+
+    return {
+        STOCK: _Contender(stock),
+        FUSED: _Contender(fused, decoding_up_to(choices.UNBOUNDED)),
+        LIBRARY: _Contender(fused, decoding_up_to(0)),
+    }
+
+
+def _paired(
+    contenders: Mapping[str, _Contender], x: Tensor, trains: bool, flush: Callable[[], None]
+) -> dict[str, float] | None:
+    """Seconds of each contender's call, timed in turns; None where the clock was of no use.
+
+    What else the machine does meets all contenders alike, so their ratios to stock count: rounds are added until these
+    agree on who is faster.
+    """
+    for contender in contenders.values():
+        _seconds(contender, x, trains, flush)
+        _seconds(contender, x, trains, flush)
+    rounds: list[dict[str, float]] = []
+    for turn in range(_MOST_ROUNDS):
+        names = list(contenders)[:: 1 if turn % 2 else -1]
+        taken = {name: _seconds(contenders[name], x, trains, flush) for name in names}
+        if min(taken.values()) > 0:
+            rounds.append(taken)
+        if len(rounds) >= _LEAST_ROUNDS and all(_agrees(rounds, name) for name in contenders):
+            break
+    if len(rounds) < _LEAST_ROUNDS:
+        return None
+    stock = statistics.median(taken[STOCK] for taken in rounds)
+    return {name: stock * statistics.median(taken[name] / taken[STOCK] for taken in rounds) for name in contenders}
+
+
+def _preemptions() -> int:
+    """How often the process had to leave a processor to others."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw
+
+
+def _agrees(rounds: list[dict[str, float]], name: str) -> bool:
+    faster = sum(taken[name] <= taken[STOCK] for taken in rounds)
+    return min(faster, len(rounds) - faster) * _LEAST_ROUNDS <= len(rounds) or name == STOCK
+
+
+def _seconds(contender: _Contender, x: Tensor, trains: bool, flush: Callable[[], None]) -> float:
+    """Of a call; zero where other processes took too much of the time."""
+    layer = contender.layer
+    contender.prepare()
+    layer.train(trains)
+    with torch.set_grad_enabled(trains):
+        x = x.detach().requires_grad_(trains).clone()  # no leaf, as in a model
+        flush()
+        _synchronize(x.device)
+        preemptions, begin = _preemptions(), time.perf_counter()
+        y = layer(x)
+        if trains:
+            y.backward(y.detach())
+        _synchronize(x.device)
+        taken = time.perf_counter() - begin
+    layer.zero_grad()
+    return taken if (_preemptions() - preemptions) * _SLICE < taken / 10 else 0.0
+
+
+def _predicted(times: Mapping[str, list[float]] | None, rows: int) -> float:
+    """Seconds that the least that can be done for so many rows takes, if the time grows with them."""
+    if not times:
+        return 0.0
+    a_round = sum(seconds[-1] for name, seconds in times.items() if name != "rows")
+    return a_round * rows / times["rows"][-1] * (_LEAST_ROUNDS + 2)
+
+
+def _enter(entry: Entry, mode: str, rows: int, seconds: Mapping[str, float] | None) -> None:
+    if seconds is None or not all(map(math.isfinite, seconds.values())):
+        return
+    times = entry.setdefault(mode, {"rows": []})
+    times["rows"].append(rows)
+    for name, value in seconds.items():
+        times.setdefault(name, []).append(float(f"{value:.4g}"))
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _flushing(device: torch.device) -> Callable[[], None]:
+    """A call after which the caches hold nothing of use."""
+    size = _FLUSHED_BYTES
+    if device.type == "cuda":
+        size = max(size, 2 * torch.cuda.get_device_properties(device).L2_cache_size)
+    buffer = torch.zeros(size // 4, device=device)
+
+    def flush() -> None:
+        buffer.add_(1) if device.type == "cuda" else buffer.sum()
+
+    return flush
+
+
+@contextmanager
+def _alone(device: torch.device) -> Iterator[None]:
+    """Leaves torch's random numbers and modes as they were."""
+    devices: Iterable[Any] = [device] if device.type == "cuda" else []
+    modes = torch.inference_mode(False), torch.autocast(device.type, enabled=False)
+    with torch.random.fork_rng(devices), modes[0], modes[1], warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # those of stock layers are not about the user's calls
+        yield
+
+
+@contextmanager
+def _progress(total: int) -> Iterator[Callable[[], None]]:
+    """A bar on the standard error, where somebody may look at it."""
+    console = Console(stderr=True)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task("peft_kernels: timing this model's layers, once", total=total)
+        yield lambda: progress.advance(task)

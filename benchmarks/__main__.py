@@ -25,6 +25,7 @@ BENCHMARKS = {
     "rotary": "the rotary embedding of queries and keys: forward, backward and memory",
     "nf4": "quantise and dequantise",
     "roofline": "a model of the CUDA kernels' times on several cards, from counts; nothing is measured",
+    "stock_or_fused": "layers after accelerate has chosen between stock and fused: never slower",
     "architectures": "LoRA on models of several architectures, in fp32 and bf16: training step and memory",
     "plot": "draw what benchmarks and demos have measured, from their CSV and JSON files",
     "model": "a small language model, fine-tuned in four ways: training step, prefill, decoding, breakdown",

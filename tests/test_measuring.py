@@ -16,6 +16,7 @@ from torch import multiprocessing, nn
 import peft_kernels
 from peft_kernels import choices
 from peft_kernels.integrations import measuring
+from peft_kernels.integrations import model as model_module
 from peft_kernels.integrations.measuring import ROWS
 
 WIDTH, FEW, MANY = 64, 8, 512
@@ -27,7 +28,7 @@ def tuning(tmp_path, monkeypatch):
     monkeypatch.delenv("PEFT_KERNELS_TUNE")
     monkeypatch.setenv("PEFT_KERNELS_CACHE", str(tmp_path / "tuned.json"))
     monkeypatch.setattr(choices, "_decided", {})
-    monkeypatch.setattr(measuring, "LEAST_PARAMETERS", 0)
+    monkeypatch.setattr(model_module, "LEAST_PARAMETERS", 0)
     monkeypatch.setattr(measuring, "_FLUSHED_BYTES", 1 << 10)
 
 
@@ -158,10 +159,13 @@ def test_bad_option(tune):
         peft_kernels.accelerate(lora_model(), tune=tune)
 
 
-def test_small_models_are_not_timed(monkeypatch):
-    monkeypatch.setattr(measuring, "LEAST_PARAMETERS", 1_000_000)
-    monkeypatch.setattr(measuring, "measure", None)
-    peft_kernels.accelerate(lora_model())
+def test_small_models_are_not_timed(clock, monkeypatch):
+    monkeypatch.setattr(model_module, "LEAST_PARAMETERS", 1_000_000)
+    with monkeypatch.context() as patch:
+        patch.setattr(measuring, "measure", None)
+        peft_kernels.accelerate(lora_model())
+    report = peft_kernels.accelerate(lora_model(), tune=10)  # unless told for how long
+    assert by_name(report)["lin"].speed == "2.0×"
 
 
 def test_timing_changes_nothing(monkeypatch):
@@ -255,7 +259,7 @@ def test_processes_that_do_not_know_of_each_other_measure_nothing(clock, monkeyp
 def accelerate_as_rank(rank, folder, queue):
     os.environ.update(PEFT_KERNELS_CACHE=f"{folder}/{rank}.json", PEFT_KERNELS_TUNE="1")
     torch.set_num_threads(1)
-    measuring.LEAST_PARAMETERS = 0
+    model_module.LEAST_PARAMETERS = 0
     measuring._FLUSHED_BYTES = 1 << 10
     measuring._seconds = lambda contender, *arguments: 1.0 + rank * hasattr(contender.layer, "stock")
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)

@@ -14,7 +14,6 @@ def tuning(tmp_path, monkeypatch):
     monkeypatch.delenv("PEFT_KERNELS_TUNE")
     monkeypatch.setenv("PEFT_KERNELS_CACHE", str(tmp_path / "tuned.json"))
     monkeypatch.setattr(choices, "_decided", {})
-    monkeypatch.setattr(measuring, "LEAST_PARAMETERS", 0)
     monkeypatch.setattr(measuring, "ROWS", (1, 8))
     monkeypatch.setattr(measuring, "_SLICE", 0)
 

@@ -31,7 +31,7 @@ from .registry import Measured, Trial, describe, restore
 
 ROWS = (1, 8, 32, 128, choices.MANY_ROWS)
 SECONDS = 60.0  # for all that a call of `accelerate` times
-LEAST_PARAMETERS = 1_000_000  # of the layers; those of smaller models take microseconds, most of which is Python's
+LEAST_PARAMETERS = 1_000_000  # the layers of smaller models take microseconds, most of which is Python's
 _MOST_BYTES = 1 << 29  # of a layer, since it is copied
 _LEAST_ROUNDS, _MOST_ROUNDS = 5, 15
 _SLICE = 0.003  # seconds for which another process gets the processor at least, on Linux
@@ -41,11 +41,12 @@ _logger = logging.getLogger("peft_kernels")
 _agreements = 0  # how often the processes of a distributed run have agreed on entries
 
 
-def choose(model: nn.Module, seconds: float) -> dict[nn.Module, Choice]:
+def choose(model: nn.Module, seconds: float, least_parameters: int = 0) -> dict[nn.Module, Choice]:
     """Gives each layer the choice that follows from what is known of its operation, and times what is not known yet.
 
     Args:
         seconds: to time for, at most; zero has every layer go by estimates.
+        least_parameters: of all layers; if they have fewer, they go by estimates.
 
     Returns:
         The layers that something is known of, with their choices.
@@ -53,7 +54,7 @@ def choose(model: nn.Module, seconds: float) -> dict[nn.Module, Choice]:
     layers = [layer for layer in model.modules() if isinstance(layer, Measured)]
     for layer in layers:
         vars(layer).pop("_choice", None)
-    if seconds == 0 or _parameters(layers) < LEAST_PARAMETERS:
+    if seconds == 0 or _parameters(layers) < least_parameters:
         return {}
     trials = {layer: trial for layer in layers if (trial := layer.trial()) and trial.device.type in ("cpu", "cuda")}
     names = {layer: name_of(trial) for layer, trial in trials.items()}

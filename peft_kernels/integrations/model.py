@@ -18,7 +18,7 @@ from ..choices import Choice
 from ..ops._arguments import is_number
 from ..printing import PrintedReport, indented, starred
 from .kinds import kind_of, why_no_form
-from .measuring import SECONDS, choose
+from .measuring import LEAST_PARAMETERS, SECONDS, choose
 from .registry import (
     FusedLayer,
     change_class,
@@ -156,9 +156,10 @@ def accelerate(model: nn.Module, *, tune: bool | float = True) -> Report:
     Args:
         model: any module; calling again covers layers that were added since, and reports on all.
         tune: whether to time, for a minute at most, what this machine has not timed yet of the model's linear layers,
-            norms and gated blocks, if these have a million parameters or more. What was measured is kept in a file
-            (PEFT_KERNELS_CACHE), and a layer takes its stock forward for the numbers of rows for which that is the
-            faster one. A number is the most seconds to take. PEFT_KERNELS_TUNE=0 has the same effect as False.
+            norms, gated blocks and dropouts, if these have a million parameters or more. What was measured is kept in a
+            file (PEFT_KERNELS_CACHE), and a layer takes its stock forward for the numbers of rows for which that is the
+            faster one. A number is the most seconds to take, whatever the model's size. PEFT_KERNELS_TUNE=0 has the same
+            effect as False.
 
     Returns:
         A `Report`: iterate over it, or print it.
@@ -177,7 +178,7 @@ def accelerate(model: nn.Module, *, tune: bool | float = True) -> Report:
         remarks: dict[nn.Module, str] = {
             module: module.prepare() for module in model.modules() if isinstance(module, FusedLayer)
         }
-        speeds = choose(model, seconds)
+        speeds = choose(model, seconds, LEAST_PARAMETERS if tune is True else 0)
         return Report(tuple(_reports(model, reasons, remarks, speeds)), cpu.isa())
 
 

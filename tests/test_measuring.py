@@ -12,6 +12,7 @@ from peft import LoraConfig, get_peft_model
 from peft_models import OneLayer, randomize
 from tiny_models import tiny
 from torch import multiprocessing, nn
+from torch.utils.checkpoint import checkpoint
 
 import peft_kernels
 from peft_kernels import choices
@@ -96,6 +97,31 @@ def test_layers_take_what_was_faster(clock, monkeypatch):
                 for rows in (1, 16, 17, MANY):
                     stock = takes_stock(layer, torch.randn(rows, WIDTH), monkeypatch)
                     assert stock == ((training or grad) and rows <= 16), (training, grad, rows)
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compiled(clock, dynamic):
+    clock |= {(rows, trains): (0.001, 0.002) for rows in (1, FEW) for trains in (False, True)}
+    model = lora_model().eval()
+    peft_kernels.accelerate(model)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True, dynamic=dynamic)
+    for rows in (4, 40):
+        x = torch.randn(rows, WIDTH)
+        torch.testing.assert_close(compiled(x), model(x), rtol=1e-4, atol=1e-4)
+
+
+def test_reentrant_checkpoint_draws_one_mask(clock):
+    clock |= {(rows, True): (0.001, 0.002) for rows in (1, FEW)}  # but not without gradients
+    layer = lora_model(lora_dropout=0.5).train().base_model.model.lin
+    peft_kernels.accelerate(layer, tune=10)
+    x = torch.randn(4, WIDTH, requires_grad=True)
+    torch.manual_seed(0)
+    y = checkpoint(layer, x, use_reentrant=True)
+    y.sum().backward()
+    got, x.grad = x.grad, None
+    torch.manual_seed(0)
+    layer(x).sum().backward()
+    torch.testing.assert_close(got, x.grad)
 
 
 def test_layers_that_are_never_faster_are_stock(clock):
@@ -280,3 +306,32 @@ def test_processes_of_a_run_take_the_first_ones_choices(tmp_path):
         process.join()
     assert verdicts[0] == verdicts[1] == ["fused, 1.0×"] * 4
     assert not (tmp_path / "1.json").exists()  # by itself it would have found stock to be twice as fast
+
+
+class Card:
+    """Stands for a device that the tensors of the CPU are on."""
+
+    type = "cuda"
+
+    def __eq__(self, other):
+        return True
+
+    __hash__ = None
+
+
+def test_the_librarys_product_is_timed_on_a_card(monkeypatch):
+    told = []
+    monkeypatch.setattr(choices, "set_crossover", lambda *arguments: told.append(arguments))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Card A")
+    layer = lora_model().base_model.model.lin
+    peft_kernels.accelerate(layer, tune=False)
+    contenders = measuring._contenders(layer.trial()._replace(device=Card()))
+    assert (
+        list(contenders) == ["stock", "fused", "library"] and contenders["fused"].layer is contenders["library"].layer
+    )
+    for contender in contenders.values():
+        contender.prepare()
+    assert told == [("Card A", 96, WIDTH, choices.UNBOUNDED, choices.UNBOUNDED), ("Card A", 96, WIDTH, 0, 0)]
+    dense = lora_model(nn.Linear(WIDTH, 96)).base_model.model.lin
+    peft_kernels.accelerate(dense, tune=False)
+    assert list(measuring._contenders(dense.trial()._replace(device=Card()))) == ["stock", "fused"]

@@ -99,32 +99,32 @@ def _short(dtype: torch.dtype | None) -> str:
 
 def _learn(trials: Mapping[str, Trial], machine: str, seconds: float) -> None:
     """Has the process know of operations what the file has of them, and for the rest, what they are measured to do."""
-    trials = {name: trial for name, trial in trials.items() if not choices.is_known(machine, name)}
-    if not trials:
-        return
-
     distributed = torch.distributed
     agrees = distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
-    # Processes that do not know of each other yet would measure at the same time, and disagree.
-    may_measure = agrees or int(os.environ.get("WORLD_SIZE") or 1) == 1
-
-    def find() -> dict[str, Entry]:
-        of_file = choices.load().get(machine, {})
-        missing = {name: trial for name, trial in trials.items() if name not in of_file}
-        measured = _measure_and_keep(missing, machine, seconds) if missing and may_measure else {}
-        return {name: entry for name, entry in (of_file | measured).items() if name in trials}
-
-    entries = _agree(find) if agrees else find()
+    if agrees:
+        entries = _agree(lambda: _find(trials, machine, seconds))
+    elif all(choices.is_known(machine, name) for name in trials):
+        return
+    else:
+        # Processes that do not know of each other yet would measure at the same time, and disagree.
+        is_alone = int(os.environ.get("WORLD_SIZE") or 1) == 1
+        entries = _find(trials, machine, seconds if is_alone else 0)
     choices.decide(machine, {name: entries.get(name) for name in trials})
 
 
-def _measure_and_keep(trials: Mapping[str, Trial], machine: str, seconds: float) -> dict[str, Entry]:
-    entries = measure(trials, seconds)
-    try:
-        choices.save(machine, entries)
-    except OSError as error:
-        _logger.warning("%s: %s; what was measured is not kept", choices.path(), error)
-    return entries
+def _find(trials: Mapping[str, Trial], machine: str, seconds: float) -> dict[str, Entry]:
+    """What the process goes by, what the file has, and what is measured, for zero seconds not at all."""
+    known = {name: choices.entry_of(machine, name) for name in trials if choices.is_known(machine, name)}
+    found = choices.load().get(machine, {}) | {name: entry for name, entry in known.items() if entry}
+    missing = {name: trial for name, trial in trials.items() if name not in found and name not in known}
+    if missing and seconds > 0:
+        measured = measure(missing, seconds)
+        found |= measured
+        try:
+            choices.save(machine, measured)
+        except OSError as error:
+            _logger.warning("%s: %s; what was measured is not kept", choices.path(), error)
+    return {name: found[name] for name in trials if name in found}
 
 
 def _agree(find: Callable[[], dict[str, Entry]]) -> dict[str, Entry]:

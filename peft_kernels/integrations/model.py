@@ -158,8 +158,8 @@ def accelerate(model: nn.Module, *, tune: bool | float = True) -> Report:
         tune: whether to time, for a minute at most, what this machine has not timed yet of the model's linear layers,
             norms, gated blocks and dropouts, if these have a million parameters or more. What was measured is kept in a
             file (PEFT_KERNELS_CACHE), and a layer takes its stock forward for the numbers of rows for which that is the
-            faster one. A number is the most seconds to take, whatever the model's size. PEFT_KERNELS_TUNE=0 has the same
-            effect as False.
+            faster one. A number is the most seconds to take, whatever the model's size. PEFT_KERNELS_TUNE=0 does the
+            same as False.
 
     Returns:
         A `Report`: iterate over it, or print it.

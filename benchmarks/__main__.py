@@ -27,6 +27,7 @@ BENCHMARKS = {
     "roofline": "a model of the CUDA kernels' times on several cards, from counts; nothing is measured",
     "stock_or_fused": "layers after accelerate has chosen between stock and fused: never slower",
     "architectures": "LoRA on models of several architectures, in fp32 and bf16: training step and memory",
+    "card": "all that one wants to know of a CUDA card that was never met, in three calls of nine minutes",
     "plot": "draw what benchmarks and demos have measured, from their CSV and JSON files",
     "model": "a small language model, fine-tuned in four ways: training step, prefill, decoding, breakdown",
 }

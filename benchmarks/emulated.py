@@ -7,16 +7,16 @@ from __future__ import annotations
 
 import argparse
 import functools
-import importlib.util
+import importlib
 import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import ModuleType
 from typing import NamedTuple
 
 import torch
 
+from benchmarks import from_tests
 from benchmarks.options import expression, names
 from peft_kernels.ops import (
     adapter,
@@ -33,16 +33,7 @@ from peft_kernels.ops import (
 ROOT = Path(__file__).parent.parent
 
 
-def _load(package: str) -> ModuleType:
-    """A package of the tests, which are on no path outside pytest; what is beside it stays hidden."""
-    if package not in sys.modules:
-        spec = importlib.util.spec_from_file_location(package, ROOT / "tests" / package / "__init__.py")
-        sys.modules[package] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(sys.modules[package])
-    return sys.modules[package]
-
-
-ptx_emulator = _load("ptx_emulator")
+ptx_emulator = from_tests.load("ptx_emulator")
 ops, report = (importlib.import_module(f"ptx_emulator.{name}") for name in ("ops", "report"))
 
 CARDS = ("sm_80", "sm_86", "sm_89", "sm_90")

@@ -1,0 +1,454 @@
+"""A call of every family on numbers of its own: what is checked, what the sanitizers see, and what is timed.
+
+None needs PEFT, bitsandbytes or transformers. Shapes are those of Llama-3 8B and small odd ones; with `tiny`, those of a
+rehearsal.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import product
+from unittest import mock
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from benchmarks import (
+    adapter,
+    adapter_fusion,
+    cross_entropy,
+    dropout,
+    from_tests,
+    functions,
+    glu,
+    rms_norm,
+    rotary,
+)
+from benchmarks.functions import Problem, Tensors
+from benchmarks.records import FUSED
+from peft_kernels.ops import (
+    AdapterWeights,
+    NF4Weight,
+    adapter_grouped,
+    dora_linear,
+    ia3_attention,
+    ia3_linear,
+    lora_linear,
+    lora_linear_grouped,
+    quantize_4bit,
+)
+from peft_kernels.testing.reference import attention as attention_reference
+from peft_kernels.testing.reference import nf4 as nf4_reference
+from peft_kernels.testing.reference.adapter import adapter_grouped as adapter_grouped_oracle
+from peft_kernels.testing.reference.dora_linear import dora_linear as dora_linear_oracle
+from peft_kernels.testing.reference.ia3_linear import ia3_linear as ia3_linear_oracle
+from peft_kernels.testing.reference.lora_linear import lora_linear as lora_linear_oracle
+from peft_kernels.testing.reference.lora_linear_grouped import lora_linear_grouped as grouped_oracle
+
+tolerances = from_tests.load("tolerances")
+
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+SHORT = {BF16: "bf16", FP16: "fp16", FP32: "fp32"}
+STOCK = "stock"
+Tolerance = Callable[[torch.dtype], float]  # of a result of a dtype
+
+
+@dataclass(frozen=True)
+class Case:
+    """A call of a family.
+
+    Attributes:
+        make: the numbers, and what is called on them; on torch's default device.
+        tolerance: the largest relative rms error of a result or gradient.
+        training: whether the gradients of the leaves are made too.
+        timed: whether it is one of the few of its family that are timed.
+    """
+
+    family: str
+    name: str
+    make: Callable[[], Problem]
+    tolerance: Tolerance
+    training: bool = True
+    timed: bool = False
+
+    def results(self, problem: Problem, function: functions.Function, leaves: Tensors) -> Tensors:
+        """The results and, in training, the gradients, by name."""
+        if self.training:
+            return problem.results(function, leaves)
+        with torch.no_grad():
+            return {f"result {i}": y for i, y in enumerate(functions.several(function(leaves)))}
+
+
+def problem(leaves: Tensors, like: Sequence[int], fused, oracle, stock=None, work=(0.0, 0.0)) -> Problem:
+    """Of functions of the leaves, whose result has the shape `like`; bytes and operations are those of a forward."""
+    dtype = next(iter(leaves.values())).dtype
+    called = {FUSED: fused} | ({STOCK: stock} if stock else {})
+    grad = torch.randn(*like).to(dtype)
+    return Problem("", leaves, grad, called, oracle, 0.0, lambda phase: work)
+
+
+# ---- Linear layers --------------------------------------------------------------------------------------------------
+
+
+def weight4bit(n: int, k: int, kind: str = "nested", blocksize: int = 64, dtype: torch.dtype = BF16) -> NF4Weight:
+    weight = (torch.randn(n, k) / k**0.5).to(dtype)
+    return quantize_4bit(weight, blocksize, "fp4" if kind == "fp4" else "nf4", double_quant=kind == "nested")
+
+
+def linear(
+    m: int,
+    n: int,
+    k: int,
+    ranks: Sequence[int] = (),
+    dtype: torch.dtype = BF16,
+    kind: str = "nested",
+    blocksize: int = 64,
+    bias: bool = False,
+    drop: float = 0.0,
+    training: bool = False,
+    timed: bool = False,
+) -> Case:
+    """lora_linear on a 4-bit weight, or on a dense one where kind is "dense"."""
+
+    def make() -> Problem:
+        dense = kind == "dense"
+        weight = (torch.randn(n, k) / k**0.5).to(dtype) if dense else weight4bit(n, k, kind, blocksize, dtype)
+        leaves = {"x": torch.randn(m, k).to(dtype)} | ({"bias": torch.randn(n)} if bias else {})
+        for i, r in enumerate(ranks):
+            leaves |= {f"lora_A{i}": torch.randn(r, k) / k**0.5, f"lora_B{i}": torch.randn(n, r) / r**0.5}
+        scaling, each = [2.0 / (1 + i) for i in range(len(ranks))], range(len(ranks))
+        seeds = torch.arange(7, 7 + len(ranks)) if drop else None
+        values = weight if dense else weight.dequantize()
+
+        def arguments(t: Tensors) -> tuple:
+            adapters = [t[f"lora_A{i}"] for i in each], [t[f"lora_B{i}"] for i in each]
+            return t.get("bias"), *adapters, scaling, [drop] * len(ranks) if drop else []
+
+        def stock(t: Tensors) -> Tensor:
+            y = F.linear(t["x"], values if dense else weight.dequantize())
+            for i in each:
+                dropped = F.dropout(t["x"], drop) if drop else t["x"]
+                y = y + scaling[i] * F.linear(F.linear(dropped.float(), t[f"lora_A{i}"]), t[f"lora_B{i}"]).to(dtype)
+            return y if not bias else y + t["bias"].to(dtype)
+
+        return problem(
+            leaves, (m, n), lambda t: lora_linear(t["x"], weight, *arguments(t), seeds=seeds),
+            lambda t: lora_linear_oracle(t["x"], values.double(), *arguments(t), seeds=seeds), stock,
+        )  # fmt: skip
+
+    what = [SHORT[dtype], kind] + [f"b{blocksize}"] * (blocksize != 64) + ["bias"] * bias
+    what += [f"r={'+'.join(map(str, ranks))}"] * bool(ranks) + [f"dropout {drop:g}"] * bool(drop)
+    name = " ".join([f"M={m} {n}x{k}", *what, *(["backward"] * training)])
+    return Case("lora_linear", name, make, lambda out: tolerances.product(dtype, out), training, timed)
+
+
+def _linears(tiny: bool) -> Iterator[Case]:
+    if tiny:
+        yield linear(1, 64, 128)
+        yield linear(9, 64, 128, (8,), FP16, "nf4")
+        yield linear(40, 64, 128, (16, 4), drop=0.25, bias=True, training=True)
+        yield linear(3, 48, 128, dtype=FP32, kind="fp4")
+        return
+    # Each row count takes another kernel, or divides the work otherwise.
+    rows = (1, 2, 5, 8, 9, 16, 24, 32, 33, 48, 64, 65, 100, 128, 160, 200, 256, 300, 512, 1000, 4096)
+    for m in rows:
+        yield linear(m, 4096, 4096, (16,))
+    for m in (1, 16, 32, 64, 128, 256, 512):
+        yield linear(m, 4096, 4096, training=True)
+        yield linear(m, 4096, 4096, (16,), drop=0.05, training=True, bias=True)
+        yield linear(m, 14336, 4096, (16,), FP16, "nf4", training=True)
+        yield linear(m, 4096, 14336)
+    for m, kind in product((1, 40, 200), ("fp4", "nf4", "dense")):
+        yield linear(m, 1000, 1088, (5, 64), kind=kind, training=True)
+    for m, blocksize in product((3, 70), (32, 64, 128, 4096)):
+        yield linear(m, 66, 256, (128,), blocksize=blocksize, training=True)
+    for m in (1, 17, 300):
+        yield linear(m, 1024, 2048, (16,), FP32, training=True)
+    yield linear(40, 64, 4096)  # one tile, which many CTAs share
+    yield linear(64, 8192, 28672, (16,))
+
+
+def dora(m: int, n: int, k: int, r: int = 16, drop: float = 0.0, timed: bool = False) -> Case:
+    def make() -> Problem:
+        weight = weight4bit(n, k)
+        values = weight.dequantize()
+        leaves = {
+            "x": torch.randn(m, k).to(BF16), "lora_A": torch.randn(r, k) / k**0.5, "lora_B": torch.randn(n, r) / r,
+            "magnitude": 1 + torch.rand(n),
+        }  # fmt: skip
+        seed = torch.tensor([7])
+
+        def call(function, t: Tensors, w) -> Tensor:
+            return function(t["x"], w, None, t["lora_A"], t["lora_B"], t["magnitude"], 2.0, drop, seed=seed)
+
+        def stock(t: Tensors) -> Tensor:
+            w = weight.dequantize()
+            gain = t["magnitude"] / (w + 2.0 * t["lora_B"] @ t["lora_A"]).norm(dim=1).detach()
+            base = F.linear(t["x"], w)
+            branch = 2.0 * F.linear(F.linear(t["x"].float(), t["lora_A"]), t["lora_B"])
+            return (gain * (base.float() + branch)).to(BF16)
+
+        return problem(leaves, (m, n), lambda t: call(dora_linear, t, weight),
+                       lambda t: call(dora_linear_oracle, t, values.double()), stock)  # fmt: skip
+
+    name = f"M={m} {n}x{k} r={r}" + f" dropout {drop:g}" * bool(drop) + " backward"
+    # The base product is rounded before it is scaled, and dmagnitude is a sum of its products.
+    return Case("dora_linear", name, make, lambda out: 2 * tolerances.product(BF16, BF16), True, timed)
+
+
+def ia3(m: int, n: int, k: int, side: str, timed: bool = False) -> Case:
+    def make() -> Problem:
+        weight = weight4bit(n, k)
+        values = weight.dequantize()
+        leaves = {"x": torch.randn(m, k).to(BF16), side: 1 + 0.3 * torch.randn(k if side == "l_in" else n)}
+
+        def stock(t: Tensors) -> Tensor:
+            x = t["x"] * t["l_in"].to(BF16) if side == "l_in" else t["x"]
+            y = F.linear(x, weight.dequantize())
+            return y if side == "l_in" else y * t["l_out"].to(BF16)
+
+        return problem(leaves, (m, n), lambda t: ia3_linear(t["x"], weight, **{side: t[side]}),
+                       lambda t: ia3_linear_oracle(t["x"], values.double(), **{side: t[side]}), stock)  # fmt: skip
+
+    tolerance = lambda out: 2 * tolerances.product(BF16, BF16)  # noqa: E731  # y is rounded before l_out's gradient
+    return Case("ia3_linear", f"M={m} {n}x{k} {side} backward", make, tolerance, True, timed)
+
+
+def grouped(batch: int, length: int, n: int, k: int, adapters: int, r: int = 16, timed: bool = False) -> Case:
+    """A LoRA adapter for each sample of a batch; without gradients."""
+
+    def make() -> Problem:
+        weight = weight4bit(n, k)
+        values = weight.dequantize()
+        A = [torch.randn(r, k) / k**0.5 for _ in range(adapters)]
+        B = [torch.randn(n, r) / r**0.5 for _ in range(adapters)]
+        index, scaling = [i % (adapters + 1) - 1 for i in range(batch)], [2.0] * adapters
+
+        def stock(t: Tensors) -> Tensor:
+            y = F.linear(t["x"], weight.dequantize())
+            for b, i in enumerate(index):
+                if i >= 0:
+                    y[b] += 2.0 * F.linear(F.linear(t["x"][b].float(), A[i]), B[i]).to(BF16)
+            return y
+
+        return problem(
+            {"x": torch.randn(batch, length, k).to(BF16)}, (batch, length, n),
+            lambda t: lora_linear_grouped(t["x"], weight, None, A, B, scaling, index),
+            lambda t: grouped_oracle(t["x"], values.double(), None, A, B, scaling, index), stock,
+        )  # fmt: skip
+
+    name = f"B={batch} S={length} {n}x{k} of {adapters} adapters"
+    # The base is rounded to bf16 before the branches are added.
+    return Case("lora_linear_grouped", name, make, lambda out: 2 * tolerances.product(BF16, BF16), False, timed)
+
+
+# ---- 4-bit weights --------------------------------------------------------------------------------------------------
+
+
+def dequantize(n: int, k: int, kind: str, dtype: torch.dtype, blocksize: int = 64, timed: bool = False) -> Case:
+    """Bit for bit, so the error has to be zero."""
+
+    def make() -> Problem:
+        weight = weight4bit(n, k, kind, blocksize, dtype)
+
+        def oracle(t: Tensors) -> Tensor:
+            on_cpu = [each.cpu() for each in (weight.codes, weight.absmax)]
+            nested = tuple(each.cpu() for each in weight.nested)
+            with torch.device("cpu"):
+                y = nf4_reference.dequantize_4bit(*on_cpu, (n, k), dtype, blocksize, weight.quant_type, nested)
+            return y.to(weight.codes.device)
+
+        return problem({"unused": torch.ones(1)}, (n, k), lambda t: weight.dequantize(), oracle,
+                       work=(n * k * (0.5 + dtype.itemsize), 0.0))  # fmt: skip
+
+    name = f"dequantise {n}x{k} {kind} b{blocksize} {SHORT[dtype]}"
+    return Case("nf4", name, make, lambda out: 0.0, False, timed)
+
+
+def quantize(n: int, k: int, kind: str, dtype: torch.dtype, blocksize: int = 64, timed: bool = False) -> Case:
+    """Codes and statistics, which have to be equal."""
+
+    def make() -> Problem:
+        tensor = torch.randn(n, k).to(dtype)
+
+        def fused(t: Tensors) -> tuple[Tensor, ...]:
+            weight = quantize_4bit(tensor, blocksize, kind)
+            return weight.codes, weight.absmax
+
+        def oracle(t: Tensors) -> tuple[Tensor, ...]:
+            with torch.device("cpu"):
+                found = nf4_reference.quantize_4bit(tensor.cpu(), blocksize, kind)
+            return tuple(each.to(tensor.device) for each in found)
+
+        return problem({"unused": torch.ones(1)}, (n, k), fused, oracle, work=(n * k * (0.5 + dtype.itemsize), 0.0))
+
+    name = f"quantise {n}x{k} {kind} b{blocksize} {SHORT[dtype]}"
+    return Case("nf4", name, make, lambda out: 0.0, False, timed)
+
+
+def _weights(tiny: bool) -> Iterator[Case]:
+    if tiny:
+        yield dequantize(16, 128, "nested", BF16)
+        yield quantize(16, 128, "nf4", FP32)
+        return
+    yield dequantize(4096, 4096, "nested", BF16, timed=True)
+    for kind, dtype in product(("nf4", "fp4", "nested"), (BF16, FP16, FP32)):
+        yield dequantize(33, 517, kind, dtype, 128)
+    for kind, dtype, blocksize in product(("nf4", "fp4"), (BF16, FP16, FP32), (32, 64, 256, 4096)):
+        yield quantize(1000, 576, kind, dtype, blocksize)
+    yield quantize(4096, 4096, "nf4", BF16, timed=True)
+
+
+# ---- What the families' own benchmarks have -------------------------------------------------------------------------
+
+
+def of(family: str, case, make, tolerance: Tolerance, dtype: torch.dtype = BF16, timed: bool = False) -> Case:
+    """A case of a family's own benchmark, with its leaves in another dtype."""
+
+    def converted() -> Problem:
+        # Nothing of this is called compiled, and to ask for it would load Inductor, which takes seconds.
+        with mock.patch("torch.compile", lambda function, **options: function):
+            own = make(case)
+        return replace(own, leaves={name: leaf.to(dtype) for name, leaf in own.leaves.items()})
+
+    return Case(family, f"{case} {SHORT[dtype]}", converted, tolerance, True, timed)
+
+
+def one_rounding(out: torch.dtype) -> float:
+    return tolerances.FP32_SUM + 2 * tolerances.ROUNDING[out]
+
+
+def _elementwise(tiny: bool) -> Iterator[Case]:
+    shapes = {
+        "rms_norm": (rms_norm, [(4096, 4096, True), (7, 576, True), (1, 4096, False)], (3, 40, True)),
+        "glu": (glu, [(4096, 14336), (7, 1001), (5, 64, "gelu_tanh")], (3, 40)),
+        "rotary": (rotary, [(1, 4096, 32, 8, 128), (2, 33, 9, 3, 64)], (1, 5, 2, 1, 16)),
+        "cross_entropy": (cross_entropy, [(2048, 128256), (7, 50257)], (3, 70)),
+        "dropout": (dropout, [(4096, 4096), (7, 1001)], (3, 40)),
+    }
+    for family, (module, real, rehearsed) in shapes.items():
+        for number, shape in enumerate([rehearsed] if tiny else real):
+            for dtype in (BF16,) if tiny or number == 0 else (BF16, FP16, FP32):
+                case = module.Case(*shape)
+                yield of(family, case, module.make_problem, one_rounding, dtype, timed=number == 0)
+
+
+def attend(
+    queries: int, keys: int, heads: tuple[int, int], dim: int, dtype: torch.dtype = BF16, prefix: int = 0,
+    scales: bool = True, batch: int = 1, timed: bool = False,
+) -> Case:  # fmt: skip
+    """Causal attention with (IA)³ scales, a prefix, or both."""
+
+    def make() -> Problem:
+        leaves = {
+            name: torch.randn(batch, rows, count, dim).to(dtype).transpose(1, 2)
+            for name, rows, count in (("q", queries, heads[0]), ("k", keys, heads[1]), ("v", keys, heads[1]))
+        }
+        if scales:
+            leaves |= {f"l_{name}": 1 + 0.3 * torch.randn(leaves[name].shape[1] * dim) for name in ("q", "k", "v")}
+        if prefix:
+            leaves |= {f"prefix_{name}": torch.randn(heads[1], prefix, dim) for name in ("k", "v")}
+
+        def stock(t: Tensors) -> Tensor:
+            q, k, v = (attention_reference.scaled(t[name], t.get(f"l_{name}")).to(dtype) for name in ("q", "k", "v"))
+            mask = None
+            if prefix:
+                k, v = (
+                    torch.cat([t[f"prefix_{name}"].to(dtype).expand(batch, -1, -1, -1), x], 2)
+                    for name, x in (("k", k), ("v", v))
+                )
+                mask = F.pad(attention_reference.visible(queries, keys, True, None, q.device), (prefix, 0), value=True)
+            elif queries != keys:
+                mask = attention_reference.visible(queries, keys, True, None, q.device)
+            return F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=True)
+
+        return problem(leaves, (batch, heads[0], queries, dim), lambda t: ia3_attention(**t, causal=True),
+                       lambda t: attention_reference.ia3_attention(**t, causal=True), stock,
+                       work=(2 * dim * batch * (2 * heads[0] * queries + 2 * heads[1] * keys),
+                             4 * dim * batch * heads[0] * queries * (keys - queries / 2)))  # fmt: skip
+
+    name = f"B={batch} H={heads[0]}/{heads[1]} S={queries}x{keys} D={dim} {SHORT[dtype]}"
+    name += f" prefix={prefix}" * bool(prefix) + " scales" * scales
+    return Case("attention", name, make, lambda out: tolerances.attention(dtype), True, timed)
+
+
+def _attention(tiny: bool) -> Iterator[Case]:
+    if tiny:
+        yield attend(9, 9, (2, 1), 16, prefix=2)
+        return
+    yield attend(2048, 2048, (32, 8), 128, timed=True)
+    yield attend(1, 1024, (32, 8), 128)
+    for dtype, dim in product((BF16, FP16, FP32), (40, 64, 96, 128)):
+        yield attend(200, 230, (4, 2), dim, dtype, prefix=13, batch=2)
+    yield attend(1024, 1024, (32, 8), 128, prefix=32, scales=False, timed=True)
+
+
+def grouped_adapters(batch: int, length: int, d: int, r: int, dtype: torch.dtype = BF16) -> Case:
+    def make() -> Problem:
+        leaves = {"x": torch.randn(batch, length, d).to(dtype)}
+        for i in range(2):
+            leaves |= {
+                f"down{i}": (torch.randn(r, d) / d**0.5).to(dtype), f"down_bias{i}": torch.randn(r).to(dtype),
+                f"up{i}": (torch.randn(d, r) / r**0.5).to(dtype), f"up_bias{i}": torch.randn(d).to(dtype),
+            }  # fmt: skip
+        index = [i % 3 - 1 for i in range(batch)]
+        parts = ("down_weight", "down"), ("down_bias", "down_bias"), ("up_weight", "up"), ("up_bias", "up_bias")
+
+        def weights(t: Tensors, i: int) -> dict[str, Tensor]:
+            return {argument: t[f"{name}{i}"] for argument, name in parts}
+
+        return problem(
+            leaves, (batch, length, d),
+            lambda t: adapter_grouped(t["x"], [AdapterWeights(**weights(t, i)) for i in range(2)], index,
+                                      residual=t["x"]),
+            lambda t: adapter_grouped_oracle(t["x"], [weights(t, i) for i in range(2)], index, residual=t["x"]),
+        )  # fmt: skip
+
+    name = f"grouped B={batch} S={length} d={d} r={r} {SHORT[dtype]}"
+    return Case("adapter", name, make, lambda out: tolerances.product(dtype, out))
+
+
+def _adapters(tiny: bool) -> Iterator[Case]:
+    def one(case: adapter.Case, dtype: torch.dtype = BF16, timed: bool = False) -> Case:
+        return of("adapter", case, adapter.make_problem, lambda out: tolerances.product(dtype, dtype), dtype, timed)
+
+    def fuse(case: adapter_fusion.Case, dtype: torch.dtype = BF16, timed: bool = False) -> Case:
+        make, tolerance = adapter_fusion.make_problem, lambda out: 3 * tolerances.product(dtype, dtype)
+        return of("adapter_fusion", case, make, tolerance, dtype, timed)
+
+    if tiny:
+        yield one(adapter.Case(9, 40, 8, norm=True))
+        yield grouped_adapters(3, 4, 40, 8)
+        yield fuse(adapter_fusion.Case(5, 32, 3))
+        return
+    yield one(adapter.Case(4096, 4096, 64, norm=True), timed=True)
+    for dtype in (BF16, FP16, FP32):
+        yield one(adapter.Case(200, 768, 64, norm=True, dropout=0.1), dtype)
+        yield one(adapter.Case(33, 1032, 20, activation="relu"), dtype)
+        yield grouped_adapters(7, 40, 768, 48, dtype)
+    yield one(adapter.Case(100, 4096, 512))
+    yield fuse(adapter_fusion.Case(2048, 768, 8), timed=True)
+    for dtype in (BF16, FP16, FP32):
+        yield fuse(adapter_fusion.Case(70, 96, 3), dtype)
+        yield fuse(adapter_fusion.Case(70, 96, 3, rank=16), dtype)
+    yield fuse(adapter_fusion.Case(8, 4096, 8))
+
+
+def cases(tiny: bool) -> list[Case]:
+    """The most used families first."""
+    if tiny:
+        more = [dora(3, 48, 128, 4), ia3(3, 48, 128, "l_in"), ia3(40, 48, 128, "l_out"), grouped(3, 2, 48, 128, 2, 4)]
+    else:
+        more = [dora(4096, 4096, 4096, timed=True), dora(3, 1000, 1088), dora(100, 1024, 2048, drop=0.1)]
+        more += [ia3(m, 4096, 4096, side, timed=m == 4096) for m in (1, 33, 4096) for side in ("l_in", "l_out")]
+        more += [grouped(33, 1, 4096, 4096, 8, timed=True), grouped(5, 100, 1000, 1088, 3)]
+    groups = _linears, _weights, _elementwise, _attention
+    return [*(case for group in groups for case in group(tiny)), *more, *_adapters(tiny)]
+
+
+FAMILIES = (
+    "lora_linear", "nf4", "rms_norm", "glu", "rotary", "cross_entropy", "dropout", "attention", "dora_linear",
+    "ia3_linear", "lora_linear_grouped", "adapter", "adapter_fusion",
+)  # fmt: skip

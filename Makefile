@@ -24,7 +24,7 @@ export TORCH_CUDA_ARCH_LIST := $(if $(CARDS),,8.0+PTX)
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-adapters test test-avx2 test-asan test-amx test-gpu bench lint format clean
+.PHONY: help demo demo-adapters test test-avx2 test-asan test-amx test-gpu bench card lint format clean
 
 help:  ## show this list
 	@sed -n 's/^\([a-z0-9-]*\):.*  ## /\1|/p' Makefile | awk -F'|' '{printf "  make %-13s %s\n", $$1, $$2}'
@@ -77,6 +77,10 @@ test-gpu: $(INSTALLED)  ## run every test with the CUDA kernels built in, on a m
 
 bench: $(INSTALLED)  ## run a benchmark: make bench ARGS="lora_linear --quick"
 	$(BIN)/python -m benchmarks $(ARGS)
+
+# With the machine's own Python and what it has, so that nothing is installed: a card is often met without a network.
+card:  ## find out all about a CUDA card that was never met: make card ARGS=correctness, then timing, profile, report
+	$(PYTHON) -m benchmarks card $(ARGS)
 
 lint: $(LINTERS)  ## say what is wrong with the form of the sources
 	$(LINT)/bin/ruff check .

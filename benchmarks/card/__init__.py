@@ -29,7 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add("--device", choices=DEVICES, default="cuda", help="to rehearse without a card: emulated, or cpu (cuda)")
     add("--out", type=Path, metavar="DIR", help="for the files ($OUT, or else benchmarks/results/CARD)")
     add("--minutes", type=float, default=MOST_MINUTES, help="of a phase, at most (%(default)g)")
-    add("--only", type=re.compile, default=re.compile(""), metavar="REGEX", help="only steps whose name has a match")
+    add("--only", type=expression, default=re.compile(""), metavar="REGEX", help="only steps whose name has a match")
     add("--list", action="store_true", help="show the steps and their limits")
     given = parser.parse_args(arguments)
     for phase in given.phases:
@@ -62,6 +62,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(1)
 
 
+def expression(text: str) -> re.Pattern[str]:
+    try:
+        return re.compile(text)
+    except re.error as error:
+        raise argparse.ArgumentTypeError(f"got '{text}', wanted a regular expression: {error}") from None
+
+
 def run_phase(phase: str, steps, device: str, seconds: float, folder: Path | None) -> tuple[list[Record], Path]:
     """Finds out what the machine is, builds the module if there is none for it, and runs the steps."""
     import torch  # here, so that the steps' processes are forked with it; nothing may start CUDA in this one
@@ -80,6 +87,7 @@ def run_phase(phase: str, steps, device: str, seconds: float, folder: Path | Non
                 run.skip(step, refusal)
         else:
             import peft_kernels  # noqa: F401  # forked with it, too
+
             run.steps(steps)
     return run.records, folder
 

@@ -1,7 +1,7 @@
 """A call of every family on numbers of its own: what is checked, what the sanitizers see, and what is timed.
 
-None needs PEFT, bitsandbytes or transformers. Shapes are those of Llama-3 8B and small odd ones; with `tiny`, those of a
-rehearsal.
+None needs PEFT, bitsandbytes or transformers. Shapes are those of Llama-3 8B and small odd ones, or with `tiny` those
+of a rehearsal.
 """
 
 from __future__ import annotations

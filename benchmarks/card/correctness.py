@@ -12,7 +12,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 import torch
 
 from benchmarks.card.machine import ROOT, find_tool, need
-from benchmarks.card.run import FAILED, OK, TAIL, Context, Record, Skipped
+from benchmarks.card.run import FAILED, OK, TAIL, Context, NotHereError, Record
 
 # ---- Calls against fp64 ---------------------------------------------------------------------------------------------
 
@@ -86,7 +86,9 @@ def check(context: Context, case) -> Record:
     if worst["share"] <= allowed:
         return {"status": OK, **fields}
     unwritten = f"; {worst['bad']} elements are not finite" if worst["bad"] else ""
-    reason = f"got {worst['what']} with an error of {worst['error']:.3g}, wanted {worst['bound']:.3g} at most{unwritten}"
+    reason = (
+        f"got {worst['what']} with an error of {worst['error']:.3g}, wanted {worst['bound']:.3g} at most{unwritten}"
+    )
     return {"status": FAILED, "reason": reason, **fields}
 
 
@@ -103,7 +105,7 @@ def sanitizers(context: Context) -> None:
     """Each tool on the tiny calls of every family, see driver.py."""
     program = find_tool("compute-sanitizer")
     if not program:
-        raise Skipped("compute-sanitizer is not installed")
+        raise NotHereError("compute-sanitizer is not installed")
     driver = [sys.executable, "-m", "benchmarks.card.driver", "--device", context.device]
 
     def run(tool: str) -> Record:
@@ -119,13 +121,13 @@ def sanitizers(context: Context) -> None:
 def judge_sanitizer(status: int | None, output: str) -> Record:
     summary = (re.findall(r"=+ ((?:ERROR|RACECHECK) SUMMARY: .*)", output) or ["no summary"])[-1]
     if status is None:
-        raise Skipped(f"its share of the time was up; until then {output.count('=========  ')} lines of findings")
+        raise NotHereError(f"its share of the time was up; until then {output.count('=========  ')} lines of findings")
     if status == 0:
         return {"text": summary}
     if status == 99 or "SUMMARY" in summary:
         return {"status": FAILED, "reason": summary, "output": output[:TAIL]}
     if re.search(r"not supported|permission|unable to|insufficient", output, re.IGNORECASE):
-        raise Skipped(f"it can't run here: {(output.splitlines() or [''])[-1]}")
+        raise NotHereError(f"it can't run here: {(output.splitlines() or [''])[-1]}")
     return {"status": FAILED, "reason": f"exit status {status}", "output": output[-TAIL:]}
 
 
@@ -177,13 +179,13 @@ def judge_tests(status: int | None, output: str) -> Record:
         failures = re.findall(r"^FAILED .*", output, re.MULTILINE)
         if failures:
             return {"status": FAILED, "reason": failures[0]}
-        raise Skipped("the step's time was up while they ran")
+        raise NotHereError("the step's time was up while they ran")
     if status == 0:
         return {"text": last}
     if status == 5:
-        raise Skipped("it has no such tests")
-    missing = re.search(r"No module named '(\w+)|ModuleNotFoundError: (.*)", output)
+        raise NotHereError("it has no such tests")
+    missing = re.search(r"No module named '(\w+)", output)
     if status in (2, 4) and missing:
-        raise Skipped(f"its tests need {missing[1] or missing[2]}, which is not installed")
+        raise NotHereError(f"its tests need {missing[1]}, which is not installed")
     failed = re.findall(r"^(?:FAILED|ERROR) (.*)", output, re.MULTILINE)
     return {"status": FAILED, "reason": "; ".join([last, *failed[:3]])[:500], "output": output[-TAIL:]}

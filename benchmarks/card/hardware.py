@@ -9,7 +9,7 @@ from torch import Tensor
 
 from benchmarks.card.clock import free
 from benchmarks.card.correctness import on
-from benchmarks.card.run import FAILED, Context, Record, Skipped, describe
+from benchmarks.card.run import FAILED, Context, NotHereError, Record, describe
 
 Call = Callable[[], list[Tensor]]
 
@@ -143,7 +143,7 @@ def failed_allocation(context: Context) -> None:
             except RuntimeError as error:
                 told = describe(error)
             else:
-                raise Skipped("the memory could not be made short")
+                raise NotHereError("the memory could not be made short")
             finally:
                 torch.cuda.set_per_process_memory_fraction(1.0)
             text = differing(call(), wanted) or ("" if "memory" in told else "the error does not say what is short")
@@ -160,7 +160,7 @@ def large(context: Context) -> None:
     def room(gigabytes: float) -> None:
         free()
         if torch.cuda.mem_get_info()[0] < gigabytes * 1e9:
-            raise Skipped(f"it needs {gigabytes:g} GB of free memory")
+            raise NotHereError(f"it needs {gigabytes:g} GB of free memory")
 
     def of_rows(call: Callable[[Tensor], Tensor]) -> Record:
         room(14)
@@ -223,9 +223,9 @@ def large(context: Context) -> None:
 def second_device(context: Context) -> None:
     """The kernels run where the tensors are, not on the current device."""
     if torch.cuda.device_count() < 2:
-        raise Skipped("there is one device")
+        raise NotHereError("there is one device")
     if torch.cuda.get_device_name(0) != torch.cuda.get_device_name(1):
-        raise Skipped("the second device is another card, which divides the work otherwise")
+        raise NotHereError("the second device is another card, which divides the work otherwise")
 
     def run(m: int) -> Record:
         results = []

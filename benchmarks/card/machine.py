@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.card.clock import seconds_each
-from benchmarks.card.run import Context, Record, Skipped, describe
+from benchmarks.card.run import Context, NotHereError, Record, describe
 
 ROOT = Path(__file__).parents[2]
 PACKAGES = (
@@ -211,8 +211,8 @@ def ceiling(context: Context, name: str, default: float = float("nan")) -> float
 def need(*packages: str) -> None:
     """
     Raises:
-        Skipped: one of them is not here.
+        NotHereError: one of them is not here.
     """
     for package in packages:
         if not has(package):
-            raise Skipped(f"it needs {package}, which is not installed")
+            raise NotHereError(f"it needs {package}, which is not installed")

@@ -30,11 +30,11 @@ RAISED, SPOILED = 1, 75  # exit statuses of a step's process: it raised an error
 MOST_PROCESSES = 20  # of one step
 
 
-class Skipped(Exception):
+class NotHereError(Exception):
     """Raised by a step, or by a case of one, that this machine can't run; the text is the reason."""
 
 
-class Spoiled(Exception):
+class DeviceLostError(Exception):
     """The device answers this process no more."""
 
 
@@ -58,9 +58,7 @@ class Step:
 
     def __call__(self, context: Context) -> None:
         module, _, name = self.function.partition(":")
-        getattr(importlib.import_module(module if "." in module else f"benchmarks.card.{module}"), name)(
-            context, **self.options
-        )
+        getattr(importlib.import_module(f"benchmarks.card.{module}"), name)(context, **self.options)
 
 
 @dataclass
@@ -101,7 +99,7 @@ class Context:
         """Calls the cases by their names, and records how each ends and what it returns.
 
         Raises:
-            Spoiled: the device answers no more; the cases behind are for another process.
+            DeviceLostError: the device answers no more; the cases behind are for another process.
         """
         for name, call in cases:
             if name in self.done:
@@ -113,7 +111,7 @@ class Context:
             begin = time.monotonic()
             try:
                 fields = {"status": OK} | (call() or {})
-            except Skipped as reason:
+            except NotHereError as reason:
                 fields = {"status": SKIPPED, "reason": str(reason)}
             except Exception as error:
                 fields = {"status": FAILED, "reason": describe(error)}
@@ -122,7 +120,7 @@ class Context:
                 fields["sticky"] = reason
             self.record(kind, name=name, seconds=round(time.monotonic() - begin, 3), **fields)
             if "sticky" in fields:
-                raise Spoiled
+                raise DeviceLostError
 
 
 def describe(error: BaseException) -> str:
@@ -329,13 +327,13 @@ def _be_step(step: Step, context: Context, output: int) -> NoReturn:
         os.setsid()  # so that it can be ended with all that it starts
         os.dup2(output, 1)
         os.dup2(output, 2)
-        sys.stdout = sys.stderr = open(os.dup(output), "w", buffering=1, errors="replace")
+        sys.stdout = sys.stderr = os.fdopen(os.dup(output), "w", buffering=1, errors="replace")
         faulthandler.enable(sys.stderr)
         try:
             step(context)
-        except Skipped as reason:
+        except NotHereError as reason:
             context.record("check", name=step.name, status=SKIPPED, reason=str(reason))
-        except Spoiled:
+        except DeviceLostError:
             status = SPOILED
         except BaseException as error:
             traceback.print_exc()

@@ -41,12 +41,9 @@ STEPS = (
     Step("timing", "eager", 30, "timing:eager"),
     Step("timing", "families", 60, "timing:families"),
     Step("timing", "compiled", 60, "timing:compiled"),
-    *(
-        Step("timing", f"tune {n}x{k}", 50, "timing:tune", "" if n == k else "cuda", {"n": n, "k": k})
-        for n, k in TUNED
-    ),
+    *(Step("timing", f"tune {n}x{k}", 50, "timing:tune", "" if n == k else "cuda", {"n": n, "k": k}) for n, k in TUNED),
     Step("profile", "ceilings", 40, "machine:ceilings"),
     Step("profile", "counters of ncu", 240, "profile:counters", needs="cuda"),
     Step("profile", "attention backends", 30, "profile:backends"),
-    Step("profile", "model", 200, "profile:model"),
+    Step("profile", "model", 200, "model:measure"),
 )

@@ -21,14 +21,19 @@ from torch.autograd.function import once_differentiable
 from benchmarks.card.clock import Call, free, host_seconds, seconds_each
 from benchmarks.card.correctness import on, paused, program_within
 from benchmarks.card.machine import ceiling, has
-from benchmarks.card.run import FAILED, SKIPPED, TAIL, Context, Record, Skipped, describe
+from benchmarks.card.run import FAILED, SKIPPED, TAIL, Context, NotHereError, Record, describe
 
 RANK, SCALING = 16, 2.0
 FEW, SOME, MANY = (1, 2, 4, 8, 16, 32), (64, 128, 256, 512), (2048, 4096, 8192)
 FORWARD, BOTH = "forward", "forward and backward"
 OURS, OURS_LORA = "ours", "ours + LoRA"
 BNB, BNB_LORA = "bitsandbytes", "bitsandbytes + LoRA"
-DEQUANTIZED, DENSE, UNSLOTH, COMPILED = "dequantise + cuBLAS", "cuBLAS bf16", "Unsloth's order + LoRA", "compiled + LoRA"
+DEQUANTIZED, DENSE, UNSLOTH, COMPILED = (
+    "dequantise + cuBLAS",
+    "cuBLAS bf16",
+    "Unsloth's order + LoRA",
+    "compiled + LoRA",
+)
 CONTENDERS = (OURS, OURS_LORA, BNB, BNB_LORA, DEQUANTIZED, DENSE, UNSLOTH)
 WEIGHTS = 8  # at least so many take turns
 REHEARSED = (48, 128)  # N, K
@@ -96,7 +101,7 @@ class Weights:
         if name == UNSLOTH:
             return [lambda x, w=w: _Unsloth.apply(x, A, B, _Packed(w), self.buffer) for w in self.packed]
         if not has("bitsandbytes"):
-            raise Skipped("bitsandbytes is not installed")
+            raise NotHereError("bitsandbytes is not installed")
         self._bnb = self._bnb or [_bnb_layer(w) for w in self.packed]
         if name == BNB:
             return self._bnb
@@ -179,7 +184,7 @@ def measure(context: Context, weights: Weights, m: int, phase: str, name: str) -
     except RuntimeError as error:
         if name in (OURS, OURS_LORA):
             raise
-        raise Skipped(describe(error)) from None  # another library's limits are not this one's failures
+        raise NotHereError(describe(error)) from None  # another library's limits are not this one's failures
     finally:
         del calls
         if m >= MANY[0]:
@@ -286,7 +291,7 @@ def families(context: Context) -> None:
             except RuntimeError as error:
                 if name == OURS:
                     raise
-                raise Skipped(describe(error)) from None
+                raise NotHereError(describe(error)) from None
             finally:
                 free()
         size, flops = problem.phase_work("forward") if phase == FORWARD else (0.0, 0.0)
@@ -319,9 +324,9 @@ def compiled(context: Context) -> None:
     """The formula by torch.compile: dequantisation written in torch, and the adapter."""
     tiny = context.is_rehearsal
     if context.device == "emulated":
-        raise Skipped("torch.compile does not go through the emulator")
+        raise NotHereError("torch.compile does not go through the emulator")
     if tiny and context.left() < 20:
-        raise Skipped("the step's time was up")
+        raise NotHereError("the step's time was up")
     n, k = REHEARSED if tiny else (4096, 4096)
     weights = Weights(n, k, 1 if tiny else WEIGHTS, context.tensors_on)
     codebook = codebook_on(context.tensors_on)
@@ -340,7 +345,7 @@ def compiled(context: Context) -> None:
         try:
             samples, how = seconds_each(calls_of(layers, weights, x, phase), context.tensors_on, calls=20)
         except Exception as error:  # a compiler may raise anything
-            raise Skipped(describe(error)) from None
+            raise NotHereError(describe(error)) from None
         return timed(context, samples, how, *work(weights, m, phase, COMPILED)) | {
             "m": m, "n": n, "k": k, "direction": phase, "contender": COMPILED
         }  # fmt: skip

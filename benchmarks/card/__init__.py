@@ -78,7 +78,8 @@ def run_phase(phase: str, steps, device: str, seconds: float, folder: Path | Non
     run = Run(device, seconds, say)
     prelude(run)
     found = next((record for record in reversed(run.records) if record["kind"] == "environment"), {})
-    folder = folder or RESULTS / name_of(found.get("card", device))
+    rehearsal = "" if device == "cuda" else "-quick"  # git ignores what is so named, since it has no figures
+    folder = folder or RESULTS / (name_of(found.get("card", device)) + rehearsal)
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / f"{phase}.jsonl").open("w") as file:
         run.begin_file(file, phase)

@@ -16,7 +16,7 @@ IN_A_GRAPH, EAGER, HOST = "in a graph", "eager", "host's clock"
 
 
 def seconds_each(
-    call: Call | Sequence[Call], device: str, calls: int = 1, graph: bool = True, rounds: int = MOST_ROUNDS
+    call: Call | Sequence[Call], device: str, calls: int = 1, graph: bool = True
 ) -> tuple[list[float], str]:
     """Seconds of one call, once for each round, and how it was measured.
 
@@ -24,7 +24,6 @@ def seconds_each(
         call: or several, which take turns: on weights of their own, say, so that none is found in the cache.
         calls: of a round, at least; all that were given are in each.
         graph: in a CUDA graph, so that the host has no part in it. What can't be captured is launched call by call.
-        rounds: at most; fewer where they would take long.
     """
     given = [call] if callable(call) else list(call)
     if device != "cuda":
@@ -36,10 +35,10 @@ def seconds_each(
         except Exception:  # a library that synchronises, or that launches on another stream
             torch.cuda.synchronize()  # if the device answers no more, this raises
         else:
-            return _by_events([captured.replay], len(given), rounds), IN_A_GRAPH
+            return _by_events([captured.replay], len(given)), IN_A_GRAPH
     for each in given:
         each()
-    return _by_events(given, len(given), rounds), EAGER
+    return _by_events(given, len(given)), EAGER
 
 
 def capture(calls: Sequence[Call]) -> torch.cuda.CUDAGraph:
@@ -58,10 +57,10 @@ def capture(calls: Sequence[Call]) -> torch.cuda.CUDAGraph:
     return graph
 
 
-def _by_events(calls: Sequence[Call], count: int, rounds: int) -> list[float]:
+def _by_events(calls: Sequence[Call], count: int) -> list[float]:
     samples: list[float] = []
     total = 0.0
-    for _ in range(2 + rounds):  # two of them untimed
+    for _ in range(2 + MOST_ROUNDS):  # two of them untimed
         begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         begin.record()
         for call in calls:

@@ -7,9 +7,13 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from benchmarks.card.clock import free
+from benchmarks.card.clock import capture, free
 from benchmarks.card.correctness import on
 from benchmarks.card.run import FAILED, Context, NotHereError, Record, describe
+
+N = K = 4096  # of the layers
+ROWS, WIDTH = (1 << 18) + 8, 1 << 13  # of tensors with more than 2^31 elements
+TAIL_ROWS = 64  # of these that are compared
 
 Call = Callable[[], list[Tensor]]
 
@@ -20,8 +24,9 @@ def differing(got: list[Tensor], wanted: list[Tensor]) -> str:
     return ", ".join(f"{count} elements of result {i}" for i, count in enumerate(counts) if count)
 
 
-def verdict(text: str, **fields) -> Record:
-    return {"status": FAILED, "reason": text, **fields} if text else fields
+def verdict(wrong: str, **fields) -> Record:
+    """Of a case: failed if it is said what is wrong."""
+    return {"status": FAILED, "reason": wrong, **fields} if wrong else fields
 
 
 def layer(m: int, n: int, k: int, r: int = 16, training: bool = True, drop: float = 0.0) -> tuple[Call, Tensor, Tensor]:
@@ -69,7 +74,7 @@ def side_stream(context: Context) -> None:
     def run(m: int) -> Record:
         torch.manual_seed(0)
         with on(context):
-            call, x, _ = layer(m, 4096, 4096)
+            call, x, _ = layer(m, N, K)
             numbers = x.clone()
             wanted = call()
             torch.cuda.synchronize()
@@ -90,11 +95,9 @@ def graphs(context: Context) -> None:
     """A graph is replayed with other inputs and another seed; what it draws itself differs from replay to replay."""
 
     def replayed(m: int) -> Record:
-        from benchmarks.card.clock import capture
-
         torch.manual_seed(0)
         with on(context):
-            call, x, seeds = layer(m, 4096, 4096, drop=0.1)
+            call, x, seeds = layer(m, N, K, drop=0.1)
             kept: list[Tensor] = []
 
             def step() -> None:
@@ -133,7 +136,7 @@ def failed_allocation(context: Context) -> None:
     def run() -> Record:
         torch.manual_seed(0)
         with on(context):
-            call, _, _ = layer(1024, 4096, 4096)
+            call, _, _ = layer(1024, N, K)
             wanted = call()
             free()
             limit = torch.cuda.memory_reserved() + (1 << 20)
@@ -146,16 +149,15 @@ def failed_allocation(context: Context) -> None:
                 raise NotHereError("the memory could not be made short")
             finally:
                 torch.cuda.set_per_process_memory_fraction(1.0)
-            text = differing(call(), wanted) or ("" if "memory" in told else "the error does not say what is short")
-            return verdict(text, text=told)
+            wrong = "" if "memory" in told else "the error does not say what is short"
+            return verdict(differing(call(), wanted) or wrong, text=told)
 
     context.run("check", [("lora_linear", run)])
 
 
 def large(context: Context) -> None:
     """More than 2^31 elements: the last rows are as those of a small call."""
-    rows, d = (1 << 18) + 8, 1 << 13
-    tail = 64
+    rows, d, tail = ROWS, WIDTH, TAIL_ROWS
 
     def room(gigabytes: float) -> None:
         free()
@@ -171,7 +173,7 @@ def large(context: Context) -> None:
     def norm() -> Record:
         from peft_kernels.ops import rms_norm
 
-        weight = torch.ones(d, dtype=torch.bfloat16, device="cuda")
+        weight = torch.ones(d, dtype=torch.bfloat16, device=context.tensors_on)
         return of_rows(lambda x: rms_norm(x, weight))
 
     def gated() -> Record:
@@ -232,10 +234,10 @@ def second_device(context: Context) -> None:
         for index in (0, 1):
             torch.manual_seed(0)
             with torch.device("cpu"):
-                numbers = torch.randn(m, 4096).bfloat16()
-            with torch.device("cuda", index):  # the current device stays the first
+                numbers = torch.randn(m, K).bfloat16()
+            with torch.device(context.tensors_on, index):  # the current device stays the first
                 torch.manual_seed(1)
-                call, x, _ = layer(m, 4096, 4096)
+                call, x, _ = layer(m, N, K)
                 x.copy_(numbers)
                 results.append([tensor.cpu() for tensor in call()])
         return verdict(differing(*results))

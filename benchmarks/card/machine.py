@@ -153,7 +153,7 @@ def _home(nvcc: str | None) -> str:
 def ceilings(context: Context) -> None:
     """On random numbers: a product of ones is faster, as it takes less power."""
     device, tiny = context.tensors_on, context.is_rehearsal
-    properties = torch.cuda.get_device_properties(0) if device == "cuda" else None
+    properties = torch.cuda.get_device_properties(0) if context.device == "cuda" else None
     generator = torch.Generator(device).manual_seed(0)
 
     def random(count: int) -> torch.Tensor:
@@ -180,16 +180,16 @@ def ceilings(context: Context) -> None:
 
     def launch() -> Record:
         x = torch.zeros(32, device=device)
-        taken, how = seconds_each(lambda: x.add_(1), device, calls=200)
+        taken, how = seconds_each(lambda: x.add_(1), context.device, calls=200)
         return {"value": min(taken), "unit": "s", "how": how, "text": f"{min(taken) * 1e6:.2f} µs"}
 
     def launch_eager() -> Record:
         x = torch.zeros(32, device=device)
-        taken, how = seconds_each(lambda: x.add_(1), device, calls=1000, graph=False)
+        taken, how = seconds_each(lambda: x.add_(1), context.device, calls=1000, graph=False)
         return {"value": min(taken), "unit": "s", "how": how, "text": f"{min(taken) * 1e6:.2f} µs"}
 
     def rate(call, amount: float, unit: str, shown: str, scale: float = 1e9) -> Record:
-        taken, how = seconds_each(call, device, calls=10)
+        taken, how = seconds_each(call, context.device, calls=10)
         value = amount / min(taken)
         return {"value": value, "unit": unit, "how": how, "text": f"{value / scale:.4g} {shown}"}
 
@@ -198,7 +198,7 @@ def ceilings(context: Context) -> None:
         "launch, eager": launch_eager,
     }  # fmt: skip
     context.run("ceiling", cases.items())
-    if device == "cuda":
+    if context.device == "cuda":
         context.record("note", name="state after the ceilings", text=state())
 
 

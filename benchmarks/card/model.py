@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.card.clock import host_seconds
-from benchmarks.card.correctness import on
+from benchmarks.card.correctness import emulating
 from benchmarks.card.machine import has, need
 from benchmarks.card.profile import table_of
 from benchmarks.card.run import FAILED, TAIL, Context, NotHereError, Record
@@ -119,11 +119,11 @@ def measure(context: Context) -> None:
                           min_new_tokens=generated, do_sample=False, pad_token_id=0)  # fmt: skip
 
     def run(name: str, what: str, call: Callable[[], object], each: int) -> Record:
-        with on(context):
+        with emulating(context):
             made.train(what == "training step")
             call()
-            seconds = host_seconds(call, device, 1 if tiny else 3)
-            if device == "cuda":
+            seconds = host_seconds(call, context.device, 1 if tiny else 3)
+            if context.device == "cuda":
                 torch.cuda.reset_peak_memory_stats()
                 call()
                 torch.cuda.synchronize()
@@ -132,7 +132,7 @@ def measure(context: Context) -> None:
                 losses[name] = float(call())
         fields: Record = {"contender": name, "what": what, "median": sorted(seconds)[len(seconds) // 2],
                           "tokens": each, "table": table, "attention": attention}  # fmt: skip
-        if device == "cuda":
+        if context.device == "cuda":
             fields["peak_bytes"] = torch.cuda.max_memory_allocated()
         return fields
 

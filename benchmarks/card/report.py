@@ -16,6 +16,9 @@ SHORT = dict(zip(ORDER, ("ours", "ours+r16", "bnb", "bnb+r16", "deq+cuBLAS", "cu
                  strict=True))  # fmt: skip
 
 
+IN_SUMMARY = ("Duration", "Compute (SM)", "Memory Throughput", "Achieved Occupancy")  # of ncu's metrics
+
+
 # ---- Parts ----------------------------------------------------------------------------------------------------------
 
 
@@ -147,6 +150,9 @@ def summary(records: Sequence[Record], limit: int = MOST_CHARACTERS) -> str:
         lines += ["", title, *aligned(table)]
     for table in (family_table(records), model_table(records)):
         lines += ["", *aligned(table)] if table else []
+    for r in of_kind(records, "launch"):
+        shown = [f"{name} {value:g}" for name, value in r["metrics"].items() if name.startswith(IN_SUMMARY)]
+        lines.append(f"ncu, {r['name'][:60]}: {', '.join(shown)}")
     for r in of_kind(records, "backend", "model"):
         if r.get("attention"):
             lines.append(f"attention, {r['name']}: {', '.join(r['attention'])}"[:300])

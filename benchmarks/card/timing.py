@@ -9,6 +9,7 @@ import statistics
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from benchmarks.card.clock import Call, free, host_seconds, seconds_each
-from benchmarks.card.correctness import on, paused, program_within
+from benchmarks.card.correctness import emulating, on, program_within
 from benchmarks.card.machine import ceiling, has
 from benchmarks.card.run import FAILED, SKIPPED, TAIL, Context, NotHereError, Record, describe
 
@@ -153,8 +154,7 @@ def linear(context: Context, n: int, k: int) -> None:
     """Each contender at every number of rows, forward first, since it is asked for most."""
     tiny = context.is_rehearsal
     n, k = REHEARSED if tiny else (n, k)
-    with on(context), paused(context):
-        weights = Weights(n, k, 2 if tiny else count_of(n * k / 2), context.tensors_on)
+    weights = Weights(n, k, 2 if tiny else count_of(n * k / 2), context.tensors_on)
     rows = (1, 40) if tiny else (*FEW, *SOME, *MANY)
     forward = [(m, FORWARD) for m in rows]
     both = [(m, BOTH) for m in ((40,) if tiny else (*SOME, *MANY, *FEW))]
@@ -173,20 +173,27 @@ def count_of(size: float) -> int:
     return max(WEIGHTS, math.ceil(2 * cache / size) + 1)
 
 
-def measure(context: Context, weights: Weights, m: int, phase: str, name: str) -> Record:
-    """Seconds of one layer."""
-    layers = weights.layers(name)
-    x = torch.randn(m, weights.k, device=weights.device).bfloat16()
-    calls = calls_of(layers, weights, x, phase)
+@contextmanager
+def skipping_others(name: str) -> Iterator[None]:
+    """Another library's errors are reasons to skip it; this one's are failures."""
     try:
-        with on(context):
-            samples, how = seconds_each(calls, context.tensors_on, calls=20 if m < MANY[0] else 1)
-    except RuntimeError as error:
+        yield
+    except NotHereError:
+        raise
+    except Exception as error:
         if name in (OURS, OURS_LORA):
             raise
-        raise NotHereError(describe(error)) from None  # another library's limits are not this one's failures
+        raise NotHereError(describe(error)) from None
+
+
+def measure(context: Context, weights: Weights, m: int, phase: str, name: str) -> Record:
+    """Seconds of one layer."""
+    x = torch.randn(m, weights.k, device=weights.device).bfloat16()
+    try:
+        with skipping_others(name), emulating(context):
+            calls = calls_of(weights.layers(name), weights, x, phase)
+            samples, how = seconds_each(calls, context.device, calls=20 if m < MANY[0] else 1)
     finally:
-        del calls
         if m >= MANY[0]:
             weights.forget()
     return timed(context, samples, how, *work(weights, m, phase, name)) | {
@@ -237,20 +244,19 @@ def eager(context: Context) -> None:
     """With the host's share, which is most of it where rows are few."""
     tiny = context.is_rehearsal
     n, k = REHEARSED if tiny else (4096, 4096)
-    with on(context), paused(context):
-        weights = Weights(n, k, 2 if tiny else count_of(n * k / 2), context.tensors_on)
+    weights = Weights(n, k, 2 if tiny else count_of(n * k / 2), context.tensors_on)
 
     def run(m: int, phase: str, name: str) -> Record:
         x = torch.randn(m, k, device=weights.device).bfloat16()
-        calls = calls_of(weights.layers(name), weights, x, phase)
+        with skipping_others(name), emulating(context):
+            calls = calls_of(weights.layers(name), weights, x, phase)
 
-        def around() -> None:
-            for call in calls:
-                call()
+            def around() -> None:
+                for call in calls:
+                    call()
 
-        with on(context):
             around()
-            samples = [s / len(calls) for s in host_seconds(around, context.tensors_on, 1 if tiny else 5)]
+            samples = [s / len(calls) for s in host_seconds(around, context.device, 1 if tiny else 5)]
         return timed(context, samples, "host's clock") | {
             "m": m, "n": n, "k": k, "direction": f"{phase}, eager", "contender": name
         }  # fmt: skip
@@ -287,11 +293,8 @@ def families(context: Context) -> None:
                         torch.autograd.grad(results, list(leaves.values()), given, allow_unused=True)
 
             try:
-                samples, how = seconds_each(call, context.tensors_on, calls=5)
-            except RuntimeError as error:
-                if name == OURS:
-                    raise
-                raise NotHereError(describe(error)) from None
+                with skipping_others(name):
+                    samples, how = seconds_each(call, context.device, calls=5)
             finally:
                 free()
         size, flops = problem.phase_work("forward") if phase == FORWARD else (0.0, 0.0)
@@ -308,13 +311,8 @@ def families(context: Context) -> None:
         for case in chosen
         for phase in ((FORWARD, BOTH) if case.training else (FORWARD,))
         for name in (OURS, "stock")
-        if name == OURS or len(case_functions(context, case)) > 1
+        if name == OURS or case.family != "nf4"  # which has no stock way without bitsandbytes
     ))  # fmt: skip
-
-
-def case_functions(context: Context, case) -> list[str]:
-    """Who competes; nf4 has no stock way without bitsandbytes."""
-    return ["fused"] if case.family == "nf4" else ["fused", "stock"]
 
 
 # ---- Compiled, and tune ---------------------------------------------------------------------------------------------
@@ -325,8 +323,6 @@ def compiled(context: Context) -> None:
     tiny = context.is_rehearsal
     if context.device == "emulated":
         raise NotHereError("torch.compile does not go through the emulator")
-    if tiny and context.left() < 20:
-        raise NotHereError("the step's time was up")
     n, k = REHEARSED if tiny else (4096, 4096)
     weights = Weights(n, k, 1 if tiny else WEIGHTS, context.tensors_on)
     codebook = codebook_on(context.tensors_on)
@@ -342,10 +338,8 @@ def compiled(context: Context) -> None:
     def run(m: int, phase: str) -> Record:
         x = torch.randn(m, k, device=weights.device).bfloat16()
         layers = [lambda x, p=p: function(x, *p, weights.A, weights.B) for p in plain]
-        try:
-            samples, how = seconds_each(calls_of(layers, weights, x, phase), context.tensors_on, calls=20)
-        except Exception as error:  # a compiler may raise anything
-            raise NotHereError(describe(error)) from None
+        with skipping_others(COMPILED):
+            samples, how = seconds_each(calls_of(layers, weights, x, phase), context.device, calls=20)
         return timed(context, samples, how, *work(weights, m, phase, COMPILED)) | {
             "m": m, "n": n, "k": k, "direction": phase, "contender": COMPILED
         }  # fmt: skip

@@ -710,7 +710,7 @@ needs_emulator = pytest.mark.skipif(bool(ptx_emulator.missing()), reason=str(ptx
 def test_the_whole_command(device, tmp_path):
     result = command("--device", device, "--out", str(tmp_path))
     assert result.returncode == 0, result.stdout + result.stderr
-    assert result.stdout.count("ok ") > 20 and "failed" not in result.stdout
+    assert result.stdout.count("ok ") > 20 and "\nfailed" not in result.stdout
     files = {path.name for path in tmp_path.iterdir()}
     assert files == {"correctness.jsonl", "timing.jsonl", "profile.jsonl", "card.md", "card.png"}
     records = [record for phase in steps.PHASES for record in run.read(tmp_path / f"{phase}.jsonl")]

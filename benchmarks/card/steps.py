@@ -29,7 +29,7 @@ STEPS = (
     Step("correctness", "bit-equal runs", 60, "hardware:repeated"),
     Step("correctness", "side stream", 20, "hardware:side_stream", needs="cuda"),
     Step("correctness", "graph capture", 30, "hardware:graphs", needs="cuda"),
-    Step("correctness", "failed allocation", 20, "hardware:failed_allocation", needs="cuda"),
+    Step("correctness", "short memory", 20, "hardware:failed_allocation", needs="cuda"),
     Step("correctness", "large tensors", 60, "hardware:large", needs="cuda"),
     Step("correctness", "second device", 20, "hardware:second_device", needs="cuda"),
     Step("timing", "ceilings", 40, "machine:ceilings"),

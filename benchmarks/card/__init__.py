@@ -46,20 +46,31 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if not steps and REPORT not in phases:
         parser.error(f"argument --only: got '{given.only.pattern}', wanted one that the name of some step matches")
 
+    if given.device == "emulated" and (reason := why_not_emulated()):
+        parser.error(f"argument --device: got emulated, but {reason}")
+
     records: list[Record] = []
     folder = given.out or (Path(os.environ["OUT"]) if os.environ.get("OUT") else None)
     for phase in PHASES:
         chosen = [step for step in steps if step.phase == phase]
         if phase in phases and chosen:
-            found, folder = run_phase(phase, chosen, given.device, 60 * given.minutes, folder)
+            mode = "a" if given.only.pattern else "w"
+            found, folder = run_phase(phase, chosen, given.device, 60 * given.minutes, folder, mode)
             records += found
+    shown = records
     if REPORT in phases:
-        records += write_report(folder or find_folder(parser))
+        shown = write_report(folder or find_folder(parser))
     from benchmarks.card.report import summary
 
-    print(summary(records))
+    print(summary(shown))
     if any(record.get("status") == FAILED for record in records):
         sys.exit(1)
+
+
+def why_not_emulated() -> str | None:
+    from benchmarks import from_tests
+
+    return from_tests.load("ptx_emulator").missing()
 
 
 def expression(text: str) -> re.Pattern[str]:
@@ -69,7 +80,9 @@ def expression(text: str) -> re.Pattern[str]:
         raise argparse.ArgumentTypeError(f"got '{text}', wanted a regular expression: {error}") from None
 
 
-def run_phase(phase: str, steps, device: str, seconds: float, folder: Path | None) -> tuple[list[Record], Path]:
+def run_phase(
+    phase: str, steps, device: str, seconds: float, folder: Path | None, mode: str
+) -> tuple[list[Record], Path]:
     """Finds out what the machine is, builds the module if there is none for it, and runs the steps."""
     import torch  # here, so that the steps' processes are forked with it; nothing may start CUDA in this one
 
@@ -81,7 +94,7 @@ def run_phase(phase: str, steps, device: str, seconds: float, folder: Path | Non
     rehearsal = "" if device == "cuda" else "-quick"  # git ignores what is so named, since it has no figures
     folder = folder or RESULTS / (name_of(found.get("card", device)) + rehearsal)
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / f"{phase}.jsonl").open("w") as file:
+    with (folder / f"{phase}.jsonl").open(mode) as file:
         run.begin_file(file, phase)
         if refusal := found.get("module", {}).get("refusal", "the machine could not be asked"):
             for step in steps:
@@ -119,7 +132,7 @@ def find_folder(parser: argparse.ArgumentParser) -> Path:
 
 
 def write_report(folder: Path) -> list[Record]:
-    """The page and the plot of every phase's records in the folder."""
+    """The page and the plot of every phase's records in the folder; returns these."""
     from benchmarks.card import report
 
     records = [record for phase in PHASES if (path := folder / f"{phase}.jsonl").exists() for record in read(path)]
@@ -130,8 +143,8 @@ def write_report(folder: Path) -> list[Record]:
         report.plot(records, folder / "card.png")
         say(f"saved   {folder / 'card.png'}")
     except ImportError as missing:
-        return [{"phase": REPORT, "step": "plot", "kind": "step", "status": SKIPPED, "reason": f"no plot: {missing}"}]
-    return []
+        records.append({"phase": REPORT, "step": "plot", "kind": "step", "status": SKIPPED, "reason": str(missing)})
+    return records
 
 
 def say(text: str) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -85,7 +87,7 @@ def check(context: Context, case) -> Record:
                 bound = case.tolerance(name, value.dtype)
                 error = error_of(value, wanted[name].double()) if value.numel() else 0.0
                 share = error / bound if bound else error  # of a bound of zero: how far from equal
-                if not share <= worst["share"]:  # a NaN is not, either
+                if share > worst["share"] or (math.isnan(share) and not math.isnan(worst["share"])):
                     worst = {"what": name, "error": error, "bound": bound, "share": share,
                              "bad": int((~value.isfinite()).sum())}  # fmt: skip
     fields = worst | ({"kernels": launched} if launched else {})
@@ -140,14 +142,17 @@ def judge_sanitizer(status: int | None, output: str) -> Record:
 
 def program_within(command: list[str], seconds: float, variables=os.environ) -> tuple[int | None, str]:
     """Runs a program; its exit status, or None if its time was up, and what it printed."""
+    process = subprocess.Popen(
+        command, cwd=ROOT, env=variables, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        text=True, errors="replace", preexec_fn=os.setpgrp,
+    )  # fmt: skip
     try:
-        result = subprocess.run(
-            command, cwd=ROOT, env=variables, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-            errors="replace", timeout=max(1.0, seconds),
-        )  # fmt: skip
-    except subprocess.TimeoutExpired as late:
-        return None, (late.stdout or b"").decode(errors="replace")
-    return result.returncode, result.stdout
+        output, _ = process.communicate(timeout=max(1.0, seconds))
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)  # with what it runs, as the sanitizers and ncu do
+        output, _ = process.communicate()
+        return None, output
+    return process.returncode, output
 
 
 # ---- The tests ------------------------------------------------------------------------------------------------------

@@ -245,8 +245,7 @@ class Run:
             try:
                 self._listen(step, child, receive, end, done, ending)
             finally:
-                with suppress(ProcessLookupError):
-                    os.killpg(child, signal.SIGKILL)  # what it has started, and itself if its time is up
+                end_session(child)  # what it has started, and itself if its time is up
                 if ending.status is None:
                     os.kill(child, signal.SIGKILL)
                     os.waitpid(child, 0)
@@ -305,6 +304,15 @@ class Ending:
     status: int | None = None
     reason: str = ""
     output: str = ""
+
+
+def end_session(session: int) -> None:
+    """Ends every process of a session: a step makes one, in which what it starts may be in other groups."""
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):  # it may have ended meanwhile
+            fields = path.read_text().rpartition(")")[2].split()  # state, parent, group, session
+            if int(fields[3]) == session:
+                os.kill(int(path.parent.name), signal.SIGKILL)
 
 
 def _own_end(end: float) -> float:

@@ -79,7 +79,7 @@ bench: $(INSTALLED)  ## run a benchmark: make bench ARGS="lora_linear --quick"
 	$(BIN)/python -m benchmarks $(ARGS)
 
 # With the machine's own Python and what it has, so that nothing is installed: a card is often met without a network.
-card:  ## find out all about a CUDA card that was never met: make card ARGS=correctness, then timing, profile, report
+card:  ## check and measure all on a CUDA card that was never met: make card ARGS=--list
 	$(PYTHON) -m benchmarks card $(ARGS)
 
 lint: $(LINTERS)  ## say what is wrong with the form of the sources

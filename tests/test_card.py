@@ -495,6 +495,17 @@ def test_hardware_s_steps_run(played_cuda):
         assert not [record for record in bad if record["name"] != "dropout"], bad
 
 
+@pytest.mark.parametrize(
+    "function",
+    [machine.ceilings, timing.eager, timing.families, profile.backends],
+    ids=lambda function: function.__name__,
+)
+def test_a_card_s_small_steps_run(function, played_cuda, monkeypatch):
+    monkeypatch.setattr(run.Context, "is_rehearsal", True)
+    found = ran(function)
+    assert len(found) >= 5 and not [record for record in found if record["status"] == "failed"]
+
+
 def test_a_stale_graph_is_found(played_cuda):
     played_cuda.call = lambda calls: None
     found = ran(hardware.graphs)
@@ -526,7 +537,7 @@ def test_an_allocation_that_fails(message, status, played_cuda, monkeypatch):
 
 def test_a_card_s_layers_are_timed(played_cuda):
     found = ran(timing.linear, n=48, k=128)
-    assert [(record["m"], record["direction"]) for record in found if record.get("contender") == timing.OURS] == [
+    assert [(record["m"], record["direction"]) for record in found if record.get("contender") == FUSED] == [
         (1, timing.FORWARD), (3, timing.FORWARD), (40, timing.FORWARD),
         (3, timing.BOTH), (40, timing.BOTH), (1, timing.BOTH),
     ]  # fmt: skip
@@ -550,7 +561,7 @@ def test_another_library_s_error_is_no_failure(played_cuda, monkeypatch):
 
     monkeypatch.setattr(timing.Weights, "layers", broken)
     found = {record["name"].split(": ")[1]: record["status"] for record in ran(timing.linear, n=48, k=128)}
-    assert [name for name, status in found.items() if status == "failed"] == [timing.OURS, timing.OURS_LORA]
+    assert [name for name, status in found.items() if status == "failed"] == [FUSED, timing.FUSED_LORA]
     assert set(found.values()) == {"failed", "skipped"}
 
 
@@ -574,7 +585,7 @@ def test_contenders_compute_the_same(phase):
             grads = [g for g in torch.autograd.grad(y, leaves, torch.ones_like(y), allow_unused=True) if g is not None]
         results[name] = [y.detach(), *grads]
     for name, found in results.items():
-        wanted = results[timing.OURS_LORA if len(found) == 4 or "LoRA" in name else timing.OURS]
+        wanted = results[timing.FUSED_LORA if len(found) == 4 or "LoRA" in name else FUSED]
         for got, want in zip(found, wanted, strict=True):
             assert (got - want).norm() <= 0.02 * want.norm(), name
 
@@ -609,6 +620,21 @@ def test_a_model_without_bitsandbytes_computes_the_same(monkeypatch):
         got = made(input_ids=ids).logits
     assert not any(isinstance(module, model.Stock) for module in made.modules()) and text
     assert 0 < (got - wanted).norm() <= 0.02 * wanted.norm()
+
+
+@pytest.mark.parametrize("is_wrong", [False, True])
+def test_a_model_that_computes_otherwise_is_found(is_wrong, monkeypatch):
+    pytest.importorskip("transformers")
+    monkeypatch.setattr(model, "has", lambda package: False)
+    monkeypatch.setattr(model, "need", lambda package: None)
+    if is_wrong:
+        monkeypatch.setattr(model.Stock, "forward", lambda self, x: 1.5 * self.fused(x))
+    context, sent = context_of()
+    model.measure(context)
+    found = {record["name"]: record for record in sent if "name" in record}
+    assert found["same logits"]["status"] == ("failed" if is_wrong else "ok")
+    assert {record["status"] for name, record in found.items() if "status" in record} <= {"ok", "failed"}
+    assert found["training step, accelerated"]["attention"] and found["decoding, stock"]["table"]
 
 
 # ---- Report ---------------------------------------------------------------------------------------------------------

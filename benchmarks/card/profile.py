@@ -69,7 +69,7 @@ def read_counters(output: str) -> list[Record]:
 
 
 def profiled() -> list[tuple[str, Callable[[], object]]]:
-    """The calls whose launches ncu looks at: decoding, the products of some and many rows, the passes over memory."""
+    """The calls whose launches ncu looks at: decoding, the products of few and of many rows, the passes over memory."""
     from benchmarks.card.hardware import layer
     from peft_kernels.ops import cross_entropy, glu, quantize_4bit, rms_norm
 

@@ -9,10 +9,10 @@ from benchmarks.card.run import FAILED, OK, SKIPPED, Record
 
 MOST_CHARACTERS = 12_000  # of the summary
 ORDER = (
-    "ours", "ours + LoRA", "bitsandbytes", "bitsandbytes + LoRA", "dequantise + cuBLAS", "cuBLAS bf16",
+    "fused", "fused + LoRA", "bitsandbytes", "bitsandbytes + LoRA", "dequantise + cuBLAS", "cuBLAS bf16",
     "Unsloth's order + LoRA", "compiled + LoRA",
 )  # fmt: skip
-SHORT = dict(zip(ORDER, ("ours", "ours+r16", "bnb", "bnb+r16", "deq+cuBLAS", "cuBLAS", "Unsloth+r16", "compiled+r16"),
+SHORT = dict(zip(ORDER, ("fused", "fused+r16", "bnb", "bnb+r16", "deq+cuBLAS", "cuBLAS", "Unsloth+r16", "compiled+r16"),
                  strict=True))  # fmt: skip
 
 
@@ -96,7 +96,7 @@ def linear_tables(records: Sequence[Record]) -> Iterator[tuple[str, list[list[st
         names = [name for name in ORDER if any(name in row for row in rows.values())]
         table = [["M", *(SHORT[name] for name in names), "share"]]
         for m, row in sorted(rows.items()):
-            share = row.get("ours", {}).get("share_of_ceiling")
+            share = row.get("fused", {}).get("share_of_ceiling")
             table.append([str(m), *(microseconds(row.get(name)) for name in names), f"{share:.0%}" if share else ""])
         yield f"{n} x {k}, {direction}, µs", table
 
@@ -106,10 +106,10 @@ def family_table(records: Sequence[Record]) -> list[list[str]]:
     for r in of_kind(records, "time"):
         if "family" in r:
             pairs.setdefault((r["family"], r["case"], r["direction"]), {})[r["contender"]] = r
-    table = [["family", "case", "direction", "ours µs", "stock µs", "share"]]
+    table = [["family", "case", "direction", "fused µs", "stock µs", "share"]]
     for (family, case, direction), row in pairs.items():
-        share = row.get("ours", {}).get("share_of_ceiling")
-        times = microseconds(row.get("ours")), microseconds(row.get("stock"))
+        share = row.get("fused", {}).get("share_of_ceiling")
+        times = microseconds(row.get("fused")), microseconds(row.get("stock"))
         table.append([family, case, direction, *times, f"{share:.0%}" if share else ""])
     return table if len(table) > 1 else []
 
@@ -205,7 +205,7 @@ def page(records: Sequence[Record]) -> str:
         ]
         lines += ["", "## Errors against fp64", "", *markdown(table)]
     if tables := list(linear_tables(records)):
-        text = "Medians. The share is that of the measured copy and product which ours reaches without LoRA."
+        text = "Medians. The share is what the fused layer without LoRA reaches of the measured copy and product."
         lines += ["", "## Linear layers", "", text]
     for title, table in tables:
         lines += ["", f"### {title}", "", *markdown(table)]
@@ -245,6 +245,8 @@ def plot(records: Sequence[Record], path: Path) -> None:
         figure, axes = pyplot.subplots(
             -(-count // 2), min(2, count), figsize=(10, 3 * -(-count // 2)), layout="constrained", squeeze=False
         )
+        for axis in axes.flat[len(groups) :]:
+            axis.set_axis_off()
         for axis, (title, group) in zip(axes.flat, groups.items(), strict=False):
             for number, name in enumerate(ORDER):
                 line = sorted((r for r in group if r["contender"] == name), key=lambda r: r["m"])
@@ -257,6 +259,11 @@ def plot(records: Sequence[Record], path: Path) -> None:
             axis.set_xscale("log", base=2)
             axis.grid(color="#eaeef2", linewidth=0.6)
             axis.legend(frameon=False, fontsize=6)
-        figure.suptitle("\n".join(heading(records)[:2]), x=0.01, ha="left", fontsize=7)
+        figure.suptitle(
+            "\n".join(line for line in heading(records) if not line.startswith(("packages", "tools"))),
+            x=0.01,
+            ha="left",
+            fontsize=7,
+        )
         figure.savefig(path, dpi=130)
         pyplot.close(figure)

@@ -23,11 +23,12 @@ from benchmarks.card.clock import Call, free, host_seconds, seconds_each
 from benchmarks.card.correctness import emulating, on, program_within
 from benchmarks.card.machine import ceiling, has
 from benchmarks.card.run import FAILED, SKIPPED, TAIL, Context, NotHereError, Record, describe
+from benchmarks.records import FUSED
 
 RANK, SCALING = 16, 2.0
 FEW, SOME, MANY = (1, 2, 4, 8, 16, 32), (64, 128, 256, 512), (2048, 4096, 8192)
 FORWARD, BOTH = "forward", "forward and backward"
-OURS, OURS_LORA = "ours", "ours + LoRA"
+FUSED_LORA = f"{FUSED} + LoRA"
 BNB, BNB_LORA = "bitsandbytes", "bitsandbytes + LoRA"
 DEQUANTIZED, DENSE, UNSLOTH, COMPILED = (
     "dequantise + cuBLAS",
@@ -35,7 +36,7 @@ DEQUANTIZED, DENSE, UNSLOTH, COMPILED = (
     "Unsloth's order + LoRA",
     "compiled + LoRA",
 )
-CONTENDERS = (OURS, OURS_LORA, BNB, BNB_LORA, DEQUANTIZED, DENSE, UNSLOTH)
+CONTENDERS = (FUSED, FUSED_LORA, BNB, BNB_LORA, DEQUANTIZED, DENSE, UNSLOTH)
 WEIGHTS = 8  # at least so many take turns
 REHEARSED = (48, 128)  # N, K
 
@@ -91,9 +92,9 @@ class Weights:
         from peft_kernels.ops import lora_linear
 
         A, B = self.A, self.B
-        if name == OURS:
+        if name == FUSED:
             return [lambda x, w=w: lora_linear(x, w) for w in self.packed]
-        if name == OURS_LORA:
+        if name == FUSED_LORA:
             return [lambda x, w=w: lora_linear(x, w, None, [A], [B], [SCALING]) for w in self.packed]
         if name == DEQUANTIZED:
             return [lambda x, w=w: F.linear(x, w.dequantize()) for w in self.packed]
@@ -181,7 +182,7 @@ def skipping_others(name: str) -> Iterator[None]:
     except NotHereError:
         raise
     except Exception as error:
-        if name in (OURS, OURS_LORA):
+        if name in (FUSED, FUSED_LORA):
             raise
         raise NotHereError(describe(error)) from None
 
@@ -220,7 +221,7 @@ def calls_of(layers: Sequence[Layer], weights: Weights, x: Tensor, phase: str) -
 
 def work(weights: Weights, m: int, phase: str, name: str) -> tuple[float, float]:
     """Bytes and operations that a layer can't do without."""
-    n, k, has_lora = weights.n, weights.k, name in (OURS_LORA, BNB_LORA, UNSLOTH, COMPILED)
+    n, k, has_lora = weights.n, weights.k, name in (FUSED_LORA, BNB_LORA, UNSLOTH, COMPILED)
     adapter = RANK * (n + k) if has_lora else 0
     size, flops = weights.stored_bytes(name) + 2 * m * (n + k) + 4 * adapter, 2 * m * (n * k + adapter)
     if phase == FORWARD:
@@ -275,13 +276,12 @@ def families(context: Context) -> None:
     """What is timed of each family, and the stock way beside it, in a graph; forward, and forward and backward."""
     from benchmarks.card.cases import FAMILIES, cases
     from benchmarks.functions import several
-    from benchmarks.records import FUSED
 
     def run(case, phase: str, name: str) -> Record:
         torch.manual_seed(0)
         with on(context):
             problem = case.make()
-            function = next(f for key, f in problem.functions.items() if (key == FUSED) == (name == OURS))
+            function = next(f for key, f in problem.functions.items() if (key == FUSED) == (name == FUSED))
             leaves = {key: leaf.detach().requires_grad_(phase == BOTH) for key, leaf in problem.leaves.items()}
             grads = several(problem.grad)
 
@@ -310,8 +310,8 @@ def families(context: Context) -> None:
         (f"{case.family} {case.name}, {phase}: {name}", partial(run, case, phase, name))
         for case in chosen
         for phase in ((FORWARD, BOTH) if case.training else (FORWARD,))
-        for name in (OURS, "stock")
-        if name == OURS or case.family != "nf4"  # which has no stock way without bitsandbytes
+        for name in (FUSED, "stock")
+        if name == FUSED or case.family != "nf4"  # which has no stock way without bitsandbytes
     ))  # fmt: skip
 
 

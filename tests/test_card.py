@@ -249,6 +249,19 @@ def test_a_failed_step_is_the_command_s_failure(is_wrong, step, monkeypatch, tmp
     assert first["kind"] == "environment" and first["phase"] == "correctness" and first["module"]["refusal"] is None
 
 
+def test_a_machine_is_described_without_a_module():
+    """For one has to be built there first; that needs to be found out without it."""
+    program = """
+import sys
+sys.modules["peft_kernels"] = None
+from benchmarks import card
+from benchmarks.card import machine, report, run
+machine.environment(run.Context("cpu", [], 0.0, lambda record: print(record["module"])))
+"""
+    result = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert result.stdout.startswith("{'refusal': 'ModuleNotFoundError: import of peft_kernels halted"), result.stderr
+
+
 def test_a_module_that_can_not_be_had_is_said(step, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(machine, "_module", lambda device: {"refusal": "it was built for another card"})
     monkeypatch.setattr(machine, "ROOT", tmp_path)  # where there is no setup.py

@@ -56,8 +56,7 @@ def output_of(*command: str, seconds: float = 30) -> str:
 
 def environment(context: Context) -> None:
     """The first record of every phase, so that each file says by itself what it is of."""
-    from benchmarks.records import commit
-
+    describe_commit = ("describe", "--always", "--abbrev=12", "--exclude=*", "--dirty=+")
     fields: Record = {
         "device": context.device,
         "card": "emulated" if context.device == "emulated" else "cpu",
@@ -67,7 +66,7 @@ def environment(context: Context) -> None:
         "torch_cuda": torch.version.cuda,
         "packages": {name: _version(name) for name in PACKAGES},
         "tools": {name: find_tool(name) for name in TOOLS},
-        "commit": commit(),
+        "commit": output_of("git", "-C", str(ROOT), *describe_commit),
         "module": _module(context.device),
     }
     if nvcc := find_tool("nvcc"):

@@ -7,6 +7,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("PEFT_KERNELS_TUNE", "0")
 
 import hypothesis
+import optional
 import ptx_emulator
 import pytest
 import torch
@@ -35,6 +36,28 @@ def pytest_addoption(parser):
         "--card", default="sm_80", help="what the emulator plays: sm_80, sm_86, sm_89, sm_90, sm_100 or sm_120"
     )
     parser.addoption("--schedule", type=int, default=0, help="a seed for the order of its warps and blocks")
+
+
+class Module(pytest.Module):
+    def collect(self):
+        with optional.skipping(f"{self.path.name} "):
+            return super().collect()
+
+
+def pytest_pycollect_makemodule(module_path, parent):
+    return Module.from_parent(parent, path=module_path)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_setup():
+    with optional.skipping():
+        return (yield)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call():
+    with optional.skipping():
+        return (yield)
 
 
 @pytest.fixture(autouse=True)

@@ -3,20 +3,23 @@
 import copy
 import inspect
 
-import bitsandbytes as bnb
 import torch
 from comparison import error
-from peft import LoraConfig, get_peft_model
+from optional import if_installed
 from peft_models import randomize
 from tiny_models import SAME_STEP, tiny
 from torch import nn
-from transformers import DynamicCache, LlamaModel
 
 from peft_kernels.ops import quantize_4bit
 from peft_kernels.ops.projections import Projection
 
-# Newer versions of transformers have another name for it.
-CACHE = "cache" if "cache" in inspect.signature(LlamaModel.forward).parameters else "past_key_values"
+bnb, peft, transformers = map(if_installed, ("bitsandbytes", "peft", "transformers"))
+
+
+def with_cache(cache):
+    """The argument of a model's forward; newer versions of transformers have another name for it."""
+    names = inspect.signature(transformers.LlamaModel.forward).parameters
+    return {"cache" if "cache" in names else "past_key_values": cache}
 
 
 def make_projection(n, k, dtype, base="nf4", bias=False, ranks=(4,)):
@@ -52,7 +55,7 @@ def make(name="llama", base="4bit", lora=True, **config):
     if base == "4bit":
         model = quantised(model)
     if lora:
-        model = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear", lora_dropout=0.1))
+        model = peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules="all-linear", lora_dropout=0.1))
         randomize(model)
     return model.eval()
 
@@ -63,10 +66,10 @@ def decode(model, steps=3, rows=2, prompt=12):
     ids = torch.randint(3, 60, (rows, prompt + steps), generator=generator)
     padding = torch.ones_like(ids)
     padding[0, :3] = 0
-    cache, logits = DynamicCache(), []
+    cache, logits = transformers.DynamicCache(), []
     with torch.no_grad():
         for begin, end in [(0, prompt), *((i, i + 1) for i in range(prompt, prompt + steps))]:
-            out = model(ids[:, begin:end], attention_mask=padding[:, :end], **{CACHE: cache})
+            out = model(ids[:, begin:end], attention_mask=padding[:, :end], **with_cache(cache))
             logits.append(out.logits[:, -1])
     return torch.stack(logits)
 
@@ -118,13 +121,13 @@ def _turn(model):
 
 
 def _new_adapter(model):
-    model.add_adapter("other", LoraConfig(r=2, target_modules="all-linear"))
+    model.add_adapter("other", peft.LoraConfig(r=2, target_modules="all-linear"))
     randomize(model)
     model.set_adapter("other")
 
 
 def _dora(model):
-    model.add_adapter("other", LoraConfig(r=2, target_modules=r".*layers\.1\.mlp\.down_proj", use_dora=True))
+    model.add_adapter("other", peft.LoraConfig(r=2, target_modules=r".*layers\.1\.mlp\.down_proj", use_dora=True))
     model.set_adapter("other")
 
 

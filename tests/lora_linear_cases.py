@@ -2,10 +2,8 @@
 
 from dataclasses import dataclass, replace
 
-import bitsandbytes as bnb
 import torch
 from comparison import DTYPES, assert_close, error, rms, short  # noqa: F401
-from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
@@ -120,6 +118,9 @@ def stock(case: Case) -> nn.Module:
 
     `run_stock` runs it. In the 4-bit case the weight must have been quantised with blocksize 64 from `weight_dtype`.
     """
+    import bitsandbytes as bnb
+    from peft import LoraConfig, get_peft_model
+
     dense = case.dense_weight()
     n, k = dense.shape
     if isinstance(case.weight, NF4Weight):

@@ -2,16 +2,16 @@
 
 import logging
 
-import bitsandbytes as bnb
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from optional import if_installed
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 import peft_kernels
 from peft_kernels.integrations import registry
 from peft_kernels.ops.nf4 import NF4Weight
 from peft_kernels.testing.reference.lora_linear import lora_linear as reference
+
+bnb, peft, pytorch_utils = map(if_installed, ("bitsandbytes", "peft", "transformers.pytorch_utils"))
 
 IN_FEATURES, OUT_FEATURES = 64, 96
 
@@ -22,13 +22,13 @@ class OneLayer(nn.Module):
     def __init__(self, lin: nn.Module) -> None:
         super().__init__()
         self.lin = lin
-        self.is_loaded_in_4bit = isinstance(lin, bnb.nn.Linear4bit)
+        self.is_loaded_in_4bit = hasattr(lin, "quant_state")
 
     def forward(self, x: Tensor) -> Tensor:
         return self.lin(x)
 
 
-def linear4bit(dtype: torch.dtype | None = torch.float32, bias: bool = True, **kwargs) -> bnb.nn.Linear4bit:
+def linear4bit(dtype: torch.dtype | None = torch.float32, bias: bool = True, **kwargs) -> nn.Module:
     """A quantised Linear4bit with `dtype` as its compute_dtype; double quantisation unless told otherwise."""
     layer = bnb.nn.Linear4bit(
         IN_FEATURES, OUT_FEATURES, bias=bias, compute_dtype=dtype, **({"quant_type": "nf4"} | kwargs)
@@ -36,9 +36,9 @@ def linear4bit(dtype: torch.dtype | None = torch.float32, bias: bool = True, **k
     return layer.to("cpu")
 
 
-def conv1d(dtype: torch.dtype = torch.float32) -> Conv1D:
+def conv1d(dtype: torch.dtype = torch.float32) -> nn.Module:
     """transformers' linear layer with the weight stored as [in, out], as GPT-2 has it."""
-    layer = Conv1D(OUT_FEATURES, IN_FEATURES)
+    layer = pytorch_utils.Conv1D(OUT_FEATURES, IN_FEATURES)
     nn.init.normal_(layer.weight, std=IN_FEATURES**-0.5)
     nn.init.normal_(layer.bias)
     return layer.to(dtype)
@@ -52,12 +52,12 @@ def base_layer(kind: str, dtype: torch.dtype) -> nn.Module:
 
 def lora_model(
     kind: str, dtype: torch.dtype = torch.float32, base: nn.Module | None = None, nonzero: bool = True, **config
-) -> PeftModel:
+) -> nn.Module:
     """A PEFT model on a `kind` of 'dense', 'conv1d' or '4bit', in training mode, whose B is not zero."""
     if base is None:
         base = base_layer(kind, dtype)
     config = {"r": 4, "lora_alpha": 8, "target_modules": ["lin"], "fan_in_fan_out": kind == "conv1d"} | config
-    model = get_peft_model(OneLayer(base), LoraConfig(**config))
+    model = peft.get_peft_model(OneLayer(base), peft.LoraConfig(**config))
     if nonzero:
         randomize(model)
     return model.train()
@@ -69,11 +69,11 @@ def randomize(model: nn.Module) -> None:
             nn.init.normal_(parameter, std=0.2)
 
 
-def layer_of(model: PeftModel) -> nn.Module:
+def layer_of(model: nn.Module) -> nn.Module:
     return model.base_model.model.lin
 
 
-def is_repacked(layer: bnb.nn.Linear4bit) -> bool:
+def is_repacked(layer: nn.Module) -> bool:
     return bool(vars(layer.weight.quant_state).get("packing_format_for_cpu", False))
 
 
@@ -82,7 +82,7 @@ def dense_weight(layer: nn.Module) -> Tensor:
     weight = layer.weight
     if hasattr(weight, "quant_state"):
         weight = NF4Weight.from_params4bit(weight).dequantize()
-    elif isinstance(layer, Conv1D):
+    elif isinstance(layer, pytorch_utils.Conv1D):
         weight = weight.T
     return weight.detach().double()
 
@@ -107,7 +107,7 @@ def fused_model(kind, *args, **kwargs):
     return model
 
 
-def gradients(model: PeftModel, x: Tensor, grad: Tensor) -> list[Tensor | None]:
+def gradients(model: nn.Module, x: Tensor, grad: Tensor) -> list[Tensor | None]:
     """y, and the gradients of x and of all that an adapter is made of."""
     x = x.clone().requires_grad_()
     y = model(x)

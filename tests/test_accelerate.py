@@ -3,10 +3,10 @@
 import subprocess
 import sys
 
-import bitsandbytes as bnb
 import pytest
 import torch
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module
+from optional import if_installed
 from peft import LoraConfig, get_peft_model
 from peft_models import IN_FEATURES, OneLayer, layer_of, linear4bit, lora_model
 from rich.console import Console
@@ -15,6 +15,8 @@ from torch import nn
 import peft_kernels
 from peft_kernels import cpu
 from peft_kernels.integrations import model, registry
+
+bnb = if_installed("bitsandbytes")
 
 
 def verdicts(report):

@@ -7,18 +7,28 @@ import pytest
 import tolerances
 import torch
 from comparison import DTYPES, assert_close, error, short
-from decoding_models import CACHE, CHANGES, check_sees, decode, double, layers_of, lora_of, make, make_projection
-from peft import IA3Config, LoraConfig, get_peft_model
+from decoding_models import (
+    CHANGES,
+    check_sees,
+    decode,
+    double,
+    layers_of,
+    lora_of,
+    make,
+    make_projection,
+    with_cache,
+)
+from optional import if_installed
 from tiny_models import SAME_STEP
 from torch import nn
-from transformers import StaticCache
-from transformers.pytorch_utils import Conv1D
 
 import peft_kernels
-from peft_kernels.inference import decoder_layer as integration
 from peft_kernels.ops.decoder_layer import Norm, after_attention, before_attention
 from peft_kernels.ops.projections import Projections
 from peft_kernels.testing.reference import decoder_layer as oracle
+
+peft, transformers = map(if_installed, ("peft", "transformers"))
+integration = if_installed("peft_kernels.inference.decoder_layer")
 
 pytestmark = pytest.mark.kernels
 
@@ -311,7 +321,7 @@ def test_left_to_the_modules(change, calls):
     if change == "training":
         model.train()
     if change == "static cache":
-        options[CACHE] = StaticCache(config=model.config, max_cache_len=20)
+        options |= with_cache(transformers.StaticCache(config=model.config, max_cache_len=20))
     if change == "attention":
         model.set_attn_implementation("eager")
     if change == "angles":
@@ -326,8 +336,8 @@ def test_left_to_the_modules(change, calls):
 
 
 def test_other_adapters_are_left_to_the_modules(calls):
-    model = get_peft_model(
-        make(lora=False), IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"])
+    model = peft.get_peft_model(
+        make(lora=False), peft.IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"])
     )
     model.eval()
     wanted = decode(model)
@@ -338,9 +348,11 @@ def test_other_adapters_are_left_to_the_modules(calls):
 @pytest.mark.parametrize("lora", [False, True], ids=["plain", "lora"])
 def test_conv1d_is_left_to_the_modules(lora, calls):
     model = make(base="dense", lora=False)
-    model.model.layers[1].self_attn.v_proj = Conv1D(32, 64)
+    model.model.layers[1].self_attn.v_proj = transformers.pytorch_utils.Conv1D(32, 64)
     if lora:
-        model = get_peft_model(model, LoraConfig(r=4, target_modules=["v_proj"], init_lora_weights=False)).eval()
+        model = peft.get_peft_model(
+            model, peft.LoraConfig(r=4, target_modules=["v_proj"], init_lora_weights=False)
+        ).eval()
     wanted = decode(model)
     peft_kernels.accelerate(model)
     assert error(decode(model), wanted) <= SAME_STEP

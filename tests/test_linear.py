@@ -8,13 +8,14 @@ import tolerances
 import torch
 import torch.nn.functional as F
 from comparison import DTYPES, assert_close, error, short
-from peft import LoraConfig, get_peft_model
+from optional import if_installed
 from tiny_models import DECODERS, tiny, tokens
 
 import peft_kernels
-from peft_kernels.integrations.transformers import output_layer
 from peft_kernels.ops import linear
 from peft_kernels.ops.projections import Projection, Projections, project
+
+peft, output_layer = map(if_installed, ("peft", "peft_kernels.integrations.transformers.output_layer"))
 
 pytestmark = pytest.mark.kernels
 
@@ -171,7 +172,7 @@ def test_output_layers_that_are_left_alone():
 def test_adapters_around_an_output_layer(config):
     model = tiny("llama")
     peft_kernels.accelerate(model)
-    model = get_peft_model(model, LoraConfig(**{"target_modules": ["q_proj"]} | config))
+    model = peft.get_peft_model(model, peft.LoraConfig(**{"target_modules": ["q_proj"]} | config))
     ids, padding = tokens()
     wanted = model(ids, attention_mask=padding).logits
     peft_kernels.accelerate(model)

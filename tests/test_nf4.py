@@ -4,16 +4,16 @@ import dataclasses
 import subprocess
 import sys
 
-import bitsandbytes as bnb
-import bitsandbytes.functional as bnb_functional
 import pytest
 import torch
-from bitsandbytes.backends.default.ops import _dequantize_4bit_compute
 from hypothesis import given
 from hypothesis import strategies as st
+from optional import if_installed
 
 from peft_kernels.ops import NF4Weight, dequantize_4bit, dequantize_4bit_rows, quantize_4bit
 from peft_kernels.testing.reference import nf4 as reference
+
+bnb = if_installed("bitsandbytes")
 
 pytestmark = pytest.mark.kernels
 
@@ -47,8 +47,10 @@ def bnb_dequantize(codes, state):
     """
     absmax = state.absmax
     if state.nested:
-        absmax = bnb_functional.dequantize_blockwise(absmax, state.state2) + state.offset
-    code = bnb_functional.get_4bit_type(state.quant_type, device="cpu")
+        absmax = bnb.functional.dequantize_blockwise(absmax, state.state2) + state.offset
+    code = bnb.functional.get_4bit_type(state.quant_type, device="cpu")
+    from bitsandbytes.backends.default.ops import _dequantize_4bit_compute
+
     compute = _dequantize_4bit_compute.__wrapped__
     return compute(codes.view(-1), absmax, code, state.blocksize, state.shape, state.dtype)
 
@@ -105,7 +107,7 @@ def tensors(draw):
 @given(tensors(), st.sampled_from(BLOCKSIZES), st.sampled_from(QUANT_TYPES), st.booleans())
 def test_quantize_equals_bitsandbytes(device, tensor, blocksize, quant_type, double_quant):
     double_quant = double_quant and double_quant in statistics(device)
-    codes, state = bnb_functional.quantize_4bit(
+    codes, state = bnb.functional.quantize_4bit(
         tensor, blocksize=blocksize, quant_type=quant_type, compress_statistics=double_quant
     )
     weight = quantize_on(device, tensor, blocksize, quant_type, double_quant)
@@ -120,7 +122,7 @@ def test_every_format(device, blocksize, quant_type, dtype):
     # Two blocks and a part of one, an odd number of elements, more than 256 blocks when they are small.
     tensor = torch.randn(2 * blocksize + 16439).to(dtype)
     for double_quant in statistics(device):
-        codes, state = bnb_functional.quantize_4bit(
+        codes, state = bnb.functional.quantize_4bit(
             tensor, blocksize=blocksize, quant_type=quant_type, compress_statistics=double_quant
         )
         weight = quantize_on(device, tensor, blocksize, quant_type, double_quant)
@@ -133,9 +135,9 @@ def test_every_format(device, blocksize, quant_type, dtype):
 def test_dequantize_equals_bitsandbytes_public_function(cpu_isa, double_quant, dtype):
     # Where its fast kernel is right: normal values, and rows that hold whole blocks.
     tensor = torch.randn(33, 576).to(dtype)
-    codes, state = bnb_functional.quantize_4bit(tensor, quant_type="nf4", compress_statistics=double_quant)
+    codes, state = bnb.functional.quantize_4bit(tensor, quant_type="nf4", compress_statistics=double_quant)
     weight = NF4Weight.from_quant_state(codes, state)
-    same_bits(dequantize_4bit(weight), bnb_functional.dequantize_4bit(codes, state))
+    same_bits(dequantize_4bit(weight), bnb.functional.dequantize_4bit(codes, state))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=name)
@@ -144,7 +146,7 @@ def test_dequantize_equals_bitsandbytes_public_function(cpu_isa, double_quant, d
 def test_dequantize_equals_bitsandbytes(device, start, double_quant, dtype):
     # More than one tile of the CUDA kernel, and elements after the last whole vector.
     tensor = torch.randn(3, 4099).to(dtype)
-    codes, state = bnb_functional.quantize_4bit(tensor, quant_type="nf4", compress_statistics=double_quant)
+    codes, state = bnb.functional.quantize_4bit(tensor, quant_type="nf4", compress_statistics=double_quant)
     expected = bnb_dequantize(codes, state)
     weight = NF4Weight.from_quant_state(codes, state)
     buffer = torch.cat([torch.zeros(start, dtype=torch.uint8), weight.codes]).to(device)
@@ -157,7 +159,7 @@ def test_dequantize_equals_bitsandbytes(device, start, double_quant, dtype):
 @pytest.mark.parametrize("double_quant", [False, True], ids=["plain", "nested"])
 def test_small_shapes(shape, double_quant):
     tensor = torch.randn(shape)
-    codes, state = bnb_functional.quantize_4bit(tensor, quant_type="nf4", compress_statistics=double_quant)
+    codes, state = bnb.functional.quantize_4bit(tensor, quant_type="nf4", compress_statistics=double_quant)
     weight = quantize_4bit(tensor, double_quant=double_quant)
     assert_same_weight(weight, codes, state)
     assert weight.dequantize().shape == shape
@@ -165,7 +167,7 @@ def test_small_shapes(shape, double_quant):
 
 def test_many_chunks_and_thread_counts(cpu_isa):
     tensor = torch.randn(511, 777)
-    codes, state = bnb_functional.quantize_4bit(tensor, quant_type="nf4", compress_statistics=True)
+    codes, state = bnb.functional.quantize_4bit(tensor, quant_type="nf4", compress_statistics=True)
     threads = torch.get_num_threads()
     try:
         for count in (1, 2, 5):
@@ -191,7 +193,7 @@ def test_nan_and_infinity(device, special, position, quant_type, double_quant):
         pytest.skip("a GPU sums absmax in another order")
     tensor = torch.randn(100)
     tensor[position] = special
-    codes, state = bnb_functional.quantize_4bit(tensor, quant_type=quant_type, compress_statistics=double_quant)
+    codes, state = bnb.functional.quantize_4bit(tensor, quant_type=quant_type, compress_statistics=double_quant)
     weight = quantize_on(device, tensor, 64, quant_type, double_quant)
     assert_same_weight(weight, codes, state)
     values = weight.dequantize()
@@ -286,7 +288,7 @@ def test_view_copies_nothing(storage, double_quant):
 
 
 def test_sixteen_bit_statistics_are_converted():
-    codes, state = bnb_functional.quantize_4bit(torch.randn(64, 96), quant_type="nf4", compress_statistics=True)
+    codes, state = bnb.functional.quantize_4bit(torch.randn(64, 96), quant_type="nf4", compress_statistics=True)
     state.offset = state.offset.bfloat16()
     state.state2.absmax = state.state2.absmax.half()
     weight = NF4Weight.from_quant_state(codes, state)
@@ -294,7 +296,7 @@ def test_sixteen_bit_statistics_are_converted():
     state.state2.absmax = state.state2.absmax.float()
     same_bits(weight.dequantize(), bnb_dequantize(codes, state))
 
-    codes, state = bnb_functional.quantize_4bit(torch.randn(64, 96), quant_type="nf4")
+    codes, state = bnb.functional.quantize_4bit(torch.randn(64, 96), quant_type="nf4")
     state.absmax = state.absmax.bfloat16()
     weight = NF4Weight.from_quant_state(codes, state)
     state.absmax = state.absmax.float()
@@ -305,11 +307,11 @@ def test_sixteen_bit_statistics_are_converted():
 @pytest.mark.parametrize("storage", [torch.uint8, torch.bfloat16], ids=name)
 def test_repacked_weight_is_converted_back(double_quant, storage):
     tensor = torch.randn(96, 128).half()
-    codes, state = bnb_functional.quantize_4bit(
+    codes, state = bnb.functional.quantize_4bit(
         tensor, quant_type="nf4", compress_statistics=double_quant, quant_storage=storage
     )
     original = NF4Weight.from_quant_state(codes.clone(), state)
-    packed, state = bnb_functional._convert_weight_packed_for_cpu(codes, state)
+    packed, state = bnb.functional._convert_weight_packed_for_cpu(codes, state)
     weight = NF4Weight.from_quant_state(packed, state)
     assert weight.bf16_statistics and not weight.nested
     same_bits(weight.codes, original.codes)
@@ -322,9 +324,9 @@ def test_repacked_weight_is_converted_back(double_quant, storage):
 @pytest.mark.parametrize("quant_type", QUANT_TYPES)
 def test_bitsandbytes_reads_what_we_write(double_quant, quant_type):
     weight = quantize_4bit(torch.randn(48, 128).bfloat16(), 64, quant_type, double_quant)
-    state = bnb_functional.QuantState.from_dict(weight.as_dict(), torch.device("cpu"))
+    state = bnb.functional.QuantState.from_dict(weight.as_dict(), torch.device("cpu"))
     same_bits(bnb_dequantize(weight.codes, state), weight.dequantize())
-    packed = bnb_functional.QuantState.from_dict(state.as_dict(packed=True), torch.device("cpu"))
+    packed = bnb.functional.QuantState.from_dict(state.as_dict(packed=True), torch.device("cpu"))
     same_bits(NF4Weight.from_quant_state(weight.codes, packed).dequantize(), weight.dequantize())
     params = bnb.nn.Params4bit.from_prequantized(
         weight.codes.view(-1, 1), state.as_dict(packed=True), requires_grad=False, device="cpu"
@@ -492,7 +494,7 @@ def test_rows_bad_input(first_row, out, message):
     ],
 )
 def test_quant_state_that_does_not_fit(field, value, message):
-    codes, state = bnb_functional.quantize_4bit(torch.randn(64, 96), quant_type="nf4", compress_statistics=True)
+    codes, state = bnb.functional.quantize_4bit(torch.randn(64, 96), quant_type="nf4", compress_statistics=True)
     target = state
     *path, last = field.split(".")
     for part in path:
@@ -503,7 +505,7 @@ def test_quant_state_that_does_not_fit(field, value, message):
 
 
 def test_weight_that_does_not_fit():
-    codes, state = bnb_functional.quantize_4bit(torch.randn(64, 96), quant_type="nf4")
+    codes, state = bnb.functional.quantize_4bit(torch.randn(64, 96), quant_type="nf4")
     with pytest.raises(ValueError, match="weight: got int32"):
         NF4Weight.from_quant_state(codes.int(), state)
     with pytest.raises(ValueError, match="weight: got strides"):

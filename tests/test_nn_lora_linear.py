@@ -4,14 +4,16 @@ import copy
 import math
 import pickle
 
-import bitsandbytes as bnb
 import pytest
 import torch
+from optional import if_installed
 from torch import nn
 
 from peft_kernels.nn import LoRALinear
 from peft_kernels.ops.nf4 import NF4Weight
 from peft_kernels.testing.reference.lora_linear import lora_linear as reference
+
+bnb = if_installed("bitsandbytes")
 
 K, N, RANK = 64, 96, 4
 FORMATS = [(None, False), ("nf4", False), ("nf4", True), ("fp4", False)]

@@ -6,11 +6,11 @@ import itertools
 import pickle
 import warnings
 
-import bitsandbytes as bnb
 import ptx_emulator
 import pytest
 import torch
 from comparison import Made, error
+from optional import if_installed
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.helpers import disable_input_dtype_casting
 from peft.tuners import lora
@@ -38,6 +38,8 @@ from transformers.pytorch_utils import Conv1D
 import peft_kernels
 from peft_kernels.integrations.refusal import Refusal
 from peft_kernels.testing.reference.lora_linear import lora_linear as reference
+
+bnb = if_installed("bitsandbytes")
 
 # The fused layer may be this much less exact than the stock layer, in relative error against fp64.
 ERROR_RATIO = 1.05

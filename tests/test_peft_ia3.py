@@ -3,11 +3,11 @@
 import copy
 import pickle
 
-import bitsandbytes as bnb
 import pytest
 import tolerances
 import torch
 from comparison import assert_close, error
+from optional import if_installed
 from peft import IA3Config, get_peft_model
 from peft_models import IN_FEATURES, OUT_FEATURES, OneLayer, base_layer, dense_weight, layer_of, linear4bit
 from tiny_models import assert_same_steps, tiny, tokens
@@ -16,6 +16,8 @@ from torch import nn
 import peft_kernels
 from peft_kernels.ops import NF4Weight, quantize_4bit
 from peft_kernels.testing.reference.ia3_linear import ia3_linear as oracle
+
+bnb = if_installed("bitsandbytes")
 
 KINDS = ["dense", "conv1d", "4bit"]
 SIDES = ["in", "out"]
@@ -255,6 +257,17 @@ def test_merge_ia3(name):
             weights, (module for module in model.modules() if isinstance(module, bnb.nn.Linear4bit)), strict=True
         )
     )
+
+
+def test_merge_ia3_of_dense_layers():
+    model = ia3_llm("llama", four_bits=False).eval()
+    peft_kernels.accelerate(model)
+    ids, padding = tokens()
+    with torch.no_grad():
+        wanted = model(ids, padding).logits
+        peft_kernels.merge_ia3(model)
+        assert all(layer.merged for layer in model.modules() if hasattr(layer, "ia3_l"))
+        assert error(model(ids, padding).logits, wanted) <= 1e-5
 
 
 @pytest.mark.parametrize(

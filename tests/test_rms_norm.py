@@ -5,7 +5,6 @@ import tolerances
 import torch
 import torch.nn.functional as F
 from comparison import DTYPES, assert_close, error, short
-from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from peft_kernels.ops import rms_norm
 from peft_kernels.testing.reference.rms_norm import rms_norm as oracle
@@ -57,6 +56,8 @@ def test_dtypes(platform, dtype, weight_dtype):
 @pytest.mark.parametrize("weight_dtype", [torch.float32, torch.bfloat16], ids=short)
 @pytest.mark.parametrize("dtype", DTYPES, ids=short)
 def test_error_against_transformers(platform, dtype, weight_dtype):
+    from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
     x, weight = make_case(40, 576, dtype, weight_dtype)
 
     def stock(x, weight):

@@ -1,11 +1,13 @@
 """Tiny random language models of transformers, and a step of stock compared with one of the accelerated model."""
 
 import torch
-import transformers
+from optional import if_installed
 from reports import missed
 from torch import Tensor, nn
 
 import peft_kernels
+
+transformers = if_installed("transformers")
 
 VOCABULARY, PADDING, END = 60, 0, 2
 
@@ -18,18 +20,18 @@ _BERT = {"hidden_size": "hidden", "intermediate_size": "intermediate", "num_hidd
          "num_attention_heads": 4, "max_position_embeddings": 66, "hidden_dropout_prob": 0.0,
          "attention_probs_dropout_prob": 0.0}  # fmt: skip
 _CONFIGS = {
-    "llama": (transformers.LlamaConfig, _LLAMA),
-    "mistral": (transformers.MistralConfig, {**_LLAMA, "sliding_window": None}),
-    "qwen2": (transformers.Qwen2Config, _LLAMA),
-    "qwen3": (transformers.Qwen3Config, {**_LLAMA, "head_dim": 16}),
-    "granite": (transformers.GraniteConfig, _LLAMA),
-    "gpt2": (transformers.GPT2Config, _GPT2),
-    "opt": (transformers.OPTConfig, {
+    "llama": ("LlamaConfig", _LLAMA),
+    "mistral": ("MistralConfig", {**_LLAMA, "sliding_window": None}),
+    "qwen2": ("Qwen2Config", _LLAMA),
+    "qwen3": ("Qwen3Config", {**_LLAMA, "head_dim": 16}),
+    "granite": ("GraniteConfig", _LLAMA),
+    "gpt2": ("GPT2Config", _GPT2),
+    "opt": ("OPTConfig", {
         "hidden_size": "hidden", "word_embed_proj_dim": "hidden", "ffn_dim": "intermediate", "num_hidden_layers": 2,
         "num_attention_heads": 4, "max_position_embeddings": 64, "dropout": 0.0, "attention_dropout": 0.0,
     }),
-    "bert": (transformers.BertConfig, _BERT),
-    "roberta": (transformers.RobertaConfig, _BERT),
+    "bert": ("BertConfig", _BERT),
+    "roberta": ("RobertaConfig", _BERT),
 }  # fmt: skip
 
 ENCODERS = ["bert", "roberta"]
@@ -39,9 +41,10 @@ DECODERS = [name for name in _CONFIGS if name not in ENCODERS]
 def tiny(name: str, hidden: int = 32, intermediate: int = 48, **config) -> nn.Module:
     """A causal language model, or a classifier if it is an encoder; in training mode."""
     kind, fields = _CONFIGS[name]
+    make = getattr(transformers, kind)
     sizes = {"hidden": hidden, "intermediate": intermediate}
     fields = {key: sizes.get(value, value) for key, value in fields.items()} | config
-    config = kind(vocab_size=VOCABULARY, pad_token_id=PADDING, bos_token_id=1, eos_token_id=END, **fields)
+    config = make(vocab_size=VOCABULARY, pad_token_id=PADDING, bos_token_id=1, eos_token_id=END, **fields)
     auto = transformers.AutoModelForSequenceClassification if name in ENCODERS else transformers.AutoModelForCausalLM
     return auto.from_config(config).train()
 

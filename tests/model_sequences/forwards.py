@@ -3,7 +3,7 @@
 from collections.abc import Callable
 
 import torch
-from decoding_models import CACHE
+from decoding_models import with_cache
 from torch import nn
 from transformers import DynamicCache
 
@@ -28,7 +28,7 @@ def decode(model: nn.Module, seed: int) -> torch.Tensor:
     """A prompt, then a token."""
     tokens, kept = ids(seed, 4), DynamicCache()
     parts = [tokens[:, :3], tokens[:, 3:]]
-    return torch.cat([model(part, **{CACHE: kept}, use_cache=True).logits for part in parts], 1)
+    return torch.cat([model(part, **with_cache(kept), use_cache=True).logits for part in parts], 1)
 
 
 def in_inference_mode(model: nn.Module, seed: int) -> torch.Tensor:

@@ -94,7 +94,7 @@ class Linear(OnLinear, FusedIA3, ia3.Linear):
 
 
 if hasattr(ia3, "Linear4bit"):  # bitsandbytes is installed
-    from ..bitsandbytes.linear4bit import Fused4bit, On4bit, scale_rows
+    from ..bitsandbytes.linear4bit import On4bit, scale_rows
 
     @register
     class Linear4bit(On4bit, FusedIA3, ia3.Linear4bit):  # type: ignore[misc]  # PEFT looks it up when asked
@@ -156,84 +156,90 @@ if hasattr(ia3, "Linear4bit"):  # bitsandbytes is installed
             self.__dict__.pop("_merged_into", None)
             self.merged_adapters.clear()
 
-    # Modules whose output, times a vector, can be had from the rows of one of their layers: gate · up feeds down, and
-    # ReLU commutes with factors that are not negative. They are recognised by their code, or else by their names.
-    _GATED_MLPS = ("LlamaMLP", "MistralMLP", "Qwen2MLP", "Qwen3MLP")
 
-    def _producer(parent: Any, leaf: str, scale: Tensor) -> Any:
-        """The layer whose rows take the vector on the input of another; or why there is none."""
-        kind = type(parent).__name__
-        if leaf == "down_proj" and (form_of(type(parent)) is FusedGatedMLP or kind in _GATED_MLPS):
-            return parent.up_proj
-        if kind == "OPTDecoderLayer" and leaf == "fc2":
-            activation = type(parent.activation_fn).__name__
-            if not isinstance(parent.activation_fn, nn.ReLU):
-                return Refusal(f"its input comes out of a {activation}, through which no factor passes")
-            if (scale < 0).any():
-                return Refusal("its input comes out of a ReLU, through which no negative factor passes")
-            return parent.fc1
-        return Refusal(f"no layer is known whose rows make the input of {leaf!r} in a {kind}")
+# Modules whose output, times a vector, can be had from the rows of one of their layers: gate · up feeds down, and
+# ReLU commutes with factors that are not negative. They are recognised by their code, or else by their names.
+_GATED_MLPS = ("LlamaMLP", "MistralMLP", "Qwen2MLP", "Qwen3MLP")
 
-    def _target(model: nn.Module, name: str, layer: ia3.IA3Layer, names: list[str]) -> nn.Module | Refusal:
-        """The 4-bit layer whose rows take a layer's vector; or why there is none."""
-        if not isinstance(layer, Linear4bit):
-            return Refusal("it is not fused: call accelerate first")
-        target: nn.Module | Refusal = layer.base_layer
-        if layer.is_feedforward:
-            parent, _, leaf = name.rpartition(".")
-            scale = math.prod(layer.ia3_l[adapter].detach() for adapter in names)
-            target = _producer(model.get_submodule(parent), leaf, scale)
-            if isinstance(target, Refusal):
-                return target
-            if isinstance(target, ia3.IA3Layer):
-                target = target.base_layer
-        if not isinstance(target, Fused4bit):
-            return Refusal(f"its vector would go into a {type(target).__name__}, which is no fused 4-bit layer")
-        weight = target.nf4_weight()
-        if weight.shape[1] % weight.blocksize:
-            shape, blocksize = list(weight.shape), weight.blocksize
-            return Refusal(f"its vector would go into a weight {shape} whose blocks of {blocksize} straddle rows")
-        return target
 
-    def merge_ia3(model: nn.Module, adapter_names: list[str] | None = None) -> None:
-        """Merges a model's (IA)³ vectors into its weights, all or none, without quantising a 4-bit weight again.
+def _producer(parent: Any, leaf: str, scale: Tensor) -> Any:
+    """The layer whose rows take the vector on the input of another; or why there is none."""
+    kind = type(parent).__name__
+    if leaf == "down_proj" and (form_of(type(parent)) is FusedGatedMLP or kind in _GATED_MLPS):
+        return parent.up_proj
+    if kind == "OPTDecoderLayer" and leaf == "fc2":
+        activation = type(parent.activation_fn).__name__
+        if not isinstance(parent.activation_fn, nn.ReLU):
+            return Refusal(f"its input comes out of a {activation}, through which no factor passes")
+        if (scale < 0).any():
+            return Refusal("its input comes out of a ReLU, through which no negative factor passes")
+        return parent.fc1
+    return Refusal(f"no layer is known whose rows make the input of {leaf!r} in a {kind}")
 
-        A vector on a layer's output scales the rows of its weight: in 4 bits, the statistics of the rows' blocks, which
-        become plain fp32 if they were nested (0.37 bits more a weight). One on a layer's input goes into the rows of
-        the layer that makes the input: the up-projection of a gated MLP, or the layer before a ReLU. Dense layers are
-        merged by PEFT. `model.unmerge_adapter()` puts the 4-bit originals back.
 
-        Args:
-            model: PEFT's, accelerated.
-            adapter_names: by default the active ones.
+def _target(model: nn.Module, name: str, layer: ia3.IA3Layer, names: list[str]) -> nn.Module | Refusal:
+    """The 4-bit layer whose rows take a layer's vector; or why there is none."""
+    if not isinstance(layer, FusedIA3):
+        return Refusal("it is not fused: call accelerate first")
+    from ..bitsandbytes.linear4bit import Fused4bit
 
-        Raises:
-            TypeError: `model` is not a module.
-            ValueError: `adapter_names` has a name that no adapter has; or layers that this can't be done for, each with
-                the reason. Nothing has been merged then.
-        """
-        check_module(model)
-        known = {name for layer in model.modules() if isinstance(layer, ia3.IA3Layer) for name in layer.ia3_l}
-        if not (adapter_names is None or (isinstance(adapter_names, (list, tuple)) and known >= set(adapter_names))):
-            raise ValueError(f"adapter_names: got {adapter_names!r}, wanted a list of some of {sorted(known)}")
-        merges: list[tuple[Callable[..., None], tuple[Any, ...]]] = []
-        problems: list[str] = []
-        for name, layer in model.named_modules():
-            if not isinstance(layer, ia3.IA3Layer):
-                continue
-            names = [adapter for adapter in check_adapters_to_merge(layer, adapter_names) if adapter in layer.ia3_l]
-            if not names:
-                continue
-            if isinstance(layer, ia3.Linear):
-                merges.append((layer.merge, (False, names)))
-                continue
-            target = _target(model, name, layer, names)
-            if isinstance(target, Refusal):
-                problems.append(f"{name}: {target.reason}")
-            else:
-                assert isinstance(layer, Linear4bit)  # else there is no target
-                merges.append((layer.merge_into, (target, False, names)))
-        if problems:
-            raise ValueError("model: got (IA)³ that can't be merged without loss\n" + "\n".join(problems))
-        for merge, arguments in merges:
-            merge(*arguments)
+    target: nn.Module | Refusal = layer.base_layer
+    if layer.is_feedforward:
+        parent, _, leaf = name.rpartition(".")
+        scale = math.prod(layer.ia3_l[adapter].detach() for adapter in names)
+        target = _producer(model.get_submodule(parent), leaf, scale)
+        if isinstance(target, Refusal):
+            return target
+        if isinstance(target, ia3.IA3Layer):
+            target = target.base_layer
+    if not isinstance(target, Fused4bit):
+        return Refusal(f"its vector would go into a {type(target).__name__}, which is no fused 4-bit layer")
+    weight = target.nf4_weight()
+    if weight.shape[1] % weight.blocksize:
+        shape, blocksize = list(weight.shape), weight.blocksize
+        return Refusal(f"its vector would go into a weight {shape} whose blocks of {blocksize} straddle rows")
+    return target
+
+
+def merge_ia3(model: nn.Module, adapter_names: list[str] | None = None) -> None:
+    """Merges a model's (IA)³ vectors into its weights, all or none, without quantising a 4-bit weight again.
+
+    A vector on a layer's output scales the rows of its weight: in 4 bits, the statistics of the rows' blocks, which
+    become plain fp32 if they were nested (0.37 bits more a weight). One on a layer's input goes into the rows of
+    the layer that makes the input: the up-projection of a gated MLP, or the layer before a ReLU. Dense layers are
+    merged by PEFT. `model.unmerge_adapter()` puts the 4-bit originals back.
+
+    Args:
+        model: PEFT's, accelerated.
+        adapter_names: by default the active ones.
+
+    Raises:
+        TypeError: `model` is not a module.
+        ValueError: `adapter_names` has a name that no adapter has; or layers that this can't be done for, each with
+            the reason. Nothing has been merged then.
+    """
+    check_module(model)
+    known = {name for layer in model.modules() if isinstance(layer, ia3.IA3Layer) for name in layer.ia3_l}
+    if not (adapter_names is None or (isinstance(adapter_names, (list, tuple)) and known >= set(adapter_names))):
+        raise ValueError(f"adapter_names: got {adapter_names!r}, wanted a list of some of {sorted(known)}")
+    merges: list[tuple[Callable[..., None], tuple[Any, ...]]] = []
+    problems: list[str] = []
+    for name, layer in model.named_modules():
+        if not isinstance(layer, ia3.IA3Layer):
+            continue
+        names = [adapter for adapter in check_adapters_to_merge(layer, adapter_names) if adapter in layer.ia3_l]
+        if not names:
+            continue
+        if isinstance(layer, ia3.Linear):
+            merges.append((layer.merge, (False, names)))
+            continue
+        target = _target(model, name, layer, names)
+        if isinstance(target, Refusal):
+            problems.append(f"{name}: {target.reason}")
+        else:
+            merge_into = layer.merge_into  # type: ignore[attr-defined]  # only a Linear4bit has a target
+            merges.append((merge_into, (target, False, names)))
+    if problems:
+        raise ValueError("model: got (IA)³ that can't be merged without loss\n" + "\n".join(problems))
+    for merge, arguments in merges:
+        merge(*arguments)

@@ -3,6 +3,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+VENV_PYTHON = $(firstword $(wildcard $(BIN)/python $(BIN)/python3) $(BIN)/python)
 INSTALLED := $(VENV)/.installed
 INSTALL = $(BIN)/pip install --quiet --no-build-isolation --editable ".[test]"
 SOURCES := setup.py CMakeLists.txt pyproject.toml $(shell find csrc -type f)
@@ -24,7 +25,7 @@ export TORCH_CUDA_ARCH_LIST := $(if $(CARDS),,8.0+PTX)
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-adapters test test-avx2 test-asan test-amx test-gpu bench card lint format clean
+.PHONY: help demo demo-adapters test test-avx2 test-asan test-amx test-gpu cuda-device bench card lint format clean
 
 help:  ## show this list
 	@sed -n 's/^\([a-z0-9-]*\):.*  ## /\1|/p' Makefile | awk -F'|' '{printf "  make %-13s %s\n", $$1, $$2}'
@@ -34,6 +35,9 @@ demo: $(INSTALLED)  ## fine-tune a small language model with and without the ker
 
 demo-adapters: $(INSTALLED)  ## train adapters for several tasks on one frozen model, then fuse them
 	$(BIN)/python -m benchmarks demo_adapters $(ARGS)
+
+# Every package is there, so that no test may be skipped for the lack of one.
+test test-avx2 test-asan test-amx: export PEFT_KERNELS_REQUIRE_ALL := 1
 
 test: $(INSTALLED)  ## run every test
 	$(BIN)/pytest $(ARGS)
@@ -68,12 +72,30 @@ test-amx: $(INSTALLED)  ## run the tests of the kernels for AMX on a processor t
 	    $(BIN)/python setup.py --quiet build --build-lib $(AMX) --build-temp $(AMX)/tree
 	PYTHONPATH=$(CURDIR)/$(AMX):$(CURDIR) $(BIN)/pytest -k amx -o pythonpath= $(ARGS)
 
+# VENV=... names an environment that is there, such as a machine with a card comes with: nothing is installed into it, no
+# network is needed, and tests whose packages it lacks are skipped. The module is built in the tree, for the visible
+# cards, unless it is newer than its sources.
 test-gpu: export PEFT_KERNELS_CUDA := 1
-test-gpu: $(INSTALLED)  ## run every test with the CUDA kernels built in, on a machine with a CUDA device
-	@$(BIN)/python -c "import torch; torch.cuda.init()" \
+ifeq ($(origin VENV),command line)
+INSTALL_FOR_CUDA :=
+test-gpu: export PYTHONPATH := $(CURDIR)
+test-gpu: cuda-device peft_kernels/_C.abi3.so
+else
+INSTALL_FOR_CUDA = $(INSTALL)
+test-gpu: export PEFT_KERNELS_REQUIRE_ALL := 1
+test-gpu: $(INSTALLED) cuda-device
+endif
+test-gpu:  ## run every test on a CUDA device; VENV=... names an environment to run them in as it is
+	$(INSTALL_FOR_CUDA)
+	@$(VENV_PYTHON) -c "import torch; from peft_kernels.cuda import why_not; exit(why_not(torch.device('cuda')))"
+	$(VENV_PYTHON) -m pytest $(ARGS)
+
+cuda-device:
+	@$(VENV_PYTHON) -c "import torch; torch.cuda.init()" \
 	    || { echo "make test-gpu: torch finds no CUDA device, see above" >&2; exit 1; }
-	$(INSTALL)
-	$(BIN)/pytest $(ARGS)
+
+peft_kernels/_C.abi3.so: $(SOURCES)
+	$(VENV_PYTHON) setup.py --quiet build_ext --inplace
 
 bench: $(INSTALLED)  ## run a benchmark: make bench ARGS="lora_linear --quick"
 	$(BIN)/python -m benchmarks $(ARGS)

@@ -38,6 +38,10 @@ def pytest_addoption(parser):
     parser.addoption("--schedule", type=int, default=0, help="a seed for the order of its warps and blocks")
 
 
+def pytest_configure():
+    optional.require_all()
+
+
 class Module(pytest.Module):
     def collect(self):
         with optional.skipping(f"{self.path.name} "):

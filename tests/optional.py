@@ -1,11 +1,11 @@
 """Packages that a machine with a GPU may lack: what needs one is skipped there, and says so.
 
 A test imports what it needs, at the top of its module or within; `conftest.py` makes a skip of an import that fails.
-With PEFT_KERNELS_REQUIRE_ALL in the environment it stays a failure: where all of them are installed, nothing that has
-lost one goes unnoticed.
+With PEFT_KERNELS_REQUIRE_ALL in the environment no test runs without all of them, so that where they are installed none
+is skipped unnoticed.
 """
 
-import importlib
+import importlib.util
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,9 +14,16 @@ from typing import Any
 import pytest
 
 NAMES = {
-    "accelerate", "bitsandbytes", "expecttest", "gguf", "matplotlib", "peft", "psutil", "pybind11", "sentencepiece",
-    "tokenizers", "transformers",
+    "accelerate", "bitsandbytes", "expecttest", "gguf", "matplotlib", "mypy", "peft", "psutil", "pybind11", "pyright",
+    "sentencepiece", "tokenizers", "transformers",
 }  # fmt: skip
+
+
+def require_all() -> None:
+    """Ends the run if a package is not installed and the environment has PEFT_KERNELS_REQUIRE_ALL."""
+    absent = sorted(name for name in NAMES if importlib.util.find_spec(name) is None)
+    if absent and os.environ.get("PEFT_KERNELS_REQUIRE_ALL"):
+        raise pytest.UsageError(f"PEFT_KERNELS_REQUIRE_ALL is set, and these are not installed: {', '.join(absent)}")
 
 
 def missing(error: BaseException | None) -> str | None:
@@ -35,7 +42,7 @@ def skipping(what: str = "") -> Iterator[None]:
         yield
     except Exception as error:
         name = missing(error)
-        if not name or os.environ.get("PEFT_KERNELS_REQUIRE_ALL"):
+        if not name:
             raise
         pytest.skip(f"{what}needs {name}", allow_module_level=True)
 

@@ -137,6 +137,33 @@ def test_make_compiles_for_one_architecture(card, monkeypatch):
     assert exported() == ""
 
 
+@pytest.fixture
+def given_environment(card, tmp_path):
+    """An environment whose Python only says what it was called with; on a machine with a card."""
+    card("9.0")
+    python = tmp_path / "given/bin/python3"
+    python.parent.mkdir(parents=True)
+    names = "$PEFT_KERNELS_CUDA,$TORCH_CUDA_ARCH_LIST,$PEFT_KERNELS_REQUIRE_ALL,$PYTHONPATH"
+    python.write_text(f'#!/bin/sh\necho "python {names} $*"\n')
+    python.chmod(0o755)
+    return tmp_path / "given"
+
+
+@pytest.mark.skipif(not shutil.which("make"), reason="needs make")
+@pytest.mark.parametrize("current", [True, False], ids=["current", "old"])
+def test_make_test_gpu_in_an_environment_that_is_there(given_environment, current, monkeypatch):
+    """Nothing is installed and no environment is made: a machine with a card may have no network."""
+    monkeypatch.delenv("PEFT_KERNELS_REQUIRE_ALL", raising=False)
+    module = "--old-file=peft_kernels/_C.abi3.so" if current else "--new-file=setup.py"
+    command = ["make", "--silent", "-C", ROOT, module, "test-gpu", f"VENV={given_environment}", "ARGS=-k nf4"]
+    output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    calls = re.findall("^python (.*?) (.*)$", output, re.MULTILINE)
+    assert {variables for variables, _ in calls} == {f"1,,,{ROOT}"}
+    build = [] if current else ["setup.py --quiet build_ext --inplace"]
+    init, *built, why_not, tests = [arguments for _, arguments in calls]
+    assert "torch.cuda.init()" in init and built == build and "why_not" in why_not and tests == "-m pytest -k nf4"
+
+
 def dynamic_section():
     command = ["readelf", "--dynamic", "--wide", EXTENSION]
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout

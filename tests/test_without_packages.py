@@ -58,7 +58,9 @@ def test_models_are_tested_without_bitsandbytes(monkeypatch, tmp_path):
     assert any("needs bitsandbytes" in reason for reason in skipped)
 
 
-def test_a_package_that_is_wanted_is_missed(monkeypatch, tmp_path):
+def test_all_of_them_can_be_demanded(monkeypatch):
     monkeypatch.setenv("PEFT_KERNELS_REQUIRE_ALL", "1")
-    status, output, _, skipped = run(["peft"], tmp_path, "tests/test_peft_dora.py", "tests/test_rms_norm.py")
-    assert status and not skipped and "No module named 'peft'" in output
+    command = [sys.executable, TESTS / "without.py", "peft,pybind11", "tests/test_rms_norm.py"]
+    result = subprocess.run(command, cwd=TESTS.parent, capture_output=True, text=True)
+    assert result.returncode == pytest.ExitCode.USAGE_ERROR
+    assert "these are not installed: peft, pybind11" in result.stderr

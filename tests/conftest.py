@@ -148,6 +148,13 @@ def platform(request):
         yield device
 
 
+@pytest.fixture(params=["cpu", "cuda"])
+def processor(request):
+    """As `platform`, without the emulator, which large problems take minutes of."""
+    with tensors_on(request) as device:
+        yield device
+
+
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory):
     """A random Llama with a tokenizer of its own, in Hugging Face's format."""

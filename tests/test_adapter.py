@@ -81,7 +81,7 @@ def test_options(backend, options, mode):
 @pytest.mark.slow
 @pytest.mark.parametrize("shape", [(2100, 768, 64), (40, 16384, 512), (1, 4096, 512)], ids=shape_id)
 @pytest.mark.parametrize("mode", MODES[:3], ids=mode_id)
-def test_large_shapes(shape, mode):
+def test_large_shapes(processor, shape, mode):
     check(make_case(*shape, *mode, norm=True, dropout=0.1))
 
 

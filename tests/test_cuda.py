@@ -5,12 +5,14 @@ import subprocess
 
 import ptx_emulator
 import pytest
+import tolerances
 import torch
+from comparison import assert_close
 from lora_linear_cases import make_case, run
 from ptx_emulator.build import ROOT, find_nvcc
 
 from peft_kernels import _extension, cuda
-from peft_kernels.ops import lora_linear
+from peft_kernels.ops import adapter, glu, lora_linear, quantize_4bit, rms_norm
 
 DEVICE = torch.device("cuda", 0)
 
@@ -153,3 +155,29 @@ def test_versions_of_the_real_runtime(tmp_path):
     environment = os.environ | {"LD_LIBRARY_PATH": str(tmp_path)}
     result = subprocess.run(["./ask"], cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
     assert result.stdout == "0 11080, 35"  # cudaErrorInsufficientDriver
+
+
+COLUMNS = 2048 + 64
+
+# Calls on a matrix whose rows have nothing to do with each other.
+OF_ROWS = {
+    "rms_norm": lambda x, a, b: rms_norm(x, b[0]),
+    "glu": lambda x, a, b: glu(x, x, "silu"),
+    "adapter": lambda x, a, b: adapter(x, a, None, b[:16].T.contiguous(), None, activation="relu"),
+    "lora_linear": lambda x, a, b: lora_linear(x, quantize_4bit(b), None, [a], [b[:, :16]], [0.5]),
+    "quantize_4bit": lambda x, a, b: quantize_4bit(x, double_quant=False).dequantize(),
+}
+
+
+@pytest.mark.kernels
+@pytest.mark.parametrize("name", list(OF_ROWS))
+def test_more_elements_than_32_bits_count(processor, name):
+    """The last rows are as without the others; on a CPU with few, which shows that the test is right."""
+    if processor == "cuda" and torch.cuda.mem_get_info()[0] < 40 * 2**30:
+        pytest.skip("needs 40 GiB of the card's memory")
+    rows = 2**31 // COLUMNS + 100 if processor == "cuda" else 200
+    a, b = torch.randn(16, COLUMNS) / 50, torch.randn(64, COLUMNS) / 50
+    x = torch.randn(rows, COLUMNS, dtype=torch.bfloat16)
+    with torch.no_grad():
+        y, last = (OF_ROWS[name](rows_of_x, a, b) for rows_of_x in (x, x[-40:].clone()))
+    assert_close(y[-40:], last, 2 * tolerances.ROUNDING[torch.bfloat16], name)

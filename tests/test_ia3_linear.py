@@ -81,7 +81,7 @@ def test_output_dtype(platform, base, out_dtype):
 @pytest.mark.slow
 @pytest.mark.parametrize("base", ["nf4", "dense"])
 @pytest.mark.parametrize("shape", [(600, 1100, 4096), (5000, 40, 4096)], ids=shape_id)
-def test_large_shapes(shape, base):
+def test_large_shapes(processor, shape, base):
     check(make_case(*shape, x_dtype=torch.bfloat16, base=base))
 
 

@@ -144,8 +144,18 @@ def test_bias_dtype(platform, base, bias_dtype):
 @pytest.mark.slow
 @pytest.mark.parametrize("shape", [(1, 4096, 4096), (600, 1100, 4096), (5000, 40, 4096)], ids=shape_id)
 @pytest.mark.parametrize("mode", MODES[:3], ids=mode_id)
-def test_large_shapes(shape, mode):
+def test_large_shapes(processor, shape, mode):
     check(make_case(*shape, (16,), *mode, dropout=(0.1,)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "shape", [(3, 40000, 576), (32, 9000, 2048), (64, 100, 16384), (150, 20000, 1152)], ids=shape_id
+)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=short)
+def test_waves_and_splits(processor, shape, dtype):
+    """More tiles than a card has room for at once, and sums that several of its CTAs share."""
+    check(make_case(*shape, (8,), dtype, base="nested"))
 
 
 @given(

@@ -141,6 +141,20 @@ def test_only_one_is_trained():
     assert torch.equal(q.grad, wanted[2])
 
 
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_what_is_not_trained_wants_no_gradient(compiled):
+    """Else an attention would make the gradient of all queries where only keys are trained."""
+    function = torch.compile(rotary, backend="aot_eager", fullgraph=True) if compiled else rotary
+    q, k, cos, sin = make_case(2, 3, 1, 5, 16)
+    for trained in ((True, False), (False, True), (True, True), (False, False)):
+        results = function(q.requires_grad_(trained[0]), k.requires_grad_(trained[1]), cos, sin)
+        assert tuple(x.requires_grad for x in results) == trained
+        if any(trained):
+            q.grad = k.grad = None
+            sum(x.square().sum() for x in results).backward()
+            assert (q.grad is not None, k.grad is not None) == trained
+
+
 def test_saves_the_angles_alone():
     case = make_case(2, 3, 1, 5, 16)
     saved = []

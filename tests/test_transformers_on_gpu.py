@@ -1,4 +1,4 @@
-"""Attention of models on a GPU: torch's attention is called with what stock calls it with.
+"""Attention of models on a GPU: torch's attention is called with exactly what stock calls it with, but for a prefix.
 
 The CPU plays the GPU: attention goes there as on a device that is not taken over, with numbers that can be compared.
 """
@@ -9,9 +9,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from attention_cases import on_gpu_plan
-from peft import PrefixTuningConfig, get_peft_model
-from tiny_models import DECODERS, ENCODERS, tiny, tokens
-from transformers import StaticCache
+from comparison import DTYPES, error, short
+from decoding_models import with_cache
+from peft import IA3Config, LoraConfig, PrefixTuningConfig, get_peft_model
+from tiny_models import DECODERS, ENCODERS, LOOKALIKE_DECODERS, LOOKALIKE_ENCODERS, tiny, tokens
+from transformers import DynamicCache, StaticCache
 
 import peft_kernels
 import peft_kernels.integrations.transformers.attention as integration
@@ -41,16 +43,24 @@ def calls_of(scenario, model) -> list[dict]:
     return calls
 
 
+def layout(tensor):
+    """All but the values; where there is but one of something, its stride means nothing."""
+    strides = [stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if size > 1]
+    return tensor.shape, strides, tensor.dtype, tensor.requires_grad
+
+
 def assert_same_calls(actual, wanted) -> None:
     assert len(actual) == len(wanted) > 0
     for got, want in zip(actual, wanted, strict=True):
         for name in ARGUMENTS:
             if not isinstance(want[name], torch.Tensor):
                 assert got[name] == want[name], name
-            elif want[name].is_floating_point():
+                continue
+            assert layout(got[name]) == layout(want[name]), name
+            if name == "attn_mask":
+                assert torch.equal(got[name], want[name])
+            else:  # a fused rotary embedding rounds otherwise
                 torch.testing.assert_close(got[name], want[name], rtol=1e-4, atol=1e-5)
-            else:
-                assert torch.equal(got[name], want[name]), name
 
 
 # ---- What is asked of a model -----------------------------------------------------------------------------------
@@ -64,6 +74,20 @@ def padded(model):
     ids, padding = tokens()
     logits = model(ids, attention_mask=padding).logits
     return logits if logits.dim() == 2 else torch.where(padding[..., None].bool(), logits, 0)
+
+
+def padded_on_the_right(model):
+    ids, padding = tokens()
+    logits = model(ids, attention_mask=padding.flip(1)).logits
+    return logits if logits.dim() == 2 else torch.where(padding.flip(1)[..., None].bool(), logits, 0)
+
+
+def training(model):
+    with torch.enable_grad():
+        logits = model.train()(tokens()[0]).logits
+        logits.square().mean().backward()
+    model.eval().zero_grad()
+    return logits.detach()
 
 
 def packed(model):
@@ -84,19 +108,46 @@ def chunks(model):
     return torch.cat([second, model(ids[:, 8:], attention_mask=torch.ones(3, 9), cache=cache).logits], 1)
 
 
+def decoding(model):
+    """One token at a time after a padded prompt."""
+    (ids, padding), cache, logits = tokens(), DynamicCache(), []
+    for begin, end in ((0, 7), (7, 8), (8, 9)):
+        logits.append(model(ids[:, begin:end], attention_mask=padding[:, :end], **with_cache(cache)).logits)
+    return torch.where(padding[..., None].bool(), torch.cat(logits, 1), 0)
+
+
 def own_mask(model):
     mask = torch.ones(9, 9, dtype=torch.bool).tril()[None, None].expand(3, -1, -1, -1)
     return model(tokens()[0], attention_mask=mask, position_ids=torch.arange(9)[None]).logits
 
 
-SCENARIOS = [causal, padded, packed, static_cache, chunks, own_mask]
+OF_ENCODERS = [causal, padded, padded_on_the_right, training]
+SCENARIOS = [*OF_ENCODERS, packed, static_cache, chunks, decoding, own_mask]
 WINDOWED = {
     "mistral-short": ("mistral", {"sliding_window": 4}),
     "mistral-long": ("mistral", {"sliding_window": 30}),
     "qwen2-one-layer": ("qwen2", {"sliding_window": 4, "use_sliding_window": True, "max_window_layers": 1}),
 }
-MODELS = {name: (name, {}) for name in [*DECODERS, *ENCODERS]} | WINDOWED
-CASES = [(name, scenario) for name in MODELS for scenario in (SCENARIOS if name not in ENCODERS else SCENARIOS[:2])]
+HEADS_AND_DROPOUT = {
+    "llama-heads": ("llama", {"num_key_value_heads": 4}),
+    "llama-one-kv-head": ("llama", {"num_key_value_heads": 1}),
+    "llama-dropout": ("llama", {"attention_dropout": 0.3}),
+    "gpt2-dropout": ("gpt2", {"attn_pdrop": 0.3}),
+    "bert-dropout": ("bert", {"attention_probs_dropout_prob": 0.3}),
+}
+ALL = [*DECODERS, *ENCODERS, *LOOKALIKE_DECODERS, *LOOKALIKE_ENCODERS]
+MODELS = {name: (name, {}) for name in ALL} | WINDOWED | HEADS_AND_DROPOUT
+
+
+def is_encoder(name):
+    return MODELS[name][0] in [*ENCODERS, *LOOKALIKE_ENCODERS]
+
+
+def cases_of(names):
+    return [(name, scenario) for name in names for scenario in (OF_ENCODERS if is_encoder(name) else SCENARIOS)]
+
+
+CASES = cases_of(MODELS)
 
 
 def case_id(value) -> str:
@@ -134,9 +185,35 @@ def test_torch_gets_what_it_gets_in_stock(name, scenario, gpu):
     report = peft_kernels.accelerate(model)
     assert model.config._attn_implementation == "sdpa", "nothing would be gained by another one"
     assert_same_calls(calls_of(scenario, model), wanted)
-    assert {row.reason for row in report if "Attention" in row.kind} <= {
-        "its rotary embedding", "on cpu torch's attention is the fast one",
-    }  # fmt: skip
+    (reason,) = {row.reason for row in report if "Attention" in row.kind}
+    rotates = not is_encoder(name) and MODELS[name][0] not in ("gpt2", "opt")
+    assert reason == ("its rotary embedding" if rotates else "on cpu torch's attention is the fast one")
+
+
+def with_lora(model):
+    config = LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False)
+    return get_peft_model(model, config)
+
+
+def with_ia3(model):
+    model = get_peft_model(model, IA3Config())  # on keys, values and the feed-forward block
+    for name, parameter in model.named_parameters():
+        if "ia3_l" in name:
+            torch.nn.init.uniform_(parameter, 0.5, 1.5)
+    return model
+
+
+@pytest.mark.parametrize("scenario", [causal, padded, training, chunks, decoding], ids=case_id)
+@pytest.mark.parametrize("adapted", [with_lora, with_ia3], ids=case_id)
+@pytest.mark.parametrize("name", ["llama", "mistral-short", "gpt2"])
+def test_adapters_leave_it_alone(name, adapted, scenario, gpu):
+    """(IA)³'s vectors of keys and values belong to linear layers: no attention takes them."""
+    model = adapted(make(name)).eval()
+    wanted, numbers = calls_of(scenario, model), run(scenario, model)
+    report = peft_kernels.accelerate(model)
+    assert any(row.kind.startswith("peft.") and row.fused for row in report)
+    assert_same_calls(calls_of(scenario, model), wanted)
+    torch.testing.assert_close(run(scenario, model), numbers, rtol=1e-4, atol=1e-5)
 
 
 @cases
@@ -154,7 +231,7 @@ def test_model_that_is_moved_afterwards(name, scenario, request):
 
 
 @pytest.mark.parametrize("first_on_gpu", [False, True], ids=["cpu-gpu", "gpu-cpu"])
-@cases
+@pytest.mark.parametrize(("name", "scenario"), cases_of([*DECODERS, *ENCODERS, *WINDOWED]), ids=case_id)
 def test_layers_on_two_devices_share_a_mask(name, scenario, first_on_gpu, monkeypatch):
     model = make(name)
     on_gpu = [first_on_gpu]  # of the layer that runs, or where the model makes its mask
@@ -215,7 +292,7 @@ def test_prefix_is_seen_with_the_smallest_mask(name, scenario, request):
             assert mask.dtype is torch.bool and mask.shape[1] == 1 and mask.shape[-1] == key.shape[2]
             assert mask.shape[0] == 1 or scenario is not causal or name == "mistral-short", "causality alone"
             assert groups == 1, "with a mask, torch's fast kernels know no groups"
-    maskless = [("bert", causal), ("llama", chunks), ("gpt2", chunks)]
+    maskless = [("bert", causal), ("bert", training), ("llama", chunks), ("gpt2", chunks)]
     assert any(call["attn_mask"] is None for call in calls) == ((name, scenario) in maskless)
 
 
@@ -236,3 +313,25 @@ def test_prefix_of_peft(scenario, gpu):
     peft_kernels.restore(model)
     assert stock.config._attn_implementation == "sdpa"
     assert_same_calls(calls_of(scenario, stock), wanted)
+
+
+@pytest.mark.parametrize("backend", ["emulated"], indirect=True)
+@pytest.mark.parametrize("dtype", DTYPES, ids=short)
+def test_who_runs_a_prefix(backend, dtype, gpu):
+    """In fp32 torch's attention does, given keys with the prefix before them; else this package's kernel. Both are as
+    right as stock, which has the prefix in its cache."""
+    config = PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=LENGTH)
+    model, (ids, padding) = get_peft_model(make("llama"), config).eval(), tokens()
+
+    def logits():
+        with torch.no_grad():
+            return model(input_ids=ids, attention_mask=padding).logits[padding.bool()]
+
+    exact = logits()
+    model.to(dtype)
+    stock = logits()
+    peft_kernels.accelerate(model)
+    with recorded() as calls:
+        ours = logits()
+    assert len(calls) == (2 if dtype is torch.float32 else 0)
+    assert error(ours, exact) <= 1.2 * error(stock, exact) + 1e-6

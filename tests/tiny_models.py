@@ -33,19 +33,32 @@ _CONFIGS = {
     "bert": ("BertConfig", _BERT),
     "roberta": ("RobertaConfig", _BERT),
 }  # fmt: skip
+# Further ones whose attention is that of one above.
+_LOOKALIKES = {
+    "arcee": ("ArceeConfig", _LLAMA),
+    "electra": ("ElectraConfig", {**_BERT, "embedding_size": "hidden"}),
+    "gemma": ("GemmaConfig", {**_LLAMA, "head_dim": 8}),
+    "ministral": ("MinistralConfig", {**_LLAMA, "head_dim": 8, "sliding_window": 4}),
+    "mixtral": ("MixtralConfig", {**_LLAMA, "num_local_experts": 2, "sliding_window": 4}),
+    "qwen3_moe": ("Qwen3MoeConfig", {**_LLAMA, "head_dim": 16, "num_experts": 2, "num_experts_per_tok": 1,
+                                     "moe_intermediate_size": "intermediate"}),
+}  # fmt: skip
 
 ENCODERS = ["bert", "roberta"]
 DECODERS = [name for name in _CONFIGS if name not in ENCODERS]
+LOOKALIKE_ENCODERS = ["electra"]
+LOOKALIKE_DECODERS = [name for name in _LOOKALIKES if name not in LOOKALIKE_ENCODERS]
 
 
 def tiny(name: str, hidden: int = 32, intermediate: int = 48, **config) -> nn.Module:
     """A causal language model, or a classifier if it is an encoder; in training mode."""
-    kind, fields = _CONFIGS[name]
+    kind, fields = (_CONFIGS | _LOOKALIKES)[name]
     make = getattr(transformers, kind)
     sizes = {"hidden": hidden, "intermediate": intermediate}
     fields = {key: sizes.get(value, value) for key, value in fields.items()} | config
     config = make(vocab_size=VOCABULARY, pad_token_id=PADDING, bos_token_id=1, eos_token_id=END, **fields)
-    auto = transformers.AutoModelForSequenceClassification if name in ENCODERS else transformers.AutoModelForCausalLM
+    is_encoder = name in [*ENCODERS, *LOOKALIKE_ENCODERS]
+    auto = transformers.AutoModelForSequenceClassification if is_encoder else transformers.AutoModelForCausalLM
     return auto.from_config(config).train()
 
 

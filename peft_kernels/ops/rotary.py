@@ -83,6 +83,7 @@ class _Rotary(Function):
         ctx.save_for_backward(cos, sin)
         ctx.in_dtype, ctx.backwards = q.dtype, backwards
         result: tuple[Tensor, Tensor] = torch.ops.peft_kernels.rotary(q, k, cos, sin, out_dtype, backwards)
+        ctx.mark_non_differentiable(*(y for x, y in zip((q, k), result, strict=True) if not x.requires_grad))
         return result
 
     @staticmethod

@@ -8,7 +8,7 @@ import torch
 from comparison import DTYPES, assert_close, short
 
 import ptx_emulator
-from ptx_emulator import report
+from ptx_emulator import cards, report
 
 ops = torch.ops.peft_kernels
 SOURCE = Path(__file__).parent.parent.parent / "csrc/adapter_fusion/cuda/launch.cu"
@@ -139,9 +139,7 @@ def test_too_many_adapters(emulated):
         run(make_case(2, [16] * 49))
 
 
-@pytest.mark.parametrize(
-    "architecture", ["sm_80", *(pytest.param(card, marks=pytest.mark.slow) for card in ("sm_86", "sm_89", "sm_90"))]
-)
+@pytest.mark.parametrize("architecture", cards.ALL)
 def test_registers(architecture):
     kernels = report.resources(SOURCE, architecture, includes=(SOURCE.parent.parent.parent,))
     assert len(kernels) == 2 * 3 * 3 * 2

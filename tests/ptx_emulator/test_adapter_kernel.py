@@ -12,7 +12,7 @@ from test_adapter_grouped import run as run_grouped
 
 import ptx_emulator
 from peft_kernels.ops import adapter_grouped
-from ptx_emulator import report
+from ptx_emulator import cards, report
 
 SOURCE = Path(__file__).parent.parent.parent / "csrc/adapter/cuda/launch.cu"
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -181,11 +181,12 @@ def test_norm_of_rows_far_from_zero(emulated, mode, shift):
     assert_close(actual, wanted, slack * tolerances.product(case.down_weight.dtype, actual.dtype))
 
 
-@pytest.mark.parametrize(
-    "architecture", ["sm_80", *(pytest.param(card, marks=pytest.mark.slow) for card in ("sm_86", "sm_89", "sm_90"))]
-)
+@pytest.mark.parametrize("architecture", cards.ALL)
 def test_registers(architecture):
     kernels = report.resources(SOURCE, architecture, includes=(SOURCE.parent.parent.parent,))
     assert len(kernels) == 3 * (1 + 2 + 2 + 1) + 3
     for kernel, used in kernels.items():
-        assert used.spill_bytes == used.stack_bytes == 0, kernel
+        # Two CTAs on a multiprocessor leave a thread 128 registers. On sm_100 and sm_120 these lack up to ten of fp32's
+        # expand, for addresses that are stored before its loop and loaded once for a tile, outside of the products.
+        spills = architecture in ("sm_100", "sm_120") and "adapter_expand_kernelIf" in kernel
+        assert used.stack_bytes <= 40 * spills and used.spill_bytes <= 88 * spills, kernel

@@ -10,7 +10,7 @@ from comparison import assert_close, error, short
 
 import ptx_emulator
 from peft_kernels.ops._attention_by_torch import ScaledHeads
-from ptx_emulator import report
+from ptx_emulator import cards, report
 
 CSRC = Path(__file__).parent.parent.parent / "csrc"
 SOURCE = CSRC / "attention/cuda/launch_backward.cu"
@@ -277,13 +277,13 @@ def test_scaled_heads_read_once(emulated):
         assert read(records["scale_columns_kernel"], name) == x.nbytes
 
 
-@pytest.mark.parametrize(
-    "architecture", ["sm_80", *(pytest.param(card, marks=pytest.mark.slow) for card in ("sm_86", "sm_89", "sm_90"))]
-)
+@pytest.mark.parametrize("architecture", cards.ALL)
 def test_registers(architecture):
     kernels = report.resources(SOURCE, architecture, includes=(CSRC,))
     assert len(kernels) == 2 * 3 * 3
     for kernel, used in kernels.items():
-        assert used.spill_bytes == used.stack_bytes == 0, kernel
+        # On sm_120, up to four registers of an instance are more than the 255 that a thread can have.
+        spills = architecture == "sm_120" and used.registers == 255
+        assert used.stack_bytes <= 16 * spills and used.spill_bytes <= 36 * spills, kernel
         if "prepare" not in kernel and not isinstance(used.mma_share, str):
-            assert used.mma_share >= 0.25, kernel
+            assert used.mma_share >= cards.least_share(0.25, architecture), kernel

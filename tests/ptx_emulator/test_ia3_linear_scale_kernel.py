@@ -10,7 +10,7 @@ from lora_linear_cases import assert_close
 
 import ptx_emulator
 from peft_kernels.ops import ia3_linear
-from ptx_emulator import report
+from ptx_emulator import cards, report
 
 CSRC = Path(__file__).parent.parent.parent / "csrc"
 PROFILES = ["sm_80", "sm_89", "sm_90"]
@@ -119,7 +119,7 @@ def test_plan_is_printed(emulated, monkeypatch, capfd):
     )
 
 
-@pytest.mark.parametrize("architecture", ["sm_80", "sm_86", "sm_89", "sm_90"])
+@pytest.mark.parametrize("architecture", cards.ALL)
 def test_registers(architecture):
     (used,) = report.resources(CSRC / "common/cuda/scale_columns.cu", architecture, includes=(CSRC,)).values()
     assert used.spill_bytes == used.stack_bytes == 0

@@ -10,7 +10,7 @@ from lora_linear_cases import expected, make_case, run
 
 import ptx_emulator
 from peft_kernels.ops import lora_linear
-from ptx_emulator import report, sass
+from ptx_emulator import cards, report, sass
 
 SOURCE = Path(__file__).parent.parent.parent / "csrc/lora/cuda/launch.cu"
 CARDS = ["sm_80", "sm_86", "sm_89", "sm_90"]
@@ -144,7 +144,7 @@ def test_panels(emulated):
         assert torch.allclose(panels[name].float(), value.float(), atol=0.03, rtol=0.02), name
 
 
-@pytest.fixture(scope="module", params=["sm_80", *(pytest.param(card, marks=pytest.mark.slow) for card in CARDS[1:])])
+@pytest.fixture(scope="module", params=cards.ALL)
 def kernels(request):
     return report.resources(SOURCE, request.param, includes=(SOURCE.parent.parent.parent,))
 

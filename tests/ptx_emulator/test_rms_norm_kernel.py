@@ -9,7 +9,7 @@ from comparison import DTYPES, short
 
 import ptx_emulator
 from peft_kernels.ops import dropout, glu, rms_norm
-from ptx_emulator import report
+from ptx_emulator import cards, report
 from ptx_emulator.build import compile_to_ptx
 
 # How many matrices the kernels of a forward and of a backward read and write.
@@ -72,9 +72,7 @@ def test_any_order_of_blocks_gives_the_same_bits(emulated, family):
         assert all(torch.equal(got, want) for got, want in zip(results(seed), wanted, strict=True))
 
 
-@pytest.mark.parametrize(
-    "architecture", ["sm_80", *(pytest.param(card, marks=pytest.mark.slow) for card in ("sm_86", "sm_89", "sm_90"))]
-)
+@pytest.mark.parametrize("architecture", cards.ALL)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_registers(family, architecture):
     kernels = report.resources(CSRC / family / "cuda/launch.cu", architecture, includes=(CSRC,))

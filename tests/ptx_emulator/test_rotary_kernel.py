@@ -9,7 +9,7 @@ from tolerances import FP32_SUM, ROUNDING
 
 import ptx_emulator
 from peft_kernels.testing.reference.rotary import rotary as oracle
-from ptx_emulator import report
+from ptx_emulator import cards, report
 
 ops = torch.ops.peft_kernels
 SOURCE = Path(__file__).parent.parent.parent / "csrc/rotary/cuda/launch.cu"
@@ -70,9 +70,7 @@ def test_any_order_of_blocks_gives_the_same_bits(emulated):
             assert all(map(torch.equal, run(case), wanted))
 
 
-@pytest.mark.parametrize(
-    "architecture", ["sm_80", *(pytest.param(card, marks=pytest.mark.slow) for card in ("sm_86", "sm_89", "sm_90"))]
-)
+@pytest.mark.parametrize("architecture", cards.ALL)
 def test_registers(architecture):
     ((kernel, used),) = report.resources(SOURCE, architecture, includes=(SOURCE.parent.parent.parent,)).items()
     assert used.spill_bytes == used.stack_bytes == 0, kernel

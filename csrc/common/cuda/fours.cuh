@@ -44,6 +44,8 @@ __device__ inline float4 load_four(const ConstMatrix& matrix, int64_t i, int64_t
                        count > 2 ? load_element(matrix, i, j + 2) : 0, count > 3 ? load_element(matrix, i, j + 3) : 0);
 }
 
+// `kInTurn`: elements of a four that is not whole, or not aligned, are stored in a loop, which takes fewer registers.
+template <bool kInTurn = false>
 __device__ inline void store_four(const Matrix& matrix, int64_t i, int64_t j, int count, bool aligned, float4 value) {
     if (aligned && count >= 4) {
         char* const to = static_cast<char*>(matrix.data) + (i * matrix.stride + j) * bytes_of(matrix.dtype);
@@ -55,6 +57,12 @@ __device__ inline void store_four(const Matrix& matrix, int64_t i, int64_t j, in
         else
             *reinterpret_cast<uint2*>(to) =
                 make_uint2(pack(value.x, value.y, __half{}), pack(value.z, value.w, __half{}));
+        return;
+    }
+    if constexpr (kInTurn) {
+#pragma unroll 1
+        for (int c = 0; c < min(count, 4); ++c)
+            store_element(matrix, i, j + c, c == 0 ? value.x : c == 1 ? value.y : c == 2 ? value.z : value.w);
         return;
     }
     if (count > 0) store_element(matrix, i, j, value.x);

@@ -39,9 +39,9 @@ static __global__ void __launch_bounds__(32 * ScaleColumnsPlan::kWarps, ScaleCol
             sum.x += r * in.x * other.x, sum.y += r * in.y * other.y;
             sum.z += r * in.z * other.z, sum.w += r * in.w * other.w;
         }
-        if (params.out.data)
-            store_four(params.out, row, column, count, out_aligned,
-                       make_float4(scale.x * in.x, scale.y * in.y, scale.z * in.z, scale.w * in.w));
+        if (params.out.data)  // in turn, as ptxas would spill on sm_100 and sm_120
+            store_four<true>(params.out, row, column, count, out_aligned,
+                             make_float4(scale.x * in.x, scale.y * in.y, scale.z * in.z, scale.w * in.w));
     }
     if (!params.sums) return;
     warp_sums[warp][lane] = sum;

@@ -39,8 +39,11 @@ demo-adapters: $(INSTALLED)  ## train adapters for several tasks on one frozen m
 # Every package is there, so that no test may be skipped for the lack of one.
 test test-avx2 test-asan test-amx: export PEFT_KERNELS_REQUIRE_ALL := 1
 
+# A process for each of a few cores: a test has one thread. ARGS="-n 0" has them all in this process, for a debugger.
+WORKERS := -n auto --maxprocesses 4
+
 test: $(INSTALLED)  ## run every test
-	$(BIN)/pytest $(ARGS)
+	$(BIN)/pytest $(WORKERS) $(ARGS)
 
 # Torch and its libraries are held to AVX2 as well: results are measured against theirs. What a test's id says to run on
 # another instruction set, or in software, is as in `make test`, and so are tests of what no instruction set changes.
@@ -49,7 +52,7 @@ test-avx2: export PEFT_KERNELS_CPU_ISA := avx2
 test-avx2: export ATEN_CPU_CAPABILITY := avx2
 test-avx2: export ONEDNN_MAX_CPU_ISA := AVX2
 test-avx2: $(INSTALLED)  ## run every test as a processor with AVX2 only runs it, on one that has AVX-512
-	$(BIN)/pytest $(foreach name,ptx_emulator test_build.py test_cuda.py test_packaging.py test_typing.py,--ignore tests/$(name)) \
+	$(BIN)/pytest $(WORKERS) $(foreach name,ptx_emulator test_build.py test_cuda.py test_packaging.py test_typing.py,--ignore tests/$(name)) \
 	    -k "not emulated and not portable and not avx512 and not amx and not bad_option and not any_sequence and not inductor" $(ARGS)
 
 # A second build of the module with AddressSanitizer and UndefinedBehaviorSanitizer, in its own folder, where Python
@@ -70,7 +73,7 @@ test-asan: $(INSTALLED)  ## run the kernels' tests under the address and undefin
 test-amx: $(INSTALLED)  ## run the tests of the kernels for AMX on a processor that has AVX-512 with bf16, but no AMX
 	PEFT_KERNELS_CUDA=0 PEFT_KERNELS_EMULATE_AMX=1 \
 	    $(BIN)/python setup.py --quiet build --build-lib $(AMX) --build-temp $(AMX)/tree
-	PYTHONPATH=$(CURDIR)/$(AMX):$(CURDIR) $(BIN)/pytest -k amx -o pythonpath= $(ARGS)
+	PYTHONPATH=$(CURDIR)/$(AMX):$(CURDIR) $(BIN)/pytest $(WORKERS) -k amx -o pythonpath= $(ARGS)
 
 # VENV=... names an environment that is there, such as a machine with a card comes with: nothing is installed into it, no
 # network is needed, and tests whose packages it lacks are skipped. The module is built in the tree, for the visible

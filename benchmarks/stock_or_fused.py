@@ -119,17 +119,19 @@ class Problem(harness.Problem):
 
     def contender(self, name: str, isa: str = "") -> Contender:
         arguments = self.case.layer, self.dtype, self.case.width
-        layer = copy.deepcopy(accelerated(*arguments, isa)) if name == FUSED else make_layer(*arguments)
+        layer = accelerated(*arguments, isa) if name == FUSED else make_layer(*arguments)
+        # bitsandbytes repacks a weight in inference, after which its layer gives no gradients.
+        inferring, training = copy.deepcopy(layer).eval(), copy.deepcopy(layer).train()
 
         def infer() -> None:
             with torch.no_grad():
-                layer.eval()(self.x)
+                inferring(self.x)
 
         def train() -> None:
-            y = layer.train()(self.x.detach().requires_grad_().clone())
+            y = training(self.x.detach().requires_grad_().clone())
             y.backward(y.detach())
 
-        return Contender(name, {"inference": infer, "training": train}, layer.zero_grad, isa, repeat=3)
+        return Contender(name, {"inference": infer, "training": train}, training.zero_grad, isa, repeat=3)
 
     def check(self, isas: Sequence[str]) -> Mapping[str, float | None]:
         """Nothing: the tests check these layers."""

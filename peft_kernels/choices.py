@@ -58,14 +58,15 @@ class Choice:
 
     Attributes:
         width: of the inputs that were measured; of others with as many elements, as many rows are counted.
-        dtype, device_type: of these inputs; other ones are fused. None stands for any dtype.
+        dtype: of these inputs; other ones are fused. None stands for any.
+        is_cuda: whether they were on a card.
         inference, training: intervals of rows.
         speed: what a report says of it.
     """
 
     width: int
     dtype: torch.dtype | None
-    device_type: str
+    is_cuda: bool
     inference: tuple[Interval, ...]
     training: tuple[Interval, ...]
     speed: str
@@ -80,19 +81,21 @@ class Choice:
         A layer that trains takes the same one without gradients: with reentrant checkpointing its forward runs once
         without and once with them, and both have to draw the same dropout.
         """
+        # It runs at every call, some of which take 50 µs; hence neither `x.device.type` nor a generator.
         intervals = self.training if trains or torch.is_grad_enabled() else self.inference
-        if not intervals or x.device.type != self.device_type or self.dtype not in (None, x.dtype):
-            return False
-        if torch._C._is_any_autocast_enabled():  # which was not measured
+        if not intervals or x.is_cuda is not self.is_cuda or self.dtype not in (None, x.dtype):
             return False
         rows = x.numel() // self.width
-        return any(surely(first <= rows) and surely(rows <= last) for first, last in intervals)
+        for first, last in intervals:
+            if surely(first <= rows) and surely(rows <= last):
+                return not torch._C._is_any_autocast_enabled()  # under which nothing was measured
+        return False
 
 
-def choice_of(entry: Entry, width: int, dtype: torch.dtype | None, device_type: str) -> Choice:
+def choice_of(entry: Entry, width: int, dtype: torch.dtype | None, is_cuda: bool) -> Choice:
     """The choice that follows from what was measured."""
     intervals = {mode: _stock_intervals(entry[mode]) if mode in entry else () for mode in MODES}
-    return Choice(width, dtype, device_type, intervals["inference"], intervals["training"], _speed(entry, intervals))
+    return Choice(width, dtype, is_cuda, intervals["inference"], intervals["training"], _speed(entry, intervals))
 
 
 def crossover_of(entry: Entry, mode: str) -> int | None:

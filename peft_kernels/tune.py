@@ -67,7 +67,8 @@ def tune_products(shapes: Sequence[tuple[int, int]], dtype: torch.dtype, device:
     choices.save(machine, entries)
     choices.decide(machine, entries)
     speeds = {
-        name: choices.choice_of(entry, trials[name].width, dtype, device.type).speed for name, entry in entries.items()
+        name: choices.choice_of(entry, trials[name].width, dtype, device.type == "cuda").speed
+        for name, entry in entries.items()
     }
     return Report(tuple(LayerReport(name, "", True, "", speed) for name, speed in speeds.items()), "")
 

@@ -65,7 +65,7 @@ def choose(model: nn.Module, seconds: float, least_parameters: int = 0) -> dict[
         _learn({names[layer]: trial for layer, trial in here.items()}, machine, seconds)
         for layer, trial in here.items():
             if entry := choices.entry_of(machine, names[layer]):
-                found[layer] = choice = choices.choice_of(entry, trial.width, trial.dtype, device.type)
+                found[layer] = choice = choices.choice_of(entry, trial.width, trial.dtype, device.type == "cuda")
                 if choice.inference or choice.training:
                     vars(layer)["_choice"] = choice
     return found

@@ -52,6 +52,9 @@ class Interval(NamedTuple):
     last: int
 
 
+_ALL = Interval(0, UNBOUNDED)
+
+
 @dataclass(frozen=True)
 class Choice:
     """For which inputs a layer takes its stock forward, because that was measured to be faster.
@@ -73,7 +76,7 @@ class Choice:
 
     @property
     def is_always_stock(self) -> bool:
-        return all(intervals == (Interval(0, UNBOUNDED),) for intervals in (self.inference, self.training))
+        return all(intervals == (_ALL,) for intervals in (self.inference, self.training))
 
     def is_stock(self, x: Tensor, trains: bool) -> bool:
         """Whether x [..., width] takes the stock forward.
@@ -145,10 +148,11 @@ def _speed(entry: Entry, intervals: Mapping[str, tuple[Interval, ...]]) -> str:
     ratios = [ratio for mode in MODES if mode in entry for ratio in _ratios(entry[mode])]
     faster = [ratio for ratio in ratios if ratio >= 1 - _MARGIN]
     slower = [1 / ratio for ratio in ratios if ratio < 1 - _MARGIN]
-    if not faster:
+    if all(intervals[mode] == (_ALL,) for mode in MODES):
         return f"{_span(slower)} faster here"
     where = "; ".join(f"{_rows(intervals[mode])} in {mode}" for mode in MODES if intervals[mode])
-    return _span(faster) + (f"; stock for {where}, {_span(slower)} faster there" if where else "")
+    parts = [_span(faster)] if faster else []
+    return "; ".join([*parts, f"stock for {where}, {_span(slower)} faster there"] if where else parts)
 
 
 def _span(ratios: Sequence[float]) -> str:

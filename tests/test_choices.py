@@ -54,6 +54,11 @@ def test_stock_that_was_always_faster():
     assert choice.speed == "1.5–2.0× faster here"
 
 
+def test_stock_that_was_faster_where_anything_was_measured():
+    choice = choices.choice_of({"inference": times([1], [1], [2])}, 4, torch.float32, False)
+    assert not choice.is_always_stock and choice.speed == "stock for 1 rows in inference, 2.0× faster there"
+
+
 def test_what_is_about_as_fast_is_fused():
     choice = choices.choice_of({"inference": times([1, 512], [1, 1], [1.02, 1.03])}, 4, torch.float32, False)
     assert choice.inference == () and choice.speed == "1.0×"

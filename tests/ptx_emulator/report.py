@@ -8,7 +8,7 @@ from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
 from .build import find_nvcc
-from .sass import disassemble, loads_of_sums, main_loop
+from .sass import Latency, disassemble, find_latency, loads_of_sums, main_loop
 
 
 class Resources(NamedTuple):
@@ -19,6 +19,7 @@ class Resources(NamedTuple):
     stack_bytes: int
     mma_share: float | str  # of the main loop's instructions; or why there is none
     loads_of_sums: list[int] | None = None  # see sass.loads_of_sums; None without a disassembler
+    latency: Latency | None = None  # None without a disassembler, or without a loop
 
 
 def resources(source: Path, architecture: str, includes: tuple[Path, ...] = ()) -> dict[str, Resources]:
@@ -52,8 +53,8 @@ def resources(source: Path, architecture: str, includes: tuple[Path, ...] = ()) 
         )
         loop = codes and main_loop(codes[name])
         share = "no disassembler" if codes is None else loop.mma_share if loop else "no loop"
-        loads_under_way = codes and loads_of_sums(codes[name])
-        found[name] = Resources(registers, stores + loads, stack, share, loads_under_way)
+        sums, latency = (codes and read(codes[name]) for read in (loads_of_sums, find_latency))
+        found[name] = Resources(registers, stores + loads, stack, share, sums, latency)
     return found
 
 
@@ -85,6 +86,22 @@ def shared_wavefronts(record: dict) -> tuple[int, int]:
     return sum(kind["wavefronts"] for kind in kinds), sum(kind["ideal_wavefronts"] for kind in kinds)
 
 
+def latency_cells(latency: Latency | None) -> dict[str, str]:
+    """What sass.Latency counts; figures that a kernel has not are a dash."""
+    if latency is None:
+        return {}
+    prologue, step = latency.prologue, latency.step
+    distances = latency.load_distance, latency.copy_distance
+    return {
+        "waits before the first mma": f"{prologue.waits}, {prologue.looped} in loops",
+        "loads under way before it": f"{prologue.loads} of {prologue.size} B",
+        "waits of a step": str(step.waits),
+        "loads under way in a step": f"{step.loads} of {step.size} B",
+        "instructions from load, copy to use": ", ".join("-" if each is None else str(each) for each in distances),
+        "ALU instructions / weight": f"{latency.alu_per_weight:.2f}" if latency.alu_per_weight else "-",
+    }
+
+
 def row(record: dict, used: Resources | None = None) -> dict[str, str]:
     """One launch, in words and figures."""
     loads, stores, mma = record["global_load"], record["global_store"], record["mma"]
@@ -109,6 +126,7 @@ def row(record: dict, used: Resources | None = None) -> dict[str, str]:
         "registers": str(used.registers) if used else "-",
         "spill bytes": str(used.spill_bytes) if used else "-",
         "mma share of main loop": share if isinstance(share, str) else f"{share:.0%}",
+        **latency_cells(used.latency if used else None),
         **{f"bytes read of {name}": str(32 * count) for name, count in sorted(record["sectors_read"].items())},
     }
 

@@ -244,6 +244,15 @@ FOLDERS = {
 }
 
 
+def resources_of(family: str, card: str) -> dict[str, report.Resources]:
+    """What ptxas makes of the kernels that a family launches."""
+    used = {}
+    for folder in FOLDERS.get(family, (family, "common")):
+        for source in sorted((ROOT / "csrc" / folder / "cuda").glob("*.cu")):
+            used |= report.resources(source, card, (ROOT / "csrc",))
+    return used
+
+
 def columns(case: Case, card: str, used: dict[str, report.Resources]) -> list[dict[str, str]]:
     """One line for each launch."""
     torch.manual_seed(0)
@@ -271,10 +280,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(f"python -m benchmarks --emulated: {reason}")
     for card in given.card:
         for family in dict.fromkeys(case.family for case in cases):
-            used = {}
-            for folder in FOLDERS.get(family, (family, "common")):
-                for source in sorted((ROOT / "csrc" / folder / "cuda").glob("*.cu")):
-                    used |= report.resources(source, card, (ROOT / "csrc",))
+            used = resources_of(family, card)
             chosen = [case for case in cases if case.family == family]
             print(f"\n{family} on {card}\n")
             print(report.table([column for case in chosen for column in columns(case, card, used)]))

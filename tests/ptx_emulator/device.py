@@ -138,7 +138,8 @@ def compile_cuda(source: Path, architecture: str = "sm_80", includes: tuple[Path
 
 @contextmanager
 def set_checks(**checks):
-    """initialized, races, random_order, seed, max_instructions; everything is on when the block ends."""
+    """initialized, races, random_order, seed, max_instructions; everything is on when the block ends. With none of
+    max_instructions, launches are checked and recorded, but no kernel runs."""
     native().set_checks(**checks)
     try:
         yield

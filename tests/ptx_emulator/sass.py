@@ -144,15 +144,44 @@ class Load(NamedTuple):
     opcode: str
     size: int
     registers: frozenset[int]
+    predicate: str | None = None
     groups: int = 0
     hidden: bool = False
+
+    @classmethod
+    def of(cls, instruction: Instruction) -> "Load":
+        first = REGISTER.match(instruction.operands) if instruction.opcode == "LDG" else None
+        words = range((instruction.size + 3) // 4)
+        filled = frozenset(int(first[1]) + word for word in words) if first else frozenset()
+        return cls(instruction.opcode, instruction.size, filled, instruction.predicate)
+
+    def joined(self, others: list["Load"]) -> "Load":
+        """One load for several of which only one is executed."""
+        if not others:
+            return self
+        size = max(load.size for load in (self, *others))
+        return self._replace(size=size, registers=self.registers.union(*(each.registers for each in others)), predicate=None)
 
     def ends_at(self, instruction: Instruction) -> bool:
         """Whether an instruction waits for it."""
         if self.opcode == "LDG":
-            return bool(self.registers & instruction.registers)
+            return bool(self.registers & instruction.registers) and not self.excludes(instruction)
         bound = re.match(r"SB0, 0x(\w+)", instruction.operands) if instruction.opcode == "DEPBAR" else None
         return bound is not None and self.groups > int(bound[1], 16)
+
+    def excludes(self, instruction: Instruction) -> bool:
+        """Whether only one of the two is executed, as of two loads to one register."""
+        own, other = self.predicate or "", instruction.predicate or ""
+        return own != other and own.strip("!") == other.strip("!") != ""
+
+    def beside(self, instruction: Instruction, hidden: bool) -> "Load":
+        """It after an instruction that does not wait for it. One that may change its predicate ends all exclusions."""
+        own = (self.predicate or "").strip("!")
+        return self._replace(
+            predicate=None if own in instruction.operands.split(", ")[:2] else self.predicate,
+            groups=self.groups + (instruction.opcode == "LDGDEPBAR"),
+            hidden=self.hidden or hidden,
+        )
 
 
 class Flight(NamedTuple):
@@ -165,16 +194,12 @@ class Flight(NamedTuple):
     def after(self, instruction: Instruction, in_loop: bool = False) -> "Flight":
         arrived = [load for load in self.loads if load.ends_at(instruction)]
         is_wait = any(not load.hidden for load in arrived)
-        loads = [load for load in self.loads if load not in arrived] if arrived else self.loads
-        if is_wait or instruction.is_mma:
-            loads = [load._replace(hidden=True) for load in loads]
-        if instruction.opcode == "LDGDEPBAR":
-            loads = [load._replace(groups=load.groups + 1) for load in loads]
+        hidden = is_wait or instruction.is_mma
+        loads = [load.beside(instruction, hidden) for load in self.loads if load not in arrived]
         if instruction.opcode in LOADS:
-            first = REGISTER.match(instruction.operands) if instruction.opcode == "LDG" else None
-            words = range((instruction.size + 3) // 4)
-            filled = frozenset(int(first[1]) + word for word in words) if first else frozenset()
-            loads = [*loads, Load(instruction.opcode, instruction.size, filled)]
+            load = Load.of(instruction)
+            others = [other for other in loads if other.excludes(instruction) and other.registers & load.registers]
+            loads = [*(other for other in loads if other not in others), load.joined(others)]
         return Flight(tuple(loads), self.waits + is_wait, self.looped + (is_wait and in_loop))
 
     @property
@@ -202,7 +227,7 @@ def follow(
 
 def distance(instructions: list[Instruction], at: int) -> int | None:
     """From a load to the first instruction that waits for it, on the shortest way, which may go around a loop."""
-    ways = deque([(at, Flight().after(instructions[at]).loads[0], 0)])
+    ways = deque([(at, Load.of(instructions[at]), 0)])
     seen = set()
     while ways:
         at, load, length = ways.popleft()
@@ -212,8 +237,7 @@ def distance(instructions: list[Instruction], at: int) -> int | None:
             if load.ends_at(instructions[following]):
                 return length + 1
             seen.add((following, load.groups))
-            closes = instructions[following].opcode == "LDGDEPBAR"
-            ways.append((following, load._replace(groups=load.groups + closes), length + 1))
+            ways.append((following, load.beside(instructions[following], False), length + 1))
     return None
 
 

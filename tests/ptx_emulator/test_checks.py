@@ -107,6 +107,15 @@ def test_endless_loop(broken):
         broken.never_ends(1, 32, ints(1))
 
 
+def test_nothing_runs(broken):
+    """Only what a launch is asked for is recorded, and refused if it cannot be."""
+    with ptx_emulator.set_checks(max_instructions=0):
+        record = broken.never_ends(3, 32, ints(1))
+        with pytest.raises(EmulatorError, match="an empty grid or block"):
+            broken.never_ends(0, 32, ints(1))
+    assert record["grid"] == (3, 1, 1) and record["warp_instructions"] == 0
+
+
 def test_float_atomics_are_reported(broken):
     out = floats(1)
     assert broken.float_atomics(1, 32, out)["order_dependent_atomics"] == 0  # one warp

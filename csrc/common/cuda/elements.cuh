@@ -56,6 +56,19 @@ __device__ inline float load_element(const ConstMatrix& matrix, int64_t row, int
     return static_cast<const float*>(matrix.data)[i];
 }
 
+// An element in two steps: a conversion would wait for its load, and keep the next element's from being under way with
+// it.
+__device__ inline uint32_t load_bits(const ConstMatrix& matrix, int64_t row, int64_t column) {
+    const int64_t i = row * matrix.stride + column;
+    if (matrix.dtype == DType::kFloat32) return static_cast<const uint32_t*>(matrix.data)[i];
+    return static_cast<const uint16_t*>(matrix.data)[i];
+}
+__device__ inline float widen_bits(uint32_t bits, DType dtype) {
+    if (dtype == DType::kFloat32) return __uint_as_float(bits);
+    if (dtype == DType::kBFloat16) return __uint_as_float(bits << 16);
+    return __half2float(__ushort_as_half(static_cast<unsigned short>(bits)));
+}
+
 // Elements `column`, which is even, and the next of a row that has `columns`; zeros past its end.
 __device__ inline float2 load_pair(const ConstMatrix& matrix, int64_t row, int64_t column, int64_t columns) {
     float2 pair{0, 0};

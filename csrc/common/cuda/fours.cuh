@@ -40,8 +40,11 @@ __device__ inline float4 load_four(const ConstMatrix& matrix, int64_t i, int64_t
         }
         return make_float4(low.x, low.y, high.x, high.y);
     }
-    return make_float4(count > 0 ? load_element(matrix, i, j) : 0, count > 1 ? load_element(matrix, i, j + 1) : 0,
-                       count > 2 ? load_element(matrix, i, j + 2) : 0, count > 3 ? load_element(matrix, i, j + 3) : 0);
+    uint32_t bits[4];
+#pragma unroll
+    for (int e = 0; e < 4; ++e) bits[e] = e < count ? load_bits(matrix, i, j + e) : 0;
+    return make_float4(widen_bits(bits[0], matrix.dtype), widen_bits(bits[1], matrix.dtype),
+                       widen_bits(bits[2], matrix.dtype), widen_bits(bits[3], matrix.dtype));
 }
 
 // `kInTurn`: elements of a four that is not whole, or not aligned, are stored in a loop, which takes fewer registers.

@@ -47,19 +47,62 @@ __device__ inline void decode(const Planes& planes, uint32_t codes, uint32_t (&p
     });
 }
 
-// The lookups of nested statistics go anywhere in the table of 256 numbers, so the caller, of kThreads threads, keeps
-// it in shared memory. About three of them meet in a bank, which does not matter for one lookup in 64 weights.
+// What all nested statistics share. The lookups go anywhere in the table of 256 numbers, so the caller, of kThreads
+// threads, keeps it in shared memory. About three of them meet in a bank, which does not matter for one lookup in 64
+// weights. It is loaded first and stored later, so that other loads are under way with it.
 template <int kThreads>
-__device__ void load_nested_code(const Absmax& a, float (&nested_code)[256]) {
-    if (a.absmax) return;
+class NestedCode {
+public:
+    __device__ explicit NestedCode(const Absmax& a) : is_nested_(a.absmax == nullptr) {
+        if (!is_nested_) return;
 #pragma unroll
-    for (int i = 0; i < 256; i += kThreads) nested_code[i + threadIdx.x] = __ldg(a.nested_code + i + threadIdx.x);
-}
+        for (int i = 0; i < kCount; ++i) entries_[i] = __ldg(a.nested_code + i * kThreads + threadIdx.x);
+        offset = __ldg(a.nested_offset);
+    }
+
+    __device__ void store(float (&nested_code)[256]) const {
+        if (!is_nested_) return;
+#pragma unroll
+        for (int i = 0; i < kCount; ++i) nested_code[i * kThreads + threadIdx.x] = entries_[i];
+    }
+
+    float offset = 0;
+
+private:
+    static constexpr int kCount = 256 / kThreads;
+    const bool is_nested_;
+    float entries_[kCount];
+};
 
 // Whether four blocks' absmax are one load, wherever the first of them is a multiple of four.
 inline bool has_absmax_fours(const Absmax& a) {
     if (a.absmax) return reinterpret_cast<uint64_t>(a.absmax) % 16 == 0;
     return reinterpret_cast<uint64_t>(a.nested_codes) % 4 == 0 && a.log2_nested_blocksize >= 2;
+}
+
+// absmax of a block as it is stored: itself, or its code and the code's scale. The lookup comes later, when the loads of
+// other blocks are under way as well.
+struct StoredAbsmax {
+    uint32_t code;
+    float value;
+};
+
+// The same of four neighbours. If that was one load, the first word has all codes, and the first value is their scale.
+struct StoredFour {
+    uint32_t codes[4];
+    float values[4];
+};
+
+__device__ inline float look_up(const Absmax& a, const float (&nested_code)[256], float offset, StoredAbsmax stored) {
+    return a.absmax ? stored.value : __fadd_rn(__fmul_rn(nested_code[stored.code], stored.value), offset);
+}
+__device__ inline float4 look_up(const Absmax& a, const float (&nested_code)[256], float offset,
+                                 const StoredFour& stored, bool was_one_load) {
+    const auto one = [&](int i) {
+        if (a.absmax || !was_one_load) return look_up(a, nested_code, offset, {stored.codes[i], stored.values[i]});
+        return look_up(a, nested_code, offset, {stored.codes[0] >> (8 * i) & 0xFF, stored.values[0]});
+    };
+    return make_float4(one(0), one(1), one(2), one(3));
 }
 
 // absmax of a run of blocks.
@@ -71,45 +114,41 @@ public:
           nested_absmax_(reinterpret_cast<const char*>(a.nested_absmax + (first_block >> a.log2_nested_blocksize))),
           is_nested_(a.absmax == nullptr),
           log2_nested_blocksize_(a.log2_nested_blocksize),
-          within_(static_cast<int>(first_block & ((1 << a.log2_nested_blocksize) - 1))),
-          offset_(a.absmax ? 0.0f : __ldg(a.nested_offset)) {
+          within_(static_cast<int>(first_block & ((1 << a.log2_nested_blocksize) - 1))) {
         keep(statistics_);
         keep(nested_absmax_);
         keep(within_);
     }
 
     // absmax of block first_block + block.
-    __device__ float load(const float (&nested_code)[256], int block) const {
-        if (!is_nested_) return __ldg(reinterpret_cast<const float*>(statistics_) + block);
-        const uint8_t code = __ldg(reinterpret_cast<const uint8_t*>(statistics_) + block);
-        const float* const scale =
-            reinterpret_cast<const float*>(nested_absmax_) + ((within_ + block) >> log2_nested_blocksize_);
-        return scaled(nested_code[code], __ldg(scale));
+    __device__ StoredAbsmax load(int block) const {
+        if (!is_nested_) return {0, __ldg(reinterpret_cast<const float*>(statistics_) + block)};
+        return {__ldg(reinterpret_cast<const uint8_t*>(statistics_) + block), load_scale(block)};
     }
-
-    __device__ bool is_nested() const { return is_nested_; }
 
     // absmax of block first_block + block and the three after it, if has_absmax_fours.
-    __device__ float4 load_plain_four(int block) const {
-        return __ldg(reinterpret_cast<const float4*>(statistics_) + block / 4);
-    }
-    __device__ float4 load_nested_four(const float (&nested_code)[256], int block) const {
-        const uint32_t codes = __ldg(reinterpret_cast<const uint32_t*>(statistics_ + block));
-        const float scale =
-            __ldg(reinterpret_cast<const float*>(nested_absmax_) + ((within_ + block) >> log2_nested_blocksize_));
-        return make_float4(scaled(nested_code[codes & 0xFF], scale), scaled(nested_code[codes >> 8 & 0xFF], scale),
-                           scaled(nested_code[codes >> 16 & 0xFF], scale), scaled(nested_code[codes >> 24], scale));
+    __device__ StoredFour load_four(int block) const {
+        StoredFour stored;
+        if (is_nested_) {
+            stored.codes[0] = __ldg(reinterpret_cast<const uint32_t*>(statistics_ + block));
+            stored.values[0] = load_scale(block);
+        } else {
+            const float4 four = __ldg(reinterpret_cast<const float4*>(statistics_) + block / 4);
+            stored.values[0] = four.x, stored.values[1] = four.y, stored.values[2] = four.z, stored.values[3] = four.w;
+        }
+        return stored;
     }
 
 private:
-    __device__ float scaled(float nested, float scale) const { return __fadd_rn(__fmul_rn(nested, scale), offset_); }
+    __device__ float load_scale(int block) const {
+        return __ldg(reinterpret_cast<const float*>(nested_absmax_) + ((within_ + block) >> log2_nested_blocksize_));
+    }
 
     const char* statistics_;  // absmax, or its codes
     const char* nested_absmax_;
     const bool is_nested_;
     const int log2_nested_blocksize_;
     int within_;
-    float offset_;
 };
 
 }  // namespace peft_kernels::cuda

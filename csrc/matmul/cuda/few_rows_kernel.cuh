@@ -224,64 +224,90 @@ private:
     uint32_t lane_codes_[kLaneRows][4];
 };
 
-// absmax of all rows for the chunks of a span: lanes take four blocks each along a row, in whole sectors. Past the last
-// row, the last row's absmax is read, since the result is not stored. Past the last block x is zero, and absmax only
-// has to be finite.
+// absmax of all rows for the chunks of a span: lanes take four blocks each along a row, in whole sectors. All loads of a
+// thread are under way together. Past the last row, the last row's absmax is read, since the result is not stored. Past
+// the last block x is zero, and absmax only has to be finite.
 template <class Traits>
-__device__ void stage_absmax(const FusedMatmulKernelParams& params, typename Traits::Shared& shared, int64_t first_row,
-                             int first_block) {
-    const int row_blocks = params.steps;  // of 64; several may share a block of the weight
-    const int last_row = static_cast<int>(min(params.outputs - first_row, int64_t{Traits::kRows})) - 1;
-    const int blocks = min(row_blocks - first_block, 4 * Traits::kSpan);
-    const int shift = params.weight.log2_blocksize - 6;
-    const int64_t first = first_row * row_blocks + first_block;
-    const BlockAbsmax absmax(params.weight.absmax, first >> shift);
-    const int within = static_cast<int>(first) & ((1 << shift) - 1);
-    const auto store_fours = [&](const auto& load_four) {
+class FewRowsAbsmax {
+public:
+    __device__ void load(const FusedMatmulKernelParams& params, int64_t first_row, int first_block) {
+        const int row_blocks = params.steps;  // of 64; several may share a block of the weight
+        const int last_row = static_cast<int>(min(params.outputs - first_row, int64_t{Traits::kRows})) - 1;
+        const int blocks = row_blocks - first_block;
+        const int shift = params.weight.log2_blocksize - 6;
+        const int64_t first = first_row * row_blocks + first_block;
+        const BlockAbsmax absmax(params.weight.absmax, first >> shift);
+        const int within = static_cast<int>(first) & ((1 << shift) - 1);
 #pragma unroll
-        for (int first_of_pass = 0; first_of_pass < Traits::kRows; first_of_pass += Traits::kThreads / 8) {
-            const int row = first_of_pass + threadIdx.x / 8;
-            if (row >= Traits::kRows) break;
-            const int at = min(row, last_row) * row_blocks;
+        for (int pass = 0; pass < kPasses; ++pass) {
+            const int column = column_of(pass);
+            if (column >= blocks) break;
+            const int at = min(row_of(pass), last_row) * row_blocks + column;
+            if (params.absmax_fours) {
+                fours_[pass] = absmax.load_four(at);
+                continue;
+            }
 #pragma unroll
-            for (int i = 0; i < Traits::kSpan / 8; ++i) {
-                const int column = threadIdx.x % 8 * 4 + 32 * i;
-                if (column >= blocks) break;
-                *reinterpret_cast<float4*>(&shared.absmax[row * Traits::kAbsmaxPitch + column]) = load_four(at, column);
+            for (int i = 0; i < 4; ++i) {
+                const StoredAbsmax one = column + i < blocks ? absmax.load((within + at + i) >> shift) : StoredAbsmax{};
+                fours_[pass].codes[i] = one.code;
+                fours_[pass].values[i] = one.value;
             }
         }
-    };
-    if (params.absmax_fours && absmax.is_nested()) {
-        store_fours([&](int at, int column) { return absmax.load_nested_four(shared.nested_code, at + column); });
-    } else if (params.absmax_fours) {
-        store_fours([&](int at, int column) { return absmax.load_plain_four(at + column); });
-    } else {
-        store_fours([&](int at, int column) {
-            const auto load = [&](int i) {
-                const int block = (within + at + column + i) >> shift;
-                return column + i < blocks ? absmax.load(shared.nested_code, block) : 0.0f;
-            };
-            return make_float4(load(0), load(1), load(2), load(3));
-        });
     }
-}
 
-// Ranks `rank` and following of a term to shared memory; lanes run along the ranks.
+    __device__ void store(const FusedMatmulKernelParams& params, typename Traits::Shared& shared, float nested_offset,
+                          int first_block) const {
+#pragma unroll
+        for (int pass = 0; pass < kPasses; ++pass) {
+            if (column_of(pass) >= static_cast<int>(params.steps) - first_block) break;
+            *reinterpret_cast<float4*>(&shared.absmax[row_of(pass) * Traits::kAbsmaxPitch + column_of(pass)]) =
+                look_up(params.weight.absmax, shared.nested_code, nested_offset, fours_[pass], params.absmax_fours);
+        }
+    }
+
+private:
+    // Lanes: 4 rows, 8 fours of blocks; then all rows, and the next 8 fours.
+    static constexpr int kPasses = Traits::kRows * Traits::kSpan / Traits::kThreads;
+    __device__ static int row_of(int pass) { return (pass * Traits::kThreads + threadIdx.x) / 8 % Traits::kRows; }
+    __device__ static int column_of(int pass) {
+        return (pass * Traits::kThreads + threadIdx.x) / (8 * Traits::kRows) * 32 + threadIdx.x % 8 * 4;
+    }
+
+    StoredFour fours_[kPasses];
+};
+
+// Ranks `rank` and following of a term to shared memory; lanes run along the ranks. All loads come before any use.
 template <class Traits>
 __device__ void stage_ranks(const FusedMatmulKernelParams& params, typename Traits::Shared& shared,
                             const LoraTerm& term, int64_t s_column, int64_t rank, int64_t first_row) {
-    constexpr int kStep = Traits::kRankStep;
-    const int r = threadIdx.x % kStep;
+    constexpr int kStep = Traits::kRankStep, kRowsAtOnce = Traits::kThreads / kStep;
+    constexpr int kRowPasses = (Traits::kRows + kRowsAtOnce - 1) / kRowsAtOnce;
+    constexpr int kTokenPasses = (Traits::kTokens + kRowsAtOnce - 1) / kRowsAtOnce;
+    const int r = threadIdx.x % kStep, first = threadIdx.x / kStep;
     const bool inside = rank + r < term.rank;
-    for (int row = threadIdx.x / kStep; row < Traits::kRows; row += Traits::kThreads / kStep) {
-        const bool exists = inside && first_row + row < params.outputs;
-        shared.factor[r * Traits::kFactorPitch + row] =
-            exists ? load_element(term.factor, first_row + row, rank + r) : 0;
+    uint32_t factor[kRowPasses] = {}, s[kTokenPasses] = {};
+#pragma unroll
+    for (int pass = 0; pass < kRowPasses; ++pass) {
+        const int64_t row = first_row + first + pass * kRowsAtOnce;
+        if (inside && row < params.outputs) factor[pass] = load_bits(term.factor, row, rank + r);
     }
-    for (int token = threadIdx.x / kStep; token < Traits::kTokens; token += Traits::kThreads / kStep) {
-        const bool exists = inside && token < params.operands.m;
-        shared.s[token * Traits::kTokenPitch + r] =
-            exists ? term.scaling * load_element(params.operands.s, token, s_column + rank + r) : 0;
+#pragma unroll
+    for (int pass = 0; pass < kTokenPasses; ++pass) {
+        const int token = first + pass * kRowsAtOnce;
+        if (inside && token < params.operands.m) s[pass] = load_bits(params.operands.s, token, s_column + rank + r);
+    }
+#pragma unroll
+    for (int pass = 0; pass < kRowPasses; ++pass) {
+        const int row = first + pass * kRowsAtOnce;
+        if (row < Traits::kRows)
+            shared.factor[r * Traits::kFactorPitch + row] = widen_bits(factor[pass], term.factor.dtype);
+    }
+#pragma unroll
+    for (int pass = 0; pass < kTokenPasses; ++pass) {
+        const int token = first + pass * kRowsAtOnce;
+        if (token < Traits::kTokens)
+            shared.s[token * Traits::kTokenPitch + r] = term.scaling * widen_bits(s[pass], params.operands.s.dtype);
     }
 }
 
@@ -313,20 +339,29 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kTokens == 8 ? 3 : 2
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const int chunks = static_cast<int>((params.steps + 3u) / 4);
 
-    // load: the first chunk is under way while the small operands are worked on.
+    // The first of a thread's outputs: found before the main loop and again after it, which need not keep it.
+    const auto find_column = [] {
+        uint32_t block = blockIdx.x;
+        keep(block);
+        return int64_t{block} * Traits::kRows + Traits::output_row();
+    };
+
+    // load: the first chunk, absmax and all small operands are under way together, before any is waited for.
     FewRowsWarp<Traits> tile(params, shared.warps[warp], first_row, warp);
     tile.template copy_codes<0>(0);
     tile.template copy_x<0>();
     commit_copies();
 
+    FewRowsAbsmax<Traits> absmax;
+    absmax.load(params, first_row, 0);
+    const NestedCode<Traits::kThreads> table(params.weight.absmax);
+
     // The small terms, in fp32: they are as exact as the adapters' own dtype.
-    load_nested_code<Traits::kThreads>(params.weight.absmax, shared.nested_code);
     if (operands.num_terms > 0) stage_ranks<Traits>(params, shared, operands.terms[0], 0, 0, first_row);
-    const int64_t column = first_row + Traits::output_row();
-    int count = count_four(column, params.outputs);
-    keep(count);
     float4 outputs[Traits::kQuads] = {};
     if (operands.bias.data || operands.add.data) {
+        const int64_t column = find_column();
+        const int count = count_four(column, params.outputs);
         const float4 bias = load_four(operands.bias, 0, column, count, has_aligned_fours(operands.bias));
 #pragma unroll
         for (int i = 0; i < Traits::kQuads; ++i) {
@@ -336,6 +371,10 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kTokens == 8 ? 3 : 2
             outputs[i] = make_float4(bias.x + add.x, bias.y + add.y, bias.z + add.z, bias.w + add.w);
         }
     }
+    table.store(shared.nested_code);
+    __syncthreads();
+    absmax.store(params, shared, table.offset, 0);
+
     int64_t s_column = 0;
     for (int term = 0; term < operands.num_terms; ++term) {
         const int64_t rank = operands.terms[term].rank;
@@ -352,16 +391,19 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kTokens == 8 ? 3 : 2
 
     // compute
     for (int first_chunk = 0; first_chunk < chunks; first_chunk += Traits::kSpan) {
+        if (first_chunk > 0) {
+            absmax.load(params, first_row, 4 * first_chunk);
+            __syncthreads();
+            absmax.store(params, shared, table.offset, 4 * first_chunk);
+        }
         __syncthreads();
-        stage_absmax<Traits>(params, shared, first_row, 4 * first_chunk);
-        __syncthreads();
-        const float* absmax = &shared.absmax[lane / 4 * Traits::kAbsmaxPitch + 4 * warp + lane % 4];
+        const float* chunk_absmax = &shared.absmax[lane / 4 * Traits::kAbsmaxPitch + 4 * warp + lane % 4];
         int end = min(first_chunk + Traits::kSpan, chunks);
         keep(end);
         uint32_t slot = 0;
         for (int chunk = first_chunk + warp; chunk < end;
-             chunk += kWarps, slot ^= Traits::kSlot, absmax += 4 * kWarps) {
-            tile.make_planes_of_chunk(params.codebook, absmax);
+             chunk += kWarps, slot ^= Traits::kSlot, chunk_absmax += 4 * kWarps) {
+            tile.make_planes_of_chunk(params.codebook, chunk_absmax);
             unroll<4>([&](auto quarter) {
                 constexpr int kQuarter = decltype(quarter)::value;
                 // At quarter 1 the next chunk's codes were asked for last, and may take until quarter 2.
@@ -396,6 +438,8 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kTokens == 8 ? 3 : 2
     __syncthreads();
 
     // store
+    const int64_t column = find_column();
+    const int count = count_four(column, params.outputs);
     const float4 scale = load_scales(operands.scale, column, count);
     const bool aligned = has_aligned_fours(operands.out);
 #pragma unroll

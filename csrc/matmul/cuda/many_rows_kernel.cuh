@@ -9,6 +9,7 @@
 //
 //     global --cp.async--> x [i + 1], codes [i + 2]
 //     codes [i + 1] --planes, PRMT--> weight [i + 1]          a quarter after each 16 of the step
+//     global --registers--> absmax of a later step            asked for before the step, looked up near its end
 //     x [i], weight [i] --ldmatrix--> mma
 //
 // so that two buffers of each and one barrier a step are enough: the matrix unit needs 1000 cycles for a step of 128 x
@@ -42,8 +43,6 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kTileM > 128 ? 1 : 2
     loader.copy_x(0);
     if (steps > 1) loader.copy_codes(kStage);
     commit_copies();
-    load_nested_code<Traits::kThreads>(params.weight.absmax, shared.nested_code);
-    __syncthreads();
     ManyRowsAbsmax<Traits> absmax(params, shared, start.first_output, first_step, steps);
     ManyRowsDecoder<Traits> decoder(shared);
     ManyRowsMultiplier<Traits> multiplier(shared);
@@ -51,6 +50,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kTileM > 128 ? 1 : 2
     __syncthreads();
     decoder.begin(params.codebook, absmax.next(), 0);
     unroll<4>([&](auto quarter) { decoder.template decode_quarter<decltype(quarter)::value>(); });
+    absmax.fill();
 
     // compute
     uint32_t stage = 0, other = kStage;
@@ -63,6 +63,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kTileM > 128 ? 1 : 2
         decoder.begin(params.codebook, absmax.next(), other);
         unroll<4>([&](auto sixteen) {
             multiplier.template multiply_sixteen<decltype(sixteen)::value>(stage);
+            if constexpr (decltype(sixteen)::value == 2) absmax.fill();
             decoder.template decode_quarter<decltype(sixteen)::value>();
         });
         other = stage;

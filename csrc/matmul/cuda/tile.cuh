@@ -154,13 +154,16 @@ private:
 };
 
 // absmax of a thread's block, step after step. Where the weight has no row or column, another block's absmax is read,
-// since the result is not stored.
+// since the result is not stored. No load is waited for at once: those of the first steps are under way together, and
+// later ones while the matrix unit works.
 template <class Traits>
 class ManyRowsAbsmax {
 public:
+    // Has a barrier, behind which the table of nested statistics is there.
     __device__ ManyRowsAbsmax(const FusedMatmulKernelParams& params, typename Traits::Shared& shared,
                               int64_t first_output, int first_step, int steps)
         : shared_(shared),
+          weight_absmax_(params.weight.absmax),
           shift_(params.weight.log2_blocksize - 6),
           pitch_(static_cast<int>(params.weight.k / 64)),
           first_(Traits::kTransposed ? int64_t{64} * first_step * pitch_ + first_output / 64
@@ -172,7 +175,11 @@ public:
             const int block = threadIdx.x / Traits::kParts;
             at_ = Traits::row_of(block) * pitch_ + Traits::column_of(block);
             last_ = min(last_, at_ + (steps - 1) * 64 * pitch_);
-            next_ = load_next();
+            load_next();
+            const NestedCode<Traits::kThreads> table(params.weight.absmax);
+            offset_ = table.offset;
+            table.store(shared.nested_code);
+            __syncthreads();
         } else {
             // Two spans at once, 32 lanes along the steps of a row: those of nested statistics are one or two sectors.
             // If the second one is not this CTA's, 16 lanes along the steps of each of two rows. Spans begin at
@@ -186,12 +193,16 @@ public:
             at_ = row * pitch_ + step;
             write_ = shared_address(shared.absmax) + ((step ^ Traits::kSpan) * Traits::kSpanPitch + row) * 4;
             const bool is_ours = step >= before && step < end;
-#pragma unroll 4
-            for (int i = is_pair ? 16 : 0; i < kRows; ++i) {
-                if (is_ours) store_shared_float(write_, load());
-                at_ += pitch_;
-                write_ += 4;
-            }
+            StoredAbsmax rows[kRows];
+            if (is_ours) unroll<16>([&](auto i) { rows[i] = load(i * pitch_); });
+            if (is_ours && !is_pair) unroll<kRows - 16>([&](auto i) { rows[16 + i] = load((16 + i) * pitch_); });
+            const NestedCode<Traits::kThreads> table(params.weight.absmax);
+            offset_ = table.offset;
+            table.store(shared.nested_code);
+            __syncthreads();
+            const auto store = [&](int i) { store_shared_float(write_ + 4 * i, look_up(rows[i])); };
+            if (is_ours) unroll<16>([&](auto i) { store(i); });
+            if (is_ours && !is_pair) unroll<kRows - 16>([&](auto i) { store(16 + i); });
             // Then one after the other, by four warps and in pairs of rows.
             const int first_row = warp * 32 + second_row + before;
             step_ = before - Traits::kSpan;
@@ -204,49 +215,56 @@ public:
         keep(at_);
     }
 
-    // absmax of the next step. There has to be a barrier between one call and the next.
+    // absmax of the next step. There has to be a barrier between one call and the next, and a call of fill().
     __device__ float next() {
         float absmax;
         if constexpr (Traits::kTransposed) {
-            absmax = next_;
-            next_ = load_next();
+            absmax = look_up(ahead_);
+            load_next();
         } else {
-            fill();
+            if (fills()) ahead_ = load();
+            at_ += ends_span() ? Traits::kSpan - 15 * pitch_ : pitch_;
             absmax = load_shared_float(read_ + (step_ & (kTwoSpans - 1)) * (Traits::kSpanPitch * 4));
-            ++step_;
         }
         return absmax;
     }
 
+    // Stores what next() has asked for, a sixteenth of the span after the one of this step: a row for each 16 lanes;
+    // nothing in the first span, as the second one is there. The two spans' buffers take turns.
+    __device__ void fill() {
+        if constexpr (!Traits::kTransposed) {
+            if (fills()) store_shared_float(write_, look_up(ahead_));
+            write_ += ends_span() ? turn_ - 15 * 4 : 4;
+            if (ends_span()) turn_ = -turn_;
+            ++step_;
+        }
+    }
+
 private:
-    // `at_` counts blocks of 64, of which several may share a block of the weight.
-    __device__ float load() const {
-        int block = (within_ + min(at_, last_)) >> shift_;
+    // Of the block `further` on. `at_` counts blocks of 64, of which several may share a block of the weight.
+    __device__ StoredAbsmax load(int further = 0) const {
+        int block = (within_ + min(at_ + further, last_)) >> shift_;
         keep(block);
-        return absmax_.load(shared_.nested_code, block);
+        return absmax_.load(block);
+    }
+    __device__ float look_up(StoredAbsmax stored) const {
+        return cuda::look_up(weight_absmax_, shared_.nested_code, offset_, stored);
     }
 
     // Transposed: absmax of the block 64 rows further down. Below the last row x is zero, and absmax only has to be
     // finite.
-    __device__ float load_next() {
-        const float absmax = at_ <= last_ ? load() : 0.0f;
+    __device__ void load_next() {
+        ahead_ = at_ <= last_ ? load() : StoredAbsmax{};
         at_ += 64 * pitch_;
-        return absmax;
     }
 
-    // Forward: a sixteenth of the span after the one of this step, a row for each 16 lanes; nothing in the first span,
-    // as the second one is there. The two spans' buffers take turns.
-    __device__ void fill() {
-        const bool ends = (step_ & (Traits::kSpan - 1)) == Traits::kSpan - 1;
-        if (static_cast<uint32_t>(step_) < filled_steps_) store_shared_float(write_, load());
-        at_ += ends ? Traits::kSpan - 15 * pitch_ : pitch_;
-        write_ += ends ? turn_ - 15 * 4 : 4;
-        if (ends) turn_ = -turn_;
-    }
+    __device__ bool fills() const { return static_cast<uint32_t>(step_) < filled_steps_; }
+    __device__ bool ends_span() const { return (step_ & (Traits::kSpan - 1)) == Traits::kSpan - 1; }
 
     static constexpr int kTwoSpans = 2 * Traits::kSpan;
 
     typename Traits::Shared& shared_;
+    const Absmax& weight_absmax_;
     const int shift_, pitch_;
     const int64_t first_;
     const BlockAbsmax absmax_;
@@ -254,7 +272,8 @@ private:
     int at_, last_, turn_ = Traits::kSpan * Traits::kSpanPitch * 4;
     int step_;  // from the second span on
     uint32_t filled_steps_;
-    float next_;
+    StoredAbsmax ahead_;
+    float offset_;
     uint32_t write_, read_;
 };
 

@@ -24,7 +24,7 @@ struct Checks {
     bool races = true;        // in shared memory between barriers, in global memory between blocks
     bool random_order = true;
     uint64_t seed = 0;
-    uint64_t max_instructions = uint64_t{4} << 30;  // of warps; then the kernel counts as hung
+    uint64_t max_instructions = uint64_t{4} << 30;  // of warps; then the kernel counts as hung. 0: no kernel runs
 };
 
 // What all blocks of a launch share.

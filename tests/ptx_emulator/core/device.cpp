@@ -162,7 +162,7 @@ void Device::launch(LoadedModule& module, const std::string& kernel, const Launc
     global.check_initialized = checks.initialized;
     global.check_races = checks.races;
     global.begin_launch();
-    run_blocks(launch);
+    if (checks.max_instructions > 0) run_blocks(launch);
     launch.counters.unique_bytes_read = global.unique_read;
     launch.counters.unique_bytes_written = global.unique_written;
 

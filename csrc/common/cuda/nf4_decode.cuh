@@ -96,13 +96,16 @@ struct StoredFour {
 __device__ inline float look_up(const Absmax& a, const float (&nested_code)[256], float offset, StoredAbsmax stored) {
     return a.absmax ? stored.value : __fadd_rn(__fmul_rn(nested_code[stored.code], stored.value), offset);
 }
-__device__ inline float4 look_up(const Absmax& a, const float (&nested_code)[256], float offset,
-                                 const StoredFour& stored, bool was_one_load) {
-    const auto one = [&](int i) {
-        if (a.absmax || !was_one_load) return look_up(a, nested_code, offset, {stored.codes[i], stored.values[i]});
-        return look_up(a, nested_code, offset, {stored.codes[0] >> (8 * i) & 0xFF, stored.values[0]});
-    };
-    return make_float4(one(0), one(1), one(2), one(3));
+__device__ inline void look_up(const Absmax& a, const float (&nested_code)[256], float offset, const StoredFour& stored,
+                               bool was_one_load, float (&absmax)[4]) {
+    if (a.absmax || !was_one_load) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) absmax[i] = look_up(a, nested_code, offset, {stored.codes[i], stored.values[i]});
+    } else {
+#pragma unroll
+        for (int i = 0; i < 4; ++i)
+            absmax[i] = look_up(a, nested_code, offset, {stored.codes[0] >> (8 * i) & 0xFF, stored.values[0]});
+    }
 }
 
 // absmax of a run of blocks.

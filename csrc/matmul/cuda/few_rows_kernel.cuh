@@ -80,8 +80,8 @@ public:
 
     __device__ FewRowsWarp(const FusedMatmulKernelParams& params, typename Traits::WarpBuffers& buffers,
                            int64_t first_row, int first_chunk)
-        : blocks_left_(params.steps - 4 * first_chunk),
-          rows_(static_cast<int>(min(params.outputs - first_row, int64_t{kRows}))) {
+        : rows(static_cast<int>(min(params.outputs - first_row, int64_t{kRows}))),
+          blocks_left_(params.steps - 4 * first_chunk) {
         const int lane = threadIdx.x % 32;
         // Copies of codes: unit lane % 8 of rows lane / 8, lane / 8 + 4, ...
         const int64_t pitch = int64_t{32} * params.steps;
@@ -132,11 +132,11 @@ public:
                 if constexpr (whole.value)
                     copy_async16<i.value * 512>(to, from);
                 else
-                    copy_async16<i.value * 512>(to, from, 4 * i + lane / 8 < rows_ && lane % 8 / 2 < blocks ? 16 : 0);
+                    copy_async16<i.value * 512>(to, from, 4 * i + lane / 8 < rows && lane % 8 / 2 < blocks ? 16 : 0);
                 from += code_step_;
             });
         };
-        if (__builtin_expect(blocks >= 4 && rows_ == kRows, true))
+        if (__builtin_expect(blocks >= 4 && rows == kRows, true))
             copy(Index<true>{});
         else if (blocks > 0)
             copy(Index<false>{});
@@ -210,11 +210,11 @@ public:
         }
     }
 
+    const int rows;  // that the weight has
     float sums[Traits::kRowTiles][Traits::kTokenTiles][4] = {};
 
 private:
     int blocks_left_;  // from the chunk at hand on
-    const int rows_;
     int64_t code_step_;
     const uint8_t* codes_;
     const char* x_[kGroups];
@@ -230,50 +230,60 @@ private:
 template <class Traits>
 class FewRowsAbsmax {
 public:
-    __device__ void load(const FusedMatmulKernelParams& params, int64_t first_row, int first_block) {
+    // From block first_block of the first of `rows` rows on.
+    __device__ void load(const FusedMatmulKernelParams& params, typename Traits::Shared& shared, int64_t first_row,
+                         int rows, int first_block) {
+        // Lanes: 4 rows, 8 fours of blocks; then all rows, and the next 8 fours.
+        const int row = threadIdx.x / 8 % Traits::kRows;
+        const int column = threadIdx.x / (8 * Traits::kRows) * 32 + threadIdx.x % 8 * 4;
         const int row_blocks = params.steps;  // of 64; several may share a block of the weight
-        const int last_row = static_cast<int>(min(params.outputs - first_row, int64_t{Traits::kRows})) - 1;
-        const int blocks = row_blocks - first_block;
         const int shift = params.weight.log2_blocksize - 6;
         const int64_t first = first_row * row_blocks + first_block;
         const BlockAbsmax absmax(params.weight.absmax, first >> shift);
-        const int within = static_cast<int>(first) & ((1 << shift) - 1);
-#pragma unroll
-        for (int pass = 0; pass < kPasses; ++pass) {
-            const int column = column_of(pass);
-            if (column >= blocks) break;
-            const int at = min(row_of(pass), last_row) * row_blocks + column;
+        write_ = shared_address(&shared.absmax[row * Traits::kAbsmaxPitch + column]);
+        blocks_left_ = row_blocks - first_block - column;
+        keep(write_);
+        keep(blocks_left_);
+        unroll<kPasses>([&](auto pass) {
+            if (blocks_left_ <= column_of(pass)) return;
+            const int at = min(row + row_of(pass), rows - 1) * row_blocks + column + column_of(pass);
             if (params.absmax_fours) {
                 fours_[pass] = absmax.load_four(at);
-                continue;
+                return;
             }
+            int within = static_cast<int>(first) & ((1 << shift) - 1);
+            keep(within);  // so that it is not found where it is not needed
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
-                const StoredAbsmax one = column + i < blocks ? absmax.load((within + at + i) >> shift) : StoredAbsmax{};
+                const bool exists = blocks_left_ > column_of(pass) + i;
+                const StoredAbsmax one = exists ? absmax.load((within + at + i) >> shift) : StoredAbsmax{};
                 fours_[pass].codes[i] = one.code;
                 fours_[pass].values[i] = one.value;
             }
-        }
+        });
     }
 
-    __device__ void store(const FusedMatmulKernelParams& params, typename Traits::Shared& shared, float nested_offset,
-                          int first_block) const {
-#pragma unroll
-        for (int pass = 0; pass < kPasses; ++pass) {
-            if (column_of(pass) >= static_cast<int>(params.steps) - first_block) break;
-            *reinterpret_cast<float4*>(&shared.absmax[row_of(pass) * Traits::kAbsmaxPitch + column_of(pass)]) =
-                look_up(params.weight.absmax, shared.nested_code, nested_offset, fours_[pass], params.absmax_fours);
-        }
+    __device__ void store(const FusedMatmulKernelParams& params, const float (&nested_code)[256],
+                          float nested_offset) const {
+        unroll<kPasses>([&](auto pass) {
+            if (blocks_left_ <= column_of(pass)) return;
+            float values[4];
+            look_up(params.weight.absmax, nested_code, nested_offset, fours_[pass], params.absmax_fours, values);
+            const uint32_t words[4] = {__float_as_uint(values[0]), __float_as_uint(values[1]),
+                                       __float_as_uint(values[2]), __float_as_uint(values[3])};
+            constexpr int kPass = decltype(pass)::value;
+            store_shared<(row_of(kPass) * Traits::kAbsmaxPitch + column_of(kPass)) * 4>(write_, words);
+        });
     }
 
 private:
-    // Lanes: 4 rows, 8 fours of blocks; then all rows, and the next 8 fours.
-    static constexpr int kPasses = Traits::kRows * Traits::kSpan / Traits::kThreads;
-    __device__ static int row_of(int pass) { return (pass * Traits::kThreads + threadIdx.x) / 8 % Traits::kRows; }
-    __device__ static int column_of(int pass) {
-        return (pass * Traits::kThreads + threadIdx.x) / (8 * Traits::kRows) * 32 + threadIdx.x % 8 * 4;
-    }
+    static constexpr int kPasses = Traits::kRows * Traits::kSpan / Traits::kThreads, kRowsAtOnce = Traits::kThreads / 8;
+    // How far a pass is from the first one.
+    __device__ static constexpr int row_of(int pass) { return pass * kRowsAtOnce % Traits::kRows; }
+    __device__ static constexpr int column_of(int pass) { return pass * kRowsAtOnce / Traits::kRows * 32; }
 
+    uint32_t write_;
+    int blocks_left_;  // from this thread's first one on
     StoredFour fours_[kPasses];
 };
 
@@ -353,7 +363,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kTokens == 8 ? 3 : 2
     commit_copies();
 
     FewRowsAbsmax<Traits> absmax;
-    absmax.load(params, first_row, 0);
+    absmax.load(params, shared, first_row, tile.rows, 0);
     const NestedCode<Traits::kThreads> table(params.weight.absmax);
 
     // The small terms, in fp32: they are as exact as the adapters' own dtype.
@@ -373,7 +383,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kTokens == 8 ? 3 : 2
     }
     table.store(shared.nested_code);
     __syncthreads();
-    absmax.store(params, shared, table.offset, 0);
+    absmax.store(params, shared.nested_code, table.offset);
 
     int64_t s_column = 0;
     for (int term = 0; term < operands.num_terms; ++term) {
@@ -392,9 +402,9 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kTokens == 8 ? 3 : 2
     // compute
     for (int first_chunk = 0; first_chunk < chunks; first_chunk += Traits::kSpan) {
         if (first_chunk > 0) {
-            absmax.load(params, first_row, 4 * first_chunk);
+            absmax.load(params, shared, first_row, tile.rows, 4 * first_chunk);
             __syncthreads();
-            absmax.store(params, shared, table.offset, 4 * first_chunk);
+            absmax.store(params, shared.nested_code, table.offset);
         }
         __syncthreads();
         const float* chunk_absmax = &shared.absmax[lane / 4 * Traits::kAbsmaxPitch + 4 * warp + lane % 4];

@@ -160,7 +160,9 @@ class Load(NamedTuple):
         if not others:
             return self
         size = max(load.size for load in (self, *others))
-        return self._replace(size=size, registers=self.registers.union(*(each.registers for each in others)), predicate=None)
+        return self._replace(
+            size=size, registers=self.registers.union(*(each.registers for each in others)), predicate=None
+        )
 
     def ends_at(self, instruction: Instruction) -> bool:
         """Whether an instruction waits for it."""
@@ -210,8 +212,8 @@ class Flight(NamedTuple):
 def follow(
     instructions: list[Instruction], first: int, last: int, start: Flight, best: Callable[[Flight], object]
 ) -> dict[int, Flight]:
-    """The state before each instruction of a stretch. Where paths meet, the best one goes on; branches backwards are not
-    taken."""
+    """The state before each instruction of a stretch. Where paths meet, the best one goes on; branches backwards are
+    not taken."""
     inside = [loop for loop in find_loops(instructions) if first <= loop.first and loop.last < last]
     looped = {at for loop in inside for at in range(loop.first, loop.last + 1)}
     states = {first: start}

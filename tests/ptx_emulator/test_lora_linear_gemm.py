@@ -289,3 +289,45 @@ def test_machine_code(resources, request):
     }.items():
         chosen = [used for kernel, used in resources.items() if re.search(part, kernel)]
         assert chosen and all(used.mma_share >= cards.least_share(share, architecture) for used in chosen), part
+
+
+@dataclass
+class Gate:
+    """What sass.Latency may be at worst, in each instance and on each card."""
+
+    waits: int  # before the first mma: for absmax and the table, and with few rows for bias and each of the addends
+    together: int  # loads under way at once before it
+    step_bytes: int  # of a thread, asked for before the first mma of a step
+    copy_distance: int
+    load_distance: int | None
+    alu_per_weight: float
+
+
+LATENCY = {
+    "FewRowsTraits.*Li8E": Gate(3, 28, 6 * 16, 50, None, 3.12),
+    "FewRowsTraits.*Li16E": Gate(2, 31, 8 * 16, 58, None, 3.07),
+    "FewRowsTraits.*Li32E": Gate(3, 59, 16 * 16, 130, None, 2.95),
+    "ManyRowsTraits.*Li64ELb0E": Gate(1, 75, 6 * 16, 340, 200, 3.55),
+    "ManyRowsTraits.*Li128ELb0E": Gate(1, 79, 10 * 16, 410, 260, 3.77),
+    "ManyRowsTraits.*Li256ELb0E": Gate(1, 44, 9 * 16, 320, 200, 4.6),
+    "ManyRowsTraits.*Li64ELb1E": Gate(1, 13, 6 * 16, 330, 240, 3.57),
+    "ManyRowsTraits.*Li128ELb1E": Gate(1, 17, 10 * 16, 400, 450, 3.79),
+}
+
+
+@pytest.mark.parametrize("part", list(LATENCY))
+def test_latency(resources, part):
+    """Chains of loads, each of which waits for the one before it, take hundreds of cycles a link and are in no count of
+    the emulator. A step waits for nothing that it asked for itself."""
+    gate = LATENCY[part]
+    chosen = [used for kernel, used in resources.items() if re.search(part, kernel)]
+    assert len(chosen) == 2
+    for used in chosen:
+        if isinstance(used.mma_share, str):
+            pytest.skip("needs nvdisasm")
+        prologue, step = used.latency.prologue, used.latency.step
+        assert prologue.waits <= gate.waits and prologue.looped == step.waits == 0
+        assert prologue.loads >= gate.together and step.size >= gate.step_bytes
+        assert used.latency.copy_distance >= gate.copy_distance
+        assert gate.load_distance is None or used.latency.load_distance >= gate.load_distance
+        assert used.latency.alu_per_weight <= gate.alu_per_weight

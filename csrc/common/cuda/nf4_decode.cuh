@@ -87,25 +87,14 @@ struct StoredAbsmax {
     float value;
 };
 
-// The same of four neighbours. If that was one load, the first word has all codes, and the first value is their scale.
+// The same of four neighbours. From load_nested_four the first code has those of all, and the first value is their scale.
 struct StoredFour {
     uint32_t codes[4];
     float values[4];
 };
 
-__device__ inline float look_up(const Absmax& a, const float (&nested_code)[256], float offset, StoredAbsmax stored) {
-    return a.absmax ? stored.value : __fadd_rn(__fmul_rn(nested_code[stored.code], stored.value), offset);
-}
-__device__ inline void look_up(const Absmax& a, const float (&nested_code)[256], float offset, const StoredFour& stored,
-                               bool was_one_load, float (&absmax)[4]) {
-    if (a.absmax || !was_one_load) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) absmax[i] = look_up(a, nested_code, offset, {stored.codes[i], stored.values[i]});
-    } else {
-#pragma unroll
-        for (int i = 0; i < 4; ++i)
-            absmax[i] = look_up(a, nested_code, offset, {stored.codes[0] >> (8 * i) & 0xFF, stored.values[0]});
-    }
+__device__ inline float look_up_nested(const float (&nested_code)[256], float offset, StoredAbsmax stored) {
+    return __fadd_rn(__fmul_rn(nested_code[stored.code], stored.value), offset);
 }
 
 // absmax of a run of blocks.
@@ -123,6 +112,8 @@ public:
         keep(within_);
     }
 
+    __device__ bool is_nested() const { return is_nested_; }
+
     // absmax of block first_block + block.
     __device__ StoredAbsmax load(int block) const {
         if (!is_nested_) return {0, __ldg(reinterpret_cast<const float*>(statistics_) + block)};
@@ -130,16 +121,13 @@ public:
     }
 
     // absmax of block first_block + block and the three after it, if has_absmax_fours.
-    __device__ StoredFour load_four(int block) const {
-        StoredFour stored;
-        if (is_nested_) {
-            stored.codes[0] = __ldg(reinterpret_cast<const uint32_t*>(statistics_ + block));
-            stored.values[0] = load_scale(block);
-        } else {
-            const float4 four = __ldg(reinterpret_cast<const float4*>(statistics_) + block / 4);
-            stored.values[0] = four.x, stored.values[1] = four.y, stored.values[2] = four.z, stored.values[3] = four.w;
-        }
-        return stored;
+    __device__ void load_plain_four(int block, StoredFour& stored) const {
+        const float4 four = __ldg(reinterpret_cast<const float4*>(statistics_) + block / 4);
+        stored.values[0] = four.x, stored.values[1] = four.y, stored.values[2] = four.z, stored.values[3] = four.w;
+    }
+    __device__ void load_nested_four(int block, StoredFour& stored) const {
+        stored.codes[0] = __ldg(reinterpret_cast<const uint32_t*>(statistics_ + block));
+        stored.values[0] = load_scale(block);
     }
 
 private:

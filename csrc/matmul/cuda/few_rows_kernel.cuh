@@ -231,8 +231,7 @@ template <class Traits>
 class FewRowsAbsmax {
 public:
     // From block first_block of the first of `rows` rows on.
-    __device__ void load(const FusedMatmulKernelParams& params, typename Traits::Shared& shared, int64_t first_row,
-                         int rows, int first_block) {
+    __device__ void load(const FusedMatmulKernelParams& params, int64_t first_row, int rows, int first_block) {
         // Lanes: 4 rows, 8 fours of blocks; then all rows, and the next 8 fours.
         const int row = threadIdx.x / 8 % Traits::kRows;
         const int column = threadIdx.x / (8 * Traits::kRows) * 32 + threadIdx.x % 8 * 4;
@@ -240,49 +239,75 @@ public:
         const int shift = params.weight.log2_blocksize - 6;
         const int64_t first = first_row * row_blocks + first_block;
         const BlockAbsmax absmax(params.weight.absmax, first >> shift);
-        write_ = shared_address(&shared.absmax[row * Traits::kAbsmaxPitch + column]);
+        at_ = row * Traits::kAbsmaxPitch + column;
         blocks_left_ = row_blocks - first_block - column;
-        keep(write_);
+        keep(at_);
         keep(blocks_left_);
-        unroll<kPasses>([&](auto pass) {
-            if (blocks_left_ <= column_of(pass)) return;
-            const int at = min(row + row_of(pass), rows - 1) * row_blocks + column + column_of(pass);
-            if (params.absmax_fours) {
-                fours_[pass] = absmax.load_four(at);
-                return;
-            }
-            int within = static_cast<int>(first) & ((1 << shift) - 1);
-            keep(within);  // so that it is not found where it is not needed
+        const int last_row = rows - 1;
+        const auto load_fours = [&](const auto& load_four) {
+            each_pass([&](auto pass) {
+                const int at = min(row + row_of(pass), last_row) * row_blocks + column + column_of(pass);
+                load_four(at, fours_[pass], blocks_left_ - column_of(pass));
+            });
+        };
+        if (params.absmax_fours && params.weight.absmax.absmax) {
+            load_fours([&](int at, StoredFour& four, int) { absmax.load_plain_four(at, four); });
+        } else if (params.absmax_fours) {
+            load_fours([&](int at, StoredFour& four, int) { absmax.load_nested_four(at, four); });
+        } else {
+            const int within = static_cast<int>(first) & ((1 << shift) - 1);
+            load_fours([&](int at, StoredFour& four, int blocks) {
 #pragma unroll
-            for (int i = 0; i < 4; ++i) {
-                const bool exists = blocks_left_ > column_of(pass) + i;
-                const StoredAbsmax one = exists ? absmax.load((within + at + i) >> shift) : StoredAbsmax{};
-                fours_[pass].codes[i] = one.code;
-                fours_[pass].values[i] = one.value;
-            }
-        });
+                for (int i = 0; i < 4; ++i) {
+                    const StoredAbsmax one = i < blocks ? absmax.load((within + at + i) >> shift) : StoredAbsmax{};
+                    four.codes[i] = one.code;
+                    four.values[i] = one.value;
+                }
+            });
+        }
     }
 
-    __device__ void store(const FusedMatmulKernelParams& params, const float (&nested_code)[256],
+    __device__ void store(const FusedMatmulKernelParams& params, typename Traits::Shared& shared,
                           float nested_offset) const {
-        unroll<kPasses>([&](auto pass) {
-            if (blocks_left_ <= column_of(pass)) return;
-            float values[4];
-            look_up(params.weight.absmax, nested_code, nested_offset, fours_[pass], params.absmax_fours, values);
-            const uint32_t words[4] = {__float_as_uint(values[0]), __float_as_uint(values[1]),
-                                       __float_as_uint(values[2]), __float_as_uint(values[3])};
-            constexpr int kPass = decltype(pass)::value;
-            store_shared<(row_of(kPass) * Traits::kAbsmaxPitch + column_of(kPass)) * 4>(write_, words);
-        });
+        float* const to = &shared.absmax[at_];
+        const auto store_fours = [&](const auto& absmax_of) {
+            each_pass([&](auto pass) {
+                const StoredFour& four = fours_[pass];
+                *reinterpret_cast<float4*>(to + row_of(pass) * Traits::kAbsmaxPitch + column_of(pass)) =
+                    make_float4(absmax_of(four, 0), absmax_of(four, 1), absmax_of(four, 2), absmax_of(four, 3));
+            });
+        };
+        const auto look_up = [&](uint32_t code, float value) {
+            return look_up_nested(shared.nested_code, nested_offset, StoredAbsmax{code, value});
+        };
+        if (params.weight.absmax.absmax)
+            store_fours([](const StoredFour& four, int i) { return four.values[i]; });
+        else if (params.absmax_fours)
+            store_fours([&](const StoredFour& four, int i) {
+                return look_up(four.codes[0] >> (8 * i) & 0xFF, four.values[0]);
+            });
+        else
+            store_fours([&](const StoredFour& four, int i) { return look_up(four.codes[i], four.values[i]); });
     }
 
 private:
     static constexpr int kPasses = Traits::kRows * Traits::kSpan / Traits::kThreads, kRowsAtOnce = Traits::kThreads / 8;
+
+    // Passes whose blocks exist, each behind the one before it, so that they share what they can.
+    template <int kPass = 0, class Body>
+    __device__ void each_pass(const Body& body) const {
+        if constexpr (kPass < kPasses) {
+            if (blocks_left_ <= column_of(kPass)) return;
+            body(Index<kPass>{});
+            each_pass<kPass + 1>(body);
+        }
+    }
+
     // How far a pass is from the first one.
     __device__ static constexpr int row_of(int pass) { return pass * kRowsAtOnce % Traits::kRows; }
     __device__ static constexpr int column_of(int pass) { return pass * kRowsAtOnce / Traits::kRows * 32; }
 
-    uint32_t write_;
+    int at_;           // in shared memory
     int blocks_left_;  // from this thread's first one on
     StoredFour fours_[kPasses];
 };
@@ -363,7 +388,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kTokens == 8 ? 3 : 2
     commit_copies();
 
     FewRowsAbsmax<Traits> absmax;
-    absmax.load(params, shared, first_row, tile.rows, 0);
+    absmax.load(params, first_row, tile.rows, 0);
     const NestedCode<Traits::kThreads> table(params.weight.absmax);
 
     // The small terms, in fp32: they are as exact as the adapters' own dtype.
@@ -383,7 +408,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kTokens == 8 ? 3 : 2
     }
     table.store(shared.nested_code);
     __syncthreads();
-    absmax.store(params, shared.nested_code, table.offset);
+    absmax.store(params, shared, table.offset);
 
     int64_t s_column = 0;
     for (int term = 0; term < operands.num_terms; ++term) {
@@ -402,9 +427,9 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kTokens == 8 ? 3 : 2
     // compute
     for (int first_chunk = 0; first_chunk < chunks; first_chunk += Traits::kSpan) {
         if (first_chunk > 0) {
-            absmax.load(params, shared, first_row, tile.rows, 4 * first_chunk);
+            absmax.load(params, first_row, tile.rows, 4 * first_chunk);
             __syncthreads();
-            absmax.store(params, shared.nested_code, table.offset);
+            absmax.store(params, shared, table.offset);
         }
         __syncthreads();
         const float* chunk_absmax = &shared.absmax[lane / 4 * Traits::kAbsmaxPitch + 4 * warp + lane % 4];

@@ -163,7 +163,6 @@ public:
     __device__ ManyRowsAbsmax(const FusedMatmulKernelParams& params, typename Traits::Shared& shared,
                               int64_t first_output, int first_step, int steps)
         : shared_(shared),
-          weight_absmax_(params.weight.absmax),
           shift_(params.weight.log2_blocksize - 6),
           pitch_(static_cast<int>(params.weight.k / 64)),
           first_(Traits::kTransposed ? int64_t{64} * first_step * pitch_ + first_output / 64
@@ -248,7 +247,7 @@ private:
         return absmax_.load(block);
     }
     __device__ float look_up(StoredAbsmax stored) const {
-        return cuda::look_up(weight_absmax_, shared_.nested_code, offset_, stored);
+        return absmax_.is_nested() ? look_up_nested(shared_.nested_code, offset_, stored) : stored.value;
     }
 
     // Transposed: absmax of the block 64 rows further down. Below the last row x is zero, and absmax only has to be
@@ -264,7 +263,6 @@ private:
     static constexpr int kTwoSpans = 2 * Traits::kSpan;
 
     typename Traits::Shared& shared_;
-    const Absmax& weight_absmax_;
     const int shift_, pitch_;
     const int64_t first_;
     const BlockAbsmax absmax_;

@@ -80,14 +80,15 @@ inline bool has_absmax_fours(const Absmax& a) {
     return reinterpret_cast<uint64_t>(a.nested_codes) % 4 == 0 && a.log2_nested_blocksize >= 2;
 }
 
-// absmax of a block as it is stored: itself, or its code and the code's scale. The lookup comes later, when the loads of
-// other blocks are under way as well.
+// absmax of a block as it is stored: itself, or its code and the code's scale. The lookup comes later, when the loads
+// of other blocks are under way as well.
 struct StoredAbsmax {
     uint32_t code;
     float value;
 };
 
-// The same of four neighbours. From load_nested_four the first code has those of all, and the first value is their scale.
+// The same of four neighbours. From load_nested_four the first code has those of all, and the first value is their
+// scale.
 struct StoredFour {
     uint32_t codes[4];
     float values[4];
@@ -115,8 +116,11 @@ public:
     __device__ bool is_nested() const { return is_nested_; }
 
     // absmax of block first_block + block.
-    __device__ StoredAbsmax load(int block) const {
-        if (!is_nested_) return {0, __ldg(reinterpret_cast<const float*>(statistics_) + block)};
+    __device__ StoredAbsmax load(int block) const { return is_nested_ ? load_nested(block) : load_plain(block); }
+    __device__ StoredAbsmax load_plain(int block) const {
+        return {0, __ldg(reinterpret_cast<const float*>(statistics_) + block)};
+    }
+    __device__ StoredAbsmax load_nested(int block) const {
         return {__ldg(reinterpret_cast<const uint8_t*>(statistics_) + block), load_scale(block)};
     }
 

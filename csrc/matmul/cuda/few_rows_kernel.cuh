@@ -224,9 +224,9 @@ private:
     uint32_t lane_codes_[kLaneRows][4];
 };
 
-// absmax of all rows for the chunks of a span: lanes take four blocks each along a row, in whole sectors. All loads of a
-// thread are under way together. Past the last row, the last row's absmax is read, since the result is not stored. Past
-// the last block x is zero, and absmax only has to be finite.
+// absmax of all rows for the chunks of a span: lanes take four blocks each along a row, in whole sectors. All loads of
+// a thread are under way together. Past the last row, the last row's absmax is read, since the result is not stored.
+// Past the last block x is zero, and absmax only has to be finite.
 template <class Traits>
 class FewRowsAbsmax {
 public:
@@ -250,21 +250,27 @@ public:
                 load_four(at, fours_[pass], blocks_left_ - column_of(pass));
             });
         };
-        if (params.absmax_fours && params.weight.absmax.absmax) {
-            load_fours([&](int at, StoredFour& four, int) { absmax.load_plain_four(at, four); });
-        } else if (params.absmax_fours) {
-            load_fours([&](int at, StoredFour& four, int) { absmax.load_nested_four(at, four); });
-        } else {
+        const auto load_ones = [&](const auto& load_one) {
             const int within = static_cast<int>(first) & ((1 << shift) - 1);
             load_fours([&](int at, StoredFour& four, int blocks) {
 #pragma unroll
                 for (int i = 0; i < 4; ++i) {
-                    const StoredAbsmax one = i < blocks ? absmax.load((within + at + i) >> shift) : StoredAbsmax{};
+                    const StoredAbsmax one = i < blocks ? load_one((within + at + i) >> shift) : StoredAbsmax{};
                     four.codes[i] = one.code;
                     four.values[i] = one.value;
                 }
             });
-        }
+        };
+        // Each form has loads of its own: in a register that either of two loads fills, one would wait for the other.
+        const bool is_plain = params.weight.absmax.absmax;
+        if (params.absmax_fours && is_plain)
+            load_fours([&](int at, StoredFour& four, int) { absmax.load_plain_four(at, four); });
+        else if (params.absmax_fours)
+            load_fours([&](int at, StoredFour& four, int) { absmax.load_nested_four(at, four); });
+        else if (is_plain)
+            load_ones([&](int block) { return absmax.load_plain(block); });
+        else
+            load_ones([&](int block) { return absmax.load_nested(block); });
     }
 
     __device__ void store(const FusedMatmulKernelParams& params, typename Traits::Shared& shared,

@@ -84,24 +84,24 @@ def run(case: Case, function=lora_linear, **options) -> dict[str, Tensor]:
     return {"y": y.detach(), **{name: leaf.grad for name, leaf in leaves.items()}}
 
 
-def expected(case: Case) -> dict[str, Tensor]:
+def expected(case: Case, function=oracle) -> dict[str, Tensor]:
     """The same in fp64."""
     as_double = replace(case, x=case.x.double(), weight=case.dense_weight().double())
     as_double.bias = None if case.bias is None else case.bias.double()
     as_double.lora_A, as_double.lora_B = [a.double() for a in case.lora_A], [b.double() for b in case.lora_B]
-    results = run(as_double, oracle)
+    results = run(as_double, function)
     if isinstance(case.weight, NF4Weight):
         del results["weight"]
     return results
 
 
-def magnitudes(case: Case) -> dict[str, Tensor]:
+def magnitudes(case: Case, function=oracle) -> dict[str, Tensor]:
     """The oracle on absolute values: what sums would be without cancellation."""
     weight = case.dense_weight().abs()
     case = replace(case, x=case.x.abs(), grad_y=case.grad_y.abs(), scaling=[abs(value) for value in case.scaling])
     case.bias = None if case.bias is None else case.bias.abs()
     case.lora_A, case.lora_B = [a.abs() for a in case.lora_A], [b.abs() for b in case.lora_B]
-    return expected(replace(case, weight=weight))
+    return expected(replace(case, weight=weight), function)
 
 
 class _OneLinear(nn.Module):

@@ -97,7 +97,9 @@ ARGUMENTS: dict[str, Callable[[], dict[str, Any]]] = {
     "ia3_linear": lambda: _linear(randn(N, K)) | {"l_in": randn(K), "l_out": randn(N)},
     "linear": lambda: {"x": randn(M, K), "weight": randn(N, K), "bias": randn(N)},
     "lora_linear": lambda: _lora(randn(N, K)) | {"dropout": [0.5, 0.0], "seeds": torch.tensor([7, 8])},
-    "lora_linear_grouped": lambda: _lora(randn(N, K)) | {"x": randn(M, 2, K), "index": [0, 1, -1]},
+    "lora_linear_grouped": lambda: _lora(randn(N, K)) | {
+        "x": randn(M, 2, K), "index": [[0, 1], [1, -1], [0, 0]], "dropout": [0.5, 0.0], "seeds": torch.tensor([7, 8]),
+    },
     "quantize_4bit": lambda: {"tensor": randn(N, K), "blocksize": 64, "quant_type": "nf4", "double_quant": False},
     "rms_norm": lambda: {"x": randn(M, K), "weight": randn(K), "eps": 1e-6, "offset": 1.0, "out_dtype": torch.float32},
     "rotary": lambda: {"q": randn(2, 4, M, 8), "k": randn(2, 2, M, 8), "cos": randn(1, M, 4), "sin": randn(1, M, 4)},

@@ -12,6 +12,7 @@ from peft import LoraConfig
 from peft_models import (
     IN_FEATURES,
     OUT_FEATURES,
+    dense_weight,
     is_repacked,
     layer_of,
     lora_model,
@@ -24,6 +25,7 @@ from tiny_models import SAME_STEP
 
 import peft_kernels
 from peft_kernels.integrations import registry
+from peft_kernels.testing.reference.lora_linear_grouped import lora_linear_grouped as grouped_oracle
 
 KINDS = ("dense", "conv1d", "4bit")
 FP32 = {"rtol": 1e-5, "atol": 1e-5}
@@ -99,10 +101,65 @@ def test_adapter_names_of_strided_and_higher_x(kind):
         torch.testing.assert_close(mixed_call(fused, x).flatten(1, 2), mixed_oracle(fused, flat).float(), **FP32)
 
 
+def mixed_gradients(model, x, grad_y):
+    """y, and the gradient of x and of each parameter of an adapter, by name."""
+    x = x.clone().requires_grad_()
+    y = mixed_call(model, x)
+    y.backward(grad_y.to(y.dtype))
+    adapters = {name: p.grad for name, p in model.named_parameters() if "lora_" in name}
+    return {"y": y.detach(), "x": x.grad, **adapters}
+
+
+@pytest.mark.parametrize("autocast", [False, True], ids=["plain", "autocast"])
+@pytest.mark.parametrize("tokens", [1, 20])
+@pytest.mark.parametrize("dtype", DTYPES, ids=short)
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradients(kind, dtype, tokens, autocast, caplog):
+    stock, fused = mixed_model(kind, dtype)
+    for model in (stock, fused):
+        model.add_adapter("c", LoraConfig(r=3, target_modules=["lin"]))  # which no sample has
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_("lora_" in name)
+    # PEFT adds to the result in place, which autograd refuses for that of bitsandbytes' own function.
+    layer_of(stock).base_layer.register_forward_hook(lambda layer, inputs, y: y.clone())
+    shape = len(MIXED), tokens
+    x, grad_y = torch.randn(*shape, IN_FEATURES, dtype=dtype), torch.randn(*shape, OUT_FEATURES)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        actual, theirs = (mixed_gradients(model, x, grad_y) for model in (fused, stock))
+    assert not caplog.messages
+    leaf = x.double().requires_grad_()
+    trained = {name: p for name, p in fused.named_parameters() if "lora_" in name and ".c." not in name}
+    wanted = torch.autograd.grad(mixed_oracle(fused, leaf), [leaf, *trained.values()], grad_y.double())
+    assert actual.keys() == theirs.keys()
+    for name, value in theirs.items():
+        assert (actual[name] is None) == (value is None) == (".c." in name), name
+    for name, want in zip(["x", *trained], wanted, strict=True):
+        assert actual[name].dtype == theirs[name].dtype
+        limit = max(tolerances.VERSUS_STOCK * error(theirs[name], want), tolerances.FP32_SUM)
+        assert error(actual[name], want) <= limit, name
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_dropout_of_a_layer_in_training_mode(kind, caplog):
+    """PEFT refuses a model in training mode, and drops in a layer that is called by itself."""
+    _, fused = mixed_model(kind, lora_dropout=0.5)
+    layer = layer_of(fused).train()
+    x = torch.randn(len(MIXED), 20, IN_FEATURES)
+    torch.manual_seed(3)
+    y = mixed_call(fused, x)
+    assert not caplog.messages
+    torch.manual_seed(3)
+    names = ["b", "default"]  # in the order of the call; only the second drops
+    adapters = [[part[name].weight for name in names] for part in (layer.lora_A, layer.lora_B)]
+    index, seeds = [0, -1, 1, 0, -1, 1], torch.randint(torch.iinfo(torch.int64).max, (2,))
+    base = layer.get_base_layer()
+    wanted = grouped_oracle(x, dense_weight(base), base.bias, *adapters, [layer.scaling[name] for name in names], index,
+                            [0.0, 0.5], seeds)  # fmt: skip
+    assert error(y, wanted) <= tolerances.FP32_SUM
+
+
 # What is done to a model, and to its call; the reason that is logged.
 MIXED_FALLS = {
-    "gradient": ({}, "adapter_names was given, and a gradient is wanted"),
-    "dropout": ({"lora_dropout": 0.5}, "adapter 'default' has dropout, and adapter_names was given"),
     "lora_bias": ({"lora_bias": True}, "adapter 'default' has lora_bias"),
     "alora_offsets": ({}, "alora_offsets was given"),
     "hook": ({}, "adapter 'b' has hooks"),
@@ -119,15 +176,12 @@ def test_adapter_names_that_fall_through(kind, what, caplog):
         layer_of(fused).lora_A["b"].register_forward_hook(lambda *args: calls.append(args))
     if what == "alora_offsets":
         options["alora_offsets"] = [None] * len(MIXED)
-    layers = [layer_of(model).train(what == "dropout") for model in (stock, fused)]
+    layers = [layer_of(model) for model in (stock, fused)]
     x, results = torch.randn(len(MIXED), IN_FEATURES), []
     registry._logged.clear()
     for layer in layers:
-        with torch.set_grad_enabled(what == "gradient"):
-            results.append(layer(x, adapter_names=MIXED, **options))
-    if what != "dropout":  # of which the masks differ
-        torch.testing.assert_close(results[1], results[0], **FP32)
-    assert results[1].requires_grad == (what == "gradient")
+        results.append(layer(x, adapter_names=MIXED, **options))
+    torch.testing.assert_close(results[1], results[0], **FP32)
     assert [message.split(": ")[1] for message in caplog.messages] == [reason]
     assert len(calls) == (what == "hook")
 

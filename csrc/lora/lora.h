@@ -38,21 +38,18 @@ struct LoraAdapters {
     const LoraAdapter* adapters;
     int32_t num_adapters;
     int64_t total_rank;  // Σ rankᵢ
+    int64_t mask_row;    // on a GPU: the row of the dropout masks that the first row has
 };
 
 // ---- On a CPU -------------------------------------------------------------------------------------------------------
 
-// y = base + scalingᵢ x Aᵢᵀ Bᵢᵀ, where each row of x has an adapter i of its own, or none.
-struct LoraGroupedParams {
+// A batch in which each row has an adapter of its own, or none.
+struct LoraGroups : LoraAdapters {
     int64_t m, n, k;
-    ConstMatrix x;     // [m, k]
-    ConstMatrix base;  // [m, n]
-    Matrix y;          // [m, n]
 
-    // Rows of x grouped by adapter, CSR-like: adapter i has those at order[indptr[i]] to order[indptr[i + 1] - 1], and
+    // The rows grouped by adapter, CSR-like: adapter i has those at order[indptr[i]] to order[indptr[i + 1] - 1], and
     // behind the last one's are those without any.
-    const LoraAdapter* adapters;  // without dropout
-    int32_t num_adapters;
+    int64_t most_ranks;     // max rankᵢ: columns of s
     const int64_t* order;   // [m]
     const int64_t* indptr;  // [num_adapters + 1]
 
@@ -62,7 +59,24 @@ struct LoraGroupedParams {
     int64_t* workspace_bytes;
 };
 
-PEFT_KERNELS_CPU_KERNEL(lora_grouped, LoraGroupedParams)
+// y = base + scalingᵢ dropoutᵢ(x) Aᵢᵀ Bᵢᵀ, with i the row's adapter
+struct LoraGroupedForwardParams : LoraGroups {
+    ConstMatrix x;     // [m, k]
+    ConstMatrix base;  // [m, n]
+    Matrix y;          // [m, n]
+    float* s;          // [m, most_ranks], in the order of `order`: dropoutᵢ(x) Aᵢᵀ; null where nobody wants it
+};
+
+struct LoraGroupedBackwardParams : LoraGroups {
+    ConstMatrix grad_y;  // [m, n]
+    ConstMatrix x;       // [m, k]; data may be null when no adapter wants grad_A
+    const float* s;      // the forward's; may be null when none wants grad_B
+    ConstMatrix base;    // [m, k], the base product's part of grad_x
+    Matrix grad_x;       // [m, k]; data is null where it is not wanted
+};
+
+PEFT_KERNELS_CPU_KERNEL(lora_grouped_forward, LoraGroupedForwardParams)
+PEFT_KERNELS_CPU_KERNEL(lora_grouped_backward, LoraGroupedBackwardParams)
 
 // ---- On a GPU -------------------------------------------------------------------------------------------------------
 
@@ -83,6 +97,7 @@ struct Branch {
 
     int64_t m, n, k;
     int64_t total_rank;  // columns of s and ds
+    int64_t mask_row;    // of the dropout masks, that the first row has
     int32_t num_adapters;
     BranchAdapter adapters[kMaxAdapters];
 };

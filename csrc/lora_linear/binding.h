@@ -4,6 +4,7 @@
 #include <cmath>
 #include <optional>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "common/torch/checks.h"
@@ -86,6 +87,42 @@ inline CheckedAdapters check_adapters(const Tensors& lora_A, const Tensors& lora
         adapters.total_rank += adapter.rank;
     }
     return adapters;
+}
+
+// The gradients of A and of B that are wanted, in fp32, one after the other in one tensor each; the adapters get their
+// places.
+inline std::pair<Tensor, Tensor> make_gradients(CheckedAdapters& adapters, const std::vector<bool>& wants_A,
+                                                const std::vector<bool>& wants_B, int64_t n, int64_t k,
+                                                const Tensor& like) {
+    const size_t count = adapters.list.size();
+    check_list(wants_A, "wants_A", count);
+    check_list(wants_B, "wants_B", count);
+    int64_t size_A = 0, size_B = 0;
+    for (size_t i = 0; i < count; ++i) {
+        size_A += wants_A[i] ? adapters.list[i].rank * k : 0;
+        size_B += wants_B[i] ? adapters.list[i].rank * n : 0;
+    }
+    Tensor grad_A = empty(like, {size_A}, ScalarType::Float), grad_B = empty(like, {size_B}, ScalarType::Float);
+    float* next_A = static_cast<float*>(grad_A.mutable_data_ptr());
+    float* next_B = static_cast<float*>(grad_B.mutable_data_ptr());
+    for (size_t i = 0; i < count; ++i) {
+        LoraAdapter& adapter = adapters.list[i];
+        if (wants_A[i] && k > 0) {
+            adapter.grad_A = next_A;
+            next_A += adapter.rank * k;
+        }
+        if (wants_B[i] && n > 0) {
+            adapter.grad_B = next_B;
+            next_B += adapter.rank * n;
+        }
+    }
+    return {grad_A, grad_B};
+}
+
+// A dimension of the weight where none is given: that of `add`, the caller's product, or of the first adapter.
+inline int64_t side_without_weight(const OptionalTensor& add, const Tensors& matrices, int64_t dimension) {
+    if (add && add->dim() > 0) return add->size(add->dim() - 1);
+    return matrices.empty() || matrices[0].dim() != 2 ? 0 : matrices[0].size(dimension);
 }
 
 }  // namespace peft_kernels

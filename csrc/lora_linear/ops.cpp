@@ -20,12 +20,6 @@ void check_no_dense(const LoraLinearParams& params) {
 }
 #endif
 
-// A dimension of the weight where none is given: that of `add`, the caller's product, or of the first adapter.
-int64_t side_without_weight(const OptionalTensor& add, const Tensors& matrices, int64_t dimension) {
-    if (add && add->dim() > 0) return add->size(add->dim() - 1);
-    return matrices.empty() || matrices[0].dim() != 2 ? 0 : matrices[0].size(dimension);
-}
-
 // What `forward` returns: y alone, or also s for backward.
 using Y = Tensor;
 using YAndS = std::tuple<Tensor, Tensor>;
@@ -116,20 +110,14 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& given_grad_y, const Op
         params.add = check_matrix(*add_rows, "add", params.m, params.k, grad_y);
     }
     CheckedAdapters adapters = check_adapters(lora_A, lora_B, scaling, dropout, seeds, params.n, params.k, grad_y);
-    const size_t count = adapters.list.size();
-    check_list(wants_A, "wants_A", count);
-    check_list(wants_B, "wants_B", count);
-    int64_t size_A = 0, size_B = 0;
-    for (size_t i = 0; i < count; ++i) {
-        size_A += wants_A[i] ? adapters.list[i].rank * params.k : 0;
-        size_B += wants_B[i] ? adapters.list[i].rank * params.n : 0;
-    }
-    if (size_A > 0) {
+    auto [grad_A, grad_B] = make_gradients(adapters, wants_A, wants_B, params.n, params.k, grad_y);
+    const bool has_A = grad_A.numel() > 0, has_B = grad_B.numel() > 0;
+    if (has_A) {
         if (!x) bad_argument("x", "none", "the forward's x, since lora_A's gradient is wanted");
         x_rows = as_rows(*x, "x");
         params.x = check_matrix(*x_rows, "x", params.m, params.k, grad_y);
     }
-    if (size_B > 0) {
+    if (has_B) {
         if (!s) bad_argument("s", "none", "the forward's s, since lora_B's gradient is wanted");
         check_shape(*s, "s", {params.m, adapters.total_rank});
         check_array(*s, "s", ScalarType::Float, params.m * adapters.total_rank, grad_y);
@@ -138,23 +126,8 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& given_grad_y, const Op
     std::vector<int64_t> sizes{0, params.k};
     if (wants_x) sizes = sizes_of_rows(given_grad_y, params.k);
     Tensor grad_x = empty(grad_y, sizes, scalar_type(grad_dtype));
-    Tensor grad_A = empty(grad_y, {size_A}, ScalarType::Float);
-    Tensor grad_B = empty(grad_y, {size_B}, ScalarType::Float);
-    float* next_A = static_cast<float*>(grad_A.mutable_data_ptr());
-    float* next_B = static_cast<float*>(grad_B.mutable_data_ptr());
-    for (size_t i = 0; i < count; ++i) {
-        LoraAdapter& adapter = adapters.list[i];
-        if (wants_A[i] && params.k > 0) {
-            adapter.grad_A = next_A;
-            next_A += adapter.rank * params.k;
-        }
-        if (wants_B[i] && params.n > 0) {
-            adapter.grad_B = next_B;
-            next_B += adapter.rank * params.n;
-        }
-    }
     params.adapters = adapters.list.data();
-    params.num_adapters = static_cast<int32_t>(count);
+    params.num_adapters = static_cast<int32_t>(adapters.list.size());
     params.total_rank = adapters.total_rank;
     if (params.m == 0) {
         torch::stable::zero_(grad_A);
@@ -170,7 +143,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& given_grad_y, const Op
         return {grad_x, grad_A, grad_B};
     }
 #endif
-    if ((wants_x && params.k > 0) || size_A > 0 || size_B > 0) run_backward_cpu(params, grad_y);
+    if ((wants_x && params.k > 0) || has_A || has_B) run_backward_cpu(params, grad_y);
     return {grad_x, grad_A, grad_B};
 }
 

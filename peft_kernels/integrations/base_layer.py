@@ -25,8 +25,8 @@ from .sharding import type_in_forward
 BaseProduct = tuple[Tensor | NF4Weight, Tensor | None, torch.dtype, torch.dtype]
 # LoRA's for each active adapter: A, B, scaling and dropout.
 Adapters = tuple[Sequence[Tensor], Sequence[Tensor], Sequence[float], Sequence[float]]
-# `lora_linear_grouped`'s: A, B and scaling of each adapter, and the position of each sample's among them.
-GroupedAdapters = tuple[Sequence[Tensor], Sequence[Tensor], Sequence[float], Sequence[int]]
+# `lora_linear_grouped`'s: A, B and scaling of each adapter, the position of each sample's among them, and dropout.
+GroupedAdapters = tuple[Sequence[Tensor], Sequence[Tensor], Sequence[float], Tensor, Sequence[float]]
 NO_ADAPTERS: Adapters = ((), (), (), ())
 _STAND_INS = (FakeTensor, FunctionalTensor)  # for parameters, while a program is exported
 LEAST_PRODUCTS = 1 << 23  # of a layer by itself: for fewer, the autograd.Function's own time is lost

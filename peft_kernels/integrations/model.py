@@ -142,8 +142,8 @@ def accelerate(model: nn.Module, *, tune: bool | float = True) -> Report:
     Llama's in inference (on the CPU), `torch.nn.Dropout`, `torch.nn.Linear` and `Conv1D` in fp32 (on CPUs with AVX-512
     that are not Intel's), and bitsandbytes' `Linear4bit`. Parameters, their names, state_dict, saving, merging and
     switching adapters go on as before, and results have the dtype that the stock layers return. Whatever can't be fused
-    keeps its stock forward, and the report says why; what only an input can tell (its device or dtype, gradients of a
-    batch with `adapter_names`) is decided at each forward, and logged once.
+    keeps its stock forward, and the report says why; what only an input can tell (its device or dtype) is decided at
+    each forward, and logged once.
 
     Differences that are meant: dropout draws other masks; LoRA branches are computed in fp32; norms, GELUs, gated
     blocks and rotary embeddings are rounded once, and so are residual sums without gradients; a label that is no class

@@ -80,23 +80,31 @@ def lora_linear_unchecked(x: Tensor, weight: Tensor | NF4Weight, bias: Tensor | 
                           compute_dtype: torch.dtype, out_dtype: torch.dtype,
                           seeds: Tensor | None = None) -> Tensor:  # fmt: skip
     """`lora_linear` of arguments whose types are known to be right, and of x as wide as the weight."""
+    dropout, seeds = draw_masks(x, lora_A, dropout, seeds)
+    dense = None if isinstance(weight, NF4Weight) else weight
+    arguments = x, weight, bias, lora_A, lora_B, scaling, dropout, compute_dtype, out_dtype, seeds
+    if not lora_A and dense is not None and forward_ad._current_level >= 0:
+        return make_y(*arguments, False, False)[0]  # by torch, whose products have tangents
+    # If nothing but grad mode were asked, torch.compile would lose `ctx`: where nothing needs a gradient, it takes
+    # forward's signature, whose *adapters hold two tensors, for one without it.
+    if wants_gradients(x, weight, bias, lora_A, lora_B):
+        call = Call(weight, compute_dtype, out_dtype, tuple(scaling), tuple(dropout))
+        y: Tensor = LoRALinear.apply(x, bias, seeds, None, dense, call, len(lora_A), *lora_A, *lora_B)[0]
+        return y
+    owns = dense is not None and owns_product(x, dense, compute_dtype)[0]
+    return make_y(*arguments, False, owns)[0]
+
+
+def draw_masks(
+    x: Tensor, lora_A: Sequence[Tensor], dropout: Sequence[float], seeds: Tensor | None
+) -> tuple[Sequence[float], Tensor | None]:
+    """The probabilities, empty where nothing is dropped, and the seeds, drawn unless they are given."""
     if any(dropout):
         if seeds is None:
             seeds = torch.randint(torch.iinfo(torch.int64).max, (len(dropout),), device=x.device)
     elif len(dropout) == len(lora_A):  # another number of zeros is the op's to refuse
         dropout = ()
-    dense = None if isinstance(weight, NF4Weight) else weight
-    arguments = x, weight, bias, lora_A, lora_B, scaling, dropout, compute_dtype, out_dtype, seeds
-    if not lora_A and dense is not None and forward_ad._current_level >= 0:
-        return _forward(*arguments, False, False)[0]  # by torch, whose products have tangents
-    # If nothing but grad mode were asked, torch.compile would lose `ctx`: where nothing needs a gradient, it takes
-    # forward's signature, whose *adapters hold two tensors, for one without it.
-    if wants_gradients(x, weight, bias, lora_A, lora_B):
-        call = _Call(weight, compute_dtype, out_dtype, tuple(scaling), tuple(dropout))
-        y: Tensor = _LoRALinear.apply(x, bias, seeds, dense, call, len(lora_A), *lora_A, *lora_B)[0]
-        return y
-    owns = dense is not None and owns_product(x, dense, compute_dtype)[0]
-    return _forward(*arguments, False, owns)[0]
+    return dropout, seeds
 
 
 def wants_gradients(
@@ -115,18 +123,14 @@ def _check(x: Tensor, weight: Tensor | NF4Weight, bias: Tensor | None, lora_A: S
     so the texts are made only on failure.
     """
     check_product(x, weight, bias, compute_dtype, out_dtype)
-    check_adapters(lora_A, lora_B, scaling, dropout)
-    if seeds is not None and not (
-        isinstance(seeds, Tensor) and seeds.dtype is torch.int64 and seeds.shape == (len(lora_A),)
-    ):
-        bad("seeds", seeds, f"an int64 tensor [{len(lora_A)}], a seed for each adapter")
+    check_adapters(lora_A, lora_B, scaling, dropout, seeds)
     if not lora_A and not isinstance(weight, NF4Weight):
         for name, items in (("lora_B", lora_B), ("scaling", scaling), ("dropout", dropout)):
             if items:
                 raise ValueError(f"{name}: got {len(items)} items, wanted none, since lora_A has none")
 
 
-def check_adapters(lora_A: Any, lora_B: Any, scaling: Any, dropout: Any = ()) -> None:
+def check_adapters(lora_A: Any, lora_B: Any, scaling: Any, dropout: Any, seeds: Any) -> None:
     for name, items, kind, wanted in (
         ("lora_A", lora_A, Tensor, "tensors"),
         ("lora_B", lora_B, Tensor, "tensors"),
@@ -138,12 +142,16 @@ def check_adapters(lora_A: Any, lora_B: Any, scaling: Any, dropout: Any = ()) ->
         for item in items:
             if not isinstance(item, kind):
                 bad(name, item, wanted)
+    if seeds is not None and not (
+        isinstance(seeds, Tensor) and seeds.dtype is torch.int64 and seeds.shape == (len(lora_A),)
+    ):
+        bad("seeds", seeds, f"an int64 tensor [{len(lora_A)}], a seed for each adapter")
 
 
-def _forward(x: Tensor, weight: Tensor | NF4Weight, bias: Tensor | None, lora_A: Sequence[Tensor],
-             lora_B: Sequence[Tensor], scaling: Sequence[float], dropout: Sequence[float], compute_dtype: torch.dtype,
-             out_dtype: torch.dtype, seeds: Tensor | None, wants_s: bool,
-             owns: bool) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+def make_y(x: Tensor, weight: Tensor | NF4Weight, bias: Tensor | None, lora_A: Sequence[Tensor],
+           lora_B: Sequence[Tensor], scaling: Sequence[float], dropout: Sequence[float], compute_dtype: torch.dtype,
+           out_dtype: torch.dtype, seeds: Tensor | None, wants_s: bool,
+           owns: bool) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """Returns y [..., N], and s [rows of x, Σ rank] if it is wanted. `owns`: a dense product is the kernels'."""
     options: dict[str, Any] = {}  # what is left out costs a call less
     if isinstance(weight, NF4Weight):
@@ -178,8 +186,11 @@ def _forward(x: Tensor, weight: Tensor | NF4Weight, bias: Tensor | None, lora_A:
 
 
 @dataclass(frozen=True)
-class _Call:
-    """What one call of `lora_linear` shares between its forward and its backward, tensors that need gradients apart."""
+class Call:
+    """What one call of `lora_linear` shares between its forward and its backward, tensors that need gradients apart.
+
+    `index` is that of `lora_linear_grouped`, whose calls are of a subclass.
+    """
 
     weight: Tensor | NF4Weight
     compute_dtype: torch.dtype
@@ -187,14 +198,15 @@ class _Call:
     scaling: tuple[float, ...]
     dropout: tuple[float, ...]
 
-    def forward(self, x: Tensor, bias: Tensor | None, seeds: Tensor | None, lora_A: Sequence[Tensor],
-                lora_B: Sequence[Tensor], wants_s: bool, owns: bool) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    def forward(self, x: Tensor, bias: Tensor | None, seeds: Tensor | None, index: Tensor | None,
+                lora_A: Sequence[Tensor], lora_B: Sequence[Tensor], wants_s: bool,
+                owns: bool) -> tuple[Tensor, Tensor | None]:  # fmt: skip
         dtypes = self.compute_dtype, self.out_dtype
-        return _forward(x, self.weight, bias, lora_A, lora_B, self.scaling, self.dropout, *dtypes, seeds, wants_s, owns)
+        return make_y(x, self.weight, bias, lora_A, lora_B, self.scaling, self.dropout, *dtypes, seeds, wants_s, owns)
 
     def backward(self, grad_y: Tensor, x: Tensor, x_dtype: torch.dtype, s: Tensor | None, seeds: Tensor | None,
-                 lora_A: Sequence[Tensor], lora_B: Sequence[Tensor], wants_x: bool, wants_A: list[bool],
-                 wants_B: list[bool],
+                 index: Tensor | None, lora_A: Sequence[Tensor], lora_B: Sequence[Tensor], wants_x: bool,
+                 wants_A: list[bool], wants_B: list[bool],
                  owns: bool) -> tuple[Tensor | None, list[Tensor | None], list[Tensor | None]]:  # fmt: skip
         """Returns grad_x [..., K] or None, and lists of the gradients of A and B in fp32, None where not wanted."""
         weight, dtype = self.weight, self.compute_dtype
@@ -217,19 +229,20 @@ class _Call:
         return grad_x if wants_x else None, of_A, of_B
 
 
-class _LoRALinear(Function):
+class LoRALinear(Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, bias: Tensor | None, seeds: Tensor | None, weight: Tensor | None, call: _Call,
-                num_adapters: int, *adapters: Tensor) -> tuple[Tensor, ...]:  # fmt: skip
+    def forward(ctx: Any, x: Tensor, bias: Tensor | None, seeds: Tensor | None, index: Tensor | None,
+                weight: Tensor | None, call: Call, num_adapters: int,
+                *adapters: Tensor) -> tuple[Tensor, ...]:  # fmt: skip
         # `weight` repeats call.weight where it is dense, so that autograd sees it.
         lora_A, lora_B = adapters[:num_adapters], adapters[num_adapters:]
-        needs_A, needs_B = ctx.needs_input_grad[6 : 6 + num_adapters], ctx.needs_input_grad[6 + num_adapters :]
+        needs_A, needs_B = ctx.needs_input_grad[7 : 7 + num_adapters], ctx.needs_input_grad[7 + num_adapters :]
         owns_y, ctx.owns_x = (False, False) if weight is None else owns_product(x, weight, call.compute_dtype)
-        y, s = call.forward(x, bias, seeds, lora_A, lora_B, any(needs_B), owns_y)
-        keeps_x = any(needs_A) or ctx.needs_input_grad[3]
+        y, s = call.forward(x, bias, seeds, index, lora_A, lora_B, any(needs_B), owns_y)
+        keeps_x = any(needs_A) or ctx.needs_input_grad[4]
         keeps_weight = ctx.needs_input_grad[0]  # else it may change before the backward
         anchors = anchor(x, ctx.needs_input_grad[0] and not keeps_x and any(needs_B))
-        kept = x if keeps_x else None, s, seeds, weight if keeps_weight else None
+        kept = x if keeps_x else None, s, seeds, index, weight if keeps_weight else None
         ctx.save_for_backward(*kept, *adapters, *anchors)
         ctx.call, ctx.x_dtype, ctx.num_adapters = call, x.dtype, num_adapters
         ctx.bias_dtype = None if bias is None else bias.dtype
@@ -238,18 +251,18 @@ class _LoRALinear(Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, saved: Sequence[Tensor], grad_y: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        x, s, seeds, _weight, *adapters = saved[: 4 + 2 * ctx.num_adapters]
+        x, s, seeds, index, _weight, *adapters = saved[: 5 + 2 * ctx.num_adapters]
         n = ctx.num_adapters
-        wants_x, wants_bias, _, wants_weight = ctx.needs_input_grad[:4]
-        wants_A, wants_B = list(ctx.needs_input_grad[6 : 6 + n]), list(ctx.needs_input_grad[6 + n :])
+        wants_x, wants_bias, _, _, wants_weight = ctx.needs_input_grad[:5]
+        wants_A, wants_B = list(ctx.needs_input_grad[7 : 7 + n]), list(ctx.needs_input_grad[7 + n :])
         grad_x, grad_A, grad_B = ctx.call.backward(
-            grad_y, x, ctx.x_dtype, s, seeds, adapters[:n], adapters[n:], wants_x, wants_A, wants_B, ctx.owns_x
+            grad_y, x, ctx.x_dtype, s, seeds, index, adapters[:n], adapters[n:], wants_x, wants_A, wants_B, ctx.owns_x
         )
         grad_bias = matrix(grad_y).sum(0, dtype=torch.float32).to(ctx.bias_dtype) if wants_bias else None
         grad_weight = None
         if wants_weight:
             grad_weight = gradient_of_weight(matrix(grad_y), matrix(x), ctx.call.compute_dtype, ctx.call.weight.dtype)
-        return grad_x, grad_bias, None, grad_weight, None, None, *grad_A, *grad_B
+        return grad_x, grad_bias, None, None, grad_weight, None, None, *grad_A, *grad_B
 
 
 @register_fake("lora_linear")

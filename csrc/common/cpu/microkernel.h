@@ -236,21 +236,23 @@ inline void prefetch_row(const T* row, int64_t columns) {
     for (int64_t column = 0; column < columns; column += 64 / sizeof(T)) __builtin_prefetch(row + column, kForWriting);
 }
 
-// fp32 strips whose steps are the rows of a matrix; dropped as above.
-template <class T>
-inline void strips_of_rows(const T* matrix, int64_t stride, int64_t rows, int64_t columns, const uint8_t* bits,
-                           int64_t bits_stride, float scale, uint32_t* strips) {
+// fp32 strips whose steps are rows, wherever they lie. row_at(step) is a row, or behind the last one any, which is only
+// fetched; keep_at(step) are the bits of what is kept of it, or null.
+template <class RowAt, class KeepAt>
+inline void strips_of_rows(const RowAt& row_at, const KeepAt& keep_at, int64_t rows, int64_t columns, float scale,
+                           uint32_t* strips) {
     constexpr int64_t kAhead = 16;
     const int64_t num_strips = ceil_div(columns, kLanes);
     for (int64_t strip = 0; strip < num_strips; strip += kTileStrips) {
         const int64_t end = min_of(strip + kTileStrips, num_strips);
-        const T* row = matrix;
-        for (int64_t step = 0; step < rows; ++step, row += stride) {
-            prefetch_row<false>(row + kAhead * stride + strip * kLanes, (end - strip) * kLanes);
+        for (int64_t step = 0; step < rows; ++step) {
+            const auto* row = row_at(step);
+            const uint8_t* bits = keep_at(step);
+            prefetch_row<false>(row_at(step + kAhead) + strip * kLanes, (end - strip) * kLanes);
             for (int64_t column = strip * kLanes; column < end * kLanes; column += kLanes, strips += kLanes) {
                 const int64_t count = columns - column;
                 F32 v = count >= kLanes ? load(row + column) : load_partial(row + column, count);
-                if (bits) v = keep_where(v, bits + step * bits_stride, column);
+                if (bits) v = keep_where(v, bits, column);
                 store_vector(strips, v * scale);
             }
         }

@@ -33,7 +33,8 @@ inline void adapter_strips(const ConstMatrix& matrix, int64_t rows, int64_t colu
         if (outputs_are_rows)
             strips_of_columns(data, matrix.stride, rows, columns, scale, strips);
         else
-            strips_of_rows(data, matrix.stride, rows, columns, nullptr, 0, scale, strips);
+            strips_of_rows([&](int64_t row) { return data + row * matrix.stride; },
+                           [](int64_t) -> const uint8_t* { return nullptr; }, rows, columns, scale, strips);
     });
 }
 
@@ -48,6 +49,33 @@ inline void adapter_strips(const ConstMatrix& matrix, int64_t rows, int64_t colu
 inline void multiply_branch(const Rows& rows, int64_t num_rows, const uint32_t* strips, int64_t num_strips,
                             int64_t steps, float* tile, int64_t tile_stride, bool accumulate) {
     multiply_branch(rows, num_rows, strips, num_strips, steps, tile, tile_stride, accumulate, 0, steps);
+}
+
+// sums[row][rank] (+)= `columns` numbers of each of some rows, as shrinks have them in `wide`, times strips of A or B;
+// of at most `part` products each.
+inline void multiply_wide(const float* wide, int64_t rows, int64_t columns, const uint32_t* strips, int64_t num_strips,
+                          int64_t part, float* sums, int64_t stride, bool accumulate) {
+    for (int64_t at = 0; at == 0 || at < columns; at += part)
+        multiply_branch({wide + at, kShrinkColumns * 4, 4}, rows, strips, num_strips, columns, sums, stride,
+                        accumulate || at > 0, at, min_of(part, columns - at));
+}
+
+// tile[rank][column] = Σ over `rows` rows of coefficients[row][rank] · matrix[row_at(row)][first + column], of which
+// keep_at(row) are the bits of what is kept, or null. Coefficients have rows of `stride` numbers.
+template <class RowAt, class KeepAt>
+inline void reduce_rows(const ConstMatrix& matrix, const RowAt& row_at, const KeepAt& keep_at, int64_t rows,
+                        int64_t first, int64_t columns, const float* coefficients, int64_t stride, int64_t rank,
+                        uint32_t* strips, float* tile) {
+    for (int64_t row = 0; row == 0 || row < rows; row += kReduceRows) {
+        const int64_t some = min_of(kReduceRows, rows - row);
+        dispatch_dtype(matrix.dtype, [&](auto* type) {
+            using T = Pointee<decltype(type)>;
+            strips_of_rows([&](int64_t i) { return static_cast<const T*>(row_of(matrix, row_at(row + i), first)); },
+                           [&](int64_t i) { return keep_at(row + i); }, some, columns, 1.0f, strips);
+        });
+        multiply_branch({coefficients + row * stride, 4, stride * 4}, rank, strips, ceil_div(columns, kLanes), some,
+                        tile, kTaskOutputs, row > 0);
+    }
 }
 
 template <bool kForward>
@@ -165,7 +193,11 @@ public:
         for (int a = 0; a < p_.num_adapters; coefficients += p_.adapters[a++].rank) {
             const LoraAdapter& adapter = p_.adapters[a];
             if (!(adapter.*gradient)) continue;
-            reduce_rows(is_A ? x : input_, first, count, coefficients, adapter.rank, is_A ? a : -1, strips, tile);
+            const uint8_t* kept = is_A ? kept_.at(a, 0, first) : nullptr;
+            reduce_rows(
+                is_A ? x : input_, [](int64_t row) { return row; },
+                [&](int64_t row) { return kept ? kept + row * kept_.stride() : nullptr; }, m_, first, count,
+                coefficients, p_.total_rank, adapter.rank, strips, tile);
             store_gradient(adapter, gradient, tile, kTaskOutputs, k_, first, count);
         }
     }
@@ -197,29 +229,11 @@ private:
                         });
                     reusable = !drop;
                     const int64_t num_strips = ceil_div(adapter.rank, kLanes);
-                    for (int64_t at = 0; at == 0 || at < columns; at += part)
-                        multiply_branch({wide + at, kShrinkColumns * 4, 4}, some, strip, num_strips, columns, sums,
-                                        shrunk_, column + at > 0, at, min_of(part, columns - at));
+                    multiply_wide(wide, some, columns, strip, num_strips, part, sums, shrunk_, column > 0);
                     strip += num_strips * kLanes * columns;
                     sums += num_strips * kLanes;
                 }
             }
-        }
-    }
-
-    // tile[r][column] = Σ over rows of coefficients[row][r] · matrix[row][first + column], dropped with the mask of an
-    // adapter if it is not negative. Coefficients have rows of total_rank numbers.
-    void reduce_rows(const ConstMatrix& matrix, int64_t first, int64_t columns, const float* coefficients, int64_t rank,
-                     int adapter, uint32_t* strips, float* tile) const {
-        for (int64_t row = 0; row < m_; row += kReduceRows) {
-            const int64_t rows = min_of(kReduceRows, m_ - row);
-            dispatch_dtype(matrix.dtype, [&](auto* type) {
-                strips_of_rows(static_cast<const Pointee<decltype(type)>*>(row_of(matrix, row, first)), matrix.stride,
-                               rows, columns, adapter < 0 ? nullptr : kept_.at(adapter, row, first), kept_.stride(),
-                               1.0f, strips);
-            });
-            multiply_branch({coefficients + row * p_.total_rank, 4, p_.total_rank * 4}, rank, strips,
-                            ceil_div(columns, kLanes), rows, tile, kTaskOutputs, row > 0);
         }
     }
 

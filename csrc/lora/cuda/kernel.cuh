@@ -174,7 +174,8 @@ __global__ void __launch_bounds__(kBranchThreads) lora_shrink_kernel(const __gri
         load(i + 2);
         Factor::template store<false>(factor, values);
         fetch(i + 1);
-        if (group.drops()) Input::drop(input, seed, group.adapter.threshold, row0, (tile0 + i) * Input::kColumns);
+        if (group.drops())
+            Input::drop(input, seed, group.adapter.threshold, branch.mask_row + row0, (tile0 + i) * Input::kColumns);
         __syncthreads();
         if (warp_row < branch.m) project<T, kRanks>(input, factor, sums);
     }
@@ -421,10 +422,10 @@ __device__ inline void expand(const ExpandParams& params, int64_t cta, char* sha
                         continue;
                     }
                     const int64_t column = column0 + Output::first_column(i, lane);
-                    const uint32_t kept =
-                        dropout_keep_bits(seed, group.adapter.threshold, warp_row + lane / 4 + 8 * half,
-                                          static_cast<uint32_t>(column / 8)) >>
-                        column % 8;
+                    const uint32_t kept = dropout_keep_bits(seed, group.adapter.threshold,
+                                                            branch.mask_row + warp_row + lane / 4 + 8 * half,
+                                                            static_cast<uint32_t>(column / 8)) >>
+                                          column % 8;
                     add_kept([&](int j) { return kept >> j & 1; });
                 }
         }
@@ -531,7 +532,7 @@ __device__ inline void accumulate_grad_A(const XPassParams& params, int64_t cta,
             load(i + 2);
             if (j == 0) RowFactor::template store<true>(row_factor, values);
             if (column_of(i) >= branch.k) continue;  // the whole CTA
-            if (group.drops()) Input::drop(input, seed, adapter.threshold, row0, column_of(i));
+            if (group.drops()) Input::drop(input, seed, adapter.threshold, branch.mask_row + row0, column_of(i));
             if (j == 0 || group.drops()) __syncthreads();
             accumulate<T, kRanks>(input, row_factor, static_cast<int>(min(branch.m - row0, int64_t{kBranchRows})),
                                   sums[j]);

@@ -61,6 +61,14 @@ inline Crossover crossover_of(const DeviceProperties& device, int64_t n, int64_t
     return found != tuned.of_weights.end() ? found->second : default_crossover(device.compute_capability);
 }
 
+// Through the dispatcher: torch::stable::narrow takes a symbol from outside the stable shim.
+inline Tensor narrow(const Tensor& tensor, int64_t dim, int64_t start, int64_t length) {
+    std::array<StableIValue, 4> stack{torch::stable::detail::from(tensor), torch::stable::detail::from(dim),
+                                      torch::stable::detail::from(start), torch::stable::detail::from(length)};
+    STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::narrow", "", stack.data(), TORCH_ABI_VERSION));
+    return torch::stable::detail::to<Tensor>(stack[0]);
+}
+
 class MatmulOnCuda {
 protected:
     MatmulOnCuda(const MatmulParams& params, const Tensor& input)
@@ -126,14 +134,6 @@ protected:
                 linear(input, weight, part_of_add, part);
             }
         }
-    }
-
-    // Through the dispatcher: torch::stable::narrow takes a symbol from outside the stable shim.
-    static Tensor narrow(const Tensor& tensor, int64_t dim, int64_t start, int64_t length) {
-        std::array<StableIValue, 4> stack{torch::stable::detail::from(tensor), torch::stable::detail::from(dim),
-                                          torch::stable::detail::from(start), torch::stable::detail::from(length)};
-        STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::narrow", "", stack.data(), TORCH_ABI_VERSION));
-        return torch::stable::detail::to<Tensor>(stack[0]);
     }
 
     // out = add + input · weightᵀ

@@ -20,7 +20,7 @@ from ...inference.guards import ONCE, Reading
 from ...inference.packed import Adaptable
 from ...ops._arguments import FLOAT_DTYPES
 from ...ops.dora_linear import dora_linear_unchecked, dora_norm
-from ...ops.lora_linear import lora_linear_unchecked, wants_gradients
+from ...ops.lora_linear import lora_linear_unchecked
 from ...ops.lora_linear_grouped import lora_linear_grouped_unchecked
 from ..base_layer import (
     NO_ADAPTERS,
@@ -48,9 +48,9 @@ class FusedLoRA(Adaptable):
     """`y = x Wᵀ + b + Σᵢ scalingᵢ · dropoutᵢ(x) Aᵢᵀ Bᵢᵀ` over the active adapters, or DoRA's y where the one that is
     active is a DoRA; in the dtype that PEFT returns.
 
-    With `adapter_names` each sample has its own adapter instead, or none; in inference, as PEFT has it. Merged or
-    disabled adapters, DoRA beside others, and adapters that are more than A and B (`lora_bias`, …) take PEFT's own
-    forward, which calls the base layer.
+    With `adapter_names` each sample has its own adapter instead, or none; with gradients too, though PEFT refuses them
+    for a model in training mode. Merged or disabled adapters, DoRA beside others, and adapters that are more than A and
+    B (`lora_bias`, …) take PEFT's own forward, which calls the base layer.
     """
 
     def why_stock(self) -> str | None:
@@ -157,8 +157,8 @@ class FusedLoRA(Adaptable):
             return product
         if x.dim() < 2:
             return Refusal("x has no samples")
-        adapters: tuple[list[Tensor], list[Tensor], list[float]] = ([], [], [])
-        lora_A, lora_B, scaling = adapters
+        adapters: tuple[list[Tensor], list[Tensor], list[float], list[float]] = ([], [], [], [])
+        lora_A, lora_B, scaling, dropout = adapters
         positions: dict[str, int] = {"__base__": -1}
         for name in adapter_names:
             if name in positions:
@@ -169,14 +169,12 @@ class FusedLoRA(Adaptable):
             positions[name] = -1 if adapter is None else len(lora_A)
             if adapter is not None:
                 a, b, scale, p = adapter
-                if p > 0:
-                    return Refusal(f"adapter {name!r} has dropout, and adapter_names was given")
                 lora_A.append(a)
                 lora_B.append(b)
                 scaling.append(scale)
-        if wants_gradients(x, *product[:2], lora_A, lora_B):
-            return Refusal("adapter_names was given, and a gradient is wanted")
-        return product, (*adapters, [positions[name] for name in adapter_names])
+                dropout.append(p)
+        index = torch.tensor([positions[name] for name in adapter_names], dtype=torch.int64, device="cpu")
+        return product, (lora_A, lora_B, scaling, index, dropout)
 
     def _product(self, x: Tensor, read: Reading = ONCE) -> BaseProduct | Refusal:
         base = read.module(self._modules, "base_layer")

@@ -7,10 +7,11 @@ from comparison import DTYPES, assert_close, error, rms, short  # noqa: F401
 from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
-from peft_kernels.ops import NF4Weight, lora_linear, quantize_4bit
+from peft_kernels.ops import NF4Weight, lora_linear, lora_linear_grouped, quantize_4bit
 from peft_kernels.testing.reference.lora_linear import lora_linear as oracle
 
 BASES = ["nf4", "fp4", "nested", "dense"]
+RANKS = (4, 17, 1)  # of the adapters of a batch
 
 
 @dataclass
@@ -69,6 +70,24 @@ def make_case(
         seeds=torch.randint(-(2**63), 2**63 - 1, (len(ranks),)) if any(dropout) else None,
         grad_y=torch.randn(m, n).to(out_dtype or x_dtype),
     )
+
+
+def make_batch(
+    tokens, n, k, x_dtype=torch.float32, adapter_dtype=torch.float32, base="nf4", examples=6, ranks=RANKS, **more
+):
+    """A case of lora_linear_grouped with x [examples, tokens, k]."""
+    case = make_case(examples * tokens, n, k, ranks, x_dtype, adapter_dtype, base, **more)
+    case.x, case.grad_y = case.x.view(examples, tokens, k), case.grad_y.view(examples, tokens, n)
+    return case
+
+
+def with_index(index, function=lora_linear_grouped):
+    """`lora_linear_grouped`, or another function of its arguments, with those of `lora_linear`."""
+
+    def call(x, weight, bias, lora_A, lora_B, scaling, dropout, **options):
+        return function(x, weight, bias, lora_A, lora_B, scaling, index, dropout, **options)
+
+    return call
 
 
 def run(case: Case, function=lora_linear, **options) -> dict[str, Tensor]:

@@ -643,16 +643,19 @@ def test_ia3_linear(training, feedforward, four_bits):
         assert saved == (9 * 128 * 2 if feedforward else 9 * 64 * 2)
 
 
-def test_lora_linear_grouped(monkeypatch):
-    case = lora_linear_grouped.Case(2, (64, 128))
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "training"])
+def test_lora_linear_grouped(monkeypatch, training):
+    case = lora_linear_grouped.Case(2, (64, 128), training=training)
     isas = cpu.isas()[-2:]
-    found = lora_linear_grouped.run(case, ["stock", "base"], isas, 0.0, shout)
-    names = [(FUSED, isa) for isa in isas] + [(STOCK, ""), (OWN_BASE, "")]
-    assert [(r.contender, r.isa) for r in found] == names
-    assert all(0 < r.error < lora_linear_grouped.TOLERANCE for r in found if r.contender == FUSED)
-    assert found[0].size > found[-1].size > 0 and found[0].flops > found[-1].flops > 0
-    monkeypatch.setattr(lora_linear_grouped, "TOLERANCE", 1e-9)
-    with pytest.raises(ArithmeticError, match="got an error of"):
+    found = lora_linear_grouped.run(case, ["stock", "base", "one"], isas, 0.0, shout)
+    names = [(FUSED, isa) for isa in isas] + [(STOCK, ""), (OWN_BASE, ""), (lora_linear_grouped.ONE, "")]
+    assert [(r.contender, r.isa) for r in found if r.phase == "forward"] == names
+    assert [r.phase for r in found[:3]] == (["forward", "backward", "both"] if training else ["forward"] * 3)
+    assert all(0 < r.error < lora_linear_grouped.TOLERANCES["y"] for r in found if r.contender == FUSED)
+    own = next(r for r in found if r.contender == OWN_BASE)
+    assert found[0].size > own.size > 0 and found[0].flops > own.flops > 0
+    monkeypatch.setitem(lora_linear_grouped.TOLERANCES, "y", 1e-9)
+    with pytest.raises(ArithmeticError, match="got y with an error of"):
         lora_linear_grouped.run(case, [], isas, 0.0, shout)
 
 

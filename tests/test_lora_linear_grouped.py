@@ -8,7 +8,19 @@ import torch
 from comparison import Made, mode_id, same_results, views_of_x
 from hypothesis import given
 from hypothesis import strategies as st
-from lora_linear_cases import BASES, DTYPES, assert_close, error, expected, magnitudes, make_case, rms, run, short
+from lora_linear_cases import (
+    BASES,
+    DTYPES,
+    assert_close,
+    error,
+    expected,
+    magnitudes,
+    make_batch,
+    rms,
+    run,
+    short,
+    with_index,
+)
 
 from peft_kernels.ops import NF4Weight, lora_linear, lora_linear_grouped
 from peft_kernels.testing.reference.lora_linear_grouped import lora_linear_grouped as oracle
@@ -17,7 +29,6 @@ pytestmark = pytest.mark.kernels
 
 ops = torch.ops.peft_kernels
 
-RANKS = (4, 17, 1)
 INDICES = [[0, 0, 1, 1, 2, 2], [2, 0, 1, 0, -1, 2], [1] * 6, [-1] * 6, [-1, -1, 0, -1, 2, -1]]
 # (tokens of each of six examples, N, K): a few rows; more than one block of them; odd sizes; a task's rows and more.
 SHAPES = [(1, 64, 128), (1, 33, 257), (3, 1, 96), (7, 66, 64), (50, 130, 31)]
@@ -27,22 +38,6 @@ MODES = [
     (torch.bfloat16, torch.bfloat16),
     (torch.float16, torch.float16),
 ]
-
-
-def make(tokens, n, k, x_dtype=torch.float32, adapter_dtype=torch.float32, base="nf4", examples=6, ranks=RANKS, **more):
-    """A case of lora_linear with x [examples, tokens, k]."""
-    case = make_case(examples * tokens, n, k, ranks, x_dtype, adapter_dtype, base, **more)
-    case.x, case.grad_y = case.x.view(examples, tokens, k), case.grad_y.view(examples, tokens, n)
-    return case
-
-
-def with_index(index, function=lora_linear_grouped):
-    """With the arguments of `lora_linear`."""
-
-    def call(x, weight, bias, lora_A, lora_B, scaling, dropout, **options):
-        return function(x, weight, bias, lora_A, lora_B, scaling, index, dropout, **options)
-
-    return call
 
 
 def call(case, index, function=lora_linear_grouped, **options):
@@ -82,14 +77,14 @@ def check(case, index, compute_dtype=None, out_dtype=None):
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_shapes(backend, shape, base, mode):
     for index in INDICES[1:3]:
-        check(make(*shape, *mode, base, blocksize=32 if shape[2] == 96 else 64), index)
+        check(make_batch(*shape, *mode, base, blocksize=32 if shape[2] == 96 else 64), index)
 
 
 @pytest.mark.may_launch_nothing
 @pytest.mark.parametrize("base", BASES)
 @pytest.mark.parametrize("index", INDICES, ids=str)
 def test_orders(backend, index, base):
-    check(make(2, 70, 128, base=base), index)
+    check(make_batch(2, 70, 128, base=base), index)
 
 
 @pytest.mark.parametrize("dropout", [(), (0.5, 0.0, 0.25)], ids=["plain", "dropout"])
@@ -97,7 +92,7 @@ def test_orders(backend, index, base):
 @pytest.mark.parametrize("tokens", [1, 25])
 def test_an_adapter_for_each_row(backend, tokens, base, dropout):
     """In any order, by any kind of index, and dropped by the masks of the whole x."""
-    case = make(tokens, 70, 136, base=base, ranks=(7, 17, 1), dropout=dropout)
+    case = make_batch(tokens, 70, 136, base=base, ranks=(7, 17, 1), dropout=dropout)
     index = torch.randint(-1, 3, (6, tokens))
     check(case, index)
     wanted = call(case, index, dropout=case.dropout, seeds=case.seeds)
@@ -109,14 +104,14 @@ def test_an_adapter_for_each_row(backend, tokens, base, dropout):
 @pytest.mark.parametrize("base", ["nf4", "dense"])
 def test_mixed_adapters(backend, base, dropout):
     """Of several ranks, dtypes and scalings, one without rows."""
-    case = make(9, 66, 192, base=base, ranks=(3, 16, 40), dropout=dropout)
+    case = make_batch(9, 66, 192, base=base, ranks=(3, 16, 40), dropout=dropout)
     case.lora_A[0], case.lora_B[2] = case.lora_A[0].bfloat16(), case.lora_B[2].half()
     case.scaling[0], case.scaling[2] = -0.5, 0.0
     check(case, [2, 0, -1, 2, 0, 2])
 
 
 def test_one_adapter_for_all_rows(platform):
-    case = make(3, 40, 65)
+    case = make_batch(3, 40, 65)
     wanted = call(case, [1] * 6)
     assert torch.equal(call(case, torch.tensor(1)), wanted)
     case.x = case.x[0, 0]
@@ -126,13 +121,13 @@ def test_one_adapter_for_all_rows(platform):
 @pytest.mark.may_launch_nothing
 @pytest.mark.parametrize("base", ["nf4", "dense"])
 def test_no_adapters(platform, base):
-    check(make(3, 40, 65, base=base, ranks=()), [-1] * 6)
+    check(make_batch(3, 40, 65, base=base, ranks=()), [-1] * 6)
 
 
 @pytest.mark.parametrize("out_dtype", DTYPES, ids=short)
 @pytest.mark.parametrize("base", ["nf4", "dense"])
 def test_output_dtype(platform, base, out_dtype):
-    check(make(3, 50, 128, torch.bfloat16, base=base), INDICES[1], torch.float32, out_dtype)
+    check(make_batch(3, 50, 128, torch.bfloat16, base=base), INDICES[1], torch.float32, out_dtype)
 
 
 @given(
@@ -145,7 +140,7 @@ def test_any_shape(cpu_isa, examples, rows, n, k, ranks, data):
     if data.draw(st.booleans()):
         index = torch.randint(-1, len(ranks), (examples, tokens))
     dropout = data.draw(st.sampled_from([(), (0.3,) * len(ranks)]))
-    case = make(tokens, n, k, base="dense", examples=examples, ranks=ranks, dropout=dropout)
+    case = make_batch(tokens, n, k, base="dense", examples=examples, ranks=ranks, dropout=dropout)
     # Small tensors can cancel: what is summed is the measure, not the sum. One number's roundings may all be large.
     actual, scales = run(case, with_index(index)), magnitudes(case, with_index(index, oracle))
     for name, value in expected(case, with_index(index, oracle)).items():
@@ -157,7 +152,7 @@ def test_any_shape(cpu_isa, examples, rows, n, k, ranks, data):
 @pytest.mark.parametrize("tokens", [1, 40])
 def test_threads(threads, cpu_isa, tokens):
     """Enough work for several, and the same bits whoever does it."""
-    case = make(tokens, 200, 512, torch.bfloat16, ranks=(64, 65, 33), bias=False, dropout=(0.2, 0.0, 0.5))
+    case = make_batch(tokens, 200, 512, torch.bfloat16, ranks=(64, 65, 33), bias=False, dropout=(0.2, 0.0, 0.5))
     wanted = run(case, with_index(INDICES[1]))
     threads(4)
     for _ in range(5):
@@ -168,7 +163,7 @@ def test_threads(threads, cpu_isa, tokens):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=short)
 def test_gradients_are_those_of_separate_calls(cpu_isa, dtype, base):
     """Bit for bit for all that the same kernels compute of the same numbers; the others to rounding."""
-    case = make(40, 70, 320, dtype, base=base, ranks=(16, 7, 33), bias=False)
+    case = make_batch(40, 70, 320, dtype, base=base, ranks=(16, 7, 33), bias=False)
     index = torch.randint(-1, 3, (6, 40))
     actual = run(case, with_index(index))
     for i in range(3):
@@ -186,7 +181,7 @@ def test_gradients_are_those_of_separate_calls(cpu_isa, dtype, base):
 
 def test_example_is_what_it_is_alone(cpu_isa):
     """Whatever the others are: an adapter that overflowed is its own examples' trouble."""
-    case = make(2, 70, 128)
+    case = make_batch(2, 70, 128)
     case.lora_B[2].fill_(float("inf"))
     case.lora_A[1][0, 5] = float("nan")
     index = INDICES[1]
@@ -201,7 +196,7 @@ def test_example_is_what_it_is_alone(cpu_isa):
 
 @pytest.mark.parametrize("tokens", [1, 40])
 def test_rounds_once_on_a_4bit_base(cpu_isa, tokens):
-    case = make(tokens, 384, 512, torch.bfloat16, torch.bfloat16, bias=False)
+    case = make_batch(tokens, 384, 512, torch.bfloat16, torch.bfloat16, bias=False)
     weight = case.dense_weight().bfloat16()  # as the product has it
     once = oracle(case.x, weight, None, case.lora_A, case.lora_B, case.scaling, INDICES[1]).bfloat16()
     wanted = call(case, INDICES[1], oracle)
@@ -210,7 +205,7 @@ def test_rounds_once_on_a_4bit_base(cpu_isa, tokens):
 
 @pytest.mark.parametrize("view", ["row-strided", "every-second-row", "transposed", "inner-strided", "3d-transposed"])
 def test_strided_x(platform, view):
-    case = make(4, 40, 65)
+    case = make_batch(4, 40, 65)
     x = views_of_x(case.x.view(24, 65))[view]
     index = (torch.arange(24) % 4 - 1).view(x.shape[:-1])
     case.x = x.contiguous()
@@ -225,7 +220,7 @@ def test_strided_x(platform, view):
 
 def test_strided_adapters(platform):
     """PEFT leaves such, where it combines adapters by their singular values."""
-    case = make(2, 40, 65)
+    case = make_batch(2, 40, 65)
     wanted = call(case, INDICES[1])
     for transposed in (case.lora_A, case.lora_B):
         transposed[:] = [tensor.T.contiguous().T for tensor in transposed]
@@ -233,7 +228,7 @@ def test_strided_adapters(platform):
 
 
 def test_more_dimensions(platform):
-    case = make(6, 40, 65)
+    case = make_batch(6, 40, 65)
     wanted = call(case, INDICES[1])
     case.x = case.x.view(6, 2, 3, 65)
     assert torch.equal(call(case, INDICES[1]), wanted.view(6, 2, 3, 40))
@@ -243,12 +238,12 @@ def test_more_dimensions(platform):
 @pytest.mark.parametrize("shape", [(0, 5, 8), (3, 0, 8), (3, 5, 0)], ids=str)
 @pytest.mark.parametrize("base", ["nf4", "dense"])
 def test_empty(platform, base, shape):
-    check(make(*shape, base=base), INDICES[1])
-    check(make(*shape, base=base, examples=0), [])
+    check(make_batch(*shape, base=base), INDICES[1])
+    check(make_batch(*shape, base=base, examples=0), [])
 
 
 def test_no_copy_of_x_or_of_a_weight(cpu_isa):
-    case = make(3, 300, 200, base="dense")
+    case = make_batch(3, 300, 200, base="dense")
     for index in (INDICES[1], torch.randint(-1, 3, (6, 3))):
         y = call(replace(case, x=case.x.requires_grad_()), index)
         with Made() as made:
@@ -289,7 +284,7 @@ BAD = {
 @pytest.mark.parametrize("platform", ["cpu", "emulated"], indirect=True)
 @pytest.mark.parametrize(("changes", "message"), list(BAD.values()), ids=list(BAD))
 def test_bad_argument(platform, changes, message):
-    case = make(3, 24, 128)
+    case = make_batch(3, 24, 128)
     arguments = {
         name: getattr(case, name) for name in ("x", "weight", "bias", "lora_A", "lora_B", "scaling")
     } | {"index": INDICES[1]}  # fmt: skip
@@ -310,13 +305,13 @@ def test_bad_argument(platform, changes, message):
     ],
 )
 def test_bad_argument_of_the_op(platform, x, base, index, message):
-    case = make(3, 24, 128)
+    case = make_batch(3, 24, 128)
     with pytest.raises(ValueError, match=message):
         ops.lora_linear_grouped(torch.ones(x), torch.ones(base), index, case.lora_A, case.lora_B, case.scaling)
 
 
 def test_bad_argument_of_the_backward_op(platform):
-    case = make(3, 24, 128)
+    case = make_batch(3, 24, 128)
     index, adapters = torch.tensor(INDICES[1]), (case.lora_A, case.lora_B, case.scaling)
     wants = [True] * 3, [True] * 3
     for x, s, message in (

@@ -6,8 +6,7 @@ import pytest
 import tolerances
 import torch
 from comparison import same_results, saved_for_backward
-from lora_linear_cases import assert_close, expected, make_case, run, short
-from test_lora_linear_grouped import make, with_index
+from lora_linear_cases import assert_close, expected, make_batch, make_case, run, short, with_index
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
@@ -30,7 +29,7 @@ def rows_index(tokens, examples=6, adapters=3):
 @pytest.mark.parametrize("dropout", [(), (0.1, 0.0, 0.5)], ids=["plain", "dropout"])
 @pytest.mark.parametrize("base", ["nf4", "dense"])
 def test_saves_x_s_seeds_and_the_index(platform, base, dropout):
-    case = make(5, 40, 128, base=base, bias=False, dropout=dropout)
+    case = make_batch(5, 40, 128, base=base, bias=False, dropout=dropout)
     index = rows_index(5)
     adapters = [tensor.requires_grad_() for tensor in case.lora_A + case.lora_B]
     weight = case.weight
@@ -71,7 +70,7 @@ class Recorder(TorchDispatchMode):
 @pytest.mark.parametrize("wanted", ["x", "lora_A0", "lora_B2", "bias", "weight", "lora_A2 lora_B0", "x bias lora_B0"])
 @pytest.mark.parametrize("base", ["nf4", "dense"])
 def test_computes_what_is_asked_for(platform, base, wanted):
-    case = make(7, 40, 128, base=base, dropout=(0.2, 0.5, 0.0))
+    case = make_batch(7, 40, 128, base=base, dropout=(0.2, 0.5, 0.0))
     call, leaves, wanted = with_index([0, 2, -1, 2, 0, 2]), case.leaves(), wanted.split()
     if base == "nf4" and "weight" in wanted:
         pytest.skip("a 4-bit weight is frozen")
@@ -94,7 +93,7 @@ def test_computes_what_is_asked_for(platform, base, wanted):
 
 @pytest.mark.may_launch_nothing
 def test_adapters_without_rows_have_no_gradient(platform):
-    case = make(4, 40, 128)
+    case = make_batch(4, 40, 128)
     for index in ([1] * 6, [-1] * 6, [0, 2, 0, 2, 0, 2]):
         actual = run(case, with_index(index))
         for i in range(3):
@@ -104,7 +103,7 @@ def test_adapters_without_rows_have_no_gradient(platform):
 
 
 def test_double_backward_is_refused(platform):
-    case = make(4, 40, 128)
+    case = make_batch(4, 40, 128)
     x = case.x.requires_grad_()
     y = lora_linear_grouped(x, case.weight, None, case.lora_A, case.lora_B, case.scaling, [0, 1, 2, -1, 0, 1])
     (grad,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
@@ -114,7 +113,7 @@ def test_double_backward_is_refused(platform):
 
 def test_finite_differences(platform):
     """Of all inputs at once, along a random direction."""
-    case = make(5, 30, 64, dropout=(0.3, 0.0, 0.5), ranks=(7, 3, 2))
+    case = make_batch(5, 30, 64, dropout=(0.3, 0.0, 0.5), ranks=(7, 3, 2))
     index = rows_index(5)
     gradients = run(case, with_index(index))
     wanted = expected(case, with_index(index, oracle))["y"]
@@ -136,7 +135,7 @@ def test_finite_differences(platform):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=short)
 @pytest.mark.parametrize("base", ["nf4", "dense"])
 def test_autocast(platform, base, dtype):
-    case, call = make(7, 40, 128, base=base), with_index(rows_index(7))
+    case, call = make_batch(7, 40, 128, base=base), with_index(rows_index(7))
     with torch.autocast(platform, dtype):
         actual = run(case, call)
     same_results(actual, run(case, call, compute_dtype=dtype, out_dtype=dtype))
@@ -147,7 +146,7 @@ def test_autocast(platform, base, dtype):
 @pytest.mark.parametrize("autocast", [False, True], ids=["plain", "autocast"])
 @pytest.mark.parametrize("base", ["nf4", "dense"])
 def test_checkpointing(platform, base, autocast, reentrant):
-    case, index = make(7, 40, 128, base=base, dropout=(0.5, 0.1, 0.0)), rows_index(7)
+    case, index = make_batch(7, 40, 128, base=base, dropout=(0.5, 0.1, 0.0)), rows_index(7)
     case.seeds = None  # drawn inside, and once more when the segment runs again
 
     def checkpointed(x, *arguments, seeds):
@@ -177,7 +176,7 @@ def test_compile(platform, base, dropout):
 
     compiled = torch.compile(lora_linear_grouped, fullgraph=True, backend=backend, dynamic=True)
     for tokens, adapters in ((5, 3), (30, 3), (13, 1)):
-        case = make(tokens, 24, 128, torch.bfloat16, base=base, dropout=dropout)
+        case = make_batch(tokens, 24, 128, torch.bfloat16, base=base, dropout=dropout)
         index = rows_index(tokens, adapters=adapters)
         actual, wanted = run(case, with_index(index, compiled)), run(case, with_index(index))
         for name, value in wanted.items():
@@ -194,7 +193,7 @@ def test_compile_with_an_index_in_a_list(platform):
     torch.compiler.reset()
     compiled = torch.compile(lora_linear_grouped, fullgraph=True, backend="aot_eager")
     for index in ([0, 0, 1, 1, 2, 2], [2, 0, 1, 0, -1, 2], [1] * 6):
-        case = make(3, 24, 128, torch.bfloat16)
+        case = make_batch(3, 24, 128, torch.bfloat16)
         arguments = case.x, case.weight, case.bias, case.lora_A, case.lora_B, case.scaling, index
         assert torch.equal(compiled(*arguments), lora_linear_grouped(*arguments))
 
@@ -202,7 +201,7 @@ def test_compile_with_an_index_in_a_list(platform):
 @pytest.mark.parametrize("dropout", [(), (0.5, 0.0, 0.1)], ids=["plain", "dropout"])
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16], ids=["same", "bf16"])
 def test_opcheck(platform, dtype, dropout):
-    case = make(3, 40, 128, torch.float16, dropout=dropout)
+    case = make_batch(3, 40, 128, torch.float16, dropout=dropout)
     index = rows_index(3)
     adapters, options = (case.lora_A, case.lora_B, case.scaling), {}
     if dropout:

@@ -23,6 +23,8 @@ namespace peft_kernels::PEFT_KERNELS_ISA {
 namespace {
 
 constexpr int64_t kExpandRows = 256;  // of a task
+// Rows of an adapter whose s Bᵀ has vectors along its ranks: to make strips of B takes as long as some four of them.
+constexpr int64_t kMostRowsAlongRanks = 3;
 // Products and results that one thread makes as fast as two, which are woken twice. (To let expanding tasks wait for
 // the shrink in one parallel loop, as the interleaved kernel does, gained nothing here.)
 constexpr int64_t kSerialWork = 1 << 17;
@@ -52,7 +54,7 @@ public:
         Scratch(Arena& arena, const LoraGroups& p) {
             const int64_t ranks = round_up(p.most_ranks, kLanes);
             strips = arena.take<uint32_t>(max_of(kShrinkColumns * ranks, kTaskOutputs * kReduceRows));
-            tile = arena.take<float>(kRowBlock * max_of(ranks, kTaskOutputs));
+            tile = arena.take<float>(kRowBlock * max_of(ranks, kTaskOutputs) + kLanes);
             wide = arena.take<float>(kTileRows * kShrinkColumns);
             dropped = arena.take<float>(kForward ? 0 : kRowBlock * kTaskOutputs);
         }
@@ -124,17 +126,22 @@ public:
             const bool has_adapter = a < p_.num_adapters;
             const int64_t last = has_adapter ? min_of(end, p_.indptr[a + 1]) : end;
             if (i >= last) continue;
-            if (has_adapter) make_strips(p_.adapters[a], column, columns, scratch.strips);
+            const bool along_ranks = kForward && has_adapter && last - i <= kMostRowsAlongRanks;
+            if (has_adapter && !along_ranks) make_strips(p_.adapters[a], column, columns, scratch.strips);
             for (int64_t rows; i < last; i += rows) {
                 rows = min_of(kRowBlock, last - i);
                 float* tile = scratch.tile;
                 for (int64_t row = 0; row < rows; ++row)
                     read_row(base, p_.order[i + row], column, columns, tile + row * kTaskOutputs);
-                if (has_adapter) {
+                const float* of_rows = s + i * p_.most_ranks;
+                if (along_ranks) {
+                    for (int64_t row = 0; row < rows; ++row)
+                        add_along_ranks(p_.adapters[a], p_.adapters[last < end ? next_with_rows(a) : a], column,
+                                        columns, of_rows + row * p_.most_ranks, tile + row * kTaskOutputs);
+                } else if (has_adapter) {
                     const uint8_t* keep = keep_at(a, i, column);
-                    multiply_branch({s + i * p_.most_ranks, p_.most_ranks * 4, 4}, rows, scratch.strips,
-                                    ceil_div(columns, kLanes), p_.adapters[a].rank, keep ? scratch.dropped : tile,
-                                    kTaskOutputs, !keep);
+                    multiply_branch({of_rows, p_.most_ranks * 4, 4}, rows, scratch.strips, ceil_div(columns, kLanes),
+                                    p_.adapters[a].rank, keep ? scratch.dropped : tile, kTaskOutputs, !keep);
                     if (keep) add_kept(scratch.dropped, keep, mask_stride(), rows, columns, kTaskOutputs, true, tile);
                 }
                 for (int64_t row = 0; row < rows; ++row)
@@ -149,6 +156,40 @@ private:
             adapter_strips(part_of(adapter.lora_B, column, 0), columns, adapter.rank, true, adapter.scaling, strips);
         else
             adapter_strips(part_of(adapter.lora_A, 0, column), adapter.rank, columns, false, 1.0f, strips);
+    }
+
+    int next_with_rows(int a) const {
+        do ++a;
+        while (a < p_.num_adapters - 1 && count(a) == 0);
+        return min_of(a, p_.num_adapters - 1);
+    }
+
+    // sums[output] += scaling Σ over ranks of B · s, for one row. Fetches what the next adapter has of B: its rows are
+    // a run of memory, but a short one.
+    static void add_along_ranks(const LoraAdapter& adapter, const LoraAdapter& next, int64_t column, int64_t columns,
+                                const float* s, float* sums) {
+        constexpr int kOutputs = 4;
+        const F32 scale = broadcast(adapter.scaling);
+        dispatch_dtype(adapter.lora_B.dtype, [&](auto* type) {
+            using T = Pointee<decltype(type)>;
+            for (int64_t n = 0; n < columns; n += kOutputs) {
+                F32 products[kOutputs] = {};
+                const T* rows[kOutputs];
+                for (int j = 0; j < kOutputs; ++j) {
+                    const int64_t row = column + min_of(n + j, columns - 1);
+                    rows[j] = static_cast<const T*>(row_of(adapter.lora_B, row));
+                    __builtin_prefetch(row_of(next.lora_B, row));
+                }
+                for (int64_t r = 0; r < adapter.rank; r += kLanes) {
+                    const F32 of_row = load_some(s + r, adapter.rank - r);
+#pragma GCC unroll 4
+                    for (int j = 0; j < kOutputs; ++j)
+                        products[j] = fma(load_some(rows[j] + r, adapter.rank - r), of_row, products[j]);
+                }
+                // Their other lanes are zero.
+                store(sums + n, fma(horizontal_sums(products), scale, load(sums + n)));
+            }
+        });
     }
 
     const LoraGroups& p_;

@@ -315,10 +315,10 @@ def test_bad_argument_of_the_backward_op(platform):
     index, adapters = torch.tensor(INDICES[1]), (case.lora_A, case.lora_B, case.scaling)
     wants = [True] * 3, [True] * 3
     for x, s, message in (
-        (None, torch.ones(18, 17), "x: got none, wanted the forward's x"),
+        (None, torch.ones(18, 20), "x: got none, wanted the forward's x"),
         (case.x, None, "s: got none, wanted the forward's s"),
-        (case.x, torch.ones(18, 22), r"s: got shape \[18, 22\], wanted \[18, 17\]"),
-        (case.x[:, :, 1:], torch.ones(18, 17), r"x: got shape \[18, 127\], wanted \[18, 128\]"),
+        (case.x, torch.ones(18, 22), r"s: got shape \[18, 22\], wanted \[18, 20\]"),
+        (case.x[:, :, 1:], torch.ones(18, 20), r"x: got shape \[18, 127\], wanted \[18, 128\]"),
     ):
         with pytest.raises(ValueError, match=message):
             ops.lora_linear_grouped_backward(case.grad_y, x, s, None, index, *adapters, *wants)

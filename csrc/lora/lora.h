@@ -49,7 +49,7 @@ struct LoraGroups : LoraAdapters {
 
     // The rows grouped by adapter, CSR-like: adapter i has those at order[indptr[i]] to order[indptr[i + 1] - 1], and
     // behind the last one's are those without any.
-    int64_t most_ranks;     // max rankᵢ: columns of s
+    int64_t most_ranks;     // max rankᵢ in whole fours, which keep rows aligned: columns of s
     const int64_t* order;   // [m]
     const int64_t* indptr;  // [num_adapters + 1]
 

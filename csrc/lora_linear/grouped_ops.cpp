@@ -40,7 +40,7 @@ struct Grouped {
         }
         for (int64_t a = 0; a < count; ++a) {
             indptr[a + 1] += indptr[a];
-            most_ranks = std::max(most_ranks, adapters.list[a].rank);
+            most_ranks = std::max(most_ranks, round_up(adapters.list[a].rank, int64_t{4}));
         }
         Integers next = indptr;  // the place of each adapter's next row, and of the next without one
         order.resize(m);

@@ -170,8 +170,8 @@ def _fake_y(x: Tensor, base: Tensor, *arguments: Any, out_dtype: torch.dtype | N
 @register_fake("lora_linear_grouped_forward")
 def _(x: Tensor, base: Tensor, index: Tensor, lora_A: Sequence[Tensor], *arguments: Any,
       out_dtype: torch.dtype | None = None, **options: Any) -> tuple[Tensor, Tensor]:  # fmt: skip
-    ranks = max((a.shape[0] for a in lora_A), default=0)
-    s = x.new_empty((math.prod(x.shape[:-1]), ranks), dtype=torch.float32)
+    ranks = max((a.shape[0] for a in lora_A), default=0)  # in whole fours
+    s = x.new_empty((math.prod(x.shape[:-1]), (ranks + 3) // 4 * 4), dtype=torch.float32)
     return _fake_y(x, base, out_dtype=out_dtype), s
 
 

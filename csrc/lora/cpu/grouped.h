@@ -22,6 +22,8 @@
 namespace peft_kernels::PEFT_KERNELS_ISA {
 namespace {
 
+static_assert(kShrinkColumns >= kTaskOutputs);  // so that strips for a shrink have room for those of an expand
+
 constexpr int64_t kExpandRows = 256;  // of a task
 // Rows of an adapter whose s Bᵀ has vectors along its ranks: to make strips of B takes as long as some four of them.
 constexpr int64_t kMostRowsAlongRanks = 3;
@@ -53,7 +55,7 @@ public:
     struct Scratch {  // of one worker
         Scratch(Arena& arena, const LoraGroups& p) {
             const int64_t ranks = round_up(p.most_ranks, kLanes);
-            strips = arena.take<uint32_t>(max_of(kShrinkColumns * ranks, kTaskOutputs * kReduceRows));
+            strips = arena.take<uint32_t>(max_of(kShrinkColumns * ranks, kForward ? 0 : kTaskOutputs * kReduceRows));
             tile = arena.take<float>(kRowBlock * max_of(ranks, kTaskOutputs) + kLanes);
             wide = arena.take<float>(kTileRows * kShrinkColumns);
             dropped = arena.take<float>(kForward ? 0 : kRowBlock * kTaskOutputs);

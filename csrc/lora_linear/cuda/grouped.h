@@ -50,7 +50,7 @@ Params params_of_run(const LoraGroups& p, const LoraAdapter& adapter, const RunO
 
 // The part of s [m, most_ranks] that is a run's: its rows, as wide as its adapter's rank.
 inline Tensor s_of_run(const LoraGroups& p, const Tensor& s, const LoraAdapter& adapter, const RunOfRows& run) {
-    return narrow(reinterpreted(s, {s.numel()}, {1}), 0, run.place * p.most_ranks, run.count * adapter.rank);
+    return narrowed(reinterpreted(s, {s.numel()}, {1}), 0, run.place * p.most_ranks, run.count * adapter.rank);
 }
 
 inline void grouped_forward_on_cuda(const LoraGroupedForwardParams& p, const Tensor& x, const Tensor& base, Tensor& y,
@@ -98,7 +98,7 @@ inline void grouped_backward_on_cuda(const LoraGroupedBackwardParams& p, const T
             params.add = {params.grad_x.data, params.grad_x.dtype, params.grad_x.stride};
         }
         if (adapter.grad_B) params.s = static_cast<const float*>(s_of_run(p, *s, adapter, run).const_data_ptr());
-        Tensor of_A = narrow(sums[a][0], 0, 1, 1), of_B = narrow(sums[a][1], 0, 1, 1);
+        Tensor of_A = narrowed(sums[a][0], 0, 1, 1), of_B = narrowed(sums[a][1], 0, 1, 1);
         LoraLinearOnCuda(params, grad_y).backward(params, grad_y, grad_x, of_A, of_B);
         SumPartsParams add{};
         for (int i = 0; i < 2; ++i) {

@@ -61,8 +61,9 @@ inline Crossover crossover_of(const DeviceProperties& device, int64_t n, int64_t
     return found != tuned.of_weights.end() ? found->second : default_crossover(device.compute_capability);
 }
 
-// Through the dispatcher: torch::stable::narrow takes a symbol from outside the stable shim.
-inline Tensor narrow(const Tensor& tensor, int64_t dim, int64_t start, int64_t length) {
+// Through the dispatcher: torch::stable::narrow takes a symbol from outside the stable shim. (A function of that name
+// would lose to it, which is found by the type of its argument.)
+inline Tensor narrowed(const Tensor& tensor, int64_t dim, int64_t start, int64_t length) {
     std::array<StableIValue, 4> stack{torch::stable::detail::from(tensor), torch::stable::detail::from(dim),
                                       torch::stable::detail::from(start), torch::stable::detail::from(length)};
     STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::narrow", "", stack.data(), TORCH_ABI_VERSION));
@@ -117,7 +118,7 @@ protected:
         Tensor panel = empty({plan.panel_rows, k}, params_.compute_dtype);
         for (int64_t n0 = 0; n0 < n; n0 += plan.panel_rows) {
             const int64_t count = std::min(plan.panel_rows, n - n0);
-            const Tensor weight = narrow(panel, 0, 0, count);
+            const Tensor weight = narrowed(panel, 0, 0, count);
             Nf4DequantizeParams dequantize{};
             dequantize.weight = *params_.weight;
             dequantize.first = n0 * k;
@@ -126,11 +127,11 @@ protected:
             dequantize.out_dtype = params_.compute_dtype;
             if (k > 0) run(cuda::nf4_dequantize(dequantize, scope_.stream()), "nf4_dequantize");
             if (transposed) {
-                linear(narrow(input, 1, n0, count), torch::stable::transpose(weight, 0, 1), n0 > 0 ? out : add, out);
+                linear(narrowed(input, 1, n0, count), torch::stable::transpose(weight, 0, 1), n0 > 0 ? out : add, out);
             } else {
-                Tensor part = narrow(out, 1, n0, count);
+                Tensor part = narrowed(out, 1, n0, count);
                 std::optional<Tensor> part_of_add;
-                if (add) part_of_add = narrow(*add, add->dim() - 1, n0, count);
+                if (add) part_of_add = narrowed(*add, add->dim() - 1, n0, count);
                 linear(input, weight, part_of_add, part);
             }
         }

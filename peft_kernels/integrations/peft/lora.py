@@ -61,10 +61,11 @@ class FusedLoRA(Adaptable):
         return next((adapter.reason for adapter in adapters if isinstance(adapter, Refusal)), None)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if self.stock_is_faster(x):
-            return self.stock_result(x, *args, **kwargs)
-        if not (args or kwargs) and (y := self.projected(x)) is not None:
-            return y
+        if not (args or kwargs):
+            if self.stock_is_faster(x):
+                return self.stock_result(x)
+            if (y := self.projected(x)) is not None:
+                return y
         if self._disable_adapters or self.merged_adapters:
             out: Tensor = super().forward(x, *args, **kwargs)
             return out

@@ -26,18 +26,38 @@ def make_adapters(d, dtype, norm=False):
     return weights
 
 
-def run(x, weights, index, grad_y, function, as_weights=AdapterWeights, **options):
+def run(x, weights, index, grad_y, function, as_weights=AdapterWeights, shared=None, **options):
+    """y and every gradient, by name. `shared` are tensors of all adapters: `gate`, `post_weight` and `post_bias`, and
+    `residual`, which is x without it, and may be None."""
     x = x.detach().clone().requires_grad_()
     leaves = [{name: t.detach().clone().requires_grad_() for name, t in each.items()} for each in weights]
+    shared = {name: t if t is None else t.detach().clone().requires_grad_() for name, t in (shared or {}).items()}
     adapters = []
     for each in leaves:
         norm = (each["norm_weight"], each["norm_bias"], 1e-5) if "norm_weight" in each else None
         adapters.append(as_weights(**{name: each[name] for name in FIELDS}, layer_norm=norm))
-    y = function(x, adapters, index, residual=x, **options)
+    if "post_weight" in shared:
+        options |= {"post_layer_norm": (shared["post_weight"], shared["post_bias"], 1e-5)}
+    y = function(x, adapters, index, residual=shared.get("residual", x), gate=shared.get("gate"), **options)
     y.backward(grad_y.to(y.dtype))
-    return {"y": y.detach(), "x": x.grad} | {
-        f"{name}{i}": t.grad for i, each in enumerate(leaves) for name, t in each.items()
-    }
+    return (
+        {"y": y.detach(), "x": x.grad}
+        | {name: t.grad for name, t in shared.items() if t is not None}
+        | {f"{name}{i}": t.grad for i, each in enumerate(leaves) for name, t in each.items()}
+    )
+
+
+def check(x, weights, index, grad_y, shared=None, **options):
+    actual = run(x, weights, index, grad_y, adapter_grouped, shared=shared, **options)
+    double = [{name: tensor.double() for name, tensor in each.items()} for each in weights]
+    shared = {name: t if t is None else t.double() for name, t in (shared or {}).items()}
+    wanted = run(x.double(), double, index, grad_y.double(), oracle, dict, shared, **options)
+    for name, value in wanted.items():
+        if value is None:  # of nothing that y was made of
+            assert actual[name] is None or not actual[name].any(), name
+        elif not name.startswith("scale"):  # one number, which cancels
+            assert_close(actual[name], value, 1.5 * tolerances.product(x.dtype, x.dtype), name)
+    return actual
 
 
 @pytest.mark.parametrize("norm", [False, True], ids=["plain", "norm"])
@@ -49,15 +69,43 @@ def test_against_reference(backend, index, dtype, norm):
     torch.manual_seed(2)
     x, grad_y = torch.randn(6, 11, 40).to(dtype), torch.randn(6, 11, 40).to(dtype)
     weights = make_adapters(40, dtype, norm)
+    check(x, weights, index, grad_y, activation="silu", dropout=0.2, seed=torch.tensor([9]))
+
+
+def make_post_norm(d, dtype):
+    return {"post_weight": (1 + 0.3 * torch.randn(d)).to(dtype), "post_bias": (0.3 * torch.randn(d)).to(dtype)}
+
+
+# The first without rows of one adapter.
+INDICES_WITH_NONE = [[-1, 0, 2, 0, -1, -1], [1, -1, 0, 2, 2, 2], [-1] * 6]
+
+
+@pytest.mark.parametrize("norms", ["none", "before", "after", "both"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=short)
+@pytest.mark.parametrize("index", INDICES_WITH_NONE, ids=str)
+def test_rows_of_no_adapter_are_the_residual(backend, index, dtype, norms):
+    """No LayerNorm is theirs: a base example gets beside others what it gets from the base model."""
+    x, grad_y = torch.randn(6, 11, 40).to(dtype), torch.randn(6, 11, 40).to(dtype)
+    weights = make_adapters(40, dtype, norms in ("before", "both"))
+    actual = check(x, weights, index, grad_y, make_post_norm(40, dtype) if norms in ("after", "both") else {})
+    none = torch.tensor(index) < 0
+    assert torch.equal(actual["y"][none], x[none]) and torch.equal(actual["x"][none], grad_y[none])
+
+
+@pytest.mark.parametrize("post", [False, True], ids=["plain", "after"])
+@pytest.mark.parametrize("residual", ["x", "given", "none"])
+@pytest.mark.parametrize("index", INDICES_WITH_NONE, ids=str)
+def test_rows_of_no_adapter_with_every_option(backend, index, residual, post):
+    x, grad_y, added = torch.randn(3, 6, 11, 40)
+    shared = {"x": {}, "given": {"residual": added}, "none": {"residual": None}}[residual]
+    if residual != "none" or not post:  # else the LayerNorm undoes the gate, whose gradient cancels
+        shared |= {"gate": torch.rand(6, 11, 1)}
+    shared |= make_post_norm(40, x.dtype) if post else {}
     options = {"activation": "silu", "dropout": 0.2, "seed": torch.tensor([9])}
-    actual = run(x, weights, index, grad_y, adapter_grouped, **options)
-    double = [{name: tensor.double() for name, tensor in each.items()} for each in weights]
-    wanted = run(x.double(), double, index, grad_y.double(), oracle, dict, **options)
-    for name, value in wanted.items():
-        if name.startswith("scale"):  # one number, which cancels
-            continue
-        tolerance = 1.5 * tolerances.product(dtype, dtype)
-        assert_close(actual[name], torch.zeros_like(actual[name]) if value is None else value, tolerance, name)
+    actual = check(x, make_adapters(40, x.dtype, norm=True), index, grad_y, shared, **options)
+    none = torch.tensor(index) < 0
+    wanted = {"x": x, "given": added, "none": torch.zeros_like(x)}[residual]
+    assert torch.equal(actual["y"][none], wanted[none])
 
 
 def test_index_as_tensor_and_one_adapter_alone(platform):

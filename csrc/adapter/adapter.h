@@ -62,10 +62,10 @@ struct AdapterParams {
 
 struct AdapterForwardParams : AdapterParams {
     ConstMatrix residual;  // [m, d]; data may be null
-    LayerNorm post_norm;
-    Matrix pre;    // [m, max_rank]: what goes into σ; data may be null
-    float* stats;  // [m, 2]: μ and rstd of the rows of x; null without a LayerNorm or where they are not wanted
-    Matrix y;      // [m, d]
+    LayerNorm post_norm;   // of rows with an adapter; y of the others is their residual, or zero
+    Matrix pre;            // [m, max_rank]: what goes into σ; data may be null
+    float* stats;          // [m, 2]: μ and rstd of the rows of x; null without a LayerNorm or where they are not wanted
+    Matrix y;              // [m, d]
 };
 
 struct AdapterBackwardParams : AdapterParams {

@@ -137,7 +137,7 @@ def adapter_grouped(
         x: [B, ..., d].
         adapters: of one d; their r, biases, scales and LayerNorms may differ.
         index: for each x[i] the position of its adapter in `adapters`, or -1 for none: then y[i] is residual[i], or
-            zero. Examples of one adapter are best side by side.
+            zero, and `post_layer_norm` does not touch it. Examples of one adapter are best side by side.
 
     The other arguments, the result and the errors are those of `adapter`.
     """
@@ -367,6 +367,22 @@ class _Call:
         )  # fmt: skip
         return y
 
+    def adapted(self, rows: Tensor) -> Tensor:
+        """Those of rows [m, d] that have an adapter, and so are normalised."""
+        if min(self.run_adapters, default=0) >= 0:
+            return rows
+        return torch.cat([rows[:0], *(run for run, name in self._runs(rows) if name >= 0)])
+
+    def with_adapted(self, rows: Tensor, adapted: Tensor) -> Tensor:
+        """Rows [m, d] with `adapted` in place of what the method of that name takes of them, in its dtype."""
+        if adapted.shape == rows.shape:
+            return adapted
+        parts = iter(adapted.split_with_sizes([len(run) for run, name in self._runs(rows) if name >= 0]))
+        return torch.cat([run.to(adapted.dtype) if name < 0 else next(parts) for run, name in self._runs(rows)])
+
+    def _runs(self, rows: Tensor) -> Iterator[tuple[Tensor, int]]:
+        return zip(rows.split_with_sizes(self.run_rows), self.run_adapters, strict=True)
+
 
 class _Adapter(Function):
     @staticmethod
@@ -398,9 +414,10 @@ class _Adapter(Function):
         post: Sequence[Tensor | None] = (None, None)
         if call.post_eps is not None:
             y = call.unnormalized(x, residual, gate, scale, seed, tensors)
-            grad_y, *post = _layer_norm_backward(
-                grad_y, y, post_weight, post_bias, call.post_eps, (True, needs[6], needs[7])
+            grad, *post = _layer_norm_backward(
+                call.adapted(grad_y), call.adapted(y), post_weight, post_bias, call.post_eps, (True, needs[6], needs[7])
             )
+            grad_y = call.with_adapted(grad_y, grad)
         grad_residual = grad_y.to(ctx.residual_dtype) if needs[1] else None
         if not ctx.branch:
             return None, grad_residual, None, None, None, None, *post, *[None] * len(tensors)

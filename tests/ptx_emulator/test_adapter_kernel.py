@@ -7,7 +7,8 @@ import tolerances
 import torch
 from adapter_cases import call, make_case, oracle
 from comparison import assert_close
-from test_adapter_grouped import make_adapters
+from test_adapter_grouped import check as check_grouped
+from test_adapter_grouped import make_adapters, make_post_norm
 from test_adapter_grouped import run as run_grouped
 
 import ptx_emulator
@@ -151,6 +152,16 @@ def test_more_adapters_and_runs_than_one_launch_has_room_for(emulated):
         assert torch.equal(actual["y"][rows], alone["y"]) and torch.equal(actual["x"][rows], alone["x"])
         for name in ("down_weight", "down_bias", "up_weight", "up_bias"):
             torch.testing.assert_close(actual[f"{name}{i}"], alone[f"{name}0"])
+
+
+def test_a_launch_without_adapters(emulated):
+    """The first has room for 40 runs, so that the last row comes alone."""
+    index = [0, 1] * 20 + [-1]
+    x, grad_y = torch.randn(2, len(index), 3, 24)
+    actual = check_grouped(x, make_adapters(24, FP32)[:2], index, grad_y, make_post_norm(24, FP32))
+    launched = names(emulated())
+    assert launched.count("post_norm") == 2 and launched.count("gradients") == 1
+    assert torch.equal(actual["y"][-1], x[-1]) and torch.equal(actual["x"][-1], grad_y[-1])
 
 
 def test_says_its_plan(emulated, monkeypatch, capfd):

@@ -248,7 +248,7 @@ private:
         }
     }
 
-    // y out of h; out of nothing, if there is no adapter.
+    // y out of h; the residual alone, not normalised, if there is no adapter.
     void finish(const BottleneckAdapter* adapter, const Weights* weights, int64_t row0, int64_t rows, const Left& h,
                 const Scratch& scratch) const {
         const Dropout dropout = dropout_of(p_);
@@ -259,7 +259,7 @@ private:
             if (Product::kFetches && !streams_ && !p_.post_norm.present)  // the next columns
                 prefetch_rows<true>(p_.y, row0 + begin, some, first + columns, min_of(columns, p_.d - first - columns));
             with_vectors(p_.residual, row0 + begin, first, columns, [&](auto residual) {
-                if (!adapter) return write_y(row0, begin, some, first, columns, scratch, residual);
+                if (!adapter) return write_part(p_.y, row0 + begin, some, first, columns, streams_, residual);
                 const float* bias = weights->up_bias + first;
                 const float scale = *adapter->scale * (drops ? dropout.keep_scale : 1.0f);
                 const auto expand_to = [&](const auto& make_value) {
@@ -284,7 +284,7 @@ private:
                 });
             });
         });
-        if (p_.post_norm.present) normalize(row0, rows, scratch.y);
+        if (adapter && p_.post_norm.present) normalize(row0, rows, scratch.y);
         if (streams_) fence_streams();
     }
 
@@ -295,22 +295,14 @@ private:
         if (!p_.post_norm.present)
             return write_products<Product>(h, rows, up, scratch.tile, p_.y, row0 + begin, first, streams_, NoFetch{},
                                            make_value, residual);
+        // Aside, since a LayerNorm wants whole rows.
         Product::multiply(h, rows, up, scratch.tile, kRightOutputs, false);
-        write_y(row0, begin, rows, first, up.outputs, scratch,
-                [value = make_value(residual), tile = scratch.tile](int64_t row, int64_t column) {
-                    return value(load(tile + row * kRightOutputs + column), row, column);
-                });
-    }
-
-    // Rows from `begin` on of the block: to y; or aside, where a LayerNorm wants whole rows.
-    template <class Vector>
-    void write_y(int64_t row0, int64_t begin, int64_t rows, int64_t first, int64_t columns, const Scratch& scratch,
-                 const Vector& vector) const {
-        if (!p_.post_norm.present) return write_part(p_.y, row0 + begin, rows, first, columns, streams_, vector);
+        const auto value = make_value(residual);
         const int64_t stride = chunks_of(p_.d) * kRightOutputs;
         float* y = scratch.y + begin * stride + first;
         for (int64_t row = 0; row < rows; ++row, y += stride)
-            for (int64_t column = 0; column < columns; column += kLanes) store(y + column, vector(row, column));
+            for (int64_t column = 0; column < up.outputs; column += kLanes)
+                store(y + column, value(load(scratch.tile + row * kRightOutputs + column), row, column));
     }
 
     void normalize(int64_t row0, int64_t rows, float* y) const {

@@ -43,10 +43,10 @@ public:
                 forward_by_two(p, adapters, plan, y);
             else
                 forward_by_one(p, adapters, plan, y);
+            if (!p.post_norm.present) continue;
+            const AdapterPostNormParams norm{adapters, {y.data, y.dtype, y.stride}, p.post_norm, p.y};
+            run(cuda::adapter_post_norm(norm, scope_.stream()), "the trailing LayerNorm");
         }
-        if (!p.post_norm.present) return;
-        AdapterPostNormParams norm{p.m, p.d, {y.data, y.dtype, y.stride}, p.post_norm, p.y};
-        run(cuda::adapter_post_norm(norm, scope_.stream()), "the trailing LayerNorm");
     }
 
     void backward(const AdapterBackwardParams& p, Tensor& grad_down, Tensor& grad_down_bias, Tensor& grad_up,
@@ -59,7 +59,7 @@ public:
         int splits = 0;
         for (const CudaAdapters& adapters : launches_) {
             AdapterProblem problem = problem_of(adapters, true);
-            problem.wants_weights = wants_weights;
+            problem.wants_weights = wants_weights && adapters.num_adapters > 0;
             problem.separate_grad_x = wants_x ? why_separate(adapters, wants_weights) : nullptr;
             plans.push_back(plan_of(problem));
             problems.push_back(problem);
@@ -97,7 +97,7 @@ public:
             run(cuda::adapter_bottleneck(bottleneck, scope_.stream()), "the bottleneck");
 
             const bool separate = problems[i].separate_grad_x;
-            if (wants_weights) {
+            if (problems[i].wants_weights) {
                 AdapterGradientsParams gradients{};
                 gradients.adapters = adapters;
                 gradients.splits = plan.gradient_splits;

@@ -260,19 +260,6 @@ __device__ inline void add_grad_x(const CudaAdapters& all, const CudaAdapter& ad
     for (int i = 0; i < kVector<T>; ++i) result[i] += gradient(values[i] * gamma[i], x[i]);
 }
 
-// For rows without an adapter out is `add`, or zero.
-template <int kThreads>
-__device__ inline void pass_on(const ConstMatrix& add, const Matrix& out, const RowBlock& block, int64_t columns,
-                               int64_t first, int64_t end) {
-    const int64_t vectors = ceil_div(min(end, columns) - first, 4);
-    for (int64_t i = threadIdx.x; i < block.rows * vectors; i += kThreads) {
-        const int64_t row = block.row0 + i / vectors, column = first + i % vectors * 4;
-        float values[4] = {};
-        if (add.data) load_floats(add, row, column, columns, values);
-        store_floats(values, out, row, column, columns);
-    }
-}
-
 // ---- expand --------------------------------------------------------------------------------------------------------
 
 template <class T>

@@ -73,8 +73,8 @@ int adapter_prepare(const AdapterPrepareParams& params, void* stream) {
 }
 
 int adapter_post_norm(const AdapterPostNormParams& params, void* stream) {
-    return launch_kernel(&adapter_post_norm_kernel, dim3(static_cast<unsigned>(params.m)), kAdapterThreads, 0, params,
-                         stream);
+    const dim3 grid(static_cast<unsigned>(params.adapters.blocks(1)));
+    return launch_kernel(&adapter_post_norm_kernel, grid, kAdapterThreads, 0, params, stream);
 }
 
 }  // namespace peft_kernels::cuda

@@ -10,7 +10,7 @@
 //                      gradients  gᵀ h, dzᵀ n, in parts, and dx = dz W_down (+ grad_y) while the rows are there
 //                      expand     dx, where the gradients' kernel does not make it
 //   prepare            what a LayerNorm of x adds to an adapter's vectors
-//   post-norm          y = LN(y)
+//   post-norm          y = LN(y), of rows with an adapter
 //
 // Plain data only: no torch, no CUDA headers.
 #pragma once
@@ -154,7 +154,7 @@ struct AdapterPrepareParams {
 };
 
 struct AdapterPostNormParams {
-    int64_t m, d;
+    CudaAdapters adapters;
     ConstMatrix input;  // fp32 [m, d]
     LayerNorm norm;
     Matrix y;

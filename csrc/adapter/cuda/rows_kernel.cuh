@@ -133,20 +133,24 @@ static __global__ void __launch_bounds__(kAdapterThreads)
             of_beta + (adapter.down_bias.data ? load_element(adapter.down_bias, 0, rank) : 0);
 }
 
-// A CTA reads its row three times; the second and third time it comes from the L1.
+// A CTA reads its row three times; the second and third time it comes from the L1. Rows without an adapter are not
+// normalised.
 static __global__ void __launch_bounds__(kAdapterThreads)
     adapter_post_norm_kernel(const __grid_constant__ AdapterPostNormParams params) {
     __shared__ float partial[2][kWarpsOfRows];
-    const int64_t row = blockIdx.x;
+    const int64_t d = params.adapters.d;
+    const RowBlock block = find_rows(params.adapters, blockIdx.x, 1);
+    if (!block.adapter) return pass_on<kAdapterThreads>(params.input, params.y, block, d, 0, d);
+    const int64_t row = block.row0;
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     const auto sum = [&](int which, const auto& term) {
         float value = 0;
-        for (int64_t column = 4 * threadIdx.x; column < params.d; column += 4 * kAdapterThreads) {
+        for (int64_t column = 4 * threadIdx.x; column < d; column += 4 * kAdapterThreads) {
             float v[4];
-            load_floats(params.input, row, column, params.d, v);
+            load_floats(params.input, row, column, d, v);
 #pragma unroll
             for (int i = 0; i < 4; ++i)
-                if (column + i < params.d) value += term(v[i]);
+                if (column + i < d) value += term(v[i]);
         }
         value = sum_of_warp(value);
         if (lane == 0) partial[which][warp] = value;
@@ -154,18 +158,18 @@ static __global__ void __launch_bounds__(kAdapterThreads)
         value = 0;
 #pragma unroll
         for (int i = 0; i < kWarpsOfRows; ++i) value += partial[which][i];
-        return value / static_cast<float>(params.d);
+        return value / static_cast<float>(d);
     };
     const float mean = sum(0, [](float v) { return v; });
     const float rstd = 1 / sqrtf(sum(1, [=](float v) { return (v - mean) * (v - mean); }) + params.norm.eps);
-    for (int64_t column = 4 * threadIdx.x; column < params.d; column += 4 * kAdapterThreads) {
+    for (int64_t column = 4 * threadIdx.x; column < d; column += 4 * kAdapterThreads) {
         float v[4], gamma[4] = {1, 1, 1, 1}, beta[4] = {};
-        load_floats(params.input, row, column, params.d, v);
-        if (params.norm.weight.data) load_floats(params.norm.weight, 0, column, params.d, gamma);
-        if (params.norm.bias.data) load_floats(params.norm.bias, 0, column, params.d, beta);
+        load_floats(params.input, row, column, d, v);
+        if (params.norm.weight.data) load_floats(params.norm.weight, 0, column, d, gamma);
+        if (params.norm.bias.data) load_floats(params.norm.bias, 0, column, d, beta);
 #pragma unroll
         for (int i = 0; i < 4; ++i) v[i] = fmaf((v[i] - mean) * rstd, gamma[i], beta[i]);
-        store_floats(v, params.y, row, column, params.d);
+        store_floats(v, params.y, row, column, d);
     }
 }
 

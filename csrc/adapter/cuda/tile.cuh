@@ -385,6 +385,19 @@ __device__ inline RowBlock find_rows_of(const CudaAdapters& all, int adapter, in
             static_cast<int>(min(found.rows - block * block_rows, int64_t{block_rows}))};
 }
 
+// For rows without an adapter out is `add`, or zero.
+template <int kThreads>
+__device__ inline void pass_on(const ConstMatrix& add, const Matrix& out, const RowBlock& block, int64_t columns,
+                               int64_t first, int64_t end) {
+    const int64_t vectors = ceil_div(min(end, columns) - first, 4);
+    for (int64_t i = threadIdx.x; i < block.rows * vectors; i += kThreads) {
+        const int64_t row = block.row0 + i / vectors, column = first + i % vectors * 4;
+        float values[4] = {};
+        if (add.data) load_floats(add, row, column, columns, values);
+        store_floats(values, out, row, column, columns);
+    }
+}
+
 // The sum over 8 neighbouring lanes, in the same order everywhere.
 __device__ inline float sum_of_8(float value) {
 #pragma unroll

@@ -54,7 +54,7 @@ def choose(model: nn.Module, seconds: float, least_parameters: int = 0) -> dict[
     layers = [layer for layer in model.modules() if isinstance(layer, Measured)]
     for layer in layers:
         vars(layer).pop("_choice", None)
-    if seconds == 0 or _parameters(layers) < least_parameters:
+    if seconds == 0 or not _have_parameters(layers, least_parameters):
         return {}
     trials = {layer: trial for layer in layers if (trial := layer.trial()) and trial.device.type in ("cpu", "cuda")}
     names = {layer: name_of(trial) for layer, trial in trials.items()}
@@ -63,30 +63,43 @@ def choose(model: nn.Module, seconds: float, least_parameters: int = 0) -> dict[
         here = {layer: trial for layer, trial in trials.items() if trial.device == device}
         machine = choices.machine_of(device)
         _learn({names[layer]: trial for layer, trial in here.items()}, machine, seconds)
+        of_names: dict[str, Choice] = {}
         for layer, trial in here.items():
-            if entry := choices.entry_of(machine, names[layer]):
-                found[layer] = choice = choices.choice_of(entry, trial.width, trial.dtype, device.type == "cuda")
+            name = names[layer]
+            if name not in of_names and (entry := choices.entry_of(machine, name)):
+                of_names[name] = choices.choice_of(entry, trial.width, trial.dtype, device.type == "cuda")
+            if choice := of_names.get(name):
+                found[layer] = choice
                 if choice.inference or choice.training:
                     vars(layer)["_choice"] = choice
     return found
 
 
-def _parameters(layers: Iterable[nn.Module]) -> int:
-    return sum(parameter.numel() for parameter in {parameter for layer in layers for parameter in layer.parameters()})
+def _have_parameters(layers: Iterable[nn.Module], least: int) -> bool:
+    seen: set[Tensor] = set()
+    for layer in layers:
+        if least <= 0:
+            break
+        new = set(layer.parameters()) - seen
+        seen |= new
+        least -= sum(parameter.numel() for parameter in new)
+    return least <= 0
 
 
 def name_of(trial: Trial) -> str:
     """What the times of a layer depend on: its class, its parameters, its dropout, and its inputs."""
     layer = trial.layer
     parts = [describe(type(layer))]
-    for name, parameter in layer.named_parameters():
-        shape = getattr(getattr(parameter, "quant_state", None), "shape", parameter.shape)
-        parts.append(f"{name} {'x'.join(map(str, shape))} {_short(parameter.dtype)}{'*' * parameter.requires_grad}")
-    for name, part in layer.named_modules():
-        if getattr(part, "p", 0):  # a dropout
-            parts.append(f"{name} {part.p}")
+    for prefix, part in layer.named_modules():
+        for name, parameter in part._parameters.items():
+            if parameter is not None:
+                shape = getattr(getattr(parameter, "quant_state", None), "shape", parameter.shape)
+                kind = f"{_short(parameter.dtype)}{'*' * parameter.requires_grad}"
+                parts.append(f"{prefix}.{name} {'x'.join(map(str, shape))} {kind}")
+        if p := vars(part).get("p"):  # a dropout
+            parts.append(f"{prefix} {p}")
         elif "activation" in type(part).__module__:
-            parts.append(f"{name} {type(part).__name__}")
+            parts.append(f"{prefix} {type(part).__name__}")
     return ", ".join([*parts, f"inputs {trial.width} {_short(trial.dtype)}"])
 
 

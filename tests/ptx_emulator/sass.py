@@ -278,8 +278,10 @@ def find_latency(instructions: list[Instruction]) -> Latency | None:
         return Stretch(waits.waits, waits.looped, *most_loads(fullest))
 
     def iteration(best: Callable) -> Flight:
-        states = follow(instructions, loop.first, loop.last, Flight(), best)
-        return states[loop.last].after(instructions[loop.last])._replace(waits=0, looped=0)
+        before = follow(instructions, loop.first, loop.last, Flight(), best).get(loop.last)
+        if before is None:  # only code behind the loop leads to its branch back
+            return Flight()
+        return before.after(instructions[loop.last])._replace(waits=0, looped=0)
 
     distances = {
         opcode: [distance(instructions, at) for at in inside if instructions[at].opcode == opcode] for opcode in LOADS

@@ -201,3 +201,19 @@ def test_alu_instructions_of_a_weight():
     pairs = ["PRMT R12, R4, 0x4051, R8", "@P0 PRMT R13, R4.reuse, 0x6273, R8"]
     assert latency([], [*decode, *pairs]).alu_per_weight == 1  # two of `decode` and both of `pairs`, of four weights
     assert latency([], decode).alu_per_weight is None
+
+
+def test_branch_back_that_only_code_behind_the_loop_leads_to():
+    instructions = sass.parse("""
+.text.kernel:
+.L_x_1:
+        /*0000*/                   LDG.E R4, [R2.64] ;
+        /*0010*/                   HMMA.16816.F32 R28, R48, R40.reuse, R28 ;
+        /*0020*/                   BRA `(.L_x_3) ;
+.L_x_2:
+        /*0030*/               @P0 BRA `(.L_x_1) ;
+        /*0040*/                   EXIT ;
+.L_x_3:
+        /*0050*/                   BRA `(.L_x_2) ;
+""")
+    assert sass.find_latency(instructions).step == Stretch(0, 0, 1, 4)

@@ -692,7 +692,7 @@ def test_architectures(monkeypatch, name):
 
 
 def test_architectures_find_a_difference(monkeypatch):
-    def worse(model):
+    def worse(model, **options):
         for parameter in model.parameters():
             parameter.data.mul_(1.01)
 

@@ -23,6 +23,9 @@ __device__ inline int count_four(int64_t column, int64_t columns) {
 }
 
 // Four neighbours of a row, of which the first `count` exist.
+// `kTogether`: elements of a four that is not whole, or not aligned, are all under way before one is waited for, which
+// takes more registers.
+template <bool kTogether = false>
 __device__ inline float4 load_four(const ConstMatrix& matrix, int64_t i, int64_t j, int count, bool aligned) {
     if (!matrix.data) return make_float4(0, 0, 0, 0);
     if (aligned && count >= 4) {
@@ -40,11 +43,17 @@ __device__ inline float4 load_four(const ConstMatrix& matrix, int64_t i, int64_t
         }
         return make_float4(low.x, low.y, high.x, high.y);
     }
-    uint32_t bits[4];
+    if constexpr (kTogether) {
+        uint32_t bits[4];
 #pragma unroll
-    for (int e = 0; e < 4; ++e) bits[e] = e < count ? load_bits(matrix, i, j + e) : 0;
-    return make_float4(widen_bits(bits[0], matrix.dtype), widen_bits(bits[1], matrix.dtype),
-                       widen_bits(bits[2], matrix.dtype), widen_bits(bits[3], matrix.dtype));
+        for (int e = 0; e < 4; ++e) bits[e] = e < count ? load_bits(matrix, i, j + e) : 0;
+        return make_float4(widen_bits(bits[0], matrix.dtype), widen_bits(bits[1], matrix.dtype),
+                           widen_bits(bits[2], matrix.dtype), widen_bits(bits[3], matrix.dtype));
+    } else {
+        return make_float4(count > 0 ? load_element(matrix, i, j) : 0, count > 1 ? load_element(matrix, i, j + 1) : 0,
+                           count > 2 ? load_element(matrix, i, j + 2) : 0,
+                           count > 3 ? load_element(matrix, i, j + 3) : 0);
+    }
 }
 
 // `kInTurn`: elements of a four that is not whole, or not aligned, are stored in a loop, which takes fewer registers.

@@ -403,12 +403,12 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kTokens == 8 ? 3 : 2
     if (operands.bias.data || operands.add.data) {
         const int64_t column = find_column();
         const int count = count_four(column, params.outputs);
-        const float4 bias = load_four(operands.bias, 0, column, count, has_aligned_fours(operands.bias));
+        const float4 bias = load_four<true>(operands.bias, 0, column, count, has_aligned_fours(operands.bias));
 #pragma unroll
         for (int i = 0; i < Traits::kQuads; ++i) {
             const int token = Traits::output_token(i);
             const bool aligned = has_aligned_fours(operands.add);
-            const float4 add = load_four(operands.add, token, column, token < operands.m ? count : 0, aligned);
+            const float4 add = load_four<true>(operands.add, token, column, token < operands.m ? count : 0, aligned);
             outputs[i] = make_float4(bias.x + add.x, bias.y + add.y, bias.z + add.z, bias.w + add.w);
         }
     }

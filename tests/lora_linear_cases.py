@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 import torch
 from comparison import DTYPES, assert_close, error, rms, short  # noqa: F401
 from torch import Tensor, nn
-from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from peft_kernels.ops import NF4Weight, lora_linear, lora_linear_grouped, quantize_4bit
 from peft_kernels.testing.reference.lora_linear import lora_linear as oracle
@@ -88,6 +88,21 @@ def with_index(index, function=lora_linear_grouped):
         return function(x, weight, bias, lora_A, lora_B, scaling, index, dropout, **options)
 
     return call
+
+
+class Recorder(TorchDispatchMode):
+    """The results of every call of a backward op of this package."""
+
+    def __init__(self):
+        super().__init__()
+        self.results = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        ops = torch.ops.peft_kernels
+        if function in (ops.lora_linear_backward.default, ops.lora_linear_grouped_backward.default):
+            self.results.append([tensor.numel() for tensor in result])
+        return result
 
 
 def run(case: Case, function=lora_linear, **options) -> dict[str, Tensor]:

@@ -7,8 +7,7 @@ import pytest
 import tolerances
 import torch
 from comparison import same_results, saved_for_backward
-from lora_linear_cases import assert_close, expected, make_case, run, short, stock
-from torch.utils._python_dispatch import TorchDispatchMode
+from lora_linear_cases import Recorder, assert_close, expected, make_case, run, short, stock
 from torch.utils.checkpoint import checkpoint
 
 from peft_kernels.ops import NF4Weight, lora_linear
@@ -77,20 +76,6 @@ def test_saves_less_than_stock(platform, base, autocast):
     assert sum(ours.values()) == m * rank * 4 + 8
     # Stock keeps the mask, and the dropped x in the dtype of A.
     assert sum(stocks.values()) >= m * k * 4
-
-
-class Recorder(TorchDispatchMode):
-    """The results of every call of a backward op of this package."""
-
-    def __init__(self):
-        super().__init__()
-        self.results = []
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        if function is ops.lora_linear_backward.default:
-            self.results.append([tensor.numel() for tensor in result])
-        return result
 
 
 @pytest.mark.parametrize("wanted", ["x", "lora_A0", "lora_B1", "bias", "weight", "lora_A1 lora_B0", "x bias lora_B0"])

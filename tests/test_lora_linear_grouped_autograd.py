@@ -6,8 +6,7 @@ import pytest
 import tolerances
 import torch
 from comparison import same_results, saved_for_backward
-from lora_linear_cases import assert_close, expected, make_batch, make_case, run, short, with_index
-from torch.utils._python_dispatch import TorchDispatchMode
+from lora_linear_cases import Recorder, assert_close, expected, make_batch, make_case, run, short, with_index
 from torch.utils.checkpoint import checkpoint
 
 from peft_kernels.ops import NF4Weight, lora_linear_grouped
@@ -51,20 +50,6 @@ def test_saves_x_s_seeds_and_the_index(platform, base, dropout):
         lora_B.requires_grad_(False)
     assert sum(saved(x).values()) == small
     assert saved(case.x) == {}
-
-
-class Recorder(TorchDispatchMode):
-    """The results of every call of a backward op of this package."""
-
-    def __init__(self):
-        super().__init__()
-        self.results = []
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        if function in (ops.lora_linear_backward.default, ops.lora_linear_grouped_backward.default):
-            self.results.append([tensor.numel() for tensor in result])
-        return result
 
 
 @pytest.mark.parametrize("wanted", ["x", "lora_A0", "lora_B2", "bias", "weight", "lora_A2 lora_B0", "x bias lora_B0"])

@@ -11,6 +11,7 @@ import os
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from unittest import mock
 
 import torch
 from peft import IA3Config, LoraConfig, get_peft_model
@@ -95,15 +96,12 @@ def make_layer(kind: str, dtype: torch.dtype, width: int) -> nn.Module:
 def accelerated(kind: str, dtype: torch.dtype, width: int, isa: str) -> nn.Module:
     """The layer, with an instruction set, as what was measured just now has it."""
     layer = nn.Sequential(make_layer(kind, dtype, width))
-    with cpu.use_isa(isa), tempfile.TemporaryDirectory() as folder:
-        before = os.environ.get("PEFT_KERNELS_CACHE")
-        os.environ["PEFT_KERNELS_CACHE"] = f"{folder}/tuned.json"
-        try:
-            peft_kernels.accelerate(layer, tune=SECONDS)
-        finally:
-            del os.environ["PEFT_KERNELS_CACHE"]
-            if before is not None:
-                os.environ["PEFT_KERNELS_CACHE"] = before
+    with (
+        cpu.use_isa(isa),
+        tempfile.TemporaryDirectory() as folder,
+        mock.patch.dict(os.environ, PEFT_KERNELS_CACHE=f"{folder}/tuned.json"),
+    ):
+        peft_kernels.accelerate(layer, tune=SECONDS)
     return layer[0]
 
 

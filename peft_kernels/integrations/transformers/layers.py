@@ -112,18 +112,16 @@ class FusedGatedMLP(Lookalike):
 
     def forward(self, x: Tensor) -> Tensor:
         gate, up = self.gate_proj(x), self.up_proj(x)
-        if self.stock_is_faster(gate):
-            product: Tensor = self.down_proj(self.act_fn(gate) * up)
-            return product
-        reason = why_not_both(gate, up) or why_not_activation(self.act_fn)
-        if not reason and (gate.dtype is not up.dtype or gate.shape != up.shape):
-            reason = "the gate and what it gates differ in dtype or shape"
-        if reason:
+        if not self.stock_is_faster(gate):
+            reason = why_not_both(gate, up) or why_not_activation(self.act_fn)
+            if not reason and (gate.dtype is not up.dtype or gate.shape != up.shape):
+                reason = "the gate and what it gates differ in dtype or shape"
+            if not reason:
+                activation: Any = activation_name(self.act_fn)  # one that has a name, as it has no reason
+                fused: Tensor = self.down_proj(glu(gate, up, activation))
+                return fused
             self.log_stock_path(reason)
-            y: Tensor = self.down_proj(self.act_fn(gate) * up)
-            return y
-        activation: Any = activation_name(self.act_fn)  # one that has a name, as it has no reason
-        y = self.down_proj(glu(gate, up, activation))
+        y: Tensor = self.down_proj(self.act_fn(gate) * up)
         return y
 
     def why_stock(self) -> str | None:

@@ -52,9 +52,6 @@ class Interval(NamedTuple):
     last: int
 
 
-_ALL = Interval(0, UNBOUNDED)
-
-
 @dataclass(frozen=True)
 class Choice:
     """For which inputs a layer takes its stock forward, because that was measured to be faster.
@@ -76,7 +73,7 @@ class Choice:
 
     @property
     def is_always_stock(self) -> bool:
-        return all(intervals == (_ALL,) for intervals in (self.inference, self.training))
+        return _are_all(self.inference, self.training)
 
     def is_stock(self, x: Tensor, trains: bool) -> bool:
         """Whether x [..., width] takes the stock forward.
@@ -143,6 +140,11 @@ def _ratios(times: Mapping[str, Sequence[float]]) -> list[float]:
     return [stock / seconds for stock, seconds in zip(times[STOCK], fused, strict=True)]
 
 
+def _are_all(*intervals: Sequence[Interval]) -> bool:
+    """Whether each of these has every number of rows."""
+    return all(each == (Interval(0, UNBOUNDED),) for each in intervals)
+
+
 def _between(low: int, high: int) -> int:
     """Half way, as numbers of rows are measured: each some times the last."""
     return math.isqrt(low * high)
@@ -152,7 +154,7 @@ def _speed(entry: Entry, intervals: Mapping[str, tuple[Interval, ...]]) -> str:
     ratios = [ratio for mode in MODES if mode in entry for ratio in _ratios(entry[mode])]
     faster = [ratio for ratio in ratios if ratio >= 1 - _MARGIN]
     slower = [1 / ratio for ratio in ratios if ratio < 1 - _MARGIN]
-    if all(intervals[mode] == (_ALL,) for mode in MODES):
+    if _are_all(*intervals.values()):
         return f"{_span(slower)} faster here"
     where = "; ".join(f"{_rows(intervals[mode])} in {mode}" for mode in MODES if intervals[mode])
     parts = [_span(faster)] if faster else []

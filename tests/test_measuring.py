@@ -19,6 +19,7 @@ from peft_kernels import choices
 from peft_kernels.integrations import measuring
 from peft_kernels.integrations import model as model_module
 from peft_kernels.integrations.measuring import ROWS
+from peft_kernels.integrations.registry import Trial
 
 WIDTH, FEW, MANY = 64, 8, 512
 
@@ -306,6 +307,19 @@ def test_processes_of_a_run_take_the_first_ones_choices(tmp_path):
         process.join()
     assert verdicts[0] == verdicts[1] == ["fused, 1.0×"] * 4
     assert not (tmp_path / "1.json").exists()  # by itself it would have found stock to be twice as fast
+
+
+def test_a_dropout_is_timed_where_the_model_is_and_devices_in_one_order(monkeypatch):
+    model = lora_model(lora_dropout=0.5)
+    model.other = lora_model()
+    peft_kernels.accelerate(model, tune=False)
+    asked = []
+    monkeypatch.setattr(choices, "machine_of", str)
+    monkeypatch.setattr(measuring, "_learn", lambda trials, machine, seconds: asked.append((machine, len(trials))))
+    layer = type(model.other.base_model.model.lin)
+    monkeypatch.setattr(layer, "trial", lambda self: Trial(self, WIDTH, torch.float32, torch.device("cuda", 1)))
+    measuring.choose(model, 10)
+    assert asked == [("cpu", 2), ("cuda:1", 2)]  # the base and the dropout; the layers with adapters
 
 
 class Card:

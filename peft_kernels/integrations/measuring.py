@@ -56,11 +56,15 @@ def choose(model: nn.Module, seconds: float, least_parameters: int = 0) -> dict[
         vars(layer).pop("_choice", None)
     if seconds == 0 or not _have_parameters(layers, least_parameters):
         return {}
-    trials = {layer: trial for layer in layers if (trial := layer.trial()) and trial.device.type in ("cpu", "cuda")}
+    own_device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+    trials = {layer: trial for layer in layers if (trial := layer.trial())}
+    devices = {layer: trial.device or own_device for layer, trial in trials.items()}
     names = {layer: name_of(trial) for layer, trial in trials.items()}
     found: dict[nn.Module, Choice] = {}
-    for device in {trial.device for trial in trials.values()}:
-        here = {layer: trial for layer, trial in trials.items() if trial.device == device}
+    for device in sorted(set(devices.values()), key=str):  # in one order in all processes of a run
+        if device.type not in ("cpu", "cuda"):
+            continue
+        here = {layer: trial._replace(device=device) for layer, trial in trials.items() if devices[layer] == device}
         machine = choices.machine_of(device)
         _learn({names[layer]: trial for layer, trial in here.items()}, machine, seconds)
         of_names: dict[str, Choice] = {}
@@ -182,7 +186,7 @@ def measure(trials: Mapping[str, Trial], seconds: float = SECONDS) -> dict[str, 
     Returns:
         What was measured of each operation; one that can't be copied, or that raises an error, is missing.
     """
-    device = next(iter(trials.values())).device
+    device: Any = next(iter(trials.values())).device
     entries: dict[str, Entry] = {
         name: {"weight": list(trial.weight)} if trial.weight else {} for name, trial in trials.items()
     }
@@ -205,14 +209,14 @@ def measure(trials: Mapping[str, Trial], seconds: float = SECONDS) -> dict[str, 
 
 def _time(trial: Trial, rows: int, trains: bool, flush: Callable[[], None]) -> dict[str, float] | None:
     """Seconds of each contender's call; None where there are none, or the clock was of no use."""
-    contenders = _contenders(trial)
+    contenders = _contenders(trial)  # new ones for each mode: bitsandbytes repacks a weight in inference
     x = torch.randn(rows, trial.width, device=trial.device).to(trial.dtype or torch.float32)
     return _paired(contenders, x, trains, flush) if contenders else None
 
 
 def _contenders(trial: Trial) -> dict[str, _Contender]:
     """Copies of the layer, stock and fused; none of one that is too large, sharded, or partly elsewhere."""
-    device = trial.device
+    device: Any = trial.device
     tensors = [*trial.layer.parameters(), *trial.layer.buffers()]
     is_whole = all(tensor.device == device and not hasattr(tensor, "placements") for tensor in tensors)
     if not is_whole or sum(tensor.nbytes for tensor in tensors) > _MOST_BYTES:

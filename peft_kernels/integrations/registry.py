@@ -45,7 +45,7 @@ class Trial(NamedTuple):
     Attributes:
         layer: the layer itself, or what it does beside its parts; it is copied before it is called.
         width: K of its inputs [rows, K].
-        dtype, device: of these. None stands for any dtype.
+        dtype, device: of these. None stands for any dtype, and for the model's device.
         weight: [N, K] of a weight in 4 bits.
         stock: what it is timed against, if that is not the layer as `restore` leaves it.
     """
@@ -53,7 +53,7 @@ class Trial(NamedTuple):
     layer: nn.Module
     width: int
     dtype: torch.dtype | None
-    device: torch.device
+    device: torch.device | None
     weight: tuple[int, ...] | None = None
     stock: nn.Module | None = None
 

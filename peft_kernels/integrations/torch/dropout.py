@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 
 from ...cuda import why_not
@@ -21,7 +20,7 @@ class Dropout(FusedLayer, nn.Dropout):
         return isinstance(layer, nn.Dropout) and 0 < layer.p < 1 and not layer.inplace
 
     def trial(self) -> Trial | None:
-        return None if self.why_stock() else Trial(self, _WIDTH, None, torch.device("cpu"))
+        return None if self.why_stock() else Trial(self, _WIDTH, None, None)
 
     def forward(self, input: Tensor) -> Tensor:
         if not self.training:

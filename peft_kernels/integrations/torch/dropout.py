@@ -26,7 +26,7 @@ class Dropout(FusedLayer, nn.Dropout):
         if not self.training:
             return input  # as torch's function does, past its checks
         if self.stock_is_faster(input):
-            return self.stock_result(input)
+            return nn.functional.dropout(input, self.p, True, self.inplace)  # as stock, which is a call more
         if self.inplace or not 0 < self.p < 1:
             return super().forward(input)
         if reason := why_not_input(input) or why_not(input.device) or _why_not_layout(input):

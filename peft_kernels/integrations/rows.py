@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ..graph_marks import backward_task, mark_graph, mark_of_recomputation, will_be_recomputed
-from .registry import FusedLayer, describe
+from .registry import FusedLayer, check_module, describe
 
 BASE = "__base__"  # the name of no adapter among a batch's, as in PEFT
 _MARK = "peft_kernels.rows"  # the key of a node's metadata
@@ -110,7 +110,7 @@ def are_entered() -> bool:
 def entered(model: nn.Module, names: Any) -> Iterator[None]:
     """A context in which calls of a model of PEFT's have these rows; see `adapter_rows`."""
     layers = _layers(model)
-    entry = _Entry(layers, _checked(names, layers), backward_task())
+    entry = _Entry(frozenset(layers), _checked(names, layers), backward_task())
     _enter((*_entered.get(), entry))
     hook = model.register_forward_hook(_mark)  # it says nothing of the call: other threads may call it
     try:
@@ -157,7 +157,7 @@ def _mark(model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
 
 def has_adapters(model: nn.Module) -> bool:
     """Whether a model has layers of PEFT's."""
-    return any(isinstance(module, _peft_classes()) for module in model.modules())
+    return bool(_layers(model))
 
 
 def adapter_names(layer: nn.Module) -> set[str]:
@@ -168,14 +168,32 @@ def adapter_names(layer: nn.Module) -> set[str]:
     return set(getattr(stock, "_adapters", ()))  # modules_to_save, and tokens that are trained
 
 
+def adapter_parameters(model: nn.Module) -> dict[str, list[nn.Parameter]]:
+    """Those of each adapter in a model of PEFT's, by its name.
+
+    Raises:
+        TypeError: `model` is not a module.
+    """
+    check_module(model)
+    found: dict[str, dict[nn.Parameter, None]] = {}  # each once: PEFT lists a part of DoRA's again for each adapter
+    for layer in _layers(model):
+        for part in getattr(layer, "adapter_layer_names", ()):
+            for name, held in getattr(layer, part, {}).items():
+                parameters = [held] if isinstance(held, nn.Parameter) else held.parameters()
+                found.setdefault(name, {}).update(dict.fromkeys(parameters))
+    return {name: [*parameters] for name, parameters in found.items()}
+
+
 def _peft_classes() -> tuple[type, ...]:
     layers, other = sys.modules.get("peft.tuners.tuners_utils"), sys.modules.get("peft.utils.other")
     found = getattr(layers, "BaseTunerLayer", None), getattr(other, "AuxiliaryTrainingWrapper", None)
     return tuple(cls for cls in found if cls is not None)
 
 
-def _layers(model: nn.Module) -> frozenset[nn.Module]:
-    return frozenset(module for module in model.modules() if isinstance(module, _peft_classes()))
+def _layers(model: nn.Module) -> list[nn.Module]:
+    """A model's layers of PEFT's."""
+    classes = _peft_classes()
+    return [module for module in model.modules() if isinstance(module, classes)]
 
 
 def _checked(names: Any, layers: Collection[nn.Module]) -> Rows:

@@ -248,6 +248,18 @@ def test_compiles():
             model.base_model.enable_adapter_layers()
 
 
+REMARKS = [
+    (lora_model, "in a mixed batch each DoRA takes an operation of its own"),
+    (ia3_model, "in a mixed batch torch multiplies with the vectors"),
+]
+
+
+@pytest.mark.parametrize(("make", "remark"), REMARKS, ids=["lora", "ia3"])
+def test_the_report_says_what_is_not_one_operation(make, remark):
+    remarks = {layer.name.split(".")[-1] for layer in peft_kernels.accelerate(make()) if layer.reason == remark}
+    assert remarks == ({"k_proj", "up_proj"} if make is lora_model else {"down_proj"})
+
+
 def embedding(model):
     model.add_adapter("tokens", peft.LoraConfig(r=2, target_modules=["embed_tokens", "q_proj"]))
     peft_kernels.accelerate(model)

@@ -32,6 +32,9 @@ class FusedIA3(TakesRows):
     Merged or disabled adapters take PEFT's own forward, which calls the base layer.
     """
 
+    def prepare(self) -> str:
+        return "in a mixed batch torch multiplies with the vectors" if len(self.ia3_l) > 1 else ""
+
     def why_stock(self) -> str | None:
         if reason := why_not_skip(self.base_layer):
             return f"its base layer has {reason}"

@@ -56,6 +56,10 @@ class FusedLoRA(TakesRows, Adaptable):
     take PEFT's own forward, which calls the base layer.
     """
 
+    def prepare(self) -> str:
+        several = len(self.lora_A) > 1 and any(self.use_dora.values())
+        return "in a mixed batch each DoRA takes an operation of its own" if several else ""
+
     def why_stock(self) -> str | None:
         if reason := why_not_skip(self.base_layer):
             return f"its base layer has {reason}"

@@ -16,6 +16,7 @@ from .adapters import (
     unfreeze_adapters,
 )
 from .integrations import accelerate, restore
+from .training import AdapterSettings, AdapterTrainer
 
 if TYPE_CHECKING:
     from .integrations.peft.ia3 import merge_ia3
@@ -27,6 +28,8 @@ choices.apply()
 _OPTIONAL = {"attach_prefix": "transformers.prefix", "detach_prefix": "transformers.prefix", "merge_ia3": "peft.ia3"}
 
 __all__ = [
+    "AdapterSettings",
+    "AdapterTrainer",
     "accelerate",
     "adapter_rows",
     "adapters",

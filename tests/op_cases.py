@@ -122,11 +122,18 @@ def bottleneck_adapter(kind: type[nn.BottleneckAdapter]) -> nn.BottleneckAdapter
     return kind(K, R, scale="learned", gated=True, norm_before=True, norm_after=True)
 
 
+def lora_adapters() -> torch.nn.Module:
+    layer = nn.LoRALinear(K, N, R)
+    layer.add_adapter(2)
+    return layer
+
+
 LAYERS: dict[str, Callable[[], tuple[torch.nn.Module, tuple]]] = {
     "AdapterFusion": lambda: (nn.AdapterFusion(K), (randn(M, K), [randn(M, K), randn(M, K)], randn(M, K))),
     "BottleneckAdapter": lambda: (bottleneck_adapter(nn.BottleneckAdapter), (randn(M, K), randn(M, K))),
     "LoRALinear": lambda: (nn.LoRALinear(K, N, R), (randn(M, K),)),
     "LoRALinear of NF4": lambda: (nn.LoRALinear(K, N, R, quantize="nf4"), (randn(M, K),)),
+    "LoRALinear with an index": lambda: (lora_adapters(), (randn(M, K), torch.tensor([1, -1, 0]))),
     "ParallelAdapter": lambda: (bottleneck_adapter(nn.ParallelAdapter), (randn(M, K), randn(M, K))),
     "PrefixEncoder": lambda: (nn.PrefixEncoder(1, 2, 8, 3, hidden_size=8), ()),
 }

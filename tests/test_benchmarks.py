@@ -41,6 +41,7 @@ from benchmarks import (
     roofline,
     rotary,
     timing,
+    train_many,
 )
 from benchmarks.lora_layers import OWN_BASE, STOCK
 from benchmarks.lora_linear import DENSE, DENSE_LORA, DEQUANTIZE, FUNCTION
@@ -69,6 +70,7 @@ BENCHMARKS = {
     "nf4": nf4,
     "architectures": architectures,
     "model": model,
+    "train_many": train_many,
 }
 
 

@@ -10,6 +10,7 @@ from optional import if_installed
 from torch import nn
 
 from peft_kernels.nn import LoRALinear
+from peft_kernels.ops import lora_linear
 from peft_kernels.ops.nf4 import NF4Weight
 from peft_kernels.testing.reference.lora_linear import lora_linear as reference
 
@@ -225,6 +226,79 @@ def test_from_linear4bit_shares_it(quantize):
     assert_close(layer(x), linear(x))
     with pytest.raises(ValueError, match="quantize: got 'fp4', wanted None: linear is 'nf4' already"):
         LoRALinear.from_linear(linear, RANK, quantize="fp4")
+
+
+# ---- Several adapters -----------------------------------------------------------------------------------------------
+
+
+def several(**options):
+    layer = trained(LoRALinear(K, N, RANK, 8, **options))
+    assert [layer.add_adapter(2), layer.add_adapter(7, 3, rslora=True)] == [1, 2]
+    for name, parameter in layer.named_parameters():
+        if name.endswith("lora_B"):
+            nn.init.normal_(parameter, std=0.2)
+    return layer
+
+
+def alone(layer, position, x):
+    """What one of the adapters, or none, makes of x."""
+    adapters = [[layer, *layer._further()][position]] if position >= 0 else []
+    parts = zip(*((a.lora_A, a.lora_B, a.scaling) for a in adapters), strict=True) if adapters else ()
+    return lora_linear(x, layer.base_weight(), layer.bias, *parts)
+
+
+@pytest.mark.parametrize("index", [[2, -1, 0, 1, 2], torch.tensor([[0, 1], [2, 2], [-1, -1], [1, 0], [0, 0]])],
+                         ids=["rows", "tokens"])  # fmt: skip
+@formats
+def test_each_row_has_its_adapter(quantize, double_quant, index):
+    layer = several(quantize=quantize, double_quant=double_quant)
+    x, grad = torch.randn(5, 2, K, requires_grad=True), torch.randn(5, 2, N)
+    positions = torch.as_tensor(index).reshape(5, -1).expand(5, 2)
+    y = layer(x, index)
+    leaves = [x, *(p for p in layer.parameters() if p.requires_grad)]
+    want = torch.empty_like(y)
+    for position in range(-1, 3):
+        want[positions == position] = alone(layer, position, x[positions == position])
+    assert_close(y, want)
+    got_gradients, want_gradients = (torch.autograd.grad(each, leaves, grad) for each in (y, want))
+    for got, true in zip(got_gradients, want_gradients, strict=True):
+        assert_close(got, true)
+
+
+def test_an_index_is_of_the_base_as_it_is_unmerged():
+    layer, x = several(), torch.randn(3, K)
+    want = layer(x, [0, -1, 2])
+    layer.merge()
+    assert torch.equal(layer(x, [0, -1, 2]), want)
+
+
+def test_dropout_of_several_adapters():
+    layer = trained(LoRALinear(K, N, RANK, dropout=0.5))
+    layer.add_adapter(RANK)
+    nn.init.normal_(layer.adapter_1.lora_B)
+    x = torch.randn(2, K)
+    first, second = (layer(x, [0, 1]) for _ in range(2))
+    assert not torch.equal(first[0], second[0]) and torch.equal(first[1], second[1])
+    layer.eval()
+    assert torch.equal(layer(x, [0, 1]), layer(x, [0, 1]))
+
+
+def test_several_adapters_are_saved_and_loaded():
+    layer, other, x = several(quantize="nf4"), several(quantize="nf4"), torch.randn(3, K)
+    other.load_state_dict(layer.state_dict())
+    assert torch.equal(other(x, [0, 1, 2]), layer(x, [0, 1, 2]))
+    assert torch.equal(copy.deepcopy(layer)(x, [0, 1, 2]), layer(x, [0, 1, 2]))
+
+
+def test_errors_of_several_adapters():
+    layer = several()
+    with pytest.raises(ValueError, match="rank: got 0, wanted a positive integer"):
+        layer.add_adapter(0)
+    assert len(layer._further()) == 2
+    with pytest.raises(ValueError, match="index"):
+        layer(torch.randn(3, K), [0, 1, 3])
+    with pytest.raises(ValueError, match=r"index: got one of shape \[2\], wanted one item for each row of x"):
+        layer(torch.randn(3, K), [0, 1])
 
 
 @pytest.mark.parametrize(

@@ -192,10 +192,6 @@ MIXED_ERRORS = {
     "merged": lambda model: model.merge_adapter() or {"adapter_names": MIXED},
     "unknown": lambda model: {"adapter_names": [*MIXED[:-1], "c"]},
     "training": lambda model: model.train() and {"adapter_names": ["b"] * 6},
-    "dora": lambda model: (
-        model.add_adapter("c", LoraConfig(r=2, target_modules=["lin"], use_dora=True))
-        or {"adapter_names": ["b", "c"] * 3}
-    ),
 }
 
 

@@ -34,6 +34,13 @@ def readme(model: PreTrainedModel, inputs: dict[str, Tensor]) -> None:
     assert_type(peft_kernels.load_adapter(model, "adapters/news", name="again"), str)
     peft_kernels.remove_adapters(model)
 
+    settings = {"news": peft_kernels.AdapterSettings(lr=1e-4, schedule=lambda step: 1 / (1 + step))}
+    with peft_kernels.AdapterTrainer(model, settings, torch.optim.AdamW) as trainer:
+        assert_type(trainer.backward(["news", None], **inputs), dict[str, float])
+        assert_type(trainer.evaluate([["news", None]], **inputs), dict[str, float])
+        trainer.step()
+        trainer.save("adapters")
+
     peft_kernels.merge_ia3(model)
     peft_kernels.merge_ia3(model, ["default"])
 
@@ -50,6 +57,8 @@ def layers(x: Tensor) -> None:
     assert_type(linear.merged, bool)
     linear.merge()
     linear.unmerge()
+    assert_type(linear.add_adapter(4, alpha=8, rslora=True), int)
+    assert_type(linear.forward(x, [0, 1, -1]), Tensor)
     assert_type(LoRALinear.from_linear(nn.Linear(64, 32), rank=8), LoRALinear)
     series, parallel = BottleneckAdapter(64, 16, "gelu"), ParallelAdapter(64, 16, scale="learned")
     assert_type(series.forward(x), Tensor)

@@ -1,23 +1,20 @@
 """What one call of a model runs. It belongs to the call: other threads, and other calls between a forward and its
-backward, have their own.
-
-A layer that is checkpointed runs once more in the backward, in a thread of autograd's perhaps, and with nothing to tell
-by which call it was run first. So the nodes of a call's graph carry the call: the node that has a layer recomputed is
-one of them.
+backward, have their own. Where a layer is checkpointed, the nodes of a call's graph carry the call.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from ..graph_marks import backward_task, mark_graph, mark_of_recomputation, will_be_recomputed
 from ..nn import AdapterFusion
 
 if TYPE_CHECKING:
@@ -67,10 +64,8 @@ class Call:
         return self.active is not None and (self.active in hook.adapters or self.active in hook.fusions)
 
     def notice_recomputation(self) -> None:
-        # Reentrant checkpointing turns gradients off in the forward, and the other kind has hooks for saved tensors.
         if self.trains and not (self.recomputes or torch.compiler.is_compiling()):
-            hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
-            self.recomputes = hooks is not None or not torch.is_grad_enabled()
+            self.recomputes = will_be_recomputed()
 
 
 class _Thread(threading.local):
@@ -112,7 +107,7 @@ def begin(state: AdapterState, rows: Rows | None) -> None:
         outer = outer.outer
     if outer is None:
         own.inputs.clear()
-    task, first = _task(), _recomputed(state)
+    task, first = backward_task(), _recomputed(state)
     call = own.call = Call(state, rows, state.active, outer, task, torch.is_grad_enabled())
     if first is not None:  # the whole model was checkpointed
         call.active, call.temperatures = first.active, first.temperatures
@@ -128,7 +123,7 @@ def end(state: AdapterState, output: Any) -> None:
         return
     own.call = call.outer
     if call.recomputes and not torch.compiler.is_compiling():
-        _mark_graph(output, call)
+        mark_graph(output, _MARK, call)
 
 
 def current(state: AdapterState) -> Call:
@@ -136,7 +131,7 @@ def current(state: AdapterState) -> Call:
     call = _own().call
     if torch.compiler.is_compiling():
         call = _thread.call if call is None else call  # where one of the model's layers is compiled by itself
-    elif call is None or call.task != _task():
+    elif call is None or call.task != backward_task():
         call = _recomputed(state) or call
     call = _of(state, call)
     return Call(state, _entered_rows(state), state.active) if call is None else call
@@ -149,17 +144,9 @@ def _of(state: AdapterState, call: Call | None) -> Call | None:
     return call
 
 
-def _task() -> int:
-    """The number of the backward that is under way in this thread; -1 for none."""
-    return -1 if torch.compiler.is_compiling() else torch._C._current_graph_task_id()
-
-
 def _recomputed(state: AdapterState) -> Call | None:
     """The call that first ran the layer that a backward is recomputing, if it is known."""
-    if _task() == -1:
-        return None
-    node: Any = torch._C._current_autograd_node()  # torch's types take its `metadata` for a method
-    return None if node is None else _of(state, node.metadata.get(_MARK))
+    return _of(state, mark_of_recomputation(_MARK))
 
 
 def keep_input(state: AdapterState, point: HookPoint, x: Tensor | None) -> None:
@@ -193,27 +180,3 @@ def _entered_rows(state: AdapterState) -> Rows | None:
         if other is state:
             return rows
     return None
-
-
-def _mark_graph(output: Any, call: Call) -> None:
-    """Has every node between a call's output and the nodes that are marked already carry the call."""
-    nodes: list[Any] = [tensor.grad_fn for tensor in _tensors(output)]
-    while nodes:
-        node = nodes.pop()
-        if node is not None and _MARK not in node.metadata:
-            node.metadata[_MARK] = call
-            nodes += [parent for parent, _ in node.next_functions]
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, Mapping):
-        for item in value.values():
-            yield from _tensors(item)
-    elif isinstance(value, (list, tuple)):
-        for item in value:
-            yield from _tensors(item)
-    elif is_dataclass(value) and not isinstance(value, type):
-        for part in fields(value):
-            yield from _tensors(getattr(value, part.name))

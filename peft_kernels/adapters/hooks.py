@@ -39,7 +39,7 @@ class AdapterState:
     frozen: tuple[str, ...] = ()
     handles: tuple[RemovableHandle, ...] = ()
 
-    def checked(self, names: Iterable[str | None]) -> Rows:
+    def checked(self, names: Any) -> Rows:
         """The names of a batch's rows, with `BASE` for those without an adapter.
 
         Raises:

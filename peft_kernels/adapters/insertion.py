@@ -12,6 +12,7 @@ import torch
 from rich.table import Table
 from torch import nn
 
+from ..integrations import rows
 from ..integrations.registry import check_module
 from ..nn import AdapterFusion, BottleneckAdapter
 from ..ops._arguments import check_dtype
@@ -265,7 +266,7 @@ def _activate(model: nn.Module, state: AdapterState, name: str | None, trained: 
 
 
 @contextmanager
-def adapter_rows(model: nn.Module, names: Sequence[str | None]) -> Iterator[None]:
+def adapter_rows(model: nn.Module, names: Sequence[str | Sequence[str | None] | None]) -> Iterator[None]:
     """A context in which each row of a batch has the adapter of its name; None or '__base__' stands for none.
 
     For one call of the model its argument `adapter_names` does the same. This is for several, such as `generate`'s
@@ -273,12 +274,23 @@ def adapter_rows(model: nn.Module, names: Sequence[str | None]) -> Iterator[None
     coroutine, that enters it. If one of the model's parts is called and has layers that are checkpointed, the backward
     belongs within it, too.
 
+    Args:
+        model: one that `insert_adapters` was given, or PEFT's with LoRA, DoRA or (IA)³, accelerated. (PEFT's own
+            argument `adapter_names` is neither for training nor for threads that share a model.)
+        names: for a model of PEFT's, those of a row may also be a list with a name for each token, as for sequences
+            that are packed into a row.
+
     Raises:
         TypeError: `model` is not a module.
-        ValueError: there is no such adapter; or, from the model, a batch that does not have as many rows.
+        ValueError: there is no such adapter; one of PEFT's is in a layer that is not fused, or is merged; or, from the
+            model, a batch that does not have as many rows.
     """
-    state = require_state(model)
-    with calls.entered(state, state.checked(names)):
+    if find_state(model) is None and rows.has_adapters(model):
+        context = rows.entered(model, names)
+    else:
+        state = require_state(model)
+        context = calls.entered(state, state.checked(names))
+    with context:
         yield
 
 

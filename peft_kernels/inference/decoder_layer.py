@@ -18,6 +18,7 @@ from transformers import DynamicCache
 from ..integrations.base_layer import NO_ADAPTERS, Adapters, BaseProduct, dense_product, why_not_skip
 from ..integrations.refusal import Refusal
 from ..integrations.registry import Caching, FusedLayer, fused_form
+from ..integrations.rows import are_entered
 from ..integrations.transformers.attention import NAME, FusedLlamaAttention, attention
 from ..integrations.transformers.layers import (
     FusedGatedMLP,
@@ -113,6 +114,7 @@ class FusedDecoderLayer(Caching, Lookalike):
             and are_usual_angles(*position_embeddings, x.shape[0], x.shape[1], layer.head_dim)
             and position_embeddings[0].dtype is x.dtype
             and layer.config._attn_implementation == NAME
+            and not are_entered()
         ):
             return None
         plan = self._plan  # read once: another thread may have one made for another dtype

@@ -1,8 +1,9 @@
-"""LoRA on a frozen linear layer, dense or 4-bit."""
+"""LoRA on a frozen linear layer, dense or 4-bit: one adapter for all rows, or one of several for each."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -18,12 +19,17 @@ from ..ops._arguments import (
     refuse,
 )
 from ..ops.lora_linear import lora_linear
+from ..ops.lora_linear_grouped import lora_linear_grouped
 from ..ops.nf4 import NF4Weight, quantize_4bit
 from .weight4bit import Weight4bit
 
 
 class LoRALinear(nn.Module):
     """`y = x Wᵀ + b + scaling · dropout(x) Aᵀ Bᵀ`, with W and b frozen.
+
+    `add_adapter` puts further adapters beside the first. `layer(x, index)` then has for each row of x the adapter of
+    that position (0 is the first), or none where the index is -1, whether or not the first is merged. The index is
+    integers of x's first dimensions, as `ops.lora_linear_grouped` takes it. `layer(x)` has the first for all rows.
 
     LoRA: Hu et al. 2021 (arXiv:2106.09685). With a 4-bit W it is QLoRA: Dettmers et al. 2023 (arXiv:2305.14314).
 
@@ -121,12 +127,7 @@ class LoRALinear(nn.Module):
         double_quant: bool,
     ) -> None:
         super().__init__()
-        check_size("rank", rank)
-        alpha = rank if alpha is None else alpha
-        if not is_number(alpha):
-            refuse("alpha", repr(alpha), "a finite number")
-        check_probability("dropout", dropout)
-        check_flag("rslora", rslora)
+        alpha, scaling = _checked(rank, alpha, dropout, rslora)
         check_flag("double_quant", double_quant)
         if not (quantize is None or isinstance(quantize, str)) or quantize not in (None, "nf4", "fp4"):
             raise ValueError(f"quantize: got {quantize!r}, wanted 'nf4', 'fp4' or None")
@@ -135,7 +136,7 @@ class LoRALinear(nn.Module):
         self.weight: nn.Parameter | Weight4bit
         self.merged_weight: Tensor | Weight4bit | None
         self.rank, self.alpha, self.dropout, self.rslora = rank, alpha, dropout, rslora
-        self.scaling = alpha / (math.sqrt(rank) if rslora else rank)
+        self.scaling = scaling
         self.quantize = quantize
         if quantize is not None and not isinstance(weight, NF4Weight):
             weight = quantize_4bit(weight, quant_type=quantize, double_quant=double_quant)
@@ -153,10 +154,28 @@ class LoRALinear(nn.Module):
 
     def reset_parameters(self) -> None:
         """Starts the adapter anew: A Kaiming uniform, B zero."""
-        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
-        nn.init.zeros_(self.lora_B)
+        _reset(self.lora_A, self.lora_B)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def add_adapter(self, rank: int, alpha: float | None = None, dropout: float = 0.0, *, rslora: bool = False) -> int:
+        """Puts a further adapter beside the others, untrained, and returns its position. It is `adapter_<position>`.
+
+        Raises:
+            ValueError: an argument that does not fit; the constructor says what does.
+        """
+        position = 1 + len(self._further())
+        sizes = self.in_features, self.out_features
+        self.add_module(f"adapter_{position}", _Adapter(*sizes, rank, alpha, dropout, rslora, self.lora_A.device))
+        return position
+
+    def _further(self) -> list[_Adapter]:
+        return [module for module in self.children() if isinstance(module, _Adapter)]
+
+    def forward(self, x: Tensor, index: Tensor | Sequence[Any] | None = None) -> Tensor:
+        if index is not None:
+            adapters: list[LoRALinear | _Adapter] = [self, *self._further()]
+            lora_A, lora_B, scaling = zip(*((a.lora_A, a.lora_B, a.scaling) for a in adapters), strict=True)
+            p = [adapter.dropout for adapter in adapters] if self.training else []
+            return lora_linear_grouped(x, _view(self.weight), self.bias, lora_A, lora_B, scaling, index, p)
         if (merged := self.merged_weight) is not None:
             return lora_linear(x, _view(merged), self.bias)
         dropout = (self.dropout,) if self.training and self.dropout else ()
@@ -205,6 +224,40 @@ class LoRALinear(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
         if isinstance(self.weight, Weight4bit):
             self.weight.load(state_dict, prefix + "weight", missing, unexpected, errors)
+
+
+class _Adapter(nn.Module):
+    """A further adapter's parameters."""
+
+    def __init__(
+        self, in_features: int, out_features: int, rank: int, alpha: float | None, dropout: float, rslora: bool,
+        device: torch.device,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        self.alpha, self.scaling = _checked(rank, alpha, dropout, rslora)
+        self.rank, self.dropout, self.rslora = rank, dropout, rslora
+        self.lora_A = nn.Parameter(torch.empty(rank, in_features, device=device, dtype=torch.float32))
+        self.lora_B = nn.Parameter(torch.empty(out_features, rank, device=device, dtype=torch.float32))
+        _reset(self.lora_A, self.lora_B)
+
+    def extra_repr(self) -> str:
+        return f"rank={self.rank}, alpha={self.alpha}, dropout={self.dropout}, rslora={self.rslora}"
+
+
+def _checked(rank: int, alpha: float | None, dropout: float, rslora: bool) -> tuple[float, float]:
+    """An adapter's alpha and scaling."""
+    check_size("rank", rank)
+    alpha = rank if alpha is None else alpha
+    if not is_number(alpha):
+        refuse("alpha", repr(alpha), "a finite number")
+    check_probability("dropout", dropout)
+    check_flag("rslora", rslora)
+    return alpha, alpha / (math.sqrt(rank) if rslora else rank)
+
+
+def _reset(lora_A: Tensor, lora_B: Tensor) -> None:
+    nn.init.kaiming_uniform_(lora_A, a=math.sqrt(5))
+    nn.init.zeros_(lora_B)
 
 
 def _view(weight: Tensor | Weight4bit) -> Tensor | NF4Weight:

@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from peft.tuners import ia3
 from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
@@ -18,16 +19,21 @@ from ...ops._linear import few_rows
 from ...ops.ia3_linear import ia3_linear
 from ..base_layer import BaseProduct, OnLinear, is_conv1d, why_not_skip
 from ..refusal import Refusal
-from ..registry import FusedLayer, Trial, check_module, register
+from ..registry import Trial, check_module, register
+from ..rows import Rows, TakesRows, are_entered
 from ..transformers.layers import FusedGatedMLP
 from ..transformers.lookalike import form_of
 
 
-class FusedIA3(FusedLayer):
-    """`y = x Wᵀ + b` with x, or y, times the product of the active adapters' vectors, in x's dtype.
+class FusedIA3(TakesRows):
+    """`y = x Wᵀ + b` with x, or y, times the product of the active adapters' vectors, in x's dtype; within
+    `adapter_rows` times the vector of each row's own adapter.
 
     Merged or disabled adapters take PEFT's own forward, which calls the base layer.
     """
+
+    def prepare(self) -> str:
+        return "in a mixed batch torch multiplies with the vectors" if len(self.ia3_l) > 1 else ""
 
     def why_stock(self) -> str | None:
         if reason := why_not_skip(self.base_layer):
@@ -36,9 +42,14 @@ class FusedIA3(FusedLayer):
         return scale.reason if isinstance(scale, Refusal) else None
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if (result := self.of_rows(x, args, kwargs)) is not None:
+            return result
+        rows: Rows | None = kwargs.pop("adapter_names", None)  # which PEFT's forward does not know
         if self._disable_adapters or self.merged_adapters:
             y: Tensor = super().forward(x, *args, **kwargs)
             return y
+        if rows is not None:
+            return self._mixed(x, rows, *args, **kwargs)
         if self.stock_is_faster(x):
             return self.stock_result(x, *args, **kwargs)
         call = self._call(x, args, kwargs)
@@ -47,6 +58,21 @@ class FusedIA3(FusedLayer):
         (weight, bias, compute_dtype, out_dtype), scale = call
         l_in, l_out = (scale, None) if self.is_feedforward else (None, scale)
         return ia3_linear(x, weight, bias, l_in, l_out, compute_dtype=compute_dtype, out_dtype=out_dtype)
+
+    def _mixed(self, x: Tensor, rows: Rows, *args: Any, **kwargs: Any) -> Tensor:
+        """Each row of x with the vector of its adapter: one product for all rows, and torch's with the vectors."""
+        present = [name for name in rows.names if name in self.ia3_l]
+        if not present:
+            plain: Tensor = self.base_layer(x, *args, **kwargs)
+            return plain
+        vectors = [self.ia3_l[name].flatten() for name in present]
+        index = (rows.positions(present) + 1).to(x.device)  # the first is that of rows without an adapter
+        scale = torch.stack([torch.ones_like(vectors[0]), *vectors])[index]
+        scale = scale.view(len(rows), *[1] * (x.dim() - 2), -1)
+        if self.is_feedforward:
+            return self.base_layer((x * scale).to(x.dtype), *args, **kwargs)  # type: ignore[no-any-return]
+        y: Tensor = self.base_layer(x, *args, **kwargs)
+        return (y * scale).to(y.dtype)
 
     def base_product(self, base: nn.Module, x: Tensor) -> BaseProduct | Refusal:
         """What `ia3_linear` is to be called with for the base layer; or why this input has to take the stock path."""
@@ -86,7 +112,7 @@ class Linear(OnLinear, FusedIA3, ia3.Linear):
     __doc__ = FusedIA3.__doc__
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if is_conv1d(self._modules["base_layer"]) and few_rows(x):
+        if is_conv1d(self._modules["base_layer"]) and few_rows(x) and not are_entered():
             return ia3.Linear.forward(
                 self, x, *args, **kwargs
             )  # the product would be torch's, and the call takes longer

@@ -7,6 +7,7 @@ LoRA: Hu et al. 2021 (arXiv:2106.09685). QLoRA: Dettmers et al. 2023 (arXiv:2305
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -34,24 +35,30 @@ from ..base_layer import (
 )
 from ..refusal import Refusal
 from ..registry import mention, register
+from ..rows import BASE, Rows, TakesRows
 from ..torch.dropout import Dropout
 
 _DROPOUTS = (nn.Dropout, Dropout)
 _Adapter = tuple[Tensor, Tensor, float, float]  # A, B, scaling and dropout
 _DoRA = tuple[Tensor, Tensor, Tensor, Tensor, float, float]  # A, B, magnitude, norm, scaling and dropout
-_Call = tuple[BaseProduct, Adapters | GroupedAdapters | _DoRA]
+_Call = tuple[BaseProduct, Adapters | GroupedAdapters | _DoRA]  # what an operation is called with, beside x
 
 mention(BaseTunerLayer)  # whose subclasses are modules
 
 
-class FusedLoRA(Adaptable):
+class FusedLoRA(TakesRows, Adaptable):
     """`y = x Wᵀ + b + Σᵢ scalingᵢ · dropoutᵢ(x) Aᵢᵀ Bᵢᵀ` over the active adapters, or DoRA's y where the one that is
     active is a DoRA; in the dtype that PEFT returns.
 
-    With `adapter_names` each sample has its own adapter instead, or none; with gradients too, though PEFT refuses them
-    for a model in training mode. Merged or disabled adapters, DoRA beside others, and adapters that are more than A and
-    B (`lora_bias`, …) take PEFT's own forward, which calls the base layer.
+    With `adapter_names`, or within `adapter_rows`, each sample has its own adapter instead, or none; with gradients
+    too, though PEFT refuses them for a model in training mode. The samples of a DoRA are an operation of their own.
+    Merged or disabled adapters, DoRA beside other active ones, and adapters that are more than A and B (`lora_bias`, …)
+    take PEFT's own forward, which calls the base layer.
     """
+
+    def prepare(self) -> str:
+        several = len(self.lora_A) > 1 and any(self.use_dora.values())
+        return "in a mixed batch each DoRA takes an operation of its own" if several else ""
 
     def why_stock(self) -> str | None:
         if reason := why_not_skip(self.base_layer):
@@ -61,6 +68,8 @@ class FusedLoRA(Adaptable):
         return next((adapter.reason for adapter in adapters if isinstance(adapter, Refusal)), None)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if (y := self.of_rows(x, args, kwargs)) is not None:
+            return y
         if not (args or kwargs):
             if self.stock_is_faster(x):
                 return self.stock_result(x)
@@ -69,23 +78,40 @@ class FusedLoRA(Adaptable):
         if self._disable_adapters or self.merged_adapters:
             out: Tensor = super().forward(x, *args, **kwargs)
             return out
-        operation, call = self._operation(x, args, kwargs)
-        if isinstance(call, Refusal):
-            return self.take_stock_path(call.reason, x, *args, **kwargs)
-        (weight, bias, *dtypes), adapters = call
-        return operation(x, weight, bias, *adapters, *dtypes)
+        call = self._call(x, args, kwargs)
+        return self.take_stock_path(call.reason, x, *args, **kwargs) if isinstance(call, Refusal) else call()
 
-    def _operation(
-        self, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[Callable[..., Tensor], _Call | Refusal]:
-        """What computes this call's result, and of what; or why it has to take the stock path."""
+    def _call(self, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Callable[[], Tensor] | Refusal:
+        """What computes this call's result; or why it has to take the stock path."""
         if reason := _why_stock_call(args, kwargs):
-            return lora_linear_unchecked, Refusal(reason)
+            return Refusal(reason)
         if (names := kwargs.get("adapter_names")) is not None:
-            return lora_linear_grouped_unchecked, self._grouped_product(x, names)
+            return self._mixed_call(x, names)
         if name := self._only_dora():
-            return dora_linear_unchecked, self._dora_product(x, name)
-        return lora_linear_unchecked, self.adapted_product(x)
+            return _bound(dora_linear_unchecked, x, self._dora_product(x, name))
+        return _bound(lora_linear_unchecked, x, self.adapted_product(x))
+
+    def _mixed_call(self, x: Tensor, names: Sequence[str]) -> Callable[[], Tensor] | Refusal:
+        """`_call` where each sample has the adapter of a name: each DoRA's after all others' at once."""
+        doras = [name for name, is_dora in self.use_dora.items() if is_dora]
+        if not isinstance(names, Rows):
+            self._check_forward_args(x, adapter_names=[BASE if name in doras else name for name in names])  # by PEFT
+        rows = names if isinstance(names, Rows) else Rows(names)
+        doras = [name for name in rows.names if name in doras]
+        if x.dim() < 2:
+            return Refusal("x has no samples")
+        if not doras:
+            return _bound(lora_linear_grouped_unchecked, x, self._grouped_product(x, rows))
+        of_adapter = rows.positions(doras)
+        order = [(of_adapter == number).nonzero().flatten().to(x.device) for number in range(-1, len(doras))]
+        others, names = x[order[0]], [name for name in rows if name not in doras]
+        calls = [_bound(lora_linear_grouped_unchecked, others, self._grouped_product(others, Rows(names)))]
+        for name, samples in zip(doras, order[1:], strict=True):
+            of_name = x[samples]
+            calls.append(_bound(dora_linear_unchecked, of_name, self._dora_product(of_name, name)))
+        refusal = next((call for call in calls if isinstance(call, Refusal)), None)
+        able = [call for call in calls if not isinstance(call, Refusal)]
+        return refusal or (lambda: torch.cat([call() for call in able])[torch.cat(order).argsort()])
 
     def base_product(self, base: nn.Module, x: Tensor, read: Reading = ONCE) -> BaseProduct | Refusal:
         """What `lora_linear` is to be called with for the base layer; or why this input has to take the stock path."""
@@ -148,34 +174,20 @@ class FusedLoRA(Adaptable):
                 cache[key] = norm
         return product, (a, b, magnitude.weight, norm, scaling, p)
 
-    def _grouped_product(
-        self, x: Tensor, adapter_names: Sequence[str]
-    ) -> tuple[BaseProduct, GroupedAdapters] | Refusal:
+    def _grouped_product(self, x: Tensor, rows: Rows) -> tuple[BaseProduct, GroupedAdapters] | Refusal:
         """What `adapted_product` returns, where each sample has the adapter of a name."""
-        self._check_forward_args(x, adapter_names=adapter_names)  # whose errors are PEFT's
         product = self._product(x)
         if isinstance(product, Refusal):
             return product
-        if x.dim() < 2:
-            return Refusal("x has no samples")
-        adapters: tuple[list[Tensor], list[Tensor], list[float], list[float]] = ([], [], [], [])
-        lora_A, lora_B, scaling, dropout = adapters
-        positions: dict[str, int] = {"__base__": -1}
-        for name in adapter_names:
-            if name in positions:
-                continue
+        present: dict[str, _Adapter] = {}
+        for name in rows.names:
             adapter = self._adapter(name)
             if isinstance(adapter, Refusal):
                 return adapter
-            positions[name] = -1 if adapter is None else len(lora_A)
             if adapter is not None:
-                a, b, scale, p = adapter
-                lora_A.append(a)
-                lora_B.append(b)
-                scaling.append(scale)
-                dropout.append(p)
-        index = torch.tensor([positions[name] for name in adapter_names], dtype=torch.int64, device="cpu")
-        return product, (lora_A, lora_B, scaling, index, dropout)
+                present[name] = adapter
+        lora_A, lora_B, scaling, dropout = zip(*present.values(), strict=True) if present else NO_ADAPTERS
+        return product, (lora_A, lora_B, scaling, rows.positions([*present]), dropout)
 
     def _product(self, x: Tensor, read: Reading = ONCE) -> BaseProduct | Refusal:
         base = read.module(self._modules, "base_layer")
@@ -243,6 +255,13 @@ class FusedLoRA(Adaptable):
             # `prepare_model_for_compiled_hotswap` makes it one, which compiled code has to read each time that it runs.
             return weight_A, weight_B.float() * scaling, 1.0, p
         return weight_A, weight_B, read.number(scalings, name), p
+
+
+def _bound(operation: Callable[..., Tensor], x: Tensor, call: _Call | Refusal) -> Callable[[], Tensor] | Refusal:
+    if isinstance(call, Refusal):
+        return call
+    (weight, bias, *dtypes), adapters = call
+    return partial(operation, x, weight, bias, *adapters, *dtypes)
 
 
 def _why_stock_call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:

@@ -236,7 +236,8 @@ def _fitting(
     missing = [f"{layer}.lora_{part}" for layer in {**dict.fromkeys(wanted), **found} for part in "AB"
                if part not in found.get(layer, {})]  # fmt: skip
     misshapen = []
-    for layer, parts in found.items():
+    for layer in filter(found.__contains__, shapes):  # in the model's order
+        parts = found[layer]
         n, k, rank = *shapes[layer], config.rank_of(layer)
         if rank > max_rank:
             misshapen.append(f"{layer}: got rank {rank}, wanted at most max_rank, {max_rank}")

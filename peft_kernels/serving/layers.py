@@ -7,6 +7,7 @@ and nothing of the base is copied. What a call's rows have for adapters is in th
 from __future__ import annotations
 
 import sys
+from collections.abc import Hashable
 from functools import cache
 from typing import Any
 
@@ -46,7 +47,8 @@ class Pooled(Adaptable):
 
     def forward(self, x: Tensor) -> Tensor:
         if torch.compiler.is_compiling():
-            return _untraced(self, x)
+            traced: Tensor = _untraced(self, x)
+            return traced
         batch = self._batch()
         if batch is None:
             return self._base(x)
@@ -103,14 +105,16 @@ class PooledDense(Pooled):
         return None if is_conv1d(self) else super().projected(x)
 
 
-@torch.compiler.disable
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def _untraced(layer: Pooled, x: Tensor) -> Tensor:
     """In a compiled model: which adapters there are changes from batch to batch, and no graph may remember it."""
     return layer.forward(x)
 
 
-def why_not(layer: nn.Module) -> str | None:
+def why_not(layer: Any) -> str | None:
     """Why a linear layer can't be served."""
+    if isinstance(layer, Pooled):
+        return "another AdapterPool, which serves it"
     if "forward" in vars(layer):
         return "a forward that was replaced on the instance"
     if is_4bit(layer):
@@ -142,14 +146,15 @@ def shape_of(layer: Any) -> tuple[int, int]:
 
 
 @cache
-def pooled_class(cls: Any) -> type[Any]:
+def pooled_class(cls: Hashable) -> type[Any]:
     """The class of a served layer, on top of its own, stock or fused; or on top of the fused one of a 4-bit layer,
     which reads the 4-bit weight as it is, where bitsandbytes would repack it."""
-    stock = getattr(cls, "stock", cls)
+    below: Any = cls
+    stock = getattr(below, "stock", below)
     is_dense = not hasattr(stock, "set_compute_type")
     if not is_dense:
         from ..integrations.bitsandbytes import linear4bit  # noqa: F401  (registers the fused forms)
 
-        cls = fused_form(stock)
-    own = (PooledDense if is_dense else Pooled, cls)
-    return type(stock.__name__, own, {"stock": stock, "__module__": stock.__module__, "__doc__": Pooled.__doc__})
+        below = fused_form(stock)
+    bases = (PooledDense if is_dense else Pooled, below)
+    return type(stock.__name__, bases, {"stock": stock, "__module__": stock.__module__, "__doc__": Pooled.__doc__})

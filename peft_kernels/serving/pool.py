@@ -139,7 +139,7 @@ class AdapterPool:
         self._pinned: set[str] = set()
         self._changed = threading.Condition()  # also the lock of all that is above
         self._is_closed = False
-        self._classes = {module: type(module) for module in layers.values()}
+        self._classes: dict[Any, Any] = {module: type(module) for module in layers.values()}
         for module, cls in self._classes.items():
             module.__class__ = pooled_class(cls)
             if is_4bit(module):
@@ -388,9 +388,7 @@ class AdapterPool:
                         self._trim()
                         return pages
                     if not self._changed.wait(max(end - time.monotonic(), 0)) and time.monotonic() >= end:
-                        raise TimeoutError(
-                            f"names: all pages that {names} could have are in use, still after {self._wait} s"
-                        )
+                        raise TimeoutError(f"names: the pages for {names} are in use, still after {self._wait} s")
                     continue
             for adapter in unread:
                 read[adapter] = self._read_again(adapter)
@@ -471,13 +469,12 @@ class AdapterPool:
     def _host_bytes(self) -> int:
         return sum(adapter.nbytes for adapter in self._adapters.values() if adapter.checkpoint is not None)
 
-    def _known(self, name: str | None) -> _Adapter:
+    def _known(self, name: str) -> _Adapter:
         self._check_open()
-        if name not in self._adapters:
-            refuse(
-                "name", repr(name), f"one of {', '.join(map(repr, self._adapters)) or 'none, as nothing was loaded'}"
-            )
-        return self._adapters[name]
+        adapter = self._adapters.get(name)
+        if adapter is None:
+            refuse("name", repr(name), f"one that was loaded: {', '.join(map(repr, self._adapters)) or 'none was'}")
+        return adapter
 
     def _check_new(self, name: str) -> None:
         if name in self._adapters:
@@ -495,12 +492,8 @@ def _find_layers(model: nn.Module, target_modules: str | list[str]) -> dict[str,
     by_name = {name: module for name, module in model.named_modules() if is_served_kind(module)}
     for name, module in model.named_modules():
         if hasattr(module, "base_layer"):
-            kind = f"a {type(module).__name__}, {name!r}"
-            refuse(
-                "model", f"one with {kind}, on a base layer", "the model without adapters in it, as unload() returns it"
-            )
-        if hasattr(type(module), "_batch") and is_served_kind(module):
-            refuse("model", "one that another AdapterPool serves", "one that is served once")
+            kind = f"a {type(module).__name__} on a base layer, {name!r}"
+            refuse("model", f"one with {kind}", "the model without adapters in it, as PEFT's unload() returns it")
     if target_modules == "all-linear":
         layers = {name: module for name, module in by_name.items() if module is not head}
     elif isinstance(target_modules, str):

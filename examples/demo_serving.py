@@ -167,13 +167,16 @@ Answer = Callable[[list[int], Tensor], Tensor]  # adapters and prompts [rows, le
 def serve(
     answer: Answer, requests: Requests, clients: int, workers: int, batch: int, seconds: float
 ) -> tuple[dict[int, list[int]], list[float], float]:
-    """Has clients ask until there are no more requests, or time is up. Workers take what is waiting, up to a batch."""
+    """Has clients ask until there are no more requests, or time is up; once at least. Workers take what is waiting, up
+    to a batch."""
     waiting: queue.Queue[tuple[int, Future[list[int]]] | None] = queue.Queue()
     numbers, answers, latencies = itertools.count(), {}, []
     begin = time.perf_counter()
 
     def client() -> None:
-        while (number := next(numbers)) < len(requests) and time.perf_counter() - begin < seconds:
+        while (number := next(numbers)) < len(requests):
+            if number >= clients and time.perf_counter() - begin > seconds:
+                return
             future: Future[list[int]] = Future()
             asked = time.perf_counter()
             waiting.put((number, future))

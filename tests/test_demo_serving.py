@@ -90,3 +90,16 @@ def test_demo_from_start_to_end(tiny_model, tmp_path):
     assert all(row["rate"] > 0 and row["p99"] >= row["p50"] > 0 for row in written["served"])
     assert {row["name"]: row["requests"] for row in written["served"]}[POOL] > 0 and ALONE in result.stdout
     assert (tmp_path / "demo_serving.png").stat().st_size > 10_000
+
+
+@pytest.mark.slow
+def test_benchmark_from_start_to_end(tiny_model):
+    command = [sys.executable, "-m", "benchmarks", "serving", "--quick", "--model", str(tiny_model)]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert result.returncode == 0, result.stderr
+    for line in (
+        "pool.swap of a checkpoint in host memory",
+        "PEFT's load_adapter from a folder",
+        "8 rows with 8 adapters, pool",
+    ):
+        assert re.search(rf"{re.escape(line)} +│ +\d", result.stdout), line

@@ -298,6 +298,20 @@ def test_host_tier(served, tmp_path):
     check(pool, answers, "a", "c")
 
 
+def test_root_may_be_relative(tmp_path, monkeypatch):
+    """Also to a folder that the process has left by the time that an adapter is read again."""
+    base = base_model()
+    wanted = logits(save_adapter(base, tmp_path / "adapters" / "a"))
+    monkeypatch.chdir(tmp_path)
+    with AdapterPool(base, slots=1, root="adapters", host_bytes=0) as pool, AdapterPool(base_model()) as other:
+        pool.load("a")
+        other.load("a", "adapters/a")
+        pool.evict("a")
+        monkeypatch.chdir("/")
+        assert error(answer(pool, "a"), wanted) <= SAME_STEP
+        other.swap("a", other._adapters["a"].folder)
+
+
 def test_a_batch_waits_for_a_page(served):
     pool, answers = served
     pool._wait = 0.05
@@ -412,7 +426,7 @@ def test_names(served, tmp_path):
     for method in (pool.swap, pool.evict, pool.remove, pool.pin, pool.unpin):
         with pytest.raises(ValueError, match="name: got 'x', wanted one that was loaded: 'a', 'b', 'c'"):
             method("x")
-    for names in ("abc", [1]):
+    for names in ("abc", [1], None):
         with pytest.raises(ValueError, match=r"names: got .*, wanted a list"), pool.batch(names):
             pass
     with pytest.raises(ValueError, match="source: got None, wanted a folder"):

@@ -126,8 +126,7 @@ def why_not(layer: Any) -> str | None:
 
 def is_served_kind(layer: nn.Module) -> bool:
     """Whether it is a linear layer of a kind that can be served."""
-    stock = stock_of(layer)
-    return stock is nn.Linear or is_4bit(layer) or (stock.__name__ == "Conv1D" and is_conv1d(layer))
+    return stock_of(layer) is nn.Linear or is_4bit(layer) or is_conv1d(layer)
 
 
 def stock_of(layer: nn.Module) -> type[nn.Module]:

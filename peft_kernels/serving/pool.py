@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from ..cuda import why_not as why_not_device
 from ..inference import variants
 from ..integrations.registry import check_module
-from ..ops._arguments import FLOAT_DTYPES, check_size, dtype_name, refuse
+from ..ops._arguments import FLOAT_DTYPES, check_size, dtype_name, is_number, refuse
 from .batch import Batch, Matrices, Names, Views
 from .checkpoint import WEIGHTS, Layout, LoRACheckpoint, matches, page_size, read_checkpoint
 from .layers import is_4bit, is_served_kind, pooled_class, shape_of, why_not
@@ -125,9 +125,11 @@ class AdapterPool:
             refuse("dtype", repr(dtype), f"one of {', '.join(map(dtype_name, FLOAT_DTYPES))}")
         if isinstance(host_bytes, bool) or not (isinstance(host_bytes, int) and host_bytes >= 0):
             refuse("host_bytes", repr(host_bytes), "a number of bytes")
+        if not (is_number(wait) and wait >= 0):
+            refuse("wait", repr(wait), "a number of seconds")
         layers = _find_layers(model, target_modules)
         self.model, self.max_rank, self.dtype, self.host_bytes = model, max_rank, dtype, host_bytes
-        self.root = None if root is None else Path(root)
+        self.root = None if root is None else Path(root).absolute()
         self._wait = wait
         self._layers = {module: name for name, module in layers.items()}
         self._modules = layers
@@ -270,7 +272,8 @@ class AdapterPool:
             FileNotFoundError: an adapter's folder, which has to be read again, is gone.
             TimeoutError: all pages are in use for too long.
         """
-        if isinstance(names, str) or not all(name is None or isinstance(name, str) for name in names):
+        is_list = isinstance(names, (list, tuple)) and all(name is None or isinstance(name, str) for name in names)
+        if not is_list:
             refuse("names", repr(names), "a list with a name or None for each sample")
         check_size("expand", expand)
         with self._leased(names) as views:
@@ -328,11 +331,9 @@ class AdapterPool:
     # ---- Pages; all of these want the lock, but the first two and `_leased` -----------------------------------------
 
     def _inside(self, folder: str | Path) -> Path:
-        path = Path(folder)
-        if self.root is not None:
-            path = self.root / path
-            if not path.resolve().is_relative_to(self.root.resolve()):
-                refuse("folder", repr(str(folder)), f"one inside of {self.root}")
+        path = Path(self.root or "", folder).absolute()
+        if self.root is not None and not path.resolve().is_relative_to(self.root.resolve()):
+            refuse("folder", repr(str(folder)), f"one inside of {self.root}")
         return path
 
     def _adapter(self, name: str, source: str | Path | LoRACheckpoint | None) -> _Adapter:

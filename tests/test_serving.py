@@ -206,6 +206,23 @@ def test_another_number_of_samples(served):
         assert error(logits(pool.model, 4)[::2], logits(pool.model, 2)) <= SAME_STEP
 
 
+def test_layers_that_no_adapter_of_the_batch_has(tmp_path):
+    """They may see their rows in any form, as the router of a mixture of experts does."""
+    base = base_model("4bit")
+    for seed, name in enumerate("ab"):
+        save_adapter(base, tmp_path / name, seed, target_modules=["q_proj"])
+    layer, x = base.model.layers[0].mlp.up_proj, torch.randn(7, 64)
+    with AdapterPool(base, root=tmp_path) as pool, torch.no_grad():
+        wanted = layer(x)
+        for name in "ab":
+            pool.load(name)
+        for names in (["a", "a"], ["a", "b"], [None, "b"]):
+            with pool.batch(names):
+                assert torch.equal(layer(x), wanted)
+                with pytest.raises(ValueError, match=r"one for each sample of model.layers.0.*q_proj's x, \[7, 64\]"):
+                    base.model.layers[0].self_attn.q_proj(x)
+
+
 # ---- Adapters come and go -------------------------------------------------------------------------------------------
 
 

@@ -46,6 +46,7 @@ class Batch(Variant):
     Attributes:
         names: of each sample's adapter; None for the base alone.
         layers: those that the batch's pool serves.
+        touched: those of them that some adapter of the batch has matrices for.
         outer: the batch of another pool that this one is within.
     """
 
@@ -54,10 +55,11 @@ class Batch(Variant):
         self._views = list(views.values())
         positions = {name: position for position, name in enumerate(views)}
         self._positions = [-1 if name is None else positions[name] for name in names]
+        self.touched: set[nn.Module] = set().union(*(each.layers for each in self._views))
         is_one = len(set(self._positions)) == 1
         self._only = self._views[0] if is_one and self._views else None
         self._is_mixed = not is_one and bool(self._views)
-        self._found: dict[tuple[nn.Module, int], Adapters | GroupedAdapters] = {}
+        self._found: dict[tuple[nn.Module, int], GroupedAdapters] = {}
         self._indices: dict[tuple[tuple[int, ...], int], Tensor] = {}
         outer = variants.current.get()
         self.outer = outer.enclosing(layers) if isinstance(outer, Batch) else None
@@ -95,18 +97,13 @@ class Batch(Variant):
         wanted = f"{count} samples" + f", or {count} x {self._expand}" * (self._expand > 1)
         refuse("names", f"those of {wanted}", f"one for each sample of {self.layers[layer]}'s x, {list(x.shape)}")
 
-    def grouped(self, layer: nn.Module, each: int) -> Adapters | GroupedAdapters:
-        """What `lora_linear_grouped` takes, or `lora_linear` where no adapter of the batch has the layer."""
+    def grouped(self, layer: nn.Module, each: int) -> GroupedAdapters:
+        """What `lora_linear_grouped` takes, for a layer that some adapter of the batch has."""
         found = self._found.get((layer, each))
         if found is None:
             having = tuple(i for i, views in enumerate(self._views) if layer in views.layers)
-            if having:
-                matrices = (self._views[i].layers[layer] for i in having)
-                lora_A, lora_B, scaling = zip(*matrices, strict=True)
-                found = lora_A, lora_B, scaling, self._index(having, each), ()
-            else:
-                found = NO_ADAPTERS
-            self._found[layer, each] = found
+            lora_A, lora_B, scaling = zip(*(self._views[i].layers[layer] for i in having), strict=True)
+            found = self._found[layer, each] = lora_A, lora_B, scaling, self._index(having, each), ()
         return found
 
     def _index(self, having: tuple[int, ...], each: int) -> Tensor:

@@ -50,18 +50,15 @@ class Pooled(Adaptable):
             traced: Tensor = _untraced(self, x)
             return traced
         batch = self._batch()
-        if batch is None:
+        if batch is None or self not in batch.touched:
             return self._base(x)
         each = batch.check_rows(self, x)
         adapters = batch.adapters(self)
-        if adapters is not None:
-            if not adapters[0]:
-                return self._base(x)
-            if (y := self.projected(x)) is not None:
-                return y
-            return lora_linear_unchecked(x, *self._product(x, adapters))
-        grouped = batch.grouped(self, each)
-        return lora_linear_grouped_unchecked(x, *self._product(x, grouped)) if grouped[0] else self._base(x)
+        if adapters is None:
+            return lora_linear_grouped_unchecked(x, *self._product(x, batch.grouped(self, each)))
+        if (y := self.projected(x)) is not None:
+            return y
+        return lora_linear_unchecked(x, *self._product(x, adapters))
 
     def _base(self, x: Tensor) -> Tensor:
         y: Tensor = super().forward(x)  # of the class below

@@ -21,6 +21,7 @@ import torch
 from peft import PeftModel
 from peft.utils.hotswap import hotswap_adapter
 from rich.table import Table
+from transformers import AutoTokenizer
 
 import peft_kernels
 from benchmarks import finetune
@@ -144,7 +145,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         with AdapterPool(base, slots=ROWS, max_rank=RANK) as pool:
             for number, each in enumerate(paths):
                 pool.load(str(number), each)
-            speeds = decoding(pool, stock, fused, finetune.AutoTokenizer.from_pretrained(path), rounds)
+            speeds = decoding(pool, stock, fused, AutoTokenizer.from_pretrained(path), rounds)
             found = swaps(pool, stock, paths, rounds)
             size = pool.read(paths[0]).nbytes
         if before != {name: parameter.data_ptr() for name, parameter in base.named_parameters()}:

@@ -84,7 +84,9 @@ def test_demo_from_start_to_end(tiny_model, tmp_path):
     command = [sys.executable, "-m", "benchmarks", "demo_serving", "--quick", "--model", str(tiny_model)]
     result = subprocess.run([*command, "--output", str(tmp_path)], capture_output=True, text=True, cwd=ROOT)
     assert result.returncode == 0, result.stderr
-    assert re.search(r"\d+ of \d+ answers of the pool compared with their adapter's alone", result.stdout)
+    assert re.search(
+        r"\d+ answers of the pool compared with their adapter's alone, \d+ of them with stock", result.stdout
+    )
     written = json.loads((tmp_path / "demo_serving.json").read_text())
     assert [row["name"] for row in written["served"]] == list(CONTENDERS)
     assert all(row["rate"] > 0 and row["p99"] >= row["p50"] > 0 for row in written["served"])

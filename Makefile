@@ -25,7 +25,8 @@ export TORCH_CUDA_ARCH_LIST := $(if $(CARDS),,8.0+PTX)
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-adapters train-many test test-avx2 test-asan test-amx test-gpu cuda-device bench card lint format clean
+.PHONY: help demo demo-adapters demo-serving train-many test test-avx2 test-asan test-amx test-gpu cuda-device bench card lint \
+  format clean
 
 help:  ## show this list
 	@sed -n 's/^\([a-z0-9-]*\):.*  ## /\1|/p' Makefile | awk -F'|' '{printf "  make %-13s %s\n", $$1, $$2}'
@@ -35,6 +36,9 @@ demo: $(INSTALLED)  ## fine-tune a small language model with and without the ker
 
 demo-adapters: $(INSTALLED)  ## train adapters for several tasks on one frozen model, then fuse them
 	$(BIN)/python -m benchmarks demo_adapters $(ARGS)
+
+demo-serving: $(INSTALLED)  ## serve many adapters on one model while they come and go
+	$(BIN)/python -m benchmarks demo_serving $(ARGS)
 
 train-many: $(INSTALLED)  ## train eight LoRAs for eight tasks at once on one frozen model
 	$(BIN)/python -m examples.train_many $(ARGS)

@@ -81,12 +81,13 @@ def draw_file(path: Path, output: Path) -> None:
         ValueError: it is neither.
     """
     if path.suffix == ".json":
-        from examples import demo, demo_adapters  # they load models, so only where they are asked for
+        from examples import demo, demo_adapters, demo_serving  # they load models, so only where they are asked for
 
         results = json.loads(path.read_text())
-        if not {"results", "accuracy"} & results.keys():
+        if not {"results", "served", "accuracy"} & results.keys():
             raise ValueError(f"{path}: got neither results nor accuracies, wanted the JSON file of a demo")
-        (demo if "results" in results else demo_adapters).draw_saved(results, output)
+        drawn_by = demo if "results" in results else demo_serving if "served" in results else demo_adapters
+        drawn_by.draw_saved(results, output)
     else:
         draw(*read(path), output)
 

@@ -3,7 +3,7 @@
 import importlib
 from typing import TYPE_CHECKING
 
-from . import _extension, adapters, choices, nn  # noqa: F401  (_extension registers the ops, or says why it cannot)
+from . import _extension, adapters, choices, nn, serving  # noqa: F401  (_extension registers the ops, or says why not)
 from .adapters import (
     adapter_rows,
     freeze_adapters,
@@ -44,6 +44,7 @@ __all__ = [
     "remove_adapters",
     "restore",
     "save_adapter",
+    "serving",
     "set_adapter",
     "unfreeze_adapters",
 ]

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from comparison import error
-from decoding_models import decode, quantised
+from decoding_models import decode, layers_of, quantised
 from peft import LoraConfig, get_peft_model
 from peft.utils.hotswap import hotswap_adapter, prepare_model_for_compiled_hotswap
 from peft_models import IN_FEATURES, OUT_FEATURES, gradients, layer_of, lora_model, oracle, randomize
@@ -179,3 +179,45 @@ def test_decoding_sees_a_swap(kind, prepared, tmp_path):
     assert error(decode(model), wanted[0]) <= SAME_STEP
     hotswap_adapter(model, tmp_path, adapter_name="default")
     assert error(decode(model), wanted[1]) <= SAME_STEP
+
+
+@pytest.mark.parametrize("rank", [2, 4, 7])
+@pytest.mark.parametrize("kind", ["dense", "4bit"])
+def test_swap_is_in_place(kind, rank, tmp_path):
+    """PEFT writes into tensors that are large enough, and then what was packed for decoding still holds; where it puts
+    others in their place, this is seen. A captured graph goes on for as long as memory stays where it is."""
+    second = llama_model(kind, {"r": rank, "lora_alpha": 2 * rank}, tmp_path)
+    model = llama_model(kind, FIRST)
+    wanted = [decode(of, rows=1) for of in (model, second)]
+    peft_kernels.accelerate(model)
+
+    def state():
+        layers = layers_of(model)
+        return {name: p.data_ptr() for name, p in model.named_parameters()}, [id(layer._plan) for layer in layers]
+
+    assert error(decode(model, rows=1), wanted[0]) <= SAME_STEP
+    before = state()
+    hotswap_adapter(model, tmp_path, adapter_name="default")
+    assert error(decode(model, rows=1), wanted[1]) <= SAME_STEP
+    assert (state() == before) == (rank <= FIRST["r"])
+    hotswap_adapter(model, tmp_path, adapter_name="default")
+    before = state()
+    assert error(decode(model, rows=1), wanted[1]) <= SAME_STEP and state() == before
+    assert all(layer._plan for layer in layers_of(model))
+
+
+@pytest.mark.parametrize("kind", SECOND)
+def test_swap_of_a_prepared_model_is_in_place(kind, tmp_path, without_recompiling):
+    """Of a compiled one, and of the same one called without its graph."""
+    second, model = layer_model(kind, SECOND[kind], tmp_path), layer_model(kind, FIRST)
+    peft_kernels.accelerate(model)
+    prepare(model)
+    compiled, x = without_recompiling(model), torch.randn(1, IN_FEATURES)
+    wanted = oracle(layer_of(second), x).float()
+    with torch.no_grad():
+        compiled(x), model(x)
+        before = {name: parameter.data_ptr() for name, parameter in model.named_parameters()}
+        hotswap_adapter(compiled, tmp_path, adapter_name="default")
+        for called in (compiled, model):
+            torch.testing.assert_close(called(x), wanted, **FP32)
+    assert {name: parameter.data_ptr() for name, parameter in model.named_parameters()} == before

@@ -35,6 +35,7 @@ from ..ops.decoder_layer import Norm, after_attention, before_attention
 from ..ops.projections import Projection, Projections
 from .guards import CannotGuardError, Guard
 from .packed import Adaptable, packable, suits_packed
+from .variants import can_pack, keep, recall
 
 _PARTS = ("input_layernorm", "self_attn", "post_attention_layernorm", "mlp")
 
@@ -62,7 +63,7 @@ class FusedDecoderLayer(Caching, Lookalike):
 
     model, class_name = "llama", "LlamaDecoderLayer"
     derived = ("_plan",)
-    _plan: _Plan | None = None
+    _plan: _Plan | None = None  # read by `recall`
 
     @classmethod
     def applies(cls, layer: nn.Module) -> bool:
@@ -105,6 +106,7 @@ class FusedDecoderLayer(Caching, Lookalike):
         layer = self._modules["self_attn"]
         if not (
             suits_packed(x)
+            and can_pack()
             and x.dim() == 3
             and x.numel() > 0
             and isinstance(layer, FusedLlamaAttention)
@@ -117,13 +119,13 @@ class FusedDecoderLayer(Caching, Lookalike):
             and not are_entered()
         ):
             return None
-        plan = self._plan  # read once: another thread may have one made for another dtype
+        plan: _Plan | None = recall(self, "_plan")  # once: another thread may have one made for another dtype
         if plan is None or plan.dtype is not x.dtype or not plan.guard.holds():
             try:
                 plan = self._make_plan(x)
             except (_UnsuitedError, CannotGuardError):
                 plan = None
-            self._plan = plan
+            keep(self, "_plan", plan)
         if plan is None or (plan.for_few_rows and not few_rows(x)):
             return None
         return plan if activation_name(self._modules["mlp"].act_fn) else None  # None if its class was patched

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .adapters import adapter_rows
+from .adapters.hooks import one_of
 from .cuda import why_not
 from .integrations.rows import BASE, adapter_parameters
 from .ops._arguments import is_number
@@ -95,7 +96,7 @@ class AdapterTrainer:
             raise ValueError("settings: got none, wanted those of one adapter or more")
         for name, own in settings.items():
             if name not in found:
-                raise ValueError(f"settings: got {name!r}, wanted names among {', '.join(map(repr, sorted(found)))}")
+                raise ValueError(f"settings: got {name!r}, wanted {one_of(sorted(found))}")
             if not (is_number(own.loss_scale) and (own.max_norm is None or is_number(own.max_norm))):
                 raise ValueError(f"settings: got {own} for {name!r}, wanted numbers for loss_scale and max_norm")
         self.model, self.settings, self.token_losses = model, dict(settings), token_losses
@@ -206,7 +207,7 @@ class AdapterTrainer:
             if isinstance(name, (list, tuple)):
                 return [of(each) for each in name]
             if name not in [*position]:  # a list, since a name may be unhashable
-                raise ValueError(f"names: got {name!r}, wanted one of {', '.join(map(repr, self.settings))}, or None")
+                raise ValueError(f"names: got {name!r}, wanted {one_of(self.settings)}, or None")
             return position[name]
 
         return torch.tensor([of(name) for name in names], dtype=torch.int64, device="cpu")

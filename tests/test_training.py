@@ -279,7 +279,7 @@ def test_freezes_what_is_not_trained_and_puts_it_back():
 ERRORS = {
     "nothing": (lambda model: AdapterTrainer(model, {}), ValueError, "settings: got none"),
     "unknown": (lambda model: AdapterTrainer(model, {"c": AdapterSettings()}), ValueError,
-                "settings: got 'c', wanted names among 'a', 'b', 'dora', 'elsewhere'"),
+                "settings: got 'c', wanted one of 'a', 'b', 'dora', 'elsewhere'"),
     "scale": (lambda model: AdapterTrainer(model, {"a": AdapterSettings(loss_scale="x")}), ValueError,
               "wanted numbers for loss_scale and max_norm"),
     "module": (lambda model: AdapterTrainer(3, SETTINGS), TypeError, "model: got int, wanted a torch.nn.Module"),

@@ -25,6 +25,7 @@ BENCHMARKS = {
     "dropout": "dropout: forward, backward and memory",
     "cross_entropy": "the loss of language models: forward, backward and memory",
     "rotary": "the rotary embedding of queries and keys: forward, backward and memory",
+    "combine": "several LoRA adapters combined into one: TIES, DARE, pruning",
     "nf4": "quantise and dequantise",
     "roofline": "a model of the CUDA kernels' times on several cards, from counts; nothing is measured",
     "stock_or_fused": "layers after accelerate has chosen between stock and fused: never slower",

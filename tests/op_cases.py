@@ -74,6 +74,15 @@ ARGUMENTS: dict[str, Callable[[], dict[str, Any]]] = {
         "x": randn(M, K), "down_weight": randn(R, K) / 8, "down_bias": randn(R), "activation": "gelu",
         "layer_norm": (randn(K), randn(K), 1e-5),
     },
+    "combine": lambda: {
+        "deltas": [randn(N, K), randn(N, K)], "weights": [0.5, 2.0], "method": "dare_ties", "density": 0.5,
+        "majority_sign": "total", "seeds": torch.tensor([7, 8]),
+    },
+    "combine_products": lambda: {
+        "lora_A": [randn(R, K), randn(2, K)], "lora_B": [randn(N, R), randn(N, 2)], "scaling": [0.5, 2.0],
+        "weights": [0.5, 2.0], "method": "dare_ties", "density": 0.5, "majority_sign": "total",
+        "seeds": torch.tensor([7, 8]),
+    },
     "cross_entropy": lambda: {"logits": randn(M, N), "targets": torch.tensor([1, 5, -100]), "ignore_index": -100},
     "dequantize_4bit": lambda: {"weight": weight4bit(), "dtype": torch.float32},
     "dequantize_4bit_rows": lambda: {"weight": weight4bit(), "first_row": 0, "out": torch.empty(2, K)},
@@ -107,6 +116,9 @@ ARGUMENTS: dict[str, Callable[[], dict[str, Any]]] = {
 
 # Further calls of functions that have several ways through them; the calls above take one of these.
 VARIANTS: dict[str, Callable[[], dict[str, Any]]] = {
+    "combine of the largest": lambda: {
+        "deltas": [randn(N, K), randn(N, K)], "weights": [0.5, 2.0], "method": "ties", "density": 0.5,
+    },
     "dora_linear of NF4": lambda: _linear(weight4bit()) | _dora(weight4bit()) | {"magnitude": randn(N)},
     "dora_norm of NF4": lambda: _dora(weight4bit()),
     "ia3_linear of NF4": lambda: _linear(weight4bit()) | {"l_in": randn(K), "l_out": randn(N)},

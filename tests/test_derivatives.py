@@ -10,7 +10,10 @@ from torch.autograd import forward_ad
 from peft_kernels import nn, ops
 
 # What is documented as a constant.
-CONSTANT = {"dequantize_4bit", "dequantize_4bit_rows", "dora_norm", "dora_norm of NF4", "quantize_4bit"}
+CONSTANT = {
+    "combine", "combine of the largest", "combine_products", "dequantize_4bit", "dequantize_4bit_rows", "dora_norm",
+    "dora_norm of NF4", "quantize_4bit",
+}  # fmt: skip
 CASES = [*ARGUMENTS, *VARIANTS, *LAYERS]
 DIFFERENTIABLE = [name for name in CASES if name not in CONSTANT]
 # The tolerance for differences of results in fp32 with this step, which is relative to the size of the tensor.

@@ -88,6 +88,8 @@ def functions(x: Tensor, w: Tensor, index: list[int]) -> None:
     assert_type(ops.bottleneck(x, w, None), Tensor)
     assert_type(ops.fusion(x, [x], w, None, w, None), Tensor)
     assert_type(ops.fusion_of_bottlenecks(x, [x], [w], [None], [1.0], w, None, w, None), Tensor)
+    assert_type(ops.combine([w, w], [0.5, 1.0], "ties", density=0.2), Tensor)
+    assert_type(ops.combine_products([w], [w], [2.0], [1.0]), Tensor)
     assert_type(ops.cross_entropy(x, x), Tensor)
     assert_type(ops.dropout(x, 0.1), Tensor)
     assert_type(ops.glu(x, x, "silu"), Tensor)

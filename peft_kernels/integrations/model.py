@@ -38,7 +38,7 @@ _PACKAGES = {
     "torch": ("linear", "dropout"),
     "bitsandbytes": ("linear4bit",),
     "transformers": ("lookalike", "activations", "causal_lm_loss", "conv1d", "output_layer"),
-    "peft": ("lora", "ia3", "prefix"),
+    "peft": ("lora", "ia3", "prefix", "combine"),
 }
 
 # Parts that an adapter's layer computes itself when it is fused.
@@ -219,6 +219,8 @@ def _reports(
             if (reason := setting.why_not(module)) or setting in are_set:
                 yield _report(name, kind, reason, setting.remark, speeds.get(module))
         if isinstance(module, FusedLayer):
+            if not module.is_layer:
+                continue
             reason = module.why_stock()
         elif module in reasons:
             reason = reasons[module]

@@ -85,6 +85,7 @@ class FusedLayer(Measured):
     stock_forward: ClassVar[Callable[..., Any] | None]  # what the stock class had for it when this one was made
     # Attributes that exist only on a fused instance, and that `restore` drops.
     own_state: ClassVar[tuple[str, ...]] = ()
+    is_layer: ClassVar[bool] = True  # as the report has them, and not what is fused of the model around them
 
     @classmethod
     def applies(cls, layer: nn.Module) -> bool:

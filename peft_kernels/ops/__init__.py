@@ -3,6 +3,7 @@
 from .adapter import ACTIVATIONS, AdapterWeights, adapter, adapter_grouped, bottleneck
 from .adapter_fusion import fusion, fusion_of_bottlenecks
 from .attention import ia3_attention
+from .combine import combine, combine_products
 from .cross_entropy import cross_entropy
 from .dora_linear import dora_linear, dora_norm
 from .dropout import dropout
@@ -22,6 +23,8 @@ __all__ = [
     "adapter",
     "adapter_grouped",
     "bottleneck",
+    "combine",
+    "combine_products",
     "cross_entropy",
     "dequantize_4bit",
     "dequantize_4bit_rows",

@@ -48,8 +48,7 @@ ConstMatrix rows_from(const ConstMatrix& matrix, int64_t row) {
             matrix.stride};
 }
 Matrix rows_from(const Matrix& matrix, int64_t row) {
-    return {static_cast<char*>(matrix.data) + row * matrix.stride * size_of(matrix.dtype), matrix.dtype,
-            matrix.stride};
+    return {static_cast<char*>(matrix.data) + row * matrix.stride * size_of(matrix.dtype), matrix.dtype, matrix.stride};
 }
 
 // ---- The weights of all experts -------------------------------------------------------------------------------------
@@ -196,8 +195,7 @@ struct StackAdapters {
             adapter.rank /= static_cast<int64_t>(num_experts);
             const Tensor matrix = as_dense(lora_B[i]);
             const int64_t elements = n * adapter.rank;
-            of_experts.push_back(
-                empty(reference, {static_cast<int64_t>(experts.size()), elements}, dtype_of(matrix)));
+            of_experts.push_back(empty(reference, {static_cast<int64_t>(experts.size()), elements}, dtype_of(matrix)));
             void* out = of_experts.back().mutable_data_ptr();
             const auto split = [&](auto* type) {
                 using T = std::remove_pointer_t<decltype(type)>;
@@ -453,8 +451,8 @@ std::tuple<Tensor, Tensor> backward(OptionalTensor grad_x, const Tensor& given_g
                         params.grad_y = rows_from(of_grad_y, expert.begin);
                         if (has_A) params.x = rows_from(of_x, expert.begin);
                         if (has_B)
-                            params.s = static_cast<const float*>(s->const_data_ptr()) +
-                                       expert.begin * adapters.total_rank;
+                            params.s =
+                                static_cast<const float*>(s->const_data_ptr()) + expert.begin * adapters.total_rank;
                         adapters.give(params, expert, slot, own);
                         return true;
                     });

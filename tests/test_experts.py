@@ -6,7 +6,7 @@ import pytest
 import tolerances
 import torch
 import torch.nn.functional as F
-from comparison import Made, assert_close, error, mode_id, rms, saved_for_backward
+from comparison import Made, assert_close, error, mode_id, rms, same_results, saved_for_backward
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -171,6 +171,13 @@ def test_experts_of_other_processes_add_nothing(cpu_isa, activation):
 def test_without_adapters_or_bias(cpu_isa):
     check(make_case(ranks=(), bias=False))
     check(make_case("few-rows", ranks=(3, 16), bias=False))
+
+
+def test_threads(threads, cpu_isa):
+    case = make_case()
+    wanted = run(case)
+    threads(4)
+    same_results(run(case), wanted)
 
 
 def test_all_tokens_on_one_expert(cpu_isa):

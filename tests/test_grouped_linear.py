@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import tolerances
 import torch
-from comparison import Made, assert_close, error, mode_id, rms, saved_for_backward, short
+from comparison import Made, assert_close, error, mode_id, rms, same_results, saved_for_backward, short
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
@@ -182,6 +182,17 @@ def test_any_shape(cpu_isa, counts, foreign, n, k, ranks, transposed, gathers):
     for name, value in wanted.items():
         # Small tensors can cancel, whose terms are of the size of one.
         assert value.numel() == 0 or rms(actual[name] - value) <= 2 * tolerances.FP32_SUM * max(rms(value), 1), name
+
+
+@pytest.mark.parametrize("base", ["dense", "nf4", "nf4-transposed", "nf4-nested"])
+@pytest.mark.parametrize("counts", [[3, 0, 9, 1, 2, 30] * 3, [200, 0, 3]], ids=["one-each", "all-for-one"])
+def test_threads(threads, cpu_isa, counts, base):
+    """A thread for each expert or all for one, and the same bits whoever does it."""
+    case = make_case(counts, 2, 96, 128, torch.bfloat16, base=base)
+    wanted = run(case)
+    threads(4)
+    for _ in range(3):
+        same_results(run(case), wanted)
 
 
 def test_is_the_delta_of_peft():

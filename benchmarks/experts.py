@@ -46,6 +46,10 @@ class Case(harness.Rows):
 
     grows_with = "tokens"
 
+    def part(self, share: float) -> Case:
+        """The whole: PEFT's time is that of all experts' weights, however few the tokens are."""
+        return self
+
     def __str__(self) -> str:
         name = f"{self.tokens} tokens, {self.top_k} of {self.num_experts} experts {self.shape[0]}x{self.shape[1]}"
         return f"{name} {str(self.dtype).removeprefix('torch.')}" + ", 4-bit" * self.is_4bit

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from peft_kernels import nn, ops
-from peft_kernels.ops import AdapterWeights, NF4Weight
+from peft_kernels.ops import AdapterWeights, ExpertStack, NF4Weight
 
 N, K, R, M = 24, 64, 4, 3
 
@@ -58,6 +58,29 @@ def _lora(weight: Tensor | NF4Weight) -> dict[str, Any]:
                               "scaling": [0.5, 2.0]}  # fmt: skip
 
 
+def _experts_lora(weight: Tensor | NF4Weight, transposed: bool = False) -> dict[str, Any]:
+    k, n = weight.shape[1:] if transposed else weight.shape[:0:-1]
+    return {"weight": weight, "bias": randn(2, n), "lora_A": [randn(2 * R, k), randn(2, k)],
+            "lora_B": [randn(n, 2 * R), randn(n, 2)], "scaling": [0.5, 2.0]}  # fmt: skip
+
+
+def _grouped(weight: Tensor | NF4Weight) -> dict[str, Any]:
+    return _experts_lora(weight) | {"x": randn(M + 2, K), "offsets": torch.tensor([3, 4]),
+                                    "compute_dtype": torch.float32, "out_dtype": torch.float32}  # fmt: skip
+
+
+def _experts(weight: Tensor | NF4Weight) -> dict[str, Any]:
+    return {
+        "x": randn(M, K), "index": torch.tensor([[0, 1], [1, 0], [1, 2]]), "routing_weights": torch.rand(M, 2),
+        "gate_up": ExpertStack(**_experts_lora(weight)),
+        "down": ExpertStack(**_experts_lora(randn(2, N // 2, K), True), transposed=True),
+    }  # fmt: skip
+
+
+def stack4bit() -> NF4Weight:
+    return ops.quantize_4bit(randn(2, N, K))
+
+
 def _dora(weight: Tensor | NF4Weight) -> dict[str, Any]:
     return {"weight": weight, "lora_A": randn(R, K), "lora_B": randn(N, R), "scaling": 0.5}
 
@@ -91,12 +114,16 @@ ARGUMENTS: dict[str, Callable[[], dict[str, Any]]] = {
     },
     "dora_norm": lambda: _dora(randn(N, K)) | {"squares": K + torch.rand(N)},
     "dropout": lambda: {"x": randn(M, K), "p": 0.5, "seed": seed()},
+    "experts": lambda: _experts(randn(2, N, K)) | {
+        "activation": "silu", "compute_dtype": torch.float32, "out_dtype": torch.float32,
+    },
     "fusion": lambda: _fusion() | {"adapter_outputs": [randn(M, K), randn(M, K)]},
     "fusion_of_bottlenecks": lambda: _fusion() | {
         "bottlenecks": [randn(M, R), randn(M, 2)], "up_weights": [randn(K, R), randn(K, 2)],
         "up_biases": [randn(K), None], "scales": [0.5, torch.tensor([2.0])],
     },
     "glu": lambda: {"gate": randn(M, N), "up": randn(M, N), "activation": "silu"},
+    "grouped_linear": lambda: _grouped(randn(2, N, K)) | {"rows": torch.tensor([0, 2, 2, 4, 1]), "transposed": False},
     "ia3_attention": lambda: {
         "q": randn(2, 4, M, 8), "k": randn(2, 2, 5, 8), "v": randn(2, 2, 5, 8), "l_q": randn(4, 8), "l_k": randn(16),
         "l_v": randn(16), "scale": 0.5, "causal": True, "window": 4, "attn_mask": randn(M, 5),
@@ -121,6 +148,9 @@ VARIANTS: dict[str, Callable[[], dict[str, Any]]] = {
     },
     "dora_linear of NF4": lambda: _linear(weight4bit()) | _dora(weight4bit()) | {"magnitude": randn(N)},
     "dora_norm of NF4": lambda: _dora(weight4bit()),
+    "experts of NF4": lambda: _experts(stack4bit()),
+    "experts with a callable": lambda: _experts(randn(2, N // 2, K)) | {"activation": torch.tanh},
+    "grouped_linear of NF4": lambda: _grouped(stack4bit()),
     "ia3_linear of NF4": lambda: _linear(weight4bit()) | {"l_in": randn(K), "l_out": randn(N)},
     "linear without bias": lambda: {"x": randn(M, K), "weight": randn(N, K)},
     "linear of many rows": lambda: {"x": randn(40, K), "weight": randn(N, K)},

@@ -24,6 +24,10 @@ RIGHT = {
     ("bottleneck", "down_bias", "None"), ("fusion_of_bottlenecks", "query_bias", "None"),
     ("fusion_of_bottlenecks", "key_bias", "None"), ("fusion_of_bottlenecks", "up_biases", "items of None"),
     ("lora_linear_grouped", "bias", "None"), ("lora_linear_grouped of NF4", "bias", "None"),
+    ("experts", "index", "torch.int32"), ("experts of NF4", "index", "torch.int32"),
+    ("experts with a callable", "index", "torch.int32"), ("grouped_linear", "bias", "None"),
+    ("grouped_linear", "offsets", "torch.int32"), ("grouped_linear of NF4", "bias", "None"),
+    ("grouped_linear of NF4", "offsets", "torch.int32"),
     ("ia3_attention", "key_padding_mask", "torch.bool"), ("ia3_attention", "attn_mask", "torch.bool"),
     }  # fmt: skip
 

@@ -35,3 +35,8 @@ def adapter_gradient(adapter_dtype: torch.dtype) -> float:
 def attention(dtype: torch.dtype) -> float:
     """For ia3_attention's results: queries, weights, gradients of weights and of scores, and the result are rounded."""
     return FP32_SUM + 6 * ROUNDING[dtype]
+
+
+def experts(dtype: torch.dtype, result_dtype: torch.dtype) -> float:
+    """For the results of experts: three products follow each other, and an activation; all but sums are in dtype."""
+    return 2 * FP32_SUM + 6 * ROUNDING[dtype] + 2 * ROUNDING[result_dtype]

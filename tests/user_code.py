@@ -12,7 +12,7 @@ from peft_kernels import adapters, ops
 from peft_kernels.adapters import AdapterConfig, AdapterReport, FusionConfig
 from peft_kernels.integrations import LayerReport, Report
 from peft_kernels.nn import AdapterFusion, BottleneckAdapter, LoRALinear, ParallelAdapter, PrefixEncoder
-from peft_kernels.ops import AdapterWeights, NF4Weight
+from peft_kernels.ops import AdapterWeights, ExpertStack, NF4Weight
 
 
 def readme(model: PreTrainedModel, inputs: dict[str, Tensor]) -> None:
@@ -79,6 +79,10 @@ def functions(x: Tensor, w: Tensor, index: list[int]) -> None:
     assert_type(ops.linear(x, w), Tensor)
     assert_type(ops.lora_linear(x, weight, None, [w], [w], [0.5], [0.1]), Tensor)
     assert_type(ops.lora_linear_grouped(x, weight, None, [w], [w], [0.5], index), Tensor)
+    assert_type(ops.grouped_linear(x, weight, None, [w], [w], [0.5], x, transposed=True, rows=x), Tensor)
+    stack = ExpertStack(weight, None, [w], [w], [0.5])
+    assert_type(ops.experts(x, x, w, stack, stack, "silu"), Tensor)
+    assert_type(ops.experts(x, x, w, (stack, stack), ExpertStack([weight], transposed=True), torch.tanh), Tensor)
     assert_type(ops.dora_linear(x, weight, None, w, w, w), Tensor)
     assert_type(ops.dora_norm(weight, w, w), Tensor)
     assert_type(ops.ia3_linear(x, weight, l_out=w), Tensor)

@@ -7,7 +7,9 @@ from .combine import combine, combine_products
 from .cross_entropy import cross_entropy
 from .dora_linear import dora_linear, dora_norm
 from .dropout import dropout
+from .experts import ExpertStack, experts
 from .glu import glu
+from .grouped_linear import grouped_linear
 from .ia3_linear import ia3_linear
 from .linear import linear
 from .lora_linear import lora_linear
@@ -19,6 +21,7 @@ from .rotary import rotary
 __all__ = [
     "ACTIVATIONS",
     "AdapterWeights",
+    "ExpertStack",
     "NF4Weight",
     "adapter",
     "adapter_grouped",
@@ -31,9 +34,11 @@ __all__ = [
     "dora_linear",
     "dora_norm",
     "dropout",
+    "experts",
     "fusion",
     "fusion_of_bottlenecks",
     "glu",
+    "grouped_linear",
     "ia3_attention",
     "ia3_linear",
     "linear",

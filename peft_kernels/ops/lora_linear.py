@@ -204,7 +204,7 @@ class Call:
         dtypes = self.compute_dtype, self.out_dtype
         return make_y(x, self.weight, bias, lora_A, lora_B, self.scaling, self.dropout, *dtypes, seeds, wants_s, owns)
 
-    def backward(self, grad_y: Tensor, x: Tensor, x_dtype: torch.dtype, s: Tensor | None, seeds: Tensor | None,
+    def backward(self, grad_y: Tensor, x: Tensor | None, x_dtype: torch.dtype, s: Tensor | None, seeds: Tensor | None,
                  index: Tensor | None, lora_A: Sequence[Tensor], lora_B: Sequence[Tensor], wants_x: bool,
                  wants_A: list[bool], wants_B: list[bool],
                  owns: bool) -> tuple[Tensor | None, list[Tensor | None], list[Tensor | None]]:  # fmt: skip

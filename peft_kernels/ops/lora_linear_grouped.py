@@ -128,7 +128,7 @@ class _GroupedCall(Call):
             return result
         return torch.ops.peft_kernels.lora_linear_grouped.default(*arguments, **options), None
 
-    def backward(self, grad_y: Tensor, x: Tensor, x_dtype: torch.dtype, s: Tensor | None, seeds: Tensor | None,
+    def backward(self, grad_y: Tensor, x: Tensor | None, x_dtype: torch.dtype, s: Tensor | None, seeds: Tensor | None,
                  index: Tensor | None, lora_A: Sequence[Tensor], lora_B: Sequence[Tensor], wants_x: bool,
                  wants_A: list[bool], wants_B: list[bool],
                  owns: bool) -> tuple[Tensor | None, list[Tensor | None], list[Tensor | None]]:  # fmt: skip

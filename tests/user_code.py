@@ -13,6 +13,7 @@ from peft_kernels.adapters import AdapterConfig, AdapterReport, FusionConfig
 from peft_kernels.integrations import LayerReport, Report
 from peft_kernels.nn import AdapterFusion, BottleneckAdapter, LoRALinear, ParallelAdapter, PrefixEncoder
 from peft_kernels.ops import AdapterWeights, NF4Weight
+from peft_kernels.serving import AdapterPool, LoRACheckpoint
 
 
 def readme(model: PreTrainedModel, inputs: dict[str, Tensor]) -> None:
@@ -33,6 +34,16 @@ def readme(model: PreTrainedModel, inputs: dict[str, Tensor]) -> None:
     peft_kernels.save_adapter(model, "adapters/news", "news")
     assert_type(peft_kernels.load_adapter(model, "adapters/news", name="again"), str)
     peft_kernels.remove_adapters(model)
+
+    with peft_kernels.serving.AdapterPool(model, slots=16) as pool:
+        assert_type(pool, AdapterPool)
+        pool.load("alice", "adapters/alice")
+        assert_type(pool.read("adapters/alice"), LoRACheckpoint)
+        pool.swap("alice", pool.read("adapters/alice"))
+        pool.generate(["alice", None], **inputs)
+        with pool.batch(["alice", None]):
+            model(**inputs)
+        assert_type(pool.memory.slab, int)
 
     peft_kernels.merge_ia3(model)
     peft_kernels.merge_ia3(model, ["default"])

@@ -13,6 +13,7 @@ from peft_kernels.adapters import AdapterConfig, AdapterReport, FusionConfig
 from peft_kernels.integrations import LayerReport, Report
 from peft_kernels.nn import AdapterFusion, BottleneckAdapter, LoRALinear, ParallelAdapter, PrefixEncoder
 from peft_kernels.ops import AdapterWeights, ExpertStack, NF4Weight
+from peft_kernels.serving import AdapterPool, LoRACheckpoint
 
 
 def readme(model: PreTrainedModel, inputs: dict[str, Tensor]) -> None:
@@ -40,6 +41,16 @@ def readme(model: PreTrainedModel, inputs: dict[str, Tensor]) -> None:
         assert_type(trainer.evaluate([["news", None]], **inputs), dict[str, float])
         trainer.step()
         trainer.save("adapters")
+
+    with peft_kernels.serving.AdapterPool(model, slots=16) as pool:
+        assert_type(pool, AdapterPool)
+        pool.load("alice", "adapters/alice")
+        assert_type(pool.read("adapters/alice"), LoRACheckpoint)
+        pool.swap("alice", pool.read("adapters/alice"))
+        pool.generate(["alice", None], **inputs)
+        with pool.batch(["alice", None]):
+            model(**inputs)
+        assert_type(pool.memory.slab, int)
 
     peft_kernels.merge_ia3(model)
     peft_kernels.merge_ia3(model, ["default"])

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from rich.table import Table
 from torch import nn
+from torch.nn.utils import parametrize
 
 from .. import cpu
 from ..choices import Choice
@@ -38,7 +39,7 @@ _PACKAGES = {
     "torch": ("linear", "dropout"),
     "bitsandbytes": ("linear4bit",),
     "transformers": ("lookalike", "activations", "causal_lm_loss", "conv1d", "output_layer"),
-    "peft": ("lora", "ia3", "prefix"),
+    "peft": ("lora", "param_wrapper", "ia3", "prefix"),
 }
 
 # Parts that an adapter's layer computes itself when it is fused.
@@ -255,4 +256,6 @@ def _why_not(fused: type[FusedLayer], module: nn.Module) -> str | None:
         return "its forward was replaced on the instance"
     if fused.stock.forward is not fused.stock_forward:
         return "its class's forward was replaced"
+    if not fused.takes_parametrizations and parametrize.is_parametrized(module):
+        return "it has a parametrization"
     return fused.why_not(module)

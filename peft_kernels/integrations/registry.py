@@ -85,6 +85,9 @@ class FusedLayer(Measured):
     stock_forward: ClassVar[Callable[..., Any] | None]  # what the stock class had for it when this one was made
     # Attributes that exist only on a fused instance, and that `restore` drops.
     own_state: ClassVar[tuple[str, ...]] = ()
+    takes_parametrizations: ClassVar[bool] = (
+        False  # torch's, of a layer's parameters: whether its forward knows of them
+    )
 
     @classmethod
     def applies(cls, layer: nn.Module) -> bool:

@@ -14,9 +14,10 @@ from torch import Tensor
 
 from ._arguments import bad, check_devices, check_dtype, is_float, named, refuse
 from ._autograd import Function, any_wants_gradients, once_differentiable
+from ._fakes import register_fake
 from ._linear import product_dtypes
 from .adapter import activation_name
-from .grouped_linear import GroupedCall, Weights, check_stack, grouped_linear, tensors_of
+from .grouped_linear import GroupedCall, Weights, check_stack, gathered, grouped_linear, tensors_of
 
 Activation: TypeAlias = str | Callable[[Tensor], Tensor]
 
@@ -189,6 +190,8 @@ class Sort:
 
 
 def sort_by_expert(index: Tensor, num_experts: int) -> Sort:
+    if index.is_cpu:
+        return Sort(*torch.ops.peft_kernels.experts_sort(index.long(), num_experts))
     flat = index.reshape(-1).long()
     flat = torch.where((flat < 0) | (flat >= num_experts), num_experts, flat)
     order = torch.argsort(flat, stable=True)
@@ -198,12 +201,42 @@ def sort_by_expert(index: Tensor, num_experts: int) -> Sort:
     return Sort(order, inverse.view(index.shape), offsets)
 
 
-def _combine(rows: Tensor, weights: Tensor, inverse: Tensor, out_dtype: torch.dtype) -> Tensor:
-    """`y[t] = Σⱼ weights[t, j] · rows[inverse[t, j]]`."""
-    y = rows.new_zeros((weights.shape[0], rows.shape[1]), dtype=torch.float32)
-    for j in range(weights.shape[1]):
-        y.addcmul_(rows[inverse[:, j]].float(), weights[:, j : j + 1].float())
+def _sum(rows: Tensor, inverse: Tensor, weights: Tensor | None, out_dtype: torch.dtype) -> Tensor:
+    """`y[t] = Σⱼ weights[t, j] · rows[inverse[t, j]]` in fp32, in the order of j; weights of one where there are none."""
+    if rows.is_cpu:
+        result: Tensor = torch.ops.peft_kernels.experts_sum(rows, inverse, weights, out_dtype=out_dtype)
+        return result
+    y = rows.new_zeros((inverse.shape[0], rows.shape[1]), dtype=torch.float32)
+    for j in range(inverse.shape[1]):
+        part = rows[inverse[:, j]].float()
+        y += part if weights is None else part * weights[:, j : j + 1].float()
     return y.to(out_dtype)
+
+
+def _activate(hidden: Sequence[Tensor], weights: Tensor, order: Tensor, activation: str) -> Tensor:
+    """The gated activation of each row times its routing weight."""
+    if hidden[0].is_cpu:
+        y: Tensor = torch.ops.peft_kernels.experts_gate_forward(*_gate_and_up(hidden), weights, order, activation)
+        return y
+    y = torch.ops.peft_kernels.glu_forward(*_gate_and_up(hidden), activation)
+    return (y.float() * weights.reshape(-1)[order, None].float()).to(y.dtype)
+
+
+def _activate_backward(grad: Tensor, hidden: Sequence[Tensor], weights: Tensor, order: Tensor,
+                       activation: str) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Of `grad`, the activation's gradient as if all routing weights were one: the gradients of gate and up side by
+    side, and in fp32 those of the routing weights."""
+    if grad.is_cpu:
+        result: tuple[Tensor, Tensor] = torch.ops.peft_kernels.experts_gate_backward(
+            grad, *_gate_and_up(hidden), weights, order, activation
+        )
+        return result
+    y = torch.ops.peft_kernels.glu_forward(*_gate_and_up(hidden), activation)
+    grad_weights = torch.empty(weights.numel(), dtype=torch.float32, device=y.device)
+    grad_weights[order] = (grad.float() * y.float()).sum(1)
+    scaled = (grad.float() * weights.reshape(-1)[order, None].float()).to(grad.dtype)
+    grads = torch.ops.peft_kernels.glu_backward(scaled, *_gate_and_up(hidden), activation)
+    return torch.cat(grads, -1), grad_weights.view(weights.shape)
 
 
 class _Combine(Function):
@@ -213,14 +246,14 @@ class _Combine(Function):
     ) -> Tensor:  # fmt: skip
         ctx.save_for_backward(rows if ctx.needs_input_grad[1] else None, weights, inverse, order)
         ctx.dtype = rows.dtype
-        return _combine(rows, weights, inverse, out_dtype)
+        return _sum(rows, inverse, weights, out_dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, saved: Sequence[Tensor], grad_y: Tensor) -> tuple[Tensor | None, ...]:
         rows, weights, inverse, order = saved
         grad_rows = grad_weights = None
-        grads = grad_y[order // weights.shape[1]]
+        grads = gathered(grad_y, order // weights.shape[1])
         if ctx.needs_input_grad[0]:
             grad_rows = (grads.float() * weights.reshape(-1)[order, None].float()).to(ctx.dtype)
         if ctx.needs_input_grad[1]:
@@ -252,21 +285,17 @@ class _Call:
         """Returns y, and for backward the outputs of the gates and s of each product."""
         hidden: list[Tensor] = []
         all_s = []
-        rows = x[sort.rows]
+        rows = gathered(x, sort.rows)
         for i, ((bias, _, A, B), (_, _, _, needs_B)) in enumerate(
             zip(self.parts(trained), self.parts(needs), strict=True)
         ):
             if i == len(self.products) - 1:
-                rows = self.activate(hidden)
+                rows = torch.ops.peft_kernels.glu_forward(*_gate_and_up(hidden), self.activation)
             y, s = self.products[i].forward(rows, bias, A, B, sort.offsets, any(needs_B))
             hidden.append(y)
             all_s.append(s)
         down = hidden.pop()
-        return _combine(down, weights, sort.inverse, self.out_dtype), hidden, all_s
-
-    def activate(self, hidden: Sequence[Tensor]) -> Tensor:
-        y: Tensor = torch.ops.peft_kernels.glu_forward(*_gate_and_up(hidden), self.activation)
-        return y
+        return _sum(down, sort.inverse, weights, self.out_dtype), hidden, all_s
 
 
 def _gate_and_up(hidden: Sequence[Tensor]) -> Sequence[Tensor]:
@@ -293,54 +322,78 @@ class _Experts(Function):
         all_s, parts = rest[: len(products)], call.parts(rest[len(products) :])
         needs = call.parts(ctx.needs_input_grad[6:])
         needs_x, needs_weights = ctx.needs_input_grad[:2]
-        of_rows = weights.reshape(-1)[order, None].float()
-        results: list[Any] = []
 
-        def back(i: int, grad: Tensor, inputs: Tensor | None, dtype: torch.dtype, s: Tensor | None, needs_inputs: bool,
-                 scale: Tensor | None = None) -> Tensor | None:  # fmt: skip
-            bias, _, A, B = parts[i]
-            needs_bias, needs_weight, needs_A, needs_B = needs[i]
+        def back(i: int, grad: Tensor, inputs: Tensor | None, s: Tensor | None,
+                 needs_inputs: bool) -> tuple[Tensor | None, list[Tensor | None]]:  # fmt: skip
+            """The gradients of a product's inputs; and of its weight, its A and its B."""
+            needs_weight, needs_A, needs_B = needs[i][1:]
             grad_inputs, grad_weight, grad_A, grad_B = products[i].backward(
-                grad, inputs, dtype, s, A, B, offsets, needs_inputs, needs_weight, list(needs_A), list(needs_B)
-            )
-            grad_bias = None
-            if needs_bias:
-                grad_bias = products[i].gradient_of_bias(grad if scale is None else grad * scale, bias, offsets)
-            results.append((grad_bias, grad_weight, *grad_A, *grad_B))
-            result: Tensor | None = grad_inputs
-            return result
+                grad, inputs, grad.dtype, s, *parts[i][2:], offsets, needs_inputs, needs_weight, list(needs_A),
+                list(needs_B),
+            )  # fmt: skip
+            return grad_inputs, [grad_weight, *grad_A, *grad_B]
+
+        def reads_inputs(i: int) -> bool:
+            return needs[i][1] or any(needs[i][2])
 
         # The product with W of down is linear in the gradient: it is made of grad_y as it is, so that what it makes
         # also is what the routing weights' gradients are made of, and the output of down need not be kept. Then the
         # routing weights go to the other factors of the gradients of W, A and B.
-        act = call.activate(hidden)
-        grads = grad_y[rows]
-        s = None if all_s[-1] is None else all_s[-1] * of_rows
-        grad_act = back(len(products) - 1, grads, (act * of_rows).to(act.dtype), torch.float32, s, True, of_rows)
+        last = len(products) - 1
+        grads = gathered(grad_y.to(hidden[0].dtype), rows)
+        act = _activate(hidden, weights, order, call.activation) if reads_inputs(last) else None
+        s = all_s[last]
+        if s is not None or needs[last][0]:
+            of_rows = weights.reshape(-1)[order, None].float()
+        grad_act, of_down = back(last, grads, act, None if s is None else s * of_rows, True)
+        del act
         assert grad_act is not None
-        grad_weights = None
-        if needs_weights:
-            of_pairs = (grad_act * act).sum(1)
-            bias = parts[-1][0]
-            if bias is not None:
-                owners = torch.bucketize(torch.arange(order.numel(), device=order.device), offsets, right=True)
-                in_experts = owners < bias.shape[0]
-                owners = owners.clamp(max=bias.shape[0] - 1)
-                of_pairs += torch.where(in_experts, (grads.float() * bias.float()[owners]).sum(1), 0)
-            grad_weights = of_pairs[inverse].to(weights.dtype)
-        grad_act = (grad_act * of_rows).to(act.dtype)
-        of_hidden = torch.ops.peft_kernels.glu_backward(grad_act, *_gate_and_up(hidden), call.activation)
-        if len(hidden) == 1:
-            of_hidden = (torch.cat(of_hidden, -1),)
-        inputs = x[rows]
-        grad_x = None
-        for i, grad in enumerate(of_hidden):
-            part = back(i, grad, inputs, torch.float32, all_s[i], needs_x)
-            grad_x = part if grad_x is None or part is None else grad_x + part
+        of_hidden, grad_weights = _activate_backward(grad_act, hidden, weights, order, call.activation)
+        del grad_act
+        bias, grad_bias = parts[last][0], None
+        if bias is not None and needs_weights:
+            grad_weights += _dots_with_bias(grads, bias, offsets)[inverse]
+        if needs[last][0]:
+            grad_bias = products[last].gradient_of_bias(grads * of_rows, bias, offsets)
+        of_down = [grad_bias, *of_down]
+        del grads
+        inputs = gathered(x, rows) if any(reads_inputs(i) for i in range(last)) else None
+        grad_x, of_gates = None, []
+        for i, grad in enumerate(of_hidden.chunk(last, -1)):
+            part, of_gate = back(i, grad, inputs, all_s[i], needs_x)
+            grad_x = part if grad_x is None or part is None else grad_x.add_(part)
+            bias = parts[i][0]
+            of_gates += [products[i].gradient_of_bias(grad, bias, offsets) if needs[i][0] else None, *of_gate]
         if grad_x is not None:
-            summed = grad_x[inverse[:, 0]]
-            for j in range(1, inverse.shape[1]):
-                summed += grad_x[inverse[:, j]]
-            grad_x = summed.to(x.dtype)
-        of_down, *of_gates = results
-        return grad_x, grad_weights, None, None, None, None, *(g for part in (*of_gates, of_down) for g in part)
+            grad_x = _sum(grad_x, inverse, None, x.dtype)
+        grad_weights = grad_weights.to(weights.dtype) if needs_weights else None
+        return grad_x, grad_weights, None, None, None, None, *of_gates, *of_down
+
+
+def _dots_with_bias(grads: Tensor, bias: Tensor, offsets: Tensor) -> Tensor:
+    """Of each row, the product of its gradient and its expert's bias; zero for rows of no expert."""
+    owners = torch.bucketize(torch.arange(grads.shape[0], device=grads.device), offsets, right=True)
+    dots = (grads.float() * bias.float()[owners.clamp(max=bias.shape[0] - 1)]).sum(1)
+    return torch.where(owners < bias.shape[0], dots, 0)
+
+
+@register_fake("experts_sort")
+def _(index: Tensor, num_experts: int) -> tuple[Tensor, ...]:
+    return index.new_empty(index.numel()), index.new_empty(index.shape), index.new_empty(num_experts)
+
+
+@register_fake("experts_sum")
+def _(rows: Tensor, inverse: Tensor, weights: Tensor | None, out_dtype: torch.dtype | None = None) -> Tensor:
+    return rows.new_empty((inverse.shape[0], rows.shape[1]), dtype=out_dtype)
+
+
+@register_fake("experts_gate_forward")
+def _(gate: Tensor, up: Tensor, weights: Tensor, order: Tensor, activation: str) -> Tensor:
+    return gate.new_empty(gate.shape)
+
+
+@register_fake("experts_gate_backward")
+def _(grad: Tensor, gate: Tensor, up: Tensor, weights: Tensor, order: Tensor,
+      activation: str) -> tuple[Tensor, Tensor]:  # fmt: skip
+    grads = gate.new_empty((gate.shape[0], 2 * gate.shape[1]))
+    return grads, weights.new_empty(weights.shape, dtype=torch.float32)

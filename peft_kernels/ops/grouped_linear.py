@@ -7,20 +7,26 @@ Mixtures of experts: Shazeer et al. 2017 (arXiv:1701.06538). LoRA: Hu et al. 202
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
+from .. import cpu
 from ._arguments import bad, check_devices, check_dtype, check_flag, is_float, named, refuse
-from ._autograd import Function, anchor, any_wants_gradients, once_differentiable
-from ._linear import gradient_of_weight, owns_product, product_dtypes
+from ._autograd import Function, anchor, any_wants_gradients, cut_gradients, once_differentiable
+from ._fakes import register_fake
+from ._linear import gradient_of_weight, owns_product, product_dtypes, without_autocast
 from .lora_linear import Call, check_adapters, make_y
 from .nf4 import NF4Weight, dequantize_4bit_rows
 
 Weights: TypeAlias = Tensor | NF4Weight | Sequence[NF4Weight]
+
+# An expert's rows for which the kernels' product in fp32 with a dense weight takes no longer than MKL's, where the weight
+# comes from memory and AVX-512 multiplies: 32 experts of 1024 x 512 and 64 rows each, on a Xeon with AMX.
+_MOST_OWN_ROWS = 64
 
 _INTEGERS = (torch.int64, torch.int32)
 
@@ -157,7 +163,18 @@ class GroupedCall:
         num_experts, n, k = shape_of_stack(self.weight)
         return (num_experts, k, n) if self.transposed else (num_experts, n, k)
 
-    def expert(self, e: int) -> Tensor | NF4Weight:
+    def experts(self, offsets: Tensor, num_rows: int) -> list[tuple[int, slice]]:
+        """Those that have rows, with these."""
+        result, begin = [], 0
+        for e, end in enumerate(offsets.tolist()):
+            if not begin <= end <= num_rows:
+                refuse("offsets", f"{end} after {begin}", f"ends of experts' rows that ascend to {num_rows} at most")
+            if end > begin:
+                result.append((e, slice(begin, end)))
+            begin = end
+        return result
+
+    def matrix(self, e: int) -> Tensor | NF4Weight:
         """The weight [N, K] of one expert: a view, or one panel where no view of the 4-bit codes is a weight."""
         weight = self.weight
         if isinstance(weight, Tensor):
@@ -167,31 +184,36 @@ class GroupedCall:
             one = (one.dequantize() if isinstance(one, NF4Weight) else one).T
         return one
 
-    def experts(self, offsets: Tensor, num_rows: int) -> Iterator[tuple[int, slice]]:
-        """Those that have rows, with these."""
-        begin = 0
-        for e, end in enumerate(offsets.tolist()):
-            if not begin <= end <= num_rows:
-                refuse("offsets", f"{end} after {begin}", f"ends of experts' rows that ascend to {num_rows} at most")
-            if end > begin:
-                yield e, slice(begin, end)
-            begin = end
+    def stored(self) -> tuple[Sequence[Tensor], Sequence[int]] | None:
+        """The ops' `weight` and `format`; None where they cannot read the stack as it lies."""
+        weight = self.weight
+        if isinstance(weight, Tensor):
+            return ((weight,), ()) if weight.stride(2) == 1 else None
+        if isinstance(weight, NF4Weight):
+            return None if weight.shape[1] * weight.shape[2] % weight.blocksize else weight.arguments
+        tensors, formats = zip(*(one.arguments for one in weight), strict=True)
+        if any(format != formats[0] for format in formats) or any(len(t) != len(tensors[0]) for t in tensors):
+            return None
+        return [tensor for parts in tensors for tensor in parts], formats[0]
 
     def forward(self, x: Tensor, bias: Tensor | None, lora_A: Sequence[Tensor], lora_B: Sequence[Tensor],
                 offsets: Tensor, wants_s: bool) -> tuple[Tensor, Tensor | None]:  # fmt: skip
         """Returns y [S, N], and s [S, Σ rank] if it is wanted."""
         num_experts, n, _ = self.sizes
-        A, B = a_of_experts(lora_A, num_experts), b_of_experts(lora_B, num_experts)
-        y = x.new_zeros((x.shape[0], n), dtype=self.out_dtype)
-        s = x.new_zeros((x.shape[0], sum(a.shape[1] for a in A)), dtype=torch.float32) if wants_s else None
-        dtypes = self.compute_dtype, self.out_dtype
-        for e, own in self.experts(offsets, x.shape[0]):
-            weight, bias_e = self.expert(e), None if bias is None else bias[e]
-            owns = isinstance(weight, Tensor) and owns_product(x[own], weight, self.compute_dtype)[0]
-            pairs = [a[e] for a in A], [b[e] for b in B], self.scaling
-            y[own], s_e = make_y(x[own], weight, bias_e, *pairs, (), *dtypes, None, wants_s, owns)
-            if s is not None and s_e is not None:
-                s[own] = s_e
+        y = x.new_empty((x.shape[0], n), dtype=self.out_dtype)
+        experts = self.experts(offsets, x.shape[0])
+        y[experts[-1][1].stop if experts else 0 :].zero_()
+        stored = self.stored() if x.is_cpu else None
+        if stored is None:
+            return y, self._forward_one_by_one(y, x, bias, lora_A, lora_B, experts, wants_s)
+        given = self._given(num_experts, experts, x, 0)
+        for e, own in experts:
+            if given[e]:
+                self._multiply(x[own], self.matrix(e), None if bias is None else bias[e], y[own])
+        s: Tensor = torch.ops.peft_kernels.grouped_linear_forward(
+            y, x, *stored, self.transposed, offsets.tolist(), given, lora_A, lora_B, self.scaling,
+            bias=None if bias is None else bias.contiguous(), compute_dtype=self.compute_dtype,
+        )  # fmt: skip
         return y, s
 
     def backward(self, grad_y: Tensor, x: Tensor | None, x_dtype: torch.dtype, s: Tensor | None,
@@ -201,30 +223,109 @@ class GroupedCall:
         """Returns grad_x [S, K], the gradient of a dense weight, and lists of those of A and B; None where not
         wanted."""
         num_experts, _, k = self.sizes
+        experts = self.experts(offsets, grad_y.shape[0])
+        grad_x = grad_y.new_empty((grad_y.shape[0], k), dtype=x_dtype) if wants_x else None
+        if grad_x is not None:
+            grad_x[experts[-1][1].stop if experts else 0 :].zero_()
+        grad_weight = torch.zeros_like(self.weight) if wants_weight and isinstance(self.weight, Tensor) else None
+        if grad_weight is not None:
+            assert x is not None
+            for e, own in experts:
+                operands = (x[own], grad_y[own]) if self.transposed else (grad_y[own], x[own])
+                grad_weight[e] = gradient_of_weight(*operands, self.compute_dtype, grad_weight.dtype)
+        stored = self.stored() if grad_y.is_cpu else None
+        if stored is None:
+            return grad_x, grad_weight, *self._backward_one_by_one(
+                grad_x, grad_y, x, s, lora_A, lora_B, experts, wants_A, wants_B
+            )  # fmt: skip
+        given = [False] * num_experts
+        if grad_x is not None:
+            given = self._given(num_experts, experts, grad_x, 1)
+            for e, own in experts:
+                if given[e]:
+                    matrix = self.matrix(e)
+                    assert isinstance(matrix, Tensor)
+                    self._multiply(grad_y[own], matrix.T, None, grad_x[own])
+        grad_A, grad_B = torch.ops.peft_kernels.grouped_linear_backward(
+            grad_x, grad_y, x, s, *stored, self.transposed, offsets.tolist(), given, lora_A, lora_B, self.scaling,
+            wants_A, wants_B, compute_dtype=self.compute_dtype,
+        )  # fmt: skip
+        of_A, of_B = cut_gradients(grad_A, lora_A, wants_A), cut_gradients(grad_B, lora_B, wants_B)
+        return grad_x, grad_weight, of_A, of_B
+
+    def _given(self, num_experts: int, experts: Sequence[tuple[int, slice]], x: Tensor, direction: int) -> list[bool]:
+        """Whether torch's library makes an expert's product, of a dense weight, faster than the kernels: y (direction
+        0) or dx (1), for rows of x [S, K]."""
+        given = [False] * num_experts
+        if isinstance(self.weight, Tensor):
+            one = self.matrix(0)
+            assert isinstance(one, Tensor)
+            own_rows = 0
+            if direction == 0 and self.compute_dtype is one.dtype is torch.float32 and one.stride(1) == 1:
+                own_rows = _MOST_OWN_ROWS if cpu.isa() not in ("portable", "avx2") else 0
+            known: dict[int, bool] = {}
+            for e, own in experts:
+                rows = own.stop - own.start
+                if rows not in known:
+                    known[rows] = rows > own_rows and not owns_product(x[:rows], one, self.compute_dtype)[direction]
+                given[e] = known[rows]
+        return given
+
+    def _multiply(self, a: Tensor, matrix: Tensor | NF4Weight, bias: Tensor | None, out: Tensor) -> None:
+        """`out = a Wᵀ + bias` with a dense W, in compute_dtype."""
+        assert isinstance(matrix, Tensor)
+        dtype = self.compute_dtype
+        with without_autocast(a.device.type):
+            operands = a.to(dtype), matrix.to(dtype).T
+            result = out if out.dtype is dtype else torch.empty_like(out, dtype=dtype)
+            if bias is None:
+                torch.mm(*operands, out=result)
+            else:
+                torch.addmm(bias.to(dtype), *operands, out=result)
+            if result is not out:
+                out.copy_(result)
+
+    def _forward_one_by_one(self, y: Tensor, x: Tensor, bias: Tensor | None, lora_A: Sequence[Tensor],
+                            lora_B: Sequence[Tensor], experts: Sequence[tuple[int, slice]],
+                            wants_s: bool) -> Tensor | None:  # fmt: skip
+        """By the ops of lora_linear, where those of all experts cannot read the weight, or on a GPU."""
+        num_experts = self.sizes[0]
         A, B = a_of_experts(lora_A, num_experts), b_of_experts(lora_B, num_experts)
-        grad_x = grad_y.new_zeros((grad_y.shape[0], k), dtype=x_dtype) if wants_x else None
+        s = x.new_zeros((x.shape[0], sum(a.shape[1] for a in A)), dtype=torch.float32) if wants_s else None
+        dtypes = self.compute_dtype, self.out_dtype
+        for e, own in experts:
+            weight, bias_e = self.matrix(e), None if bias is None else bias[e]
+            owns = isinstance(weight, Tensor) and owns_product(x[own], weight, self.compute_dtype)[0]
+            pairs = [a[e] for a in A], [b[e] for b in B], self.scaling
+            y[own], s_e = make_y(x[own], weight, bias_e, *pairs, (), *dtypes, None, wants_s, owns)
+            if s is not None and s_e is not None:
+                s[own] = s_e
+        return s
+
+    def _backward_one_by_one(self, grad_x: Tensor | None, grad_y: Tensor, x: Tensor | None, s: Tensor | None,
+                             lora_A: Sequence[Tensor], lora_B: Sequence[Tensor], experts: Sequence[tuple[int, slice]],
+                             wants_A: list[bool], wants_B: list[bool],
+                             ) -> tuple[list[Tensor | None], list[Tensor | None]]:  # fmt: skip
+        num_experts = self.sizes[0]
+        A, B = a_of_experts(lora_A, num_experts), b_of_experts(lora_B, num_experts)
         grad_A = [torch.zeros_like(a) if wants else None for a, wants in zip(lora_A, wants_A, strict=True)]
         grad_B = [torch.zeros_like(b) if wants else None for b, wants in zip(lora_B, wants_B, strict=True)]
-        grad_weight = torch.zeros_like(self.weight) if wants_weight and isinstance(self.weight, Tensor) else None
-        for e, own in self.experts(offsets, grad_y.shape[0]):
-            weight, x_e = self.expert(e), None if x is None else x[own]
+        x_dtype = grad_y.dtype if grad_x is None else grad_x.dtype
+        for e, own in experts:
+            weight, x_e, s_e = self.matrix(e), None if x is None else x[own], None if s is None else s[own]
             one = Call(weight, self.compute_dtype, self.out_dtype, self.scaling, ())
-            like_x = grad_y.new_empty(()).expand(own.stop - own.start, k)
-            owns = isinstance(weight, Tensor) and owns_product(like_x, weight, self.compute_dtype)[1]
-            s_e = None if s is None else s[own]
+            owns = False
+            if grad_x is not None and isinstance(weight, Tensor):
+                owns = owns_product(grad_x[own], weight, self.compute_dtype)[1]
             arguments = grad_y[own], x_e, x_dtype, s_e, None, None, [a[e] for a in A], [b[e] for b in B]
-            of_x, of_A, of_B = one.backward(*arguments, wants_x, wants_A, wants_B, owns)
+            of_x, of_A, of_B = one.backward(*arguments, grad_x is not None, wants_A, wants_B, owns)
             if grad_x is not None and of_x is not None:
                 grad_x[own] = of_x
             for grads, views, parts in ((grad_A, a_of_experts, of_A), (grad_B, b_of_experts, of_B)):
                 for grad, part in zip(grads, parts, strict=True):
                     if grad is not None and part is not None:
                         views([grad], num_experts)[0][e] = part
-            if grad_weight is not None:
-                assert x_e is not None
-                operands = (x_e, grad_y[own]) if self.transposed else (grad_y[own], x_e)
-                grad_weight[e] = gradient_of_weight(*operands, self.compute_dtype, grad_weight.dtype)
-        return grad_x, grad_weight, grad_A, grad_B
+        return grad_A, grad_B
 
     def gradient_of_bias(self, grad_y: Tensor, bias: Tensor, offsets: Tensor) -> Tensor:
         grad = torch.zeros_like(bias)
@@ -318,3 +419,21 @@ class _GroupedLinear(Function):
             grad_x = sum_of_rows(grad_x, rows, ctx.num_rows, ctx.x_dtype)
         grad_bias = call.gradient_of_bias(grad_y, bias, offsets) if wants_bias else None
         return grad_x, grad_bias, grad_weight, None, None, None, None, *grad_A, *grad_B
+
+
+@register_fake("grouped_linear_forward")
+def _(y: Tensor, x: Tensor, weight: Sequence[Tensor], format: Sequence[int], transposed: bool, offsets: Sequence[int],
+      given: Sequence[bool], lora_A: Sequence[Tensor], *arguments: Any, **options: Any) -> Tensor:  # fmt: skip
+    return x.new_empty((x.shape[0], sum(a.shape[0] for a in lora_A) // len(offsets)), dtype=torch.float32)
+
+
+@register_fake("grouped_linear_backward")
+def _(grad_x: Tensor | None, grad_y: Tensor, x: Tensor | None, s: Tensor | None, weight: Sequence[Tensor],
+      format: Sequence[int], transposed: bool, offsets: Sequence[int], given: Sequence[bool],
+      lora_A: Sequence[Tensor], lora_B: Sequence[Tensor], scaling: Sequence[float], wants_A: Sequence[bool],
+      wants_B: Sequence[bool], **options: Any) -> tuple[Tensor, ...]:  # fmt: skip
+    sizes = (
+        sum(a.numel() for a, want in zip(tensors, wanted, strict=True) if want)
+        for tensors, wanted in ((lora_A, wants_A), (lora_B, wants_B))
+    )
+    return tuple(grad_y.new_empty((size,), dtype=torch.float32) for size in sizes)

@@ -260,7 +260,14 @@ def test_further_parametrizations_are_left_to_stock(caplog):
     wanted = layer(*inputs)
     assert peft_kernels.accelerate(layer).layers[0].reason == "its down_proj has a parametrization"
     assert torch.equal(layer(*inputs), wanted)
-    assert "its down_proj has a parametrization" in stock_path_reasons(layer, caplog, *inputs)[0] if caplog else True
+    assert "its down_proj has a parametrization" in stock_path_reasons(layer, caplog, *inputs)[0]
+
+
+def test_statistics_that_do_not_fit():
+    layer = quantise(experts_layer(MIXTRAL), compress_statistics=False)
+    state = layer.parametrizations.down_proj[0].quant_state
+    state.absmax = state.absmax.to("meta")  # as .to() leaves them behind when it moves the codes
+    assert "its down_proj: quant_state.absmax" in peft_kernels.accelerate(layer).layers[0].reason
 
 
 def test_hooks_of_the_users_are_called(caplog):

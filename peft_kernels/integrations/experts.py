@@ -126,9 +126,12 @@ def _stored(module: nn.Module, name: str, dim: int = 3) -> Tensor | NF4Weight | 
         if module_4bit is None or len(found) != 1 or type(found[0]) is not module_4bit.Bnb4bitParametrization:
             return Refusal(f"its {name} has a parametrization")
         quant_state = found[0].quant_state
-        if quant_state.dtype not in FLOAT_DTYPES:
-            return Refusal(f"its {name} is {quant_state.dtype}")
-        return NF4Weight.from_quant_state(found.original, quant_state)
+        if quant_state.dtype not in FLOAT_DTYPES or len(quant_state.shape) != dim:
+            return Refusal(f"its {name} is {quant_state.dtype} {list(quant_state.shape)}")
+        try:
+            return NF4Weight.from_quant_state(found.original, quant_state)
+        except ValueError as error:  # as of statistics that stay where they are when a model is moved
+            return Refusal(f"its {name}: {error}")
     weight = parameter(module, name) if name in module._parameters else getattr(module, name, None)
     if not isinstance(weight, Tensor):
         return Refusal(f"it has no {name}")

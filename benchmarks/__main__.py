@@ -12,6 +12,7 @@ BENCHMARKS = {
     "demo_adapters": "adapters for several tasks on one frozen model, and AdapterFusion over them",
     "lora_linear": "LoRA on a 4-bit linear layer: forward, backward and memory",
     "lora_linear_grouped": "LoRA adapters of each sample's own on a 4-bit linear layer: forward, backward, memory",
+    "experts": "LoRA on the experts of a mixture, dense or 4-bit: forward, backward and memory",
     "adapter": "bottleneck adapters: forward, backward and memory",
     "adapter_fusion": "AdapterFusion: forward, backward and memory",
     "dora_linear": "DoRA on a linear layer, 4-bit or dense: forward, backward and memory",

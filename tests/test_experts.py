@@ -6,7 +6,7 @@ import pytest
 import tolerances
 import torch
 import torch.nn.functional as F
-from comparison import Made, assert_close, error, mode_id, rms, saved_for_backward
+from comparison import Made, assert_close, error, mode_id, rms, same_results, saved_for_backward
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -14,6 +14,8 @@ from peft_kernels.ops import ExpertStack, NF4Weight, dequantize_4bit, experts, q
 from peft_kernels.testing.reference.experts import experts as oracle
 
 pytestmark = pytest.mark.kernels
+
+ops = torch.ops.peft_kernels
 
 MODES = [
     (torch.float32, torch.float32),
@@ -173,6 +175,13 @@ def test_without_adapters_or_bias(cpu_isa):
     check(make_case("few-rows", ranks=(3, 16), bias=False))
 
 
+def test_threads(threads, cpu_isa):
+    case = make_case()
+    wanted = run(case)
+    threads(4)
+    same_results(run(case), wanted)
+
+
 def test_all_tokens_on_one_expert(cpu_isa):
     case = make_case()
     case["index"] = torch.full((60, 1), 2)
@@ -249,6 +258,24 @@ def test_is_what_transformers_computes(cpu_isa, dtype):
     assert error(experts(**case), wanted) <= at_most
 
 
+def test_opcheck():
+    gate, up, weights = torch.randn(6, 20), torch.randn(6, 20), torch.rand(3, 2)
+    index = torch.tensor([[1, 0], [3, 1], [-1, 1]])
+    torch.library.opcheck(ops.experts_sort.default, (index, 2))
+    order, inverse, _ = ops.experts_sort(index, 2)
+    torch.library.opcheck(ops.experts_sum.default, (gate, inverse, weights), {"out_dtype": torch.bfloat16})
+    torch.library.opcheck(ops.experts_sum.default, (gate, inverse, None))
+    torch.library.opcheck(ops.experts_gate_forward.default, (gate, up, weights, order, "silu"))
+    torch.library.opcheck(ops.experts_gate_backward.default, (gate, gate, up, weights, order, "gelu"))
+
+
+def test_sort():
+    """Stable, and those of no expert last."""
+    order, inverse, offsets = ops.experts_sort(torch.tensor([[1, 0], [3, 1], [-1, 1]]), 2)
+    assert order.tolist() == [1, 0, 3, 5, 2, 4] and offsets.tolist() == [1, 4]
+    assert torch.equal(order[inverse.flatten()], torch.arange(6))
+
+
 # ---- errors ------------------------------------------------------------------------------------------------------
 
 
@@ -285,3 +312,33 @@ BAD = {
 def test_bad_argument(changes, message):
     with pytest.raises(ValueError, match=message):
         experts(**make_case() | changes)
+
+
+ROWS = torch.ones(4, 8)
+BAD_FOR_THE_OPS = {
+    "sort-vector": (lambda: ops.experts_sort(torch.zeros(4).long(), 2), r"index: got int64 \[4\], wanted a matrix"),
+    "sort-dtype": (lambda: ops.experts_sort(torch.zeros(4, 1).int(), 2), r"index: got int32 .* wanted int64"),
+    "sum-rows": (lambda: ops.experts_sum(ROWS, torch.zeros(3, 2).long(), None), r"rows: got shape \[4, 8\]"),
+    "sum-position": (
+        lambda: ops.experts_sum(ROWS, torch.full((2, 2), 4), None), "inverse: got 4, wanted positions of 4 items"
+    ),
+    "sum-weights": (
+        lambda: ops.experts_sum(ROWS, torch.zeros(2, 2).long(), torch.ones(2, 1)), r"weights: got shape \[2, 1\]"
+    ),
+    "gate-order": (
+        lambda: ops.experts_gate_forward(ROWS, ROWS, torch.ones(4), torch.full((4,), -1), "silu"), "order: got -1"
+    ),
+    "gate-up": (
+        lambda: ops.experts_gate_forward(ROWS, ROWS.half(), torch.ones(4), torch.zeros(4).long(), "silu"), "up: got"
+    ),
+    "gate-weights": (
+        lambda: ops.experts_gate_backward(ROWS, ROWS, ROWS, torch.ones(5), torch.zeros(4).long(), "silu"), "weights:"
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.may_launch_nothing
+@pytest.mark.parametrize(("call", "message"), list(BAD_FOR_THE_OPS.values()), ids=list(BAD_FOR_THE_OPS))
+def test_bad_argument_of_an_op(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()

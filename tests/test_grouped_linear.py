@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import tolerances
 import torch
-from comparison import Made, assert_close, error, mode_id, rms, saved_for_backward, short
+from comparison import Made, assert_close, error, mode_id, rms, same_results, saved_for_backward, short
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
@@ -15,6 +15,8 @@ from peft_kernels.ops import NF4Weight, dequantize_4bit, grouped_linear, quantiz
 from peft_kernels.testing.reference.grouped_linear import grouped_linear as oracle
 
 pytestmark = pytest.mark.kernels
+
+ops = torch.ops.peft_kernels
 
 # The rows of each expert: a few and many, none, one expert with all of them; then those of no expert, which come last.
 COUNTS = {
@@ -191,6 +193,17 @@ def test_any_shape(cpu_isa, counts, foreign, n, k, ranks, transposed, gathers):
         assert value.numel() == 0 or rms(actual[name] - value) <= 2 * tolerances.FP32_SUM * max(rms(value), 1), name
 
 
+@pytest.mark.parametrize("base", ["dense", "nf4", "nf4-transposed", "nf4-nested"])
+@pytest.mark.parametrize("counts", [[3, 0, 9, 1, 2, 30] * 3, [200, 0, 3]], ids=["one-each", "all-for-one"])
+def test_threads(threads, cpu_isa, counts, base):
+    """A thread for each expert or all for one, and the same bits whoever does it."""
+    case = make_case(counts, 2, 96, 128, torch.bfloat16, base=base)
+    wanted = run(case)
+    threads(4)
+    for _ in range(3):
+        same_results(run(case), wanted)
+
+
 def test_is_the_delta_of_peft():
     """Of a stack that PEFT wraps, whatever the layout of the stack."""
     peft = pytest.importorskip("peft")
@@ -248,6 +261,32 @@ def test_saves_x_once_and_s(cpu_isa, gathers):
     assert list(saved.values()) == [26 * 16 * 4]
 
 
+@pytest.mark.parametrize("base", ["dense", "nf4", "nf4-transposed", "nf4-list"])
+def test_opcheck(base):
+    case = make_case([5, 0, 20], 2, 64, 96, torch.bfloat16, base=base, ranks=(4, 7))
+    weight = case.weight if isinstance(case.weight, list) else [case.weight]
+    parts = [(w,) if isinstance(w, Tensor) else w.arguments[0] for w in weight]
+    format = () if isinstance(weight[0], Tensor) else weight[0].arguments[1]
+    given = [False, False, isinstance(weight[0], Tensor)]
+    stack = [tensor for some in parts for tensor in some], format, case.transposed, case.offsets.tolist(), given
+    adapters = case.lora_A, case.lora_B, case.scaling
+    y, s = torch.zeros(27, 64), torch.randn(27, 11)
+    torch.library.opcheck(ops.grouped_linear_forward.default, (y, case.x, *stack, *adapters), {"bias": case.bias})
+    arguments = case.grad_y, case.x, s, *stack, *adapters, [True, False], [False, True]
+    for grad_x in (torch.zeros(27, 96), None):
+        torch.library.opcheck(ops.grouped_linear_backward.default, (grad_x, *arguments))
+
+
+def test_plan_is_printed(monkeypatch, capfd, threads):
+    monkeypatch.setenv("PEFT_KERNELS_PRINT_PLANS", "1")
+    threads(2)
+    run(make_case([4] * 17, 0, 33, 32, base="nf4"))
+    assert (
+        "grouped_linear of 17 experts and 68 rows, 4 of one at most, on the CPU with 2 threads: a thread for each"
+        in (capfd.readouterr().err)
+    )
+
+
 def test_errors_are_no_larger_than_those_of_torch():
     """Which rounds the sum of W and B A to bf16, and multiplies with that."""
     case = make_case([25, 0, 40], 0, 96, 128, torch.bfloat16, torch.bfloat16, bias=False)
@@ -289,6 +328,32 @@ BAD = {
     "compute_dtype": ({"compute_dtype": torch.float64}, "compute_dtype: got torch.float64"),
     "device": ({"bias": torch.ones(3, 70, device="meta")}, "bias: got a tensor on meta, wanted one on cpu"),
 }  # fmt: skip
+
+
+BAD_FOR_THE_OP = {
+    "y-rows": ({"y": torch.zeros(24, 70)}, r"y: got shape \[24, 70\], wanted \[25, 70\]"),
+    "x-columns": ({"x": torch.ones(25, 95)}, r"x: got shape \[25, 95\], wanted \[25, 96\]"),
+    "weight-none": ({"weight": []}, r"weight: got none, wanted a stack \[E, N, K\]"),
+    "weight-experts": ({"weight": [torch.ones(2, 70, 96)]}, r"weight: got float32 \[2, 70, 96\], wanted a stack of a"),
+    "weight-strides": ({"weight": [torch.ones(3, 96, 70).mT]}, "weight: got strides .*, wanted dense rows"),
+    "offsets": ({"offsets": [5, 5, 26]}, "offsets: got 26 after 5, wanted ends of experts' rows that ascend to 25"),
+    "given": ({"given": [True]}, "given: got 1 item, wanted 3 items"),
+    "A-rank": ({"lora_A": [torch.ones(47, 96)], "lora_B": [torch.ones(70, 47)]}, r"lora_A: got float32 \[47, 96\]"),
+    "bias": ({"bias": torch.ones(70)}, r"bias: got shape \[70\], wanted \[3, 70\]"),
+}  # fmt: skip
+
+
+@pytest.mark.may_launch_nothing
+@pytest.mark.parametrize(("changes", "message"), list(BAD_FOR_THE_OP.values()), ids=list(BAD_FOR_THE_OP))
+def test_bad_argument_of_the_op(changes, message):
+    case = make_case([5, 0, 20], 0, 70, 96)
+    arguments = {
+        "y": torch.zeros(25, 70), "x": case.x, "weight": [case.weight], "format": [], "transposed": False,
+        "offsets": [5, 5, 25], "given": [False] * 3, "lora_A": case.lora_A, "lora_B": case.lora_B,
+        "scaling": case.scaling, "bias": case.bias,
+    }  # fmt: skip
+    with pytest.raises(ValueError, match=message):
+        ops.grouped_linear_forward(**arguments | changes)
 
 
 @pytest.mark.may_launch_nothing

@@ -1,8 +1,8 @@
 // The grouped_linear ops: y[t] = x[t] Wₑᵀ + biasₑ + Σᵢ scalingᵢ · x[t] Aₑᵢᵀ Bₑᵢᵀ with the expert e of each row, and its
 // gradients; schemas, checks, allocation.
 //
-// Each expert's rows are a lora_linear: its kernels decode a panel of a 4-bit weight for all of them, and add the branch
-// to the product's sums. The parameters of an expert are its parts of the stacks':
+// Each expert's rows are a lora_linear: its kernels decode a panel of a 4-bit weight for all of them, and add the
+// branch to the product's sums. The parameters of an expert are its parts of the stacks:
 //
 //   x, y, s      rows offsets[e - 1] to offsets[e] - 1
 //   W            [E, n, k]: the e-th of them, or of the codes and statistics of a 4-bit stack
@@ -241,6 +241,7 @@ void run_experts(void (*launch)(const Params&), const std::vector<Expert>& exper
         problem.rows += expert.rows;
     }
     const bool has_thread = has_thread_for_each_expert(problem);
+    if (prints_plans()) print_plan(describe(problem, has_thread));
     const auto make = [&](int64_t slot, ExpertWeight& own, Params& params) {
         params.threads = has_thread ? 1 : problem.threads;
         params.m = experts[slot].rows;
@@ -333,8 +334,10 @@ Tensor forward(Tensor y, const Tensor& given_x, const Tensors& given_weight, con
     }
     const StackAdapters adapters(lora_A, lora_B, scaling, offsets.size(), experts, stack.n, stack.k, x);
     Tensor s = empty(x, {rows, adapters.total_rank}, ScalarType::Float);
-    if (experts.empty() || stack.n == 0) return s;
     float* of_s = static_cast<float*>(s.mutable_data_ptr());
+    const int64_t end = experts.empty() ? 0 : experts.back().begin + experts.back().rows;
+    std::fill(of_s + end * adapters.total_rank, of_s + rows * adapters.total_rank, 0.0f);  // rows of no expert
+    if (experts.empty() || stack.n == 0) return s;
     const bool is_across = stack.is_4bit() && transposed;
     if (is_across) {
         multiply_across(stack, experts, of_x, out, dtype, x);
@@ -361,8 +364,8 @@ Tensor forward(Tensor y, const Tensor& given_x, const Tensors& given_weight, con
     return s;
 }
 
-// grad_y [S, n] -> grad_x [S, k], of which the rows of experts are written; grad_A (flat, adapter after adapter, each as
-// lora_A lies), grad_B (the same as lora_B); what is not wanted has no elements.
+// grad_y [S, n] -> grad_x [S, k], of which the rows of experts are written; grad_A (flat, adapter after adapter, each
+// as lora_A lies), grad_B (the same as lora_B); what is not wanted has no elements.
 std::tuple<Tensor, Tensor> backward(OptionalTensor grad_x, const Tensor& given_grad_y, const OptionalTensor& given_x,
                                     const OptionalTensor& s, const Tensors& given_weight, const Integers& format,
                                     bool transposed, const Integers& offsets, const std::vector<bool>& given,

@@ -202,7 +202,7 @@ def sort_by_expert(index: Tensor, num_experts: int) -> Sort:
 
 
 def _sum(rows: Tensor, inverse: Tensor, weights: Tensor | None, out_dtype: torch.dtype) -> Tensor:
-    """`y[t] = Σⱼ weights[t, j] · rows[inverse[t, j]]` in fp32, in the order of j; weights of one where there are none."""
+    """`y[t] = Σⱼ weights[t, j] · rows[inverse[t, j]]` in fp32, in the order of j; without weights they are one."""
     if rows.is_cpu:
         result: Tensor = torch.ops.peft_kernels.experts_sum(rows, inverse, weights, out_dtype=out_dtype)
         return result
@@ -348,17 +348,20 @@ class _Experts(Function):
         grad_act, of_down = back(last, grads, act, None if s is None else s * of_rows, True)
         del act
         assert grad_act is not None
-        of_hidden, grad_weights = _activate_backward(grad_act, hidden, weights, order, call.activation)
-        del grad_act
-        bias, grad_bias = parts[last][0], None
+        bias, grad_bias, of_bias = parts[last][0], None, None
         if bias is not None and needs_weights:
-            grad_weights += _dots_with_bias(grads, bias, offsets)[inverse]
+            of_bias = _dots_with_bias(grads, bias, offsets)[inverse]
         if needs[last][0]:
             grad_bias = products[last].gradient_of_bias(grads * of_rows, bias, offsets)
         of_down = [grad_bias, *of_down]
         del grads
+        of_hidden, grad_weights = _activate_backward(grad_act, hidden, weights, order, call.activation)
+        del grad_act
+        if of_bias is not None:
+            grad_weights += of_bias
         inputs = gathered(x, rows) if any(reads_inputs(i) for i in range(last)) else None
-        grad_x, of_gates = None, []
+        grad_x: Tensor | None = None
+        of_gates: list[Tensor | None] = []
         for i, grad in enumerate(of_hidden.chunk(last, -1)):
             part, of_gate = back(i, grad, inputs, all_s[i], needs_x)
             grad_x = part if grad_x is None or part is None else grad_x.add_(part)
@@ -366,8 +369,8 @@ class _Experts(Function):
             of_gates += [products[i].gradient_of_bias(grad, bias, offsets) if needs[i][0] else None, *of_gate]
         if grad_x is not None:
             grad_x = _sum(grad_x, inverse, None, x.dtype)
-        grad_weights = grad_weights.to(weights.dtype) if needs_weights else None
-        return grad_x, grad_weights, None, None, None, None, *of_gates, *of_down
+        of_weights = grad_weights.to(weights.dtype) if needs_weights else None
+        return grad_x, of_weights, None, None, None, None, *of_gates, *of_down
 
 
 def _dots_with_bias(grads: Tensor, bias: Tensor, offsets: Tensor) -> Tensor:

@@ -24,9 +24,11 @@ from .nf4 import NF4Weight, dequantize_4bit_rows
 
 Weights: TypeAlias = Tensor | NF4Weight | Sequence[NF4Weight]
 
-# An expert's rows for which the kernels' product in fp32 with a dense weight takes no longer than MKL's, where the weight
-# comes from memory and AVX-512 multiplies: 32 experts of 1024 x 512 and 64 rows each, on a Xeon with AMX.
-_MOST_OWN_ROWS = 64
+# An expert's rows up to which the kernels' product with a dense weight takes no longer than that of torch's library,
+# with which the branch is a pass of its own: measured with weights of 1024 x 512 from memory on a Xeon with AMX. In
+# fp32, dx reads the weight across its rows, where MKL is faster.
+_MOST_ROWS_IN_FP32 = 64  # with AVX-512
+_MOST_ROWS_IN_BF16 = 256  # with AMX
 
 _INTEGERS = (torch.int64, torch.int32)
 
@@ -265,14 +267,12 @@ class GroupedCall:
         if isinstance(self.weight, Tensor):
             one = self.matrix(0)
             assert isinstance(one, Tensor)
-            own_rows = 0
-            if direction == 0 and self.compute_dtype is one.dtype is torch.float32 and one.stride(1) == 1:
-                own_rows = _MOST_OWN_ROWS if cpu.isa() not in ("portable", "avx2") else 0
+            most = _most_own_rows(one, self.compute_dtype, direction)
             known: dict[int, bool] = {}
             for e, own in experts:
                 rows = own.stop - own.start
                 if rows not in known:
-                    known[rows] = rows > own_rows and not owns_product(x[:rows], one, self.compute_dtype)[direction]
+                    known[rows] = rows > most and not owns_product(x[:rows], one, self.compute_dtype)[direction]
                 given[e] = known[rows]
         return given
 
@@ -337,6 +337,16 @@ class GroupedCall:
         for e, own in self.experts(offsets, grad_y.shape[0]):
             grad[e] = grad_y[own].sum(0, dtype=torch.float32)
         return grad
+
+
+def _most_own_rows(weight: Tensor, compute_dtype: torch.dtype, direction: int) -> int:
+    if compute_dtype is not weight.dtype or weight.stride(1) != 1:
+        return 0
+    if compute_dtype is torch.bfloat16 and cpu.isa() == "amx":
+        return _MOST_ROWS_IN_BF16
+    if compute_dtype is torch.float32 and direction == 0 and cpu.isa() not in ("portable", "avx2"):
+        return _MOST_ROWS_IN_FP32
+    return 0
 
 
 def expert_of_stack(weight: NF4Weight, e: int) -> NF4Weight | Tensor:

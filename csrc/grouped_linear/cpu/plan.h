@@ -9,6 +9,7 @@
 #pragma once
 
 #include <cstdint>
+#include <string>
 
 namespace peft_kernels {
 
@@ -26,5 +27,13 @@ static constexpr bool has_thread_for_each_expert(const GroupedLinearCpuProblem& 
 }
 static_assert(has_thread_for_each_expert({128, 30, 2048, 2}));
 static_assert(!has_thread_for_each_expert({4, 512, 2048, 2}) && !has_thread_for_each_expert({8, 2041, 2048, 2}));
+
+// One line, for PEFT_KERNELS_PRINT_PLANS.
+inline std::string describe(const GroupedLinearCpuProblem& p, bool has_thread) {
+    return "grouped_linear of " + std::to_string(p.experts) + " experts and " + std::to_string(p.rows) + " rows, " +
+           std::to_string(p.most_rows) + " of one at most, on the CPU with " + std::to_string(p.threads) +
+           (p.threads == 1 ? " thread: " : " threads: ") +
+           (has_thread ? "a thread for each expert" : "one expert after the other");
+}
 
 }  // namespace peft_kernels

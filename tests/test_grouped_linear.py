@@ -137,6 +137,13 @@ def test_results(cpu_isa, counts, base, mode):
     check(make_case(*COUNTS[counts], 96, 64, *mode, base))
 
 
+@pytest.mark.parametrize("base", BASES)
+def test_without_adapters(base):
+    case = make_case([5, 0, 20, 1], 2, 24, 64, base=base, ranks=())
+    y = grouped_linear(case.x, case.weight, case.bias, [], [], [], case.offsets, transposed=case.transposed)
+    assert_close(y, expected(case)["y"], tolerances.FP32_SUM)
+
+
 @pytest.mark.parametrize("base", ["dense", "dense-transposed", "nf4", "nf4-transposed"])
 @pytest.mark.parametrize("shape", [(33, 96), (1, 64), (64, 32), (130, 160)], ids=str)
 def test_odd_sizes(cpu_isa, shape, base):

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from ..integrations.recognition import Reliance
 
 # What `why_not_skip` looks for, which spells them out to be fast.
-_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 
 
 class CannotGuardError(Exception):
@@ -121,7 +121,7 @@ class Guard:
         module = self.item(where, key)
         if module is not None and self._is_new(module, "class"):
             self._types += module, type(module)
-            for name in _HOOKS:
+            for name in HOOKS:
                 self.length(vars(module)[name])
             self.item(vars(module), "forward")
         return module

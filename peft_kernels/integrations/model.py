@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from rich.table import Table
 from torch import nn
+from torch.nn.utils import parametrize
 
 from .. import cpu
 from ..choices import Choice
@@ -38,7 +39,7 @@ _PACKAGES = {
     "torch": ("linear", "dropout"),
     "bitsandbytes": ("linear4bit",),
     "transformers": ("lookalike", "activations", "causal_lm_loss", "conv1d", "output_layer"),
-    "peft": ("lora", "ia3", "prefix", "combine"),
+    "peft": ("lora", "param_wrapper", "ia3", "prefix", "combine"),
 }
 
 # Parts that an adapter's layer computes itself when it is fused.
@@ -134,7 +135,8 @@ def accelerate(model: nn.Module, *, tune: bool | float = True) -> Report:
 
     Fused are, on the CPU and, but for attention, on CUDA devices that the package was built for: PEFT's `lora.Linear`
     on an `nn.Linear` or a `Conv1D` and `lora.bnb.Linear4bit` (Hu et al. 2021, arXiv:2106.09685; Dettmers et al. 2023,
-    arXiv:2305.14314), also with DoRA (Liu et al. 2024, arXiv:2402.09353) or `adapter_names`, `ia3.Linear` and
+    arXiv:2305.14314), also with DoRA (Liu et al. 2024, arXiv:2402.09353) or `adapter_names`, the experts of
+    transformers' mixtures, dense or in 4 bits, and `lora.ParamWrapper` on them, `ia3.Linear` and
     `ia3.bnb.Linear4bit` (Liu et al. 2022, arXiv:2205.05638), PEFT's models with prefix tuning (Li and Liang 2021,
     arXiv:2101.00190), the attention of transformers' Llama, Mistral, Qwen, GPT-2, OPT, BERT and what has their code,
     the rotary embedding in it, RMSNorm, GELUs that are several operations and the gated feed-forward blocks of
@@ -257,4 +259,6 @@ def _why_not(fused: type[FusedLayer], module: nn.Module) -> str | None:
         return "its forward was replaced on the instance"
     if fused.stock.forward is not fused.stock_forward:
         return "its class's forward was replaced"
+    if not fused.takes_parametrizations and parametrize.is_parametrized(module):
+        return "it has a parametrization"
     return fused.why_not(module)

@@ -14,6 +14,7 @@ import importlib
 import logging
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from functools import cache
 from inspect import CO_OPTIMIZED
 from types import CodeType, FunctionType, ModuleType
@@ -228,8 +229,8 @@ def _found(module: ModuleType, qualname: str) -> Any:
 
 
 def undecorated(function: Any) -> FunctionType | None:
-    """A function without what transformers puts around it, for checkpoints, arguments that were renamed, and kernels of
-    its hub. What others put around it stays."""
+    """A function without what transformers puts around it, for checkpoints, arguments that were renamed, experts, and
+    kernels of its hub. What others put around it stays."""
     if isinstance(function, nn.Module) and type(function).__module__.partition(".")[0] == "kernels":
         closure: tuple[Any, ...] = getattr(type(function).forward, "__closure__", None) or ()
         function = closure[0].cell_contents if len(closure) == 1 and "forward" not in vars(function) else None
@@ -240,8 +241,13 @@ def undecorated(function: Any) -> FunctionType | None:
 
 @cache
 def _decorators() -> frozenset[str]:
-    names = "transformers.modeling_layers", "transformers.utils.deprecation"
-    return frozenset(importlib.import_module(name).__file__ or "" for name in names if "transformers" in sys.modules)
+    """The files that have it."""
+    names = "transformers.modeling_layers", "transformers.utils.deprecation", "transformers.integrations.moe"
+    found = set()
+    for name in names if "transformers" in sys.modules else ():
+        with suppress(ImportError):  # older versions of transformers have no such experts
+            found.add(importlib.import_module(name).__file__ or "")
+    return frozenset(found)
 
 
 def _is_as_filed(module: ModuleType, qualname: str, codes: list[CodeType]) -> bool:
@@ -255,6 +261,18 @@ def _is_as_filed(module: ModuleType, qualname: str, codes: list[CodeType]) -> bo
         and function.__globals__ is vars(module)
         and any(code_key(function.__code__) == code_key(code) for code in codes)
     )
+
+
+def is_filed_closure(function: FunctionType, module: ModuleType, qualname: str) -> bool:
+    """Whether a function is one that a module's file has inside another, such as `decorator.<locals>.wrapper`."""
+    if function.__globals__ is not vars(module):
+        return False
+    outermost, *names = qualname.split(".<locals>.")
+    codes = _codes_of(module).get(outermost, [])
+    for name in names:
+        constants = [constant for code in codes for constant in code.co_consts if isinstance(constant, CodeType)]
+        codes = [constant for constant in constants if constant.co_name == name]
+    return any(code_key(function.__code__) == code_key(code) for code in codes)
 
 
 class Reliance:
@@ -282,10 +300,11 @@ class Reliance:
         return made
 
     @classmethod
-    def of_global(cls, module: ModuleType, name: str) -> Reliance:
-        """What a module's function relies on, and that it is this function."""
+    def of_globals(cls, module: ModuleType, *names: str) -> Reliance:
+        """What a module's functions rely on, and that they are these functions."""
         made = cls()
-        made._add(module, name)
+        for name in names:
+            made._add(module, name)
         return made
 
     def holds(self) -> bool:

@@ -86,6 +86,7 @@ class FusedLayer(Measured):
     # Attributes that exist only on a fused instance, and that `restore` drops.
     own_state: ClassVar[tuple[str, ...]] = ()
     is_layer: ClassVar[bool] = True  # as the report has them, and not what is fused of the model around them
+    takes_parametrizations: ClassVar[bool] = False  # torch's, of parameters: whether its forward knows of them
 
     @classmethod
     def applies(cls, layer: nn.Module) -> bool:

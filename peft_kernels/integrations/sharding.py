@@ -12,9 +12,12 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+_ORIGIN = "_peft_kernels_origin"  # of a layer's parametrized class that was made of another one
 
 # The parameters that are whole when their layers run, by their ids, while a report is made.
 _gathered: ContextVar[frozenset[int]] = ContextVar("gathered", default=frozenset())
@@ -27,25 +30,45 @@ def is_sharding(cls: type) -> bool:
     return sharding is not None and len(cls.__bases__) == 2 and issubclass(cls.__bases__[0], sharding)
 
 
+def is_parametrized(cls: type) -> bool:
+    """Whether a class is one that torch's parametrizations have made, of a single layer and its copies."""
+    return (
+        cls.__module__ == parametrize.__name__ and cls.__name__.startswith("Parametrized") and len(cls.__bases__) == 1
+    )
+
+
 def class_below(cls: type) -> type:
-    """A layer's own class, below one that `fully_shard` has made of it."""
-    return cls.__bases__[1] if is_sharding(cls) else cls
+    """A layer's own class, below those that `fully_shard` and parametrizations have made of it."""
+    if is_sharding(cls):
+        return class_below(cls.__bases__[1])
+    return class_below(cls.__bases__[0]) if is_parametrized(cls) else cls
 
 
-@functools.cache  # so that layers of one class keep one class
-def rederived(cls: type, old: type, new: type) -> type:
+def rederived(cls: Any, old: type, new: type) -> type:
     """A class that derives from `new` where `cls` derives from `old`, or is it."""
     if cls is old:
         return new
     if not issubclass(cls, old):
-        return cls
-    bases = tuple(rederived(base, old, new) for base in cls.__bases__)
+        return cast(type, cls)
+    if not is_parametrized(cls):
+        return _rederived(cls, old, new)
+    base = rederived(cls.__bases__[0], old, new)
+    origin = vars(cls).get(_ORIGIN)
+    if origin is not None and origin.__bases__ == (base,) and vars(origin).keys() == vars(cls).keys() - {_ORIGIN}:
+        return cast(type, origin)
+    return _derived(cls, (base,), old, **{_ORIGIN: cls})
+
+
+@functools.cache  # so that layers of one class keep one class
+def _rederived(cls: Any, old: Any, new: Any) -> type:
+    return _derived(cls, tuple(rederived(base, old, new) for base in cls.__bases__), old)
+
+
+def _derived(cls: type, bases: tuple[type, ...], old: type, **members: Any) -> type:
     # transformers' layers have each class that is derived from them wrap what it inherits: the new one will again.
-    members = {
-        name: value
-        for name, value in vars(cls).items()
-        if name not in ("__dict__", "__weakref__") and not _wraps(value, getattr(old, name, None))
-    }
+    for name, value in vars(cls).items():
+        if name not in ("__dict__", "__weakref__", _ORIGIN) and not _wraps(value, getattr(old, name, None)):
+            members[name] = value
     return type(cls.__name__, bases, members)
 
 

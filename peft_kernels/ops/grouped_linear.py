@@ -212,10 +212,15 @@ class GroupedCall:
         for e, own in experts:
             if given[e]:
                 self._multiply(x[own], self.matrix(e), None if bias is None else bias[e], y[own])
+        # The product across a stack's codes has no bias; the op adds one with the branch, where there is one.
+        adds_bias = bias is not None and (len(lora_A) > 0 or not self.transposed or isinstance(self.weight, Tensor))
         s: Tensor = torch.ops.peft_kernels.grouped_linear_forward(
             y, x, *stored, self.transposed, offsets.tolist(), given, lora_A, lora_B, self.scaling,
-            bias=None if bias is None else bias.contiguous(), compute_dtype=self.compute_dtype,
+            bias=bias.contiguous() if bias is not None and adds_bias else None, compute_dtype=self.compute_dtype,
         )  # fmt: skip
+        if bias is not None and not adds_bias:
+            for e, own in experts:
+                y[own] += bias[e]
         return y, s
 
     def backward(self, grad_y: Tensor, x: Tensor | None, x_dtype: torch.dtype, s: Tensor | None,

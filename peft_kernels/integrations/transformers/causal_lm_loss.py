@@ -83,7 +83,7 @@ class FusedLoss(Setting):
     @classmethod
     def look(cls) -> str | None:
         """Why the stock function is not what its file says."""
-        reliance = Reliance.of_global(loss_utils, _FUNCTION)
+        reliance = Reliance.of_globals(loss_utils, _FUNCTION)
         if reason := reliance.why_not():
             return reason
         cls.reliance = reliance

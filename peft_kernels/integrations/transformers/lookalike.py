@@ -41,7 +41,7 @@ class Lookalike(FusedLayer):
         return (
             methods_key(stock, cls.methods) == cls.filed_key()
             and cls.does_the_same(stock)
-            and Reliance.of_methods(stock, cls.methods).why_not() is None
+            and cls.relies_on(stock).why_not() is None
         )
 
     @classmethod
@@ -52,6 +52,11 @@ class Lookalike(FusedLayer):
     def does_the_same(cls, stock: type) -> bool:
         """Whether what a class of the same code calls is the same."""
         return same_methods(stock, cls._stock_module(), cls.class_name, cls.methods)
+
+    @classmethod
+    def relies_on(cls, stock: type) -> Reliance:
+        """What has to be what it is now for a class of the same code to do the same."""
+        return Reliance.of_methods(stock, cls.methods)
 
     @classmethod
     def _stock_module(cls) -> ModuleType:
@@ -102,7 +107,7 @@ def _guarded(forward: Callable[..., Any], stock: type[nn.Module], reliance: Reli
 Form = TypeVar("Form", bound=type[Lookalike])
 
 # The modules here that have forms.
-_FORMS_IN = (".attention", ".layers", "...inference.decoder_layer")
+_FORMS_IN = (".attention", ".layers", ".experts", "...inference.decoder_layer")
 
 _forms: list[type[Lookalike]] = []
 _seen: set[type] = set()
@@ -129,7 +134,7 @@ def register_loaded() -> None:
     for stock in [stock for stock in _classes() if stock not in _seen]:
         keys = [(methods, methods_key(stock, methods)) for methods in all_methods]
         found = [form for key in keys if key[1] is not None for form in forms.get(key, ()) if form.does_the_same(stock)]
-        reliance = Reliance.of_methods(stock, found[0].methods) if found else None
+        reliance = found[0].relies_on(stock) if found else None
         reason = None if reliance is None else reliance.why_not()
         refuse(stock, reason)
         if reason:

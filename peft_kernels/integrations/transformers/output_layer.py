@@ -6,6 +6,7 @@ from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 from transformers import PreTrainedModel
 
 from ...inference.guards import parameter
@@ -49,6 +50,7 @@ class FusedOutputLayer(Setting):
         head: Any = model.get_output_embeddings() if isinstance(module, PreTrainedModel) else None
         return (
             class_below(type(head)) is nn.Linear
+            and not parametrize.is_parametrized(head)
             and "forward" not in vars(head)
             and head.weight.is_cpu
             and head.weight.dtype in FLOAT_DTYPES

@@ -1,5 +1,5 @@
-// Several adapters' deltas [rows, columns] combined into one: y = mean over i of w_i trim(delta_i), where the mean may be
-// over those of the elected sign alone. Parameters and launchers. Plain data only: no torch, no CUDA headers.
+// Several adapters' deltas [rows, columns] combined into one: y = mean over i of w_i trim(delta_i), over all of them or
+// over those of the elected sign. Parameters and launchers. Plain data only: no torch, no CUDA headers.
 #pragma once
 
 #include <cstdint>

@@ -23,7 +23,6 @@ Election check_election(const std::string& election) {
 void run(CombineParams& params, std::vector<Delta>& deltas, const std::vector<double>& weights, int64_t kept, double p,
          const std::optional<Tensor>& seeds, const std::string& election, Tensor& y) {
     const auto num_deltas = static_cast<int64_t>(deltas.size());
-    if (!y.is_cpu()) bad_argument("deltas", describe_device(y), "tensors on the CPU");
     if (weights.size() != deltas.size()) bad_argument("weights", counted(weights.size()), counted(deltas.size()));
     if (kept < 0 || kept > params.count)
         bad_argument("kept", std::to_string(kept), "0 to " + std::to_string(params.count));
@@ -104,14 +103,14 @@ Tensor combine_products(Tensors given_A, Tensors given_B, std::vector<double> sc
 }  // namespace
 }  // namespace peft_kernels
 
-STABLE_TORCH_LIBRARY_FRAGMENT(PEFT_KERNELS_NAMESPACE, m) {
+STABLE_TORCH_LIBRARY_FRAGMENT(peft_kernels, m) {
     m.def("combine(Tensor[] deltas, float[] weights, int kept, float p, Tensor? seeds, str election) -> Tensor y");
     m.def(
         "combine_products(Tensor[] lora_A, Tensor[] lora_B, float[] scaling, float[] weights, int kept, float p, "
         "Tensor? seeds, str election) -> Tensor y");
 }
 
-PEFT_KERNELS_IMPLEMENT(m) {
+STABLE_TORCH_LIBRARY_IMPL(peft_kernels, CPU, m) {
     m.impl("combine", TORCH_BOX(&peft_kernels::combine));
     m.impl("combine_products", TORCH_BOX(&peft_kernels::combine_products));
 }

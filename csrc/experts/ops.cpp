@@ -131,7 +131,7 @@ std::tuple<Tensor, Tensor> gate_backward(const Tensor& given_grad, const Tensor&
 }  // namespace
 }  // namespace peft_kernels
 
-STABLE_TORCH_LIBRARY_FRAGMENT(PEFT_KERNELS_NAMESPACE, m) {
+STABLE_TORCH_LIBRARY_FRAGMENT(peft_kernels, m) {
     m.def("experts_sort(Tensor index, int num_experts) -> (Tensor order, Tensor inverse, Tensor offsets)");
     m.def("experts_sum(Tensor rows, Tensor inverse, Tensor? weights, ScalarType? out_dtype=None) -> Tensor y");
     m.def("experts_gate_forward(Tensor gate, Tensor up, Tensor weights, Tensor order, str activation) -> Tensor y");
@@ -140,7 +140,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(PEFT_KERNELS_NAMESPACE, m) {
         "-> (Tensor grads, Tensor grad_weights)");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(PEFT_KERNELS_NAMESPACE, CPU, m) {
+STABLE_TORCH_LIBRARY_IMPL(peft_kernels, CPU, m) {
     m.impl("experts_sort", TORCH_BOX(&peft_kernels::sort));
     m.impl("experts_sum", TORCH_BOX(&peft_kernels::sum));
     m.impl("experts_gate_forward", TORCH_BOX(&peft_kernels::gate_forward));

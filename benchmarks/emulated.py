@@ -25,6 +25,7 @@ from peft_kernels.ops import (
     glu,
     ia3_linear,
     lora_linear,
+    lora_linear_grouped,
     quantize_4bit,
     rms_norm,
     rotary,
@@ -77,6 +78,22 @@ def layer(m: int, n: int, k: int, rank: int = 0, training: bool = False, dropout
 
     extras = f" rank={rank}" * bool(rank) + f" dropout={dropout:g}" * bool(dropout) + " backward" * training
     return Case("lora_linear", f"m={m} n={n} k={k}{extras}", prepare)
+
+
+def batch(m: int, n: int, k: int, adapters: int, rank: int, training: bool = False) -> Case:
+    """A bf16 linear on nested NF4 whose rows have bf16 adapters of their own: its forward, or forward and backward."""
+
+    def prepare() -> Callable[[], object]:
+        weight = quantize_4bit(torch.randn(n, k).bfloat16(), double_quant=True)
+        x = torch.randn(m, k).bfloat16().requires_grad_(training)
+        lora_A = [torch.randn(rank, k).bfloat16().requires_grad_(training) for _ in range(adapters)]
+        lora_B = [torch.randn(n, rank).bfloat16().requires_grad_(training) for _ in range(adapters)]
+        index = torch.randint(adapters, (m,))
+        forward = functools.partial(lora_linear_grouped, x, weight, None, lora_A, lora_B, [1.0] * adapters, index)
+        return (lambda: forward().sum().backward()) if training else forward
+
+    name = f"m={m} n={n} k={k} adapters={adapters} rank={rank}" + " backward" * training
+    return Case("lora_linear_grouped", name, prepare)
 
 
 def fuse(m: int, widths: list[int], shared: bool) -> Case:
@@ -218,6 +235,8 @@ CASES = (
     layer(96, 576, 576, rank=16),
     layer(128, 1024, 1024, training=True),
     layer(1024, 256, 512, rank=16, training=True, dropout=0.05),
+    batch(32, 1024, 1024, 32, 16),
+    batch(512, 256, 512, 4, 16, training=True),
     fuse(64, [768] * 8, shared=True),
     fuse(8, [4096] * 8, shared=True),
     fuse(64, [64] * 8, shared=False),
@@ -241,6 +260,7 @@ CASES = (
 FOLDERS = {
     "ia3_linear": ("matmul", "nf4", "common"),
     "lora_linear": ("lora", "matmul", "nf4", "common"),
+    "lora_linear_grouped": ("lora", "matmul", "nf4", "common"),
 }
 
 

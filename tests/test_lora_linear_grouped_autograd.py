@@ -1,6 +1,7 @@
 """lora_linear_grouped and torch's machinery: what is saved and computed, checkpointing, compilation."""
 
 from dataclasses import replace
+from unittest import mock
 
 import pytest
 import tolerances
@@ -10,6 +11,7 @@ from lora_linear_cases import Recorder, assert_close, expected, make_batch, make
 from torch.utils.checkpoint import checkpoint
 
 from peft_kernels.ops import NF4Weight, lora_linear_grouped
+from peft_kernels.ops.lora_linear_grouped import _used
 from peft_kernels.testing.reference.lora_linear_grouped import lora_linear_grouped as oracle
 
 pytestmark = pytest.mark.kernels
@@ -85,6 +87,13 @@ def test_adapters_without_rows_have_no_gradient(platform):
             assert (actual[f"lora_A{i}"] is None) == (actual[f"lora_B{i}"] is None) == (i not in index)
     case.x, case.grad_y = case.x[:, :0], case.grad_y[:, :0]
     assert run(case, with_index([1] * 6))["lora_A1"] is None
+
+
+def test_a_captured_graph_does_not_read_the_index():
+    """Which adapters have rows may be another matter when it is replayed."""
+    index = mock.Mock(is_meta=False, is_cuda=True, spec_set=["is_meta", "is_cuda"])  # it has no values to give
+    with mock.patch("torch.cuda.is_current_stream_capturing", lambda: True):
+        assert _used(index, torch.ones(3, 4), 2) == [True, True]
 
 
 def test_double_backward_is_refused(platform):

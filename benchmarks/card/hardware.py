@@ -126,8 +126,33 @@ def graphs(context: Context) -> None:
             graph.replay()
             return verdict("two replays drew the same mask" if torch.equal(first, kept[-1]) else "")
 
+    def mixed() -> Record:
+        from benchmarks.card.cases import weight4bit
+        from peft_kernels.ops import lora_linear_grouped
+
+        torch.manual_seed(0)
+        with on(context):
+            weight, x = weight4bit(N, K), torch.randn(40, K).bfloat16().requires_grad_()
+            A = [(torch.randn(16, K) / K**0.5).requires_grad_() for _ in range(4)]
+            B = [torch.randn(N, 16).requires_grad_() for _ in range(4)]
+            index, grad, kept = torch.arange(40) % 4, torch.randn(40, N).bfloat16(), []
+
+            def call() -> list[Tensor]:
+                y = lora_linear_grouped(x, weight, None, A, B, [0.5] * 4, index)
+                return [y.detach(), *torch.autograd.grad(y, [x, *A, *B], grad)]
+
+            graph = capture([lambda: kept.__setitem__(slice(None), call())])
+            problems = []
+            for turn in range(3):
+                index.copy_(torch.cat([torch.arange(4), torch.randint(-1, 4, (36,))]))
+                graph.replay()
+                got = [tensor.clone() for tensor in kept]
+                if text := differing(got, call()):
+                    problems.append(f"replay {turn}: {text}")
+            return verdict("; ".join(problems))
+
     cases = {f"M={m}": (lambda m=m: replayed(m)) for m in (1, 40, 128, 1024)}
-    context.run("check", {**cases, "a seed that is drawn": drawn}.items())
+    context.run("check", {**cases, "a seed that is drawn": drawn, "another index": mixed}.items())
 
 
 def failed_allocation(context: Context) -> None:

@@ -18,7 +18,7 @@
 
 #include "common/cpu/isa.h"
 #include "common/dtype.h"
-#include "lora/cuda/plan.h"
+#include "lora/cuda/grouped_plan.h"
 
 namespace peft_kernels {
 
@@ -38,7 +38,6 @@ struct LoraAdapters {
     const LoraAdapter* adapters;
     int32_t num_adapters;
     int64_t total_rank;  // Σ rankᵢ
-    int64_t mask_row;    // on a GPU: the row of the dropout masks that the first row has
 };
 
 // ---- On a CPU -------------------------------------------------------------------------------------------------------
@@ -97,7 +96,6 @@ struct Branch {
 
     int64_t m, n, k;
     int64_t total_rank;  // columns of s and ds
-    int64_t mask_row;    // of the dropout masks, that the first row has
     int32_t num_adapters;
     BranchAdapter adapters[kMaxAdapters];
 };
@@ -148,6 +146,85 @@ struct XPassParams {
     ExpandParams expand;  // of dx; not done when out.data is null
 };
 
+// ---- A batch in which each row has an adapter of its own, or none, on a GPU: lora/cuda/grouped_kernel.cuh -----------
+
+struct GroupedAdapter {
+    const void *lora_A, *lora_B;  // [rank, k], [n, rank]
+    int64_t grad_A, grad_B;       // as a BranchAdapter's
+    int32_t stride_A, stride_B;   // between rows, in elements
+    int32_t rank;
+    float scaling, keep_scale;  // 1 / (1 - p)
+    uint32_t threshold : 20;    // of the 16-bit random numbers; 0: nothing is dropped
+    uint32_t dtype_A : 6, dtype_B : 6;
+};
+
+struct GroupedBatch {
+    // Of one launch. The parameters of a kernel have room for 4 KB, and a table in the device's memory would have to be
+    // copied there for each call, which no captured graph could repeat. More adapters take a launch for each 64.
+    static constexpr int kMaxAdapters = 64;
+
+    int64_t m, n, k;
+    int64_t most_ranks;     // columns of s and ds: a multiple of 4
+    const int64_t* index;   // [items], in the device's memory: the adapter's position, anything else for none
+    int64_t items;          // of which each is for m / items neighbouring rows
+    int64_t first_adapter;  // the position of the launch's first
+    int64_t all_adapters;   // of all launches; the first launch also has the rows without adapter
+    const int64_t* seeds;  // [num_adapters] in the device's memory, of the dropout masks; null where nothing is dropped
+    int32_t num_adapters;
+    GroupedAdapter adapters[kMaxAdapters];
+};
+
+// What the first kernel finds out of an index for those after it, in the device's memory. Tiles are in the order of
+// their adapters, and those of the rows without one are the last.
+struct GroupedTiles {
+    struct Tile {
+        int64_t adapter;  // of the launch; kMaxAdapters for none
+        int64_t count;    // of rows
+        int64_t rows[kBranchRows];
+    };
+    // Of each adapter, of the rows without one, and how many tiles there are. Their number is no more than the plan's.
+    int64_t first[GroupedBatch::kMaxAdapters + 2];
+    Tile tiles[1];
+
+    static constexpr int64_t bytes(int64_t tiles) { return sizeof(GroupedTiles) + (tiles - 1) * sizeof(Tile); }
+};
+
+struct GroupedShrinkParams {
+    GroupedBatch batch;
+    GroupedPlan plan;
+    bool backward;        // false: s of x and A; true: ds of dy and B
+    ConstMatrix input;    // x [m, k], or dy [m, n]
+    float* s;             // [plan.shrink.splits][m, most_ranks]; zeros beyond an adapter's rank
+    GroupedTiles* tiles;  // written
+};
+
+struct GroupedExpandParams {
+    GroupedBatch batch;
+    GroupedPlan plan;
+    bool transposed;  // false: y with B and scaling; true: dx with A and the masks
+    const GroupedTiles* tiles;
+    Parts s;           // or ds
+    float* sum;        // [m, most_ranks], where s is wanted as one matrix; may be null
+    ConstMatrix base;  // [m, columns], of any dtype
+    Matrix out;        // data may be null: not wanted
+};
+
+// Of A or of B of all adapters. Each adapter's is summed by segments of the tiles; the sum of one whose tiles are
+// in one segment is its gradient.
+struct GroupedGradient {
+    GroupedGradientPlan plan;
+    ConstMatrix input;  // x [m, k], or dy [m, n]
+    Parts factor;       // ds, or s
+    float* grad;        // null: none is wanted
+    float* parts;  // [2 segments][most_ranks, k], or [n, most_ranks]: of the adapter that a segment begins amid, and
+                   // of the one that it ends amid
+};
+
+struct GroupedXPassParams {
+    GroupedExpandParams expand;  // of dx, and what all have in common
+    GroupedGradient of_A, of_B;
+};
+
 namespace cuda {
 
 // Each enqueues one kernel on `stream` (a cudaStream_t) of the current device. Returns a cudaError_t. No size may be 0.
@@ -155,6 +232,10 @@ int lora_shrink(const ShrinkParams& params, void* stream);
 int lora_expand(const ExpandParams& params, void* stream);
 int lora_dy_pass(const DyPassParams& params, void* stream);
 int lora_x_pass(const XPassParams& params, void* stream);
+int lora_grouped_shrink(const GroupedShrinkParams& params, void* stream);
+int lora_grouped_expand(const GroupedExpandParams& params, void* stream);
+// One kernel for each dtype among those of x, dy and dx, and one that adds up what segments share.
+int lora_grouped_x_pass(const GroupedXPassParams& params, void* stream);
 
 }  // namespace cuda
 }  // namespace peft_kernels

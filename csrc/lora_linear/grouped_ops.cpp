@@ -10,43 +10,36 @@
 #include "lora_linear/binding.h"
 
 #if defined(PEFT_KERNELS_CUDA)
-#include "lora_linear/cuda/grouped.h"
+#include "lora/cuda/binding.h"
 #endif
 
 namespace peft_kernels {
 namespace {
 
-// The adapters of a batch, and its rows in the order of these, as LoraGroups has them: those of an adapter in the order
-// of x.
+// The adapters of a batch, and which of them each of its rows has.
 struct Grouped {
     // `index` [...] begins the shape of `given` [..., columns]; what follows shares its adapter.
-    Grouped(const Tensor& given, const Tensor& given_index, int64_t m, CheckedAdapters checked)
-        : adapters(std::move(checked)) {
+    Grouped(const Tensor& given, const Tensor& given_index, CheckedAdapters checked)
+        : adapters(std::move(checked)), index(given_index) {
         const int64_t dimensions = given_index.dim(), count = static_cast<int64_t>(adapters.list.size());
         check_dtype(given_index, "index", ScalarType::Long);
-        if (!given_index.is_cpu()) bad_argument("index", "a tensor on " + describe_device(given_index), "one on cpu");
+        if (!given_index.is_cpu()) check_device(given_index, "index", given);
         const Sizes sizes = given_index.sizes(), shape = given.sizes();
         if (dimensions >= given.dim() || !std::equal(sizes.begin(), sizes.end(), shape.begin()))
             bad_argument("index", "shape " + describe_shape(sizes),
                          "the first sizes of " + describe_shape(shape.slice(0, shape.size() - 1)));
-        const Tensor index = as_dense(given_index);
+        index = as_dense(given_index);
+        for (const LoraAdapter& adapter : adapters.list)
+            most_ranks = std::max(most_ranks, round_up(adapter.rank, int64_t{4}));
+        if (!index.is_cpu()) return;
         const int64_t* of = static_cast<const int64_t*>(index.const_data_ptr());
-        const int64_t examples = index.numel(), rows_each = examples > 0 ? m / examples : 0;
-        indptr.resize(count + 1);
-        for (int64_t i = 0; i < examples; ++i) {
+        for (int64_t i = 0; i < index.numel(); ++i)
             if (of[i] < -1 || of[i] >= count)
                 bad_argument("index", std::to_string(of[i]), "-1, or one of " + counted(count) + " of lora_A");
-            if (of[i] >= 0) indptr[of[i] + 1] += rows_each;
-        }
-        for (int64_t a = 0; a < count; ++a) {
-            indptr[a + 1] += indptr[a];
-            most_ranks = std::max(most_ranks, round_up(adapters.list[a].rank, int64_t{4}));
-        }
-        Integers next = indptr;  // the place of each adapter's next row, and of the next without one
-        order.resize(m);
-        for (int64_t i = 0, row = 0; i < examples; ++i)
-            for (int64_t& place = next[of[i] < 0 ? count : of[i]]; row < (i + 1) * rows_each; ++row)
-                order[place++] = row;
+        if (device_type_of(given) == device_type_of(index)) return;
+        Tensor copy = empty(given, {index.numel()}, ScalarType::Long);
+        torch::stable::copy_(copy, reinterpreted(index, {index.numel()}, {1}));
+        index = copy;
     }
 
     void give(LoraGroups& params) const {
@@ -54,11 +47,28 @@ struct Grouped {
         params.num_adapters = static_cast<int32_t>(adapters.list.size());
         params.total_rank = adapters.total_rank;
         params.most_ranks = most_ranks;
+    }
+
+    // For the CPU's kernels: the rows in the order of their adapters, those of an adapter in the order of x.
+    void sort(LoraGroups& params) {
+        const int64_t count = static_cast<int64_t>(adapters.list.size()), items = index.numel();
+        const int64_t* of = static_cast<const int64_t*>(index.const_data_ptr());
+        const int64_t rows_each = params.m / items;
+        indptr.resize(count + 1);
+        for (int64_t i = 0; i < items; ++i)
+            if (of[i] >= 0) indptr[of[i] + 1] += rows_each;
+        for (int64_t a = 0; a < count; ++a) indptr[a + 1] += indptr[a];
+        Integers next = indptr;  // the place of each adapter's next row, and of the next without one
+        order.resize(params.m);
+        for (int64_t i = 0, row = 0; i < items; ++i)
+            for (int64_t& place = next[of[i] < 0 ? count : of[i]]; row < (i + 1) * rows_each; ++row)
+                order[place++] = row;
         params.order = order.data();
         params.indptr = indptr.data();
     }
 
     CheckedAdapters adapters;
+    Tensor index;  // dense, where x is
     Integers order, indptr;
     int64_t most_ranks = 0;
 };
@@ -80,8 +90,7 @@ Result forward(const Tensor& given_x, const Tensor& given_base, const Tensor& in
     params.x = check_matrix(x, "x", params.m, params.k, x);
     params.base = check_matrix(base, "base", params.m, params.n, x);
     const DType y_dtype = check_float_dtype(out_dtype, "out_dtype", params.x.dtype);
-    const Grouped grouped(given_x, index, params.m,
-                          check_adapters(lora_A, lora_B, scaling, dropout, seeds, params.n, params.k, x));
+    Grouped grouped(given_x, index, check_adapters(lora_A, lora_B, scaling, dropout, seeds, params.n, params.k, x));
     grouped.give(params);
     constexpr bool kWantsS = std::is_same_v<Result, YAndS>;
     Tensor y = empty(x, sizes_of_rows(given_x, params.n), scalar_type(y_dtype)), s = y;
@@ -99,10 +108,11 @@ Result forward(const Tensor& given_x, const Tensor& given_base, const Tensor& in
     if (params.m == 0) return result();
 #if defined(PEFT_KERNELS_CUDA)
     if (runs_on_cuda(x)) {
-        grouped_forward_on_cuda(params, x, given_base, y, s);
+        GroupedOnCuda(params, x, grouped.index).forward(params, given_base, y, s);
         return result();
     }
 #endif
+    grouped.sort(params);
     run_cpu(&dispatch::lora_grouped_forward, params, x);
     return result();
 }
@@ -127,7 +137,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& given_grad_y, const Op
         base = as_rows(*given_base, "base");
         params.base = check_matrix(*base, "base", params.m, params.k, grad_y);
     }
-    Grouped grouped(given_grad_y, index, params.m,
+    Grouped grouped(given_grad_y, index,
                     check_adapters(lora_A, lora_B, scaling, dropout, seeds, params.n, params.k, grad_y));
     grouped.give(params);
     Tensor grad_x = empty(grad_y, base ? sizes_of_rows(given_grad_y, params.k) : std::vector<int64_t>{0, params.k},
@@ -153,10 +163,11 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& given_grad_y, const Op
     }
 #if defined(PEFT_KERNELS_CUDA)
     if (runs_on_cuda(grad_y)) {
-        grouped_backward_on_cuda(params, grad_y, given_base, s, grad_x, grad_A, grad_B);
+        GroupedOnCuda(params, grad_y, grouped.index).backward(params, given_base, grad_x, grad_A, grad_B);
         return {grad_x, grad_A, grad_B};
     }
 #endif
+    grouped.sort(params);
     if (params.grad_x.data || has_A || has_B) run_cpu(&dispatch::lora_grouped_backward, params, grad_y);
     return {grad_x, grad_A, grad_B};
 }
@@ -165,7 +176,8 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& given_grad_y, const Op
 }  // namespace peft_kernels
 
 STABLE_TORCH_LIBRARY_FRAGMENT(PEFT_KERNELS_NAMESPACE, m) {
-    // `index` is on the host on every device, since that is where rows are grouped.
+    // On a GPU `index` may be on the host, whence it is copied, or there, where nobody checks it: what is no place of
+    // an adapter means none.
     const std::string arguments =
         "(Tensor x, Tensor base, Tensor index, Tensor[] lora_A, Tensor[] lora_B, float[] scaling, *, "
         "float[]? dropout=None, Tensor? seeds=None, ScalarType? out_dtype=None)";

@@ -42,9 +42,9 @@ def lora_linear_grouped(
 
     `y[t] = x[t] Wᵀ + bias + scalingᵢ · dropoutᵢ(x[t]) Aᵢᵀ Bᵢᵀ` with i = index[t]. The branches are computed in fp32, as
     those of `lora_linear` are, and dropped with its masks: those of all of x, whichever rows an adapter has. Rows of
-    one adapter need not be neighbours: on the CPU they are read where they lie; on a GPU, a run of them is a launch.
-    Saved for backward is what `lora_linear` saves, and the index. An adapter without rows gets no gradient; in a
-    compiled graph, which does not know the index, it gets zeros.
+    one adapter need not be neighbours: they are read where they lie. On a GPU the branches are two launches, and three
+    in the backward, for each 64 adapters. Saved for backward is what `lora_linear` saves, and the index. An adapter
+    without rows gets no gradient; in a compiled or captured graph, which does not know the index, it gets zeros.
 
     Args:
         x: [..., K], fp32, bf16 or fp16.
@@ -53,7 +53,8 @@ def lora_linear_grouped(
         lora_A, lora_B: for each adapter [rᵢ, K] and [N, rᵢ], in fp32, bf16 or fp16.
         scaling: a number for each adapter.
         index: integers [...], for each row of x the position of its adapter, or -1 for none; on the host or where x is.
-            It may have the first dimensions of x only: an item for each x[b] is that of all rows in x[b].
+            It may have the first dimensions of x only: an item for each x[b] is that of all rows in x[b]. On a GPU it
+            is not checked, and what is no position means none; only a backward outside of graphs waits for it.
         dropout: a probability for each adapter, in [0, 1); empty means none. The mask is Philox4x32-10's.
         compute_dtype: of the base product; by default x's, or autocast's under it.
         out_dtype: of y; the same.
@@ -97,8 +98,6 @@ def lora_linear_grouped_unchecked(x: Tensor, weight: Tensor | NF4Weight, bias: T
     """`lora_linear_grouped` of arguments whose types are known to be right, and of x as wide as the weight."""
     dropout, seeds = draw_masks(x, lora_A, dropout, seeds)
     index = index.long()
-    if index.is_cuda:
-        index = index.cpu()  # where rows are grouped
     dense = None if isinstance(weight, NF4Weight) else weight
     call = _GroupedCall(weight, compute_dtype, out_dtype, tuple(scaling), tuple(dropout))
     if wants_gradients(x, weight, bias, lora_A, lora_B):
@@ -155,8 +154,10 @@ class _GroupedCall(Call):
 
 
 def _used(index: Tensor, grad_y: Tensor, num_adapters: int) -> list[bool]:
-    """Whether each adapter has rows; where the index has no values yet, every one may."""
+    """Whether each adapter has rows; where the index has no values yet, or others when a graph is replayed, any may."""
     if torch.compiler.is_compiling() or index.is_meta or isinstance(index, FakeTensor):
+        return [True] * num_adapters
+    if index.is_cuda and torch.cuda.is_current_stream_capturing():
         return [True] * num_adapters
     positions = set(index.flatten().tolist()) if grad_y.shape[:-1].numel() else ()
     return [i in positions for i in range(num_adapters)]

@@ -174,8 +174,7 @@ __global__ void __launch_bounds__(kBranchThreads) lora_shrink_kernel(const __gri
         load(i + 2);
         Factor::template store<false>(factor, values);
         fetch(i + 1);
-        if (group.drops())
-            Input::drop(input, seed, group.adapter.threshold, branch.mask_row + row0, (tile0 + i) * Input::kColumns);
+        if (group.drops()) Input::drop(input, seed, group.adapter.threshold, row0, (tile0 + i) * Input::kColumns);
         __syncthreads();
         if (warp_row < branch.m) project<T, kRanks>(input, factor, sums);
     }
@@ -317,6 +316,27 @@ __device__ inline void store_vector(const float (&values)[16 / sizeof(T)], const
     }
 }
 
+// Stages what s, or ds, of the ranks from `first` on is multiplied with: B · scaling, or transposed A.
+template <class ColumnFactor>
+__device__ inline void stage_expanded(char* column_factor, const ConstMatrix& matrix, bool transposed, float scaling,
+                                      int64_t first, int64_t rank, int64_t column0, int64_t columns) {
+    if (transposed) {
+        ColumnFactor::template stage<true>(column_factor, [&](int column, int pair) -> float2 {
+            float2 value{0, 0};
+            if (column0 + column >= columns) return value;
+            if (first + 2 * pair < rank) value.x = load_element(matrix, first + 2 * pair, column0 + column);
+            if (first + 2 * pair + 1 < rank) value.y = load_element(matrix, first + 2 * pair + 1, column0 + column);
+            return value;
+        });
+    } else {
+        ColumnFactor::template stage<false>(column_factor, [&](int column, int pair) -> float2 {
+            if (column0 + column >= columns) return {0, 0};
+            const float2 b = load_pair(matrix, column0 + column, first + 2 * pair, rank);
+            return {b.x * scaling, b.y * scaling};
+        });
+    }
+}
+
 // CTA `cta` of row_blocks x column_blocks.
 template <class T, int kRanks>
 __device__ inline void expand(const ExpandParams& params, int64_t cta, char* shared) {
@@ -370,24 +390,9 @@ __device__ inline void expand(const ExpandParams& params, int64_t cta, char* sha
         }
     };
     const auto stage_columns = [&](const RankGroup& group, int64_t column0) {
-        if (params.transposed) {
-            ColumnFactor::template stage<true>(column_factor, [&](int column, int pair) -> float2 {
-                float2 value{0, 0};
-                const ConstMatrix& a = group.adapter.lora_A;
-                if (column0 + column >= columns) return value;
-                if (2 * pair < group.left()) value.x = load_element(a, group.first + 2 * pair, column0 + column);
-                if (2 * pair + 1 < group.left())
-                    value.y = load_element(a, group.first + 2 * pair + 1, column0 + column);
-                return value;
-            });
-        } else {
-            ColumnFactor::template stage<false>(column_factor, [&](int column, int pair) -> float2 {
-                if (column0 + column >= columns) return {0, 0};
-                const BranchAdapter& adapter = group.adapter;
-                const float2 b = load_pair(adapter.lora_B, column0 + column, group.first + 2 * pair, adapter.rank);
-                return {b.x * adapter.scaling, b.y * adapter.scaling};
-            });
-        }
+        const BranchAdapter& adapter = group.adapter;
+        stage_expanded<ColumnFactor>(column_factor, params.transposed ? adapter.lora_A : adapter.lora_B,
+                                     params.transposed, adapter.scaling, group.first, adapter.rank, column0, columns);
     };
 
     for (int64_t tile = tile0; tile < min(tile0 + params.plan.tiles_per_cta, ceil_div(columns, kExpandColumns));
@@ -422,10 +427,10 @@ __device__ inline void expand(const ExpandParams& params, int64_t cta, char* sha
                         continue;
                     }
                     const int64_t column = column0 + Output::first_column(i, lane);
-                    const uint32_t kept = dropout_keep_bits(seed, group.adapter.threshold,
-                                                            branch.mask_row + warp_row + lane / 4 + 8 * half,
-                                                            static_cast<uint32_t>(column / 8)) >>
-                                          column % 8;
+                    const uint32_t kept =
+                        dropout_keep_bits(seed, group.adapter.threshold, warp_row + lane / 4 + 8 * half,
+                                          static_cast<uint32_t>(column / 8)) >>
+                        column % 8;
                     add_kept([&](int j) { return kept >> j & 1; });
                 }
         }
@@ -532,7 +537,7 @@ __device__ inline void accumulate_grad_A(const XPassParams& params, int64_t cta,
             load(i + 2);
             if (j == 0) RowFactor::template store<true>(row_factor, values);
             if (column_of(i) >= branch.k) continue;  // the whole CTA
-            if (group.drops()) Input::drop(input, seed, adapter.threshold, branch.mask_row + row0, column_of(i));
+            if (group.drops()) Input::drop(input, seed, adapter.threshold, row0, column_of(i));
             if (j == 0 || group.drops()) __syncthreads();
             accumulate<T, kRanks>(input, row_factor, static_cast<int>(min(branch.m - row0, int64_t{kBranchRows})),
                                   sums[j]);

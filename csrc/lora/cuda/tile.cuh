@@ -52,16 +52,29 @@ struct InputTile {
 #pragma unroll
         for (int i = 0; i < kTurns; ++i, row_source += kTurnRows * x.stride) {
             const int count = i * kTurnRows < rows_left ? in_row : 0;
-            const T* const source = count > 0 ? row_source : data;
-            char* const target = tile + row_target + i * kTurnRows * kBranchRowBytes;
-            if (aligned) {
-                copy_async16(shared_address(target), source, count * sizeof(T));
-            } else {  // rows begin anywhere: slower, but x need not be copied first
-                alignas(16) T elements[kVector];
+            copy_vector(tile + row_target + i * kTurnRows * kBranchRowBytes, count > 0 ? row_source : data, count,
+                        aligned);
+        }
+    }
+
+    // The same of the rows row_at(0) to row_at(rows - 1) of x. Of tiles with few rows only the first 32 of the tile, or
+    // 64, or 96, are written, which is as many as have products.
+    template <class RowAt>
+    __device__ static void gather(char* tile, const ConstMatrix& x, int rows, const RowAt& row_at, int64_t columns,
+                                  int64_t column0) {
+        constexpr int kTurnRows = kBranchThreads / 8;
+        const T* const data = static_cast<const T*>(x.data);
+        const bool aligned = (reinterpret_cast<uint64_t>(data) | x.stride * sizeof(T)) % 16 == 0;
+        const int first_row = threadIdx.x / 8, vector = threadIdx.x % 8;
+        const int64_t column = column0 + vector * kVector;
+        const int in_row = static_cast<int>(max(int64_t{0}, min(columns - column, int64_t{kVector})));
+        const uint32_t row_target = offset(first_row, vector);
 #pragma unroll
-                for (int j = 0; j < kVector; ++j) elements[j] = j < count ? source[j] : T(0.0f);
-                *reinterpret_cast<uint4*>(target) = *reinterpret_cast<const uint4*>(elements);
-            }
+        for (int i = 0; i < kBranchRows / kTurnRows; ++i) {
+            if (i * kTurnRows >= rows) break;
+            const int row = first_row + i * kTurnRows, count = row < rows ? in_row : 0;
+            copy_vector(tile + row_target + i * kTurnRows * kBranchRowBytes,
+                        count > 0 ? data + row_at(row) * x.stride + column : data, count, aligned);
         }
     }
 
@@ -69,18 +82,46 @@ struct InputTile {
     __device__ static void drop(char* tile, uint64_t seed, uint32_t threshold, int64_t row0, int64_t column0) {
 #pragma unroll
         for (int i = 0; i < kBranchRows * 8 / kBranchThreads; ++i) {
-            const int row = (threadIdx.x + i * kBranchThreads) / 8, vector = threadIdx.x % 8;
-            const int64_t column = column0 + vector * kVector;
-            uint32_t kept = dropout_keep_bits(seed, threshold, row0 + row, static_cast<uint32_t>(column / 8));
-            if constexpr (kVector < 8) kept >>= column % 8;
-            uint4* const target = reinterpret_cast<uint4*>(tile + offset(row, vector));
-            alignas(16) T elements[kVector];
-            *reinterpret_cast<uint4*>(elements) = *target;
-#pragma unroll
-            for (int j = 0; j < kVector; ++j)
-                if (!(kept >> j & 1)) elements[j] = T(0.0f);
-            *target = *reinterpret_cast<const uint4*>(elements);
+            const int row = (threadIdx.x + i * kBranchThreads) / 8;
+            drop_vector(tile, seed, threshold, row, row0 + row, column0);
         }
+    }
+
+    // The same of a tile that was gathered.
+    template <class RowAt>
+    __device__ static void drop(char* tile, uint64_t seed, uint32_t threshold, int rows, const RowAt& row_at,
+                                int64_t column0) {
+        for (int row = threadIdx.x / 8; row < rows; row += kBranchThreads / 8)
+            drop_vector(tile, seed, threshold, row, row_at(row), column0);
+    }
+
+private:
+    // Copies the first `count` elements of 16 bytes; the others become zeros.
+    __device__ static void copy_vector(char* target, const T* source, int count, bool aligned) {
+        if (aligned) {
+            copy_async16(shared_address(target), source, count * sizeof(T));
+        } else {  // rows begin anywhere: slower, but x need not be copied first
+            alignas(16) T elements[kVector];
+#pragma unroll
+            for (int j = 0; j < kVector; ++j) elements[j] = j < count ? source[j] : T(0.0f);
+            *reinterpret_cast<uint4*>(target) = *reinterpret_cast<const uint4*>(elements);
+        }
+    }
+
+    // This thread's vector of a row of the tile, which has the masks of `mask_row`.
+    __device__ static void drop_vector(char* tile, uint64_t seed, uint32_t threshold, int row, int64_t mask_row,
+                                       int64_t column0) {
+        const int vector = threadIdx.x % 8;
+        const int64_t column = column0 + vector * kVector;
+        uint32_t kept = dropout_keep_bits(seed, threshold, mask_row, static_cast<uint32_t>(column / 8));
+        if constexpr (kVector < 8) kept >>= column % 8;
+        uint4* const target = reinterpret_cast<uint4*>(tile + offset(row, vector));
+        alignas(16) T elements[kVector];
+        *reinterpret_cast<uint4*>(elements) = *target;
+#pragma unroll
+        for (int j = 0; j < kVector; ++j)
+            if (!(kept >> j & 1)) elements[j] = T(0.0f);
+        *target = *reinterpret_cast<const uint4*>(elements);
     }
 };
 

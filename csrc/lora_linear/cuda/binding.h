@@ -149,7 +149,6 @@ private:
     void add_branch(int first) {
         Branch branch{};
         branch.m = params_.m, branch.n = params_.n, branch.k = params_.k, branch.total_rank = lora_.total_rank;
-        branch.mask_row = lora_.mask_row;
         int64_t column = 0, grad_A = 0, grad_B = 0;
         for (int a = 0; a < lora_.num_adapters && a < first + Branch::kMaxAdapters; ++a) {
             const LoraAdapter& from = lora_.adapters[a];

@@ -156,12 +156,12 @@ __device__ void store_tile(const FusedMatmulKernelParams& params, typename Trait
         for (int half = 0; half < 2; ++half) {
             const int64_t column = place.first_output + warp_tile.first_n + lane % 8 * 4 + 32 * half;
             const int count = count_four(column, params.outputs);
-            const float4 bias = load_four(operands.bias, 0, column, count, false);
+            const float4 bias = load_four(operands.bias, place.expert, column, count, false);
             const float4 scale = load_scales(operands.scale, column, count);
 #pragma unroll 1
             for (int row = lane / 8; row < 16; row += 4) {
                 const int64_t m = place.first_m + warp_tile.first_m + 16 * i + row;
-                if (m < place.stored_m || m >= operands.m) continue;
+                if (m < place.stored_m || m >= place.end_m) continue;
                 float4 sum =
                     *reinterpret_cast<const float4*>(&sums[row * Traits::kSumPitch + lane % 8 * 4 + 32 * half]);
                 const float4 add = load_four(operands.add, m, column, count, add_aligned);

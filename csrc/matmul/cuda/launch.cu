@@ -8,7 +8,6 @@
 
 #include "common/cuda/device.h"
 #include "common/cuda/launch.cuh"
-#include "common/nf4_codebook.h"
 #include "matmul/cuda/few_rows_kernel.cuh"
 #include "matmul/cuda/kernel_plan.h"
 #include "matmul/cuda/many_rows_kernel.cuh"
@@ -101,14 +100,8 @@ int fused_matmul(const FusedMatmulParams& params, void* stream_handle) {
     DeviceProperties device{};
     if (const int error = query_device(device)) return error;
     const Problem problem = plan_of(params, device);
-    FusedMatmulKernelParams kernel_params{};
-    kernel_params.operands = params;
-    kernel_params.weight = *params.weight;
-    for (int code = 0; code < 16; ++code) kernel_params.codebook[code] = codebook(params.weight->quant_type)[code];
-    kernel_params.outputs = problem.outputs;
-    kernel_params.reduction = problem.reduction;
+    FusedMatmulKernelParams kernel_params = kernel_params_of(params, problem.outputs, problem.reduction);
     kernel_params.tiles_m = ceil_div(params.m, problem.plan.tile_m);
-    kernel_params.steps = static_cast<int32_t>(ceil_div(problem.reduction, kTileStep));
     kernel_params.splits = problem.plan.splits;
     kernel_params.split_steps = static_cast<int32_t>(problem.plan.split_steps);
     kernel_params.absmax_fours =

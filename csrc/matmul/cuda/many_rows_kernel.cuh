@@ -26,24 +26,23 @@
 
 namespace peft_kernels::cuda {
 
-template <class Traits>
-__global__ void __launch_bounds__(Traits::kThreads, Traits::kTileM > 128 ? 1 : 2)
-    matmul_many_rows_kernel(const __grid_constant__ FusedMatmulKernelParams params) {
-#if __CUDA_ARCH__ >= 800
+// find() says where the CTA's part of the work is. It is asked again behind the main loop, which so need not keep the
+// answer in registers.
+template <class Traits, class Find>
+__device__ __forceinline__ void multiply_tile(const FusedMatmulKernelParams& params, typename Traits::Shared& shared,
+                                              const Find& find) {
     constexpr uint32_t kStage = sizeof(typename Traits::Stage);
-    extern __shared__ __align__(128) unsigned char memory[];
-    typename Traits::Shared& shared = *reinterpret_cast<typename Traits::Shared*>(memory);
-    const ManyRowsPlace start = find_place<Traits>(params);
+    const ManyRowsPlace start = find();
     const int first_step = start.split * params.split_steps;
     const int steps = min(params.steps - first_step, params.split_steps);
 
     // load
-    ManyRowsLoader<Traits> loader(params, shared, start.first_m, start.first_output, first_step);
+    ManyRowsLoader<Traits> loader(params, shared, start, first_step);
     loader.copy_codes(0);
     loader.copy_x(0);
     if (steps > 1) loader.copy_codes(kStage);
     commit_copies();
-    ManyRowsAbsmax<Traits> absmax(params, shared, start.first_output, first_step, steps);
+    ManyRowsAbsmax<Traits> absmax(params, shared, start, first_step, steps);
     ManyRowsDecoder<Traits> decoder(shared);
     ManyRowsMultiplier<Traits> multiplier(shared);
     wait_for_copies<0>();
@@ -75,7 +74,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kTileM > 128 ? 1 : 2
     __syncthreads();
 
     // reduce
-    const ManyRowsPlace place = find_place<Traits>(params);
+    const ManyRowsPlace place = find();
     if (params.splits > 1 && !gather_sums<Traits>(params, shared, place.tile, place.split, multiplier.sums)) return;
     int64_t s_column = 0;
     for (int term = 0; term < params.operands.num_terms; ++term) {
@@ -94,6 +93,15 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kTileM > 128 ? 1 : 2
 
     // store
     store_tile<Traits>(params, shared, place, multiplier);
+}
+
+template <class Traits>
+__global__ void __launch_bounds__(Traits::kThreads, Traits::kTileM > 128 ? 1 : 2)
+    matmul_many_rows_kernel(const __grid_constant__ FusedMatmulKernelParams params) {
+#if __CUDA_ARCH__ >= 800
+    extern __shared__ __align__(128) unsigned char memory[];
+    multiply_tile<Traits>(params, *reinterpret_cast<typename Traits::Shared*>(memory),
+                          [&] { return find_place<Traits>(params); });
 #endif
 }
 

@@ -2,15 +2,24 @@
 #pragma once
 
 #include "common/cuda/fours.cuh"
+#include "common/nf4_codebook.h"
+#include "matmul/cuda/kernel_plan.h"
 #include "matmul/matmul.h"
 
 namespace peft_kernels::cuda {
+
+// The rows of x that each expert of a stack has: offsets[e - 1] to offsets[e] - 1.
+struct ExpertRows {
+    const void* offsets;  // [count], int64 or int32, in the device's memory
+    bool are_64_bits;
+    int32_t count;
+};
 
 struct FusedMatmulKernelParams {
     FusedMatmulParams operands;  // operands.weight is the host's
     Nf4Weight weight;
     float codebook[16];
-    int64_t outputs, reduction;  // n and k, transposed k and n
+    int64_t outputs, reduction;  // n and k, transposed k and n; of a stack, those of one expert
     int64_t tiles_m;             // of out, that share their columns
     int32_t steps;               // of 64, of the reduction
     int32_t splits;              // CTAs that share a tile of out, each with a part of the reduction
@@ -18,6 +27,21 @@ struct FusedMatmulKernelParams {
     bool absmax_fours;           // absmax of four neighbours in a row is one load
     float* partial_sums;         // [tiles, splits, tile]
     uint32_t* arrivals;          // [tiles, 2], zeros: CTAs that have their sums, and that have written them
+    ExpertRows experts;          // of a stack
 };
+
+// What no plan decides of them.
+inline FusedMatmulKernelParams kernel_params_of(const FusedMatmulParams& operands, int64_t outputs, int64_t reduction) {
+    FusedMatmulKernelParams params{};
+    params.operands = operands;
+    params.weight = *operands.weight;
+    for (int code = 0; code < 16; ++code) params.codebook[code] = codebook(operands.weight->quant_type)[code];
+    params.outputs = outputs;
+    params.reduction = reduction;
+    params.steps = static_cast<int32_t>(ceil_div(reduction, kTileStep));
+    params.splits = 1;
+    params.split_steps = params.steps;
+    return params;
+}
 
 }  // namespace peft_kernels::cuda

@@ -59,6 +59,8 @@ struct ManyRowsPlace {
     int64_t tile;
     int split;
     int64_t first_m, stored_m, first_output;  // the rows before stored_m are another tile's
+    int64_t end_m;                            // of the rows of x that are multiplied with this weight
+    int64_t expert, first_row;                // of a stack, and where its matrix begins in the rows of all
 };
 
 // Tiles of the same weights are neighbours: their codes meet in the L2. It is called before the main loop and again
@@ -73,6 +75,8 @@ __device__ inline ManyRowsPlace find_place(const FusedMatmulKernelParams& params
     place.stored_m = place.tile % params.tiles_m * Traits::kTileM;
     place.first_m = Traits::kFull ? min(place.stored_m, params.operands.m - Traits::kTileM) : place.stored_m;
     place.first_output = place.tile / params.tiles_m * kTileN;
+    place.end_m = params.operands.m;
+    place.expert = place.first_row = 0;
     return place;
 }
 
@@ -83,14 +87,15 @@ public:
     using T = typename Traits::T;
     static constexpr int kRowsAtOnce = Traits::kThreads / 8;  // of x, by one copy of each thread
 
-    __device__ ManyRowsLoader(const FusedMatmulKernelParams& params, typename Traits::Shared& shared, int64_t first_m,
-                              int64_t first_output, int first_step) {
+    __device__ ManyRowsLoader(const FusedMatmulKernelParams& params, typename Traits::Shared& shared,
+                              const ManyRowsPlace& place, int first_step) {
+        const int64_t first_m = place.first_m, first_output = place.first_output;
         const FusedMatmulParams& operands = params.operands;
         const int row = threadIdx.x / 8, unit = threadIdx.x % 8;
         x_step_ = kRowsAtOnce * operands.x.stride * sizeof(T);
         x_ = static_cast<const char*>(operands.x.data) +
              ((first_m + row) * operands.x.stride + int64_t{64} * first_step) * sizeof(T) + 16 * unit;
-        rows_left_ = static_cast<int>(min(operands.m - first_m, int64_t{Traits::kTileM})) - row;
+        rows_left_ = static_cast<int>(min(place.end_m - first_m, int64_t{Traits::kTileM})) - row;
         columns_left_ = static_cast<int>(params.reduction) - 64 * first_step - 8 * unit;
         write_x_ = shared_address(shared.stages[0].x) + row * 128 + (unit ^ (row % 8)) * 16;
 
@@ -103,14 +108,15 @@ public:
         if constexpr (Traits::kTransposed) {
             const int last_column = params.outputs - first_output > 64 ? 1 : 0;
             const int column = min(Traits::column_of(block), last_column);
-            codes_ = params.weight.codes + (int64_t{64} * first_step + Traits::row_of(block)) * pitch +
+            codes_ = params.weight.codes +
+                     (place.first_row + int64_t{64} * first_step + Traits::row_of(block)) * pitch +
                      (first_output + 64 * column) / 2 + 16 * half;
             code_step_ = 64 * pitch;
             second_codes_ = 32 * pitch;
             code_rows_left_ = columns_left_ + 8 * unit - Traits::row_of(block);
         } else {
             const int64_t last = params.outputs - 1, upper = min(first_output + block, last);
-            codes_ = params.weight.codes + upper * pitch + 32 * first_step + 16 * half;
+            codes_ = params.weight.codes + (place.first_row + upper) * pitch + 32 * first_step + 16 * half;
             code_step_ = 32;
             second_codes_ = (min(first_output + block + 64, last) - upper) * pitch;
         }
@@ -161,12 +167,13 @@ class ManyRowsAbsmax {
 public:
     // Has a barrier, behind which the table of nested statistics is there.
     __device__ ManyRowsAbsmax(const FusedMatmulKernelParams& params, typename Traits::Shared& shared,
-                              int64_t first_output, int first_step, int steps)
+                              const ManyRowsPlace& place, int first_step, int steps)
         : shared_(shared),
           shift_(params.weight.log2_blocksize - 6),
           pitch_(static_cast<int>(params.weight.k / 64)),
-          first_(Traits::kTransposed ? int64_t{64} * first_step * pitch_ + first_output / 64
-                                     : first_output * pitch_ + first_step / Traits::kSpan * Traits::kSpan),
+          first_(Traits::kTransposed
+                     ? (place.first_row + int64_t{64} * first_step) * pitch_ + place.first_output / 64
+                     : (place.first_row + place.first_output) * pitch_ + first_step / Traits::kSpan * Traits::kSpan),
           absmax_(params.weight.absmax, first_ >> shift_),
           within_(static_cast<int>(first_) & ((1 << shift_) - 1)) {
         last_ = static_cast<int>(min(params.weight.n * pitch_ - 1 - first_, int64_t{INT32_MAX}));

@@ -1,8 +1,18 @@
-// Few queries and many keys, as when tokens are generated with a cache: bound by reading the keys once, so nothing is
-// packed. Vectors run along the channels for the scores, along the keys for the softmax; everything is fp32.
+// Few queries, as when tokens are generated with a cache: bound by reading the keys and values once, so nothing is
+// packed and rows are read where they lie. All queries of a key head meet a vector of a key while it is in a register.
+// Everything is fp32.
+//
+//   scores    vectors run along the channels; the sums of kLanes keys are folded into one vector, whose lanes they are
+//   softmax   vectors run along the keys
+//   outputs   vectors run along the channels, weights are broadcast
+//
+// Floors. The keys and values of a head are 2 · S_k · D elements, from memory or at L2's rate: 1024 keys of 3 heads of 64
+// channels are 1.5 MB in fp32, 14 µs at 110 GB/s. Each of them is one multiplication for each query of the key head:
+// up to four queries, vectors of 16 lanes and two multiplications a cycle take less than the L2 cache.
 // For sources that are compiled once per instruction set, and only for those.
 #pragma once
 
+#include "attention/cpu/few_queries_products.h"
 #include "attention/cpu/problem.h"
 #include "common/cpu/parallel_for.h"
 #include "common/cpu/vector_math.h"
@@ -19,6 +29,7 @@ public:
           dim_(round_up(params.head_dim, kLanes)),
           problem_(params, dim_, arena_),
           rows_(problem_.group * params.num_queries),
+          fetches_(!reads_in_place(problem_.keys(0, 0))),
           parts_(attention_plan(params).key_parts) {}
 
     void run() {
@@ -51,18 +62,15 @@ public:
     }
 
 private:
-    static constexpr int64_t kKeys = 64;  // read at a time: 64 x 64 x 4 bytes = 16 KB
-    static constexpr int kRows = 4;       // queries that share a load of a value
-
     struct Scratch {
         float* queries;  // [row][dim]
-        float* keys;     // [key][dim]: keys, then values
+        float* keys;     // [key][dim]: keys, then values, where they cannot be read where they lie
         float* weights;  // [row][key]: scores, then weights
 
         Scratch(Arena& arena, const FewQueries& d)
-            : queries(arena.take<float>(round_up(d.rows_, kRows) * d.dim_)),
-              keys(arena.take<float>(kKeys * d.dim_)),
-              weights(arena.take<float>(round_up(d.rows_, kRows) * kKeys)) {}
+            : queries(arena.take<float>(d.rows_ * d.dim_)),
+              keys(arena.take<float>(d.fetches_ || d.p_.prefix_length ? kFewKeys * d.dim_ : 0)),
+              weights(arena.take<float>(d.rows_ * kFewKeys)) {}
     };
 
     // What a task has found out: see sums_.
@@ -99,86 +107,89 @@ private:
                 const HeadRows& values, int64_t begin, int64_t end, const Found& found, const Scratch& scratch) const {
         for (int64_t row = 0; row < rows_; ++row) found.max[row] = kHidden, found.weight[row] = 0;
         memset(found.sums, 0, rows_ * dim_ * sizeof(float));
+        if (begin >= end) return;
         const int64_t first_head = kv_head * problem_.group;
-        for (int64_t i = 0; begin < end && i < problem_.group; ++i)
+        for (int64_t i = 0; i < problem_.group; ++i)
             queries(first_head + i).fetch(0, p_.num_queries, dim_, scratch.queries + i * p_.num_queries * dim_);
-        for (int64_t key = begin; key < end; key += kKeys) {
-            const int64_t count = min_of(kKeys, end - key);
-            keys.fetch(key, kKeys, dim_, scratch.keys);
-            for (int64_t row = 0; row < rows_; ++row) {
-                score(row, scratch);
-                float* scores = scratch.weights + row * kKeys;
-                mask_of(first_head + row / p_.num_queries)
-                    .apply_to_row(scores, row % p_.num_queries, key, count, kKeys, problem_.factor);
-                make_weights(scores, found, row);
+        const auto weigh = [&](int64_t key, int64_t count) {
+            const int64_t padded = round_up(count, kLanes);
+            for (int64_t i = 0, row = 0; i < problem_.group; ++i) {
+                const auto mask = mask_of(first_head + i);
+                for (int64_t query = 0; query < p_.num_queries; ++query, ++row) {
+                    float* scores = scratch.weights + row * kFewKeys;
+                    float factor = problem_.factor;  // still to be applied
+                    if (count < padded || factor <= 0 || mask.touches_row(query, key, count)) {
+                        mask.apply_to_row(scores, query, key, count, padded, factor);
+                        factor = 1;
+                    }
+                    make_weights(scores, padded, factor, found, row);
+                }
             }
-            values.fetch(key, kKeys, dim_, scratch.keys);
-            for_row_groups([&](int64_t row, auto rows) { add_values<rows.kValue>(row, found.sums, scratch); });
-        }
-    }
-
-    template <class Body>
-    void for_row_groups(const Body& body) const {
-        int64_t row = 0;
-        for (; row + kRows <= rows_; row += kRows) body(row, Constant<kRows>{});
-        for (; row < rows_; ++row) body(row, Constant<1>{});
-    }
-
-    // kLanes keys at a time: transposed, their sums by lane add up without leaving the vectors.
-    void score(int64_t row, const Scratch& scratch) const {
-        const float* query = scratch.queries + row * dim_;
-        for (int64_t key = 0; key < kKeys; key += kLanes) {
-            U32 sums[kLanes];
-            for (int64_t i = 0; i < kLanes; ++i) {
-                const float* at = scratch.keys + (key + i) * dim_;
-                F32 sum{};
-                for (int64_t c = 0; c < dim_; c += kLanes) sum = fma(load(at + c), load(query + c), sum);
-                sums[i] = (U32)sum;
+        };
+        const auto attend_blocks = [&](auto* type, const auto& keys_at, const auto& values_at) {
+            using T = Pointee<decltype(type)>;
+            reorder_rows<T, true>(scratch.queries, rows_, dim_);
+            for (int64_t key = begin; key < end; key += kFewKeys) {
+                const int64_t count = min_of(kFewKeys, end - key);
+                make_scores<T>(keys_at(key), count, scratch.queries, rows_, dim_, scratch.weights);
+                weigh(key, count);
+                add_values<T>(values_at(key), count, scratch.weights, rows_, dim_, found.sums);
             }
-            transpose(sums);
-            F32 scores{};
-            for (int64_t i = 0; i < kLanes; ++i) scores += (F32)sums[i];
-            store(scratch.weights + row * kKeys + key, scores);
-        }
+            reorder_rows<T, false>(found.sums, rows_, dim_);
+        };
+        const auto fetched = [&](const HeadRows& rows) {
+            return [&](int64_t key) {
+                rows.fetch(key, kFewKeys, dim_, scratch.keys);
+                return KeyRows<float>{scratch.keys, dim_};
+            };
+        };
+        if (!reads_in_place(keys)) return attend_blocks(static_cast<float*>(nullptr), fetched(keys), fetched(values));
+        dispatch_dtype(keys.dtype, [&](auto* type) {
+            const auto in_place = [&](const HeadRows& rows) {
+                return [&](int64_t key) {
+                    const auto* data = reinterpret_cast<const Pointee<decltype(type)>*>(rows.data);
+                    return KeyRows<Pointee<decltype(type)>>{data + key * rows.row_stride, rows.row_stride};
+                };
+            };
+            attend_blocks(type, in_place(keys), in_place(values));
+        });
     }
 
-    // Turns the scores of a row into weights, relative to the maximum so far, to which its sums are brought.
-    void make_weights(float* scores, const Found& found, int64_t row) const {
+    // Whether rows are whole steps, of numbers that nothing has to be done to.
+    static bool reads_in_place(const HeadRows& rows) {
+        bool whole = false;
+        dispatch_dtype(rows.dtype,
+                       [&](auto* type) { whole = rows.head_dim % Step<Pointee<decltype(type)>>::kElements == 0; });
+        return whole && !rows.scale && !rows.angles.cos;
+    }
+
+    // Turns the scores of a row, times a positive factor, into weights, relative to the maximum so far, to which its
+    // sums are brought. A NaN among the scores gets to the sum of the weights, whatever the maximum is then.
+    void make_weights(float* scores, int64_t padded, float factor, const Found& found, int64_t row) const {
         F32 highest = load(scores);
-        for (int64_t key = kLanes; key < kKeys; key += kLanes) {
+        for (int64_t key = kLanes; key < padded; key += kLanes) {
             const F32 here = load(scores + key);
             highest = here > highest ? here : highest;
         }
-        float max = found.max[row];
-        for (int lane = 0; lane < kLanes; ++lane) max = highest[lane] <= max ? max : highest[lane];  // NaN stays
+        const float before = found.max[row], here = horizontal_max(highest) * factor, max = here > before ? here : before;
         const float subtrahend = max == kHidden ? 0 : max;
-        const F32 rescale = exp2<6>(broadcast(found.max[row] - subtrahend));
         F32 sum{};
-        for (int64_t key = 0; key < kKeys; key += kLanes) {
-            const F32 weight = exp2<6>(load(scores + key) - subtrahend);
+        for (int64_t key = 0; key < padded; key += kLanes) {
+            const F32 weight = exp2<6>(fma(load(scores + key), broadcast(factor), broadcast(-subtrahend)));
             store(scores + key, weight);
             sum += weight;
         }
+        const float total = horizontal_sum(sum);
         found.max[row] = max;
-        found.weight[row] = found.weight[row] * rescale[0] + horizontal_sum(sum);
+        if (before == max) {
+            found.weight[row] += total;
+            return;
+        }
+        const F32 rescale = exp2<6>(broadcast(before - subtrahend));
+        found.weight[row] = found.weight[row] * rescale[0] + total;
         for (int64_t c = 0; c < dim_; c += kLanes) {
             float* at = found.sums + row * dim_ + c;
             store(at, load(at) * rescale);
-        }
-    }
-
-    template <int kCount>
-    void add_values(int64_t row, float* sums, const Scratch& scratch) const {
-        for (int64_t c = 0; c < dim_; c += kLanes) {
-            F32 sum[kCount];
-            for (int i = 0; i < kCount; ++i) sum[i] = load(sums + (row + i) * dim_ + c);
-            for (int64_t key = 0; key < kKeys; ++key) {
-                const F32 v = load(scratch.keys + key * dim_ + c);
-#pragma GCC unroll 4
-                for (int i = 0; i < kCount; ++i)
-                    sum[i] = fma(v, broadcast(scratch.weights[(row + i) * kKeys + key]), sum[i]);
-            }
-            for (int i = 0; i < kCount; ++i) store(sums + (row + i) * dim_ + c, sum[i]);
         }
     }
 
@@ -222,6 +233,7 @@ private:
     const int64_t dim_;  // head_dim, padded
     const Problem problem_;
     const int64_t rows_;   // queries of a key head
+    const bool fetches_;   // keys and values, into fp32
     const int64_t parts_;  // of the keys
     float *sums_ = nullptr, *max_ = nullptr, *weight_ = nullptr;
 };

@@ -70,7 +70,14 @@ public:
         return 1.0f;
     }
 
-    // The same for the scores [key] of one query of the block, times factor; those from `count` to `padded` are hidden.
+    // Whether something hides one of these keys from a query of the block, or is added to its score.
+    bool touches_row(int64_t query, int64_t first_key, int64_t count) const {
+        const int64_t position = position_ + query, last_key = first_key + count - 1;
+        return mask_.data || last_key > position + ahead_ || first_key < position - behind_ ||
+               (padding_ && memchr(padding_ + first_key, 0, count));
+    }
+
+    // The same as `apply` for the scores [key] of one query of the block, times factor; those from `count` to `padded` are hidden.
     void apply_to_row(float* scores, int64_t query, int64_t first_key, int64_t count, int64_t padded,
                       float factor) const {
         const auto lowest = static_cast<int32_t>(position_ + query - behind_ - first_key);

@@ -166,7 +166,7 @@ std::tuple<Tensor, Tensor, Tensor> forward(Tensor q, Tensor k, Tensor v, MaybeTe
     }
 #endif
     run_cpu(&dispatch::attention_forward, params, q,
-            [&] { return describe(params, attention_plan(params), false, current_isa()); });
+            [&] { return describe(params, attention_plan(params, current_isa()), false, current_isa()); });
     return {out, out_real, lse};
 }
 
@@ -191,7 +191,7 @@ void run_backward(AttentionBackwardParams& params, [[maybe_unused]] const Tensor
     }
 #endif
     run_cpu(&dispatch::attention_backward, params, q,
-            [&] { return describe(params, attention_plan(params), true, current_isa()); });
+            [&] { return describe(params, attention_plan(params, current_isa()), true, current_isa()); });
 }
 
 // -> the gradients of q, k, v, l_q, l_k, l_v, prefix_k, prefix_v, in this order of `wants`; what is not wanted has no

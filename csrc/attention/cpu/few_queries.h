@@ -30,7 +30,7 @@ public:
           problem_(params, dim_, arena_),
           rows_(problem_.group * params.num_queries),
           fetches_(!reads_in_place(problem_.keys(0, 0))),
-          parts_(attention_plan(params).key_parts) {}
+          parts_(attention_plan(params, kIsa).key_parts) {}
 
     void run() {
         const int64_t heads = p_.batch * p_.kv_heads;
@@ -50,7 +50,7 @@ public:
             Arena arena(scratches + worker * bytes);
             const Scratch scratch(arena, *this);
             const int64_t head = task / parts_, part = task % parts_;
-            if (part == 0) attend_prefix(head, scratch);
+            if (part == 0 && p_.prefix_length) attend_prefix(head, scratch);
             attend_part(head, part, scratch);
             if (parts_ == 1) finish(head, scratch);
         });
@@ -87,7 +87,7 @@ private:
         const auto queries = [&](int64_t query_head) {
             return problem_.prefix_queries(head / p_.kv_heads, query_head);
         };
-        const auto mask = [&](int64_t) { return ScoreMask(p_.prefix_length); };
+        const auto mask = [&](int64_t) { return ScoreMask(p_.prefix_length, p_.num_queries); };
         attend(kv_head, queries, mask, problem_.prefix_keys(kv_head), problem_.prefix_values(kv_head), 0,
                p_.prefix_length, found(head, 0), scratch);
     }
@@ -96,10 +96,11 @@ private:
         const int64_t batch = head / p_.kv_heads, kv_head = head % p_.kv_heads;
         const auto queries = [&](int64_t query_head) { return problem_.queries(batch, query_head); };
         const auto mask = [&](int64_t query_head) { return ScoreMask(p_, batch, query_head, 0, nullptr); };
-        const ScoreMask whole = mask(0);
+        // A mask's end is that of a block of queries.
+        const ScoreMask last(p_, batch, 0, round_down(p_.num_queries - 1, kQueries), nullptr);
         attend(kv_head, queries, mask, problem_.keys(batch, kv_head), problem_.values(batch, kv_head),
-               max_of(whole.begin(), p_.num_keys * part / parts_),
-               min_of(whole.end(), p_.num_keys * (part + 1) / parts_), found(head, 1 + part), scratch);
+               max_of(mask(0).begin(), p_.num_keys * part / parts_),
+               min_of(last.end(), p_.num_keys * (part + 1) / parts_), found(head, 1 + part), scratch);
     }
 
     template <class Queries, class Mask>
@@ -171,7 +172,8 @@ private:
             const F32 here = load(scores + key);
             highest = here > highest ? here : highest;
         }
-        const float before = found.max[row], here = horizontal_max(highest) * factor, max = here > before ? here : before;
+        const float before = found.max[row], here = horizontal_max(highest) * factor,
+                    max = here > before ? here : before;
         const float subtrahend = max == kHidden ? 0 : max;
         F32 sum{};
         for (int64_t key = 0; key < padded; key += kLanes) {
@@ -197,18 +199,17 @@ private:
     void finish(int64_t head, const Scratch& scratch) const {
         const int64_t batch = head / p_.kv_heads, kv_head = head % p_.kv_heads;
         const float* l_v = problem_.scale(problem_.l_v, kv_head);
+        const int64_t first_slot = p_.prefix_length ? 0 : 1;
         for (int64_t row = 0; row < rows_; ++row) {
             const int64_t query_head = kv_head * problem_.group + row / p_.num_queries, query = row % p_.num_queries;
             float max = kHidden, total = 0;
-            for (int64_t slot = 0; slot <= parts_; ++slot) {
-                const float here = found(head, slot).max[row];
-                max = here <= max ? max : here;
-            }
-            const float subtrahend = max == kHidden ? 0 : max;
+            for (int64_t slot = first_slot; slot <= parts_; ++slot) max = max_of(max, found(head, slot).max[row]);
             const auto share = [&](int64_t slot) {
-                return exp2<6>(broadcast(found(head, slot).max[row] - subtrahend))[0];
+                const float here = found(head, slot).max[row];
+                return here == max ? 1.0f : exp2<6>(broadcast(here - max))[0];
             };
-            for (int64_t slot = 0; slot <= parts_; ++slot) total += found(head, slot).weight[row] * share(slot);
+            for (int64_t slot = first_slot; slot <= parts_; ++slot)
+                total += found(head, slot).weight[row] * share(slot);
             const float inverse = total == 0 ? 0 : 1 / total;
             p_.lse[(batch * p_.heads + query_head) * p_.num_queries + query] =
                 total == 0 ? __builtin_inff() : max + __builtin_log2f(total);
@@ -223,7 +224,7 @@ private:
             for (int64_t slot = 1; slot <= parts_; ++slot) add(slot);
             if (p_.out_real.data) store_head_rows(out, 1, dim_, p_.head_dim, p_.out_real, batch, query_head, query);
             for (int64_t c = 0; l_v && c < dim_; c += kLanes) store(out + c, load(out + c) * load(l_v + c));
-            add(0);
+            if (first_slot == 0) add(0);
             store_head_rows(out, 1, dim_, p_.head_dim, p_.out, batch, query_head, query);
         }
     }

@@ -11,7 +11,7 @@ namespace {
 
 constexpr int64_t kFewKeys = 128;  // whose scores are made together
 // Queries that share a load of a key or a value, and keys whose sums they have: as many as there are registers for.
-constexpr int kFewRows = kLanes == 16 ? 4 : 3, kFold = 4;
+constexpr int kFewRows = kLanes == 16 ? 6 : 3, kFold = 4;
 
 // Rows as they lie; the stride counts elements.
 template <class T>
@@ -111,21 +111,21 @@ inline void make_scores_of_group(const KeyRows<T>& keys, int64_t count, const fl
             for (int64_t c = 0; c < dim; c += Step<T>::kElements) {
                 const auto multiply = [&](auto vector) {
                     F32 q[kRows];
-#pragma GCC unroll 4
+#pragma GCC unroll 6
                     for (int row = 0; row < kRows; ++row) q[row] = load(query + row * dim);
                     query += kLanes;
 #pragma GCC unroll 4
                     for (int i = 0; i < kFold; ++i) {
                         F32 k = Step<T>::template vector<vector.kValue>(at[i] + c);
                         if constexpr (kRows > 1) asm("" : "+v"(k));  // else it is loaded for each row
-#pragma GCC unroll 4
+#pragma GCC unroll 6
                         for (int row = 0; row < kRows; ++row) sums[row][i] = fma(k, q[row], sums[row][i]);
                     }
                 };
                 multiply(Constant<0>{});
                 if constexpr (Step<T>::kVectors == 2) multiply(Constant<1>{});
             }
-#pragma GCC unroll 4
+#pragma GCC unroll 6
             for (int row = 0; row < kRows; ++row)
                 folded[row][quarter] =
                     fold<2>(fold<1>(sums[row][0], sums[row][1]), fold<1>(sums[row][2], sums[row][3]));
@@ -158,21 +158,21 @@ inline void add_values_of_strip(const KeyRows<T>& values, int64_t count, const f
         for (int64_t key = first; key < min_of(first + kPart, count); ++key) {
             const T* at = values.at(key);
             F32 weight[kRows];
-#pragma GCC unroll 4
+#pragma GCC unroll 6
             for (int row = 0; row < kRows; ++row) weight[row] = broadcast(weights[row * kFewKeys + key]);
             const auto multiply = [&](auto half) {
                 constexpr int kHalf = half.kValue, kStep = Step<T>::kVectors;
 #pragma GCC unroll 4
                 for (int vector = kHalf; vector < kVectors; vector += kStep) {
                     const F32 v = Step<T>::template vector<kHalf>(at + vector / kStep * Step<T>::kElements);
-#pragma GCC unroll 4
+#pragma GCC unroll 6
                     for (int row = 0; row < kRows; ++row) part[row][vector] = fma(v, weight[row], part[row][vector]);
                 }
             };
             multiply(Constant<0>{});
             if constexpr (Step<T>::kVectors == 2) multiply(Constant<1>{});
         }
-#pragma GCC unroll 4
+#pragma GCC unroll 6
         for (int row = 0; row < kRows; ++row)
 #pragma GCC unroll 4
             for (int vector = 0; vector < kVectors; ++vector) {

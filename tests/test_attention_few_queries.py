@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import tolerances
 import torch
-from attention_cases import angles, expected, expected_forward, make_case, run, stock
+from attention_cases import angles, expected_forward, make_case, stock
 from comparison import DTYPES, assert_close, error, short
 
 from peft_kernels.ops import ia3_attention
@@ -72,7 +72,7 @@ def test_what_is_optional(cpu_isa, options, prefix, num_queries):
 
 
 def test_cache(cpu_isa):
-    """Keys and values that are the first of those for which there is room, or rows of other heads apart: any strides."""
+    """Any strides: keys of a cache with room for more, of one head after the other, of rows with gaps."""
     for dtype in DTYPES:
         case = make_case(2, 6, 2, 3, 300, 64, dtype=dtype, scales=(), causal=True)
         wanted = check(case)
@@ -104,8 +104,10 @@ def test_nan_and_infinity(cpu_isa):
 def test_no_worse_than_stock(cpu_isa, num_queries, dtype):
     for num_keys in (16, 150, 1025):
         case = make_case(4, 9, 3, num_queries, num_keys, 64, dtype=dtype, scales=(), causal=True)
-        actual, theirs, wanted = run(case), run(case, stock), expected(case)
-        ours, others = error(actual["out"], wanted["out"]), error(theirs["out"], wanted["out"])
+        with torch.no_grad():
+            actual, theirs = (function(**case.tensors, causal=True) for function in (ia3_attention, stock))
+        wanted = expected_forward(case)
+        ours, others = error(actual, wanted), error(theirs, wanted)
         assert ours <= tolerances.VERSUS_STOCK * others, f"{num_keys} keys: {ours:.3g}, stock {others:.3g}"
 
 
@@ -138,3 +140,13 @@ def test_plan(cpu_isa, capfd, monkeypatch):
         assert "(few queries)" in plan(most, dtype)
         assert "(blocks of queries)" in plan(most + 1, dtype)
         assert "(blocks of queries)" in plan(1, dtype, dropout=0.1)
+
+
+def test_forward_of_training(cpu_isa, capfd, monkeypatch):
+    """It rounds scores as the backward does, so its kernel is the one of blocks sooner."""
+    monkeypatch.setenv("PEFT_KERNELS_PRINT_PLANS", "1")
+    for num_queries, kernel in ((4, "few queries"), (5, "blocks of queries")):
+        case = make_case(1, 6, 2, num_queries, 1200, 16, scales=())
+        case.tensors["q"].requires_grad_()
+        ia3_attention(**case.tensors)
+        assert f"({kernel})" in capfd.readouterr().err

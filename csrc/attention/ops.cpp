@@ -153,6 +153,7 @@ std::tuple<Tensor, Tensor, Tensor> forward(Tensor q, Tensor k, Tensor v, MaybeTe
         empty(q, {training && l_v ? params.batch : 0, params.num_queries, params.heads, params.head_dim}, dtype);
     Tensor lse = empty(q, {params.batch, params.heads, params.num_queries}, ScalarType::Float);
     if (out.numel() == 0) return {out, out_real, lse};
+    params.training = training;
     params.out = heads_of(out);
     params.out_real = heads_of(out_real);
     params.lse = static_cast<float*>(lse.mutable_data_ptr());
@@ -191,7 +192,7 @@ void run_backward(AttentionBackwardParams& params, [[maybe_unused]] const Tensor
     }
 #endif
     run_cpu(&dispatch::attention_backward, params, q,
-            [&] { return describe(params, attention_plan(params, current_isa()), true, current_isa()); });
+            [&] { return describe(params, attention_plan(params), true, current_isa()); });
 }
 
 // -> the gradients of q, k, v, l_q, l_k, l_v, prefix_k, prefix_v, in this order of `wants`; what is not wanted has no

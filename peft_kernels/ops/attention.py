@@ -86,7 +86,7 @@ def ia3_attention(
     if dtype := autocast_dtype(q):
         q, k, v = (x.to(dtype) for x in (q, k, v))
     _check(q, k, v, scale, causal, window)
-    plain = l_q is l_k is l_v is key_padding_mask is attn_mask is prefix_k is prefix_v is rope is None
+    plain = l_q is l_k is l_v is key_padding_mask is attn_mask is prefix_k is prefix_v is None and rope is None
     if not plain:
         _check_optional(q, k, l_q, l_k, l_v, key_padding_mask, attn_mask, prefix_k, prefix_v, rope)
     check_dropout(dropout, seed)

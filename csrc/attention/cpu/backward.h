@@ -56,7 +56,7 @@ public:
     explicit Backward(const AttentionBackwardParams& params)
         : p_(params),
           arena_(params.workspace),
-          plan_(attention_plan(params, kIsa)),
+          plan_(attention_plan(params)),
           dim_(round_up(params.head_dim, kMultiple<Multiply>)),
           problem_(params, dim_, arena_),
           blocks_(ceil_div(params.num_queries, kQueries)),

@@ -60,11 +60,15 @@ static constexpr int64_t few_attention_queries(DType dtype, Isa isa) {
 
 static_assert(Isa::kPortable < Isa::kAvx2 && Isa::kAvx2 < Isa::kAvx512);
 
-template <class Params>
-static constexpr AttentionPlan attention_plan(const Params& p, Isa isa) {
-    AttentionPlan plan = attention_plan(p.batch, p.heads, p.kv_heads, p.num_queries, p.num_keys, p.head_dim);
-    // Few queries are usually those of inference, without dropout.
-    const bool few = p.dropout == 0 && p.num_queries <= few_attention_queries(p.q.dtype, isa);
+static constexpr AttentionPlan attention_plan(const AttentionParams& p) {
+    return attention_plan(p.batch, p.heads, p.kv_heads, p.num_queries, p.num_keys, p.head_dim);
+}
+
+static constexpr AttentionPlan attention_plan(const AttentionForwardParams& p, Isa isa) {
+    AttentionPlan plan = attention_plan(static_cast<const AttentionParams&>(p));
+    // A backward makes the scores anew, in blocks: where the forward rounds them alike, gradients err less.
+    const int64_t most = p.training ? 4 : few_attention_queries(p.q.dtype, isa);
+    const bool few = p.dropout == 0 && p.num_queries <= most;
     plan.kernel = few ? AttentionKernel::kFewQueries : AttentionKernel::kBlocks;
     return plan;
 }

@@ -9,8 +9,8 @@
 // Floors. The keys and values of a head are 2 · S_k · D elements, from memory or at L2's rate: 1024 keys of 3 heads of
 // 64 channels are 1.5 MB in fp32, 9 µs at the 180 GB/s of an L2 cache and 50 µs at the 30 GB/s behind it. Each element
 // is multiplied once for each query of its key head: for 3 of them 2.4 million products, 10 µs at 2 vectors of 16 a
-// cycle. bf16 is read in half the time and widened, a shift or a mask for each vector: AVX-512's product of bf16 pairs
-// takes as long as the four fp32 vectors that it replaces.
+// cycle. bf16 is read in half the time and widened, by a shift or a mask for each vector, once for all of up to six
+// queries. AVX-512's product of bf16 pairs takes two cycles, as long as all that for one query and longer for more.
 // For sources that are compiled once per instruction set, and only for those.
 #pragma once
 

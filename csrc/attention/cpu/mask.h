@@ -77,8 +77,8 @@ public:
                (padding_ && memchr(padding_ + first_key, 0, count));
     }
 
-    // Masks the scores [key] of one query, times factor; those from `count` to `padded` are hidden. The query is counted
-    // from the block's first one and may be behind the block.
+    // Masks the scores [key] of one query, times factor; those from `count` to `padded` are hidden. The query is
+    // counted from the block's first one and may be behind the block.
     void apply_to_row(float* scores, int64_t query, int64_t first_key, int64_t count, int64_t padded,
                       float factor) const {
         const auto lowest = static_cast<int32_t>(position_ + query - behind_ - first_key);

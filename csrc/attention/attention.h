@@ -46,6 +46,7 @@ struct AttentionParams {
 };
 
 struct AttentionForwardParams : AttentionParams {
+    bool training;  // a backward follows
     Heads out;
     Heads out_real;  // the real keys' share of out before l_v, for the backward; data is null where it is not wanted
     float* lse;      // [batch, heads, num_queries]: log2 of the sum of e^score; infinite where no key is visible

@@ -153,6 +153,7 @@ std::tuple<Tensor, Tensor, Tensor> forward(Tensor q, Tensor k, Tensor v, MaybeTe
         empty(q, {training && l_v ? params.batch : 0, params.num_queries, params.heads, params.head_dim}, dtype);
     Tensor lse = empty(q, {params.batch, params.heads, params.num_queries}, ScalarType::Float);
     if (out.numel() == 0) return {out, out_real, lse};
+    params.training = training;
     params.out = heads_of(out);
     params.out_real = heads_of(out_real);
     params.lse = static_cast<float*>(lse.mutable_data_ptr());
@@ -166,7 +167,7 @@ std::tuple<Tensor, Tensor, Tensor> forward(Tensor q, Tensor k, Tensor v, MaybeTe
     }
 #endif
     run_cpu(&dispatch::attention_forward, params, q,
-            [&] { return describe(params, attention_plan(params), false, current_isa()); });
+            [&] { return describe(params, attention_plan(params, current_isa()), false, current_isa()); });
     return {out, out_real, lse};
 }
 

@@ -85,7 +85,10 @@ def ia3_attention(
             bad(name, x, "a float32, bfloat16 or float16 tensor [B, heads, S, D]")
     if dtype := autocast_dtype(q):
         q, k, v = (x.to(dtype) for x in (q, k, v))
-    _check(q, k, v, l_q, l_k, l_v, scale, causal, window, key_padding_mask, attn_mask, prefix_k, prefix_v, rope)
+    _check(q, k, v, scale, causal, window)
+    plain = l_q is l_k is l_v is key_padding_mask is attn_mask is prefix_k is prefix_v is None and rope is None
+    if not plain:
+        _check_optional(q, k, l_q, l_k, l_v, key_padding_mask, attn_mask, prefix_k, prefix_v, rope)
     check_dropout(dropout, seed)
     scale = float(q.shape[3] ** -0.5 if scale is None else scale)
     if _has_gpu_plan(q.device):
@@ -111,7 +114,9 @@ def ia3_attention(
         drawn_seed(dropout, seed, q.device),
     )  # fmt: skip
     # They are prepared outside the Function, so that the saved tensors lead autograd to the caller's.
-    tensors = *map(dense_inner, (q, k, v)), *map(_vector, (l_q, l_k, l_v)), dense_inner(prefix_k), dense_inner(prefix_v)
+    tensors: tuple[Tensor | None, ...] = dense_inner(q), dense_inner(k), dense_inner(v), None, None, None, None, None
+    if not plain:
+        tensors = *tensors[:3], *map(_vector, (l_q, l_k, l_v)), dense_inner(prefix_k), dense_inner(prefix_v)
     if any_wants_gradients(*tensors, attn_mask, cos, sin):
         out = _IA3Attention.apply(call, *tensors)
     else:
@@ -136,7 +141,7 @@ def _vector(scale: Tensor | None) -> Tensor | None:
     return scale.float() if scale.dim() == 1 else scale.float().reshape(-1)
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)  # a frozen one takes twice as long to make
 class _Call:
     """What one call shares between its forward and its backward, tensors with gradients apart."""
 
@@ -227,30 +232,42 @@ def _(grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, l_q: Tensor | None, l_k
     )
 
 
-def _check(q: Tensor, k: Tensor, v: Tensor, l_q: Tensor | None, l_k: Tensor | None, l_v: Tensor | None,
-           scale: float | None, causal: bool, window: int | None, key_padding_mask: Tensor | None,
-           attn_mask: Tensor | None, prefix_k: Tensor | None, prefix_v: Tensor | None,
-           rope: tuple[Tensor, Tensor] | None) -> None:  # fmt: skip
-    """Checks everything else. It runs at every call, so the texts are made only on failure."""
-    batch, heads, num_queries, head_dim = q.shape
-    kv_heads, num_keys = k.shape[1:3]
-    if k.shape[0] != batch or k.shape[3] != head_dim or k.dtype != q.dtype:
-        bad("k", k, f"{dtype_name(q.dtype)} [{batch}, H_kv, S_k, {head_dim}], for q {list(q.shape)}")
-    if v.shape != k.shape or v.dtype != q.dtype:
-        bad("v", v, f"{dtype_name(q.dtype)} {list(k.shape)}, as k")
+# The largest of what ops take as float32.
+_LARGEST = torch.finfo(torch.float32).max
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor, scale: float | None, causal: bool, window: int | None) -> None:
+    """Checks what every call has. It runs at every call, so the texts are made only on failure."""
+    batch, heads, _, head_dim = q.shape
+    k_batch, kv_heads, _, k_head_dim = shape = k.shape
+    dtype, device = q.dtype, q.device
+    if k_batch != batch or k_head_dim != head_dim or k.dtype != dtype:
+        bad("k", k, f"{dtype_name(dtype)} [{batch}, H_kv, S_k, {head_dim}], for q {list(q.shape)}")
+    if v.shape != shape or v.dtype != dtype:
+        bad("v", v, f"{dtype_name(dtype)} {list(shape)}, as k")
     if heads and (kv_heads == 0 or heads % kv_heads):
         bad("k", k, f"a number of heads that divides q's {heads}")
+    if scale is not None and not (isinstance(scale, (float, int)) and abs(scale) <= _LARGEST):
+        bad("scale", scale, "a finite float32 number")
+    check_flag("causal", causal)
+    if window is not None and not (isinstance(window, int) and window >= 1):
+        bad("window", window, "a whole number of at least 1")
+    if k.device != device or v.device != device:
+        check_devices(q, (("k", k), ("v", v)), "q")
+
+
+def _check_optional(q: Tensor, k: Tensor, l_q: Tensor | None, l_k: Tensor | None, l_v: Tensor | None,
+                    key_padding_mask: Tensor | None, attn_mask: Tensor | None, prefix_k: Tensor | None,
+                    prefix_v: Tensor | None, rope: tuple[Tensor, Tensor] | None) -> None:  # fmt: skip
+    """Checks what a call may have."""
+    batch, heads, num_queries, head_dim = q.shape
+    kv_heads, num_keys = k.shape[1:3]
     for name, factors, count in (("l_q", l_q, heads), ("l_k", l_k, kv_heads), ("l_v", l_v, kv_heads)):
         if factors is not None and not (
             is_float(factors) and factors.shape in ((count * head_dim,), (count, head_dim))
         ):
             wanted = f"a float32, bfloat16 or float16 tensor [{count * head_dim}] or [{count}, {head_dim}]"
             bad(name, factors, wanted)
-    if scale is not None and not (isinstance(scale, (float, int)) and abs(scale) <= torch.finfo(torch.float32).max):
-        bad("scale", scale, "a finite float32 number")
-    check_flag("causal", causal)
-    if window is not None and not (isinstance(window, int) and window >= 1):
-        bad("window", window, "a whole number of at least 1")
     if key_padding_mask is not None and not (
         isinstance(key_padding_mask, Tensor)
         and key_padding_mask.dtype is torch.bool
@@ -283,8 +300,8 @@ def _check(q: Tensor, k: Tensor, v: Tensor, l_q: Tensor | None, l_k: Tensor | No
             bad(name, prefix, f"a float32, bfloat16 or float16 tensor [{kv_heads}, {length}, {head_dim}]")
     if rope is not None:
         _check_rope(rope, batch, num_queries, num_keys, head_dim)
-    named = {"k": k, "v": v, "l_q": l_q, "l_k": l_k, "l_v": l_v, "key_padding_mask": key_padding_mask,
-             "attn_mask": attn_mask, "prefix_k": prefix_k, "prefix_v": prefix_v}  # fmt: skip
+    named = {"l_q": l_q, "l_k": l_k, "l_v": l_v, "key_padding_mask": key_padding_mask, "attn_mask": attn_mask,
+             "prefix_k": prefix_k, "prefix_v": prefix_v}  # fmt: skip
     if rope is not None:
         named |= {"rope cos": rope[0], "rope sin": rope[1]}
     check_devices(q, named.items(), "q")

@@ -127,7 +127,7 @@ public:
     explicit Forward(const AttentionForwardParams& params)
         : p_(params),
           arena_(params.workspace),
-          plan_(attention_plan(params)),
+          plan_(attention_plan(params, kIsa)),
           dim_(round_up(params.head_dim, kMultiple<Multiply>)),
           blocks_(ceil_div(params.num_queries, kQueries)),
           problem_(params, dim_, arena_) {}

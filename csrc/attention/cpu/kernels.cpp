@@ -23,7 +23,7 @@
 // Backward: a key head, a part of the batch and of the keys; what several of them add to is kept apart and added up in
 // one order at the end. The plan (attention/cpu/plan.h) does not ask for the number of threads, so neither do results.
 //
-// Few queries (attention/cpu/few_queries.h): nothing is packed, the keys are read once.
+// Few queries (attention/cpu/few_queries.h): nothing is packed, keys are read where they lie.
 #include "attention/cpu/backward.h"
 #include "attention/cpu/few_queries.h"
 #include "attention/cpu/forward.h"
@@ -32,7 +32,7 @@ namespace peft_kernels {
 namespace PEFT_KERNELS_ISA {
 
 void attention_forward(const AttentionForwardParams& params) {
-    if (attention_plan(params).kernel == AttentionKernel::kFewQueries) return FewQueries(params).run();
+    if (attention_plan(params, kIsa).kernel == AttentionKernel::kFewQueries) return FewQueries(params).run();
     dispatch_multiply(params.q.dtype == DType::kBFloat16,
                       [&](auto multiply) { Forward<decltype(multiply)>(params).run(); });
 }

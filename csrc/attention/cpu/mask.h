@@ -35,8 +35,8 @@ public:
     }
 
     // For a prefix, which every query sees.
-    explicit ScoreMask(int64_t length)
-        : num_keys_(length), position_(0), behind_(length + kQueries), ahead_(length), begin_(0), end_(length) {}
+    explicit ScoreMask(int64_t length, int64_t queries = kQueries)
+        : num_keys_(length), position_(0), behind_(length + queries), ahead_(length), begin_(0), end_(length) {}
 
     // The keys that some query of the block may see, by position.
     int64_t begin() const { return begin_; }
@@ -70,7 +70,15 @@ public:
         return 1.0f;
     }
 
-    // The same for the scores [key] of one query of the block, times factor; those from `count` to `padded` are hidden.
+    // Whether `apply_to_row` has something to do, the factor apart.
+    bool touches_row(int64_t query, int64_t first_key, int64_t count) const {
+        const int64_t position = position_ + query, last_key = first_key + count - 1;
+        return mask_.data || last_key > position + ahead_ || first_key < position - behind_ ||
+               (padding_ && memchr(padding_ + first_key, 0, count));
+    }
+
+    // Masks the scores [key] of one query, times factor; those from `count` to `padded` are hidden. The query is
+    // counted from the block's first one and may be behind the block.
     void apply_to_row(float* scores, int64_t query, int64_t first_key, int64_t count, int64_t padded,
                       float factor) const {
         const auto lowest = static_cast<int32_t>(position_ + query - behind_ - first_key);

@@ -14,7 +14,7 @@ constexpr int64_t kAttentionKeys = 256;
 
 enum class AttentionKernel {
     kBlocks,      // forward.h: keys are packed, and meet blocks of queries
-    kFewQueries,  // few_queries.h: too few queries to be worth packing the keys
+    kFewQueries,  // few_queries.h: keys are read where they lie
 };
 
 struct AttentionPlan {
@@ -41,7 +41,6 @@ static constexpr AttentionPlan attention_plan(int64_t batch, int64_t heads, int6
     const int64_t sets = at_least_1(batch * kv_heads / plan.heads);
     // Every part packs the keys anew, which is little beside attending to them with so many queries.
     plan.parts = at_least_1(at_most(kTasks / sets, heads / at_least_1(kv_heads) * num_queries / 512));
-    plan.kernel = num_queries <= 4 ? AttentionKernel::kFewQueries : AttentionKernel::kBlocks;
     plan.key_parts = at_least_1(at_most(kTasks / at_least_1(batch * kv_heads), num_keys / 256));
     // A task adds up the prefix's gradient over its part of the batch.
     plan.batch_parts = at_least_1(at_most(batch, (kTasks + kv_heads - 1) / at_least_1(kv_heads)));
@@ -51,10 +50,26 @@ static constexpr AttentionPlan attention_plan(int64_t batch, int64_t heads, int6
     return plan;
 }
 
-template <class Params>
-static constexpr AttentionPlan attention_plan(const Params& p) {
-    AttentionPlan plan = attention_plan(p.batch, p.heads, p.kv_heads, p.num_queries, p.num_keys, p.head_dim);
-    if (p.dropout > 0) plan.kernel = AttentionKernel::kBlocks;  // few queries are usually those of inference
+// For how many queries of a head it takes longer to pack the keys, and to fill blocks of kLanes to 64 queries, than to
+// read keys in fp32 for each few queries. Tiles multiply bf16 many times as fast, and with short vectors blocks are
+// small and the other kernel widens numbers of 16 bits more often.
+static constexpr int64_t few_attention_queries(DType dtype, Isa isa) {
+    if (isa == Isa::kAmx && dtype == DType::kBFloat16) return 16;
+    return isa <= Isa::kAvx2 && dtype != DType::kFloat32 ? 12 : 48;
+}
+
+static_assert(Isa::kPortable < Isa::kAvx2 && Isa::kAvx2 < Isa::kAvx512);
+
+static constexpr AttentionPlan attention_plan(const AttentionParams& p) {
+    return attention_plan(p.batch, p.heads, p.kv_heads, p.num_queries, p.num_keys, p.head_dim);
+}
+
+static constexpr AttentionPlan attention_plan(const AttentionForwardParams& p, Isa isa) {
+    AttentionPlan plan = attention_plan(static_cast<const AttentionParams&>(p));
+    // A backward makes the scores anew, in blocks: where the forward rounds them alike, gradients err less.
+    const int64_t most = p.training ? 4 : few_attention_queries(p.q.dtype, isa);
+    const bool few = p.dropout == 0 && p.num_queries <= most;
+    plan.kernel = few ? AttentionKernel::kFewQueries : AttentionKernel::kBlocks;
     return plan;
 }
 

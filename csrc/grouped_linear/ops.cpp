@@ -473,7 +473,7 @@ std::tuple<Tensor, Tensor> backward(OptionalTensor grad_x, const Tensor& given_g
 }  // namespace
 }  // namespace peft_kernels
 
-STABLE_TORCH_LIBRARY_FRAGMENT(PEFT_KERNELS_NAMESPACE, m) {
+STABLE_TORCH_LIBRARY_FRAGMENT(peft_kernels, m) {
     m.def(
         "grouped_linear_forward(Tensor(a!) y, Tensor x, Tensor[] weight, int[] format, bool transposed, int[] offsets, "
         "bool[] given, Tensor[] lora_A, Tensor[] lora_B, float[] scaling, *, Tensor? bias=None, "
@@ -485,7 +485,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(PEFT_KERNELS_NAMESPACE, m) {
         "-> (Tensor grad_A, Tensor grad_B)");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(PEFT_KERNELS_NAMESPACE, CPU, m) {
+STABLE_TORCH_LIBRARY_IMPL(peft_kernels, CPU, m) {
     m.impl("grouped_linear_forward", TORCH_BOX(&peft_kernels::forward));
     m.impl("grouped_linear_backward", TORCH_BOX(&peft_kernels::backward));
 }

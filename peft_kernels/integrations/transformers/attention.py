@@ -6,7 +6,6 @@ A mask function that is missing from the second registry would have transformers
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
 from functools import partial
 from typing import Any, ClassVar
 
@@ -58,11 +57,13 @@ def attention(
     if reason and isinstance(module, FusedAttention):
         module.log_stock_path(reason)
     ours = not reason and (takes_over(query.device) or prefix_k is not None)
-    stock_call: Callable[..., tuple[Tensor, None]] = partial(
-        sdpa_attention_forward, module, query, dropout=dropout, scaling=scaling, **kwargs
-    )
+
+    def stock_call(key: Tensor, value: Tensor, mask: Tensor | None, is_causal: bool | None) -> tuple[Tensor, None]:
+        options = kwargs | {"dropout": dropout, "scaling": scaling, "is_causal": is_causal}
+        return sdpa_attention_forward(module, query, key, value, mask, **options)
+
     if not ours and prefix_k is None and _is_stock_mask(attention_mask, sliding_window, num_keys):
-        return stock_call(key, value, attention_mask, is_causal=is_causal)
+        return stock_call(key, value, attention_mask, is_causal)
     if attention_mask is None and causal and num_queries < num_keys:
         # The other keys of an empty static cache are yet to come: see `mask`.
         key, value = key[:, :, :num_queries], value[:, :, :num_queries]
@@ -76,7 +77,7 @@ def attention(
             query, key, value, scale=scaling, prefix_k=prefix_k, prefix_v=prefix_v, dropout=dropout, **masks
         )
         return out.transpose(1, 2), None
-    return stock_call(*inputs_of_torch(query, key, value, prefix_k, prefix_v, **masks)[:3], is_causal=causal)
+    return stock_call(*inputs_of_torch(query, key, value, prefix_k, prefix_v, **masks)[:3], causal)
 
 
 def takes_over(device: torch.device) -> bool:

@@ -102,6 +102,10 @@ class FusedLayer(Measured):
         """Runs at every `accelerate`, when all layers that can be fused are; a remark for the report."""
         return ""
 
+    def why_not_restore(self) -> str | None:
+        """Why the layer can't have its stock forward back now."""
+        return None
+
     def release(self) -> None:
         """Undoes what the layer has done outside of itself; `restore` calls it first."""
 
@@ -242,8 +246,12 @@ def restore(model: nn.Module) -> None:
 
     Raises:
         TypeError: `model` is not a module.
+        RuntimeError: an `AdapterPool` serves it; nothing is changed then.
     """
     check_module(model)
+    for module in model.modules():
+        if isinstance(module, FusedLayer) and (reason := module.why_not_restore()):
+            raise RuntimeError(f"model: got one that {reason}")
     _restore(model, frozenset())
 
 

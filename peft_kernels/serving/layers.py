@@ -90,8 +90,8 @@ class Pooled(Adaptable):
         """Not timed: it would be what the layer was."""
         return None
 
-    def release(self) -> None:
-        raise RuntimeError("model: got one that an AdapterPool serves, wanted it after the pool's close()")
+    def why_not_restore(self) -> str | None:
+        return "an AdapterPool serves, wanted it after the pool's close()"
 
 
 class PooledDense(Pooled):

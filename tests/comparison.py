@@ -86,14 +86,16 @@ def saved_for_backward(call: Callable[[], Tensor], known: Iterable[Tensor | None
 
 
 class Made(TorchDispatchMode):
-    """Everything that operations return, except views of other memory."""
+    """Everything that operations return, except views of other memory; and the names of these operations."""
 
     def __init__(self):
         super().__init__()
         self.tensors = []
+        self.names = []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         if not func.is_view:
+            self.names.append(func.__name__)
             self.tensors += [leaf for leaf in tree_leaves(out) if isinstance(leaf, torch.Tensor)]
         return out

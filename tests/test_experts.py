@@ -11,6 +11,8 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from peft_kernels.ops import ExpertStack, NF4Weight, dequantize_4bit, experts, quantize_4bit
+from peft_kernels.ops.experts import sort_by_expert
+from peft_kernels.ops.grouped_linear import GroupedCall
 from peft_kernels.testing.reference.experts import experts as oracle
 
 pytestmark = pytest.mark.kernels
@@ -30,6 +32,7 @@ SIZES = {
     "one-expert": (1, 1, 5, 32, 32),
     "one-token": (8, 3, 1, 64, 96),
     "no-token": (3, 2, 0, 32, 64),
+    "whole-blocks": (8, 3, 20, 64, 64),  # which the kernels for GPUs take
 }
 BASES = ["dense", "dense-transposed", "nf4", "nf4-transposed", "nf4-list"]
 
@@ -44,13 +47,13 @@ def clamped(gate_up: Tensor) -> Tensor:
     return (up + 1) * gate * torch.sigmoid(1.702 * gate)
 
 
-def make_stack(count, n, k, dtype, adapter_dtype, base="dense", ranks=(7,), bias=True):
+def make_stack(count, n, k, dtype, adapter_dtype, base="dense", ranks=(7,), bias=True, blocksize=32):
     transposed = base.endswith("transposed")
     weight = torch.randn((count, k, n) if transposed else (count, n, k)).to(dtype) / k**0.5
     if base == "nf4-list":
-        weight = [quantize_4bit(w, 32) for w in weight]
+        weight = [quantize_4bit(w, blocksize) for w in weight]
     elif base.startswith("nf4"):
-        weight = quantize_4bit(weight, 32)
+        weight = quantize_4bit(weight, blocksize)
     return ExpertStack(
         weight,
         torch.randn(count, n).to(dtype) / 4 if bias else None,
@@ -278,6 +281,50 @@ def test_sort():
     order, inverse, offsets = ops.experts_sort(torch.tensor([[1, 0], [3, 1], [-1, 1]]), 2)
     assert order.tolist() == [1, 0, 3, 5, 2, 4] and offsets.tolist() == [1, 4]
     assert torch.equal(order[inverse.flatten()], torch.arange(6))
+
+
+# ---- on a GPU ----------------------------------------------------------------------------------------------------
+
+ON_GPU = pytest.mark.parametrize("platform", ["cuda", "emulated"], indirect=True)
+
+
+@ON_GPU
+@pytest.mark.parametrize("mode", MODES, ids=mode_id)
+@pytest.mark.parametrize("base", BASES)
+@pytest.mark.parametrize("size", ["few-rows", "whole-blocks"])
+def test_results_on_a_gpu(platform, size, base, mode):
+    check(make_case(size, *mode, base, blocksize=64))
+
+
+@ON_GPU
+@pytest.mark.parametrize("activation", ["silu", F.glu], ids=["named", "callable"])
+@pytest.mark.parametrize("base", ["dense", "nf4"])
+def test_all_experts_at_once_on_a_gpu(platform, monkeypatch, base, activation):
+    """None is looked at by itself, which waits for the sort; some of the rows are other processes'."""
+    case = make_case("whole-blocks", torch.bfloat16, base=base, ranks=(3, 8), blocksize=64)
+    case["index"][::3, 0] = 8
+    case["index"][1::3, 1] = 1000
+    case["index"][5] = -1
+    monkeypatch.setattr(GroupedCall, "experts", lambda *_: pytest.fail("it waited for the offsets"))
+    check(case, activation=activation, trained=("bias", "lora_A", "lora_B"))
+    assert not experts(**case, activation=activation)[5].any()
+
+
+@ON_GPU
+@pytest.mark.parametrize("index", [[[0, 0]], [[7, 2]], [[-1, 8]]], ids=str)
+def test_one_token_on_a_gpu(platform, index):
+    case = make_case("whole-blocks", torch.bfloat16, base="nf4", blocksize=64)
+    x, routing_weights = case["x"][:1], case["routing_weights"][:1, :2]
+    check(case | {"x": x, "routing_weights": routing_weights, "index": torch.tensor(index)})
+
+
+@pytest.mark.may_launch_nothing
+@ON_GPU
+def test_sort_on_a_gpu(platform):
+    index = torch.randint(-2, 9, (300, 3))
+    sort, wanted = sort_by_expert(index, 7), ops.experts_sort(index.cpu(), 7)
+    for actual, one in zip((sort.order, sort.inverse, sort.offsets), wanted, strict=True):
+        assert torch.equal(actual.cpu(), one)
 
 
 # ---- errors ------------------------------------------------------------------------------------------------------

@@ -1,6 +1,6 @@
 """The linear layers of a mixture's experts, against the fp64 oracle."""
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -12,6 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from peft_kernels.ops import NF4Weight, dequantize_4bit, grouped_linear, quantize_4bit
+from peft_kernels.ops import _grouped_on_gpu as on_gpu
+from peft_kernels.ops.grouped_linear import GroupedCall
 from peft_kernels.testing.reference.grouped_linear import grouped_linear as oracle
 
 pytestmark = pytest.mark.kernels
@@ -48,10 +50,10 @@ class Case:
     grad_y: Tensor
     transposed: bool = False
     rows: Tensor | None = None
-    options: dict[str, Any] = field(default_factory=dict)
+    trains_weight: bool = True
 
     def leaves(self) -> dict[str, Tensor]:
-        tensors = {"x": self.x, "bias": self.bias, "weight": self.weight}
+        tensors = {"x": self.x, "bias": self.bias, "weight": self.weight if self.trains_weight else None}
         tensors |= {f"lora_A{i}": a for i, a in enumerate(self.lora_A)}
         tensors |= {f"lora_B{i}": b for i, b in enumerate(self.lora_B)}
         return {name: tensor for name, tensor in tensors.items() if isinstance(tensor, Tensor)}
@@ -65,7 +67,7 @@ class Case:
 
 
 def make_case(counts, foreign, n, k, dtype=torch.float32, adapter_dtype=torch.float32, base="dense", ranks=(16,),
-              gathers=False, bias=True):  # fmt: skip
+              gathers=False, bias=True, blocksize=32):  # fmt: skip
     torch.manual_seed(0)
     experts, rows = len(counts), sum(counts) + foreign
     transposed = base.endswith("transposed")
@@ -75,7 +77,7 @@ def make_case(counts, foreign, n, k, dtype=torch.float32, adapter_dtype=torch.fl
         weight = [quantize_4bit(w) for w in weight]
     elif not base.startswith("dense"):
         nested = base == "nf4-nested"
-        blocksize = 4096 if base == "nf4-straddling" else 32
+        blocksize = 4096 if base == "nf4-straddling" else blocksize
         weight = quantize_4bit(weight, blocksize, "fp4" if base == "fp4" else "nf4", nested)
     tokens = max(rows // 2, 1) if gathers else rows
     return Case(
@@ -108,15 +110,16 @@ def expected(case):
                    bias=None if case.bias is None else case.bias.double(), lora_A=[a.double() for a in case.lora_A],
                    lora_B=[b.double() for b in case.lora_B], grad_y=case.grad_y.double())  # fmt: skip
     results = run(wide, oracle)
-    return results if isinstance(case.weight, Tensor) else {k: v for k, v in results.items() if k != "weight"}
+    return results if "weight" in case.leaves() else {k: v for k, v in results.items() if k != "weight"}
 
 
 def check(case, compute_dtype=None, out_dtype=None):
     actual, wanted = run(case, compute_dtype=compute_dtype, out_dtype=out_dtype), expected(case)
     compute_dtype, out_dtype = compute_dtype or case.x.dtype, out_dtype or case.x.dtype
     assert actual["y"].dtype == out_dtype and actual["y"].is_contiguous()
-    # A dense product is rounded by itself before the branch is added to it.
-    factor = 1.5 if isinstance(case.weight, Tensor) or case.transposed else 1
+    # A dense product is rounded by itself before the branch is added to it, and so are all products on a GPU.
+    is_apart = isinstance(case.weight, Tensor) or case.transposed or on_gpu.is_on_gpu(case.x)
+    factor = 1.5 if is_apart else 1
     bounds = {
         "y": tolerances.product(compute_dtype, out_dtype) * factor,
         "x": tolerances.product(compute_dtype, case.x.dtype) * factor,
@@ -296,6 +299,116 @@ def test_errors_are_no_larger_than_those_of_torch():
     stock = torch.nn.functional.grouped_mm(case.x, merged.transpose(1, 2), offs=case.offsets)
     wanted = expected(case)["y"]
     assert error(run(case)["y"], wanted) <= tolerances.VERSUS_STOCK * error(stock, wanted)
+
+
+# ---- on a GPU ----------------------------------------------------------------------------------------------------
+
+ON_GPU = pytest.mark.parametrize("platform", ["cuda", "emulated"], indirect=True)
+BASES_ON_GPU = ["dense", "dense-transposed", "nf4", "nf4-transposed", "nf4-nested", "nf4-straddling"]
+
+
+@pytest.fixture
+def no_loop(monkeypatch):
+    """No expert is looked at by itself, which waits for the offsets."""
+    monkeypatch.setattr(GroupedCall, "experts", lambda *_: pytest.fail("it waited for the offsets"))
+
+
+def frozen(case):
+    """Without a gradient of a dense weight, which is made expert by expert."""
+    return replace(case, trains_weight=False)
+
+
+@pytest.mark.may_launch_nothing  # torch has dense products, and there may be no rows
+@ON_GPU
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=short)
+@pytest.mark.parametrize("base", BASES_ON_GPU)
+@pytest.mark.parametrize("counts", list(COUNTS))
+def test_results_on_a_gpu(platform, counts, base, dtype):
+    check(make_case(*COUNTS[counts], 64, 128, dtype, base=base, ranks=(7,), blocksize=64))
+
+
+@ON_GPU
+@pytest.mark.parametrize("base", ["dense", "dense-transposed", "nf4", "nf4-transposed"])
+@pytest.mark.parametrize("ranks", [(7,), (3, 16, 40)], ids=str)
+def test_all_experts_at_once_on_a_gpu(platform, no_loop, ranks, base):
+    """Results and all gradients; more rows than a tile has, and offsets of 64 bits."""
+    case = frozen(make_case([5, 0, 150, 1], 3, 72, 128, torch.bfloat16, base=base, ranks=ranks, blocksize=64))
+    if base == "nf4-transposed":  # K is that of the codes, in which blocks begin
+        case = make_case([5, 0, 150, 1], 3, 128, 72, torch.bfloat16, base=base, ranks=ranks, blocksize=64)
+    case.offsets = case.offsets.long()
+    check(case)
+
+
+@ON_GPU
+@pytest.mark.parametrize("base", ["nf4", "nf4-transposed", "nf4-list", "dense"])
+@pytest.mark.parametrize("mode", MODES, ids=mode_id)
+def test_what_no_kernel_takes_on_a_gpu(platform, mode, base):
+    """fp32, short blocks, odd sizes, separate weights: one expert after the other, in either direction or in one."""
+    check(make_case([5, 0, 20], 2, 33, 64, *mode, base, ranks=(7,)))
+    if base != "nf4-transposed":  # whose K would be odd
+        check(make_case([5, 0, 20], 2, 33, 64, *mode, base, ranks=(7,), blocksize=64))
+
+
+@ON_GPU
+@pytest.mark.parametrize("base", ["dense", "nf4"])
+def test_gathered_rows_on_a_gpu(platform, no_loop, base):
+    case = frozen(make_case([5, 0, 20], 2, 72, 128, torch.bfloat16, base=base, gathers=True, blocksize=64))
+    check(case)
+    same_results(run(case), run(case))
+
+
+@ON_GPU
+@pytest.mark.parametrize("base", ["dense", "nf4"])
+@pytest.mark.parametrize("out_dtype", [torch.float32, torch.float16], ids=short)
+def test_dtypes_of_the_product_on_a_gpu(platform, no_loop, base, out_dtype):
+    case = frozen(make_case([5, 0, 20], 2, 72, 128, torch.bfloat16, base=base, blocksize=64))
+    check(case, out_dtype=out_dtype)
+    wide = {name: getattr(case, name).float() for name in ("x", "bias", "grad_y")}
+    check(replace(case, **wide), torch.bfloat16, out_dtype)
+
+
+@ON_GPU
+@pytest.mark.parametrize("base", ["dense", "nf4"])
+def test_rows_that_begin_anywhere_on_a_gpu(platform, no_loop, base):
+    case = frozen(make_case([5, 0, 20], 2, 72, 128, torch.bfloat16, base=base, blocksize=64))
+    wanted = run(case)
+    wide = torch.randn(27, 2, 131).bfloat16()
+    wide[:, 1, 2:130] = case.x
+    x = wide[:, 1, 2:130].detach().requires_grad_()
+    y = grouped_linear(x, case.weight, case.bias, case.lora_A, case.lora_B, case.scaling, case.offsets)
+    y.backward(case.grad_y.mT.contiguous().mT)
+    assert torch.equal(y, wanted["y"]) and torch.equal(x.grad, wanted["x"])
+
+
+def called(rows_each, experts, base, ranks, backward):
+    """The operations of a call, views apart."""
+    case = make_case([rows_each] * experts, 1, 64, 64, torch.bfloat16, base=base, ranks=ranks, blocksize=64)
+    leaves = [t.detach().requires_grad_(backward) for t in (case.x, case.bias, *case.lora_A, *case.lora_B)]
+    x, bias, *adapters = leaves
+    count = len(case.lora_A)
+    with Made() as made:
+        y = grouped_linear(x, case.weight, bias, adapters[:count], adapters[count:], case.scaling, case.offsets)
+        if backward:
+            y.backward(case.grad_y)
+    return made.names
+
+
+@pytest.mark.may_launch_nothing
+@ON_GPU
+@pytest.mark.parametrize("backward", [False, True], ids=["inference", "training"])
+@pytest.mark.parametrize("ranks", [(), (8,), (7, 16)], ids=str)
+@pytest.mark.parametrize("base", ["dense", "nf4"])
+def test_as_many_operations_for_any_number_of_experts(platform, no_loop, base, ranks, backward):
+    assert called(12, 2, base, ranks, backward) == called(3, 8, base, ranks, backward)
+
+
+@ON_GPU
+def test_offsets_that_make_no_sense_on_a_gpu(platform):
+    """Nobody checks them there; they are no access out of bounds."""
+    case = make_case([5, 0, 40, 1], 0, 64, 64, torch.bfloat16, base="nf4", blocksize=64)
+    for offsets in ([46, 46, 46, 10**9], [-1, -2, -3, -4], [100, 200, 300, 400]):
+        case.offsets = torch.tensor(offsets)
+        run(case)
 
 
 # ---- errors ------------------------------------------------------------------------------------------------------

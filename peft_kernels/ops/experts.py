@@ -12,12 +12,13 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
+from . import _grouped_on_gpu as on_gpu
 from ._arguments import bad, check_devices, check_dtype, is_float, named, refuse
 from ._autograd import Function, any_wants_gradients, once_differentiable
 from ._fakes import register_fake
 from ._linear import product_dtypes
 from .adapter import activation_name
-from .grouped_linear import GroupedCall, Weights, check_stack, gathered, grouped_linear, tensors_of
+from .grouped_linear import GroupedCall, Weights, check_stack, ends_of_runs, gathered, grouped_linear, tensors_of
 
 Activation: TypeAlias = str | Callable[[Tensor], Tensor]
 
@@ -190,20 +191,19 @@ class Sort:
 
 
 def sort_by_expert(index: Tensor, num_experts: int) -> Sort:
-    if index.is_cpu:
+    if not on_gpu.is_on_gpu(index):
         return Sort(*torch.ops.peft_kernels.experts_sort(index.long(), num_experts))
     flat = index.reshape(-1).long()
     flat = torch.where((flat < 0) | (flat >= num_experts), num_experts, flat)
-    order = torch.argsort(flat, stable=True)
+    ordered, order = flat.sort(stable=True)
     inverse = torch.empty_like(order)
     inverse[order] = torch.arange(order.numel(), device=order.device)
-    offsets = torch.bincount(flat, minlength=num_experts + 1)[:num_experts].cumsum(0)
-    return Sort(order, inverse.view(index.shape), offsets)
+    return Sort(order, inverse.view(index.shape), ends_of_runs(ordered, num_experts))
 
 
 def _sum(rows: Tensor, inverse: Tensor, weights: Tensor | None, out_dtype: torch.dtype) -> Tensor:
     """`y[t] = Σⱼ weights[t, j] · rows[inverse[t, j]]` in fp32, in the order of j; without weights they are one."""
-    if rows.is_cpu:
+    if not on_gpu.is_on_gpu(rows):
         result: Tensor = torch.ops.peft_kernels.experts_sum(rows, inverse, weights, out_dtype=out_dtype)
         return result
     y = rows.new_zeros((inverse.shape[0], rows.shape[1]), dtype=torch.float32)
@@ -215,7 +215,7 @@ def _sum(rows: Tensor, inverse: Tensor, weights: Tensor | None, out_dtype: torch
 
 def _activate(hidden: Sequence[Tensor], weights: Tensor, order: Tensor, activation: str) -> Tensor:
     """The gated activation of each row times its routing weight."""
-    if hidden[0].is_cpu:
+    if not on_gpu.is_on_gpu(hidden[0]):
         y: Tensor = torch.ops.peft_kernels.experts_gate_forward(*_gate_and_up(hidden), weights, order, activation)
         return y
     y = torch.ops.peft_kernels.glu_forward(*_gate_and_up(hidden), activation)
@@ -226,7 +226,7 @@ def _activate_backward(grad: Tensor, hidden: Sequence[Tensor], weights: Tensor, 
                        activation: str) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Of `grad`, the activation's gradient as if all routing weights were one: the gradients of gate and up side by
     side, and in fp32 those of the routing weights."""
-    if grad.is_cpu:
+    if not on_gpu.is_on_gpu(grad):
         result: tuple[Tensor, Tensor] = torch.ops.peft_kernels.experts_gate_backward(
             grad, *_gate_and_up(hidden), weights, order, activation
         )

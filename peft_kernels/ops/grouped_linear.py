@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from .. import cpu
+from . import _grouped_on_gpu as on_gpu
 from ._arguments import bad, check_devices, check_dtype, check_flag, is_float, named, refuse
 from ._autograd import Function, anchor, any_wants_gradients, cut_gradients, once_differentiable
 from ._fakes import register_fake
@@ -64,7 +65,8 @@ def grouped_linear(
         lora_B: for each adapter [N, rᵢ · E], the expert fastest: expert e has columns e, E + e, 2 E + e, and so on.
         scaling: a number for each adapter.
         offsets: int32 or int64 [E], where the rows of each expert end, as torch's `grouped_mm` has them. Rows from
-            offsets[-1] on belong to no expert: y is zero there.
+            offsets[-1] on belong to no expert: y is zero there. On a GPU they are not checked where one launch computes
+            with all experts, and then only the gradient of a dense weight waits for them.
         transposed: whether the weight lies as [E, K, N].
         rows: int64 [S]; row i of the product reads x[rows[i]]. x's gradient is summed in fp32, in the order of `rows`.
         compute_dtype: of the base product; by default x's, or autocast's under it.
@@ -201,11 +203,16 @@ class GroupedCall:
     def forward(self, x: Tensor, bias: Tensor | None, lora_A: Sequence[Tensor], lora_B: Sequence[Tensor],
                 offsets: Tensor, wants_s: bool) -> tuple[Tensor, Tensor | None]:  # fmt: skip
         """Returns y [S, N], and s [S, Σ rank] if it is wanted."""
+        if on_gpu.takes(self.weight, x, self.transposed, self.compute_dtype):
+            return on_gpu.forward(
+                x, self.weight, self.transposed, bias, lora_A, lora_B, self.scaling, offsets, self.compute_dtype,
+                self.out_dtype, wants_s,
+            )  # fmt: skip
         num_experts, n, _ = self.sizes
         y = x.new_empty((x.shape[0], n), dtype=self.out_dtype)
         experts = self.experts(offsets, x.shape[0])
         y[experts[-1][1].stop if experts else 0 :].zero_()
-        stored = self.stored() if x.is_cpu else None
+        stored = None if on_gpu.is_on_gpu(x) else self.stored()
         if stored is None:
             return y, self._forward_one_by_one(y, x, bias, lora_A, lora_B, experts, wants_s)
         given = self._given(num_experts, experts, x, 0)
@@ -229,18 +236,19 @@ class GroupedCall:
                  ) -> tuple[Tensor | None, Tensor | None, list[Tensor | None], list[Tensor | None]]:  # fmt: skip
         """Returns grad_x [S, K], the gradient of a dense weight, and lists of those of A and B; None where not
         wanted."""
+        if on_gpu.takes(self.weight, grad_y, not self.transposed, self.compute_dtype):
+            grad_x, grad_A, grad_B = on_gpu.backward(
+                grad_y, x, x_dtype, s, self.weight, self.transposed, lora_A, lora_B, self.scaling, offsets,
+                self.compute_dtype, wants_x, wants_A, wants_B,
+            )  # fmt: skip
+            return grad_x, self._gradient_of_weight(grad_y, x, offsets) if wants_weight else None, grad_A, grad_B
         num_experts, _, k = self.sizes
         experts = self.experts(offsets, grad_y.shape[0])
         grad_x = grad_y.new_empty((grad_y.shape[0], k), dtype=x_dtype) if wants_x else None
         if grad_x is not None:
             grad_x[experts[-1][1].stop if experts else 0 :].zero_()
-        grad_weight = torch.zeros_like(self.weight) if wants_weight and isinstance(self.weight, Tensor) else None
-        if grad_weight is not None:
-            assert x is not None
-            for e, own in experts:
-                operands = (x[own], grad_y[own]) if self.transposed else (grad_y[own], x[own])
-                grad_weight[e] = gradient_of_weight(*operands, self.compute_dtype, grad_weight.dtype)
-        stored = self.stored() if grad_y.is_cpu else None
+        grad_weight = self._gradient_of_weight(grad_y, x, offsets) if wants_weight else None
+        stored = None if on_gpu.is_on_gpu(grad_y) else self.stored()
         if stored is None:
             return grad_x, grad_weight, *self._backward_one_by_one(
                 grad_x, grad_y, x, s, lora_A, lora_B, experts, wants_A, wants_B
@@ -332,7 +340,18 @@ class GroupedCall:
                         views([grad], num_experts)[0][e] = part
         return grad_A, grad_B
 
+    def _gradient_of_weight(self, grad_y: Tensor, x: Tensor | None, offsets: Tensor) -> Tensor:
+        assert isinstance(self.weight, Tensor) and x is not None
+        grad = torch.zeros_like(self.weight)
+        for e, own in self.experts(offsets, grad_y.shape[0]):
+            operands = (x[own], grad_y[own]) if self.transposed else (grad_y[own], x[own])
+            grad[e] = gradient_of_weight(*operands, self.compute_dtype, grad.dtype)
+        return grad
+
     def gradient_of_bias(self, grad_y: Tensor, bias: Tensor, offsets: Tensor) -> Tensor:
+        if on_gpu.takes(self.weight, grad_y, not self.transposed, self.compute_dtype):
+            ends = offsets.to(grad_y.device, torch.int64).clamp(0, grad_y.shape[0])
+            return sum_of_segments(grad_y, ends.cummax(0).values).to(bias.dtype)  # nobody has checked the offsets
         grad = torch.zeros_like(bias)
         for e, own in self.experts(offsets, grad_y.shape[0]):
             grad[e] = grad_y[own].sum(0, dtype=torch.float32)
@@ -396,9 +415,19 @@ def gathered(x: Tensor, rows: Tensor | None) -> Tensor:
 
 def sum_of_rows(values: Tensor, rows: Tensor, num_rows: int, dtype: torch.dtype) -> Tensor:
     """`out[rows[i]] += values[i]` in fp32, in the order of i, and rounded once: [num_rows, K]."""
-    lengths = torch.bincount(rows, minlength=num_rows)
-    ordered = values[torch.argsort(rows, stable=True)].float()
-    return torch.segment_reduce(ordered, "sum", lengths=lengths, unsafe=True).to(dtype)
+    ordered, order = rows.sort(stable=True)
+    return sum_of_segments(values[order], ends_of_runs(ordered, num_rows)).to(dtype)
+
+
+def ends_of_runs(ordered: Tensor, count: int) -> Tensor:
+    """Where each of the numbers below `count` ends in an ascending tensor, which is not waited for: int64 [count]."""
+    return torch.searchsorted(ordered, torch.arange(count, dtype=ordered.dtype, device=ordered.device), right=True)
+
+
+def sum_of_segments(values: Tensor, ends: Tensor) -> Tensor:
+    """The sums of the rows up to each end, from the one before it, in fp32 and in their order: [E, K]."""
+    lengths = torch.diff(ends, prepend=ends.new_zeros(1))
+    return torch.segment_reduce(values.float(), "sum", lengths=lengths, unsafe=True)
 
 
 class _GroupedLinear(Function):

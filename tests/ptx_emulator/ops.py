@@ -82,9 +82,10 @@ def emulated():
     """Runs the CUDA implementation of every op that has one. Yields a function that takes the launches so far."""
     load()
     native().take_records()
-    # The tensors are where the CPU's kernels would take dense products, which a GPU's leave to its library.
+    # The tensors are where the CPU's kernels would take experts, and dense products that a GPU's leave to its library.
     with (
         _EmulatedOps(),
+        mock.patch("peft_kernels.ops._grouped_on_gpu.is_on_gpu", _has_memory),
         mock.patch("peft_kernels.cpu.outruns_torch", lambda: False),
         mock.patch("peft_kernels.cpu.FEW_ROWS", -1),
     ):

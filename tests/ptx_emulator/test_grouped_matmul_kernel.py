@@ -104,6 +104,9 @@ def test_what_is_refused(emulated):
     weight, x = stack(2, 64, 64), torch.randn(3, 64).bfloat16()
     assert why_not_grouped_matmul(x, weight) == ""
     assert why_not_grouped_matmul(x.float(), weight) == "x is fp32"
+    odd = stack(8, 33, 64)  # of 264 rows in all
+    rows_apart = torch.randn(3, 40).bfloat16()[:, :33]
+    assert why_not_grouped_matmul(rows_apart, odd, transposed=True).startswith("N is no multiple of 8")
     with pytest.raises(ValueError, match="others, since x is fp32"):
         grouped_matmul(x.float(), weight, torch.tensor([1, 2]))
     with pytest.raises(ValueError, match=r"offsets: got int64 \[3\], wanted int64 with 2 elements"):

@@ -29,6 +29,8 @@ int launch(const FusedMatmulKernelParams& params, const ExpertsMatmulPlan& plan,
 
 const char* experts_matmul_refusal(const ExpertsMatmulParams& params) {
     if (params.product.weight->n == 0 || params.product.weight->k == 0) return "the weight is empty";
+    const bool ends_within_16_bytes = params.product.weight->n / params.num_experts % 8 != 0;  // an expert's row of x
+    if (params.product.transposed && ends_within_16_bytes) return "N is no multiple of 8: dy would end within 16 bytes";
     return fused_matmul_refusal(params.product);
 }
 

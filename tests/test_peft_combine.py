@@ -158,6 +158,18 @@ def test_nothing_is_sorted_or_multiplied_out(monkeypatch):
         fused.delete_adapter("all")
 
 
+def test_scalings_that_are_tensors():
+    """As they are in a model that is prepared for compiled hot swaps."""
+    stock, fused = both()
+    for model in (stock, fused):
+        for name in NAMES:
+            scaling = model.base_model.model.lin.scaling
+            scaling[name] = torch.tensor(float(scaling[name]))
+        combine(model, "ties")
+    for got, want in zip(matrices(fused), matrices(stock), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-7)
+
+
 @pytest.mark.parametrize("options", [{"density": None}, {"density": -0.5}, {"majority_sign_method": "?"}], ids=str)
 def test_errors_are_pefts(options):
     messages = []

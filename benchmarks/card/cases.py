@@ -33,6 +33,7 @@ from peft_kernels.ops import (
     NF4Weight,
     adapter_grouped,
     dora_linear,
+    grouped_linear,
     ia3_attention,
     ia3_linear,
     lora_linear,
@@ -43,6 +44,7 @@ from peft_kernels.testing.reference import attention as attention_reference
 from peft_kernels.testing.reference import nf4 as nf4_reference
 from peft_kernels.testing.reference.adapter import adapter_grouped as adapter_grouped_oracle
 from peft_kernels.testing.reference.dora_linear import dora_linear as dora_linear_oracle
+from peft_kernels.testing.reference.grouped_linear import grouped_linear as experts_oracle
 from peft_kernels.testing.reference.ia3_linear import ia3_linear as ia3_linear_oracle
 from peft_kernels.testing.reference.lora_linear import lora_linear as lora_linear_oracle
 from peft_kernels.testing.reference.lora_linear_grouped import lora_linear_grouped as grouped_oracle
@@ -116,8 +118,7 @@ def linear(
         dense = kind == "dense"
         weight = (torch.randn(n, k) / k**0.5).to(dtype) if dense else weight4bit(n, k, kind, blocksize, dtype)
         leaves = {"x": torch.randn(m, k).to(dtype)} | ({"bias": torch.randn(n)} if bias else {})
-        for i, r in enumerate(ranks):
-            leaves |= {f"lora_A{i}": torch.randn(r, k) / k**0.5, f"lora_B{i}": torch.randn(n, r) / r**0.5}
+        leaves |= pairs(n, k, ranks)
         scaling, each = [2.0 / (1 + i) for i in range(len(ranks))], range(len(ranks))
         seeds = torch.arange(7, 7 + len(ranks)) if drop else None
         values = weight if dense else weight.dequantize()
@@ -221,31 +222,79 @@ def ia3(m: int, n: int, k: int, side: str, timed: bool = False) -> Case:
 
 
 def grouped(batch: int, length: int, n: int, k: int, adapters: int, r: int = 16, timed: bool = False) -> Case:
-    """A LoRA adapter for each sample of a batch; without gradients."""
+    """A LoRA adapter for each sample of a batch."""
 
     def make() -> Problem:
-        weight = weight4bit(n, k)
+        weight, each = weight4bit(n, k), range(adapters)
         values = weight.dequantize()
-        A = [torch.randn(r, k) / k**0.5 for _ in range(adapters)]
-        B = [torch.randn(n, r) / r**0.5 for _ in range(adapters)]
         index, scaling = [i % (adapters + 1) - 1 for i in range(batch)], [2.0] * adapters
+        leaves = {"x": torch.randn(batch, length, k).to(BF16)} | pairs(n, k, [r] * adapters)
+
+        def matrices(t: Tensors) -> tuple[list[Tensor], list[Tensor]]:
+            return [t[f"lora_A{i}"] for i in each], [t[f"lora_B{i}"] for i in each]
 
         def stock(t: Tensors) -> Tensor:
-            y = F.linear(t["x"], weight.dequantize())
+            y = list(F.linear(t["x"], weight.dequantize()))
             for b, i in enumerate(index):
                 if i >= 0:
-                    y[b] += 2.0 * F.linear(F.linear(t["x"][b].float(), A[i]), B[i]).to(BF16)
-            return y
+                    branch = F.linear(F.linear(t["x"][b].float(), t[f"lora_A{i}"]), t[f"lora_B{i}"])
+                    y[b] = y[b] + 2.0 * branch.to(BF16)
+            return torch.stack(y)
 
         return problem(
-            {"x": torch.randn(batch, length, k).to(BF16)}, (batch, length, n),
-            lambda t: lora_linear_grouped(t["x"], weight, None, A, B, scaling, index),
-            lambda t: grouped_oracle(t["x"], values.double(), None, A, B, scaling, index), stock,
+            leaves, (batch, length, n),
+            lambda t: lora_linear_grouped(t["x"], weight, None, *matrices(t), scaling, index),
+            lambda t: grouped_oracle(t["x"], values.double(), None, *matrices(t), scaling, index), stock,
         )  # fmt: skip
 
-    name = f"B={batch} S={length} {n}x{k} of {adapters} adapters"
+    name = f"B={batch} S={length} {n}x{k} of {adapters} adapters backward"
     # The base is rounded to bf16 before the branches are added.
-    return Case("lora_linear_grouped", name, make, lambda name, out: 2 * tolerances.product(BF16, BF16), False, timed)
+    return Case("lora_linear_grouped", name, make, with_adapters(2), True, timed)
+
+
+def experts(m: int, n: int, k: int, count: int, r: int = 16, timed: bool = False) -> Case:
+    """The products of a mixture's experts, on a stack in 4 bits, with a LoRA adapter on it; one expert has no rows."""
+
+    def make() -> Problem:
+        weight = quantize_4bit((torch.randn(count, n, k) / k**0.5).to(BF16))
+        values = weight.dequantize()
+        ends = [0, *(m * (i + 1) // (count - 1) for i in range(count - 1))]
+        offsets = torch.tensor(ends)
+        leaves = {"x": torch.randn(m, k).to(BF16)} | pairs(n, k, [r * count])
+
+        def arguments(t: Tensors) -> tuple:
+            return None, [t["lora_A0"]], [t["lora_B0"]], [2.0], offsets
+
+        def stock(t: Tensors) -> Tensor:
+            stack, rows = weight.dequantize(), []
+            for e, (begin, end) in enumerate(zip([0, *ends], ends, strict=False)):
+                x, a, b = t["x"][begin:end], t["lora_A0"][e * r : (e + 1) * r], t["lora_B0"][:, e::count]
+                rows.append(F.linear(x, stack[e]) + 2.0 * F.linear(F.linear(x.float(), a), b).to(BF16))
+            return torch.cat(rows)
+
+        return problem(
+            leaves, (m, n), lambda t: grouped_linear(t["x"], weight, *arguments(t)),
+            lambda t: experts_oracle(t["x"], values.double(), *arguments(t)), stock,
+        )  # fmt: skip
+
+    return Case("grouped_linear", f"M={m} {count}x{n}x{k} r={r} backward", make, with_adapters(2), True, timed)
+
+
+def pairs(n: int, k: int, ranks: Sequence[int]) -> Tensors:
+    """A and B of an adapter for each rank."""
+    leaves: Tensors = {}
+    for i, r in enumerate(ranks):
+        leaves |= {f"lora_A{i}": torch.randn(r, k) / k**0.5, f"lora_B{i}": torch.randn(n, r) / r**0.5}
+    return leaves
+
+
+def with_adapters(times: float) -> Tolerance:
+    """For y and grad_x, whose base product is rounded by itself, and for the gradients of A and B."""
+
+    def tolerance(name: str, out: torch.dtype) -> float:
+        return times * tolerances.product(BF16, out) if name in ("result 0", "x") else tolerances.adapter_gradient(out)
+
+    return tolerance
 
 
 # ---- 4-bit weights --------------------------------------------------------------------------------------------------
@@ -455,15 +504,17 @@ def cases(tiny: bool) -> list[Case]:
     """The most used families first."""
     if tiny:
         more = [dora(3, 48, 128, 4), ia3(3, 48, 128, "l_in"), ia3(40, 48, 128, "l_out"), grouped(3, 2, 48, 128, 2, 4)]
+        more.append(experts(12, 48, 128, 3, 4))
     else:
         more = [dora(4096, 4096, 4096, timed=True), dora(3, 1000, 1088), dora(100, 1024, 2048, drop=0.1)]
         more += [ia3(m, 4096, 4096, side, timed=m == 4096) for m in (1, 33, 4096) for side in ("l_in", "l_out")]
         more += [grouped(33, 1, 4096, 4096, 8, timed=True), grouped(5, 100, 1000, 1088, 3)]
+        more += [experts(1024, 1024, 1024, 32, timed=True), experts(100, 1000, 1088, 5)]
     groups = _linears, _weights, _elementwise, _attention
     return [*(case for group in groups for case in group(tiny)), *more, *_adapters(tiny)]
 
 
 FAMILIES = (
     "lora_linear", "nf4", "rms_norm", "glu", "rotary", "cross_entropy", "dropout", "attention", "dora_linear",
-    "ia3_linear", "lora_linear_grouped", "adapter", "adapter_fusion",
+    "ia3_linear", "lora_linear_grouped", "grouped_linear", "adapter", "adapter_fusion",
 )  # fmt: skip

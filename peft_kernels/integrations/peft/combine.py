@@ -99,7 +99,7 @@ def _matrices(target: Any, adapters: Sequence[str], weights: Sequence[float]) ->
         # The matrices of a convolution have four dimensions, and those of a stack of experts are of a larger rank.
         if a.shape != (target.r[adapter], k) or b.shape != (n, target.r[adapter]) or hasattr(a, "placements"):
             return None
-        found.append((a, b, target.scaling[adapter], weight))
+        found.append((a, b, float(target.scaling[adapter]), float(weight)))  # a scaling may be a tensor
     if len({(matrix.dtype, matrix.device) for a, b, *_ in found for matrix in (a, b)}) != 1:
         return None
     lora_A, lora_B, scaling, own_weights = map(list, zip(*found, strict=True))

@@ -21,6 +21,14 @@ def switching_often():
         sys.setswitchinterval(before)
 
 
+def run_all(threads):
+    with switching_often():
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+
+
 def in_threads(work):
     """Runs work(number) in several threads at once, and raises what any of them raised."""
     failures, barrier = [], threading.Barrier(THREADS)
@@ -33,12 +41,7 @@ def in_threads(work):
         except BaseException as error:
             failures.append(error)
 
-    threads = [threading.Thread(target=run, args=(number,)) for number in range(THREADS)]
-    with switching_often():
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+    run_all([threading.Thread(target=run, args=(number,)) for number in range(THREADS)])
     if failures:
         raise failures[0]
 

@@ -9,7 +9,7 @@ import threading
 import pytest
 import torch
 from comparison import error
-from concurrency import switching_often
+from concurrency import run_all
 from safetensors.torch import load_file, save_file
 from serving_models import base_model, logits, save_adapter
 from tiny_models import SAME_STEP
@@ -136,12 +136,7 @@ def test_requests_while_adapters_come_and_go(count, tmp_path):
                 stopped.set()
 
     works = [(serve, n) for n in range(SERVERS)] + [(change, n) for n in range(CHANGERS)] + [(spoil, 0)]
-    threads = [threading.Thread(target=run, args=work) for work in works]
-    with switching_often():
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+    run_all([threading.Thread(target=run, args=work) for work in works])
     if failures:
         raise failures[0]
     assert refusals

@@ -29,3 +29,12 @@ def hardware(request, monkeypatch):
         return record
 
     monkeypatch.setattr(Module, "run", run)
+
+
+@pytest.fixture
+def emulated():
+    """The library's ops run the CUDA kernels in the emulator; it is a function that returns the launches so far."""
+    from ptx_emulator.ops import emulated
+
+    with emulated() as launches:
+        yield launches

@@ -16,14 +16,6 @@ SOURCE = Path(__file__).parent.parent.parent / "csrc/adapter_fusion/cuda/launch.
 pytestmark = pytest.mark.skipif(bool(ptx_emulator.missing()), reason=str(ptx_emulator.missing()))
 
 
-@pytest.fixture
-def emulated():
-    from ptx_emulator.ops import emulated
-
-    with emulated() as launches:
-        yield launches
-
-
 def make_case(m, widths, dtype=torch.bfloat16, shared=True, offset=0):
     """t, dpooled and the adapters; scores of about one. Rows begin at an `offset` of elements."""
     columns = widths[0] if shared else sum(widths)

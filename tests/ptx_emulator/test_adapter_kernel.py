@@ -24,14 +24,6 @@ ONE_KERNEL, TWO_KERNELS = (150, 320, 64), (150, 1152, 64)
 pytestmark = pytest.mark.skipif(bool(ptx_emulator.missing()), reason=str(ptx_emulator.missing()))
 
 
-@pytest.fixture
-def emulated():
-    from ptx_emulator.ops import emulated
-
-    with emulated() as launches:
-        yield launches
-
-
 def names(records):
     return [report.plain_name(record["kernel"]).removesuffix("_kernel").removeprefix("adapter_") for record in records]
 

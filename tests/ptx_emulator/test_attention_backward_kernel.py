@@ -22,14 +22,6 @@ SUM = "sum_parts_kernel"
 pytestmark = pytest.mark.skipif(bool(ptx_emulator.missing()), reason=str(ptx_emulator.missing()))
 
 
-@pytest.fixture
-def emulated():
-    from ptx_emulator.ops import emulated
-
-    with emulated() as launches:
-        yield launches
-
-
 def differentiate(case, wants=None) -> dict[str, torch.Tensor]:
     """The op itself, whatever ia3_attention sends where: every gradient by name."""
     ops, names = torch.ops.peft_kernels, ("q", "k", "v", "l_q", "l_k", "l_v", "prefix_k", "prefix_v")

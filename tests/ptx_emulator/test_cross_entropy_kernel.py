@@ -17,14 +17,6 @@ SOURCE = Path(__file__).parent.parent.parent / "csrc/cross_entropy/cuda/launch.c
 pytestmark = pytest.mark.skipif(bool(ptx_emulator.missing()), reason=str(ptx_emulator.missing()))
 
 
-@pytest.fixture
-def emulated():
-    from ptx_emulator.ops import emulated
-
-    with emulated() as launches:
-        yield launches
-
-
 def make_case(m, classes, dtype=torch.bfloat16, offset=0):
     """Logits and targets, every third of which is ignored. Rows begin at an `offset` of elements."""
     logits = (3 * torch.randn(m, classes + offset)).to(dtype)[:, offset:]

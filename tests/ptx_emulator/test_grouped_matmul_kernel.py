@@ -18,14 +18,6 @@ SOURCE = Path(__file__).parent.parent.parent / "csrc/matmul/cuda/experts_launch.
 pytestmark = pytest.mark.skipif(bool(ptx_emulator.missing()), reason=str(ptx_emulator.missing()))
 
 
-@pytest.fixture
-def emulated():
-    from ptx_emulator.ops import emulated
-
-    with emulated() as launches:
-        yield launches
-
-
 def names(records):
     return [report.plain_name(record["kernel"]).removesuffix("_kernel") for record in records]
 

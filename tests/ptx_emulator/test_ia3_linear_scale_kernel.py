@@ -18,14 +18,6 @@ PROFILES = ["sm_80", "sm_89", "sm_90"]
 pytestmark = pytest.mark.skipif(bool(ptx_emulator.missing()), reason=str(ptx_emulator.missing()))
 
 
-@pytest.fixture
-def emulated():
-    from ptx_emulator.ops import emulated
-
-    with emulated() as launches:
-        yield launches
-
-
 def read(record, name):
     """Sectors of an array, which may be known under several names."""
     (count,) = [count for known, count in record["sectors_read"].items() if name in known.split(", ")]

@@ -20,14 +20,6 @@ SHAPE = (300, 320, 576)
 pytestmark = pytest.mark.skipif(bool(ptx_emulator.missing()), reason=str(ptx_emulator.missing()))
 
 
-@pytest.fixture
-def emulated():
-    from ptx_emulator.ops import emulated
-
-    with emulated() as launches:
-        yield launches
-
-
 def names(records):
     return [report.plain_name(record["kernel"]).removesuffix("_kernel") for record in records]
 

@@ -19,14 +19,6 @@ CSRC = Path(__file__).parent.parent.parent / "csrc"
 pytestmark = pytest.mark.skipif(bool(ptx_emulator.missing()), reason=str(ptx_emulator.missing()))
 
 
-@pytest.fixture
-def emulated():
-    from ptx_emulator.ops import emulated
-
-    with emulated() as launches:
-        yield launches
-
-
 def run(family, m, columns, dtype):
     """The results of a forward and a backward."""
     a = torch.randn(m, columns).to(dtype).requires_grad_()

@@ -17,14 +17,6 @@ SOURCE = Path(__file__).parent.parent.parent / "csrc/rotary/cuda/launch.cu"
 pytestmark = pytest.mark.skipif(bool(ptx_emulator.missing()), reason=str(ptx_emulator.missing()))
 
 
-@pytest.fixture
-def emulated():
-    from ptx_emulator.ops import emulated
-
-    with emulated() as launches:
-        yield launches
-
-
 def make_case(batch, heads, kv_heads, length, dim, channels=None, dtype=torch.bfloat16, offset=0):
     """Rows begin at an `offset` of elements."""
     q, k = (torch.randn(batch, length, count, dim + offset)[..., offset:] for count in (heads, kv_heads))

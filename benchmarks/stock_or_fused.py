@@ -15,8 +15,14 @@ from unittest import mock
 
 import torch
 from peft import IA3Config, LoraConfig, get_peft_model
-from torch import nn
-from transformers.models.llama.modeling_llama import LlamaConfig, LlamaMLP, LlamaRMSNorm
+from torch import Tensor, nn
+from transformers.models.llama.modeling_llama import (
+    LlamaAttention,
+    LlamaConfig,
+    LlamaMLP,
+    LlamaRMSNorm,
+    LlamaRotaryEmbedding,
+)
 
 import peft_kernels
 from benchmarks import harness
@@ -37,6 +43,24 @@ def _adapted(config: object) -> Callable[[nn.Module], nn.Module]:
     return lambda linear: get_peft_model(OneLinear(linear), config).base_model.model.linear
 
 
+class SelfAttention(nn.Module):
+    """Llama's, of one sample [S, width] with heads of 64."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        config = LlamaConfig(
+            hidden_size=width, num_attention_heads=width // 64, num_key_value_heads=width // 64, num_hidden_layers=1
+        )
+        config._attn_implementation = "sdpa"
+        self.attention, self.rotary = LlamaAttention(config, 0), LlamaRotaryEmbedding(config)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x[None]
+        positions = self.rotary(x, torch.arange(x.shape[1])[None])
+        y: Tensor = self.attention(x, position_embeddings=positions, attention_mask=None)[0][0]
+        return y
+
+
 _LORA = {"r": 16, "target_modules": ["linear"], "init_lora_weights": False}
 # What is put around a linear layer [N, K]; or another layer for inputs [K].
 ADAPTERS = {
@@ -50,6 +74,7 @@ OTHERS = {
     "norm": lambda width: LlamaRMSNorm(width),
     "gated block": lambda width: LlamaMLP(LlamaConfig(hidden_size=width, intermediate_size=3 * width)),
     "dropout": lambda width: nn.Dropout(0.1),
+    "attention": SelfAttention,
 }
 
 
@@ -69,7 +94,7 @@ class Case(harness.Rows):
 
 KINDS = (
     "plain 4-bit", "lora 4-bit", "lora dense", "lora dropout 4-bit", "dora 4-bit", "ia3 dense", "norm", "gated block",
-    "dropout",
+    "dropout", "attention",
 )  # fmt: skip
 CASES = tuple(
     Case(kind, dtype, width, rows, large=width > 1024)

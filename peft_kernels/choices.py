@@ -75,8 +75,8 @@ class Choice:
     def is_always_stock(self) -> bool:
         return _are_all(self.inference, self.training)
 
-    def is_stock(self, x: Tensor, trains: bool) -> bool:
-        """Whether x [..., width] takes the stock forward.
+    def is_stock(self, x: Tensor, trains: bool, rows: int | None = None) -> bool:
+        """Whether x [..., width] takes the stock forward; `rows` are those that count, if not all of x.
 
         A layer that trains takes the same one without gradients: with reentrant checkpointing its forward runs once
         without and once with them, and both have to draw the same dropout.
@@ -87,7 +87,8 @@ class Choice:
             return False
         if torch._C._is_any_autocast_enabled():  # which was not measured
             return False
-        rows = x.numel() // self.width
+        if rows is None:
+            rows = x.numel() // self.width
         if torch.compiler.is_compiling():
             return any(surely(first <= rows) and surely(rows <= last) for first, last in intervals)
         for first, last in intervals:  # noqa: SIM110, as a generator takes as long as the rest

@@ -8,6 +8,7 @@ import time
 import bitsandbytes as bnb
 import pytest
 import torch
+import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
 from peft_models import OneLayer, randomize
 from tiny_models import tiny
@@ -125,6 +126,40 @@ def test_reentrant_checkpoint_draws_one_mask(clock):
     torch.testing.assert_close(got, x.grad)
 
 
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_attention_goes_by_its_queries(name, clock, monkeypatch):
+    clock |= {(rows, trains): (0.001, 0.002) for rows in (1, FEW, FEW + 1) for trains in (False, True)}
+    model = tiny(name).eval()
+    peft_kernels.accelerate(model)
+    queries = []
+    by_torch = F.scaled_dot_product_attention
+
+    def attention(query, *args, **kwargs):
+        queries.append(query.shape[2])
+        return by_torch(query, *args, **kwargs)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", attention)
+    tokens = torch.arange(40).view(2, 20) % 11
+    padded = torch.ones(2, 12, dtype=torch.long)
+    padded[0, 0] = 0
+    layers = model.config.num_hidden_layers
+    for few, mask, stock in ((12, None, True), (13, None, False), (12, padded, False)):
+        queries.clear()
+        expected = copy.deepcopy(model)
+        got = model(tokens[:, :few], attention_mask=mask).logits
+        assert queries == [few] * layers * stock
+        peft_kernels.restore(expected)
+        wanted = expected(tokens[:, :few], attention_mask=mask).logits
+        if mask is not None:
+            got, wanted = got[:, 1:], wanted[:, 1:]
+        torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-4)
+    queries.clear()
+    everything = torch.ones_like(padded)
+    generated = model.generate(tokens[:, :12], attention_mask=everything, max_new_tokens=4, do_sample=False)
+    assert queries == [12] * layers  # and not those that have a cache before them
+    assert generated.shape == (2, 16)
+
+
 def test_layers_that_are_never_faster_are_stock(clock):
     clock |= {(rows, trains): (0.001, 0.0012) for rows in ROWS for trains in (False, True)}
     report = peft_kernels.accelerate(lora_model())
@@ -140,7 +175,8 @@ def test_every_kind_of_layer(clock):
     report = peft_kernels.accelerate(model)
     stock = {layer.kind for layer in report if layer.verdict == "stock, 2.0× faster here"}
     assert stock == {
-        "bitsandbytes.Linear4bit", "torch.Dropout", "torch.Linear", "transformers.LlamaMLP", "transformers.LlamaRMSNorm"
+        "bitsandbytes.Linear4bit", "torch.Dropout", "torch.Linear", "transformers.LlamaAttention",
+        "transformers.LlamaMLP", "transformers.LlamaRMSNorm",
     }  # fmt: skip
     tokens = torch.arange(12).view(1, 12)
     expected = copy.deepcopy(model)

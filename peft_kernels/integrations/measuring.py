@@ -104,6 +104,8 @@ def name_of(trial: Trial) -> str:
             parts.append(f"{prefix} {p}")
         elif "activation" in type(part).__module__:
             parts.append(f"{prefix} {type(part).__name__}")
+    if trial.details:
+        parts.append(trial.details)
     return ", ".join([*parts, f"inputs {trial.width} {_short(trial.dtype)}"])
 
 

@@ -48,6 +48,7 @@ class Trial(NamedTuple):
         dtype, device: of these. None stands for any dtype, and for the model's device.
         weight: [N, K] of a weight in 4 bits.
         stock: what it is timed against, if that is not the layer as `restore` leaves it.
+        details: what its time depends on besides its class, its parameters and its inputs.
     """
 
     layer: nn.Module
@@ -56,6 +57,7 @@ class Trial(NamedTuple):
     device: torch.device | None
     weight: tuple[int, ...] | None = None
     stock: nn.Module | None = None
+    details: str = ""
 
 
 class Measured(_Mixin):

@@ -6,6 +6,7 @@ A mask function that is missing from the second registry would have transformers
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from functools import partial
 from typing import Any, ClassVar
 
@@ -16,9 +17,10 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import prepare_padding_mask, sdpa_mask
 
 from ...cuda import why_not
+from ...ops._arguments import FLOAT_DTYPES
 from ...ops._attention_by_torch import inputs_of_torch
 from ...ops.attention import ia3_attention
-from ..registry import why_not_input
+from ..registry import Trial, why_not_input
 from .lookalike import Lookalike, form
 from .rotary import with_fused_rotary
 
@@ -57,6 +59,8 @@ def attention(
     if reason and isinstance(module, FusedAttention):
         module.log_stock_path(reason)
     ours = not reason and (takes_over(query.device) or prefix_k is not None)
+    if ours and num_queries == num_keys and attention_mask is None and prefix_k is None:
+        ours = not (isinstance(module, FusedAttention) and module.stock_is_faster_for(query))
 
     def stock_call(key: Tensor, value: Tensor, mask: Tensor | None, is_causal: bool | None) -> tuple[Tensor, None]:
         options = kwargs | {"dropout": dropout, "scaling": scaling, "is_causal": is_causal}
@@ -169,6 +173,21 @@ AttentionInterface.register(NAME, attention)
 AttentionMaskInterface.register(NAME, mask)
 
 
+class _AttentionAlone(nn.Module):
+    """An attention function by itself, as a trial calls it: of inputs [S, H·D], which are queries, keys and values."""
+
+    def __init__(self, function: Callable[..., tuple[Tensor, None]], heads: int, kv_heads: int) -> None:
+        super().__init__()
+        self.function, self.heads, self.kv_heads = function, heads, kv_heads
+        self.num_key_value_groups = heads // kv_heads
+        self.is_causal = True
+
+    def forward(self, x: Tensor) -> Tensor:
+        query = x.view(1, len(x), self.heads, -1).transpose(1, 2)
+        key = value = query[:, : self.kv_heads]
+        return self.function(self, query, key, value, None)[0]
+
+
 # ---- The attention layers -----------------------------------------------------------------------------------------
 
 
@@ -181,6 +200,25 @@ class FusedAttention(Lookalike):
     """
 
     rotates: ClassVar[bool] = False
+
+    def trial(self) -> Trial | None:
+        """Of the attention between its projections, by S causal queries among as many keys."""
+        device, config = self._device(), self.config
+        if not takes_over(device) or self.why_stock():
+            return None
+        heads = config.num_attention_heads
+        kv_heads = getattr(config, "num_key_value_heads", None) or heads
+        width = heads * (getattr(config, "head_dim", None) or config.hidden_size // heads)
+        dtype = next(self.parameters()).dtype
+        if dtype not in FLOAT_DTYPES:  # its projections are in 4 bits
+            dtype = config.dtype
+        ours, stock = (_AttentionAlone(function, heads, kv_heads) for function in (attention, sdpa_attention_forward))
+        return Trial(ours, width, dtype, device, stock=stock, details=f"{heads} heads, {kv_heads} of keys")
+
+    def stock_is_faster_for(self, query: Tensor) -> bool:
+        """Whether queries [B, H, S, D] among as many keys take torch's attention for that reason. Those of a sample
+        count: kernels and libraries divide the samples in the same way."""
+        return self._choice is not None and self._choice.is_stock(query, self.training, query.shape[2])
 
     @classmethod
     def why_not(cls, layer: nn.Module) -> str | None:

@@ -15,7 +15,7 @@ from .adapters import (
     set_adapter,
     unfreeze_adapters,
 )
-from .integrations import accelerate, restore
+from .integrations import FAMILIES, accelerate, restore
 from .training import AdapterSettings, AdapterTrainer
 
 if TYPE_CHECKING:
@@ -28,6 +28,7 @@ choices.apply()
 _OPTIONAL = {"attach_prefix": "transformers.prefix", "detach_prefix": "transformers.prefix", "merge_ia3": "peft.ia3"}
 
 __all__ = [
+    "FAMILIES",
     "AdapterSettings",
     "AdapterTrainer",
     "accelerate",

@@ -61,6 +61,7 @@ class FusedDecoderLayer(Caching, Lookalike):
     There a sum with the residual is rounded once, with the product that is added to it. Dense layers take a few tokens.
     """
 
+    family = "decoder_layer"
     model, class_name = "llama", "LlamaDecoderLayer"
     derived = ("_plan",)
     _plan: _Plan | None = None  # read by `recall`

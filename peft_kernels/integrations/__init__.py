@@ -2,5 +2,6 @@
 
 from .model import LayerReport, Report, accelerate
 from .registry import restore
+from .switches import FAMILIES
 
-__all__ = ["LayerReport", "Report", "accelerate", "restore"]
+__all__ = ["FAMILIES", "LayerReport", "Report", "accelerate", "restore"]

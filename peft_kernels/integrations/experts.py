@@ -45,6 +45,7 @@ Adapted = Mapping[str, StackAdapters]  # by the names of the parameters
 class FusedExperts(FusedLayer):
     """Experts that can be computed with LoRA on their stacks."""
 
+    family = "experts"
     takes_parametrizations = True
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:

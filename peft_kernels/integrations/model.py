@@ -9,6 +9,7 @@ import sys
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from rich.table import Table
 from torch import nn
@@ -28,10 +29,12 @@ from .registry import (
     fused_form,
     is_mentioned,
     refusal_of,
+    restore_layer,
     settings,
     undone_on_error,
 )
 from .sharding import class_below, gathering
+from .switches import Names, Switches, switches_for
 
 # Packages whose layers can be fused, with the modules in the folder of that name that fuse them. None of them is
 # imported before a model that is made of its layers has imported it.
@@ -130,7 +133,7 @@ class Report(PrintedReport):
         return f"layers: {counts[True]} fused, {counts[False]} left alone"
 
 
-def accelerate(model: nn.Module, *, tune: bool | float = True) -> Report:
+def accelerate(model: nn.Module, *, tune: bool | float = True, only: Names = None, exclude: Names = None) -> Report:
     """Gives every layer of a model that has a fused form its fused forward, in place. `restore` undoes it.
 
     Fused are, on the CPU and, but for attention, on CUDA devices that the package was built for: PEFT's `lora.Linear`
@@ -162,21 +165,28 @@ def accelerate(model: nn.Module, *, tune: bool | float = True) -> Report:
             file (PEFT_KERNELS_CACHE), and a layer takes its stock forward for the numbers of rows for which that is the
             faster one. A number is the most seconds to take, whatever the model's size. PEFT_KERNELS_TUNE=0 does the
             same as False.
+        only: families of layers (`peft_kernels.FAMILIES`: "lora", "attention", ...) and patterns of modules' names
+            ("model.layers.0", "*.mlp"), which stand for what is inside these as well. Nothing else is fused. The parts
+            of an adapter's layer go with it. Where it is None, PEFT_KERNELS_ONLY has it, separated by commas.
+        exclude: the same, of what is left alone whatever `only` says, and restored if it is fused by now;
+            PEFT_KERNELS_EXCLUDE.
 
     Returns:
         A `Report`: iterate over it, or print it.
 
     Raises:
-        TypeError: `model` is not a module.
-        ValueError: `tune` is neither a bool nor a number of seconds.
+        TypeError: `model` is not a module, or `only` or `exclude` is not made of strings.
+        ValueError: a string in `only` or `exclude` is neither a family nor a module's name; `tune` is neither a bool
+            nor a number of seconds.
     """
     check_module(model)
     if not (is_number(tune) and tune >= 0) and not isinstance(tune, bool):
         raise ValueError(f"tune: got {tune!r}, wanted True, False or a number of seconds")
     seconds = 0.0 if os.environ.get("PEFT_KERNELS_TUNE") == "0" else SECONDS if tune is True else float(tune)
     _load_packages()
+    switches = switches_for(model, only, exclude)
     with undone_on_error(model), gathering(model):
-        reasons = _fuse(model)
+        reasons = _fuse(model, switches)
         remarks: dict[nn.Module, str] = {
             module: module.prepare() for module in model.modules() if isinstance(module, FusedLayer)
         }
@@ -184,20 +194,36 @@ def accelerate(model: nn.Module, *, tune: bool | float = True) -> Report:
         return Report(tuple(_reports(model, reasons, remarks, speeds)), cpu.isa())
 
 
-def _fuse(model: nn.Module) -> dict[nn.Module, str | None]:
+def _fuse(model: nn.Module, switches: Switches) -> dict[nn.Module, str | None]:
     """Changes the classes; of the layers that a fused class was found for, why they were left as they are."""
     reasons: dict[nn.Module, str | None] = {}
-    for module in model.modules():
+    adapted: dict[
+        str | None, str | None
+    ] = {}  # of layers with adapters: why these, and so their parts, are switched off
+    for name, module in model.named_modules():
         for setting in settings():
             if setting.applies(module):
                 setting.set(module)
-        stock = class_below(type(module))
-        fused = fused_form(stock)
+            if setting.is_set(module) and (reason := switches.why_not(name, setting.family)):
+                setting.unset(module)
+                reasons[module] = f"{setting.remark}: {reason}"
+        is_fused, stock = isinstance(module, FusedLayer), class_below(type(module))
         if refusal := refusal_of(stock):
             reasons[module] = refusal
-        if fused is None or not fused.applies(module):
+        fused: Any = type(module) if is_fused else fused_form(stock)
+        if fused is None or not (is_fused or fused.applies(module)):
             continue
-        reasons[module] = reason = _why_not(fused, module)
+        inner = _INNER.fullmatch(name)
+        parent = inner[1] if inner else None
+        switched_off = adapted[parent] if parent in adapted else switches.why_not(name, fused.family)
+        if hasattr(module, "base_layer"):
+            adapted[name] = switched_off
+        if is_fused:
+            if switched_off and not module.why_not_restore():
+                restore_layer(module)
+                reasons[module] = switched_off
+            continue
+        reasons[module] = reason = switched_off or _why_not(fused, module)
         if reason is None:
             change_class(module, fused.stock, fused)
     return reasons

@@ -12,7 +12,7 @@ import logging
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from types import MethodType
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -37,6 +37,13 @@ if TYPE_CHECKING:
 
 else:
     _Mixin = object
+
+
+# What fused layers are switched by.
+Family = Literal[
+    "lora", "ia3", "prefix", "linear4bit", "linear", "experts", "attention", "rms_norm", "gated_mlp", "gelu", "dropout",
+    "decoder_layer", "output_layer", "cross_entropy",
+]  # fmt: skip
 
 
 class Trial(NamedTuple):
@@ -84,6 +91,7 @@ class Measured(_Mixin):
 class FusedLayer(Measured):
     """What a fused class adds to the stock class that it extends; its bases are a mixin of this kind and the stock."""
 
+    family: ClassVar[Family]
     stock_forward: ClassVar[Callable[..., Any] | None]  # what the stock class had for it when this one was made
     # Attributes that exist only on a fused instance, and that `restore` drops.
     own_state: ClassVar[tuple[str, ...]] = ()
@@ -153,6 +161,7 @@ class Caching(FusedLayer):
 class Setting:
     """Something that is set on a module, whose class stays; its methods are given the module."""
 
+    family: ClassVar[Family]
     remark: ClassVar[str]  # what is fused by it, for the report
 
     @classmethod
@@ -263,10 +272,15 @@ def _restore(model: nn.Module, but: Collection[tuple[Any, nn.Module]]) -> None:
             if setting.is_set(module) and (setting, module) not in but:
                 setting.unset(module)
         if isinstance(module, FusedLayer) and (FusedLayer, module) not in but:
-            module.release()
-            for name in ("_choice", *module.own_state):
-                vars(module).pop(name, None)
-            change_class(module, _table[module.stock], module.stock)
+            restore_layer(module)
+
+
+def restore_layer(layer: FusedLayer) -> None:
+    """Gives one layer its stock forward back."""
+    layer.release()
+    for name in ("_choice", *layer.own_state):
+        vars(layer).pop(name, None)
+    change_class(layer, _table[layer.stock], layer.stock)
 
 
 @contextmanager

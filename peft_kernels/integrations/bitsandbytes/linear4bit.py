@@ -32,6 +32,7 @@ mention(bnb.nn.modules.Linear8bitLt)
 class Fused4bit(Adaptable):
     """`y = x dequant(W)ᵀ + b` in `compute_dtype`, returned in x's dtype, in training and evaluation alike."""
 
+    family = "linear4bit"
     derived = ("_view", "_squares", *Adaptable.derived)
     compute_type_is_set: bool
     quant_state: QuantState | None

@@ -22,6 +22,7 @@ _Matrices = tuple[list[Tensor], list[Tensor], list[float], list[float]]  # A, B,
 class LoraModel(FusedLayer, lora.LoraModel):
     """The stock model. Adapters on linear layers are combined by kernels, and what PEFT has besides them by PEFT."""
 
+    family = "lora"
     is_layer: ClassVar[bool] = False
 
     def _generalized_task_arithmetic_weighted_adapter(

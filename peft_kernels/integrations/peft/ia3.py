@@ -32,6 +32,8 @@ class FusedIA3(TakesRows):
     Merged or disabled adapters take PEFT's own forward, which calls the base layer.
     """
 
+    family = "ia3"
+
     def prepare(self) -> str:
         return "in a mixed batch torch multiplies with the vectors" if len(self.ia3_l) > 1 else ""
 

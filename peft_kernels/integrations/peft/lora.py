@@ -56,6 +56,8 @@ class FusedLoRA(TakesRows, Adaptable):
     take PEFT's own forward, which calls the base layer.
     """
 
+    family = "lora"
+
     def prepare(self) -> str:
         several = len(self.lora_A) > 1 and any(self.use_dora.values())
         return "in a mixed batch each DoRA takes an operation of its own" if several else ""

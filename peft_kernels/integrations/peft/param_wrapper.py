@@ -27,6 +27,8 @@ class FusedParamWrapper(FusedLayer):
     Merged or disabled adapters take PEFT's own forward, which calls the base layer.
     """
 
+    family = "lora"
+
     def why_stock(self) -> str | None:
         found = self._experts()
         return found.reason if isinstance(found, Refusal) else found[0].why_stock()

@@ -28,6 +28,8 @@ class FusedPrefix(FusedLayer):
     The encoder, with or without the MLP, runs once for a forward and not once for each of a batch.
     """
 
+    family = "prefix"
+
     @classmethod
     def applies(cls, layer: nn.Module) -> bool:
         config: Any = layer.active_peft_config

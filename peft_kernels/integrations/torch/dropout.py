@@ -15,6 +15,8 @@ _WIDTH = 1024  # of the inputs that it is timed with; only the number of their e
 class Dropout(FusedLayer, nn.Dropout):
     """The stock layer with a mask that is made again in the backward. One in place, or of p = 1, keeps its forward."""
 
+    family = "dropout"
+
     @classmethod
     def applies(cls, layer: nn.Module) -> bool:
         return isinstance(layer, nn.Dropout) and 0 < layer.p < 1 and not layer.inplace

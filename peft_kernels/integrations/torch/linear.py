@@ -19,6 +19,8 @@ LEAST_FEATURES = 128  # fewer, as in most adapters, take little time
 class FusedDense(FusedLayer):
     """The stock layer; products large enough are `lora_linear`'s, without adapters."""
 
+    family = "linear"
+
     @classmethod
     def why_not(cls, layer: nn.Module) -> str | None:
         weight: Any = layer.weight

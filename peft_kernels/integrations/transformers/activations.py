@@ -21,6 +21,7 @@ from ..registry import FusedLayer, refuse, register, why_not_input
 class FusedGELU(FusedLayer):
     """The stock activation in one operation, which rounds once and keeps x alone for backward."""
 
+    family = "gelu"
     approximate: ClassVar[str] = "tanh"
     methods: ClassVar[tuple[str, ...]] = ("forward",)  # of the stock class
     stock_forward: ClassVar[Callable[..., Any] | None] = None

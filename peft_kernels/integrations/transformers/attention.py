@@ -56,11 +56,13 @@ def attention(
     num_queries, num_keys = query.shape[2], key.shape[2]
     causal = num_queries > 1 and (getattr(module, "is_causal", True) if is_causal is None else is_causal)
     reason = _why_stock_input(query, value, dropout, kwargs)
-    if reason and isinstance(module, FusedAttention):
-        module.log_stock_path(reason)
-    ours = not reason and (takes_over(query.device) or prefix_k is not None)
-    if ours and num_queries == num_keys and attention_mask is None and prefix_k is None:
-        ours = not (isinstance(module, FusedAttention) and module.stock_is_faster_for(query))
+    ours = False
+    if isinstance(module, FusedAttention):  # and not one that was left alone, in a model that has others
+        if reason:
+            module.log_stock_path(reason)
+        elif takes_over(query.device):
+            ours = num_queries != num_keys or attention_mask is not None or not module.stock_is_faster_for(query)
+    ours = ours or (not reason and prefix_k is not None)
 
     def stock_call(key: Tensor, value: Tensor, mask: Tensor | None, is_causal: bool | None) -> tuple[Tensor, None]:
         options = kwargs | {"dropout": dropout, "scaling": scaling, "is_causal": is_causal}
@@ -199,6 +201,7 @@ class FusedAttention(Lookalike):
     that is called, with what stock calls it with.
     """
 
+    family = "attention"
     rotates: ClassVar[bool] = False
 
     def trial(self) -> Trial | None:

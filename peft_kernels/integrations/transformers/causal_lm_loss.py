@@ -66,6 +66,7 @@ def causal_lm_loss(
 class FusedLoss(Setting):
     """A model's loss function."""
 
+    family = "cross_entropy"
     remark = "its loss"
     reliance: ClassVar[Reliance | None] = None  # what the stock function calls, once that was what the file says
 

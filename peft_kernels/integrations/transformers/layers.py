@@ -32,6 +32,7 @@ _stock_forwards: dict[type[nn.Module], Callable[..., Any]] = {}  # of these, whi
 class FusedRMSNorm(Lookalike):
     """The stock layer in one operation. Here the stock layer rounds twice, what is normalised and its product."""
 
+    family = "rms_norm"
     model, class_name = "llama", "LlamaRMSNorm"
     eps_name: ClassVar[str] = "variance_epsilon"
     offset: ClassVar[float] = 0.0
@@ -95,6 +96,7 @@ class FusedT5LayerNorm(FusedRMSNorm):
 class FusedGatedMLP(Lookalike):
     """The stock block, in which σ and the product with what it gates are one operation."""
 
+    family = "gated_mlp"
     model, class_name = "llama", "LlamaMLP"
 
     def trial(self) -> Trial | None:

@@ -42,6 +42,7 @@ class Linear(Measured, nn.Linear):
 class FusedOutputLayer(Setting):
     """The class of a model's output layer: it applies to a model, and is set on the layer, wherever that is by now."""
 
+    family = "output_layer"
     remark = "for few tokens"
 
     @classmethod

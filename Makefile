@@ -55,11 +55,13 @@ test: $(INSTALLED)  ## run every test
 # Torch and its libraries are held to AVX2 as well: results are measured against theirs. What a test's id says to run on
 # another instruction set, or in software, is as in `make test`, and so are tests of what no instruction set changes.
 # Inductor builds for the processor that it finds.
+ANY_ISA := ptx_emulator $(foreach name,benchmarks benchmarks_time build card choices cuda demo demo_adapters \
+    demo_serving guards layout measuring packaging recognition typing without_packages,test_$(name).py)
 test-avx2: export PEFT_KERNELS_CPU_ISA := avx2
 test-avx2: export ATEN_CPU_CAPABILITY := avx2
 test-avx2: export ONEDNN_MAX_CPU_ISA := AVX2
 test-avx2: $(INSTALLED)  ## run every test as a processor with AVX2 only runs it, on one that has AVX-512
-	$(BIN)/pytest $(WORKERS) $(foreach name,ptx_emulator test_build.py test_cuda.py test_packaging.py test_typing.py,--ignore tests/$(name)) \
+	$(BIN)/pytest $(WORKERS) $(foreach name,$(ANY_ISA),--ignore tests/$(name)) \
 	    -k "not emulated and not portable and not avx512 and not amx and not bad_option and not any_sequence and not inductor" $(ARGS)
 
 # A second build of the module with AddressSanitizer and UndefinedBehaviorSanitizer, in its own folder, where Python

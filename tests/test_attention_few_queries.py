@@ -32,8 +32,8 @@ def check(case, tolerance=None):
     return out
 
 
-@pytest.mark.parametrize("group", [1, 3, 4, 8])
-@pytest.mark.parametrize("num_queries", [1, 2, 5, 7, 16, 17, 48, 49])
+@pytest.mark.parametrize("group", [1, 3, 8])
+@pytest.mark.parametrize("num_queries", [1, 2, 7, 16, 17, 49])
 @pytest.mark.parametrize("dtype", DTYPES, ids=short)
 def test_queries_and_groups(cpu_isa, num_queries, group, dtype):
     """Every number of rows of a key head, for numbers of keys that it brings in turn."""
@@ -63,8 +63,7 @@ OPTIONS = {
 }
 
 
-@pytest.mark.parametrize("num_queries", [1, 4, 33])
-@pytest.mark.parametrize("prefix", [0, 5, 130])
+@pytest.mark.parametrize(("prefix", "num_queries"), [(0, 1), (0, 33), (5, 4), (130, 1), (130, 4)])
 @pytest.mark.parametrize("options", list(OPTIONS))
 def test_what_is_optional(cpu_isa, options, prefix, num_queries):
     for dtype in (torch.float32, torch.bfloat16):

@@ -8,6 +8,7 @@ INSTALLED := $(VENV)/.installed
 INSTALL = $(BIN)/pip install --quiet --no-build-isolation --editable ".[test]"
 SOURCES := setup.py CMakeLists.txt pyproject.toml $(shell find csrc -type f)
 ASAN := build/asan
+TSAN := build/tsan
 AMX := build/amx
 # The linters need nothing of the package, so that they are there in seconds.
 LINT := build/lint
@@ -25,8 +26,8 @@ export TORCH_CUDA_ARCH_LIST := $(if $(CARDS),,8.0+PTX)
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-adapters demo-serving train-many test test-avx2 test-asan test-amx test-gpu cuda-device bench card lint \
-  format clean
+.PHONY: help demo demo-adapters demo-serving train-many test test-avx2 test-asan test-tsan test-amx test-gpu cuda-device bench card \
+  lint format clean
 
 help:  ## show this list
 	@sed -n 's/^\([a-z0-9-]*\):.*  ## /\1|/p' Makefile | awk -F'|' '{printf "  make %-13s %s\n", $$1, $$2}'
@@ -44,7 +45,7 @@ train-many: $(INSTALLED)  ## train eight LoRAs for eight tasks at once on one fr
 	$(BIN)/python -m examples.train_many $(ARGS)
 
 # Every package is there, so that no test may be skipped for the lack of one.
-test test-avx2 test-asan test-amx: export PEFT_KERNELS_REQUIRE_ALL := 1
+test test-avx2 test-asan test-tsan test-amx: export PEFT_KERNELS_REQUIRE_ALL := 1
 
 # A process for each of a few cores: a test has one thread. ARGS="-n 0" has them all in this process, for a debugger.
 WORKERS := -n auto --maxprocesses 4
@@ -77,6 +78,14 @@ test-asan: $(INSTALLED)  ## run the kernels' tests under the address and undefin
 	    ASAN_OPTIONS=detect_leaks=0:halt_on_error=1:detect_stack_use_after_return=0 \
 	    UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
 	    $(BIN)/pytest -m "kernels and not slow" -k "not emulated" -o pythonpath= --capture=sys $(ARGS)
+
+# The same for ThreadSanitizer. OpenMP's threads wait for each other in ways that it does not see, hence one of them. What
+# it is asked is whether Python's threads meet in a kernel's memory: an AdapterPool that filled a page in use was reported.
+test-tsan: $(INSTALLED)  ## run the tests of calls in several threads under the thread sanitizer
+	PEFT_KERNELS_CUDA=0 PEFT_KERNELS_SANITIZE=thread \
+	    $(BIN)/python setup.py --quiet build --build-lib $(TSAN) --build-temp $(TSAN)/tree
+	PYTHONPATH=$(CURDIR)/$(TSAN):$(CURDIR)/tests LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libtsan.so)" OMP_NUM_THREADS=1 \
+	    $(BIN)/pytest -p visible_copies tests/test_serving_threads.py tests/test_threads.py -o pythonpath= --capture=sys $(ARGS)
 
 # A third one, with AMX in software (tests/amx_emulator.h).
 test-amx: $(INSTALLED)  ## run the tests of the kernels for AMX on a processor that has AVX-512 with bf16, but no AMX

@@ -15,6 +15,7 @@ from .adapters import (
     set_adapter,
     unfreeze_adapters,
 )
+from .bitfit import train_biases_only
 from .integrations import FAMILIES, accelerate, restore
 from .training import AdapterSettings, AdapterTrainer
 
@@ -47,6 +48,7 @@ __all__ = [
     "save_adapter",
     "serving",
     "set_adapter",
+    "train_biases_only",
     "unfreeze_adapters",
 ]
 __version__ = "0.1.0"

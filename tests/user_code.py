@@ -17,9 +17,12 @@ from peft_kernels.serving import AdapterPool, LoRACheckpoint
 
 
 def readme(model: PreTrainedModel, inputs: dict[str, Tensor]) -> None:
-    report = peft_kernels.accelerate(model)
+    families: tuple[str, ...] = peft_kernels.FAMILIES
+    report = peft_kernels.accelerate(model, only=families, exclude="model.norm")
     assert_type(report, Report)
     assert_type(next(iter(report)), LayerReport)
+    trained: tuple[str, ...] = peft_kernels.train_biases_only(model, ["classifier"])
+    print(trained)
     peft_kernels.restore(model)
 
     assert_type(peft_kernels.insert_adapters(model, "pfeiffer", bottleneck=48, name="news"), AdapterReport)

@@ -21,17 +21,24 @@ from .training import AdapterSettings, AdapterTrainer
 
 if TYPE_CHECKING:
     from .integrations.peft.ia3 import merge_ia3
+    from .integrations.transformers.callback import PeftKernelsCallback
     from .integrations.transformers.prefix import attach_prefix, detach_prefix
 
 choices.apply()
 
 # What needs transformers, or PEFT, is imported when it is asked for.
-_OPTIONAL = {"attach_prefix": "transformers.prefix", "detach_prefix": "transformers.prefix", "merge_ia3": "peft.ia3"}
+_OPTIONAL = {
+    "PeftKernelsCallback": "transformers.callback",
+    "attach_prefix": "transformers.prefix",
+    "detach_prefix": "transformers.prefix",
+    "merge_ia3": "peft.ia3",
+}
 
 __all__ = [
     "FAMILIES",
     "AdapterSettings",
     "AdapterTrainer",
+    "PeftKernelsCallback",
     "accelerate",
     "adapter_rows",
     "adapters",

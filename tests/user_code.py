@@ -17,6 +17,8 @@ from peft_kernels.serving import AdapterPool, LoRACheckpoint
 
 
 def readme(model: PreTrainedModel, inputs: dict[str, Tensor]) -> None:
+    callback = peft_kernels.PeftKernelsCallback(tune=60.0, exclude=["attention"], restore=True)
+    print(callback.report)
     families: tuple[str, ...] = peft_kernels.FAMILIES
     report = peft_kernels.accelerate(model, only=families, exclude="model.norm")
     assert_type(report, Report)

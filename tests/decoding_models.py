@@ -32,13 +32,14 @@ def make_projection(n, k, dtype, base="nf4", bias=False, ranks=(4,)):
     return Projection(weight, b, lora_A, lora_B, [0.5] * len(ranks))
 
 
-def quantised(model, dtype=torch.float32):
+def quantised(model, dtype=torch.float32, storage=torch.uint8):
     """Replaces the linear layers of a model's blocks by bitsandbytes' layers."""
     for module in list(model.modules()):
         for name, child in list(module.named_children()):
             if type(child) is nn.Linear and name != "lm_head":
+                sizes = child.in_features, child.out_features
                 layer = bnb.nn.Linear4bit(
-                    child.in_features, child.out_features, child.bias is not None, dtype, quant_type="nf4"
+                    *sizes, child.bias is not None, dtype, quant_type="nf4", quant_storage=storage
                 )
                 layer.load_state_dict(child.state_dict())
                 layer.support_avx512bf16_for_cpu = False  # else stock would round its statistics to bf16

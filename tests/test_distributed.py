@@ -1,0 +1,143 @@
+"""Accelerated models in two processes: their gradients are those of stock models in one, with all of the batch."""
+
+import os
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+
+import pytest
+import torch
+from comparison import error
+from decoding_models import quantised
+from peft import LoraConfig, get_peft_model
+from peft_models import randomize
+from tiny_models import SAME_STEP, tiny
+from torch import multiprocessing
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+import peft_kernels
+
+PROCESSES, ROWS, LENGTH = 2, 4, 8
+
+
+@dataclass(frozen=True)
+class Case:
+    """How a model is made, wrapped and called.
+
+    Attributes:
+        storage: the dtype of the 4-bit codes' storage; None for dense weights.
+        order: whether `accelerate` comes before the wrapping, or after it.
+        accumulates: whether each row of the batch is a step of its own, without communication but for the last one.
+    """
+
+    engine: str = "ddp"
+    storage: torch.dtype | None = None
+    config: dict = field(default_factory=dict)
+    order: str = "before"
+    options: dict = field(default_factory=dict)
+    checkpoints: bool = False
+    accumulates: bool = False
+    unused: bool = False
+
+
+CASES = {
+    "ddp": Case(),
+    "ddp after": Case(order="after"),
+    "ddp 4bit": Case(storage=torch.uint8),
+    "ddp 4bit bf16": Case(storage=torch.bfloat16),
+    "ddp views": Case(storage=torch.uint8, options={"gradient_as_bucket_view": True}),
+    "ddp static": Case(storage=torch.uint8, options={"static_graph": True}, checkpoints=True),
+    "ddp unused": Case(options={"find_unused_parameters": True}, unused=True),
+    "ddp no_sync": Case(storage=torch.uint8, accumulates=True),
+    "ddp checkpoints": Case(checkpoints=True),
+    "ddp dora": Case(storage=torch.uint8, config={"use_dora": True}),
+    "fsdp": Case("fsdp"),
+    "fsdp after": Case("fsdp", order="after"),
+    "fsdp 4bit": Case("fsdp", torch.float32),
+    "fsdp 4bit after": Case("fsdp", torch.float32, order="after"),
+    "fsdp checkpoints": Case("fsdp", torch.float32, checkpoints=True),
+    "fsdp kept": Case("fsdp", options={"reshard_after_forward": False}),
+    "fsdp offload": Case("fsdp", options={"offload_policy": CPUOffloadPolicy(pin_memory=False)}),
+}
+
+
+def make_model(case):
+    torch.manual_seed(0)
+    model = tiny("llama", hidden=64, intermediate=128)
+    if case.storage is not None:
+        quantised(model, storage=case.storage)
+    config = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM", **case.config)
+    model = get_peft_model(model, config)
+    if case.unused:
+        model.add_adapter("unused", config)
+        model.base_model.model.model.layers[0].mlp.down_proj.set_adapter("unused")
+    randomize(model)
+    if case.checkpoints:
+        model.enable_input_require_grads()
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    return model.train()
+
+
+def wrap(case, model):
+    if case.engine == "ddp":
+        return DistributedDataParallel(model, **case.options)
+    mesh = init_device_mesh("cpu", (PROCESSES,))
+    for layer in model.get_base_model().model.layers:
+        fully_shard(layer, mesh=mesh, **case.options)
+    return fully_shard(model, mesh=mesh, **case.options)
+
+
+def batch():
+    torch.manual_seed(1)
+    return torch.randint(3, 60, (ROWS, LENGTH))
+
+
+def gradients(model):
+    found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    return {name: getattr(grad, "full_tensor", grad.clone)() for name, grad in found.items()}
+
+
+def train_in_parallel(rank, folder):
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=PROCESSES)
+    rows = batch().chunk(PROCESSES)[rank]
+    found = {}
+    for name, case in CASES.items():
+        model = make_model(case)
+        if case.order == "before":
+            peft_kernels.accelerate(model, tune=False)
+        parallel = wrap(case, model)
+        if case.order == "after":
+            peft_kernels.accelerate(model, tune=False)
+        steps = rows.split(1) if case.accumulates else [rows]
+        for number, step in enumerate(steps, 1):
+            with parallel.no_sync() if number < len(steps) else nullcontext():
+                (parallel(input_ids=step, labels=step).loss / len(steps)).backward()
+        fused = sum(isinstance(layer, peft_kernels.integrations.registry.FusedLayer) for layer in model.modules())
+        found[name] = gradients(model), fused
+    torch.save(found, f"{folder}/{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory):
+    """What each of two processes found for every case."""
+    folder = tmp_path_factory.mktemp("ranks")
+    multiprocessing.spawn(train_in_parallel, (folder,), nprocs=PROCESSES)
+    return [torch.load(folder / f"{rank}.pt") for rank in range(PROCESSES)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CASES)
+def test_gradients(name, ranks):
+    model = make_model(CASES[name])
+    for rows in batch().chunk(PROCESSES):
+        (model(input_ids=rows, labels=rows).loss / PROCESSES).backward()
+    wanted = gradients(model)
+    for actual, fused in (rank[name] for rank in ranks):
+        assert fused > 20
+        assert actual.keys() == wanted.keys() and actual
+        for parameter, grad in wanted.items():
+            assert error(actual[parameter], grad) <= SAME_STEP, parameter

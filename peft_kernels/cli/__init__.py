@@ -26,6 +26,7 @@ PROGRAM = "peft-kernels"
 COMMANDS = {
     "info": "what is installed and built, and what would be fused on this machine: for a report of a fault",
     "inspect": "what an adapter's folder holds: method, layers, norms, and what is wrong with it",
+    "plan": "what fine-tuning a model would take: parameters, and memory with and without the fused kernels",
 }
 
 

@@ -27,6 +27,8 @@ COMMANDS = {
     "info": "what is installed and built, and what would be fused on this machine: for a report of a fault",
     "inspect": "what an adapter's folder holds: method, layers, norms, and what is wrong with it",
     "plan": "what fine-tuning a model would take: parameters, and memory with and without the fused kernels",
+    "tune": "time linear layers against stock, and keep what was found for accelerate",
+    "bench": "time a layer stock and fused, or run one of the repository's benchmarks",
 }
 
 

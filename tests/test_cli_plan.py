@@ -21,6 +21,8 @@ SMALL = {
     "model_type": "llama", "vocab_size": 300, "hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 3,
     "num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": True,
 }  # fmt: skip
+MIXTURE = {**SMALL, "model_type": "qwen3_moe", "num_hidden_layers": 2, "head_dim": 16, "moe_intermediate_size": 64,
+           "num_experts": 6, "num_experts_per_tok": 2}  # fmt: skip
 LLAMA_8B = {
     "model_type": "llama", "vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336,
     "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8, "max_position_embeddings": 8192,
@@ -61,11 +63,11 @@ def allocated(step):
     return most
 
 
-def real_model(method, rank):
-    """The small model with weights, in fp32, as a plan has it without."""
+def real_model(method, rank, config):
+    """A small model with weights, in fp32, as a plan has it without."""
     import peft
 
-    config = transformers.AutoConfig.for_model(**SMALL, use_cache=False)
+    config = transformers.AutoConfig.for_model(**config, use_cache=False)
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     task = {"task_type": "CAUSAL_LM"}
     if method in ("houlsby", "pfeiffer"):
@@ -83,12 +85,22 @@ def real_model(method, rank):
     return peft.get_peft_model(model, configs[method]())
 
 
-@pytest.mark.parametrize("method", ["lora", "dora", "ia3", "prefix", "prompt", "houlsby", "pfeiffer", "full"])
-def test_parameters_and_memory_of_a_small_model(plan, method):
+@pytest.mark.parametrize(
+    ("method", "config", "more"),
+    [
+        *((method, SMALL, []) for method in ("lora", "dora", "ia3", "prefix", "prompt", "houlsby", "pfeiffer", "full")),
+        ("lora", SMALL, ["--checkpointing"]),
+        ("lora", MIXTURE, []),
+    ],
+    ids=["lora", "dora", "ia3", "prefix", "prompt", "houlsby", "pfeiffer", "full", "checkpointing", "mixture"],
+)
+def test_parameters_and_memory_of_a_small_model(plan, method, config, more):
     rank, rows, tokens = 4, 2, 96
-    options = ["--rank", rank, "--batch", rows, "--tokens", tokens, "--dtype", "fp32"]
-    found = plan(SMALL, "--method", method, *options)
-    model = real_model(method, rank).train()
+    options = ["--rank", rank, "--batch", rows, "--tokens", tokens, "--dtype", "fp32", *more]
+    found = plan(config, "--method", method, *options)
+    model = real_model(method, rank, config).train()
+    if more:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
     trained = [p for p in model.parameters() if p.requires_grad]
     assert found["parameters"] == sum(t.numel() for t in [*model.parameters(), *model.buffers()])
     assert found["trainable_parameters"] == sum(p.numel() for p in trained)

@@ -125,10 +125,22 @@ def _plan(options: argparse.Namespace) -> dict[str, Any]:
         ],
         "not_counted": [
             "what torch, the libraries and a CUDA context take (0.5 to 1 GiB), and buffers inside of kernels",
-            *["the experts' stacks are in 4 bits only after bitsandbytes' replace_parameter_4bit; here they are not"]
-            * (four_bit and any(tensor.dim() == 3 for _, tensor, _ in sizes)),
+            *_about_experts(base, [(tensor, size) for _, tensor, size in sizes if four_bit and tensor.dim() == 3]),
         ],
     }  # fmt: skip
+
+
+def _about_experts(base: int, stacks: list[tuple[Any, int]]) -> list[str]:
+    """What transformers leaves as it is when it loads a model in 4 bits."""
+    from ..planning.model import bytes_of_4bit
+
+    saved = sum(size - bytes_of_4bit(stack.numel()) for stack, size in stacks if not stack.requires_grad)
+    if not saved:
+        return []
+    return [
+        "the experts' stacks are in 4 bits only after bitsandbytes' replace_parameter_4bit, and are counted without "
+        f"it: with it, the frozen weights take {Bytes(base - saved)}"
+    ]
 
 
 def _about_memory(

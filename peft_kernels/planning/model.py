@@ -161,6 +161,12 @@ def weight_sizes(model: nn.Module) -> Iterator[tuple[str, Tensor, int]]:
         yield name, tensor, sum(part.numel() * part.element_size() for part in parts)
 
 
+def bytes_of_4bit(count: int) -> int:
+    """Of a weight with so many elements: codes, 8-bit absmax, their absmax, both code books, and the offset."""
+    blocks = -(-count // BLOCKSIZE)
+    return -(-count // 2) + blocks + 4 * -(-blocks // NESTED_BLOCKSIZE) + 4 * (16 + 256 + 1)
+
+
 def elements(tensor: Any) -> int:
     """Of a weight, also where it is packed."""
     count: int = tensor.quant_state.shape.numel() if _is_4bit(tensor) else tensor.numel()

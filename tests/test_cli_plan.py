@@ -204,6 +204,26 @@ def test_heads(plan, task):
     assert any(f"For {task}: a LoRA of rank" in line for line in found["advice"])
 
 
+def test_makes_of_layers_in_4_bits(plan):
+    """GPT-2's Conv1D has its weight the other way round; T5 keeps a layer as it is."""
+    gpt2 = {"model_type": "gpt2", "vocab_size": 300, "n_embd": 64, "n_layer": 2, "n_head": 4}
+    t5 = {"model_type": "t5", "vocab_size": 300, "d_model": 64, "d_kv": 16, "d_ff": 128, "num_layers": 2,
+          "num_heads": 4, "decoder_start_token_id": 0}  # fmt: skip
+    for config in (gpt2, t5):
+        dense, four_bit = (plan(config, "--method", method, "--tokens", 32) for method in ("lora", "qlora"))
+        weights = [found["memory"]["frozen weights"]["stock"] for found in (dense, four_bit)]
+        assert weights[1] < 0.7 * weights[0] and four_bit["parameters"] == dense["parameters"]
+
+
+def test_a_step_that_fails_is_said(tmp_path, capsys):
+    """PEFT's prefixes have other shapes than this attention."""
+    latent = {**SMALL, "model_type": "deepseek_v3", "q_lora_rank": 8, "kv_lora_rank": 8, "qk_rope_head_dim": 8,
+              "qk_nope_head_dim": 8, "v_head_dim": 8, "num_key_value_heads": 4, "first_k_dense_replace": 3}  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(latent))
+    assert main(["plan", str(tmp_path), "--method", "prefix", "--tokens", "32"]) == 1
+    assert "plan: model: a step fails with prefix: RuntimeError: Sizes of tensors" in capsys.readouterr().err
+
+
 def test_bitfit(plan):
     bert = {"model_type": "bert", "vocab_size": 300, "hidden_size": 64, "intermediate_size": 128,
             "num_hidden_layers": 2, "num_attention_heads": 4}  # fmt: skip

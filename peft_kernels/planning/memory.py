@@ -26,7 +26,7 @@ from torch._subclasses.fake_tensor import (
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from .model import Recipe, build, layers_of, with_layers, with_stand_ins
+from .model import Recipe, build, in_a_line, layers_of, with_layers, with_stand_ins
 
 _BY_NUMBERS = DataDependentOutputException, DynamicOutputShapeException, UnsupportedFakeTensorException
 _DEPTHS = 2, 3  # that a model of more layers is run with
@@ -116,6 +116,8 @@ def _run(config: Any, recipe: Recipe, fuses: bool) -> _Run:
                 loss.backward()
         except _BY_NUMBERS as error:
             raise ValueError(f"model: its forward depends on the numbers, not only on shapes: {error}") from error
+        except (RuntimeError, ValueError, TypeError, AttributeError) as error:  # of a model that was configured so
+            raise ValueError(f"model: a step fails with {recipe.method}: {in_a_line(error)}") from error
     return _Run(kept, (live.peaks[0], live.peaks[-1]), fused, left)
 
 

@@ -71,7 +71,7 @@ def read_model_config(path: Path) -> Any:
     try:
         return CONFIG_MAPPING[kind](**entries)
     except Exception as error:  # whatever another library raises for what a file says
-        raise ValueError(f"{file}: got a configuration that transformers refuses: {_line(error)}") from error
+        raise ValueError(f"{file}: got a configuration that transformers refuses: {in_a_line(error)}") from error
 
 
 def with_layers(config: Any, count: int) -> Any:
@@ -101,14 +101,14 @@ def build(config: Any, recipe: Recipe) -> nn.Module:
         with torch.device("meta"):
             model = getattr(transformers, _HEADS[recipe.head]).from_config(config, dtype=recipe.dtype)
     except Exception as error:  # whatever another library raises for what a file says
-        raise ValueError(f"model: transformers can't build it: {_line(error)}") from error
+        raise ValueError(f"model: transformers can't build it: {in_a_line(error)}") from error
     if recipe.four_bit:
         _quantize(model, recipe.dtype)
     try:
         with torch.device("meta"):
             model = _adapt(model, recipe)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise ValueError(f"method: {recipe.method} does not fit this model: {_line(error)}") from error
+        raise ValueError(f"method: {recipe.method} does not fit this model: {in_a_line(error)}") from error
     if recipe.checkpointing:
         if not getattr(model, "supports_gradient_checkpointing", True):
             raise ValueError(f"checkpointing: {type(model).__name__} does not support it")
@@ -187,16 +187,21 @@ def _quantize(model: Any, dtype: torch.dtype) -> None:
     from bitsandbytes.nn.modules import Params4bit
     from transformers import BitsAndBytesConfig
     from transformers.integrations.bitsandbytes import replace_with_bnb_linear
+    from transformers.pytorch_utils import Conv1D
     from transformers.quantizers.base import get_keys_to_not_convert
 
     config = BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
     )
     shapes = {name: module.weight.shape for name, module in model.named_modules() if type(module) is nn.Linear}
-    replace_with_bnb_linear(model, get_keys_to_not_convert(model), config)
+    shapes |= {name: module.weight.shape[::-1] for name, module in model.named_modules() if type(module) is Conv1D}
+    # As transformers' own quantiser leaves them out.
+    kept = [*get_keys_to_not_convert(model), *(getattr(model, "_keep_in_fp32_modules", None) or ())]
+    replace_with_bnb_linear(model, kept, config)
     model.is_loaded_in_4bit = True  # PEFT asks the model
     for name, shape in shapes.items():
         layer: Any = model.get_submodule(name)
+        shape = torch.Size(shape)
         if _is_4bit(layer.weight):
             layer.weight = Params4bit(
                 torch.empty(-(-shape.numel() // 2), 1, dtype=torch.uint8, device="meta"), requires_grad=False,
@@ -288,5 +293,6 @@ def _adapt(model: Any, recipe: Recipe) -> Any:
     return model
 
 
-def _line(error: Exception) -> str:
+def in_a_line(error: Exception) -> str:
+    """An error of another library in one line."""
     return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"

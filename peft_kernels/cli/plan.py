@@ -8,15 +8,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from ..planning.advice import GOALS, TASKS, advise
 from .arguments import COUNT, POSITIVE, require
 from .output import Bytes, Share, progress
 
 _METHODS = ("lora", "qlora", "dora", "qdora", "lora-fa", "ia3", "prefix", "prompt", "bitfit", "houlsby", "pfeiffer",
             "full")  # fmt: skip
 _RANKS = {"prefix": 32, "prompt": 32, "houlsby": 64, "pfeiffer": 64}
-_TASKS = ("classification", "entities", "sentiment", "summarization", "translation", "instructions", "reasoning",
-          "code", "behaviour")  # fmt: skip
-_GOALS = ("quality", "memory", "parameters", "combining", "serving", "research")
 _HEADS = {"classification": "SEQ_CLS", "sentiment": "SEQ_CLS", "entities": "TOKEN_CLS"}
 # Bytes of states for a parameter with so many bytes and elements; bitsandbytes' 8-bit states have an absmax for 256.
 _OPTIMIZERS: dict[str, Callable[[int, int], int]] = {
@@ -43,8 +41,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--optimizer", choices=_OPTIMIZERS, default="adamw", help="(adamw)")
     add("--checkpointing", action="store_true", help="recompute each layer in the backward")
     add("--memory", type=POSITIVE, metavar="GB", help="how much there is: say what fits")
-    add("--task", choices=_TASKS, help="what the model is to learn: for advice, and for its head")
-    add("--goal", choices=_GOALS, help="what matters most: for advice")
+    add("--task", choices=TASKS, help="what the model is to learn: for advice, and for its head")
+    add("--goal", choices=GOALS, help="what matters most: for advice")
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
@@ -57,7 +55,6 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _plan(options: argparse.Namespace) -> dict[str, Any]:
-    from ..planning import advice
     from ..planning.memory import depths_of, measure
     from ..planning.model import DTYPES, Recipe, build, elements, read_model_config, weight_sizes
 
@@ -121,7 +118,7 @@ def _plan(options: argparse.Namespace) -> dict[str, Any]:
         **({"available": memory, "fits": {name: total <= memory for name, total in totals.items()}} if memory else {}),
         "advice": [
             *_about_memory(options, four_bit, memory, totals),
-            *advice.advise(options.method, rank, options.task, options.goal, memory),
+            *advise(options.method, rank, options.task, options.goal, memory),
         ],
         "not_counted": [
             "what torch, the libraries and a CUDA context take (0.5 to 1 GiB), and buffers inside of kernels",

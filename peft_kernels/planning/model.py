@@ -147,9 +147,9 @@ def with_stand_ins(model: nn.Module) -> list[Tensor]:
         for name, value in vars(module).items():  # tensors that a module has beside these, as PEFT's prompts do
             if isinstance(value, Tensor):
                 vars(module)[name] = stand_in(value)
-            elif isinstance(value, dict) and value and all(isinstance(each, Tensor) for each in value.values()):
-                if name not in ("_parameters", "_buffers"):
-                    vars(module)[name] = {key: stand_in(each) for key, each in value.items()}
+            elif isinstance(value, dict) and name not in ("_parameters", "_buffers"):
+                for key, each in value.items():
+                    value[key] = stand_in(each) if isinstance(each, Tensor) else each
     del kept
     return tensors
 

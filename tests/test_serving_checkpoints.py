@@ -11,8 +11,8 @@ from safetensors.torch import load_file, save_file
 from serving_models import CONFIGS, base_model, logits, save_adapter
 from tiny_models import SAME_STEP
 
+from peft_kernels.checkpoints.peft_folder import CONFIG, PICKLED, WEIGHTS, matches
 from peft_kernels.serving import AdapterPool
-from peft_kernels.serving.checkpoint import CONFIG, PICKLED, WEIGHTS, matches
 
 LAYER = "base_model.model.model.layers.1.mlp.up_proj"
 

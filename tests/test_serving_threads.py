@@ -15,9 +15,9 @@ from serving_models import base_model, logits, save_adapter
 from tiny_models import SAME_STEP
 
 import peft_kernels
+from peft_kernels.checkpoints.peft_folder import CONFIG, WEIGHTS
 from peft_kernels.serving import AdapterPool, LoRACheckpoint
 from peft_kernels.serving.batch import Batch, Views
-from peft_kernels.serving.checkpoint import CONFIG, WEIGHTS
 from peft_kernels.serving.pool import _Adapter
 
 SERVERS, CHANGERS = 5, 2  # and one that brings what is broken

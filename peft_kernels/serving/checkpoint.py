@@ -5,8 +5,6 @@ A folder holds `adapter_config.json` and `adapter_model.safetensors`, as `PeftMo
 
 from __future__ import annotations
 
-import json
-import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -16,21 +14,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..checkpoints.peft_folder import CONFIG, NEUTRAL, WEIGHTS, LoRAConfig, read_config, read_weights, refuse_listed
 from ..ops._arguments import FLOAT_DTYPES, dtype_name, refuse
 
-CONFIG, WEIGHTS, PICKLED = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
-LISTED = 5  # lines of each kind in an error's text
 ALIGNED = 32  # elements: each matrix begins with a line of a cache
 
-# What a configuration may have without a change of y = x Wᵀ + scaling x Aᵀ Bᵀ. Whatever else it has is refused.
-_NEUTRAL = {
-    "peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
-    "r", "lora_alpha", "lora_dropout", "use_rslora", "rank_pattern", "alpha_pattern", "fan_in_fan_out",
-    "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "init_lora_weights",
-    "megatron_core", "qalora_group_size", "loftq_config", "eva_config", "runtime_config",
-}  # fmt: skip
-# The other ways to begin also change the base's weights, which a pool has for all of its adapters.
-_BEGINNINGS = (True, False, None, "gaussian", "eva", "orthogonal")
 _KEY = re.compile(r"base_model\.model\.(.+)\.lora_(A|B)\.weight")
 
 Shapes = Mapping[str, tuple[int, int]]  # [N, K] of each layer that a pool serves, by its name in the model
@@ -89,8 +77,8 @@ def read_checkpoint(folder: Path, shapes: Shapes, max_rank: int, dtype: torch.dt
         ValueError: a configuration of something else than LoRA, or with more than that; a file that is no safetensors
             or is cut off; weights whose names, shapes, ranks or dtypes do not fit, or that are not finite in `dtype`.
     """
-    config = _read_config(folder)
-    stamp, stored = _read_weights(folder)
+    config = _Config(folder / CONFIG, read_config(folder))
+    stamp, stored = read_weights(folder)
     try:
         pairs = _fitting(folder / WEIGHTS, stored, shapes, config, max_rank)
     except re.error as error:
@@ -112,47 +100,18 @@ def read_checkpoint(folder: Path, shapes: Shapes, max_rank: int, dtype: torch.dt
     return LoRACheckpoint(folder, stamp, tuple(layout), numbers)
 
 
-def stamp_of(path: Path) -> tuple[int, int]:
-    """What changes when a file is written anew."""
-    found = path.stat()
-    return found.st_size, found.st_mtime_ns
-
-
-def matches(pattern: str, layer: str) -> bool:
-    """Whether a pattern of PEFT's names a layer: as a whole, or by the end of its name from a point on."""
-    return re.match(rf"(.*\.)?({pattern})$", layer) is not None
-
-
 # ---- The configuration ----------------------------------------------------------------------------------------------
 
 
-class _Config:
-    """What of an `adapter_config.json` says which matrices there are, and what they are scaled with."""
+class _Config(LoRAConfig):
+    """One of plain LoRA, which also says which layers have matrices."""
 
     def __init__(self, path: Path, entries: Mapping[str, Any]) -> None:
-        self.path, self.entries = path, entries
         kind = entries.get("peft_type")
         if kind != "LORA":
             refuse(str(path), f"an adapter of the type {kind!r}", "'LORA'")
-        neutral = _NEUTRAL | ({"bias"} if entries.get("bias") == "none" else set())
-        more = [f"{name}={value!r}" for name, value in entries.items() if value and name not in neutral]
-        if more:
-            refuse(str(path), f"an adapter with {', '.join(more)}", "plain LoRA, which is all that is served")
-        if (beginning := entries.get("init_lora_weights")) not in _BEGINNINGS:
-            refuse(str(path), f"init_lora_weights={beginning!r}, which changes the base's weights", "plain LoRA")
-        self.rank, self.alpha = (
-            self._number("r", entries.get("r")),
-            self._number("lora_alpha", entries.get("lora_alpha")),
-        )
-        self.ranks, self.alphas = self._pattern("rank_pattern"), self._pattern("alpha_pattern")
-
-    def rank_of(self, layer: str) -> float:
-        return next((value for key, value in self.ranks.items() if matches(key, layer)), self.rank)
-
-    def scaling(self, layer: str) -> float:
-        alpha = next((value for key, value in self.alphas.items() if matches(key, layer)), self.alpha)
-        rank = self.rank_of(layer)
-        return alpha / (math.sqrt(rank) if self.entries.get("use_rslora") else rank)
+        neutral = NEUTRAL | ({"bias"} if entries.get("bias") == "none" else set())
+        super().__init__(path, entries, neutral, "plain LoRA, which is all that is served")
 
     def targets(self, layer: str) -> bool:
         """Whether the adapter is to have matrices for a layer, as PEFT decides it."""
@@ -174,47 +133,8 @@ class _Config:
             return re.fullmatch(names, layer) is not None
         return any(layer == name or layer.endswith(f".{name}") for name in names)
 
-    def _pattern(self, entry: str) -> dict[str, float]:
-        pattern = self.entries.get(entry) or {}
-        if not isinstance(pattern, dict):
-            refuse(f"{self.path}: {entry}", repr(pattern), "numbers by the names of layers")
-        return {key: self._number(entry, value) for key, value in pattern.items()}
-
-    def _number(self, entry: str, value: Any) -> float:
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
-            refuse(f"{self.path}: {entry}", repr(value), "a positive number")
-        return value
-
-
-def _read_config(folder: Path) -> _Config:
-    path = folder / CONFIG
-    if not path.is_file():
-        raise FileNotFoundError(f"folder: got {folder}, wanted one with {CONFIG}")
-    try:
-        entries = json.loads(path.read_text())
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: got no JSON: {error}") from None
-    if not isinstance(entries, dict):
-        refuse(str(path), f"a {type(entries).__name__}", "PEFT's configuration")
-    return _Config(path, entries)
-
 
 # ---- The weights ----------------------------------------------------------------------------------------------------
-
-
-def _read_weights(folder: Path) -> tuple[tuple[int, int], dict[str, Tensor]]:
-    from safetensors import SafetensorError
-    from safetensors.torch import load
-
-    path = folder / WEIGHTS
-    if not path.is_file():
-        pickled = f", but {PICKLED}, a pickle, which is not read" if (folder / PICKLED).is_file() else ""
-        raise FileNotFoundError(f"folder: got {folder}, which has no {WEIGHTS}{pickled}")
-    stamp = stamp_of(path)
-    try:
-        return stamp, load(path.read_bytes())  # not mapped: a file that is cut off meanwhile would end the process
-    except (SafetensorError, ValueError, KeyError) as error:
-        raise ValueError(f"{path}: got no whole safetensors: {error}") from None
 
 
 def _fitting(
@@ -260,14 +180,7 @@ def _fitting(
 
 
 def _refuse_weights(path: Path, differences: Mapping[str, list[str]]) -> None:
-    lines = []
-    for what, keys in differences.items():
-        if keys:
-            lines.append(f"  {len(keys)} {what}:")
-            lines += [f"    {key}" for key in keys[:LISTED]]
-            lines += ["    …"] * (len(keys) > LISTED)
-    if lines:
-        raise ValueError("\n".join([f"{path} does not fit the pool, so nothing was loaded:", *lines]))
+    refuse_listed(f"{path} does not fit the pool, so nothing was loaded:", differences)
 
 
 def _aligned(count: int) -> int:

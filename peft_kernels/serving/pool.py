@@ -19,12 +19,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..checkpoints.peft_folder import WEIGHTS, matches
 from ..cuda import why_not as why_not_device
 from ..inference import variants
 from ..integrations.registry import check_module
 from ..ops._arguments import FLOAT_DTYPES, check_size, dtype_name, is_number, refuse
 from .batch import Batch, Matrices, Names, Views
-from .checkpoint import WEIGHTS, Layout, LoRACheckpoint, matches, page_size, read_checkpoint
+from .checkpoint import Layout, LoRACheckpoint, page_size, read_checkpoint
 from .layers import is_4bit, is_served_kind, pooled_class, shape_of, why_not
 
 

@@ -1,0 +1,1 @@
+"""Checkpoints on disk: exported with their adapters merged, quantised, dequantised; adapters combined into one."""

@@ -35,6 +35,11 @@ _COMPANION = re.compile(
 )
 # A mixture's experts as most checkpoints have them, each matrix by itself; models have them as stacks.
 _EXPERT = re.compile(r"(.+)\.experts\.(\d+)\.(gate_proj|up_proj|down_proj|w1|w2|w3)\.weight")
+_RENAMED = (
+    (".mlp.", ".block_sparse_moe."),
+    (".experts.gate_up_proj", ".input_linear.weight"),
+    (".experts.down_proj", ".output_linear.weight"),
+)
 _STACKS = {
     "gate_proj": ("gate_up_proj", 0), "w1": ("gate_up_proj", 0), "up_proj": ("gate_up_proj", 1),
     "w3": ("gate_up_proj", 1), "down_proj": ("down_proj", 0), "w2": ("down_proj", 0),
@@ -149,9 +154,12 @@ class BaseCheckpoint:
         """The checkpoint's name of a parameter that the model calls `name`.
 
         A checkpoint may lack the name of the base model in front, or have it where the adapter's model did not; and
-        Mixtral's has another one for its mixtures.
+        for mixtures it may have the names of before transformers 5.
         """
-        for known in (name, name.replace(".mlp.", ".block_sparse_moe.")):
+        spellings = [name]
+        for new, old in _RENAMED:
+            spellings += [spelling.replace(new, old) for spelling in spellings if new in spelling]
+        for known in spellings:
             if known in self.tensors:
                 return known
             shorter = known.partition(".")[2]

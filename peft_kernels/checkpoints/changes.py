@@ -55,7 +55,7 @@ class Change:
 
 @torch.no_grad()
 def changed(tensor: Tensor, change: Change, dtype: torch.dtype) -> Tensor:
-    """The tensor with its change, computed in fp32, or in fp64 if it is one of fp32, and rounded once."""
+    """The tensor with its change, computed in fp64, so that it is rounded once even where terms cancel each other."""
     if change.replaced is not None:
         tensor = change.replaced
     result = torch.empty(tensor.shape, dtype=dtype)
@@ -79,11 +79,10 @@ def _matrix(tensor: Tensor) -> Tensor:
 
 
 def _merge(weight: Tensor, products: list[Product], added: list[Tensor], scales: list[Tensor], out: Tensor) -> None:
-    exact = torch.float64 if weight.dtype is torch.float32 else torch.float32
-    operands = [(one.left.to(exact), one.right.to(exact) * one.scaling) for one in products]
+    operands = [(one.left.double(), one.right.double() * one.scaling) for one in products]
     gains = [_gain(weight, left, right, one) for one, (left, right) in zip(products, operands, strict=True)]
     for begin, end in _panels(weight):
-        own = weight[begin:end].to(exact)
+        own = weight[begin:end].double()
         total = own.clone()
         for one, (left, right), gain in zip(products, operands, gains, strict=True):
             delta = left[begin:end] @ right
@@ -92,9 +91,9 @@ def _merge(weight: Tensor, products: list[Product], added: list[Tensor], scales:
                 delta = torch.addcmul(delta * factor, own, factor - 1)
             total.add_(delta, alpha=one.weight)
         for term in added:
-            total += term[begin:end].to(exact)
+            total += term[begin:end].double()
         for scale in scales:
-            total *= scale[begin:end].to(exact)
+            total *= scale[begin:end].double()
         out[begin:end] = total
 
 
@@ -102,14 +101,14 @@ def _gain(weight: Tensor, left: Tensor, right: Tensor, product: Product) -> Tens
     """DoRA's m / ‖W + left right‖."""
     if product.magnitude is None:
         return None
-    squares = left.new_zeros(weight.shape[1 if product.by_column else 0], dtype=torch.float64)
+    squares = left.new_zeros(weight.shape[1 if product.by_column else 0])
     for begin, end in _panels(weight):
-        sums = torch.addmm(weight[begin:end].to(left.dtype), left[begin:end], right).double().square_()
+        sums = torch.addmm(weight[begin:end].double(), left[begin:end], right).square_()
         if product.by_column:
             squares += sums.sum(0)
         else:
             squares[begin:end] = sums.sum(1)
-    return (product.magnitude.double() / squares.sqrt()).to(left.dtype)
+    return product.magnitude.double() / squares.sqrt()
 
 
 def _panels(weight: Tensor) -> Iterator[tuple[int, int]]:

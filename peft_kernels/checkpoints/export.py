@@ -35,7 +35,7 @@ _WEIGHTS = re.compile(
     r".*\.(safetensors|bin|pt|pth|ckpt|h5|msgpack|gguf|onnx|npz|tflite|ot)(\.index\.json)?|adapter_config\.json|\..*"
 )
 _TEMPLATES = "additional_chat_templates"
-_STATE_BYTES = 512  # about what the text of a 4-bit weight's state and its codebook take
+_STATE_BYTES = 256  # about what the text of a 4-bit weight's state and its codebook take
 _SPARE_BYTES = 1 << 20
 
 Progress = Callable[[str, int], AbstractContextManager[Callable[[], None]]]
@@ -89,11 +89,14 @@ class _Item:
     quantizes: bool
     is_conv1d: bool
 
-    @property
-    def nbytes(self) -> int:
+    def nbytes(self, settings: _Settings) -> int:
         """About."""
         count = math.prod(self.source.shape)
-        return count // 2 + 4 * (count // 32) + _STATE_BYTES if self.quantizes else count * self.dtype.itemsize
+        if not self.quantizes:
+            return count * self.dtype.itemsize
+        blocks = -(-count // settings.blocksize)
+        statistics = blocks + 4 * (blocks // 256 + 257) if settings.double_quant else 4 * blocks
+        return count // 2 + statistics + _STATE_BYTES
 
 
 def export_checkpoint(
@@ -121,7 +124,7 @@ def export_checkpoint(
         base: a folder with `config.json` and safetensors, dense or in bitsandbytes' 4 bits.
         destination: the folder to write. What else the base has, as its tokenizer, is copied to it.
         adapters: folders of PEFT's, all of LoRA (with rsLoRA, DoRA) or all of (IA)³. Each change is that of the base's
-            weight: `W + Σᵢ weightᵢ · scalingᵢ Bᵢ Aᵢ`, which is computed in fp32, or fp64 for fp32, and rounded once.
+            weight: `W + Σᵢ weightᵢ · scalingᵢ Bᵢ Aᵢ`, which is computed in fp64 and rounded once.
         weights: a number for each adapter, by default 1.
         quantize: 'nf4' or 'fp4' for 4-bit weights in bitsandbytes' storage, which `from_pretrained` loads; needs
             transformers. By default weights are dense.
@@ -158,7 +161,7 @@ def export_checkpoint(
     changes = changes_of(read, checkpoint, _asker(base_folder, structure))
     untied = _untie(checkpoint, changes)
     items, kept = _items(checkpoint, changes, structure, settings, untied)
-    shards = _shards(items, settings.max_shard_size)
+    shards = _shards(items, settings)
     config = _config(checkpoint.config, settings, items, kept, untied)
     inputs = {
         "base": checkpoint.stamp,
@@ -171,7 +174,7 @@ def export_checkpoint(
     with Staging(target, inputs, overwrite, CONFIG) as staging:
         done = {name for name in names if staging.has(name)}
         left = [(name, shard) for name, shard in zip(names, shards, strict=True) if name not in done]
-        _check_space(staging.partial, sum(item.nbytes for _, shard in left for item in shard))
+        _check_space(staging.partial, sum(item.nbytes(settings) for _, shard in left for item in shard))
         shown = progress("exporting", sum(len(shard) for _, shard in left)) if progress else nullcontext(lambda: None)
         with shown as advance:
             for name, shard in left:
@@ -301,15 +304,15 @@ def _items(
     return items, kept
 
 
-def _shards(items: Sequence[_Item], max_size: int) -> list[list[_Item]]:
+def _shards(items: Sequence[_Item], settings: _Settings) -> list[list[_Item]]:
     shards: list[list[_Item]] = [[]]
     size = 0
     for item in items:
-        if shards[-1] and size + item.nbytes > max_size:
+        if shards[-1] and size + item.nbytes(settings) > settings.max_shard_size:
             shards.append([])
             size = 0
         shards[-1].append(item)
-        size += item.nbytes
+        size += item.nbytes(settings)
     return shards
 
 

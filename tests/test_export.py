@@ -1,0 +1,131 @@
+"""Exported checkpoints: their weights against the unmerged model's, in fp64, and bit for bit against bitsandbytes'."""
+
+import json
+
+import pytest
+import torch
+from comparison import DTYPES, assert_close, short
+from export_models import (
+    LINEAR,
+    assert_rounded_once,
+    effective,
+    load,
+    logits,
+    save_adapter,
+    save_base,
+    stock,
+    tensors,
+)
+from moe_models import tiny_moe
+from optional import if_installed
+from tolerances import merged_logits
+
+from peft_kernels.checkpoints import export_checkpoint
+
+bnb, peft, transformers = map(if_installed, ("bitsandbytes", "peft", "transformers"))
+
+EVERYTHING = [*LINEAR, "embed_tokens", "lm_head"]
+CASES = {
+    "plain": ("llama", {}, {}),
+    "rslora": ("llama", {}, {"use_rslora": True}),
+    "patterns": ("llama", {}, {"rank_pattern": {"1.mlp.up_proj": 7, "q_proj": 1}, "alpha_pattern": {"v_proj": 9}}),
+    "dora": ("llama", {}, {"use_dora": True}),
+    "biases": ("qwen2", {}, {"lora_bias": True, "target_modules": ["q_proj", "k_proj", "v_proj"]}),
+    "trained biases": ("qwen2", {}, {"bias": "all"}),
+    "conv1d": ("gpt2", {}, {"target_modules": ["c_attn", "c_proj"], "fan_in_fan_out": True, "lora_bias": True}),
+    "conv1d dora": ("gpt2", {}, {"target_modules": ["c_attn", "c_proj"], "fan_in_fan_out": True, "use_dora": True}),
+    "embeddings": ("llama", {}, {"target_modules": EVERYTHING}),
+    "embeddings dora": ("llama", {}, {"target_modules": EVERYTHING, "use_dora": True}),
+    "saved modules": ("llama", {}, {"modules_to_save": ["model.norm", "lm_head", "embed_tokens"]}),
+    "untied by embeddings": ("llama", {"tie_word_embeddings": True}, {"target_modules": ["embed_tokens"]}),
+    "untied by the head": ("llama", {"tie_word_embeddings": True}, {"target_modules": ["lm_head"]}),
+    "untied by a module": ("llama", {"tie_word_embeddings": True}, {"modules_to_save": ["lm_head"]}),
+}  # fmt: skip
+
+
+def check(tmp_path, base, *adapters, moved=(), **options):
+    """Exports, and compares every tensor with the unmerged model's; returns the folder."""
+    report = export_checkpoint(base, tmp_path / "out", adapters, **options)
+    model = stock(base, *adapters)
+    exact, stored = effective(model), tensors(tmp_path / "out")
+    before = tensors(base)
+    assert report.merged >= len([name for name in exact if name.endswith("weight") and name not in moved]) > 0
+    for name, tensor in stored.items():
+        if name in exact:
+            assert_rounded_once(tensor, exact.pop(name), name)
+        elif name in before and name.startswith("model.layers") and "experts" not in name and "bias" not in name:
+            assert torch.equal(tensor, before[name]), name
+    assert exact.keys() <= set(moved), exact.keys()
+    loaded, problems = load(tmp_path / "out", output_loading_info=True)
+    assert not any(problems.values()), problems
+    assert_close(logits(loaded.eval()), logits(model), merged_logits(next(iter(stored.values())).dtype))
+    return tmp_path / "out"
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_every_form_of_lora(name, tmp_path):
+    kind, config, options = CASES[name]
+    base = save_base(tmp_path / "base", kind, **config)
+    out = check(tmp_path, base, save_adapter(base, tmp_path / "adapter", **options))
+    described, before = json.loads((out / "config.json").read_text()), json.loads((base / "config.json").read_text())
+    changed = {"tie_word_embeddings"} if name.startswith("untied") else set()
+    assert {entry for entry in before if described[entry] != before[entry]} == changed
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=short)
+def test_a_sum_is_rounded_once(tmp_path, dtype):
+    base = save_base(tmp_path / "base", dtype=dtype)
+    adapters = [save_adapter(base, tmp_path / f"{seed}", seed=seed, r=seed) for seed in (2, 3)]
+    check(tmp_path, base, *adapters)
+
+
+def test_weights_of_adapters(tmp_path):
+    base = save_base(tmp_path / "base")
+    adapters = [save_adapter(base, tmp_path / f"{seed}", seed=seed, use_dora=seed == 3) for seed in (2, 3)]
+    export_checkpoint(base, tmp_path / "out", adapters, weights=[0.5, -2])
+    before, stored = tensors(base), tensors(tmp_path / "out")
+    alone = [effective(stock(base, adapter)) for adapter in adapters]
+    for name in alone[0]:
+        exact = before[name].double()
+        exact = exact + 0.5 * (alone[0][name] - exact) - 2 * (alone[1][name] - exact)
+        assert_rounded_once(stored[name], exact, name)
+
+
+def test_tied_embeddings_that_stay_tied(tmp_path):
+    """PEFT trains one adapter for both, and writes it twice."""
+    base = save_base(tmp_path / "base", tie_word_embeddings=True)
+    options = {"target_modules": ["embed_tokens", "q_proj"], "ensure_weight_tying": True}
+    out = check(tmp_path, base, save_adapter(base, tmp_path / "adapter", **options), moved=["lm_head.weight"])
+    assert "lm_head.weight" not in tensors(out) and json.loads((out / "config.json").read_text())["tie_word_embeddings"]
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "gpt2"])
+def test_ia3(tmp_path, kind):
+    base = save_base(tmp_path / "base", kind)
+    gpt2 = {"target_modules": ["c_attn", "mlp.c_proj"], "feedforward_modules": ["mlp.c_proj"], "fan_in_fan_out": True}
+    llama = {"target_modules": ["k_proj", "v_proj", "down_proj"], "feedforward_modules": ["down_proj"]}
+    config = peft.IA3Config(**gpt2 if kind == "gpt2" else llama)
+    adapters = [save_adapter(base, tmp_path / f"{seed}", config, seed=seed) for seed in (1, 2)]
+    check(tmp_path, base, *adapters)
+
+
+@pytest.mark.parametrize(
+    ("name", "config"),
+    [("mixtral", {}), ("qwen3_moe", {}), ("gpt_oss", {}), ("gpt_oss", {"intermediate_size": 64}), ("granitemoe", {})],
+    ids=["mixtral", "qwen3_moe", "gpt_oss", "square gpt_oss", "granitemoe"],
+)
+def test_experts(tmp_path, name, config):
+    """The files have the experts one by one, or in stacks of either order."""
+    base = save_base(tmp_path / "base", tiny_moe(name, **config))
+    options = {
+        "target_modules": ["q_proj"],
+        "target_parameters": ["experts.gate_up_proj", "experts.down_proj"],
+        "rank_pattern": {"experts.down_proj": 2},
+    }
+    adapter = save_adapter(base, tmp_path / "adapter", **options)
+    report = export_checkpoint(base, tmp_path / "out", [adapter])
+    model = stock(base, adapter)
+    exact, stored = effective(model), dict(load(tmp_path / "out", dtype=torch.bfloat16).named_parameters())
+    assert report.merged >= 6
+    for parameter, wanted in exact.items():
+        assert_rounded_once(stored[parameter].detach(), wanted, parameter)

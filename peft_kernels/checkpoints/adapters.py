@@ -165,7 +165,9 @@ class _Reader:
                 elif self._is_lora and "ia3_l" not in parts:
                     self._add(module, parts, stacks, len(depths))
                 else:
-                    self.misfits.append(f"{module}: got {', '.join(parts)}, wanted those of {self.adapter.kind}")
+                    self.misfits.append(
+                        f"{module}: got {', '.join(sorted(parts))}, wanted those of {self.adapter.kind}"
+                    )
         refuse_listed(
             f"{self.adapter.folder / WEIGHTS} does not fit {self.base.folder}:",
             {"that name no weight of the base": self.unknown, "that do not fit": self.misfits},

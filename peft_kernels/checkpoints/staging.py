@@ -134,7 +134,7 @@ class Staging:
 
 
 def check_destination(destination: Path, overwrite: bool, marker: str) -> None:
-    if not destination.name:
+    if destination.name in ("", ".."):
         refuse("destination", repr(str(destination)), "a folder with a name")
     if not destination.exists() and not destination.is_symlink():
         return

@@ -1,0 +1,234 @@
+"""Exports that are killed, run out of disk, or meet another one; and how much memory they take."""
+
+import json
+import os
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from export_models import contents, save_adapter, save_base
+
+from peft_kernels.checkpoints import export_checkpoint
+from peft_kernels.checkpoints.staging import FOLDER
+
+TESTS = Path(__file__).parent
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("inputs")
+    base = save_base(folder / "base", shards=8)
+    for name, seed in (("one", 1), ("other", 2)):
+        save_adapter(base, folder / name, seed=seed)
+    return folder
+
+
+def export(inputs, out, adapter="one", **options):
+    options = {"max_shard_size": 3000} | options
+    return export_checkpoint(inputs / "base", out, [inputs / adapter], **options)
+
+
+def stopped_after(files):
+    """A progress that fails as a full disk does, when some files have been written; and how many of the tensors."""
+
+    @contextmanager
+    def shown(what, total):
+        def advance():
+            (staging,) = Path.cwd().glob(".*.partial")
+            if len(list((staging / FOLDER).iterdir())) >= files:
+                raise OSError("stopped")
+
+        yield advance
+
+    return shown
+
+
+@pytest.fixture
+def half(inputs, tmp_path, monkeypatch):
+    """What an export of which 5 files were written leaves."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(OSError, match="stopped"):
+        export(inputs, tmp_path / "out", progress=stopped_after(5))
+    assert [path.name for path in tmp_path.iterdir()] == [".out.partial"]
+    return tmp_path
+
+
+def test_resumed(inputs, half):
+    wanted = export(inputs, half / "whole")
+    report = export(inputs, half / "out")
+    assert (wanted.resumed, report.resumed) == (0, 5)
+    assert contents(half / "out") == contents(half / "whole")
+    assert {path.name for path in half.iterdir()} == {"out", "whole"}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"adapter": "other"}, {"weights": [0.5]}, {"dtype": torch.float16}, {"quantize": "nf4"}, {"max_shard_size": 4000}],
+    ids=lambda options: next(iter(options)),
+)
+def test_other_inputs_start_anew(inputs, half, options):
+    report = export(inputs, half / "out", **options)
+    assert report.resumed == 0
+    export(inputs, half / "whole", **options)
+    assert contents(half / "out") == contents(half / "whole")
+
+
+def test_another_base_starts_anew(inputs, half):
+    shutil.copytree(inputs / "base", half / "base")
+    with pytest.raises(OSError, match="stopped"):
+        export_checkpoint(half / "base", half / "new", max_shard_size=3000, progress=stopped_after(5))
+    path = half / "base/config.json"
+    path.write_text(path.read_text().replace('"rms_norm_eps": 1e-06', '"rms_norm_eps": 1e-05'))
+    assert export_checkpoint(half / "base", half / "new", max_shard_size=3000).resumed == 0
+
+
+def test_a_half_file_is_written_again(inputs, half):
+    path = sorted((half / ".out.partial" / FOLDER).iterdir())[2]
+    path.write_bytes(path.read_bytes()[:-1])
+    assert export(inputs, half / "out").resumed == 4
+    export(inputs, half / "whole")
+    assert contents(half / "out") == contents(half / "whole")
+
+
+def test_overwritten(inputs, tmp_path):
+    """The old checkpoint stays until the new one is whole."""
+    export(inputs, tmp_path / "out", "other")
+    old = contents(tmp_path / "out")
+    with pytest.raises(ValueError, match="fp4"):
+        export(inputs, tmp_path / "out", quantize="int4", overwrite=True)
+    assert contents(tmp_path / "out") == old
+    export(inputs, tmp_path / "out", overwrite=True)
+    export(inputs, tmp_path / "whole")
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole") != old
+    assert {path.name for path in tmp_path.iterdir()} == {"out", "whole"}
+
+
+def test_two_at_once(inputs, tmp_path):
+    @contextmanager
+    def other(what, total):
+        with pytest.raises(BlockingIOError, match="out, to which another process writes"):
+            export(inputs, tmp_path / "out", "other")
+        yield lambda: None
+
+    export(inputs, tmp_path / "out", progress=other)
+    export(inputs, tmp_path / "whole")
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+def in_child(call):
+    """Starts a process that ends with 0 when the call has returned; the parent may have no threads of OpenMP."""
+    child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            torch.set_num_threads(1)
+            call()
+            status = 0
+        finally:
+            os._exit(status)
+    return child
+
+
+def kills(inputs, folder, count):
+    """Kills exports at random moments, each time the one that the one before left; a program of its own calls this."""
+    inputs, folder = Path(inputs), Path(folder)
+    begin = time.monotonic()
+    assert os.waitpid(in_child(lambda: export(inputs, folder / "whole")), 0)[1] == 0
+    seconds, killed, wanted = time.monotonic() - begin, 0, contents(folder / "whole")
+    for seed in range(count):
+        moment = random.Random(seed)
+        while True:
+            child = in_child(partial(export, inputs, folder / f"{seed}"))
+            time.sleep(moment.uniform(0, seconds))
+            os.kill(child, signal.SIGKILL)
+            was_killed = os.waitpid(child, 0)[1] != 0
+            if (folder / f"{seed}").exists():
+                break
+            killed += was_killed
+            if moment.random() < 0.3:  # this time to the end
+                assert os.waitpid(in_child(partial(export, inputs, folder / f"{seed}")), 0)[1] == 0
+        assert contents(folder / f"{seed}") == wanted, seed
+    names = {path.name for path in folder.iterdir()}
+    print(json.dumps({"killed": killed, "left": sorted(names - {"whole", *map(str, range(count))})}))
+
+
+def program(call, *arguments, **options):
+    code = f"import sys; sys.path[:0] = {[str(TESTS), str(TESTS.parent)]}; from test_export_resume import *; {call}"
+    result = subprocess.run(
+        [sys.executable, "-c", code, *map(str, arguments)], capture_output=True, text=True, **options
+    )
+    assert result.returncode == 0, result.stderr
+    return json.loads(result.stdout.splitlines()[-1])
+
+
+@pytest.mark.slow
+def test_killed_at_random_moments(inputs, tmp_path):
+    found = program("kills(*sys.argv[1:], count=20)", inputs, tmp_path)
+    assert found["killed"] >= 20
+    # What is left of one that was killed after it had moved the folder, and before it had removed the rest.
+    assert all(name.endswith(".partial") and name[1:].removesuffix(".partial").isdigit() for name in found["left"])
+
+
+def fills_the_disk(inputs, folder):
+    """Lets no file become larger than most of the shards."""
+    limit = 20_000
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+    text = ""
+    try:
+        export(Path(inputs), Path(folder) / "out", max_shard_size=10**9)
+    except OSError as error:
+        text = str(error)
+    left = [path.name for path in Path(folder).iterdir()]
+    resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    export(Path(inputs), Path(folder) / "out", max_shard_size=10**9)
+    print(json.dumps({"text": text, "left": left}))
+
+
+def test_full_disk(inputs, tmp_path):
+    found = program("fills_the_disk(*sys.argv[1:])", inputs, tmp_path)
+    assert "File too large" in found["text"] and "out/model.safetensors" in found["text"].replace(FOLDER, "out")
+    assert found["left"] == [".out.partial"]
+    export(inputs, tmp_path / "whole", max_shard_size=10**9)
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+def test_a_disk_that_is_too_small_is_noticed_before(inputs, tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**6, 10**6 - 100, 100))
+    with pytest.raises(OSError, match=r"No space left on device: got 100 bytes, wanted \d"):
+        export(inputs, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def peak(base, out, adapter, quantize):
+    """How much the resident memory grew by an export, in bytes."""
+    small = Path(base).parent / "small"
+    export_checkpoint(small / "base", small / "out", [small / "adapter"], quantize=quantize or None, overwrite=True)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    report = export_checkpoint(base, out, [adapter], quantize=quantize or None, max_shard_size=64 << 20)
+    print(
+        json.dumps(
+            {"grown": 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before), "files": report.files}
+        )
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("quantize", ["", "nf4"], ids=["16 bits", "nf4"])
+def test_memory(tmp_path, quantize):
+    """At most two files, of a checkpoint of eight."""
+    config = {"num_hidden_layers": 8, "num_key_value_heads": 4}
+    base = save_base(tmp_path / "base", hidden=1536, intermediate=6144, shards=8, **config)
+    adapter = save_adapter(base, tmp_path / "adapter", target_modules=["q_proj", "down_proj"])
+    small = tmp_path / "small"
+    save_adapter(save_base(small / "base"), small / "adapter")
+    found = program("peak(*sys.argv[1:])", base, tmp_path / "out", adapter, quantize)
+    assert found["files"] >= (7 if not quantize else 3) and found["grown"] <= 2 * (64 << 20), found

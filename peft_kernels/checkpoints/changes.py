@@ -81,15 +81,17 @@ def _matrix(tensor: Tensor) -> Tensor:
 def _merge(weight: Tensor, products: list[Product], added: list[Tensor], scales: list[Tensor], out: Tensor) -> None:
     operands = [(one.left.double(), one.right.double() * one.scaling) for one in products]
     gains = [_gain(weight, left, right, one) for one, (left, right) in zip(products, operands, strict=True)]
+    has_gains = any(gain is not None for gain in gains)
     for begin, end in _panels(weight):
         own = weight[begin:end].double()
-        total = own.clone()
+        total = own.clone() if has_gains else own
         for one, (left, right), gain in zip(products, operands, gains, strict=True):
-            delta = left[begin:end] @ right
-            if gain is not None:  # DoRA: (gain - 1) W + gain delta
+            if gain is None:
+                total.addmm_(left[begin:end], right, alpha=one.weight)
+            else:  # DoRA: (gain - 1) W + gain left right
                 factor = gain if one.by_column else gain[begin:end, None]
-                delta = torch.addcmul(delta * factor, own, factor - 1)
-            total.add_(delta, alpha=one.weight)
+                delta = (left[begin:end] @ right).mul_(factor).addcmul_(own, factor - 1)
+                total.add_(delta, alpha=one.weight)
         for term in added:
             total += term[begin:end].double()
         for scale in scales:

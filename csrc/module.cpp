@@ -36,13 +36,15 @@ bool cpu_is_intel() { return peft_kernels::is_intel(); }
 void set_cpu_isa(std::string name) { peft_kernels::set_isa(name.c_str()); }
 
 PyObject* build_info(PyObject*, PyObject*) {
-    return Py_BuildValue("{s:i,s:s,s:O}", "ops_version", PEFT_KERNELS_OPS_VERSION, "compiler", __VERSION__, "cuda",
 #ifdef PEFT_KERNELS_CUDA
-                         Py_True
+    PyObject* const cuda = Py_True;
+    const char* const architectures = PEFT_KERNELS_CUDA_ARCHITECTURES;
 #else
-                         Py_False
+    PyObject* const cuda = Py_False;
+    const char* const architectures = "";
 #endif
-    );
+    return Py_BuildValue("{s:i,s:s,s:O,s:s}", "ops_version", PEFT_KERNELS_OPS_VERSION, "compiler", __VERSION__, "cuda",
+                         cuda, "cuda_architectures", architectures);
 }
 
 // A tensor, and how it lay in memory when it was recorded. It is the tensor that Python has, not a view of it: whatever

@@ -228,7 +228,7 @@ def machine_of(device: torch.device) -> str:
     if device.type == "cuda":
         return f"{torch.cuda.get_device_name(device)}; {_software('cuda')}"
     return (
-        f"{_processor()}; {cpu.isa()}, torch's {torch.backends.cpu.get_cpu_capability()}, "
+        f"{processor()}; {cpu.isa()}, torch's {torch.backends.cpu.get_cpu_capability()}, "
         f"{torch.get_num_threads()} threads; {_software('cpu')}"
     )
 
@@ -241,7 +241,8 @@ def _software(device_type: str) -> str:
 
 
 @functools.cache
-def _processor() -> str:
+def processor() -> str:
+    """The name of the CPU, as Linux gives it."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

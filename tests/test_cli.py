@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import os
 import re
 import subprocess
 import sys
@@ -117,8 +118,12 @@ def test_progress_is_silent_where_stderr_is_no_terminal(capsys):
 
 def test_process():
     """Importing the package imports no command; a pipe that is closed early is no fault."""
-    code = "import sys, peft_kernels; print([name for name in sys.modules if name.startswith('peft_kernels.cli')])"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
-    command = f"'{sys.executable}' -m peft_kernels info | true"
-    result = subprocess.run(command, shell=True, capture_output=True, text=True)
-    assert result.stderr == ""
+    code = (
+        "import sys, peft_kernels; print([name for name in sys.modules if name.startswith('peft_kernels.cli')], "
+        "file=sys.stderr); from peft_kernels.cli import main; sys.exit(main(['info']))"
+    )
+    reader, writer = os.pipe()
+    os.close(reader)
+    result = subprocess.run([sys.executable, "-c", code], stdout=writer, stderr=subprocess.PIPE, text=True)
+    os.close(writer)
+    assert (result.returncode, result.stderr) == (1, "[]\n")

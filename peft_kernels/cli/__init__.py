@@ -25,6 +25,7 @@ PROGRAM = "peft-kernels"
 # A command's module has its name, with _ for -.
 COMMANDS = {
     "info": "what is installed and built, and what would be fused on this machine: for a report of a fault",
+    "inspect": "what an adapter's folder holds: method, layers, norms, and what is wrong with it",
 }
 
 
@@ -62,7 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except (ValueError, OSError, ModuleNotFoundError) as error:
-        print(f"{PROGRAM} {options.command}: {error}", file=sys.stderr)
+        print(output.printable(f"{PROGRAM} {options.command}: {error}"), file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 130

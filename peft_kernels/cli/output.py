@@ -41,13 +41,18 @@ class Share(float):
 def show(data: Mapping[str, Any], as_json: bool) -> None:
     """Prints what a command found."""
     if as_json:
-        print(json.dumps(_plain(data), indent=2, ensure_ascii=False, allow_nan=False))
+        print(json.dumps(_plain(data), indent=2, allow_nan=False))
         return
     console = Console(highlight=False)
     if not console.is_terminal:
         console = Console(width=WIDTH, highlight=False)
     for part in _rendered(data):
         console.print(part)
+
+
+def printable(text: str) -> str:
+    """A text without characters that a terminal obeys, which may come from a foreign file."""
+    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
 
 
 @contextmanager
@@ -83,14 +88,16 @@ def _rendered(data: Mapping[str, Any]) -> Iterator[RenderableType]:
             yield _rows(value, _title(name))
         else:
             yield _title(name, "bold")
-            yield Text("\n".join(f"  • {line}" for line in value))
+            yield Text("\n".join(f"  • {printable(str(line))}" for line in value))
 
 
 def _is_part(value: Any) -> bool:
     """Whether it is printed below the table of names and values."""
     if isinstance(value, Mapping):
         return bool(value)
-    return isinstance(value, (list, tuple)) and any(isinstance(row, Mapping) or " " in str(row) for row in value)
+    return isinstance(value, (list, tuple)) and any(
+        isinstance(row, Mapping) or " " in str(row) or len(str(row)) > 40 for row in value
+    )
 
 
 def _pairs(values: Mapping[str, Any], title: Text | None = None) -> Table:
@@ -114,7 +121,7 @@ def _rows(rows: Sequence[Mapping[str, Any]], title: Text) -> Table:
 
 
 def _title(name: str, style: str = "") -> Text:  # and no str, of which rich would take [this] for markup
-    return Text(name.replace("_", " "), style)
+    return Text(printable(name.replace("_", " ")), style)
 
 
 def _text(value: Any) -> str:
@@ -123,11 +130,11 @@ def _text(value: Any) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, (Bytes, Share)):
-        return str(value)
+        return printable(str(value))
     if isinstance(value, int):
         return f"{value:,}"
     if isinstance(value, float):
         return f"{value:.4g}"
     if isinstance(value, (list, tuple)):
         return ", ".join(map(_text, value))
-    return str(value)
+    return printable(str(value))

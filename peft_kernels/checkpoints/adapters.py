@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from .base import BaseCheckpoint
 from .changes import Change, Product
 from .peft_folder import CONFIG, NEUTRAL, WEIGHTS, LoRAConfig, read_config, read_weights, refuse_listed
 
-_PREFIX = "base_model.model."
+PREFIX = "base_model.model."
 _PART = re.compile(
     r"(.+?)((?:\.base_layer)*)\."
     r"(lora_A\.weight|lora_B\.weight|lora_B\.bias|lora_embedding_A|lora_embedding_B|lora_magnitude_vector|ia3_l)"
@@ -89,7 +90,8 @@ def _read(folder: Path, weight: float) -> Adapter:
     if kind not in ("LORA", "IA3"):
         refuse(str(folder / CONFIG), f"an adapter of the type {kind!r}", _WANTED)
     _, stored = read_weights(folder)
-    tensors = {name.removeprefix(_PREFIX): tensor for name, tensor in stored.items()}
+    # safetensors gives them in a new order each time, which the seeds of masks and an error's text would depend on.
+    tensors = {name.removeprefix(PREFIX): tensor for name, tensor in sorted(stored.items())}
     refuse_listed(
         f"{folder / WEIGHTS} can't be merged:",
         {
@@ -335,3 +337,11 @@ class _Reader:
             left = lefts[piece.expert][piece.begin : piece.begin + rows]
             product = Product(left, rights[piece.expert], scaling, weight)
             self._change(piece.name).products.setdefault(None, []).append(product)
+
+
+def digest(adapter: Adapter) -> str:
+    """Of an adapter's files."""
+    hashed = hashlib.sha256()
+    for name in (CONFIG, WEIGHTS):
+        hashed.update((adapter.folder / name).read_bytes())
+    return hashed.hexdigest()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import hashlib
 import json
 import math
 import os
@@ -22,11 +21,9 @@ from torch import Tensor
 
 from ..ops._arguments import FLOAT_DTYPES, check_flag, check_size, dtype_name, refuse
 from ..ops.nf4 import quantize_4bit
-from .adapters import Adapter, changes_of, read_adapters
+from .adapters import changes_of, digest, read_adapters
 from .base import CONFIG, INDEX, SINGLE, BaseCheckpoint, Stored, read_base
 from .changes import Change, changed
-from .peft_folder import CONFIG as ADAPTER_CONFIG
-from .peft_folder import WEIGHTS as ADAPTER_WEIGHTS
 from .staging import Staging, check_destination
 from .structure import Structure, is_kept, read_structure
 
@@ -165,7 +162,7 @@ def export_checkpoint(
     config = _config(checkpoint.config, settings, items, kept, untied)
     inputs = {
         "base": checkpoint.stamp,
-        "adapters": [[_digest(adapter), adapter.weight] for adapter in read],
+        "adapters": [[digest(adapter), adapter.weight] for adapter in read],
         "settings": asdict(settings),
         "shards": [[item.name for item in shard] for shard in shards],
     }
@@ -413,10 +410,3 @@ def _check_space(folder: Path, wanted: int) -> None:
     if wanted + _SPARE_BYTES > free:
         got = f"{os.strerror(errno.ENOSPC)}: got {free:,} bytes, wanted {wanted + _SPARE_BYTES:,}"
         raise OSError(errno.ENOSPC, got, str(folder))
-
-
-def _digest(adapter: Adapter) -> str:
-    digest = hashlib.sha256()
-    for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
-        digest.update((adapter.folder / name).read_bytes())
-    return digest.hexdigest()

@@ -25,6 +25,9 @@ PROGRAM = "peft-kernels"
 # A command's module has its name, with _ for -.
 COMMANDS = {
     "info": "what is installed and built, and what would be fused on this machine: for a report of a fault",
+    "export": "merge adapters into a checkpoint, and write it with dense weights: 16 bits, or what the base has",
+    "quantize": "write a checkpoint with 4-bit weights as bitsandbytes stores them, with adapters merged or without",
+    "combine": "make one LoRA adapter of several: sums, TIES, DARE, pruning, cut to a rank or not",
     "inspect": "what an adapter's folder holds: method, layers, norms, and what is wrong with it",
 }
 

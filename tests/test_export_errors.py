@@ -227,6 +227,7 @@ def test_destinations(folder):
         ({"double_quant": 1}, "double_quant: got 1"),
         ({"max_shard_size": 0}, "max_shard_size: got 0"),
         ({"skip_modules": "lm_head"}, "skip_modules: got 'lm_head', wanted a list of names"),
+        ({"skip_modules": ["("]}, r"skip_modules: got '\(': .*, wanted names"),
         ({"overwrite": 1}, "overwrite: got 1"),
     ],
     ids=lambda value: "" if isinstance(value, str) else next(iter(value)),

@@ -1,5 +1,6 @@
 """Exports that are killed, run out of disk, or meet another one; and how much memory they take."""
 
+import itertools
 import json
 import os
 import random
@@ -19,7 +20,7 @@ import torch
 from export_models import contents, save_adapter, save_base
 
 from peft_kernels.checkpoints import export_checkpoint
-from peft_kernels.checkpoints.staging import FOLDER
+from peft_kernels.checkpoints.staging import FOLDER, REPLACED, Staging
 
 TESTS = Path(__file__).parent
 SHARD = 32 << 20
@@ -84,13 +85,14 @@ def test_other_inputs_start_anew(inputs, half, options):
     assert contents(half / "out") == contents(half / "whole")
 
 
-def test_another_base_starts_anew(inputs, half):
-    shutil.copytree(inputs / "base", half / "base")
+def test_another_base_starts_anew(inputs, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(inputs / "base", tmp_path / "base")
     with pytest.raises(OSError, match="stopped"):
-        export_checkpoint(half / "base", half / "new", max_shard_size=3000, progress=stopped_after(5))
-    path = half / "base/config.json"
+        export_checkpoint("base", "new", max_shard_size=3000, progress=stopped_after(5))
+    path = tmp_path / "base/config.json"
     path.write_text(path.read_text().replace('"rms_norm_eps": 1e-06', '"rms_norm_eps": 1e-05'))
-    assert export_checkpoint(half / "base", half / "new", max_shard_size=3000).resumed == 0
+    assert export_checkpoint("base", "new", max_shard_size=3000).resumed == 0
 
 
 def test_a_half_file_is_written_again(inputs, half):
@@ -112,6 +114,28 @@ def test_overwritten(inputs, tmp_path):
     export(inputs, tmp_path / "whole")
     assert contents(tmp_path / "out") == contents(tmp_path / "whole") != old
     assert {path.name for path in tmp_path.iterdir()} == {"out", "whole"}
+
+
+@pytest.mark.parametrize("moved", [False, True])
+def test_a_kill_while_the_old_one_is_replaced(inputs, tmp_path, monkeypatch, moved):
+    """After the first of two moves the old one comes back, and after the second one it is removed."""
+    export(inputs, tmp_path / "out", "other")
+    old, partial = contents(tmp_path / "out"), tmp_path / ".out.partial"
+    with monkeypatch.context() as patch:
+        patch.setattr(Staging, "commit", lambda self: (_ for _ in ()).throw(KeyboardInterrupt()))
+        with pytest.raises(KeyboardInterrupt):
+            export(inputs, tmp_path / "out", overwrite=True)
+    (tmp_path / "out").rename(partial / REPLACED)
+    if moved:
+        (partial / FOLDER).rename(tmp_path / "out")
+        with pytest.raises(FileExistsError):
+            export(inputs, tmp_path / "out")
+        assert [path.name for path in tmp_path.iterdir()] == ["out"] and contents(tmp_path / "out") != old
+        return
+    with pytest.raises(OSError, match="stopped"):
+        monkeypatch.chdir(tmp_path)
+        export(inputs, tmp_path / "out", "one", dtype=torch.float16, progress=stopped_after(0))
+    assert contents(tmp_path / "out") == old
 
 
 def test_two_at_once(inputs, tmp_path):
@@ -146,21 +170,25 @@ def kills(inputs, folder, count):
     begin = time.monotonic()
     assert os.waitpid(in_child(lambda: export(inputs, folder / "whole")), 0)[1] == 0
     seconds, killed, wanted = time.monotonic() - begin, 0, contents(folder / "whole")
-    for seed in range(count):
-        moment = random.Random(seed)
-        while True:
-            child = in_child(partial(export, inputs, folder / f"{seed}"))
+    moment = random.Random(0)
+    for number in itertools.count():
+        out = folder / f"{number}"
+        while not out.exists():
+            child = in_child(partial(export, inputs, out))
             time.sleep(moment.uniform(0, seconds))
             os.kill(child, signal.SIGKILL)
-            was_killed = os.waitpid(child, 0)[1] != 0
-            if (folder / f"{seed}").exists():
-                break
-            killed += was_killed
-            if moment.random() < 0.3:  # this time to the end
-                assert os.waitpid(in_child(partial(export, inputs, folder / f"{seed}")), 0)[1] == 0
-        assert contents(folder / f"{seed}") == wanted, seed
-    names = {path.name for path in folder.iterdir()}
-    print(json.dumps({"killed": killed, "left": sorted(names - {"whole", *map(str, range(count))})}))
+            if os.waitpid(child, 0)[1]:
+                killed += 1
+                seconds *= 1.05
+            else:  # it had come to its end
+                seconds *= 0.8
+        assert contents(out) == wanted, number
+        with pytest.raises(FileExistsError):  # which removes what is left of one that was killed after the move
+            export(inputs, out)
+        if killed >= count:
+            break
+    left = {path.name for path in folder.iterdir()} - {"whole", *map(str, range(number + 1))}
+    print(json.dumps({"killed": killed, "left": sorted(left)}))
 
 
 def program(call, *arguments, **options):
@@ -175,31 +203,21 @@ def program(call, *arguments, **options):
 @pytest.mark.slow
 def test_killed_at_random_moments(inputs, tmp_path):
     found = program("kills(*sys.argv[1:], count=20)", inputs, tmp_path)
-    assert found["killed"] >= 20
-    # What is left of one that was killed after it had moved the folder, and before it had removed the rest.
-    assert all(name.endswith(".partial") and name[1:].removesuffix(".partial").isdigit() for name in found["left"])
-
-
-def fills_the_disk(inputs, folder):
-    """Lets no file become larger than most of the shards."""
-    limit = 20_000
-    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
-    text = ""
-    try:
-        export(Path(inputs), Path(folder) / "out", max_shard_size=10**9)
-    except OSError as error:
-        text = str(error)
-    left = [path.name for path in Path(folder).iterdir()]
-    resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
-    export(Path(inputs), Path(folder) / "out", max_shard_size=10**9)
-    print(json.dumps({"text": text, "left": left}))
+    assert found["killed"] >= 20 and not found["left"]
 
 
 def test_full_disk(inputs, tmp_path):
-    found = program("fills_the_disk(*sys.argv[1:])", inputs, tmp_path)
-    assert "File too large" in found["text"] and "out/model.safetensors" in found["text"].replace(FOLDER, "out")
-    assert found["left"] == [".out.partial"]
-    export(inputs, tmp_path / "whole", max_shard_size=10**9)
+    """No file may become larger than a part of the shard, which is how a quota looks."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
+    try:
+        with pytest.raises(OSError, match=r"File too large.*model\.safetensors"):
+            export(inputs, tmp_path / "out", max_shard_size=10**9)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert [path.name for path in tmp_path.iterdir()] == [".out.partial"]
+    for name in ("out", "whole"):
+        export(inputs, tmp_path / name, max_shard_size=10**9)
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 

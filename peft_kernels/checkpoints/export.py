@@ -210,6 +210,11 @@ def _check(
     check_size("max_shard_size", max_shard_size)
     if isinstance(skip_modules, str) or not all(isinstance(name, str) for name in skip_modules):
         refuse("skip_modules", repr(skip_modules), "a list of names")
+    for pattern in skip_modules:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            refuse("skip_modules", f"{pattern!r}: {error}", "names, or regular expressions for them")
     name = None if dtype is None else dtype_name(dtype)
     return _Settings(quantize, name, blocksize, double_quant, max_shard_size, tuple(skip_modules))
 

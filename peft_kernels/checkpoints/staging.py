@@ -41,7 +41,7 @@ class Staging:
     def __init__(self, destination: Path, inputs: Any, overwrite: bool, marker: str) -> None:
         check_destination(destination, overwrite, marker)
         self.destination = destination
-        self.partial = destination.parent / f".{destination.name}.partial"
+        self.partial = _partial(destination)
         self.folder = self.partial / FOLDER
         self.inputs = json.dumps(inputs, sort_keys=True, indent=1)
 
@@ -133,9 +133,30 @@ class Staging:
         _sync(self.destination.parent)
 
 
+def _partial(destination: Path) -> Path:
+    return destination.parent / f".{destination.name}.partial"
+
+
+def _clear_after_a_kill(destination: Path) -> None:
+    """Removes what is left where a process was killed after the move."""
+    partial = _partial(destination)
+    if not destination.exists() or not (partial / INPUTS).exists() or (partial / FOLDER).exists():
+        return
+    lock = os.open(partial, os.O_RDONLY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if not (partial / FOLDER).exists():
+            shutil.rmtree(partial)
+    except BlockingIOError:
+        pass  # one that is about to remove it itself
+    finally:
+        os.close(lock)
+
+
 def check_destination(destination: Path, overwrite: bool, marker: str) -> None:
     if destination.name in ("", ".."):
         refuse("destination", repr(str(destination)), "a folder with a name")
+    _clear_after_a_kill(destination)
     if not destination.exists() and not destination.is_symlink():
         return
     if not destination.is_dir() or destination.is_symlink():

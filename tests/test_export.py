@@ -1,6 +1,8 @@
 """Exported checkpoints: their weights against the unmerged model's, in fp64, and bit for bit against bitsandbytes'."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -8,6 +10,7 @@ from comparison import DTYPES, assert_close, short
 from export_models import (
     LINEAR,
     assert_rounded_once,
+    contents,
     effective,
     load,
     logits,
@@ -18,7 +21,9 @@ from export_models import (
 )
 from moe_models import tiny_moe
 from optional import if_installed
+from safetensors.torch import save_file
 from tolerances import merged_logits
+from torch import nn
 
 from peft_kernels.checkpoints import export_checkpoint
 
@@ -129,3 +134,64 @@ def test_experts(tmp_path, name, config):
     assert report.merged >= 6
     for parameter, wanted in exact.items():
         assert_rounded_once(stored[parameter].detach(), wanted, parameter)
+
+
+class Convolutions(nn.Module):
+    """A model that is none of transformers'."""
+
+    def __init__(self):
+        super().__init__()
+        self.flat, self.square = nn.Conv1d(6, 8, 3), nn.Conv2d(6, 8, (3, 2))
+        self.point, self.grouped, self.lin = nn.Conv2d(6, 8, 1), nn.Conv2d(6, 8, 3, groups=2), nn.Linear(8, 5)
+
+    def forward(self, x):
+        return x
+
+
+def save_convolutions(folder, targets, **options):
+    torch.manual_seed(0)
+    model = Convolutions()
+    folder.mkdir(exist_ok=True)
+    save_file({name: tensor.clone() for name, tensor in model.state_dict().items()}, folder / "model.safetensors")
+    (folder / "config.json").write_text("{}")
+    model = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=targets, **options))
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            nn.init.normal_(parameter)
+    model.save_pretrained(folder / "adapter")
+    return model
+
+
+def test_convolutions(tmp_path):
+    model = save_convolutions(tmp_path, ["flat", "square", "point", "lin"])
+    export_checkpoint(tmp_path, tmp_path / "out", [tmp_path / "adapter"])
+    exact = model.double().merge_and_unload().state_dict()
+    for name, tensor in tensors(tmp_path / "out").items():
+        assert_rounded_once(tensor, exact[name], name)
+
+
+@pytest.mark.parametrize("options", [{"target_modules": ["grouped"]}, {"target_modules": ["flat"], "use_dora": True}])
+def test_convolutions_that_are_refused(tmp_path, options):
+    save_convolutions(tmp_path, options.pop("target_modules"), **options)
+    with pytest.raises(ValueError, match="that do not fit:\n"):
+        export_checkpoint(tmp_path, tmp_path / "out", [tmp_path / "adapter"])
+
+
+def test_dense_weights_need_neither_transformers_nor_peft(tmp_path):
+    base = save_base(tmp_path / "base")
+    adapter = save_adapter(base, tmp_path / "adapter")
+    code = (
+        "import sys; sys.modules |= dict.fromkeys(['transformers', 'peft', 'bitsandbytes']);"
+        "from peft_kernels.checkpoints import export_checkpoint;"
+        "base, out, adapter = sys.argv[1:]; print(export_checkpoint(base, out, [adapter]).merged);"
+        "export_checkpoint(base, out + '4', quantize='nf4')"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code, base, tmp_path / "out", adapter], capture_output=True, text=True
+    )
+    assert result.stdout == "14\n" and result.stderr.endswith(
+        "ModuleNotFoundError: needs transformers, which knows the layers of a model: pip install transformers\n"
+    )
+    export_checkpoint(base, tmp_path / "whole", [adapter])
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+    assert not (tmp_path / "out4").exists()

@@ -195,3 +195,35 @@ def test_dense_weights_need_neither_transformers_nor_peft(tmp_path):
     export_checkpoint(base, tmp_path / "whole", [adapter])
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
     assert not (tmp_path / "out4").exists()
+
+
+@pytest.mark.parametrize("quantize", [None, "nf4"], ids=["dense", "nf4"])
+def test_names_of_another_version_of_transformers(tmp_path, quantize):
+    """Files of models for images and text have the names of before transformers 5."""
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+             "num_key_value_heads": 2, "vocab_size": 60, "max_position_embeddings": 64}  # fmt: skip
+    rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}
+    vision = {"depth": 1, "embed_dim": 32, "hidden_size": 32, "num_heads": 2, "mlp_ratio": 2, "patch_size": 4}
+    tokens = {"bos_token_id": 1, "eos_token_id": 2}
+    config = transformers.Qwen2VLConfig(
+        text_config={**sizes, **tokens, "rope_parameters": rope}, vision_config=vision, **tokens
+    )
+    base = save_base(tmp_path / "base", transformers.Qwen2VLForConditionalGeneration(config))
+    kind = transformers.Qwen2VLForConditionalGeneration
+    model = kind.from_pretrained(base, dtype=torch.float32)
+    model = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["q_proj", "up_proj", "qkv"]))
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter)
+    model.save_pretrained(tmp_path / "adapter")
+    report = export_checkpoint(base, tmp_path / "out", [tmp_path / "adapter"], quantize=quantize)
+    assert report.merged == 5
+    if quantize:
+        assert report.quantized == 2 * 7 + 6
+        loaded, problems = kind.from_pretrained(tmp_path / "out", device_map="cpu", output_loading_info=True)
+        assert not any(problems.values()), problems
+        assert type(loaded.get_submodule("model.language_model.layers.1.mlp.up_proj")) is bnb.nn.Linear4bit
+    else:
+        stored = kind.from_pretrained(tmp_path / "out", dtype=torch.bfloat16).state_dict()
+        for name, wanted in effective(model.double()).items():
+            assert_rounded_once(stored[name], wanted, name)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -110,35 +110,23 @@ def _read(folder: Path, weight: float) -> Adapter:
     return Adapter(folder, float(weight), config, tensors)
 
 
-def changes_of(
-    adapters: Sequence[Adapter], base: BaseCheckpoint, is_transposed: Callable[[str], bool]
-) -> dict[str, Change]:
+def changes_of(adapters: Sequence[Adapter], base: BaseCheckpoint) -> dict[str, Change]:
     """What adapters change of each tensor of a checkpoint.
-
-    Args:
-        is_transposed: whether a model stores the stacks of a mixture as [experts, in, out]; it is asked only where
-            their shapes do not say so.
 
     Raises:
         ValueError: a tensor of an adapter that names none of the base, or does not fit it; it lists which.
     """
     changes: dict[str, Change] = {}
     for adapter in adapters:
-        _Reader(adapter, base, is_transposed, changes).read()
+        _Reader(adapter, base, changes).read()
     return changes
 
 
 class _Reader:
     """Adds one adapter to the changes."""
 
-    def __init__(
-        self,
-        adapter: Adapter,
-        base: BaseCheckpoint,
-        is_transposed: Callable[[str], bool],
-        changes: dict[str, Change],
-    ) -> None:
-        self.adapter, self.base, self.is_transposed, self.changes = adapter, base, is_transposed, changes
+    def __init__(self, adapter: Adapter, base: BaseCheckpoint, changes: dict[str, Change]) -> None:
+        self.adapter, self.base, self.changes = adapter, base, changes
         self.unknown: list[str] = []
         self.misfits: list[str] = []
         path = adapter.folder / CONFIG
@@ -160,7 +148,7 @@ class _Reader:
             else:
                 self._replace(name.replace(".base_layer.", "."), tensor)
         for module, depths in layers.items():
-            stacks = {} if self._name(f"{module}.weight") else self._stacks(module)
+            stacks = self._stacks(module)
             for parts in depths.values():
                 if "ia3_l" in parts and not self._is_lora:
                     self._scale(module, parts["ia3_l"])
@@ -180,7 +168,14 @@ class _Reader:
     def _name(self, parameter: str) -> str | None:
         """The checkpoint's name of a model's parameter, if it has it as one tensor."""
         tied = self.base.tied
-        return parameter if tied and parameter == tied[0] else self.base.find(parameter)
+        if tied and parameter == tied[0]:
+            return parameter
+        return None if parameter in self.base.stacks else self.base.find(parameter)
+
+    def _bias(self, weight: str) -> str | None:
+        """The bias beside a weight, both by the checkpoint's names."""
+        name = f"{weight.removesuffix('weight')}bias"
+        return name if name in self.base.tensors else None
 
     def _shape(self, parameter: str) -> tuple[int, ...] | None:
         """Of a stack, too, whose pieces are all there and fit each other."""
@@ -203,8 +198,8 @@ class _Reader:
         targets = self.adapter.config.get("target_parameters") or []
         found = {}
         for parameter in sorted({f"{module}.{target.rpartition('.')[2]}" for target in targets}):
-            shape = self._shape(parameter)
-            if self._targets(parameter) and shape is not None and len(shape) == 3:
+            shape = self._shape(parameter) if self._targets(parameter) else None
+            if shape is not None and len(shape) == 3:
                 found[parameter] = (shape[0], shape[1], shape[2])
         return found
 
@@ -241,7 +236,7 @@ class _Reader:
             self.misfits.append(f"{module}: got {list(scale.shape)}, wanted [1, {inner}] or [{out}, 1]")
             return
         self._change(name).scales.append(scale.T if transposed else scale)
-        bias = self._name(f"{module}.bias")
+        bias = self._bias(name)
         if bias is not None and not is_input:
             self._change(bias).scales.append(scale.flatten())
 
@@ -296,7 +291,7 @@ class _Reader:
         product = Product(left, right, scaling, weight, magnitude, by_column=transposed)
         self._change(name).products.setdefault(None, []).append(product)
         if "lora_B.bias" in parts:
-            bias = self._name(f"{module}.bias")
+            bias = self._bias(name)
             if bias is None:
                 self.unknown.append(f"{module}.lora_B.bias")
             else:
@@ -321,7 +316,8 @@ class _Reader:
             self.misfits.append(f"{got}, wanted those of {wanted}" if not fitting else f"{got}, which fit {wanted}")
             return
         parameter, experts, orders = fitting[0]
-        is_transposed = self.is_transposed(module) if len(orders) == 2 else orders.pop()
+        # The shapes of square matrices do not say which is which.
+        is_transposed = module in self.base.structure.transposed if len(orders) == 2 else orders.pop()
         lefts = b.view(b.shape[0], -1, experts).permute(2, 0, 1)  # [E, out, rank]
         rights = a.view(experts, -1, a.shape[1])  # [E, rank, in]
         if is_transposed:

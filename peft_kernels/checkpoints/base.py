@@ -10,6 +10,7 @@ import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,6 +22,7 @@ from torch import Tensor
 from ..ops._arguments import refuse
 from ..ops.nf4 import NF4Weight
 from .peft_folder import read_json, refuse_listed, stamp_of
+from .structure import Structure, read_structure
 
 CONFIG, INDEX, SINGLE = "config.json", "model.safetensors.index.json", "model.safetensors"
 HEAD = "lm_head.weight"
@@ -132,6 +134,23 @@ class BaseCheckpoint:
     paths: tuple[Path, ...]
     stacks: dict[str, list[Piece]] = field(default_factory=dict)
 
+    @cached_property
+    def structure(self) -> Structure:
+        """What transformers knows of the model.
+
+        Raises:
+            ModuleNotFoundError: transformers is not installed.
+            ValueError: it has no such model.
+        """
+        return read_structure(self.folder)
+
+    @cached_property
+    def _renamed(self) -> dict[str, str]:
+        try:
+            return self.structure.renamed(self.tensors)
+        except (ModuleNotFoundError, OSError, ValueError):
+            return {}
+
     @property
     def is_quantized(self) -> bool:
         return any(tensor.state is not None for tensor in self.tensors.values())
@@ -153,8 +172,8 @@ class BaseCheckpoint:
     def find(self, name: str) -> str | None:
         """The checkpoint's name of a parameter that the model calls `name`.
 
-        A checkpoint may lack the name of the base model in front, or have it where the adapter's model did not; and
-        for mixtures it may have the names of before transformers 5.
+        A checkpoint may lack the name of the base model in front, or have it where the adapter's model did not; it may
+        have the names of before transformers 5. transformers, which knows them all, is only asked in the end.
         """
         spellings = [name]
         for new, old in _RENAMED:
@@ -168,7 +187,7 @@ class BaseCheckpoint:
             longer = [one for one in self.tensors if one.partition(".")[2] == known]
             if len(longer) == 1:
                 return longer[0]
-        return None
+        return self._renamed.get(name)
 
 
 def read_base(folder: Path) -> BaseCheckpoint:

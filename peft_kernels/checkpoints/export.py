@@ -11,7 +11,6 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,7 @@ from .adapters import changes_of, digest, read_adapters
 from .base import CONFIG, INDEX, SINGLE, BaseCheckpoint, Stored, read_base
 from .changes import Change, changed
 from .staging import Staging, check_destination
-from .structure import Structure, is_kept, read_structure
+from .structure import Structure, is_kept
 
 # What is not copied: weights in other formats, whose values are not those of the export.
 _WEIGHTS = re.compile(
@@ -154,8 +153,9 @@ def export_checkpoint(
 
     checkpoint = read_base(base_folder)
     read = read_adapters(folders, weights)
-    structure = _structure(checkpoint, settings)
-    changes = changes_of(read, checkpoint, _asker(base_folder, structure))
+    # Dense weights of Conv1D are [in, out], and 4-bit ones [out, in].
+    structure = checkpoint.structure if settings.quantize is not None or checkpoint.is_quantized else None
+    changes = changes_of(read, checkpoint)
     untied = _untie(checkpoint, changes)
     items, kept = _items(checkpoint, changes, structure, settings, untied)
     shards = _shards(items, settings)
@@ -217,17 +217,6 @@ def _check(
             refuse("skip_modules", f"{pattern!r}: {error}", "names, or regular expressions for them")
     name = None if dtype is None else dtype_name(dtype)
     return _Settings(quantize, name, blocksize, double_quant, max_shard_size, tuple(skip_modules))
-
-
-def _structure(checkpoint: BaseCheckpoint, settings: _Settings) -> Structure | None:
-    """What is known of the model where it matters: dense weights of Conv1D are [in, out], and 4-bit ones [out, in]."""
-    needed = settings.quantize is not None or checkpoint.is_quantized
-    return read_structure(checkpoint.folder) if needed else None
-
-
-def _asker(folder: Path, structure: Structure | None) -> Callable[[str], bool]:
-    found = cache(lambda: structure or read_structure(folder))
-    return lambda module: module in found().transposed
 
 
 # ---- What is written ------------------------------------------------------------------------------------------------

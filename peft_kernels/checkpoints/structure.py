@@ -28,6 +28,7 @@ class Structure:
         kept: what stays dense when the model is quantised, unless it is told otherwise: the output layer, what is tied
             to it, and the last layer.
         kept_patterns: what stays in fp32 whenever the model is loaded.
+        renamings: transformers' own, from the names in files to those in models; since transformers 5.
     """
 
     linear: frozenset[str]
@@ -35,6 +36,15 @@ class Structure:
     transposed: frozenset[str]
     kept: frozenset[str]
     kept_patterns: tuple[str, ...]
+    renamings: tuple[Any, ...] = ()
+
+    def renamed(self, names: Iterable[str]) -> dict[str, str]:
+        """The names of a checkpoint's tensors by those that the model has for them."""
+        if not self.renamings:
+            return {}
+        from transformers.core_model_loading import apply_renamings
+
+        return {apply_renamings(name, list(self.renamings)): name for name in names}
 
 
 def read_structure(folder: Path) -> Structure:
@@ -74,7 +84,17 @@ def read_structure(folder: Path) -> Structure:
         transposed=frozenset(name for name, module in modules.items() if getattr(module, "is_transposed", False)),
         kept=frozenset(kept & modules.keys()),
         kept_patterns=tuple(patterns),
+        renamings=_renamings(model),
     )
+
+
+def _renamings(model: Any) -> tuple[Any, ...]:
+    try:
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import WeightRenaming
+    except ImportError:
+        return ()
+    return tuple(one for one in get_model_conversion_mapping(model) if isinstance(one, WeightRenaming))
 
 
 def is_kept(module: str, patterns: Iterable[str]) -> bool:

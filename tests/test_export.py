@@ -39,6 +39,8 @@ CASES = {
     "trained biases": ("qwen2", {}, {"bias": "all"}),
     "conv1d": ("gpt2", {}, {"target_modules": ["c_attn", "c_proj"], "fan_in_fan_out": True, "lora_bias": True}),
     "conv1d dora": ("gpt2", {}, {"target_modules": ["c_attn", "c_proj"], "fan_in_fan_out": True, "use_dora": True}),
+    # The last layer's kind decides which fan_in_fan_out PEFT writes, and the one before is square.
+    "conv1d and linear": ("gpt2", {"tie_word_embeddings": False}, {"target_modules": ["attn.c_proj", "lm_head"]}),
     "embeddings": ("llama", {}, {"target_modules": EVERYTHING}),
     "embeddings dora": ("llama", {}, {"target_modules": EVERYTHING, "use_dora": True}),
     "saved modules": ("llama", {}, {"modules_to_save": ["model.norm", "lm_head", "embed_tokens"]}),

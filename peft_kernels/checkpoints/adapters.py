@@ -243,7 +243,10 @@ class _Reader:
     def _stores_transposed(self, name: str) -> bool:
         """Whether a dense layer's weight is [in, out]; bitsandbytes turns it before it quantises."""
         tensor = self.base.tensors.get(name)
-        return bool(self.adapter.config.get("fan_in_fan_out")) and (tensor is None or tensor.state is None)
+        if tensor is not None and tensor.state is not None:
+            return False
+        known = self.base.conv1d
+        return bool(self.adapter.config.get("fan_in_fan_out")) if known is None else name in known
 
     def _add(self, module: str, parts: Mapping[str, Tensor], stacks: dict[str, Any], wrappers: int) -> None:
         is_embedding = "lora_embedding_A" in parts or "lora_embedding_B" in parts

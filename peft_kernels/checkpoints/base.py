@@ -27,6 +27,7 @@ from .structure import Structure, read_structure
 CONFIG, INDEX, SINGLE = "config.json", "model.safetensors.index.json", "model.safetensors"
 HEAD = "lm_head.weight"
 _EMBEDDINGS = re.compile(r"(.+\.)?(embed_tokens|wte|word_embeddings|embed_in|shared)\.weight")
+_WITH_CONV1D = {"gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp"}
 _PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 _DTYPES = {
     "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "BOOL": torch.bool,
@@ -145,6 +146,19 @@ class BaseCheckpoint:
         return read_structure(self.folder)
 
     @cached_property
+    def conv1d(self) -> frozenset[str | None] | None:
+        """The dense weights that are [in, out]; None where no model of this type has such, or transformers is absent.
+
+        PEFT's configuration has one flag for all layers, which is that of the last one.
+        """
+        if self.config.get("model_type") not in _WITH_CONV1D:
+            return None
+        try:
+            return frozenset(self.find(f"{module}.weight") for module in self.structure.conv1d)
+        except (ModuleNotFoundError, OSError, ValueError):
+            return None
+
+    @cached_property
     def _renamed(self) -> dict[str, str]:
         try:
             return self.structure.renamed(self.tensors)
@@ -248,6 +262,8 @@ def _is_4bit(quantization: Any) -> bool:
 
 def _files(folder: Path) -> tuple[list[Path], dict[str, str]]:
     """The files with weights, and which of them the index names for each tensor."""
+    if (folder / SINGLE).is_file():  # which transformers looks for first
+        return [folder / SINGLE], {}
     if (folder / INDEX).is_file():
         listed = read_json(folder / INDEX, "an index of weights").get("weight_map")
         if not isinstance(listed, dict) or not all(isinstance(file, str) for file in listed.values()):
@@ -259,8 +275,6 @@ def _files(folder: Path) -> tuple[list[Path], dict[str, str]]:
             if not (folder / name).is_file():
                 raise FileNotFoundError(f"base: got {folder}, which has no {name}, as {INDEX} says")
         return [folder / name for name in names], listed
-    if (folder / SINGLE).is_file():
-        return [folder / SINGLE], {}
     pickled = next((name for name in _PICKLES if (folder / name).is_file()), None)
     others = f", but {pickled}, a pickle, which is not read" if pickled else ""
     raise FileNotFoundError(f"base: got {folder}, which has no {SINGLE} or {INDEX}{others}")
@@ -270,7 +284,7 @@ def _entries(path: Path) -> Iterator[tuple[str, list[int], str, dict[str, Any] |
     """Name, shape and dtype of each tensor of a file, and the state that it is the text of."""
     try:
         with safe_open(path, "pt") as file:
-            for name in file.offset_keys():
+            for name in sorted(file.keys(), key=_natural):
                 part = file.get_slice(name)
                 match = _COMPANION.fullmatch(name)
                 is_state = match is not None and match[2].startswith("quant_state.")
@@ -280,6 +294,11 @@ def _entries(path: Path) -> Iterator[tuple[str, list[int], str, dict[str, Any] |
                 yield name, part.get_shape(), part.get_dtype(), state
     except (SafetensorError, ValueError, RecursionError) as error:
         raise ValueError(f"{path}: got no whole safetensors: {error}") from None
+
+
+def _natural(name: str) -> str:
+    """By which layer 10 comes after layer 9."""
+    return re.sub(r"\d+", lambda number: number[0].zfill(8), name)
 
 
 def _shape(name: str, state: dict[str, Any]) -> tuple[int, ...]:

@@ -160,7 +160,10 @@ def export_checkpoint(
     items, kept = _items(checkpoint, changes, structure, settings, untied)
     shards = _shards(items, settings)
     config = _config(checkpoint.config, settings, items, kept, untied)
+    from .. import __version__
+
     inputs = {
+        "version": __version__,
         "base": checkpoint.stamp,
         "adapters": [[digest(adapter), adapter.weight] for adapter in read],
         "settings": asdict(settings),

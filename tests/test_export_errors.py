@@ -239,3 +239,7 @@ def test_arguments(folder, options, match):
 def test_models_that_transformers_does_not_know(folder):
     edit(folder / "base" / CONFIG, {"architectures": ["NobodysForCausalLM"]})
     refused(folder, "a model of the class 'NobodysForCausalLM', wanted one of transformers' own", (), quantize="nf4")
+    edit(folder / "base" / CONFIG, {"architectures": ["LlamaForCausalLM"], "hidden_size": 33})
+    refused(folder, "base: got .*base, of which transformers makes no model|refuses", (), quantize="nf4")
+    edit(folder / "base" / CONFIG, {"model_type": "nobodys"})
+    refused(folder, "base: got .*base, whose configuration transformers refuses", (), quantize="nf4")

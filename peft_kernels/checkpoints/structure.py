@@ -63,13 +63,19 @@ def read_structure(folder: Path) -> Structure:
         raise ModuleNotFoundError(
             "needs transformers, which knows the layers of a model: pip install transformers", name="transformers"
         ) from None
-    config: Any = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+    try:
+        config: Any = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # whatever it raises for what a file says
+        raise ValueError(f"base: got {folder}, whose configuration transformers refuses: {error}") from error
     names = getattr(config, "architectures", None) or [None]
     kind = getattr(transformers, str(names[0]), None)
     if not (isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)):
         refuse("base", f"{folder}, a model of the class {names[0]!r}", "one of transformers' own classes")
-    with torch.device("meta"):
-        model: Any = kind(config)
+    try:
+        with torch.device("meta"):
+            model: Any = kind(config)
+    except Exception as error:
+        raise ValueError(f"base: got {folder}, of which transformers makes no model: {error}") from error
     modules: dict[str, nn.Module] = dict(model.named_modules())
     output = model.get_output_embeddings()
     tied = getattr(model, "all_tied_weights_keys", None) or {}  # a mapping since transformers 5

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import argparse
-import math
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from rich.console import Console
 
 from peft_kernels import cpu
 from peft_kernels._extension import build_info
+from peft_kernels.cli.arguments import COUNT as COUNT
+from peft_kernels.cli.arguments import POSITIVE as POSITIVE
+from peft_kernels.cli.arguments import number as number
 
 RESULTS = Path(__file__).parent / "results"
 # Every name that a build of the kernels may know. A processor need not have them all.
@@ -52,24 +54,7 @@ class Options:
         return 1.0 if self.quick else 8.0
 
 
-def number(kind: type, accepts: Callable[[Any], bool], wanted: str) -> Callable[[str], Any]:
-    """An argparse type whose errors say what was given and what was wanted."""
-
-    def parse(text: str) -> Any:
-        try:
-            value = kind(text)
-        except ValueError:
-            value = None
-        if value is None or not accepts(value):
-            raise argparse.ArgumentTypeError(f"got '{text}', wanted {wanted}")
-        return value
-
-    return parse
-
-
-COUNT = number(int, lambda n: n >= 1, "a whole number of at least 1")
 LENGTH = number(int, lambda n: n >= 2, "a whole number of at least 2")
-POSITIVE = number(float, lambda x: 0 < x < math.inf, "a number above 0")
 SEED = number(int, lambda n: 0 <= n < 2**63, "a whole number from 0 to 2**63 - 1")
 
 

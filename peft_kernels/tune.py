@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from . import choices
+from .cli.arguments import COUNT, NUMBER, POSITIVE
 from .cuda import why_not
 from .integrations import LayerReport, Report, accelerate
 from .integrations.measuring import SECONDS, measure, name_of
@@ -73,47 +74,57 @@ def tune_products(shapes: Sequence[tuple[int, int]], dtype: torch.dtype, device:
     return Report(tuple(LayerReport(name, "", True, "", speed) for name, speed in speeds.items()), "")
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m peft_kernels.tune", description=__doc__.splitlines()[0])
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add(
         "--shape",
         nargs=2,
-        type=int,
+        type=COUNT,
         action="append",
         metavar=("N", "K"),
         help="of a weight; may be repeated (4096 4096)",
     )
-    add("--rank", type=int, default=16, help="of LoRA; 0 for layers without it (16)")
+    add("--rank", type=NUMBER, default=16, help="of LoRA; 0 for layers without it (16)")
     add("--dtype", choices=_DTYPES, default="bf16", help="of the inputs and the products (bf16)")
     add("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
-    add("--seconds", type=float, default=SECONDS, help=f"to time for, at most ({SECONDS:.0f})")
-    given = parser.parse_args(arguments)
-    shapes = given.shape or [(4096, 4096)]
-    for n, k in shapes:
-        if n < 1 or k < 1:
-            parser.error(f"argument --shape: got {n} {k}, wanted two numbers of at least 1")
-    if given.rank < 0:
-        parser.error(f"argument --rank: got {given.rank}, wanted a number of at least 0")
-    if not given.seconds > 0:
-        parser.error(f"argument --seconds: got {given.seconds}, wanted a number above 0")
-    if given.device == "cuda" and not torch.cuda.is_available():
-        sys.exit("peft_kernels.tune: torch finds no CUDA device")
-    dtype = _DTYPES[given.dtype]
-    for index in range(torch.cuda.device_count() if given.device == "cuda" else 1):
-        device = torch.device(given.device, index) if given.device == "cuda" else torch.device("cpu")
+    add("--seconds", type=POSITIVE, default=SECONDS, help=f"to time for, at most ({SECONDS:.0f})")
+
+
+def run(options: argparse.Namespace) -> Iterator[tuple[torch.device, str, Report | None]]:
+    """Yields each device, a remark, and what was found, if the device has fused kernels.
+
+    Raises:
+        ValueError: torch finds no such device.
+    """
+    if options.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device: got cuda, but torch finds no CUDA device")
+    shapes, dtype = [(n, k) for n, k in options.shape or [(4096, 4096)]], _DTYPES[options.dtype]
+    for index in range(torch.cuda.device_count() if options.device == "cuda" else 1):
+        device = torch.device(options.device, index) if options.device == "cuda" else torch.device("cpu")
         if reason := why_not(device):
-            print(f"{device}: {reason}")
+            yield device, f"{device}: {reason}", None
             continue
         missing = [
-            name for name in ("bitsandbytes", *["peft"] * bool(given.rank)) if not importlib.util.find_spec(name)
+            name for name in ("bitsandbytes", *["peft"] * bool(options.rank)) if not importlib.util.find_spec(name)
         ]
         if missing:
-            print(f"without {' and '.join(missing)}: the products alone")
-            report = tune_products(shapes, dtype, device, given.seconds)
+            remark = f"without {' and '.join(missing)}: the products alone"
+            yield device, remark, tune_products(shapes, dtype, device, options.seconds)
         else:
-            report = tune_layers(shapes, given.rank, dtype, device, given.seconds)
-        Console().print(report)
+            yield device, "", tune_layers(shapes, options.rank, dtype, device, options.seconds)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m peft_kernels.tune", description=__doc__.splitlines()[0])
+    add_arguments(parser)
+    try:
+        for _, remark, report in run(parser.parse_args(arguments)):
+            if remark:
+                print(remark)
+            if report:
+                Console().print(report)
+    except ValueError as error:
+        sys.exit(f"peft_kernels.tune: {error}")
     print(f"kept in {choices.path()}")
 
 

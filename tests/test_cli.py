@@ -127,3 +127,18 @@ def test_process():
     result = subprocess.run([sys.executable, "-c", code], stdout=writer, stderr=subprocess.PIPE, text=True)
     os.close(writer)
     assert (result.returncode, result.stderr) == (1, "[]\n")
+
+
+def test_the_document_has_what_there_is(monkeypatch):
+    """Every command is in its table, and its examples are understood."""
+    text = (PACKAGE.parent.parent / "docs/command_line.md").read_text()
+    assert re.findall(r"^\| `([\w-]+)` \|", text, re.MULTILINE) == list(cli.COMMANDS)
+    examples = re.findall(r"^peft-kernels (.+)$", text, re.MULTILINE)
+    ran = []
+    for example in examples:
+        name, *_ = words = example.split()
+        monkeypatch.setattr(
+            importlib.import_module(f"peft_kernels.cli.{name}"), "run", lambda options: ran.append(options) or {}
+        )
+        assert main(words) == 0
+    assert len(ran) == len(examples) >= 4

@@ -128,7 +128,7 @@ def _row(layer: str, tensors: Mapping[str, Tensor], config: LoRAConfig | None) -
         row |= {"rank": rank, "scaling": scaling}
         if a.shape[0] == b.shape[1] and a.shape[0] % rank == 0:
             row["norm_change"] = scaling * product_norm(a, b, rank)
-    for part, tensor in tensors.items():
+    for part, tensor in sorted(tensors.items()):
         name = {"ia3_l": "l", "magnitude_vector": "magnitude", "prompt_embeddings": "embeddings"}.get(part, part)
         row[name] = "×".join(map(str, tensor.shape))
         row[f"norm_{name}"] = float(tensor.double().norm())

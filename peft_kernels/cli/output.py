@@ -88,7 +88,10 @@ def _rendered(data: Mapping[str, Any]) -> Iterator[RenderableType]:
             yield _rows(value, _title(name))
         else:
             yield _title(name, "bold")
-            yield Text("\n".join(f"  • {printable(str(line))}" for line in value))
+            sentences = Table.grid(padding=(0, 1))
+            for line in value:
+                sentences.add_row("  •", Text(printable(str(line))))
+            yield sentences
 
 
 def _is_part(value: Any) -> bool:

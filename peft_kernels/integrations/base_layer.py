@@ -28,7 +28,7 @@ Adapters = tuple[Sequence[Tensor], Sequence[Tensor], Sequence[float], Sequence[f
 # `lora_linear_grouped`'s: A, B and scaling of each adapter, the position of each sample's among them, and dropout.
 GroupedAdapters = tuple[Sequence[Tensor], Sequence[Tensor], Sequence[float], Tensor, Sequence[float]]
 NO_ADAPTERS: Adapters = ((), (), (), ())
-_STAND_INS = (FakeTensor, FunctionalTensor)  # for parameters, while a program is exported
+STAND_INS = (FakeTensor, FunctionalTensor)  # for parameters, while a program is exported
 LEAST_PRODUCTS = 1 << 23  # of a layer by itself: for fewer, the autograd.Function's own time is lost
 
 
@@ -110,7 +110,7 @@ def is_conv1d(base: nn.Module) -> bool:
 def is_plain(weight: Tensor) -> bool:
     """Whether it is of no subclass of tensors, as quantised and distributed ones are; a weight that an export stands
     one in for is."""
-    return type(weight) in (nn.Parameter, Tensor) or (torch.compiler.is_exporting() and type(weight) in _STAND_INS)
+    return type(weight) in (nn.Parameter, Tensor) or type(weight) in STAND_INS
 
 
 def why_not_weight(weight: Tensor) -> str | None:

@@ -21,7 +21,7 @@ from ...ops._arguments import FLOAT_DTYPES, autocast_dtype
 from ...ops.dora_linear import squares_of_rows
 from ...ops.lora_linear import lora_linear_unchecked
 from ...ops.nf4 import NF4Weight
-from ..base_layer import NO_ADAPTERS, Adapters, BaseProduct
+from ..base_layer import NO_ADAPTERS, STAND_INS, Adapters, BaseProduct
 from ..refusal import Refusal
 from ..registry import FusedLayer, Trial, mention, register, why_not_input
 
@@ -116,7 +116,7 @@ class Fused4bit(Adaptable):
         """
         weight = read.parameter(self, "weight")
         quant_state = read.attribute(weight, "quant_state", None)
-        compiling = torch.compiler.is_compiling()
+        compiling = torch.compiler.is_compiling() or isinstance(weight, STAND_INS)
         if not compiling and self._view is not None and _shows(*self._view, weight, quant_state, read):
             return self._view[1]
         if compiling and (known := self.quant_state if quant_state is None else quant_state) is not None:

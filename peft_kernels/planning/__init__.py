@@ -1,0 +1,1 @@
+"""What a training step would need, found out without the weights and without computing: see `memory.py`."""

@@ -3,7 +3,7 @@
 import importlib
 from typing import TYPE_CHECKING
 
-from . import _extension, adapters, choices, nn, serving  # noqa: F401  (_extension registers the ops, or says why not)
+from . import _extension, adapters, checkpoints, choices, nn, serving  # noqa: F401  (_extension registers the ops, or says why not)
 from .adapters import (
     adapter_rows,
     freeze_adapters,
@@ -43,6 +43,7 @@ __all__ = [
     "adapter_rows",
     "adapters",
     "attach_prefix",
+    "checkpoints",
     "detach_prefix",
     "freeze_adapters",
     "fuse_adapters",

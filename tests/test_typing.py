@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import peft_kernels
-from peft_kernels import adapters, nn, ops, serving
+from peft_kernels import adapters, checkpoints, nn, ops, serving
 
 ROOT = Path(__file__).parent.parent
 USER = Path(__file__).parent / "user_code.py"
@@ -35,7 +35,9 @@ def test_pyright_finds_nothing_in_a_users_code():
     check("pyright", "--pythonpath", sys.executable, str(USER))
 
 
-@pytest.mark.parametrize("module", [peft_kernels, adapters, nn, ops, serving], ids=lambda module: module.__name__)
+@pytest.mark.parametrize(
+    "module", [peft_kernels, adapters, checkpoints, nn, ops, serving], ids=lambda module: module.__name__
+)
 def test_users_code_has_all_that_is_public(module):
     nodes = list(ast.walk(ast.parse(USER.read_text())))
     names = {node.id for node in nodes if isinstance(node, ast.Name)}

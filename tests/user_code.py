@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -10,6 +12,7 @@ from typing_extensions import assert_type
 import peft_kernels
 from peft_kernels import adapters, ops
 from peft_kernels.adapters import AdapterConfig, AdapterReport, FusionConfig
+from peft_kernels.checkpoints import CombineReport, ExportReport, combine_adapters, export_checkpoint
 from peft_kernels.integrations import LayerReport, Report
 from peft_kernels.nn import AdapterFusion, BottleneckAdapter, LoRALinear, ParallelAdapter, PrefixEncoder
 from peft_kernels.ops import AdapterWeights, ExpertStack, NF4Weight
@@ -56,6 +59,11 @@ def readme(model: PreTrainedModel, inputs: dict[str, Tensor]) -> None:
         with pool.batch(["alice", None]):
             model(**inputs)
         assert_type(pool.memory.slab, int)
+
+    exported = peft_kernels.checkpoints.export_checkpoint("base", "out", ["adapters/alice"], quantize="nf4")
+    assert_type(exported, ExportReport)
+    assert_type(combine_adapters(["a", Path("b")], "out", "ties_svd", density=0.3, rank=16), CombineReport)
+    export_checkpoint(Path("base"), Path("out"), dtype=torch.float16, overwrite=True)
 
     peft_kernels.merge_ia3(model)
     peft_kernels.merge_ia3(model, ["default"])

@@ -26,6 +26,9 @@ PROGRAM = "peft-kernels"
 COMMANDS = {
     "info": "what is installed and built, and what would be fused on this machine: for a report of a fault",
     "inspect": "what an adapter's folder holds: method, layers, norms, and what is wrong with it",
+    "export": "merge adapters into a checkpoint, and write it with dense weights: 16 bits, or what the base has",
+    "quantize": "write a checkpoint with 4-bit weights as bitsandbytes stores them, with adapters merged or without",
+    "combine": "make one LoRA adapter of several: sums, TIES, DARE, pruning, cut to a rank or not",
     "plan": "what fine-tuning a model would take: parameters, and memory with and without the fused kernels",
     "tune": "time linear layers against stock, and keep what was found for accelerate",
     "bench": "time a layer stock and fused, or run one of the repository's benchmarks",

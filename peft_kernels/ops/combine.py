@@ -132,6 +132,68 @@ def combine_products(
     return _by_torch(deltas, weights, *pruning)
 
 
+def combine_matrices(
+    lora_A: Sequence[Tensor],
+    lora_B: Sequence[Tensor],
+    scaling: Sequence[float],
+    weights: Sequence[float],
+    method: str,
+    **options: Any,
+) -> tuple[Tensor, Tensor]:
+    """A and B, each combined by itself, so that their product needs no scaling; as PEFT does.
+
+    Both get the root of weightᵢ · scalingᵢ, and A its sign.
+
+    Args:
+        options: `combine`'s; its seeds are those of A, and then of B.
+    """
+    factors = [weight * scale for weight, scale in zip(weights, scaling, strict=True)]
+    roots = [abs(factor) ** 0.5 for factor in factors]
+    signed = [root if factor >= 0 else -root for root, factor in zip(roots, factors, strict=True)]
+    seeds = options.pop("seeds", None)
+    of_A, of_B = (None, None) if seeds is None else seeds.chunk(2)
+    return (
+        combine(lora_A, signed, method, seeds=of_A, **options),
+        combine(lora_B, roots, method, seeds=of_B, **options),
+    )
+
+
+def decomposed(
+    lora_A: Sequence[Tensor],
+    lora_B: Sequence[Tensor],
+    scaling: Sequence[float],
+    weights: Sequence[float],
+    method: str,
+    *,
+    driver: str | None = None,
+    **options: Any,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The singular value decomposition of `combine_products`: u [N, r], s [r] and vh [r, K] in fp32.
+
+    "linear" is decomposed without making the sum.
+    """
+    if method == "linear":
+        return svd_of_sum(lora_A, lora_B, scaling, weights)
+    delta = combine_products(lora_A, lora_B, scaling, weights, method, **options)
+    u, s, vh = torch.linalg.svd(delta, full_matrices=False, driver=driver)
+    return u, s, vh
+
+
+def svd_of_sum(
+    lora_A: Sequence[Tensor], lora_B: Sequence[Tensor], scaling: Sequence[float], weights: Sequence[float]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The singular value decomposition of `Σ weightᵢ scalingᵢ Bᵢ Aᵢ`, whose rank is at most the sum of the ranks.
+
+    Between the orthogonal factors of the stacked Bs and As is a matrix of that size.
+    """
+    factors = [weight * scale for weight, scale in zip(weights, scaling, strict=True)]
+    stacked_B = torch.cat([b.float() * factor for b, factor in zip(lora_B, factors, strict=True)], dim=1)
+    q_B, r_B = torch.linalg.qr(stacked_B)
+    q_A, r_A = torch.linalg.qr(torch.cat([a.float() for a in lora_A]).T)
+    u, s, vh = torch.linalg.svd(r_B @ r_A.T, full_matrices=False)
+    return q_B @ u, s, vh @ q_A.T
+
+
 class _Pruning(NamedTuple):
     """The ops' last arguments."""
 

@@ -12,7 +12,7 @@ import torch
 from peft.tuners import lora
 from torch import Tensor
 
-from ...ops.combine import MAJORITY_SIGNS, METHODS, combine, combine_products
+from ...ops.combine import MAJORITY_SIGNS, METHODS, combine_matrices, decomposed
 from ..registry import FusedLayer, register
 
 _Matrices = tuple[list[Tensor], list[Tensor], list[float], list[float]]  # A, B, scaling and weight of each adapter
@@ -36,15 +36,10 @@ class LoraModel(FusedLayer, lora.LoraModel):
                 combination_type, adapters, weights, target, density, majority_sign_method
             )
             return stock
-        lora_A, lora_B, scaling, own_weights = found
-        # Both matrices get the root of a factor, and A its sign.
-        factors = [weight * scale for weight, scale in zip(own_weights, scaling, strict=True)]
-        roots = [abs(factor) ** 0.5 for factor in factors]
-        signed = [root if factor >= 0 else -root for root, factor in zip(roots, factors, strict=True)]
-        options: dict[str, Any] = {
-            "method": combination_type, "density": _share(density), "majority_sign": majority_sign_method
-        }  # fmt: skip
-        return [combine(lora_A, signed, **options), combine(lora_B, roots, **options)]
+        lora_A, lora_B = combine_matrices(
+            *found, combination_type, density=_share(density), majority_sign=majority_sign_method
+        )
+        return [lora_A, lora_B]
 
     def _svd_generalized_task_arithmetic_weighted_adapter(
         self, combination_type: str, adapters: Sequence[str], weights: Sequence[float], new_rank: int, target: Any,
@@ -60,31 +55,14 @@ class LoraModel(FusedLayer, lora.LoraModel):
                 majority_sign_method, clamp, full_matrices, driver,
             )  # fmt: skip
             return stock
-        if method == "linear":
-            u, s, vh = svd_of_sum(*found)
-        else:
-            delta = combine_products(*found, method, density=_share(density), majority_sign=majority_sign_method)
-            u, s, vh = torch.linalg.svd(delta, full_matrices=False, driver=driver)
+        u, s, vh = decomposed(
+            *found, method, density=_share(density), majority_sign=majority_sign_method, driver=driver
+        )
         b, a = u[:, :new_rank] * s[:new_rank], vh[:new_rank]
         if clamp is not None:
             most = torch.quantile(torch.cat([b.flatten(), a.flatten()]), clamp)
             a, b = a.clamp(-most, most), b.clamp(-most, most)
         return a.to(target_lora_A.dtype), b.to(target_lora_B.dtype)
-
-
-def svd_of_sum(
-    lora_A: Sequence[Tensor], lora_B: Sequence[Tensor], scaling: Sequence[float], weights: Sequence[float]
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The singular value decomposition of `Σ weightᵢ scalingᵢ Bᵢ Aᵢ`, whose rank is at most the sum of the ranks.
-
-    Between the orthogonal factors of the stacked Bs and As is a matrix of that size.
-    """
-    factors = [weight * scale for weight, scale in zip(weights, scaling, strict=True)]
-    stacked_B = torch.cat([b.float() * factor for b, factor in zip(lora_B, factors, strict=True)], dim=1)
-    q_B, r_B = torch.linalg.qr(stacked_B)
-    q_A, r_A = torch.linalg.qr(torch.cat([a.float() for a in lora_A]).T)
-    u, s, vh = torch.linalg.svd(r_B @ r_A.T, full_matrices=False)
-    return q_B @ u, s, vh @ q_A.T
 
 
 def _matrices(target: Any, adapters: Sequence[str], weights: Sequence[float]) -> _Matrices | None:

@@ -23,8 +23,8 @@ NEUTRAL = {
     "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "init_lora_weights",
     "megatron_core", "qalora_group_size", "loftq_config", "eva_config", "runtime_config",
 }  # fmt: skip
-# The other ways to begin also change the base's weights.
-_BEGINNINGS = (True, False, None, "gaussian", "eva", "orthogonal")
+# Of a LoRA; the other ways to begin also change the base's weights.
+PLAIN_BEGINNINGS = (True, False, None, "gaussian", "eva", "orthogonal")
 
 
 class LoRAConfig:
@@ -35,7 +35,7 @@ class LoRAConfig:
         more = [f"{name}={value!r}" for name, value in entries.items() if value and name not in allowed]
         if more:
             refuse(str(path), f"an adapter with {', '.join(more)}", wanted)
-        if (beginning := entries.get("init_lora_weights")) not in _BEGINNINGS:
+        if (beginning := entries.get("init_lora_weights")) not in PLAIN_BEGINNINGS:
             refuse(str(path), f"init_lora_weights={beginning!r}, which changes the base's weights", "plain LoRA")
         self.rank, self.alpha = (
             self._number("r", entries.get("r")),

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..checkpoints.peft_folder import CONFIG, LoRAConfig, read_config, read_weights
+from ..checkpoints.peft_folder import CONFIG, PLAIN_BEGINNINGS, LoRAConfig, read_config, read_weights
 from ..ops._arguments import dtype_name
 from .output import Bytes, progress
 
@@ -24,8 +24,6 @@ _OF_METHODS = {
     "PROMPT_TUNING": re.compile(r"(?P<layer>)(?P<part>prompt_embeddings)"),
     "P_TUNING": re.compile(r"(?P<layer>)(?P<part>prompt_embeddings)"),
 }
-# Starts of LoRA that also change the base's weights, of which B A is then not the whole change.
-_PLAIN_STARTS = (True, False, None, "gaussian", "eva", "orthogonal")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -172,7 +170,7 @@ def _problems(
                 )
             elif has and not entries.get("target_parameters") and row["A"].split("×")[0] != str(row["rank"]):
                 found.append(f"{row['layer']} has A {row['A']}, but {path.name} says that its rank is {row['rank']}")
-        if (start := entries.get("init_lora_weights")) not in _PLAIN_STARTS:
+        if (start := entries.get("init_lora_weights")) not in PLAIN_BEGINNINGS:
             found.append(
                 f"it began with {start!r}, which changes the base's weights as well: B A is not the whole change"
             )

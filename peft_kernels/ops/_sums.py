@@ -45,14 +45,15 @@ class Differences(NamedTuple):
 def panels(weight: Tensor | NF4Weight, terms: Sequence[Term]) -> Iterator[tuple[int, Tensor]]:
     """The first row of each panel, and its rows [rows, K] in memory that the next panel takes.
 
-    One adapter is added as PEFT adds it, first the product, then the scaling, so that its bits are PEFT's.
+    One adapter is added as PEFT adds it, first the product, then the scaling, so that its bits are PEFT's. Several are
+    one product.
     """
     n, k = weight.shape
-    matrices = [term._replace(a=term.a.float(), b=term.b.float()) for term in terms]
+    matrices = _joined(terms)
     device = weight.codes.device if isinstance(weight, NF4Weight) else weight.device
     step = _rows_of_a_panel(weight)
     memory = torch.empty((min(n, step), k), device=device)
-    product = torch.empty_like(memory) if terms else memory
+    product = torch.empty_like(memory) if any(term.scaling != 1 for term in matrices) else memory
     for first in range(0, n, step):
         panel = memory[: n - first]
         rows = slice(first, first + panel.shape[0])
@@ -61,7 +62,10 @@ def panels(weight: Tensor | NF4Weight, terms: Sequence[Term]) -> Iterator[tuple[
         else:
             panel.copy_(weight[rows])
         for a, b, scaling, factor in matrices:
-            panel += torch.mm(b[rows], a, out=product[: panel.shape[0]]).mul_(scaling)
+            if scaling == 1:
+                panel.addmm_(b[rows], a)
+            else:
+                panel += torch.mm(b[rows], a, out=product[: panel.shape[0]]).mul_(scaling)
             if factor is not None:
                 panel *= factor[rows, None]
         yield first, panel
@@ -93,14 +97,51 @@ def differences(
     Args:
         unchanged: the first of the terms, which are no change.
     """
-    squares = [0.0, 0.0, 0.0]
-    before = panels(weight, unchanged)
-    for (_, start), (_, whole), (_, got) in zip(
-        before, panels(weight, terms), panels(stored, stored_terms), strict=True
-    ):
-        for i, values in enumerate((whole, start.sub_(whole), got.sub_(whole))):
-            squares[i] += float(torch.linalg.vector_norm(values)) ** 2
-    return Differences(*map(math.sqrt, squares))
+    whole = lost = 0.0
+    for (_, panel), (_, got) in zip(panels(weight, terms), panels(stored, stored_terms), strict=True):
+        whole += _square(panel)
+        lost += _square(got.sub_(panel))
+    changing = terms[len(unchanged) :]
+    if all(term.factor is None for term in changing):
+        change = _square_of_products(changing)
+    else:
+        pairs = zip(panels(weight, unchanged), panels(weight, terms), strict=True)
+        change = sum(_square(after.sub_(before)) for (_, before), (_, after) in pairs)
+    return Differences(*map(math.sqrt, (whole, change, lost)))
+
+
+def _square(values: Tensor) -> float:
+    return float(torch.linalg.vector_norm(values)) ** 2
+
+
+def _square_of_products(terms: Sequence[Term]) -> float:
+    """`‖Σ scaling · B A‖²`, which takes no product of that size: the trace of `(BᵀB) (A Aᵀ)`."""
+    if not terms:
+        return 0.0
+    a = torch.cat([term.a.double() for term in terms])
+    b = torch.cat([term.b.double() * term.scaling for term in terms], dim=1)
+    return max(0.0, float(((b.T @ b) * (a @ a.T)).sum()))
+
+
+def _joined(terms: Sequence[Term]) -> list[Term]:
+    """The terms in fp32, those that follow one another without a factor between them as one."""
+    joined: list[list[Term]] = []
+    for term in terms:
+        if joined and joined[-1][-1].factor is None:
+            joined[-1].append(term)
+        else:
+            joined.append([term])
+    return [
+        Term(
+            torch.cat([term.a.float() for term in run]),
+            torch.cat([term.b.float() * term.scaling for term in run], dim=1),
+            1.0,
+            run[-1].factor,
+        )
+        if len(run) > 1
+        else run[0]._replace(a=run[0].a.float(), b=run[0].b.float())
+        for run in joined
+    ]
 
 
 def _rows_of_a_panel(weight: Tensor | NF4Weight) -> int:

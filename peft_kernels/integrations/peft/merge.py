@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from ... import merging
 from ...inference.guards import ONCE, Reading
-from ...ops._sums import Term, differences, panels, requantized, rounded
+from ...ops._sums import Term, differences, requantized, rounded
 from ...ops.dora_linear import dora_norm
 from ...ops.lora_linear import lora_linear
 from ...ops.nf4 import NF4Weight
@@ -81,6 +81,14 @@ class _Merged(NamedTuple):
     error: float = 0.0
     lost: float = 0.0
     remark: str = ""
+
+    @property
+    def is_finite(self) -> bool:
+        """A block's absmax is not, where an element is not; nor is then the mean of 8-bit statistics."""
+        if not isinstance(self.weight, NF4Weight):
+            return bool(self.weight.isfinite().all())
+        statistics = self.weight.nested[-1] if self.weight.nested else self.weight.absmax
+        return math.isfinite(self.error) and bool(statistics.isfinite().all())
 
 
 class Linear16bit(nn.Linear):
@@ -219,11 +227,13 @@ class Merges(FusedLayer):
             terms.append(Term(a, b, scaling, factor))
         return terms, norms
 
-    def _check_finite(self, names: Sequence[str], weight: Tensor | NF4Weight, terms: Sequence[Term]) -> None:
-        if all(panel.isfinite().all() for _, panel in panels(weight, terms)):
-            return
+    def _check_finite(self, names: Sequence[str], merged: _Merged | None = None) -> None:
+        """Of the adapters themselves, or of what they were merged to, as finite factors can overflow."""
         broken = [name for name in names if not is_finite(self, name)]
-        raise ValueError(BROKEN.format(broken[0] if broken else names[-1]))  # finite factors can overflow
+        if not broken and merged is not None and not merged.is_finite:
+            broken = [names[-1]]
+        if broken:
+            raise ValueError(BROKEN.format(broken[0]))
 
     def _report(self, form: str, merged: _Merged, added: int, kept: int) -> None:
         options = merging.current.get()
@@ -341,8 +351,9 @@ class Merges4bit(Merges):
         unchanged = [] if original.correction is None else [Term(*original.correction)]
         terms, norms = self._terms(names, view)
         terms = unchanged + terms
-        if safe_merge or (options is not None and options.correction):
-            self._check_finite(names, view, terms)
+        checks = safe_merge or (options is not None and options.correction)
+        if checks:
+            self._check_finite(names)
         bias = self._merged_bias(names, original.bias)
         keeps, can_recompute, size, more = True, True, _size(weight), 0 if is_kept else _size(weight)
         if options is None:
@@ -354,10 +365,15 @@ class Merges4bit(Merges):
                 keeps, can_recompute = self._keeps(more)
             if norms and can_recompute and not keeps:
                 rank, remark = 0, "not corrected: PEFT's unmerge of DoRA knows of no correction"
-            merged = _corrected(base, view, terms, unchanged, rank)._replace(remark=remark)
+            try:
+                merged = _corrected(base, view, terms, unchanged, rank)._replace(remark=remark)
+            except torch.linalg.LinAlgError as error:  # products that overflow
+                raise ValueError(BROKEN.format(names[-1])) from error
             if options.dense_above is not None and merged.lost > options.dense_above:
                 reason = self._why_not_dense(base, keeps or not can_recompute)
                 merged = merged._replace(remark=reason) if reason else _dense(base, view, terms, unchanged)
+        if checks:
+            self._check_finite(names, merged)
         changes = merged.weight is not view
         self.base_layer_is(base)
         if isinstance(merged.weight, NF4Weight):

@@ -57,8 +57,7 @@ def readme(model: PreTrainedModel, inputs: dict[str, Tensor]) -> None:
     with peft_kernels.merging.options(
         correction=16, dense_above=0.5, keep_at_most=1 << 30, beyond="recompute"
     ) as merged:
-        model.merge_adapter()
-    assert_type(merged, peft_kernels.merging.Report)
+        assert_type(merged, peft_kernels.merging.Report)
     assert_type(peft_kernels.merging.load_corrections(model, model.state_dict()), int)
 
     encoder = peft_kernels.attach_prefix(model, length=32)

@@ -367,7 +367,7 @@ class Merges4bit(Merges):
                 rank, remark = 0, "not corrected: PEFT's unmerge of DoRA knows of no correction"
             try:
                 merged = _corrected(base, view, terms, unchanged, rank)._replace(remark=remark)
-            except torch.linalg.LinAlgError as error:  # products that overflow
+            except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]  # products that overflow
                 raise ValueError(BROKEN.format(names[-1])) from error
             if options.dense_above is not None and merged.lost > options.dense_above:
                 reason = self._why_not_dense(base, keeps or not can_recompute)

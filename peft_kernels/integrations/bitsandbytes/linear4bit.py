@@ -75,7 +75,7 @@ class Fused4bit(Adaptable):
             return self.stock_result(x)
         if (y := self.projected(x)) is not None:
             return y
-        found = self.adapted_product(x)
+        found = self._corrected_product(x)  # in a pool, `adapted_product` has the batch's adapters too
         if isinstance(found, Refusal):
             return self.take_stock_path(found.reason, x)
         (weight, bias, compute_dtype, out_dtype), adapters = found
@@ -113,6 +113,9 @@ class Fused4bit(Adaptable):
         self.weight, self.quant_state = weight, weight.quant_state
 
     def adapted_product(self, x: Tensor, read: Reading = ONCE) -> tuple[BaseProduct, Adapters] | Refusal:
+        return self._corrected_product(x, read)
+
+    def _corrected_product(self, x: Tensor, read: Reading = ONCE) -> tuple[BaseProduct, Adapters] | Refusal:
         product, correction = self._own_product(x, read), self.correction(read)
         if isinstance(product, Refusal):
             return product

@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from functools import partial
 
 import pytest
 import torch
@@ -9,7 +10,9 @@ from comparison import error
 from peft import LoraConfig, get_peft_model
 from peft.tuners import lora
 from peft_models import IN_FEATURES, OneLayer, dense_weight, fused_model, layer_of, linear4bit, lora_model, randomize
+from safetensors.torch import load_file
 from torch import nn
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
 
 import peft_kernels
 from peft_kernels import merging
@@ -398,6 +401,30 @@ def test_corrections_are_loaded_into_a_model_that_has_the_codes():
         merging.load_corrections(other, state | {"lin.correction_B": torch.zeros(3, 96)})
     assert merging.load_corrections(other, state) == 1
     assert torch.equal(other(x), want)
+
+
+@torch.no_grad()  # else what is frozen decides which kernels run
+def test_a_merged_model_is_saved_and_loaded(tmp_path):
+    """transformers loads the codes, and knows nothing of the corrections."""
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2}
+    LlamaForCausalLM(LlamaConfig(**sizes, num_hidden_layers=1, vocab_size=64)).save_pretrained(tmp_path / "base")
+    config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
+    load = partial(AutoModelForCausalLM.from_pretrained, device_map="cpu", dtype=torch.float32)
+    model = get_peft_model(
+        load(tmp_path / "base", quantization_config=config), LoraConfig(r=8, target_modules="all-linear")
+    )
+    randomize(model)
+    peft_kernels.accelerate(model, tune=False)
+    with merging.options(correction=4):
+        plain = model.merge_and_unload()
+    tokens = torch.arange(8)[None]
+    want = plain(input_ids=tokens).logits
+    plain.save_pretrained(tmp_path / "merged")
+    loaded = load(tmp_path / "merged")
+    peft_kernels.accelerate(loaded, tune=False)
+    assert not torch.equal(loaded(input_ids=tokens).logits, want)
+    assert merging.load_corrections(loaded, load_file(tmp_path / "merged" / "model.safetensors")) == 7
+    assert torch.equal(loaded(input_ids=tokens).logits, want)
 
 
 def test_new_adapters_on_a_corrected_layer():

@@ -27,6 +27,7 @@ BENCHMARKS = {
     "cross_entropy": "the loss of language models: forward, backward and memory",
     "rotary": "the rotary embedding of queries and keys: forward, backward and memory",
     "combine": "several LoRA adapters combined into one: TIES, DARE, pruning",
+    "merge": "four LoRA adapters merged into a small 4-bit language model: the time, and the logits' error",
     "nf4": "quantise and dequantise",
     "roofline": "a model of the CUDA kernels' times on several cards, from counts; nothing is measured",
     "stock_or_fused": "layers after accelerate has chosen between stock and fused: never slower",

@@ -65,6 +65,10 @@ class Problem(ABC):
             ArithmeticError: an error that the roundings don't explain.
         """
 
+    def error(self, name: str) -> float | None:
+        """Of a contender other than the fused one, where a target is set beside it."""
+        return None
+
     def work(self, phase: str, name: str) -> tuple[float, float]:
         """Bytes and operations that a contender can't do without in a phase; zeros if that says nothing."""
         return 0.0, 0.0
@@ -113,7 +117,7 @@ def measure(
             records.append(
                 Record(
                     problem.name, phase, name, contender.isa if fused else "", values, *work(problem, phase, name),
-                    errors[contender.isa] if fused else None, peak, saved, problem.tokens,
+                    errors[contender.isa] if fused else problem.error(name), peak, saved, problem.tokens,
                     tuple(target for target in wanted if target.phase == phase),
                 )
             )  # fmt: skip

@@ -69,7 +69,23 @@ class Below:
         return f"≤ {self.seconds * 1e6:g} µs"
 
 
-Target = Faster | Within | Below
+@dataclass(frozen=True)
+class Nearer:
+    """Wanted: the fused contender's error is at most this share of another's."""
+
+    phase: str
+    versus: str
+    share: float
+
+    def met(self, errors: dict[str, float]) -> bool | None:
+        """Whether the errors, by contender, show it; None if the other's is not known."""
+        return errors[FUSED] <= self.share * errors[self.versus] if self.versus in errors else None
+
+    def __str__(self) -> str:
+        return f"error ≤ {self.share:.2g} of {self.versus}'s"
+
+
+Target = Faster | Within | Below | Nearer
 
 
 # ---- Records --------------------------------------------------------------------------------------------------------
@@ -132,8 +148,10 @@ def beside(record: Record, records: Iterable[Record]) -> dict[str, Record]:
 
 def judge(record: Record, records: Iterable[Record]) -> list[tuple[Target, bool | None]]:
     """Each target of a record, and whether it was met."""
-    medians = {name: other.median for name, other in beside(record, records).items() if other.samples}
-    return [(target, target.met(medians)) for target in record.wanted]
+    found = beside(record, records)
+    medians = {name: other.median for name, other in found.items() if other.samples}
+    errors = {name: other.error for name, other in found.items() if other.error is not None}
+    return [(target, target.met(errors if isinstance(target, Nearer) else medians)) for target in record.wanted]
 
 
 def duration(seconds: float) -> str:

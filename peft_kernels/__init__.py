@@ -3,7 +3,8 @@
 import importlib
 from typing import TYPE_CHECKING
 
-from . import _extension, adapters, checkpoints, choices, nn, serving  # noqa: F401  (_extension registers the ops, or says why not)
+# _extension registers the ops, or says why not.
+from . import _extension, adapters, checkpoints, choices, merging, nn, serving  # noqa: F401
 from .adapters import (
     adapter_rows,
     freeze_adapters,
@@ -50,6 +51,7 @@ __all__ = [
     "insert_adapters",
     "load_adapter",
     "merge_ia3",
+    "merging",
     "nn",
     "remove_adapters",
     "restore",

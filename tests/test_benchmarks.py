@@ -30,6 +30,7 @@ from benchmarks import (
     ia3_linear,
     lora_linear,
     lora_linear_grouped,
+    merge,
     model,
     nf4,
     options,
@@ -46,7 +47,7 @@ from benchmarks import (
 )
 from benchmarks.lora_layers import OWN_BASE, STOCK
 from benchmarks.lora_linear import DENSE, DENSE_LORA, DEQUANTIZE, FUNCTION
-from benchmarks.records import FUSED, Below, Faster, Record, Within
+from benchmarks.records import FUSED, Below, Faster, Nearer, Record, Within
 from benchmarks.timing import Contender, Roofline
 from peft_kernels import cpu
 
@@ -69,6 +70,7 @@ BENCHMARKS = {
     "rms_norm": rms_norm,
     "glu": glu,
     "dropout": dropout,
+    "merge": merge,
     "nf4": nf4,
     "architectures": architectures,
     "model": model,
@@ -311,8 +313,11 @@ def test_targets():
     assert Faster("forward", DENSE, 1).met(seconds) is None
     assert Within("forward", OWN_BASE, 0.06).met(seconds) and not Within("forward", OWN_BASE, 0.05).met(seconds)
     assert Below("forward", 2.0).met(seconds) and not Below("forward", 1.9).met(seconds)
-    targets = Faster("both", STOCK, 2.5), Within("both", OWN_BASE, 0.12), Below("both", 15e-6)
-    assert list(map(str, targets)) == ["≥ 2.5× stock", "≤ 12% over own base", "≤ 15 µs"]
+    errors = {FUSED: 0.1, STOCK: 0.3}
+    assert Nearer("forward", STOCK, 0.5).met(errors) and not Nearer("forward", STOCK, 0.3).met(errors)
+    assert Nearer("forward", DENSE, 1).met(errors) is None
+    targets = Faster("both", STOCK, 2.5), Within("both", OWN_BASE, 0.12), Below("both", 15e-6), Nearer("", STOCK, 1 / 3)
+    assert list(map(str, targets)) == ["≥ 2.5× stock", "≤ 12% over own base", "≤ 15 µs", "error ≤ 0.33 of stock's"]
 
 
 def test_targets_are_of_the_same_case_phase_and_instruction_set():
@@ -322,6 +327,9 @@ def test_targets_are_of_the_same_case_phase_and_instruction_set():
     assert records.judge(fast, everything) == [(wanted[0], True)]
     assert records.judge(slow, everything) == [(wanted[0], False)]
     assert records.judge(fast, [fast]) == [(wanted[0], None)]
+    near = record(FUSED, 1.0, error=0.1, wanted=(Nearer("forward", STOCK, 0.5),))
+    assert records.judge(near, [near, record(STOCK, 1.0, error=0.3)]) == [(near.wanted[0], True)]
+    assert records.judge(near, [near, record(STOCK, 1.0)]) == [(near.wanted[0], None)]
 
 
 def test_slower_instruction_sets_have_targets_of_their_own(monkeypatch):

@@ -67,6 +67,11 @@ def readme(model: PreTrainedModel, inputs: dict[str, Tensor]) -> None:
 
     peft_kernels.merge_ia3(model)
     peft_kernels.merge_ia3(model, ["default"])
+    with peft_kernels.merging.options(
+        correction=16, dense_above=0.5, keep_at_most=1 << 30, beyond="recompute"
+    ) as merged:
+        assert_type(merged, peft_kernels.merging.Report)
+    assert_type(peft_kernels.merging.load_corrections(model, model.state_dict()), int)
 
     encoder = peft_kernels.attach_prefix(model, length=32)
     assert_type(encoder, PrefixEncoder)

@@ -153,7 +153,8 @@ def accelerate(model: nn.Module, *, tune: bool | float = True, only: Names = Non
     Differences that are meant: dropout draws other masks; LoRA branches are computed in fp32; norms, GELUs, gated
     blocks and rotary embeddings are rounded once, and so are residual sums without gradients; a label that is no class
     makes a loss on a GPU NaN; a 4-bit weight is never repacked for bitsandbytes' own CPU kernels (one that already was
-    is converted back, once); a 4-bit unmerge puts the original weight back, which is kept while merged;
+    is converted back, once); unmerging LoRA puts the original weight back, which is kept while merged, see
+    `peft_kernels.merging`, several adapters are quantised once, and a merge that fails changes nothing;
     `ia3.bnb.Linear4bit` returns x's dtype, not fp32, and can be merged; a prefix is in no cache, whose length counts
     tokens alone; models on the CPU, and those with a prefix, whose attention is `sdpa` are set to this package's; a
     gradient can't be differentiated once more.

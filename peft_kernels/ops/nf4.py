@@ -6,7 +6,8 @@ the blocks' absmax in the 8-bit dynamic type of Dettmers et al. 2021 (arXiv:2110
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -335,13 +336,33 @@ def quantize_4bit(
         if not isinstance(value, kind):
             bad(name, value, wanted)
     codes, absmax = torch.ops.peft_kernels.nf4_quantize(tensor.detach(), blocksize, quant_type)
-    nested: tuple[Tensor, ...] = ()
-    if double_quant:
-        offset = absmax.mean()
-        code = _DYNAMIC_CODE.to(absmax.device)
-        absmax, nested_absmax = _quantize_8bit(absmax - offset, code, _NESTED_BLOCKSIZE)
-        nested = (code, nested_absmax, offset)
-    return NF4Weight(codes, absmax, tuple(tensor.shape), tensor.dtype, blocksize, quant_type, nested)
+    weight = NF4Weight(codes, absmax, tuple(tensor.shape), tensor.dtype, blocksize, quant_type)
+    return _nest(weight) if double_quant else weight
+
+
+def quantize_4bit_rows(like: NF4Weight, panels: Iterable[Tensor]) -> NF4Weight:
+    """`quantize_4bit` of a weight [N, K] that is given a panel of rows at a time; in the format of another one.
+
+    Each panel but the last has a whole number of blocks.
+    """
+    numel = math.prod(like.shape)
+    codes, absmax = torch.empty_like(like.codes), like.codes.new_empty(-(-numel // like.blocksize), dtype=torch.float32)
+    done = 0
+    for panel in panels:
+        found = torch.ops.peft_kernels.nf4_quantize(panel, like.blocksize, like.quant_type)
+        for whole, part, elements in zip((codes, absmax), found, (2, like.blocksize), strict=True):
+            whole[done // elements : done // elements + part.numel()] = part
+        done += panel.numel()
+    weight = replace(like, codes=codes, absmax=absmax, nested=(), nested_blocksize=_NESTED_BLOCKSIZE)
+    return _nest(weight) if like.nested else weight
+
+
+def _nest(weight: NF4Weight) -> NF4Weight:
+    """The weight with its statistics in 8 bits."""
+    offset = weight.absmax.mean()
+    code = _DYNAMIC_CODE.to(offset.device)
+    absmax, nested_absmax = _quantize_8bit(weight.absmax - offset, code, _NESTED_BLOCKSIZE)
+    return replace(weight, absmax=absmax, nested=(code, nested_absmax, offset))
 
 
 def dequantize_4bit(weight: NF4Weight, dtype: torch.dtype | None = None) -> Tensor:

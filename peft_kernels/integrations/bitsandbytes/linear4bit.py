@@ -28,9 +28,15 @@ from ..registry import FusedLayer, Trial, mention, register, why_not_input
 mention(bnb.nn.modules.Linear4bit)
 mention(bnb.nn.modules.Linear8bitLt)
 
+Correction = tuple[Tensor, Tensor]  # A [r, K] and B [N, r]
+_CORRECTION = ("correction_A", "correction_B")
+
 
 class Fused4bit(Adaptable):
-    """`y = x dequant(W)ᵀ + b` in `compute_dtype`, returned in x's dtype, in training and evaluation alike."""
+    """`y = x dequant(W)ᵀ + b` in `compute_dtype`, returned in x's dtype, in training and evaluation alike.
+
+    A merge may add a correction, `x Aᵀ Bᵀ` with the frozen parameters `correction_A` [r, K] and `correction_B` [N, r].
+    """
 
     family = "linear4bit"
     derived = ("_view", "_squares", *Adaptable.derived)
@@ -66,22 +72,66 @@ class Fused4bit(Adaptable):
         return Trial(self, self.in_features, self.compute_dtype or weight.dtype, weight.codes.device, weight.shape)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.stock_is_faster(x):
+        if self.stock_is_faster(x) and self.correction() is None:
             return self.stock_result(x)
         if (y := self.projected(x)) is not None:
             return y
-        product = self.base_product(x)
-        if isinstance(product, Refusal):
-            return self.take_stock_path(product.reason, x)
-        weight, bias, compute_dtype, out_dtype = product
-        return lora_linear_unchecked(x, weight, bias, (), (), (), (), compute_dtype, out_dtype)
+        found = self._corrected_product(x)  # in a pool, `adapted_product` has the batch's adapters too
+        if isinstance(found, Refusal):
+            return self.take_stock_path(found.reason, x)
+        (weight, bias, compute_dtype, out_dtype), adapters = found
+        return lora_linear_unchecked(x, weight, bias, *adapters, compute_dtype, out_dtype)
+
+    def take_stock_path(self, reason: str, *args: Any, **kwargs: Any) -> Tensor:
+        y, correction = super().take_stock_path(reason, *args, **kwargs), self.correction()
+        if correction is None:
+            return y
+        a, b = correction
+        (x,) = args
+        return y + torch.nn.functional.linear(torch.nn.functional.linear(x.to(a.dtype), a), b).to(y.dtype)
+
+    def why_not_restore(self) -> str | None:
+        return None if self.correction() is None else "a merge has corrected, wanted it unmerged"
+
+    def correction(self, read: Reading = ONCE) -> Correction | None:
+        """What a merge has added to the product."""
+        if read.item(self._parameters, "correction_A") is None:
+            return None
+        return read.parameter(self, "correction_A"), read.parameter(self, "correction_B")
+
+    def set_correction(self, correction: Correction | None) -> None:
+        """Puts one in the place of what there is; frozen parameters, so that they are saved and moved."""
+        for name, value in zip(_CORRECTION, correction or (None, None), strict=True):
+            self._parameters.pop(name, None)
+            if value is not None:
+                self.register_parameter(name, nn.Parameter(value, requires_grad=False))
+
+    def parameter_of(self, view: NF4Weight, like: Any) -> Any:
+        """A 4-bit weight for this layer; see `params4bit`."""
+        return params4bit(self, like, view)
+
+    def set_weight(self, weight: Any) -> None:
+        self.weight, self.quant_state = weight, weight.quant_state
 
     def adapted_product(self, x: Tensor, read: Reading = ONCE) -> tuple[BaseProduct, Adapters] | Refusal:
-        product = self.base_product(x, read)
-        return product if isinstance(product, Refusal) else (product, NO_ADAPTERS)
+        return self._corrected_product(x, read)
+
+    def _corrected_product(self, x: Tensor, read: Reading = ONCE) -> tuple[BaseProduct, Adapters] | Refusal:
+        product, correction = self._own_product(x, read), self.correction(read)
+        if isinstance(product, Refusal):
+            return product
+        if correction is None:
+            return product, NO_ADAPTERS
+        a, b = correction
+        return product, ([a], [b], [1.0], [0.0])
 
     def base_product(self, x: Tensor, read: Reading = ONCE) -> BaseProduct | Refusal:
-        """What `lora_linear` is to be called with; or why this input has to take the stock path."""
+        """What `lora_linear` is to be called with, if that is all; or why this input has to take the stock path."""
+        if self.correction(read) is not None:
+            return Refusal("its base layer has a merge's correction")
+        return self._own_product(x, read)
+
+    def _own_product(self, x: Tensor, read: Reading) -> BaseProduct | Refusal:
         if reason := why_not_input(x):
             return Refusal(reason)
         if not x.is_cpu and (reason := why_not(x.device)):
@@ -217,8 +267,29 @@ class _Unscaled:
     scales: dict[nn.Module, Tensor]
 
 
+def params4bit(layer: Any, like: Any, view: NF4Weight) -> Any:
+    """A 4-bit weight for a layer, in the storage of one that it has: the view's tensors, shared."""
+    return bnb.nn.modules.Params4bit(
+        view.codes.view(like.data.dtype).view(like.data.shape),
+        requires_grad=False,
+        quant_state=QuantState.from_dict(view.as_dict(), device=view.codes.device),
+        blocksize=view.blocksize,
+        compress_statistics=bool(view.nested),
+        quant_type=view.quant_type,
+        quant_storage=like.quant_storage,
+        module=layer,
+        bnb_quantized=True,
+    )
+
+
 def scale_rows(layer: Any, owner: nn.Module, scale: Tensor | None) -> None:
-    """Scales the rows of a 4-bit layer, weight and bias, once more; None undoes all that the owner has done."""
+    """Scales the rows of a 4-bit layer, weight and bias, once more; None undoes all that the owner has done.
+
+    Raises:
+        ValueError: a merge has corrected the layer.
+    """
+    if scale is not None and isinstance(layer, Fused4bit) and layer.correction() is not None:
+        raise ValueError("base_layer: got one that a merge has corrected, wanted a 4-bit layer of codes alone")
     unscaled = vars(layer).get("_unscaled") or _Unscaled(layer.weight, layer.bias, {})
     scales = {key: value for key, value in unscaled.scales.items() if key is not owner}
     if scale is not None:
@@ -231,17 +302,7 @@ def scale_rows(layer: Any, owner: nn.Module, scale: Tensor | None) -> None:
     if scales:
         product: Any = math.prod(value.to(device) for value in scales.values())
         view = NF4Weight.from_params4bit(weight).scale_rows(product)
-        weight = bnb.nn.modules.Params4bit(
-            weight.data,  # the codes, shared
-            requires_grad=False,
-            quant_state=QuantState.from_dict(view.as_dict(), device=device),
-            blocksize=view.blocksize,
-            compress_statistics=False,
-            quant_type=view.quant_type,
-            quant_storage=weight.quant_storage,
-            module=layer,
-            bnb_quantized=True,
-        )
+        weight = params4bit(layer, weight, view)
         if bias is not None:
             bias = nn.Parameter((bias.double() * product).to(bias.dtype), requires_grad=False)
         unscaled.scales = scales

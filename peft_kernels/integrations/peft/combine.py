@@ -13,13 +13,14 @@ from peft.tuners import lora
 from torch import Tensor
 
 from ...ops.combine import MAJORITY_SIGNS, METHODS, combine_matrices, decomposed
-from ..registry import FusedLayer, register
+from ..registry import register
+from .merge_model import MergesModel
 
 _Matrices = tuple[list[Tensor], list[Tensor], list[float], list[float]]  # A, B, scaling and weight of each adapter
 
 
 @register
-class LoraModel(FusedLayer, lora.LoraModel):
+class LoraModel(MergesModel, lora.LoraModel):
     """The stock model. Adapters on linear layers are combined by kernels, and what PEFT has besides them by PEFT."""
 
     family = "lora"

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from peft.tuners import lora
@@ -37,6 +37,7 @@ from ..refusal import Refusal
 from ..registry import mention, register
 from ..rows import BASE, Rows, TakesRows
 from ..torch.dropout import Dropout
+from .merge import Merges4bit, MergesDense
 
 _DROPOUTS = (nn.Dropout, Dropout)
 _Adapter = tuple[Tensor, Tensor, float, float]  # A, B, scaling and dropout
@@ -274,7 +275,7 @@ def _why_stock_call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None
 
 
 @register
-class Linear(OnLinear, FusedLoRA, lora.Linear):
+class Linear(MergesDense, OnLinear, FusedLoRA, lora.Linear):
     __doc__ = FusedLoRA.__doc__
 
     def projected(self, x: Tensor) -> Tensor | None:
@@ -285,51 +286,10 @@ class Linear(OnLinear, FusedLoRA, lora.Linear):
 if hasattr(lora, "Linear4bit"):  # bitsandbytes is installed
     from ..bitsandbytes.linear4bit import On4bit
 
-    class _Unmerged(NamedTuple):
-        """What an unmerge puts back, and the weight that it is put back for."""
-
-        original: nn.Parameter
-        merged: nn.Parameter
-
     @register
-    class Linear4bit(On4bit, FusedLoRA, lora.Linear4bit):  # type: ignore[misc]  # PEFT looks it up when asked
-        """The QLoRA layer. Merging keeps the 4-bit weight that it replaces, and unmerging puts it back.
-
-        PEFT's unmerge subtracts the adapters and quantises once more, so that each cycle moves the weight further.
-        """
-
-        own_state = ("_unmerged",)
-        _unmerged: _Unmerged | None = None
+    class Linear4bit(Merges4bit, On4bit, FusedLoRA, lora.Linear4bit):  # type: ignore[misc]  # PEFT looks it up when asked
+        """The QLoRA layer. Merging keeps the 4-bit weight that it replaces, and unmerging puts it back."""
 
         def squares_of_rows(self, base: Any) -> Tensor | None:
             result: Tensor | None = base.squares_of_rows()
             return result
-
-        def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-            base = self.get_base_layer()
-            replaced, unmerged = base.weight, self._unmerged
-            # A weight merged before the layer was fused, or replaced since it was merged, is no original.
-            follows = unmerged is not None and unmerged.merged is replaced
-            keeps = follows or not self.merged
-            try:
-                super().merge(safe_merge=safe_merge, adapter_names=adapter_names)
-            finally:  # an adapter that fails leaves those before it merged
-                if base.weight is not replaced:
-                    replaced.bnb_quantized = True  # PEFT clears it, and then .to() would quantise the codes
-                    original = unmerged.original if unmerged is not None and follows else replaced
-                    self._unmerged = _Unmerged(original, base.weight) if keeps else None
-
-        def unmerge(self) -> None:
-            base, unmerged = self.get_base_layer(), self._unmerged
-            self._unmerged = None
-            if unmerged is None or unmerged.merged is not base.weight:
-                super().unmerge()
-                return
-            device = base.weight.device
-            if any(name in self.lora_variant or self.lora_bias.get(name) for name in self.merged_adapters):
-                super().unmerge()  # there is more to undo than the weight
-            else:
-                self.merged_adapters.clear()
-            original = unmerged.original
-            base.weight = original if original.device == device else original.to(device)
-            base.quant_state = base.weight.quant_state

@@ -159,31 +159,56 @@ def test_dropout_of_a_layer_in_training_mode(kind, caplog):
 
 
 # What is done to a model, and to its call; the reason that is logged.
-MIXED_FALLS = {
-    "lora_bias": ({"lora_bias": True}, "adapter 'default' has lora_bias"),
-    "alora_offsets": ({}, "alora_offsets was given"),
-    "hook": ({}, "adapter 'b' has hooks"),
-}
-
-
-@pytest.mark.parametrize("what", MIXED_FALLS)
 @pytest.mark.parametrize("kind", KINDS)
-def test_adapter_names_that_fall_through(kind, what, caplog):
-    config, reason = MIXED_FALLS[what]
-    stock, fused = mixed_model(kind, **config)
-    calls, options = [], {}
-    if what == "hook":
-        layer_of(fused).lora_A["b"].register_forward_hook(lambda *args: calls.append(args))
-    if what == "alora_offsets":
-        options["alora_offsets"] = [None] * len(MIXED)
-    layers = [layer_of(model) for model in (stock, fused)]
-    x, results = torch.randn(len(MIXED), IN_FEATURES), []
+def test_adapter_names_that_fall_through(kind, caplog):
+    stock, fused = mixed_model(kind)
+    calls = []
+    layer_of(fused).lora_A["b"].register_forward_hook(lambda *args: calls.append(args))
+    x = torch.randn(len(MIXED), IN_FEATURES)
     registry._logged.clear()
-    for layer in layers:
-        results.append(layer(x, adapter_names=MIXED, **options))
-    torch.testing.assert_close(results[1], results[0], **FP32)
-    assert [message.split(": ")[1] for message in caplog.messages] == [reason]
-    assert len(calls) == (what == "hook")
+    torch.testing.assert_close(mixed_call(fused, x), mixed_call(stock, x), **FP32)
+    assert [message.split(": ")[1] for message in caplog.messages] == ["adapter 'b' has hooks"]
+    assert len(calls) == 1
+
+
+# The configuration of 'default', with what its layer is called with beside names; and the tokens of x.
+OF_ONE = {
+    "lora_bias": ({"lora_bias": True}, {}, 5),
+    "offsets": ({}, {"alora_offsets": [3] * len(MIXED)}, 5),  # of no adapter
+    "alora": ({"alora_invocation_tokens": [7]}, {"alora_offsets": [2, 2, 3, None, None, 9]}, 5),
+    "alora-nowhere": ({"alora_invocation_tokens": [7]}, {"alora_offsets": [None] * len(MIXED)}, 5),
+    "alora-decodes": ({"alora_invocation_tokens": [7]}, {"alora_offsets": [None, None, 4, 2, 1, None]}, None),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=short)
+@pytest.mark.parametrize("what", OF_ONE)
+@pytest.mark.parametrize("kind", KINDS)
+def test_biases_and_invocations(kind, what, dtype, caplog):
+    config, options, tokens = OF_ONE[what]
+    stock, fused = mixed_model(kind, dtype, **config)
+    # PEFT adds to the result in place, which autograd refuses for that of bitsandbytes' own function.
+    layer_of(stock).base_layer.register_forward_hook(lambda layer, inputs, y: y.clone())
+    shape = (len(MIXED),) if tokens is None else (len(MIXED), tokens)
+    x, grad_y, results = torch.randn(*shape, IN_FEATURES, dtype=dtype), torch.randn(*shape, OUT_FEATURES), []
+    for model in (stock, fused):
+        if "lora_bias" in config:
+            torch.nn.init.constant_(layer_of(model).lora_B["default"].bias, 1.5)
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_("lora_" in name)
+        leaf = x.clone().requires_grad_()
+        y = mixed_call(model, leaf, **options)
+        y.backward(grad_y.to(y.dtype))
+        trained = {name: p.grad for name, p in model.named_parameters() if "lora_" in name}
+        results.append({"y": y.detach(), "x": leaf.grad, **trained})
+    assert caplog.messages == []
+    want, got = results
+    for name, value in want.items():
+        if got[name] is None:  # an adapter without rows gets no gradient
+            assert what == "alora-nowhere" and not value.any(), name
+            continue
+        assert got[name].dtype == value.dtype
+        assert error(got[name], value) <= (1e-5 if dtype is torch.float32 else 0.02), name
 
 
 MIXED_ERRORS = {

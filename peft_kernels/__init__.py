@@ -20,12 +20,18 @@ from .training import AdapterSettings, AdapterTrainer
 
 if TYPE_CHECKING:
     from .integrations.peft.ia3 import merge_ia3
+    from .integrations.peft.initialize import initialize_lora
     from .integrations.transformers.prefix import attach_prefix, detach_prefix
 
 choices.apply()
 
 # What needs transformers, or PEFT, is imported when it is asked for.
-_OPTIONAL = {"attach_prefix": "transformers.prefix", "detach_prefix": "transformers.prefix", "merge_ia3": "peft.ia3"}
+_OPTIONAL = {
+    "attach_prefix": "transformers.prefix",
+    "detach_prefix": "transformers.prefix",
+    "initialize_lora": "peft.initialize",
+    "merge_ia3": "peft.ia3",
+}
 
 __all__ = [
     "AdapterSettings",
@@ -37,6 +43,7 @@ __all__ = [
     "detach_prefix",
     "freeze_adapters",
     "fuse_adapters",
+    "initialize_lora",
     "insert_adapters",
     "load_adapter",
     "merge_ia3",

@@ -52,6 +52,8 @@ def readme(model: PreTrainedModel, inputs: dict[str, Tensor]) -> None:
             model(**inputs)
         assert_type(pool.memory.slab, int)
 
+    for row in peft_kernels.initialize_lora(model, "loftq", "model.safetensors", iterations=3):
+        assert_type(row.after, float)
     peft_kernels.merge_ia3(model)
     peft_kernels.merge_ia3(model, ["default"])
 

@@ -13,7 +13,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._arguments import bad, check_devices, check_dropout, check_float, is_float, is_number, like_rows, matrix
+from ._arguments import (
+    bad,
+    check_devices,
+    check_dropout,
+    check_float,
+    drawn_seed,
+    is_float,
+    is_number,
+    like_rows,
+    matrix,
+)
 from ._autograd import Function, anchor, any_wants_gradients, cut_gradients, once_differentiable
 from ._linear import check_product, check_weight, gradient_of_weight, product_dtypes, without_autocast
 from .dropout import dropout as drop
@@ -48,7 +58,7 @@ def dora_linear(
 
     With dropout it is PEFT's `x Wᵀ + b + (g - 1) ⊙ x̂ Wᵀ + g ⊙ (scaling · x̂ Aᵀ Bᵀ)`, `x̂ = dropout(x)`, which takes a
     second base product. Neither B A nor its sum with W is ever made. The base product is computed in `compute_dtype`
-    with fp32 accumulation, the branch in fp32. Saved for backward: x̂ (only when A is trained), x̂ Aᵀ in fp32 (only when
+    with fp32 accumulation, the branch in fp32. Saved for backward: x (only when A is trained), x̂ Aᵀ in fp32 (only when
     B is), and x̂ Wᵀ in out_dtype (only when the magnitude is). Under autocast compute_dtype and out_dtype default to
     autocast's dtype.
 
@@ -92,12 +102,12 @@ def dora_linear_unchecked(x: Tensor, weight: Tensor | NF4Weight, bias: Tensor | 
     gain = magnitude.float() / norm
     rest, flat = None, matrix(x)
     if dropout > 0:  # x Wᵀ + (g - 1) ⊙ x̂ Wᵀ = (x - x̂) Wᵀ + g ⊙ x̂ Wᵀ
-        dropped = drop(flat, dropout, seed)
-        rest = lora_linear_unchecked(flat - dropped, weight, bias, (), (), (), (), compute_dtype, out_dtype)
-        flat, bias = dropped, None
-    y = gained_linear_unchecked(
-        flat, weight, bias, [lora_A], [gain[:, None] * lora_B], [scaling], (), gain, compute_dtype, out_dtype
-    )
+        seed = drawn_seed(dropout, seed, x.device)
+        left_out = flat - drop(flat, dropout, seed)
+        rest = lora_linear_unchecked(left_out, weight, bias, (), (), (), (), compute_dtype, out_dtype)
+        bias = None
+    call = _Call(ScaledProduct(weight, compute_dtype, out_dtype), (scaling,), (), dropout)
+    y = _apply(call, flat, bias, seed, [lora_A], [gain[:, None] * lora_B], gain)
     return like_rows(y if rest is None else rest + y, x)
 
 
@@ -109,13 +119,17 @@ def gained_linear_unchecked(x: Tensor, weight: Tensor | NF4Weight, bias: Tensor 
     it is to scale; of arguments that are known to be right."""
     dropout, seeds = draw_masks(x, lora_A, dropout, seeds)
     call = _Call(ScaledProduct(weight, compute_dtype, out_dtype), tuple(scaling), tuple(dropout))
+    return like_rows(_apply(call, matrix(x), bias, seeds, lora_A, lora_B, gain), x)
+
+
+def _apply(call: _Call, x: Tensor, bias: Tensor | None, seeds: Tensor | None, lora_A: Sequence[Tensor],
+           lora_B: Sequence[Tensor], gain: Tensor) -> Tensor:  # fmt: skip
+    weight = call.product.weight
     dense = None if isinstance(weight, NF4Weight) else weight
-    flat = matrix(x)
-    if any_wants_gradients(flat, bias, dense, gain, *lora_A, *lora_B):
-        y = _DoRALinear.apply(flat, bias, seeds, dense, gain, call, len(lora_A), *lora_A, *lora_B)[0]
-    else:
-        y = call.infer(flat, bias, seeds, lora_A, lora_B, gain)
-    return like_rows(y, x)
+    if any_wants_gradients(x, bias, dense, gain, *lora_A, *lora_B):
+        y: Tensor = _DoRALinear.apply(x, bias, seeds, dense, gain, call, len(lora_A), *lora_A, *lora_B)[0]
+        return y
+    return call.infer(x, bias, seeds, lora_A, lora_B, gain)
 
 
 def dora_norm(
@@ -184,14 +198,22 @@ def _check_adapter(weight: Tensor | NF4Weight, lora_A: Tensor, lora_B: Tensor, s
 
 @dataclass(frozen=True)
 class _Call:
-    """What a call of `gained_linear_unchecked` shares between its forward and its backward."""
+    """What a call of `gained_linear_unchecked` shares between its forward and its backward.
+
+    Attributes:
+        dropout: of each branch's x, by seeds of their own.
+        of_x: of the x of all, base product included, by the one seed. What is kept is x: layers that have it in common
+            keep it once, and none the x that it dropped.
+    """
 
     product: ScaledProduct
     scaling: tuple[float, ...]
     dropout: tuple[float, ...]
+    of_x: float = 0.0
 
     def infer(self, x: Tensor, bias: Tensor | None, seeds: Tensor | None, lora_A: Sequence[Tensor],
               lora_B: Sequence[Tensor], gain: Tensor) -> Tensor:  # fmt: skip
+        x = self.dropped(x, seeds)
         return self.add_branches(x, self.product.infer(x, None, None, gain), bias, seeds, lora_A, lora_B)[0]
 
     def add_branches(self, x: Tensor, add: Tensor, bias: Tensor | None, seeds: Tensor | None, lora_A: Sequence[Tensor],
@@ -218,6 +240,9 @@ class _Call:
         of_A, of_B = cut_gradients(grad_A, lora_A, wants_A), cut_gradients(grad_B, lora_B, wants_B)
         return grad_x, of_A, of_B, grad_gain
 
+    def dropped(self, x: Tensor, seeds: Tensor | None) -> Tensor:
+        return drop(x, self.of_x, seeds) if self.of_x else x
+
     def masks(self, seeds: Tensor | None) -> dict[str, Any]:
         return {"dropout": self.dropout, "seeds": seeds} if self.dropout else {}
 
@@ -230,8 +255,9 @@ class _DoRALinear(Function):
         lora_A, lora_B = adapters[:num_adapters], adapters[num_adapters:]
         wants_x, _, _, wants_weight, wants_gain = ctx.needs_input_grad[:5]
         needs_A, needs_B = ctx.needs_input_grad[7 : 7 + num_adapters], ctx.needs_input_grad[7 + num_adapters :]
-        add, unscaled = call.product.forward(x, None, None, gain, wants_gain)
-        y, s = call.add_branches(x, add, bias, seeds, lora_A, lora_B)
+        seen = call.dropped(x, seeds)
+        add, unscaled = call.product.forward(seen, None, None, gain, wants_gain)
+        y, s = call.add_branches(seen, add, bias, seeds, lora_A, lora_B)
         keeps_x = any(needs_A) or wants_weight
         anchors = anchor(x, wants_x and not keeps_x and (any(needs_B) or wants_gain))
         ctx.save_for_backward(
@@ -250,6 +276,7 @@ class _DoRALinear(Function):
         wants_x, wants_bias, _, wants_weight, wants_gain = ctx.needs_input_grad[:5]
         wants_A, wants_B = list(ctx.needs_input_grad[7 : 7 + n]), list(ctx.needs_input_grad[7 + n :])
         grad_y = matrix(grad_y)
+        x = None if x is None else ctx.call.dropped(x, seeds)
         grad_x, grad_A, grad_B, grad_gain = ctx.call.backward(
             grad_y, x, ctx.x_dtype, s, seeds, unscaled, adapters[:n], adapters[n:], gain, wants_x, wants_A, wants_B,
             wants_gain,
@@ -259,4 +286,5 @@ class _DoRALinear(Function):
         if wants_weight:
             grad_weight = gradient_of_weight(grad_y * gain, x, ctx.call.product.compute_dtype, weight.dtype)
         grad_gain = grad_gain if wants_gain else None
-        return grad_x if wants_x else None, grad_bias, None, grad_weight, grad_gain, None, None, *grad_A, *grad_B
+        grad_x = ctx.call.dropped(grad_x, seeds) if wants_x else None
+        return grad_x, grad_bias, None, grad_weight, grad_gain, None, None, *grad_A, *grad_B

@@ -211,6 +211,48 @@ def test_biases_and_invocations(kind, what, dtype, caplog):
         assert error(got[name], value) <= (1e-5 if dtype is torch.float32 else 0.02), name
 
 
+def several_kinds(kind):
+    """A layer with a DoRA, a bias and an aLoRA, all of them trained, and what calls it with each of them."""
+    model = lora_model(kind, use_dora=True)
+    model.add_adapter("b", LoraConfig(r=7, target_modules=["lin"], lora_bias=True))
+    model.add_adapter("invoked", LoraConfig(r=2, target_modules=["lin"], alora_invocation_tokens=[7]))
+    randomize(model)
+    for name, parameter in model.named_parameters():
+        if "lora_magnitude" in name or "lora_B.b.bias" in name:
+            parameter.data.add_(0.5)
+        parameter.requires_grad_("lora_" in name)
+    peft_kernels.accelerate(model)
+    names = ["default", "b", "invoked", "__base__", "default"]
+    return model, {"adapter_names": names, "alora_offsets": [None, None, 3, None, None]}
+
+
+@pytest.mark.filterwarnings("ignore:aLoRA is currently only supported")
+@pytest.mark.parametrize("kind", KINDS)
+def test_kinds_of_adapters_in_one_batch(kind, monkeypatch, caplog):
+    model, call = several_kinds(kind)
+    layer, x = layer_of(model), torch.randn(5, 8, IN_FEATURES, requires_grad=True)
+    wanted = []
+    for row, name in zip(x, call["adapter_names"], strict=True):
+        model.base_model.set_adapter([] if name == "__base__" else [name])
+        wanted.append(layer(row[None], **{"alora_offsets": [3]} if name == "invoked" else {}))
+    wanted = torch.cat(wanted)
+    trained = {name: p.requires_grad_() for name, p in model.named_parameters() if "lora_" in name}
+    grad_y = torch.randn_like(wanted)
+    want = torch.autograd.grad(wanted, [x, *trained.values()], grad_y, allow_unused=True)
+    registry._logged.clear()
+    y = layer(x, **call)
+    assert error(y, wanted) < 1e-5 and caplog.messages == []
+    got = torch.autograd.grad(y, [x, *trained.values()], grad_y)
+    for name, ours, theirs in zip(["x", *trained], got, want, strict=True):
+        assert theirs is None or error(ours, theirs) < 1e-5, name
+    torch.compiler.reset()
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x, **call), y)
+    (once,) = torch.autograd.grad(layer(x, **call).sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="trying to differentiate twice"):
+        once.sum().backward()
+
+
 MIXED_ERRORS = {
     "too short": lambda model: {"adapter_names": ["b"]},
     "no list": lambda model: {"adapter_names": 3},

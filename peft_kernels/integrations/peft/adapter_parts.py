@@ -27,7 +27,7 @@ _DROPOUTS = (nn.Dropout, Dropout)
 ALoRA = getattr(variants, "ALoraLinearVariant", None)
 _KASA = getattr(variants, "KasaLinearVariant", None)
 # MiCA computes what plain LoRA does, with a B that is frozen; KaSA's B has a factor for each column.
-_KNOWN = (type(None), DoraLinearVariant, ALoRA, _KASA, getattr(variants, "MiCALinearVariant", None))
+_KNOWN = (DoraLinearVariant, ALoRA, _KASA, getattr(variants, "MiCALinearVariant", None))
 
 
 class Parts(NamedTuple):
@@ -61,13 +61,13 @@ def is_alora(layer: Any, name: str) -> bool:
 def parts_of(layer: Any, name: str, read: Reading = ONCE) -> Parts | Refusal | None:
     """What an adapter is made of; or why it can't be fused; or None if the layer lacks it."""
     # It runs at every forward, before the kernel starts: hence the dictionaries of nn.Module, read directly.
-    modules = vars(layer)["_modules"]
+    modules = layer._modules
     a = read.module(read.item(modules, "lora_A")._modules, name)
     if a is None:
         return None
-    variant = type(read.item(read.attribute(layer, "lora_variant"), name))
-    if variant not in _KNOWN:
-        return Refusal(f"adapter {name!r} is a {variant.__name__}")
+    found = read.item(read.attribute(layer, "lora_variant"), name)
+    if found is not None and type(found) not in _KNOWN:
+        return Refusal(f"adapter {name!r} is a {type(found).__name__}")
     b = read.module(read.item(modules, "lora_B")._modules, name)
     dropout = read.module(read.item(modules, "lora_dropout")._modules, name)
     if not (is_linear(a) and is_linear(b)):
@@ -84,29 +84,34 @@ def parts_of(layer: Any, name: str, read: Reading = ONCE) -> Parts | Refusal | N
         return Refusal(f"adapter {name!r} has {reason}")
     if weight_A.dtype not in FLOAT_DTYPES or weight_B.dtype not in FLOAT_DTYPES:
         return Refusal(f"adapter {name!r} is {weight_A.dtype} and {weight_B.dtype}")
-    if variant is _KASA:
-        if name in layer._lora_kasa_truncation_deferred:
-            return Refusal(f"adapter {name!r} has yet to truncate the base weight")
-        weight_B = read.values(weight_B) * read.values(read.parameter(layer.lora_diag, name))
-    magnitude = None
-    if variant is DoraLinearVariant:
-        if bias is not None:  # PEFT has it in the norm, once for each column of W
-            return Refusal(f"adapter {name!r} is a DoRA with lora_bias")
-        found = _magnitude(layer, name, read)
-        if isinstance(found, Refusal):
-            return found
-        magnitude = found
     scalings = read.attribute(layer, "scaling")
     scaling = scalings[name]
     if isinstance(scaling, Tensor) and torch.compiler.is_compiling():
         # `prepare_model_for_compiled_hotswap` makes it one, which compiled code has to read each time that it runs.
         bias = None if bias is None else bias.float() * scaling
-        return Parts(name, weight_A, weight_B.float() * scaling, 1.0, p, bias, magnitude)
-    return Parts(name, weight_A, weight_B, read.number(scalings, name), p, bias, magnitude)
+        parts = Parts(name, weight_A, weight_B.float() * scaling, 1.0, p, bias)
+    else:
+        parts = Parts(name, weight_A, weight_B, read.number(scalings, name), p, bias)
+    return parts if found is None else _of_variant(layer, parts, type(found), read)
+
+
+def _of_variant(layer: Any, parts: Parts, variant: type, read: Reading) -> Parts | Refusal:
+    """What a variant has beside A and B."""
+    if variant is _KASA:
+        if parts.name in layer._lora_kasa_truncation_deferred:
+            return Refusal(f"adapter {parts.name!r} has yet to truncate the base weight")
+        diagonal = read.parameter(read.item(layer._modules, "lora_diag"), parts.name)
+        return parts._replace(lora_B=read.values(parts.lora_B) * read.values(diagonal))
+    if variant is DoraLinearVariant:
+        if parts.bias is not None:  # PEFT has it in the norm, once for each column of W
+            return Refusal(f"adapter {parts.name!r} is a DoRA with lora_bias")
+        magnitude = _magnitude(layer, parts.name, read)
+        return magnitude if isinstance(magnitude, Refusal) else parts._replace(magnitude=magnitude)
+    return parts
 
 
 def _magnitude(layer: Any, name: str, read: Reading) -> dora.DoraLinearLayer | Refusal:
-    magnitude = read.module(read.item(vars(layer)["_modules"], "lora_magnitude_vector")._modules, name)
+    magnitude = read.module(read.item(layer._modules, "lora_magnitude_vector")._modules, name)
     if type(magnitude) is not dora.DoraLinearLayer:
         return Refusal(f"adapter {name!r} has a magnitude that is a {type(magnitude).__name__}")
     if reason := why_not_skip(magnitude):

@@ -220,8 +220,9 @@ class FusedLoRA(TakesRows, Adaptable):
                 return parts
             if parts is None:
                 continue
-            if x is not None and (reason := self._why_not_cast(x, parts, read)):
-                return Refusal(reason)
+            dtype = parts.lora_A.dtype
+            if not (x is None or dtype is x.dtype or read.attribute(self, "cast_input_dtype_enabled")):
+                return Refusal(f"x is {x.dtype}, adapter {name!r} is {dtype}, and casting the input is disabled")
             found.append(parts)
         return found
 
@@ -238,12 +239,6 @@ class FusedLoRA(TakesRows, Adaptable):
             return Refusal(f"its base layer has {reason}")
         return self.base_product(base, x, read)
 
-    def _why_not_cast(self, x: Tensor, parts: Parts, read: Reading) -> str | None:
-        a = parts.lora_A
-        if a.dtype is x.dtype or read.attribute(self, "cast_input_dtype_enabled"):
-            return None
-        return f"x is {x.dtype}, adapter {parts.name!r} is {a.dtype}, and casting the input is disabled"
-
 
 def _bound(operation: Callable[..., Tensor], x: Tensor, product: BaseProduct, *arguments: Any) -> Callable[[], Tensor]:
     weight, bias, *dtypes = product
@@ -254,6 +249,9 @@ def _lists(adapters: Sequence[Parts]) -> Adapters:
     """A, B, scaling and dropout of each."""
     if not adapters:
         return NO_ADAPTERS
+    if len(adapters) == 1:  # nearly always
+        _, a, b, scale, p, *_ = adapters[0]
+        return (a,), (b,), (scale,), (p,)
     _, lora_A, lora_B, scaling, dropout, *_ = zip(*adapters, strict=True)
     return lora_A, lora_B, scaling, dropout
 

@@ -189,13 +189,16 @@ def _table(rows: Sequence[Tensor | None], otherwise: float) -> Tensor | None:
     return torch.stack([without, *(without if row is None else row for row in rows)])
 
 
-def with_biases(bias: Tensor | None, adapters: Sequence[Parts]) -> Tensor | None:
+def with_biases(bias: Tensor | None, adapters: Sequence[Parts], read: Reading = ONCE) -> Tensor | None:
     """The base layer's bias and those of the adapters, in fp32 if there are any of these."""
-    own = [parts.scaling * parts.bias.float() for parts in adapters if parts.bias is not None]
-    if not own:
-        return bias
-    total: Tensor = sum(own[1:], own[0])
-    return total if bias is None else bias.float() + total
+    total: Tensor | None = None
+    for parts in adapters:
+        if parts.bias is not None:
+            own = parts.scaling * read.values(parts.bias).float()
+            total = own if total is None else total + own
+    if total is None or bias is None:
+        return bias if total is None else total
+    return read.values(bias).float() + total
 
 
 def watch(adapters: Sequence[Parts], read: Reading) -> None:

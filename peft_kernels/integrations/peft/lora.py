@@ -205,10 +205,7 @@ class FusedLoRA(TakesRows, Adaptable):
                 watch(adapters, read)
                 gain, adapters = scaled(adapters, norms)
                 weight = weight.scale_rows(gain)
-        if any(parts.bias is not None for parts in adapters):
-            watch(adapters, read)
-            bias = with_biases(bias if bias is None else read.values(bias), adapters)
-        return (weight, bias, compute_dtype, out_dtype), _lists(adapters)
+        return (weight, with_biases(bias, adapters, read), compute_dtype, out_dtype), _lists(adapters)
 
     def _active(self, x: Tensor | None = None, read: Reading = ONCE) -> list[Parts] | Refusal:
         """What the active adapters that this layer has are made of; or why that can't be fused, for x or for any."""

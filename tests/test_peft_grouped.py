@@ -191,6 +191,7 @@ def test_biases_and_invocations(kind, what, dtype, caplog):
     layer_of(stock).base_layer.register_forward_hook(lambda layer, inputs, y: y.clone())
     shape = (len(MIXED),) if tokens is None else (len(MIXED), tokens)
     x, grad_y, results = torch.randn(*shape, IN_FEATURES, dtype=dtype), torch.randn(*shape, OUT_FEATURES), []
+    registry._logged.clear()
     for model in (stock, fused):
         if "lora_bias" in config:
             torch.nn.init.constant_(layer_of(model).lora_B["default"].bias, 1.5)

@@ -22,6 +22,7 @@ from .training import AdapterSettings, AdapterTrainer
 
 if TYPE_CHECKING:
     from .integrations.peft.ia3 import merge_ia3
+    from .integrations.peft.initialize import initialize_lora
     from .integrations.transformers.callback import PeftKernelsCallback
     from .integrations.transformers.prefix import attach_prefix, detach_prefix
 
@@ -32,6 +33,7 @@ _OPTIONAL = {
     "PeftKernelsCallback": "transformers.callback",
     "attach_prefix": "transformers.prefix",
     "detach_prefix": "transformers.prefix",
+    "initialize_lora": "peft.initialize",
     "merge_ia3": "peft.ia3",
 }
 
@@ -48,6 +50,7 @@ __all__ = [
     "detach_prefix",
     "freeze_adapters",
     "fuse_adapters",
+    "initialize_lora",
     "insert_adapters",
     "load_adapter",
     "merge_ia3",

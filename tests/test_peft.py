@@ -287,18 +287,50 @@ def test_trained_base_weight_and_bias(kind):
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
 
 
+def with_bias(stock):
+    """Its copies with the bias of its B, which are not zero: the stock model, the accelerated one, and the oracle."""
+    layer = layer_of(stock)
+    for b in layer.lora_B.values():
+        if b.bias is not None:
+            nn.init.uniform_(b.bias, 0.5, 2)
+    fused, true = copy.deepcopy(stock), copy.deepcopy(stock)
+    assert peft_kernels.accelerate(fused).layers[0].fused
+
+    def forward(x):
+        layer = layer_of(true)
+        y = oracle(layer, x)
+        return y + sum(float(layer.scaling[name]) * layer.lora_B[name].bias.double() for name in layer.active_adapters)
+
+    layer_of(true).forward = forward
+    return stock, fused, true
+
+
+@pytest.mark.parametrize("adapter_dtype", [torch.float32, torch.bfloat16], ids=names)
+@pytest.mark.parametrize("dtype", FLOATS, ids=names)
 @pytest.mark.parametrize("kind", KINDS)
-def test_lora_bias_falls_through(kind, caplog):
-    stock = lora_model(kind, lora_bias=True)
-    nn.init.uniform_(layer_of(stock).lora_B["default"].bias, 0.5, 2)
-    fused, reason = copy.deepcopy(stock), "adapter 'default' has lora_bias"
-    row = peft_kernels.accelerate(fused).layers[0]
-    assert not row.fused and row.reason == reason
-    x = torch.randn(3, IN_FEATURES)
-    assert [message.split(": ")[1] for message in stock_path_reasons(fused, caplog, x)] == [reason]
-    want = stock(x)  # in training mode: in evaluation it would repack
-    for training in (True, False):
-        torch.testing.assert_close(fused.train(training)(x), want, rtol=1e-4, atol=1e-4)
+def test_lora_bias(kind, dtype, adapter_dtype, caplog):
+    stock = lora_model(kind, dtype, lora_bias=True)
+    for part in (layer_of(stock).lora_A, layer_of(stock).lora_B):
+        part.to(adapter_dtype)
+    stock, fused, true = with_bias(stock)
+    x, grad = torch.randn(3, 11, IN_FEATURES, dtype=dtype), torch.randn(3, 11, OUT_FEATURES, dtype=dtype)
+    for ours, theirs, want in zip(*(gradients(model, x, grad) for model in (fused, stock, true)), strict=True):
+        assert ours.dtype == theirs.dtype and ours.shape == theirs.shape
+        assert error(ours, want) <= max(ERROR_RATIO * error(theirs, want), FP32_NOISE)
+    assert not caplog.messages
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_lora_bias_is_followed_in_inference(kind):
+    _, fused, true = with_bias(lora_model(kind, lora_bias=True))
+    x = torch.randn(2, IN_FEATURES)
+    with torch.no_grad():
+        for factor in (1, 2):
+            for model in (fused, true):
+                layer_of(model).lora_B["default"].bias.data.mul_(factor)
+                layer_of(model).base_layer.bias.data.mul_(factor)
+            torch.testing.assert_close(fused.eval()(x), true(x).float(), **FP32)
+            assert kind == "conv1d" or layer_of(fused)._packed is not None
     if kind == "4bit":
         assert not is_repacked(layer_of(fused).base_layer)
 
@@ -308,12 +340,13 @@ def test_adapter_added_later_falls_through_while_it_is_active(kind, caplog):
     model = fused_model(kind)
     x = torch.randn(3, IN_FEATURES)
     want = model(x)
-    model.add_adapter("b", LoraConfig(r=2, target_modules=["lin"], lora_bias=True))
+    model.add_adapter("b", LoraConfig(r=2, target_modules=["lin"]))
+    layer_of(model).lora_B["b"].register_forward_hook(lambda *_: None)
     assert stock_path_reasons(model, caplog, x) == []
     model.set_adapter("b")
     (message,) = stock_path_reasons(model, caplog, x)
-    assert message.endswith("adapter 'b' has lora_bias")
-    assert peft_kernels.accelerate(model).layers[0].reason == "adapter 'b' has lora_bias"
+    assert message.endswith("adapter 'b' has hooks")
+    assert peft_kernels.accelerate(model).layers[0].reason == "adapter 'b' has hooks"
     model.set_adapter("default")
     assert peft_kernels.accelerate(model).layers[0].fused
     assert torch.equal(model(x), want)

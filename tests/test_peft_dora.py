@@ -152,21 +152,81 @@ def test_caching_of_pefts(kind):
         assert torch.equal(model.eval()(x), want)
 
 
+def several_doras(kind, dtype=torch.float32, **config):
+    """Three active adapters, of which the last two are DoRAs; and a fourth."""
+    stock = dora_model(kind, dtype, **config)
+    for name, is_dora in (("plain", False), ("second", True), ("idle", False)):
+        stock.add_adapter(name, LoraConfig(r=2, target_modules=["lin"], use_dora=is_dora, lora_bias=not is_dora))
+    for name, parameter in stock.named_parameters():
+        if "lora_B" in name or "lora_magnitude" in name:
+            nn.init.uniform_(parameter, 0.2, 1.2)
+    layer_of(stock).base_layer.support_avx512bf16_for_cpu = False  # else stock would round its statistics to bf16
+    return stock
+
+
+@pytest.mark.parametrize(
+    "order", [["plain", "default"], ["default", "plain"], ["second", "plain", "default"]], ids="-".join
+)
 @pytest.mark.parametrize("kind", KINDS)
-def test_beside_another_adapter_falls_through(kind, caplog):
-    model = fused_dora(kind)
+def test_beside_other_adapters(kind, order, caplog):
+    """Each DoRA multiplies what comes before it, in the order in which the adapters are active."""
+    stock = several_doras(kind)
+    fused = copy.deepcopy(stock)
+    for model in (stock, fused):
+        model.base_model.set_adapter(order)
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_("lora_" in name)
+    assert peft_kernels.accelerate(fused).layers[0].fused
+    x, grad = torch.randn(3, 7, IN_FEATURES), torch.randn(3, 7, OUT_FEATURES)
+    assert reasons(fused, caplog, x) == []
+    for got, want in zip(gradients(fused, x, grad), gradients(stock, x, grad), strict=True):
+        assert (got is None) == (want is None)
+        assert want is None or error(got, want) < 1e-5
+    for model in (stock, fused):
+        model.eval()
+    for rows in (1, 40):
+        with torch.no_grad():
+            torch.testing.assert_close(
+                fused(x.new_ones(rows, IN_FEATURES)), stock(x.new_ones(rows, IN_FEATURES)), **FP32
+            )
+    if kind == "4bit":
+        assert not is_repacked(layer_of(fused).base_layer)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_dropout_beside_another_adapter_falls_through(kind, caplog):
+    model = fused_dora(kind, lora_dropout=0.1)
     layer, x = layer_of(model), torch.randn(3, IN_FEATURES)
     model.add_adapter("plain", LoraConfig(r=2, target_modules=["lin"]))
     assert reasons(model, caplog, x) == []
     model.base_model.set_adapter(["plain", "default"])
-    assert reasons(model, caplog, x) == ["adapter 'default' is a DoraLinearVariant"]
-    assert peft_kernels.accelerate(model).layers[0].reason == "adapter 'default' is a DoraLinearVariant"
-    torch.testing.assert_close(model(x), oracle(layer, x).float(), rtol=1e-4, atol=1e-4)  # B of the other is zero
+    reason = "adapter 'default' is a DoRA with dropout beside others"
+    assert reasons(model, caplog, x) == [reason]
+    assert peft_kernels.accelerate(model).layers[0].reason == reason
+    assert reasons(model.eval(), caplog, x) == []
     layer._active_adapter = ["elsewhere", "default"]
-    assert reasons(model, caplog, x) == []
+    assert reasons(model.train(), caplog, x) == []
+    assert reasons(model.eval(), caplog, x) == []
     torch.testing.assert_close(model(x), oracle(layer, x).float(), **FP32)
-    if kind == "4bit":
-        assert not is_repacked(layer.base_layer)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=short)
+def test_decodes_packed(dtype, monkeypatch):
+    """Few rows in inference read W in 4 bits once, with the gains in its statistics; and see whatever is trained."""
+    stock = dora_model("4bit", dtype).eval()
+    layer_of(stock).base_layer.support_avx512bf16_for_cpu = False
+    fused = copy.deepcopy(stock)
+    peft_kernels.accelerate(fused)
+    layer, x = layer_of(fused), torch.randn(2, IN_FEATURES, dtype=dtype)
+    with torch.no_grad():
+        want = oracle(layer, x)
+        assert error(fused(x), want) <= max(tolerances.VERSUS_STOCK * error(stock(x), want), tolerances.FP32_SUM)
+        monkeypatch.setattr("peft_kernels.integrations.peft.lora.FusedLoRA._call", None)
+        assert torch.equal(fused(x), fused(x)) and layer._packed is not None
+        for part in (layer.lora_A, layer.lora_B, layer.lora_magnitude_vector):
+            part["default"].weight.data.mul_(1.5)
+            want = oracle(layer, x)
+            assert error(fused(x), want) <= (1e-5 if dtype is torch.float32 else 0.02)
 
 
 def _hooked(layer, called):
@@ -185,7 +245,7 @@ def _double(layer, called):
     ("change", "reason"),
     [
         (_hooked, "adapter 'default' has hooks"),
-        (_lora_bias, "adapter 'default' has lora_bias"),
+        (_lora_bias, "adapter 'default' is a DoRA with lora_bias"),
         (_double, "adapter 'default' has a magnitude in torch.float64"),
     ],
 )

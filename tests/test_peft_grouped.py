@@ -159,31 +159,99 @@ def test_dropout_of_a_layer_in_training_mode(kind, caplog):
 
 
 # What is done to a model, and to its call; the reason that is logged.
-MIXED_FALLS = {
-    "lora_bias": ({"lora_bias": True}, "adapter 'default' has lora_bias"),
-    "alora_offsets": ({}, "alora_offsets was given"),
-    "hook": ({}, "adapter 'b' has hooks"),
-}
-
-
-@pytest.mark.parametrize("what", MIXED_FALLS)
 @pytest.mark.parametrize("kind", KINDS)
-def test_adapter_names_that_fall_through(kind, what, caplog):
-    config, reason = MIXED_FALLS[what]
-    stock, fused = mixed_model(kind, **config)
-    calls, options = [], {}
-    if what == "hook":
-        layer_of(fused).lora_A["b"].register_forward_hook(lambda *args: calls.append(args))
-    if what == "alora_offsets":
-        options["alora_offsets"] = [None] * len(MIXED)
-    layers = [layer_of(model) for model in (stock, fused)]
-    x, results = torch.randn(len(MIXED), IN_FEATURES), []
+def test_adapter_names_that_fall_through(kind, caplog):
+    stock, fused = mixed_model(kind)
+    calls = []
+    layer_of(fused).lora_A["b"].register_forward_hook(lambda *args: calls.append(args))
+    x = torch.randn(len(MIXED), IN_FEATURES)
     registry._logged.clear()
-    for layer in layers:
-        results.append(layer(x, adapter_names=MIXED, **options))
-    torch.testing.assert_close(results[1], results[0], **FP32)
-    assert [message.split(": ")[1] for message in caplog.messages] == [reason]
-    assert len(calls) == (what == "hook")
+    torch.testing.assert_close(mixed_call(fused, x), mixed_call(stock, x), **FP32)
+    assert [message.split(": ")[1] for message in caplog.messages] == ["adapter 'b' has hooks"]
+    assert len(calls) == 1
+
+
+# The configuration of 'default', with what its layer is called with beside names; and the tokens of x.
+OF_ONE = {
+    "lora_bias": ({"lora_bias": True}, {}, 5),
+    "offsets": ({}, {"alora_offsets": [3] * len(MIXED)}, 5),  # of no adapter
+    "alora": ({"alora_invocation_tokens": [7]}, {"alora_offsets": [2, 2, 3, None, None, 9]}, 5),
+    "alora-nowhere": ({"alora_invocation_tokens": [7]}, {"alora_offsets": [None] * len(MIXED)}, 5),
+    "alora-decodes": ({"alora_invocation_tokens": [7]}, {"alora_offsets": [None, None, 4, 2, 1, None]}, None),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=short)
+@pytest.mark.parametrize("what", OF_ONE)
+@pytest.mark.parametrize("kind", KINDS)
+def test_biases_and_invocations(kind, what, dtype, caplog):
+    config, options, tokens = OF_ONE[what]
+    stock, fused = mixed_model(kind, dtype, **config)
+    # PEFT adds to the result in place, which autograd refuses for that of bitsandbytes' own function.
+    layer_of(stock).base_layer.register_forward_hook(lambda layer, inputs, y: y.clone())
+    shape = (len(MIXED),) if tokens is None else (len(MIXED), tokens)
+    x, grad_y, results = torch.randn(*shape, IN_FEATURES, dtype=dtype), torch.randn(*shape, OUT_FEATURES), []
+    registry._logged.clear()
+    for model in (stock, fused):
+        if "lora_bias" in config:
+            torch.nn.init.constant_(layer_of(model).lora_B["default"].bias, 1.5)
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_("lora_" in name)
+        leaf = x.clone().requires_grad_()
+        y = mixed_call(model, leaf, **options)
+        y.backward(grad_y.to(y.dtype))
+        trained = {name: p.grad for name, p in model.named_parameters() if "lora_" in name}
+        results.append({"y": y.detach(), "x": leaf.grad, **trained})
+    assert caplog.messages == []
+    want, got = results
+    for name, value in want.items():
+        if got[name] is None:  # an adapter without rows gets no gradient
+            assert what == "alora-nowhere" and not value.any(), name
+            continue
+        assert got[name].dtype == value.dtype
+        assert error(got[name], value) <= (1e-5 if dtype is torch.float32 else 0.02), name
+
+
+def several_kinds(kind):
+    """A layer with a DoRA, a bias and an aLoRA, all of them trained, and what calls it with each of them."""
+    model = lora_model(kind, use_dora=True)
+    model.add_adapter("b", LoraConfig(r=7, target_modules=["lin"], lora_bias=True))
+    model.add_adapter("invoked", LoraConfig(r=2, target_modules=["lin"], alora_invocation_tokens=[7]))
+    randomize(model)
+    for name, parameter in model.named_parameters():
+        if "lora_magnitude" in name or "lora_B.b.bias" in name:
+            parameter.data.add_(0.5)
+        parameter.requires_grad_("lora_" in name)
+    peft_kernels.accelerate(model)
+    names = ["default", "b", "invoked", "__base__", "default"]
+    return model, {"adapter_names": names, "alora_offsets": [None, None, 3, None, None]}
+
+
+@pytest.mark.filterwarnings("ignore:aLoRA is currently only supported")
+@pytest.mark.parametrize("kind", KINDS)
+def test_kinds_of_adapters_in_one_batch(kind, monkeypatch, caplog):
+    model, call = several_kinds(kind)
+    layer, x = layer_of(model), torch.randn(5, 8, IN_FEATURES, requires_grad=True)
+    wanted = []
+    for row, name in zip(x, call["adapter_names"], strict=True):
+        model.base_model.set_adapter([] if name == "__base__" else [name])
+        wanted.append(layer(row[None], **{"alora_offsets": [3]} if name == "invoked" else {}))
+    wanted = torch.cat(wanted)
+    trained = {name: p.requires_grad_() for name, p in model.named_parameters() if "lora_" in name}
+    grad_y = torch.randn_like(wanted)
+    want = torch.autograd.grad(wanted, [x, *trained.values()], grad_y, allow_unused=True)
+    registry._logged.clear()
+    y = layer(x, **call)
+    assert error(y, wanted) < 1e-5 and caplog.messages == []
+    got = torch.autograd.grad(y, [x, *trained.values()], grad_y)
+    for name, ours, theirs in zip(["x", *trained], got, want, strict=True):
+        assert theirs is None or error(ours, theirs) < 1e-5, name
+    torch.compiler.reset()
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x, **call), y)
+    (once,) = torch.autograd.grad(layer(x, **call).sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="trying to differentiate twice"):
+        once.sum().backward()
 
 
 MIXED_ERRORS = {

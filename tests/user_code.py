@@ -65,6 +65,8 @@ def readme(model: PreTrainedModel, inputs: dict[str, Tensor]) -> None:
     assert_type(combine_adapters(["a", Path("b")], "out", "ties_svd", density=0.3, rank=16), CombineReport)
     export_checkpoint(Path("base"), Path("out"), dtype=torch.float16, overwrite=True)
 
+    for row in peft_kernels.initialize_lora(model, "loftq", "model.safetensors", iterations=3):
+        assert_type(row.after, float)
     peft_kernels.merge_ia3(model)
     peft_kernels.merge_ia3(model, ["default"])
     with peft_kernels.merging.options(

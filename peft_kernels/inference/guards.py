@@ -53,6 +53,9 @@ class Reading(Protocol):
     def length(self, container: Sized, /) -> int:
         """The length of a container."""
 
+    def values(self, tensor: Tensor, /) -> Tensor:
+        """A tensor that was read before, and that something is computed of: by its values too."""
+
     def copies(self) -> None:
         """Notes that a copy was made of something that was read, which later changes do not reach."""
 
@@ -69,6 +72,10 @@ def parameter(module: nn.Module, name: str) -> Any:
         return getattr(module, name)
 
 
+def _values(tensor: Tensor) -> Tensor:
+    return tensor
+
+
 def _number(where: dict[Any, Any], key: Any) -> float:
     return float(where[key])
 
@@ -82,6 +89,7 @@ class Once:
     parameter = staticmethod(parameter)
     number = staticmethod(_number)
     length = staticmethod(len)
+    values = staticmethod(_values)
 
     def copies(self) -> None:
         pass
@@ -92,7 +100,8 @@ ONCE: Reading = Once()
 
 class Guard:
     """Reads, and knows whether all that it has read is still the same: the same objects, tensors with their memory at
-    the same place in the same layout, and numbers of the same value. What is in the memory of tensors may change."""
+    the same place in the same layout, and numbers of the same value. What is in the memory of tensors may change,
+    unless their values were read."""
 
     def __init__(self) -> None:
         self._seen: set[tuple[int, Any]] = set()  # of what follows, which keeps the objects alive
@@ -103,6 +112,7 @@ class Guard:
         self._layouts: Any = None  # of theirs: their addresses, strides, shapes and dtypes
         self._numbers: list[Tensor] = []
         self._found_numbers: list[float] = []  # in these
+        self._values_read: list[tuple[Tensor, Tensor]] = []  # small tensors, and copies of them
 
     def item(self, where: dict[Any, Any], key: Any) -> Any:
         value = where.get(key)
@@ -152,6 +162,11 @@ class Guard:
             self._lengths += container, len(container)
         return len(container)
 
+    def values(self, tensor: Tensor) -> Tensor:
+        if self._is_new(tensor, "values"):
+            self._values_read.append((tensor.detach(), tensor.detach().clone()))
+        return tensor
+
     def copies(self) -> None:
         raise CannotGuardError
 
@@ -159,7 +174,9 @@ class Guard:
         """Whether all of it is as it was."""
         if self._layouts is None or not _C.unchanged(self._values, self._types, self._lengths, self._layouts):
             return False
-        return not self._numbers or [float(number) for number in self._numbers] == self._found_numbers
+        if self._numbers and [float(number) for number in self._numbers] != self._found_numbers:
+            return False
+        return all(torch.equal(tensor, copy) for tensor, copy in self._values_read)
 
     def close(self) -> Guard:
         """Ends the reading."""

@@ -163,13 +163,17 @@ def make_y(x: Tensor, weight: Tensor | NF4Weight, bias: Tensor | None, lora_A: S
         if bias is not None:
             options["bias"] = bias.contiguous()
     else:
+        # A wider bias, as lora_bias makes it, is added with the adapters, before y is rounded.
+        late = bias if lora_A and bias is not None and bias.dtype is not compute_dtype else None
         with without_autocast(x.device.type):
-            bias = None if bias is None else bias.to(compute_dtype)
+            bias = None if bias is None or late is not None else bias.to(compute_dtype)
             rows = x if x.dim() == 2 else x.contiguous()  # as torch has other products for other strides
             add = linear(rows.to(compute_dtype), weight.to(compute_dtype), bias).to(out_dtype)
         if not lora_A:
             return add, None
         stored, options["add"] = ((), ()), add
+        if late is not None:
+            options["bias"] = late.contiguous()
     if compute_dtype is not x.dtype:
         options["compute_dtype"] = compute_dtype
     if out_dtype is not x.dtype:

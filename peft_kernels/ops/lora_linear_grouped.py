@@ -99,7 +99,7 @@ def lora_linear_grouped_unchecked(x: Tensor, weight: Tensor | NF4Weight, bias: T
     dropout, seeds = draw_masks(x, lora_A, dropout, seeds)
     index = index.long()
     dense = None if isinstance(weight, NF4Weight) else weight
-    call = _GroupedCall(weight, compute_dtype, out_dtype, tuple(scaling), tuple(dropout))
+    call = GroupedCall(weight, compute_dtype, out_dtype, tuple(scaling), tuple(dropout))
     if wants_gradients(x, weight, bias, lora_A, lora_B):
         y: Tensor = LoRALinear.apply(x, bias, seeds, index, dense, call, len(lora_A), *lora_A, *lora_B)[0]
         return y
@@ -107,7 +107,7 @@ def lora_linear_grouped_unchecked(x: Tensor, weight: Tensor | NF4Weight, bias: T
     return call.forward(x, bias, seeds, index, lora_A, lora_B, False, owns)[0]
 
 
-class _GroupedCall(Call):
+class GroupedCall(Call):
     def base_dtype(self, x: Tensor, otherwise: torch.dtype) -> torch.dtype:
         """Of the base product, which the branches are added to: y and dx of a 4-bit weight are rounded once, with
         these."""
@@ -118,6 +118,12 @@ class _GroupedCall(Call):
                 owns: bool) -> tuple[Tensor, Tensor | None]:  # fmt: skip
         dtype = self.compute_dtype if isinstance(self.weight, Tensor) else self.base_dtype(x, self.out_dtype)
         base, _ = make_y(x, self.weight, bias, (), (), (), (), self.compute_dtype, dtype, None, False, owns)
+        return self.add_branches(x, base, seeds, index, lora_A, lora_B, wants_s)
+
+    def add_branches(self, x: Tensor, base: Tensor, seeds: Tensor | None, index: Tensor | None,
+                     lora_A: Sequence[Tensor], lora_B: Sequence[Tensor],
+                     wants_s: bool) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+        """Returns y [..., N], and s [rows of x, the largest rank] if it is wanted."""
         options = self.options(seeds)
         if self.out_dtype is not x.dtype:
             options["out_dtype"] = self.out_dtype
@@ -131,6 +137,15 @@ class _GroupedCall(Call):
                  index: Tensor | None, lora_A: Sequence[Tensor], lora_B: Sequence[Tensor], wants_x: bool,
                  wants_A: list[bool], wants_B: list[bool],
                  owns: bool) -> tuple[Tensor | None, list[Tensor | None], list[Tensor | None]]:  # fmt: skip
+        return self.backward_of(
+            grad_y, grad_y, x, x_dtype, s, seeds, index, lora_A, lora_B, wants_x, wants_A, wants_B, owns
+        )
+
+    def backward_of(self, grad_base: Tensor, grad_y: Tensor, x: Tensor | None, x_dtype: torch.dtype, s: Tensor | None,
+                    seeds: Tensor | None, index: Tensor | None, lora_A: Sequence[Tensor], lora_B: Sequence[Tensor],
+                    wants_x: bool, wants_A: list[bool], wants_B: list[bool],
+                    owns: bool) -> tuple[Tensor | None, list[Tensor | None], list[Tensor | None]]:  # fmt: skip
+        """`backward`, where the base product has another gradient than y."""
         assert index is not None
         used = _used(index, grad_y, len(lora_A))
         wants_A = [wants and has_rows for wants, has_rows in zip(wants_A, used, strict=True)]
@@ -141,7 +156,7 @@ class _GroupedCall(Call):
         if wants_x:
             product = Call(self.weight, self.compute_dtype, self.out_dtype, (), ())
             dtype = self.base_dtype(grad_y, x_dtype)
-            base = product.backward(grad_y, x, dtype, None, None, None, (), (), True, [], [], owns)[0]
+            base = product.backward(grad_base, x, dtype, None, None, None, (), (), True, [], [], owns)[0]
         grad_x, grad_A, grad_B = torch.ops.peft_kernels.lora_linear_grouped_backward(
             grad_y, x, s, base, index, lora_A, lora_B, self.scaling, wants_A, wants_B,
             x_dtype=other_dtype(x_dtype, grad_y), **self.options(seeds),

@@ -24,6 +24,7 @@ from ...ops.nf4 import NF4Weight
 from ..base_layer import NO_ADAPTERS, STAND_INS, Adapters, BaseProduct
 from ..refusal import Refusal
 from ..registry import FusedLayer, Trial, mention, register, why_not_input
+from .params4bit import params4bit
 
 mention(bnb.nn.modules.Linear4bit)
 mention(bnb.nn.modules.Linear8bitLt)
@@ -265,21 +266,6 @@ class _Unscaled:
     weight: nn.Parameter
     bias: Tensor | None
     scales: dict[nn.Module, Tensor]
-
-
-def params4bit(layer: Any, like: Any, view: NF4Weight) -> Any:
-    """A 4-bit weight for a layer, in the storage of one that it has: the view's tensors, shared."""
-    return bnb.nn.modules.Params4bit(
-        view.codes.view(like.data.dtype).view(like.data.shape),
-        requires_grad=False,
-        quant_state=QuantState.from_dict(view.as_dict(), device=view.codes.device),
-        blocksize=view.blocksize,
-        compress_statistics=bool(view.nested),
-        quant_type=view.quant_type,
-        quant_storage=like.quant_storage,
-        module=layer,
-        bnb_quantized=True,
-    )
 
 
 def scale_rows(layer: Any, owner: nn.Module, scale: Tensor | None) -> None:

@@ -12,63 +12,51 @@ from typing import Any
 
 import torch
 from peft.tuners import lora
-from peft.tuners.lora import dora
-from peft.tuners.lora.variants import DoraLinearVariant
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from ...inference.guards import ONCE, Reading
 from ...inference.packed import Adaptable
-from ...ops._arguments import FLOAT_DTYPES
-from ...ops.dora_linear import dora_linear_unchecked, dora_norm
+from ...ops.dora_linear import dora_linear_unchecked, gained_linear_unchecked
+from ...ops.dora_linear_grouped import gained_linear_grouped_unchecked
 from ...ops.lora_linear import lora_linear_unchecked
 from ...ops.lora_linear_grouped import lora_linear_grouped_unchecked
-from ..base_layer import (
-    NO_ADAPTERS,
-    Adapters,
-    BaseProduct,
-    GroupedAdapters,
-    OnLinear,
-    is_conv1d,
-    is_linear,
-    why_not_skip,
-)
+from ...ops.nf4 import NF4Weight
+from ..base_layer import NO_ADAPTERS, Adapters, BaseProduct, OnLinear, is_conv1d, why_not_skip
 from ..refusal import Refusal
 from ..registry import mention, register
 from ..rows import BASE, Rows, TakesRows
-from ..torch.dropout import Dropout
+from .adapter_parts import Parts, index_of_tokens, is_alora, norm_of, parts_of, scaled, tables, watch, with_biases
 from .merge import Merges4bit, MergesDense
-
-_DROPOUTS = (nn.Dropout, Dropout)
-_Adapter = tuple[Tensor, Tensor, float, float]  # A, B, scaling and dropout
-_DoRA = tuple[Tensor, Tensor, Tensor, Tensor, float, float]  # A, B, magnitude, norm, scaling and dropout
-_Call = tuple[BaseProduct, Adapters | GroupedAdapters | _DoRA]  # what an operation is called with, beside x
 
 mention(BaseTunerLayer)  # whose subclasses are modules
 
 
 class FusedLoRA(TakesRows, Adaptable):
-    """`y = x Wᵀ + b + Σᵢ scalingᵢ · dropoutᵢ(x) Aᵢᵀ Bᵢᵀ` over the active adapters, or DoRA's y where the one that is
-    active is a DoRA; in the dtype that PEFT returns.
+    """`y = x Wᵀ + b + Σᵢ scalingᵢ · (dropoutᵢ(x) Aᵢᵀ Bᵢᵀ + bᵢ)` over the active adapters, in the dtype that PEFT
+    returns. A DoRA among them multiplies, for each of W's rows, the product and the adapters that come before it.
 
     With `adapter_names`, or within `adapter_rows`, each sample has its own adapter instead, or none; with gradients
-    too, though PEFT refuses them for a model in training mode. The samples of a DoRA are an operation of their own.
-    Merged or disabled adapters, DoRA beside other active ones, and adapters that are more than A and B (`lora_bias`, …)
-    take PEFT's own forward, which calls the base layer.
+    too, though PEFT refuses them for a model in training mode. An aLoRA is that of the tokens from its invocation on.
+    Merged or disabled adapters, and those of other variants, take PEFT's own forward, which calls the base layer.
     """
 
     family = "lora"
 
     def prepare(self) -> str:
-        several = len(self.lora_A) > 1 and any(self.use_dora.values())
-        return "in a mixed batch each DoRA takes an operation of its own" if several else ""
+        drops = [
+            name for name, is_dora in self.use_dora.items() if is_dora and getattr(self.lora_dropout[name], "p", 0)
+        ]
+        several = len(self.lora_A) > 1 and drops
+        return "in a mixed batch each DoRA that drops takes an operation of its own" if several else ""
 
     def why_stock(self) -> str | None:
         if reason := why_not_skip(self.base_layer):
             return f"its base layer has {reason}"
-        name = self._only_dora()
-        adapters = [self._dora(name)] if name else map(self._adapter, self.active_adapters)
-        return next((adapter.reason for adapter in adapters if isinstance(adapter, Refusal)), None)
+        adapters = self._active()
+        if isinstance(adapters, Refusal):
+            return adapters.reason
+        return _why_not_together(self, adapters)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if (y := self.of_rows(x, args, kwargs)) is not None:
@@ -88,33 +76,102 @@ class FusedLoRA(TakesRows, Adaptable):
         """What computes this call's result; or why it has to take the stock path."""
         if reason := _why_stock_call(args, kwargs):
             return Refusal(reason)
-        if (names := kwargs.get("adapter_names")) is not None:
-            return self._mixed_call(x, names)
-        if name := self._only_dora():
-            return _bound(dora_linear_unchecked, x, self._dora_product(x, name))
-        return _bound(lora_linear_unchecked, x, self.adapted_product(x))
+        names, offsets = kwargs.get("adapter_names"), kwargs.get("alora_offsets")
+        if names is not None:
+            return self._mixed_call(x, names, offsets)
+        if self.lora_variant:
+            adapters = self._active(x)
+            if isinstance(adapters, Refusal):
+                return adapters
+            if reason := _why_not_together(self, adapters):
+                return Refusal(reason)
+            if any(is_alora(self, parts.name) for parts in adapters):
+                return self._invoked_call(x, adapters[0].name, offsets)
+            if any(parts.magnitude is not None for parts in adapters):
+                return self._dora_call(x, adapters)
+        found = self.adapted_product(x)
+        return found if isinstance(found, Refusal) else _bound(lora_linear_unchecked, x, found[0], *found[1])
 
-    def _mixed_call(self, x: Tensor, names: Sequence[str]) -> Callable[[], Tensor] | Refusal:
-        """`_call` where each sample has the adapter of a name: each DoRA's after all others' at once."""
+    def _dora_call(self, x: Tensor, adapters: list[Parts]) -> Callable[[], Tensor] | Refusal:
+        """`_call` where there is a DoRA among the active adapters."""
+        product = self._product(x)
+        if isinstance(product, Refusal):
+            return product
+        weight, bias, compute_dtype, out_dtype = product
+        norms = self._norms(weight, adapters)
+        if len(adapters) == 1:
+            ((_, a, b, scaling, dropout, _, magnitude),) = adapters
+            assert magnitude is not None
+            return _bound(dora_linear_unchecked, x, product, a, b, magnitude.weight, norms[0], scaling, dropout)
+        gain, adapters = scaled(adapters, norms)
+        product = weight, with_biases(bias, adapters), compute_dtype, out_dtype
+        return _bound(gained_linear_unchecked, x, product, *_lists(adapters), gain)
+
+    def _invoked_call(
+        self, x: Tensor, name: str, offsets: Sequence[int | None] | None
+    ) -> Callable[[], Tensor] | Refusal:
+        """`_call` where the only active adapter is an aLoRA."""
+        if torch.is_grad_enabled() and not any(offsets or ()):
+            return Refusal(f"the invocation of adapter {name!r} is nowhere, and it gets gradients that are zero")
+        return self._grouped_call(x, Rows([name] * len(x)), offsets or [None] * len(x))
+
+    def _mixed_call(
+        self, x: Tensor, names: Sequence[str], offsets: Sequence[int | None] | None = None
+    ) -> Callable[[], Tensor] | Refusal:
+        """`_call` where each sample has the adapter of a name: each DoRA's that drops after all others' at once."""
         doras = [name for name, is_dora in self.use_dora.items() if is_dora]
         if not isinstance(names, Rows):
             self._check_forward_args(x, adapter_names=[BASE if name in doras else name for name in names])  # by PEFT
         rows = names if isinstance(names, Rows) else Rows(names)
-        doras = [name for name in rows.names if name in doras]
         if x.dim() < 2:
             return Refusal("x has no samples")
-        if not doras:
-            return _bound(lora_linear_grouped_unchecked, x, self._grouped_product(x, rows))
-        of_adapter = rows.positions(doras)
-        order = [(of_adapter == number).nonzero().flatten().to(x.device) for number in range(-1, len(doras))]
-        others, names = x[order[0]], [name for name in rows if name not in doras]
-        calls = [_bound(lora_linear_grouped_unchecked, others, self._grouped_product(others, Rows(names)))]
-        for name, samples in zip(doras, order[1:], strict=True):
-            of_name = x[samples]
-            calls.append(_bound(dora_linear_unchecked, of_name, self._dora_product(of_name, name)))
+        alone: list[Parts] = []
+        for name in rows.names:
+            parts = parts_of(self, name) if name in doras else None
+            if isinstance(parts, Refusal):
+                return parts
+            if parts is not None and parts.dropout:
+                alone.append(parts)
+        if not alone:
+            return self._grouped_call(x, rows, offsets)
+        of_adapter = rows.positions([parts.name for parts in alone])
+        order = [(of_adapter == number).nonzero().flatten().to(x.device) for number in range(-1, len(alone))]
+        others = [i for i, number in enumerate(of_adapter.tolist()) if number < 0]
+        offsets = None if offsets is None else [offsets[i] for i in others]
+        calls = [self._grouped_call(x[order[0]], Rows([rows[i] for i in others]), offsets)]
+        calls += [self._dora_call(x[samples], [parts]) for parts, samples in zip(alone, order[1:], strict=True)]
         refusal = next((call for call in calls if isinstance(call, Refusal)), None)
         able = [call for call in calls if not isinstance(call, Refusal)]
         return refusal or (lambda: torch.cat([call() for call in able])[torch.cat(order).argsort()])
+
+    def _grouped_call(
+        self, x: Tensor, rows: Rows, offsets: Sequence[int | None] | None
+    ) -> Callable[[], Tensor] | Refusal:
+        """`_mixed_call` by one operation."""
+        product = self._product(x)
+        if isinstance(product, Refusal):
+            return product
+        adapters: list[Parts] = []
+        for name in rows.names:
+            parts = parts_of(self, name)
+            if isinstance(parts, Refusal):
+                return parts
+            if parts is not None:
+                adapters.append(parts)
+        index = rows.positions([parts.name for parts in adapters])
+        invoked = [number for number, parts in enumerate(adapters) if is_alora(self, parts.name)]
+        if invoked:
+            if x.dim() not in (2, 3):
+                return Refusal(f"x has {x.dim()} dimensions, and an adapter is an aLoRA")
+            index = index_of_tokens(index, invoked, offsets, x)
+        norms = self._norms(product[0], adapters)
+        if all(norm is None for norm in norms) and all(parts.bias is None for parts in adapters):
+            lora_A, lora_B, scaling, dropout = _lists(adapters)
+            return _bound(lora_linear_grouped_unchecked, x, product, lora_A, lora_B, scaling, index, dropout)
+        gains, biases, adapters = tables(adapters, norms)
+        lora_A, lora_B, scaling, dropout = _lists(adapters)
+        arguments = lora_A, lora_B, scaling, index, dropout, gains, biases
+        return _bound(gained_linear_grouped_unchecked, x, product, *arguments)
 
     def base_product(self, base: nn.Module, x: Tensor, read: Reading = ONCE) -> BaseProduct | Refusal:
         """What `lora_linear` is to be called with for the base layer; or why this input has to take the stock path."""
@@ -134,63 +191,47 @@ class FusedLoRA(TakesRows, Adaptable):
         merged = read.length(read.attribute(self, "merged_adapters"))
         if disabled or merged:
             return Refusal("its adapters are merged and disabled") if disabled and merged else (product, NO_ADAPTERS)
-        adapters: tuple[list[Tensor], list[Tensor], list[float], list[float]] = ([], [], [], [])
-        lora_A, lora_B, scaling, dropout = adapters
+        adapters = self._active(x, read)
+        if isinstance(adapters, Refusal):
+            return adapters
+        weight, bias, compute_dtype, out_dtype = product
+        if read.attribute(self, "lora_variant"):
+            if reason := _why_not_together(self, adapters):
+                return Refusal(reason)
+            if any(is_alora(self, parts.name) for parts in adapters):
+                return Refusal("an aLoRA is for a part of the tokens")
+            if any(parts.magnitude is not None for parts in adapters):
+                # A weight in 4 bits takes the gains in a copy of its statistics, and a dense one would be copied.
+                if not isinstance(weight, NF4Weight) or weight.shape[1] % weight.blocksize:
+                    return Refusal("a DoRA is active")
+                norms = self._norms(weight, adapters)
+                watch(adapters, read)
+                gain, adapters = scaled(adapters, norms)
+                weight = weight.scale_rows(gain)
+        return (weight, with_biases(bias, adapters, read), compute_dtype, out_dtype), _lists(adapters)
+
+    def _active(self, x: Tensor | None = None, read: Reading = ONCE) -> list[Parts] | Refusal:
+        """What the active adapters that this layer has are made of; or why that can't be fused, for x or for any."""
+        found: list[Parts] = []
         names = read.attribute(self, "_active_adapter")
         for name in (names,) if isinstance(names, str) else names:
-            adapter = self._adapter(name, read=read)
-            if adapter is None:
+            parts = parts_of(self, name, read)
+            if isinstance(parts, Refusal):
+                return parts
+            if parts is None:
                 continue
-            if isinstance(adapter, Refusal):
-                return adapter
-            a, b, scale, p = adapter
-            if reason := self._why_not_cast(x, name, a, read):
-                return Refusal(reason)
-            lora_A.append(a)
-            lora_B.append(b)
-            scaling.append(scale)
-            dropout.append(p)
-        return product, adapters
+            dtype = parts.lora_A.dtype
+            if not (x is None or dtype is x.dtype or read.attribute(self, "cast_input_dtype_enabled")):
+                return Refusal(f"x is {x.dtype}, adapter {name!r} is {dtype}, and casting the input is disabled")
+            found.append(parts)
+        return found
 
-    def _dora_product(self, x: Tensor, name: str) -> tuple[BaseProduct, _DoRA] | Refusal:
-        """What `adapted_product` returns, where the only active adapter is a DoRA."""
-        product, found = self._product(x), self._dora(name)
-        if isinstance(product, Refusal):
-            return product
-        if isinstance(found, Refusal):
-            return found
-        (a, b, scaling, p), magnitude = found
-        if reason := self._why_not_cast(x, name, a):
-            return Refusal(reason)
-        if magnitude.weight.device != x.device:
-            return Refusal(f"adapter {name!r} has its magnitude on {magnitude.weight.device}")
-        # PEFT's own cache, for those who turn it on; from 0.19 on there is one.
-        cache, key = vars(magnitude).get("_dora_cache", {}), f"weight-norm-{name}"
-        caches = getattr(dora, "ENABLE_DORA_CACHING", False) and not magnitude.training
-        if cache and not caches:  # an exported program can't change it
-            cache.clear()
-        norm = cache.get(key)
-        if norm is None:
-            squares = self.squares_of_rows(self._modules["base_layer"])
-            norm = dora_norm(product[0], a, b, scaling, squares=squares)
-            if caches:
-                cache[key] = norm
-        return product, (a, b, magnitude.weight, norm, scaling, p)
-
-    def _grouped_product(self, x: Tensor, rows: Rows) -> tuple[BaseProduct, GroupedAdapters] | Refusal:
-        """What `adapted_product` returns, where each sample has the adapter of a name."""
-        product = self._product(x)
-        if isinstance(product, Refusal):
-            return product
-        present: dict[str, _Adapter] = {}
-        for name in rows.names:
-            adapter = self._adapter(name)
-            if isinstance(adapter, Refusal):
-                return adapter
-            if adapter is not None:
-                present[name] = adapter
-        lora_A, lora_B, scaling, dropout = zip(*present.values(), strict=True) if present else NO_ADAPTERS
-        return product, (lora_A, lora_B, scaling, rows.positions([*present]), dropout)
+    def _norms(self, weight: Tensor | NF4Weight, adapters: Sequence[Parts]) -> list[Tensor | None]:
+        """The norms of each DoRA."""
+        if all(parts.magnitude is None for parts in adapters):
+            return [None] * len(adapters)
+        squares = self.squares_of_rows(self._modules["base_layer"])
+        return [norm_of(parts, weight, squares) for parts in adapters]
 
     def _product(self, x: Tensor, read: Reading = ONCE) -> BaseProduct | Refusal:
         base = read.module(self._modules, "base_layer")
@@ -198,78 +239,36 @@ class FusedLoRA(TakesRows, Adaptable):
             return Refusal(f"its base layer has {reason}")
         return self.base_product(base, x, read)
 
-    def _why_not_cast(self, x: Tensor, name: str, a: Tensor, read: Reading = ONCE) -> str | None:
-        if a.dtype is x.dtype or read.attribute(self, "cast_input_dtype_enabled"):
-            return None
-        return f"x is {x.dtype}, adapter {name!r} is {a.dtype}, and casting the input is disabled"
 
-    def _only_dora(self) -> str | None:
-        """The name of the only active adapter that this layer has, if it is a DoRA."""
-        if not self.lora_variant:
-            return None
-        names = [name for name in self.active_adapters if name in self.lora_A]
-        return names[0] if len(names) == 1 and type(self.lora_variant.get(names[0])) is DoraLinearVariant else None
-
-    def _dora(self, name: str) -> tuple[_Adapter, dora.DoraLinearLayer] | Refusal:
-        adapter = self._adapter(name, DoraLinearVariant)
-        assert adapter is not None  # `_only_dora` has found it
-        if isinstance(adapter, Refusal):
-            return adapter
-        magnitude = self._modules["lora_magnitude_vector"]._modules[name]
-        if type(magnitude) is not dora.DoraLinearLayer:
-            return Refusal(f"adapter {name!r} has a magnitude that is a {type(magnitude).__name__}")
-        if reason := why_not_skip(magnitude):
-            return Refusal(f"adapter {name!r} has {reason}")
-        if magnitude.weight.dtype not in FLOAT_DTYPES:
-            return Refusal(f"adapter {name!r} has a magnitude in {magnitude.weight.dtype}")
-        return adapter, magnitude
-
-    def _adapter(self, name: str, variant: type | None = None, read: Reading = ONCE) -> _Adapter | Refusal | None:
-        """What an adapter, of a variant, is made of; or why it can't be fused; or None if this layer lacks it."""
-        modules = self._modules
-        a = read.module(read.item(modules, "lora_A")._modules, name)
-        if a is None:
-            return None
-        found = read.item(read.attribute(self, "lora_variant"), name)
-        if found is not None and type(found) is not variant:
-            return Refusal(f"adapter {name!r} is a {type(found).__name__}")
-        b = read.module(read.item(modules, "lora_B")._modules, name)
-        dropout = read.module(read.item(modules, "lora_dropout")._modules, name)
-        if not (is_linear(a) and is_linear(b)):
-            kinds = f"{type(a).__name__} and {type(b).__name__}"
-            return Refusal(f"adapter {name!r} is made of {kinds}, not of torch.nn.Linear")
-        weight_A, weight_B = read.parameter(a, "weight"), read.parameter(b, "weight")
-        if read.parameter(b, "bias") is not None:
-            return Refusal(f"adapter {name!r} has lora_bias")
-        if read.parameter(a, "bias") is not None:
-            return Refusal(f"adapter {name!r} has a bias on A")
-        p = read.attribute(dropout, "p") if type(dropout) in _DROPOUTS else 0.0
-        if p >= 1 or not (type(dropout) in _DROPOUTS or type(dropout) is nn.Identity):
-            return Refusal(f"adapter {name!r} has the dropout {dropout}")
-        if p and not read.attribute(dropout, "training"):
-            p = 0.0
-        if reason := why_not_skip(a) or why_not_skip(b) or why_not_skip(dropout):
-            return Refusal(f"adapter {name!r} has {reason}")
-        if weight_A.dtype not in FLOAT_DTYPES or weight_B.dtype not in FLOAT_DTYPES:
-            return Refusal(f"adapter {name!r} is {weight_A.dtype} and {weight_B.dtype}")
-        scalings = read.attribute(self, "scaling")
-        scaling = scalings[name]
-        if isinstance(scaling, Tensor) and torch.compiler.is_compiling():
-            # `prepare_model_for_compiled_hotswap` makes it one, which compiled code has to read each time that it runs.
-            return weight_A, weight_B.float() * scaling, 1.0, p
-        return weight_A, weight_B, read.number(scalings, name), p
+def _bound(operation: Callable[..., Tensor], x: Tensor, product: BaseProduct, *arguments: Any) -> Callable[[], Tensor]:
+    weight, bias, *dtypes = product
+    return partial(operation, x, weight, bias, *arguments, *dtypes)
 
 
-def _bound(operation: Callable[..., Tensor], x: Tensor, call: _Call | Refusal) -> Callable[[], Tensor] | Refusal:
-    if isinstance(call, Refusal):
-        return call
-    (weight, bias, *dtypes), adapters = call
-    return partial(operation, x, weight, bias, *adapters, *dtypes)
+def _lists(adapters: Sequence[Parts]) -> Adapters:
+    """A, B, scaling and dropout of each."""
+    if not adapters:
+        return NO_ADAPTERS
+    if len(adapters) == 1:  # nearly always
+        _, a, b, scale, p, *_ = adapters[0]
+        return (a,), (b,), (scale,), (p,)
+    _, lora_A, lora_B, scaling, dropout, *_ = zip(*adapters, strict=True)
+    return lora_A, lora_B, scaling, dropout
+
+
+def _why_not_together(layer: Any, adapters: Sequence[Parts]) -> str | None:
+    """Why one of several active adapters can't be fused with the others."""
+    for parts in adapters if len(adapters) > 1 else ():
+        if is_alora(layer, parts.name):
+            return f"adapter {parts.name!r} is an aLoRA beside others"
+        if parts.magnitude is not None and parts.dropout:
+            return f"adapter {parts.name!r} is a DoRA with dropout beside others"
+    return None
 
 
 def _why_stock_call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
     for name, value in kwargs.items():
-        if value is not None and name != "adapter_names":
+        if value is not None and name not in ("adapter_names", "alora_offsets"):
             return f"{name} was given"
     return "further positional arguments were given" if args else None
 

@@ -30,7 +30,7 @@ BENCHMARKS = {
     "merge": "four LoRA adapters merged into a small 4-bit language model: the time, and the logits' error",
     "nf4": "quantise and dequantise",
     "roofline": "a model of the CUDA kernels' times on several cards, from counts; nothing is measured",
-    "stock_or_fused": "layers after accelerate has chosen between stock and fused: never slower",
+    "stock_or_fused": "layers after optimize has chosen between stock and fused: never slower",
     "architectures": "LoRA on models of several architectures, in fp32 and bf16: training step and memory",
     "card": "all that one wants to know of a CUDA card that was never met, in three calls of nine minutes",
     "plot": "draw what benchmarks and demos have measured, from their CSV and JSON files",

@@ -99,7 +99,7 @@ class Problem(harness.Problem):
         self.tokens = 0 if case.name == "vit" else case.rows * case.tokens
         stock = make_model(case)
         fused = copy.deepcopy(stock)
-        peft_kernels.accelerate(fused, tune=False)
+        peft_kernels.optimize(fused, tune=False)
         self.models = {FUSED: fused, STOCK: stock}
         self.batch = make_batch(case, DTYPES[case.dtype])
 

@@ -1,6 +1,6 @@
 """QLoRA fine-tuning of a small language model on real text, and what its steps cost.
 
-"Stock" is PEFT on bitsandbytes as they are; "accelerated" is the same model after `peft_kernels.accelerate`.
+"Stock" is PEFT on bitsandbytes as they are; "accelerated" is the same model after `peft_kernels.optimize`.
 """
 
 from __future__ import annotations
@@ -207,7 +207,7 @@ def peak_memory(settings: Settings, batches: Tensor, accelerated: bool, seconds:
     quiet()
     model = load_with_lora(settings, settings.dropout)
     if accelerated:
-        peft_kernels.accelerate(model)
+        peft_kernels.optimize(model)
     run = Run(model, settings.lr)
     for step in range(WARM_UP):  # small ones, after which the allocator has little to give away
         run.step(batches[0, :1, : 8 + step])

@@ -39,7 +39,7 @@ def dense_linear(weight: Tensor) -> nn.Linear:
 
 def fused(layer: nn.Module) -> nn.Module:
     """The layer, accelerated in place."""
-    if left_alone := peft_kernels.accelerate(nn.Sequential(layer), tune=False).left_alone:
+    if left_alone := peft_kernels.optimize(nn.Sequential(layer), tune=False).left_alone:
         raise RuntimeError(f"a layer that should have been fused was not: {left_alone}")
     return layer
 

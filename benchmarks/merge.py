@@ -69,7 +69,7 @@ class Models:
         for layer in layers_of(stock).values():
             set_adapters(layer)
         fused = copy.deepcopy(stock)
-        peft_kernels.accelerate(fused, tune=False)
+        peft_kernels.optimize(fused, tune=False)
         self.layers = {STOCK: layers_of(stock), FUSED: layers_of(fused)}
         self.originals = [layer.base_layer.weight for layer in self.layers[STOCK].values()]
         self.errors: dict[int, dict[str, float]] = {}  # by the correction

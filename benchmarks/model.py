@@ -93,7 +93,7 @@ def make_models(case: Case, folder: Path, names: Sequence[str], rank: int) -> di
         else:
             model = finetune.load_with_peft(settings, configs[case.method])
         if name == FUSED:
-            peft_kernels.accelerate(model)
+            peft_kernels.optimize(model)
         if name == DENSE_LORA:
             model = on_dense(model, folder)
         runs[name] = Run(model, settings.lr, case.method == "ia3")

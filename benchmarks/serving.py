@@ -144,7 +144,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         stock, fused = models
         base = finetune.load_4bit(settings).eval()
         for model in (fused, base):
-            peft_kernels.accelerate(model, tune=False)
+            peft_kernels.optimize(model, tune=False)
         before = {name: parameter.data_ptr() for name, parameter in base.named_parameters()}
         with AdapterPool(base, slots=ROWS, max_rank=RANK) as pool:
             for number, each in enumerate(paths):

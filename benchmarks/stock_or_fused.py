@@ -1,4 +1,4 @@
-"""Layers after `accelerate` has chosen between stock and fused, against the same layers stock: never slower.
+"""Layers after `optimize` has chosen between stock and fused, against the same layers stock: never slower.
 
 Rows are those that were measured for the choice, and others between them. What was measured earlier is not used.
 """
@@ -126,7 +126,7 @@ def accelerated(kind: str, dtype: torch.dtype, width: int, isa: str) -> nn.Modul
         tempfile.TemporaryDirectory() as folder,
         mock.patch.dict(os.environ, PEFT_KERNELS_CACHE=f"{folder}/tuned.json"),
     ):
-        peft_kernels.accelerate(layer, tune=SECONDS)
+        peft_kernels.optimize(layer, tune=SECONDS)
     return layer[0]
 
 

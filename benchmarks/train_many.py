@@ -58,7 +58,7 @@ class Together:
         self.names = ["default", *(f"adapter {number}" for number in range(1, adapters))]
         for name in self.names[1:]:
             model.add_adapter(name, model.peft_config["default"])
-        peft_kernels.accelerate(model)
+        peft_kernels.optimize(model)
         self.trainer = AdapterTrainer(model.train(), dict.fromkeys(self.names, AdapterSettings(lr)), adamw)
 
     def step(self, batch: Tensor) -> None:
@@ -71,7 +71,7 @@ class Apart:
 
     def __init__(self, model: PeftModel, lr: float, accelerated: bool) -> None:
         if accelerated:
-            peft_kernels.accelerate(model)
+            peft_kernels.optimize(model)
         self.run = Run(model, lr)
         self.run.optimizer = adamw(self.run.optimizer.param_groups[0]["params"], lr=lr)
 

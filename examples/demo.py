@@ -65,7 +65,7 @@ def compare_curves(settings: Settings, batches: Tensor, console: Console, second
         for name, variant in variants.items():
             model = finetune.load_with_lora(variant, dropout=0.0)
             if name == ACCELERATED:
-                peft_kernels.accelerate(model)
+                peft_kernels.optimize(model)
             run = Run(model, settings.lr)
             for batch in within(seconds / len(variants), batches):
                 run.step(batch)
@@ -116,7 +116,7 @@ def generation_speeds(runs: dict[str, Run], tokenizer: Any, seconds: float) -> d
 def reload_and_generate(settings: Settings, adapter: Path, tokenizer: Any, seconds: float) -> str:
     """A sample of the saved adapter on a fresh base, accelerated."""
     model = PeftModel.from_pretrained(finetune.load_4bit(settings), adapter).eval()
-    peft_kernels.accelerate(model)
+    peft_kernels.optimize(model)
     return finetune.generate(model, tokenizer, PROMPT, GENERATED, seconds)[0]
 
 
@@ -197,7 +197,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for name in (STOCK, ACCELERATED):
         with working(console, f"Loading the {name} model"):
             runs[name] = Run(finetune.load_with_lora(settings, settings.dropout), settings.lr)
-    console.print(peft_kernels.accelerate(runs[ACCELERATED].model))
+    console.print(peft_kernels.optimize(runs[ACCELERATED].model))
 
     console.rule("Training", align="left")
     train(runs, batches, console, budget.stage("training"))

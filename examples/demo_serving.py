@@ -231,7 +231,7 @@ def measure(contender: str, settings: Settings, requests: Requests, seconds: flo
         if contender == POOL:
             workers = settings.threads
             torch.set_num_threads(max(1, torch.get_num_threads() // workers))
-            peft_kernels.accelerate(model, tune=False)
+            peft_kernels.optimize(model, tune=False)
             pool = stack.enter_context(make_pool(model, settings, settings.slots))
             for number in range(settings.adapters):
                 pool.load(settings.name(number))
@@ -324,7 +324,7 @@ def check(settings: Settings, requests: Requests, results: dict[str, Result]) ->
     finetune.quiet()
     torch.set_num_threads(max(1, torch.get_num_threads() // settings.threads))
     model = finetune.load_4bit(settings).eval()
-    peft_kernels.accelerate(model, tune=False)
+    peft_kernels.optimize(model, tune=False)
     answers, stock, near = results[POOL].answers, results[SET].answers, 0
     by_adapter: dict[int, list[int]] = {}
     for number in answers:

@@ -135,7 +135,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         model = get_peft_model(finetune.load_4bit(settings), config(), adapter_name=first)
         for name in others:
             model.add_adapter(name, config())
-    console.print(peft_kernels.accelerate(model))
+    console.print(peft_kernels.optimize(model))
     choose = random.Random(options.seed)
     batches = iter(partial(make_batch, [*TASKS], options.rows, tokenizer, choose), None)
     evaluated = make_batch([*TASKS], 2 * options.rows, tokenizer, random.Random("evaluated"))

@@ -17,8 +17,11 @@ from .adapters import (
     unfreeze_adapters,
 )
 from .bitfit import train_biases_only
-from .integrations import FAMILIES, accelerate, restore
+from .integrations import FAMILIES, optimize, restore
 from .training import AdapterSettings, AdapterTrainer
+
+# Its name before, which is also that of a package that most training scripts import.
+accelerate = optimize
 
 if TYPE_CHECKING:
     from .integrations.peft.ia3 import merge_ia3
@@ -56,6 +59,7 @@ __all__ = [
     "merge_ia3",
     "merging",
     "nn",
+    "optimize",
     "remove_adapters",
     "restore",
     "save_adapter",

@@ -1,6 +1,6 @@
 """Stock or fused, by measurement: the one table of what this machine was seen to do, and the choices that follow.
 
-`accelerate` times each operation of a model that the table lacks (see `measure`), and `python -m peft_kernels.tune`
+`optimize` times each operation of a model that the table lacks (see `measure`), and `python -m peft_kernels.tune`
 does so for shapes. The table is kept in a file. The same file gives the same choices, and a choice that was made holds
 for as long as the process lives.
 """

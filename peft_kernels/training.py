@@ -69,7 +69,7 @@ class AdapterTrainer:
             trainer.save("adapters")
 
     Args:
-        model: PEFT's, with LoRA, DoRA or (IA)³ adapters, that `accelerate` was called on. Its mode stays: call
+        model: PEFT's, with LoRA, DoRA or (IA)³ adapters, that `optimize` was called on. Its mode stays: call
             `model.train()` for dropout.
         settings: of each adapter that is trained, by name. All other parameters are frozen meanwhile.
         optimizer: a class of torch.optim, or what makes one of a list of groups.

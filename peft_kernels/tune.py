@@ -1,6 +1,6 @@
-"""Times linear layers of given shapes against stock, as `accelerate` does for a model: python -m peft_kernels.tune
+"""Times linear layers of given shapes against stock, as `optimize` does for a model: python -m peft_kernels.tune
 
-What it finds goes into the file that every later `accelerate` reads (see choices.py).
+What it finds goes into the file that every later `optimize` reads (see choices.py).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from . import choices
 from .cli.arguments import COUNT, NUMBER, POSITIVE
 from .cuda import why_not
-from .integrations import LayerReport, Report, accelerate
+from .integrations import LayerReport, Report, optimize
 from .integrations.measuring import SECONDS, measure, name_of
 from .integrations.registry import Trial
 from .nn import LoRALinear
@@ -53,7 +53,7 @@ def tune_layers(shapes: Sequence[tuple[int, int]], rank: int, dtype: torch.dtype
         model.is_loaded_in_4bit = True  # PEFT asks the model
         names = [str(number) for number in range(len(layers))]
         model = inject_adapter_in_model(LoraConfig(r=rank, target_modules=names), model)
-    return accelerate(model, tune=seconds)
+    return optimize(model, tune=seconds)
 
 
 def tune_products(shapes: Sequence[tuple[int, int]], dtype: torch.dtype, device: torch.device,

@@ -174,13 +174,13 @@ CHANGES = {
 }
 
 
-def check_sees(change, accelerate, calls):
+def check_sees(change, optimize, calls):
     """Checks a model that changes after it has decoded, when its layers keep what they found out: its output has to be
     stock's, and the fused calls, which `calls` counts, have to go on."""
     model = make()
     ours = copy.deepcopy(model)
     before = decode(model)
-    accelerate(ours)
+    optimize(ours)
     assert error(decode(ours), before) <= SAME_STEP
     for changed in (model, ours):
         torch.manual_seed(5)

@@ -103,7 +103,7 @@ def oracle(layer: nn.Module, x: Tensor, adapters: tuple[str, ...] | None = None)
 
 def fused_model(kind, *args, **kwargs):
     model = lora_model(kind, *args, **kwargs)
-    assert all(row.fused for row in peft_kernels.accelerate(model))
+    assert all(row.fused for row in peft_kernels.optimize(model))
     return model
 
 

@@ -19,7 +19,7 @@ NAMES = ["gelu_new", "gelu_fast", "gelu_accurate", "gelu_python", "gelu_python_t
 
 def fused(name):
     model = nn.Sequential(ACT2FN[name])
-    (row,) = peft_kernels.accelerate(model)
+    (row,) = peft_kernels.optimize(model)
     assert row.fused and row.kind == f"transformers.{type(ACT2FN[name]).__name__}"
     return model
 
@@ -79,24 +79,24 @@ def test_restore_copy_and_pickle(name):
     wanted = model(x)
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert type(other[0]) is type(model[0]) and torch.equal(other(x), wanted)
-        assert [row.fused for row in peft_kernels.accelerate(other)] == [True]
+        assert [row.fused for row in peft_kernels.optimize(other)] == [True]
     peft_kernels.restore(model)
     assert type(model[0]) is type(ACT2FN[name]) and torch.equal(model(x), ACT2FN[name](x))
 
 
 @pytest.mark.parametrize("name", ["gelu", "gelu_pytorch_tanh", "quick_gelu", "relu2", "silu", "mish"])
 def test_others_are_passed_over(name):
-    assert not list(peft_kernels.accelerate(nn.Sequential(ACT2FN[name])))
+    assert not list(peft_kernels.optimize(nn.Sequential(ACT2FN[name])))
 
 
 def test_other_constant_is_passed_over():
     activation = stock.AccurateGELUActivation()
     activation.precomputed_constant = 0.8
-    assert not list(peft_kernels.accelerate(nn.Sequential(activation)))
+    assert not list(peft_kernels.optimize(nn.Sequential(activation)))
 
 
 def test_replaced_forward_is_left_alone():
     model = nn.Sequential(ACT2FN["gelu_new"])
     model[0].forward = lambda x: x
-    (row,) = peft_kernels.accelerate(model)
+    (row,) = peft_kernels.optimize(model)
     assert (row.fused, row.reason) == (False, "its forward was replaced on the instance")

@@ -36,7 +36,7 @@ def lora_model(base="dense", adapters=ADAPTERS, **config):
     for name, options in others:
         model.add_adapter(name, options)
     randomize(model)
-    peft_kernels.accelerate(model)
+    peft_kernels.optimize(model)
     return train_all(model).eval()
 
 
@@ -51,7 +51,7 @@ def ia3_model(base="dense"):
     for name, parameter in model.named_parameters():
         if "ia3_" in name:
             torch.nn.init.normal_(parameter, 1.0, 0.3)
-    peft_kernels.accelerate(model)
+    peft_kernels.optimize(model)
     return train_all(model).eval()
 
 
@@ -227,7 +227,7 @@ def test_dropout_is_each_adapters_own():
     model = lora_model(adapters={"a": ADAPTERS["a"]}, lora_dropout=0.5)
     model.add_adapter("b", peft.LoraConfig(r=4, target_modules="all-linear"))
     randomize(model)
-    peft_kernels.accelerate(model)
+    peft_kernels.optimize(model)
     model.train()
     tokens = ids(2)
     with torch.no_grad(), adapter_rows(model, ["a", "b"]):
@@ -256,19 +256,19 @@ REMARKS = [
 
 @pytest.mark.parametrize(("make", "remark"), REMARKS, ids=["lora", "ia3"])
 def test_the_report_says_what_is_not_one_operation(make, remark):
-    remarks = {layer.name.split(".")[-1] for layer in peft_kernels.accelerate(make()) if layer.reason == remark}
+    remarks = {layer.name.split(".")[-1] for layer in peft_kernels.optimize(make()) if layer.reason == remark}
     assert remarks == ({"down_proj"} if make is ia3_model else {"k_proj", "up_proj"})
-    assert not any("DoRA" in layer.reason for layer in peft_kernels.accelerate(lora_model()))
+    assert not any("DoRA" in layer.reason for layer in peft_kernels.optimize(lora_model()))
 
 
 def embedding(model):
     model.add_adapter("tokens", peft.LoraConfig(r=2, target_modules=["embed_tokens", "q_proj"]))
-    peft_kernels.accelerate(model)
+    peft_kernels.optimize(model)
 
 
 def head(model):
     model.add_adapter("tokens", peft.LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"]))
-    peft_kernels.accelerate(model)
+    peft_kernels.optimize(model)
 
 
 ERRORS = {

@@ -710,7 +710,7 @@ def test_architectures_find_a_difference(monkeypatch):
         for parameter in model.parameters():
             parameter.data.mul_(1.01)
 
-    monkeypatch.setattr(architectures.peft_kernels, "accelerate", worse)
+    monkeypatch.setattr(architectures.peft_kernels, "optimize", worse)
     monkeypatch.setattr(architectures, "LEAST_TOKENS", 1)
     with pytest.raises(ArithmeticError, match=r"vit fp32 1, .*: got an error of"):
         architectures.run(architectures.Case("vit", "fp32", 1), [], [cpu.isa()], 0.0, shout)

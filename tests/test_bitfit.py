@@ -46,7 +46,7 @@ def test_gradients(model):
     assert names == tuple(name for name, parameter in model.named_parameters() if parameter.requires_grad)
     assert all(name.endswith("bias") for name in names)
     stock = copy.deepcopy(model)
-    peft_kernels.accelerate(model)
+    peft_kernels.optimize(model)
     for each in (model, stock):
         loss(each).backward()
     for name, parameter in stock.named_parameters():
@@ -59,7 +59,7 @@ def test_gradients(model):
 
 def test_linear_layers_keep_nothing(model):
     peft_kernels.train_biases_only(model)
-    peft_kernels.accelerate(model)
+    peft_kernels.optimize(model)
     inside, kept = [], {}
     parameters = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     for name, module in model.named_modules():

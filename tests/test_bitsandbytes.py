@@ -40,7 +40,7 @@ def as_bytes(tensor):
 
 def fused4bit(*args, **kwargs):
     layer = linear4bit(*args, **kwargs)
-    assert all(row.fused for row in peft_kernels.accelerate(layer))
+    assert all(row.fused for row in peft_kernels.optimize(layer))
     return layer
 
 
@@ -55,7 +55,7 @@ def can_repack():
 def test_exact_as_stock(format, dtype):
     stock = linear4bit(dtype, **format)
     fused = copy.deepcopy(stock)
-    peft_kernels.accelerate(fused)
+    peft_kernels.optimize(fused)
     x = torch.randn(5, 7, IN_FEATURES, dtype=dtype)
     grad = torch.randn(5, 7, OUT_FEATURES, dtype=dtype)
 
@@ -77,7 +77,7 @@ def test_exact_as_stock(format, dtype):
 def test_result_dtype_is_stocks(compute_dtype, x_dtype, autocast):
     stock = linear4bit(compute_dtype)
     fused = copy.deepcopy(stock)
-    peft_kernels.accelerate(fused)
+    peft_kernels.optimize(fused)
     x = torch.randn(3, IN_FEATURES, dtype=x_dtype)
     with torch.autocast("cpu", autocast or torch.bfloat16, enabled=autocast is not None):
         got, want = fused(x), stock(x)
@@ -131,7 +131,7 @@ def test_repacked_weight_is_converted_once(format, can_repack):
     layer.eval()(torch.randn(1, IN_FEATURES))
     assert is_repacked(layer)
 
-    (row,) = peft_kernels.accelerate(layer)
+    (row,) = peft_kernels.optimize(layer)
     assert row.fused and "statistics were already bf16" in row.reason
     assert not is_repacked(layer) and layer.quant_state is layer.weight.quant_state
     assert torch.equal(as_bytes(layer.weight.data), as_bytes(codes))
@@ -142,7 +142,7 @@ def test_repacked_weight_is_converted_once(format, can_repack):
     storage, view = layer.weight.data_ptr(), layer.nf4_weight()
     layer(x)
     assert layer.weight.data_ptr() == storage and layer.nf4_weight() is view
-    (again,) = peft_kernels.accelerate(layer)
+    (again,) = peft_kernels.optimize(layer)
     assert again.fused and not again.reason
     assert torch.equal(as_bytes(layer.state_dict()["weight"]), as_bytes(codes))
 
@@ -165,7 +165,7 @@ def test_nested_offset_in_bf16():
     """Such checkpoints drove training to NaN."""
     layer = linear4bit(torch.bfloat16, compress_statistics=True)
     layer.weight.quant_state.offset = layer.weight.quant_state.offset.bfloat16()
-    peft_kernels.accelerate(layer)
+    peft_kernels.optimize(layer)
     x = torch.randn(3, IN_FEATURES, dtype=torch.bfloat16, requires_grad=True)
     y = layer(x)
     y.sum().backward()
@@ -210,7 +210,7 @@ def test_lost_quant_state_is_recovered_from_the_layer():
 
 def test_not_quantised_yet():
     layer = bnb.nn.Linear4bit(IN_FEATURES, OUT_FEATURES)
-    (row,) = peft_kernels.accelerate(layer)
+    (row,) = peft_kernels.optimize(layer)
     assert not row.fused and row.reason.startswith("not quantised yet")
     x = torch.randn(2, IN_FEATURES)
     with pytest.raises(ValueError, match="weight: got a Params4bit without a quant_state, wanted a quantised"):
@@ -266,7 +266,7 @@ def test_shapes(shape):
 def test_blocks_that_straddle_rows():
     """bitsandbytes' AVX-512 kernel mistakes the blocks of such a weight, by 20 % of the result."""
     layer = bnb.nn.Linear4bit(IN_FEATURES + 32, OUT_FEATURES, quant_type="nf4").to("cpu")
-    peft_kernels.accelerate(layer)
+    peft_kernels.optimize(layer)
     x = torch.randn(3, IN_FEATURES + 32)
     assert error(layer(x), reference(x, dense_weight(layer), layer.bias)) < 1e-6
 
@@ -297,7 +297,7 @@ def test_copies_stay_fused_and_restorable():
 @pytest.mark.parametrize("stock", [bnb.nn.LinearNF4, bnb.nn.LinearFP4])
 def test_named_formats(stock):
     layer = stock(IN_FEATURES, OUT_FEATURES).to("cpu")
-    (row,) = peft_kernels.accelerate(layer)
+    (row,) = peft_kernels.optimize(layer)
     assert row.fused and row.kind == f"bitsandbytes.{stock.__name__}"
     layer.load_state_dict(type(layer)(IN_FEATURES, OUT_FEATURES).to("cpu").state_dict(), strict=False)
     x = torch.randn(2, IN_FEATURES)

@@ -59,7 +59,7 @@ def dequantised(layer):
 
 
 def fuse(model):
-    report = peft_kernels.accelerate(model)
+    report = peft_kernels.optimize(model)
     layers = [layer for layer in report if layer.kind == "peft.ParamWrapper" or layer.kind.endswith("Experts")]
     assert layers and all(layer.fused for layer in layers), layers
     return model
@@ -258,7 +258,7 @@ def test_further_parametrizations_are_left_to_stock(caplog):
     parametrize.register_parametrization(layer, "down_proj", nn.Tanh(), unsafe=True)
     inputs = routed()
     wanted = layer(*inputs)
-    assert peft_kernels.accelerate(layer).layers[0].reason == "its down_proj has a parametrization"
+    assert peft_kernels.optimize(layer).layers[0].reason == "its down_proj has a parametrization"
     assert torch.equal(layer(*inputs), wanted)
     assert "its down_proj has a parametrization" in stock_path_reasons(layer, caplog, *inputs)[0]
 
@@ -267,14 +267,14 @@ def test_statistics_that_do_not_fit():
     layer = quantise(experts_layer(MIXTRAL), compress_statistics=False)
     state = layer.parametrizations.down_proj[0].quant_state
     state.absmax = state.absmax.to("meta")  # as .to() leaves them behind when it moves the codes
-    assert "its down_proj: quant_state.absmax" in peft_kernels.accelerate(layer).layers[0].reason
+    assert "its down_proj: quant_state.absmax" in peft_kernels.optimize(layer).layers[0].reason
 
 
 def test_hooks_of_the_users_are_called(caplog):
     layer = quantise(experts_layer(MIXTRAL))
     model, seen = on_stacks(layer), []
     layer.register_forward_hook(lambda *_: seen.append(1))
-    reasons = {row.reason for row in peft_kernels.accelerate(model) if row.kind == "peft.ParamWrapper"}
+    reasons = {row.reason for row in peft_kernels.optimize(model) if row.kind == "peft.ParamWrapper"}
     assert reasons == {"its base layer has hooks"}
     with torch.no_grad():
         model(*routed())

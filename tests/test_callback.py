@@ -1,4 +1,4 @@
-"""`accelerate` through transformers' Trainer."""
+"""`optimize` through transformers' Trainer."""
 
 import logging
 

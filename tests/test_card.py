@@ -630,7 +630,7 @@ def test_a_model_without_bitsandbytes_computes_the_same(monkeypatch):
     ids = torch.randint(model.TINY["vocab_size"], (2, 7))
     with torch.no_grad():
         wanted = made(input_ids=ids).logits
-        text = model.accelerate(made)
+        text = model.optimize(made)
         got = made(input_ids=ids).logits
     assert not any(isinstance(module, model.Stock) for module in made.modules()) and text
     assert 0 < (got - wanted).norm() <= 0.02 * wanted.norm()

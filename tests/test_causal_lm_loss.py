@@ -109,7 +109,7 @@ def test_accelerate_and_restore(name):
     model = tiny(name)
     stock, (ids, padding) = model.loss_function, tokens()
     wanted = model(input_ids=ids, attention_mask=padding, labels=ids).loss
-    report = peft_kernels.accelerate(model)
+    report = peft_kernels.optimize(model)
     assert torch.allclose(model(input_ids=ids, attention_mask=padding, labels=ids).loss, wanted)
     assert [layer.kind for layer in report if "loss" in layer.reason] == [f"transformers.{type(model).__name__}"]
     assert model.loss_function is causal_lm_loss
@@ -125,7 +125,7 @@ def test_own_loss_is_left_alone():
 
     model = tiny("llama")
     model.loss_function = own
-    peft_kernels.accelerate(model)
+    peft_kernels.optimize(model)
     assert model.loss_function is own
     peft_kernels.restore(model)
     assert model.loss_function is own
@@ -133,4 +133,4 @@ def test_own_loss_is_left_alone():
 
 def test_other_losses_are_left_alone():
     model = tiny("bert")
-    assert not [layer for layer in peft_kernels.accelerate(model) if "loss" in layer.reason]
+    assert not [layer for layer in peft_kernels.optimize(model) if "loss" in layer.reason]

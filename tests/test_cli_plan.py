@@ -114,7 +114,7 @@ def test_parameters_and_memory_of_a_small_model(plan, method, config, more):
 
     for name in ("stock", "fused"):
         if name == "fused":
-            peft_kernels.accelerate(model, tune=False)
+            peft_kernels.optimize(model, tune=False)
         step()
         model.zero_grad(set_to_none=True)
         wanted = allocated(step)
@@ -329,7 +329,7 @@ def resident(name):
 found = {}
 for name in ("stock", "fused"):
     if name == "fused":
-        peft_kernels.accelerate(model, tune=False)
+        peft_kernels.optimize(model, tune=False)
     step()
     model.zero_grad(set_to_none=True)
     gc.collect(), libc.malloc_trim(0)

@@ -63,7 +63,7 @@ def prefix():
 
 def output_layer():
     model = tiny("llama", num_hidden_layers=1)
-    peft_kernels.accelerate(model)
+    peft_kernels.optimize(model)
     return nn.Sequential(nn.Linear(IN_FEATURES, 32), model.lm_head)
 
 
@@ -92,7 +92,7 @@ MODELS = {
 
 def accelerated(make):
     model = make().eval()
-    peft_kernels.accelerate(model)
+    peft_kernels.optimize(model)
     return model
 
 
@@ -153,7 +153,7 @@ def test_exports_models(model, strict):
 @pytest.mark.parametrize("kind", KINDS)
 def test_exports_training_with_dropout(kind, strict):
     model = layer_of(lora_model(kind, lora_dropout=0.5))
-    peft_kernels.accelerate(model)
+    peft_kernels.optimize(model)
     exported, x = export(model, strict, dynamic=True).module(), torch.randn(40, IN_FEATURES)
     torch.manual_seed(2)
     got = exported(x)
@@ -191,7 +191,7 @@ def test_programs_of_another_process(tmp_path):
         for module in model.modules():
             module.support_avx512bf16_for_cpu = False  # else stock would round its statistics to bf16
         stock = copy.deepcopy(model)
-        peft_kernels.accelerate(model)
+        peft_kernels.optimize(model)
         for strict in (False, True):
             paths.append(str(tmp_path / f"{name}-{strict}"))
             with torch.no_grad():

@@ -206,7 +206,7 @@ def calls(monkeypatch):
 def test_decodes_as_stock_does(name, base, lora, calls):
     model = make(name, base, lora)
     wanted = decode(model)
-    report = peft_kernels.accelerate(model)
+    report = peft_kernels.optimize(model)
     rows = [layer for layer in report if layer.kind.endswith("DecoderLayer")]
     assert [(layer.fused, layer.reason) for layer in rows] == [(True, "for inference")] * 2
     assert error(decode(model), wanted) <= SAME_STEP
@@ -222,7 +222,7 @@ def test_error_in_bf16(calls):
     model = copy.deepcopy(exact).bfloat16()
     exact.load_state_dict(model.state_dict())
     wanted, stock = decode(exact), decode(model)
-    peft_kernels.accelerate(model)
+    peft_kernels.optimize(model)
     ours = decode(model)
     assert ours.dtype is stock.dtype and len(calls) == 6
     assert error(ours, wanted) <= tolerances.VERSUS_STOCK * error(stock, wanted)
@@ -233,26 +233,26 @@ def test_generation(calls):
     ids = torch.randint(3, 60, (2, 12))
     options = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False}
     wanted = model.generate(input_ids=ids, **options)
-    peft_kernels.accelerate(model)
+    peft_kernels.optimize(model)
     assert torch.equal(model.generate(input_ids=ids, **options), wanted) and len(calls) == 14
 
 
 def test_window(calls):
     model = make("mistral", sliding_window=4)
     wanted = decode(model)
-    peft_kernels.accelerate(model)
+    peft_kernels.optimize(model)
     assert error(decode(model), wanted) <= SAME_STEP and len(calls) == 8
 
 
 @pytest.mark.parametrize("change", CHANGES)
 def test_sees_what_changes(change, calls):
-    check_sees(change, peft_kernels.accelerate, calls)
+    check_sees(change, peft_kernels.optimize, calls)
 
 
 def test_sees_norms_of_heads(calls):
     model = make("qwen3")
     ours = copy.deepcopy(model)
-    peft_kernels.accelerate(ours)
+    peft_kernels.optimize(ours)
     decode(ours)
     for changed in (model, ours):
         attention = layers_of(changed)[0].self_attn
@@ -266,13 +266,13 @@ def test_norms_that_are_not_dense():
     weight = layers_of(model)[0].input_layernorm.weight
     weight.data = weight.data[:1].expand(64)
     wanted = decode(model)
-    peft_kernels.accelerate(model)
+    peft_kernels.optimize(model)
     assert error(decode(model), wanted) <= SAME_STEP
 
 
 def test_changes_that_are_undone(calls):
     model = make()
-    peft_kernels.accelerate(model)
+    peft_kernels.optimize(model)
     wanted = decode(model)
     handle = lora_of(model).register_forward_hook(double)
     assert error(decode(model), wanted) > 10 * SAME_STEP
@@ -291,7 +291,7 @@ def test_changes_that_are_undone(calls):
 def test_restored_in_part(part, calls):
     model = make()
     wanted = decode(model)
-    peft_kernels.accelerate(model)
+    peft_kernels.optimize(model)
     decode(model)
     peft_kernels.restore(layers_of(model)[0].get_submodule(part))
     calls.clear()
@@ -300,7 +300,7 @@ def test_restored_in_part(part, calls):
 
 def test_copies_and_pickles(calls):
     model = make()
-    peft_kernels.accelerate(model)
+    peft_kernels.optimize(model)
     wanted = decode(model)
     copies = copy.deepcopy(model), pickle.loads(pickle.dumps(model))
     nn.init.zeros_(lora_of(model).lora_B["default"].weight)
@@ -315,7 +315,7 @@ def test_copies_and_pickles(calls):
 )
 def test_left_to_the_modules(change, calls):
     model = make(base="dense" if change == "tokens" else "4bit")
-    peft_kernels.accelerate(model)
+    peft_kernels.optimize(model)
     ids = torch.randint(3, 60, (2, 5 if change == "tokens" else 1))
     options = {}
     if change == "training":
@@ -341,7 +341,7 @@ def test_other_adapters_are_left_to_the_modules(calls):
     )
     model.eval()
     wanted = decode(model)
-    peft_kernels.accelerate(model)
+    peft_kernels.optimize(model)
     assert error(decode(model), wanted) <= SAME_STEP and not calls
 
 
@@ -354,7 +354,7 @@ def test_conv1d_is_left_to_the_modules(lora, calls):
             model, peft.LoraConfig(r=4, target_modules=["v_proj"], init_lora_weights=False)
         ).eval()
     wanted = decode(model)
-    peft_kernels.accelerate(model)
+    peft_kernels.optimize(model)
     assert error(decode(model), wanted) <= SAME_STEP
     assert len(calls) == 3  # the other layer's, for each token
 
@@ -363,7 +363,7 @@ def test_layers_that_were_patched(monkeypatch, calls):
     from transformers.models.llama import modeling_llama
 
     model = make()
-    peft_kernels.accelerate(model)
+    peft_kernels.optimize(model)
     wanted = decode(model)
     stock = modeling_llama.apply_rotary_pos_emb
     monkeypatch.setattr(
@@ -376,7 +376,7 @@ def test_layers_that_were_patched(monkeypatch, calls):
 def test_accelerated_without_a_norm():
     model = make()
     layers_of(model)[0].input_layernorm = nn.Identity()
-    report = peft_kernels.accelerate(model)
+    report = peft_kernels.optimize(model)
     assert next(layer.reason for layer in report if layer.kind.endswith("DecoderLayer")) == (
         "its input_layernorm is not fused"
     )
@@ -386,7 +386,7 @@ def test_reasons():
     model = make()
     layers_of(model)[0].mlp.register_forward_hook(double)
     layers_of(model)[1].mlp.act_fn = nn.Softplus()
-    report = peft_kernels.accelerate(model)
+    report = peft_kernels.optimize(model)
     assert [layer.reason for layer in report if layer.kind.endswith("DecoderLayer")] == [
         "its mlp has hooks",
         "its mlp has its activation is a Softplus",
@@ -401,7 +401,7 @@ def test_norms_that_change_dtype(calls):
             if matrices is not None:
                 matrices.float()
     ours = copy.deepcopy(model)
-    peft_kernels.accelerate(ours)
+    peft_kernels.optimize(ours)
     decode(ours)
     assert calls
     calls.clear()

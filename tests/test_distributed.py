@@ -27,7 +27,7 @@ class Case:
 
     Attributes:
         storage: the dtype of the 4-bit codes' storage; None for dense weights.
-        order: whether `accelerate` comes before the wrapping, or after it.
+        order: whether `optimize` comes before the wrapping, or after it.
         accumulates: whether each row of the batch is a step of its own, without communication but for the last one.
     """
 
@@ -107,10 +107,10 @@ def train_in_parallel(rank, folder):
     for name, case in CASES.items():
         model = make_model(case)
         if case.order == "before":
-            peft_kernels.accelerate(model, tune=False)
+            peft_kernels.optimize(model, tune=False)
         parallel = wrap(case, model)
         if case.order == "after":
-            peft_kernels.accelerate(model, tune=False)
+            peft_kernels.optimize(model, tune=False)
         steps = rows.split(1) if case.accumulates else [rows]
         for number, step in enumerate(steps, 1):
             with parallel.no_sync() if number < len(steps) else nullcontext():

@@ -82,7 +82,7 @@ def test_what_cannot_be_guarded():
 def test_copied_statistics_are_not_kept():
     layer = linear4bit(compress_statistics=False)
     layer.weight.quant_state.absmax = layer.weight.quant_state.absmax.bfloat16()
-    peft_kernels.accelerate(layer)
+    peft_kernels.optimize(layer)
     x = torch.randn(1, 64)
     with torch.no_grad():
         before = layer(x) - layer.bias

@@ -103,7 +103,7 @@ def test_what_is_refused_is_no_text_in_the_place_of_a_result():
 
 
 def libraries_imported_by(path: Path) -> set[str]:
-    """Those that `accelerate` is for, and that a user may be without."""
+    """Those that `optimize` is for, and that a user may be without."""
     nodes = list(ast.walk(ast.parse(path.read_text())))
     names = [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
     names += [node.module for node in nodes if isinstance(node, ast.ImportFrom) and node.level == 0]

@@ -148,7 +148,7 @@ def test_output_layer(name):
     head, (ids, padding) = model.get_output_embeddings(), tokens()
     options = {"attention_mask": padding, "max_new_tokens": 8, "do_sample": False}
     wanted = model.generate(ids, **options)
-    report = peft_kernels.accelerate(model)
+    report = peft_kernels.optimize(model)
     assert ("torch.Linear", output_layer.FusedOutputLayer.remark) in [(layer.kind, layer.reason) for layer in report]
     assert type(head) is output_layer.Linear and isinstance(head, torch.nn.Linear)
     assert torch.equal(model.generate(ids, **options), wanted)
@@ -161,21 +161,21 @@ def test_output_layer(name):
 def test_output_layers_that_are_left_alone():
     model = tiny("llama")
     model.lm_head.forward = lambda x: x
-    peft_kernels.accelerate(model)
+    peft_kernels.optimize(model)
     assert type(model.lm_head) is torch.nn.Linear
     for model in (tiny("bert"), tiny("llama").double()):
-        peft_kernels.accelerate(model)
+        peft_kernels.optimize(model)
         assert not [layer for layer in model.modules() if type(layer) is output_layer.Linear]
 
 
 @pytest.mark.parametrize("config", [{"target_modules": ["lm_head"]}, {"modules_to_save": ["lm_head"]}], ids=str)
 def test_adapters_around_an_output_layer(config):
     model = tiny("llama")
-    peft_kernels.accelerate(model)
+    peft_kernels.optimize(model)
     model = peft.get_peft_model(model, peft.LoraConfig(**{"target_modules": ["q_proj"]} | config))
     ids, padding = tokens()
     wanted = model(ids, attention_mask=padding).logits
-    peft_kernels.accelerate(model)
+    peft_kernels.optimize(model)
     assert torch.allclose(model(ids, attention_mask=padding).logits, wanted, atol=1e-5)
     peft_kernels.restore(model)
     assert not [layer for layer in model.modules() if type(layer) is output_layer.Linear]

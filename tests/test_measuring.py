@@ -1,4 +1,4 @@
-"""How `accelerate` times a model's layers, and what becomes of them."""
+"""How `optimize` times a model's layers, and what becomes of them."""
 
 import copy
 import logging
@@ -86,7 +86,7 @@ def takes_stock(layer, x, monkeypatch):
 def test_layers_take_what_was_faster(clock, monkeypatch):
     clock |= {(rows, True): (0.001, 0.002) for rows in (1, FEW, FEW + 1)}
     model = lora_model()
-    report = by_name(peft_kernels.accelerate(model))
+    report = by_name(peft_kernels.optimize(model))
     assert (
         report["lin"].fused
         and report["lin"].verdict == "fused, 2.0×; stock for 1–12 rows in training, 2.0× faster there"
@@ -105,7 +105,7 @@ def test_layers_take_what_was_faster(clock, monkeypatch):
 def test_compiled(clock, dynamic):
     clock |= {(rows, trains): (0.001, 0.002) for rows in (1, FEW, FEW + 1) for trains in (False, True)}
     model = lora_model().eval()
-    peft_kernels.accelerate(model)
+    peft_kernels.optimize(model)
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True, dynamic=dynamic)
     for rows in (4, 40):
         x = torch.randn(rows, WIDTH)
@@ -115,7 +115,7 @@ def test_compiled(clock, dynamic):
 def test_reentrant_checkpoint_draws_one_mask(clock):
     clock |= {(rows, True): (0.001, 0.002) for rows in (1, FEW, FEW + 1)}  # but not without gradients
     layer = lora_model(lora_dropout=0.5).train().base_model.model.lin
-    peft_kernels.accelerate(layer, tune=10)
+    peft_kernels.optimize(layer, tune=10)
     x = torch.randn(4, WIDTH, requires_grad=True)
     torch.manual_seed(0)
     y = checkpoint(layer, x, use_reentrant=True)
@@ -130,7 +130,7 @@ def test_reentrant_checkpoint_draws_one_mask(clock):
 def test_attention_goes_by_its_queries(name, clock, monkeypatch):
     clock |= {(rows, trains): (0.001, 0.002) for rows in (1, FEW, FEW + 1) for trains in (False, True)}
     model = tiny(name).eval()
-    peft_kernels.accelerate(model)
+    peft_kernels.optimize(model)
     queries = []
     by_torch = F.scaled_dot_product_attention
 
@@ -162,7 +162,7 @@ def test_attention_goes_by_its_queries(name, clock, monkeypatch):
 
 def test_layers_that_are_never_faster_are_stock(clock):
     clock |= {(rows, trains): (0.001, 0.0012) for rows in ROWS for trains in (False, True)}
-    report = peft_kernels.accelerate(lora_model())
+    report = peft_kernels.optimize(lora_model())
     assert not report.fused and {layer.verdict for layer in report} == {"stock, 1.2× faster here"}
     assert "layers: 0 fused, 2 left alone" in str(report) and "stock, 1.2× faster here" in str(report)
 
@@ -172,7 +172,7 @@ def test_every_kind_of_layer(clock):
     model = tiny("llama", hidden=96, intermediate=WIDTH)
     model.model.layers[0].mlp.down_proj = linear4bit(bias=False)
     model.dropout = nn.Dropout(0.1)
-    report = peft_kernels.accelerate(model)
+    report = peft_kernels.optimize(model)
     stock = {layer.kind for layer in report if layer.verdict == "stock, 2.0× faster here"}
     assert stock == {
         "bitsandbytes.Linear4bit", "torch.Dropout", "torch.Linear", "transformers.LlamaAttention",
@@ -191,43 +191,43 @@ def test_what_was_measured_is_kept(clock, monkeypatch):
     monkeypatch.setattr(
         measuring, "measure", lambda trials, seconds: measured.append(set(trials)) or measure(trials, seconds)
     )
-    first = peft_kernels.accelerate(lora_model())
+    first = peft_kernels.optimize(lora_model())
     (names,) = measured
     assert len(names) == 2  # the layer with its adapter, and what it is on
     clock |= {(rows, trains): (0.001, 0.002) for rows in ROWS for trains in (False, True)}  # from now on
-    assert peft_kernels.accelerate(lora_model()) == first  # in this process
+    assert peft_kernels.optimize(lora_model()) == first  # in this process
     monkeypatch.setattr(choices, "_decided", {})
-    assert peft_kernels.accelerate(lora_model()) == first  # in the next one
+    assert peft_kernels.optimize(lora_model()) == first  # in the next one
     assert len(measured) == 1
-    other = peft_kernels.accelerate(lora_model(lora_dropout=0.5))
+    other = peft_kernels.optimize(lora_model(lora_dropout=0.5))
     assert len(measured) == 2 and len(measured[1]) == 2 and not measured[1] & names  # and the dropout, which is a layer
     assert by_name(other)["lin"].speed == "2.0× faster here"
 
 
 @pytest.mark.parametrize("way", [False, 0, 0.0, "environment"])
 def test_left_out(clock, monkeypatch, way):
-    peft_kernels.accelerate(lora_model())
+    peft_kernels.optimize(lora_model())
     monkeypatch.setattr(choices, "load", None)
     if way == "environment":
         monkeypatch.setenv("PEFT_KERNELS_TUNE", "0")
-        report = peft_kernels.accelerate(lora_model())
+        report = peft_kernels.optimize(lora_model())
     else:
-        report = peft_kernels.accelerate(lora_model(), tune=way)
+        report = peft_kernels.optimize(lora_model(), tune=way)
     assert {layer.verdict for layer in report} == {"fused"}
 
 
 @pytest.mark.parametrize("tune", [None, "yes", -1, float("nan"), float("inf")])
 def test_bad_option(tune):
     with pytest.raises(ValueError, match=r"tune: got .*, wanted True, False or a number of seconds"):
-        peft_kernels.accelerate(lora_model(), tune=tune)
+        peft_kernels.optimize(lora_model(), tune=tune)
 
 
 def test_small_models_are_not_timed(clock, monkeypatch):
     monkeypatch.setattr(model_module, "LEAST_PARAMETERS", 1_000_000)
     with monkeypatch.context() as patch:
         patch.setattr(measuring, "measure", None)
-        peft_kernels.accelerate(lora_model())
-    report = peft_kernels.accelerate(lora_model(), tune=10)  # unless told for how long
+        peft_kernels.optimize(lora_model())
+    report = peft_kernels.optimize(lora_model(), tune=10)  # unless told for how long
     assert by_name(report)["lin"].speed == "2.0×"
 
 
@@ -241,7 +241,7 @@ def test_timing_changes_nothing(monkeypatch):
         module.register_forward_hook(lambda *arguments: seen.append(arguments))
     before, random = copy.deepcopy(model.state_dict()), torch.get_rng_state()
     with torch.no_grad():
-        report = peft_kernels.accelerate(model)
+        report = peft_kernels.optimize(model)
         assert not torch.is_grad_enabled()
     assert by_name(report)["lin"].reason  # hooks on parts that would not be called
     assert torch.equal(torch.get_rng_state(), random)
@@ -254,7 +254,7 @@ def test_timing_inside_inference_mode_and_autocast(monkeypatch, caplog):
     monkeypatch.setattr(measuring, "ROWS", (1,))
     monkeypatch.setattr(measuring, "_SLICE", 0)
     with torch.inference_mode(), torch.autocast("cpu"):
-        report = peft_kernels.accelerate(lora_model())
+        report = peft_kernels.optimize(lora_model())
     assert all(layer.speed for layer in report if "dropout" not in layer.name) and not caplog.messages
 
 
@@ -263,7 +263,7 @@ def test_busy_machine(monkeypatch):
     monkeypatch.setattr(measuring, "_SLICE", float("inf"))
     counts = iter(range(10**6))
     monkeypatch.setattr(measuring, "_preemptions", lambda: next(counts))
-    report = peft_kernels.accelerate(lora_model())
+    report = peft_kernels.optimize(lora_model())
     assert {layer.verdict for layer in report} == {"fused"} and choices.load() in (
         {},
         {choices.machine_of(torch.device("cpu")): {}},
@@ -276,7 +276,7 @@ def test_clock_that_jumps(monkeypatch, jump):
     monkeypatch.setattr(measuring, "_SLICE", 0)
     calls, clock = [], time.perf_counter
     monkeypatch.setattr(time, "perf_counter", lambda: calls.append(0) or clock() + jump * (len(calls) > 20))
-    report = peft_kernels.accelerate(lora_model())
+    report = peft_kernels.optimize(lora_model())
     for entries in choices.load().values():
         for entry in entries.values():
             assert all(max(entry[mode][name]) < 10 for mode in entry.keys() - {"weight"} for name in ("stock", "fused"))
@@ -285,7 +285,7 @@ def test_clock_that_jumps(monkeypatch, jump):
 
 def test_budget_is_kept(clock):
     clock |= {(rows, trains): (rows * 1.0, rows * 0.5) for rows in ROWS for trains in (False, True)}
-    report = peft_kernels.accelerate(lora_model(), tune=30)
+    report = peft_kernels.optimize(lora_model(), tune=30)
     (entries,) = choices.load().values()
     assert len(report) == 2 and {tuple(entry["training"]["rows"]) for entry in entries.values()} == {
         (1,)
@@ -298,7 +298,7 @@ def test_layer_that_can_not_be_timed(monkeypatch, caplog):
 
     monkeypatch.setattr(measuring, "_paired", fail)
     with caplog.at_level(logging.INFO, "peft_kernels"):
-        report = peft_kernels.accelerate(lora_model())
+        report = peft_kernels.optimize(lora_model())
     assert {layer.verdict for layer in report} == {"fused"}
     assert len(caplog.messages) == 2 * 2 * len(ROWS) and caplog.messages[0].endswith(
         "was not timed: RuntimeError: of the layer"
@@ -309,13 +309,13 @@ def test_file_that_can_not_be_written(clock, monkeypatch, caplog, tmp_path):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("PEFT_KERNELS_CACHE", str(tmp_path / "file" / "tuned.json"))
     with caplog.at_level(logging.WARNING, "peft_kernels"), pytest.warns(UserWarning, match="nothing of it is used"):
-        report = peft_kernels.accelerate(lora_model())
+        report = peft_kernels.optimize(lora_model())
     assert by_name(report)["lin"].speed == "2.0×" and "what was measured is not kept" in caplog.text
 
 
 def test_processes_that_do_not_know_of_each_other_measure_nothing(clock, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    report = peft_kernels.accelerate(lora_model())
+    report = peft_kernels.optimize(lora_model())
     assert {layer.verdict for layer in report} == {"fused"} and choices.load() == {}
 
 
@@ -326,7 +326,7 @@ def accelerate_as_rank(rank, folder, queue):
     measuring._FLUSHED_BYTES = 1 << 10
     measuring._seconds = lambda contender, *arguments: 1.0 + rank * hasattr(contender.layer, "stock")
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-    reports = [peft_kernels.accelerate(lora_model()) for _ in range(2)]
+    reports = [peft_kernels.optimize(lora_model()) for _ in range(2)]
     queue.put((rank, [layer.verdict for report in reports for layer in report]))
     torch.distributed.destroy_process_group()
 
@@ -348,7 +348,7 @@ def test_processes_of_a_run_take_the_first_ones_choices(tmp_path):
 def test_a_dropout_is_timed_where_the_model_is_and_devices_in_one_order(monkeypatch):
     model = lora_model(lora_dropout=0.5)
     model.other = lora_model()
-    peft_kernels.accelerate(model, tune=False)
+    peft_kernels.optimize(model, tune=False)
     asked = []
     monkeypatch.setattr(choices, "machine_of", str)
     monkeypatch.setattr(measuring, "_learn", lambda trials, machine, seconds: asked.append((machine, len(trials))))
@@ -374,7 +374,7 @@ def test_the_librarys_product_is_timed_on_a_card(monkeypatch):
     monkeypatch.setattr(choices, "set_crossover", lambda *arguments: told.append(arguments))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Card A")
     layer = lora_model().base_model.model.lin
-    peft_kernels.accelerate(layer, tune=False)
+    peft_kernels.optimize(layer, tune=False)
     contenders = measuring._contenders(layer.trial()._replace(device=Card()))
     assert (
         list(contenders) == ["stock", "fused", "library"] and contenders["fused"].layer is contenders["library"].layer
@@ -383,5 +383,5 @@ def test_the_librarys_product_is_timed_on_a_card(monkeypatch):
         contender.prepare()
     assert told == [("Card A", 96, WIDTH, choices.UNBOUNDED, choices.UNBOUNDED), ("Card A", 96, WIDTH, 0, 0)]
     dense = lora_model(nn.Linear(WIDTH, 96)).base_model.model.lin
-    peft_kernels.accelerate(dense, tune=False)
+    peft_kernels.optimize(dense, tune=False)
     assert list(measuring._contenders(dense.trial()._replace(device=Card()))) == ["stock", "fused"]

@@ -175,7 +175,7 @@ def test_correction_loses_a_third_of_what_pefts_merge_does(std):
             nn.init.normal_(layer.lora_B[name].weight, std=std)
             layer.lora_B[name].weight.mul_(0.3 ** torch.arange(4) * (1 + i))
     model = copy.deepcopy(stock)
-    peft_kernels.accelerate(model)
+    peft_kernels.optimize(model)
     whole, x = sum_of(layer_of(model)), torch.randn(16, IN_FEATURES)
     want = x.double() @ whole.T + layer_of(model).base_layer.bias.double()
     stock.merge_adapter(NAMES)
@@ -230,7 +230,7 @@ def test_dora_is_merged_at_once(correction):
     model.add_adapter("b", LoraConfig(r=4, target_modules=["lin"]))
     model.add_adapter("c", LoraConfig(r=4, target_modules=["lin"], use_dora=True))
     randomize(model)
-    peft_kernels.accelerate(model)
+    peft_kernels.optimize(model)
     layer, before = layer_of(model), bits(model)
     original = want = dense_weight(layer.base_layer)
     for name in ("default", "b", "c"):
@@ -339,7 +339,7 @@ def test_the_limit_is_of_all_layers_together():
     model.is_loaded_in_4bit = True
     model = get_peft_model(model, LoraConfig(r=4, target_modules=["lin", "other"]))
     randomize(model)
-    peft_kernels.accelerate(model)
+    peft_kernels.optimize(model)
     before = bits(model)
     with merging.options() as report:
         model.merge_adapter()
@@ -414,14 +414,14 @@ def test_a_merged_model_is_saved_and_loaded(tmp_path):
         load(tmp_path / "base", quantization_config=config), LoraConfig(r=8, target_modules="all-linear")
     )
     randomize(model)
-    peft_kernels.accelerate(model, tune=False)
+    peft_kernels.optimize(model, tune=False)
     with merging.options(correction=4):
         plain = model.merge_and_unload()
     tokens = torch.arange(8)[None]
     want = plain(input_ids=tokens).logits
     plain.save_pretrained(tmp_path / "merged")
     loaded = load(tmp_path / "merged")
-    peft_kernels.accelerate(loaded, tune=False)
+    peft_kernels.optimize(loaded, tune=False)
     assert not torch.equal(loaded(input_ids=tokens).logits, want)
     assert merging.load_corrections(loaded, load_file(tmp_path / "merged" / "model.safetensors")) == 7
     assert torch.equal(loaded(input_ids=tokens).logits, want)
@@ -435,7 +435,7 @@ def test_new_adapters_on_a_corrected_layer():
     weight = merged_weight(plain.lin)
     again = get_peft_model(plain, LoraConfig(r=2, target_modules=["lin"]))
     randomize(again)
-    peft_kernels.accelerate(again)
+    peft_kernels.optimize(again)
     layer, x, before = layer_of(again), torch.randn(3, IN_FEATURES), bits(again)
     whole = weight + layer.get_delta_weight("default").detach().double()
     want = x.double() @ whole.T + layer.base_layer.bias.double()

@@ -69,7 +69,7 @@ def test_exact_as_stock(kind, dtype, adapter_dtype):
     for part in (layer_of(stock).lora_A, layer_of(stock).lora_B):
         part.to(adapter_dtype)
     fused, true = copy.deepcopy(stock), copy.deepcopy(stock)
-    assert all(row.fused for row in peft_kernels.accelerate(fused))
+    assert all(row.fused for row in peft_kernels.optimize(fused))
     layer_of(true).forward = lambda x: oracle(layer_of(true), x)
     x, grad = torch.randn(3, 11, IN_FEATURES, dtype=dtype), torch.randn(3, 11, OUT_FEATURES, dtype=dtype)
     for ours, theirs, want in zip(*(gradients(model, x, grad) for model in (fused, stock, true)), strict=True):
@@ -85,7 +85,7 @@ def test_result_dtype_or_error_is_stocks(kind, dtype, adapter_dtype):
     for part in (layer_of(stock).lora_A, layer_of(stock).lora_B):
         part.to(adapter_dtype)
     fused = copy.deepcopy(stock)
-    peft_kernels.accelerate(fused)
+    peft_kernels.optimize(fused)
     for x_dtype, autocast in itertools.product(FLOATS, (None, torch.bfloat16, torch.float16)):
         x = torch.randn(3, IN_FEATURES, dtype=x_dtype)
         results = []
@@ -122,7 +122,7 @@ def test_training_and_evaluation(kind):
 def test_accelerated_in_evaluation_then_trained(kind):
     """On a stock 4-bit layer the input's gradient is None after an evaluation."""
     model = lora_model(kind).eval()
-    peft_kernels.accelerate(model)
+    peft_kernels.optimize(model)
     x = torch.randn(4, IN_FEATURES)
     model(x)
     want = oracle(layer_of(model), x).float()
@@ -198,7 +198,7 @@ def test_saving_and_loading(kind, tmp_path):
     model = lora_model(kind)
     base = copy.deepcopy(layer_of(model).base_layer)
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    peft_kernels.accelerate(model)
+    peft_kernels.optimize(model)
     x = torch.randn(3, IN_FEATURES)
     want = model.eval()(x)
     after = model.state_dict()
@@ -207,7 +207,7 @@ def test_saving_and_loading(kind, tmp_path):
         warnings.simplefilter("ignore")
         model.save_pretrained(tmp_path)
     loaded = PeftModel.from_pretrained(OneLayer(base), tmp_path)
-    assert all(row.fused for row in peft_kernels.accelerate(loaded))
+    assert all(row.fused for row in peft_kernels.optimize(loaded))
     assert torch.equal(loaded(x), want)
 
 
@@ -276,7 +276,7 @@ def test_input_casting_that_is_disabled(kind):
 def test_trained_base_weight_and_bias(kind):
     stock = lora_model(kind)
     fused = copy.deepcopy(stock)
-    peft_kernels.accelerate(fused)
+    peft_kernels.optimize(fused)
     x = torch.randn(3, IN_FEATURES)
     results = []
     for model in (stock, fused):
@@ -294,7 +294,7 @@ def with_bias(stock):
         if b.bias is not None:
             nn.init.uniform_(b.bias, 0.5, 2)
     fused, true = copy.deepcopy(stock), copy.deepcopy(stock)
-    assert peft_kernels.accelerate(fused).layers[0].fused
+    assert peft_kernels.optimize(fused).layers[0].fused
 
     def forward(x):
         layer = layer_of(true)
@@ -346,9 +346,9 @@ def test_adapter_added_later_falls_through_while_it_is_active(kind, caplog):
     model.set_adapter("b")
     (message,) = stock_path_reasons(model, caplog, x)
     assert message.endswith("adapter 'b' has hooks")
-    assert peft_kernels.accelerate(model).layers[0].reason == "adapter 'b' has hooks"
+    assert peft_kernels.optimize(model).layers[0].reason == "adapter 'b' has hooks"
     model.set_adapter("default")
-    assert peft_kernels.accelerate(model).layers[0].fused
+    assert peft_kernels.optimize(model).layers[0].fused
     assert torch.equal(model(x), want)
 
 
@@ -375,7 +375,7 @@ def test_conv1d_takes_the_product_of_stock(rows, monkeypatch):
     x = torch.randn(rows, IN_FEATURES)
     with torch.no_grad():
         want = model(x)
-        peft_kernels.accelerate(model)
+        peft_kernels.optimize(model)
         assert torch.equal(model(x), want)
     peft_kernels.restore(model)
     assert type(layer_of(model)) is lora.Linear and type(layer_of(model).base_layer) is Conv1D
@@ -385,7 +385,7 @@ def test_fan_in_fan_out_is_for_merging_alone():
     model = lora_model("conv1d")
     x = torch.randn(3, IN_FEATURES)
     layer_of(model).fan_in_fan_out = False  # with which PEFT can't merge
-    assert [row.fused for row in peft_kernels.accelerate(model)] == [True]
+    assert [row.fused for row in peft_kernels.optimize(model)] == [True]
     torch.testing.assert_close(model(x), oracle(layer_of(model), x).float(), **FP32)
 
 
@@ -395,7 +395,7 @@ def test_conv1d_of_another_forward_is_left_alone():
             return 2 * super().forward(x)
 
     model = lora_model("conv1d", base=Doubled(OUT_FEATURES, IN_FEATURES))
-    (row,) = peft_kernels.accelerate(model)
+    (row,) = peft_kernels.optimize(model)
     assert (row.fused, row.reason) == (False, "its base layer is a Doubled, not a torch.nn.Linear")
 
 
@@ -403,7 +403,7 @@ def test_peft_layers_without_a_fused_form_are_mentioned():
     model = get_peft_model(
         nn.Sequential(nn.Embedding(8, 16), nn.Linear(16, 16)), LoraConfig(r=2, target_modules=["0", "1"])
     )
-    report = peft_kernels.accelerate(model)
+    report = peft_kernels.optimize(model)
     assert [(row.kind, row.fused, row.reason) for row in report] == [
         ("peft.Embedding", False, "this class has no fused form"),
         ("peft.Linear", True, ""),
@@ -444,7 +444,7 @@ def test_other_devices_are_left_to_stock():
     x = torch.empty(2, IN_FEATURES, device="meta")
     for kind, reason in (("4bit", "no fused kernel for meta"), ("dense", "x is on meta, and the weight on cpu")):
         assert layer_of(fused_model(kind)).adapted_product(x) == Refusal(reason)
-    (row,) = peft_kernels.accelerate(lora_model("dense").to("meta"))
+    (row,) = peft_kernels.optimize(lora_model("dense").to("meta"))
     assert (row.fused, row.reason) == (False, "no fused kernel for meta")
 
 
@@ -452,7 +452,7 @@ def test_other_devices_are_left_to_stock():
 def test_fp64_is_left_to_stock(part):
     model = lora_model("dense")
     (layer_of(model).base_layer if part == "base" else layer_of(model)).double()
-    (row,) = peft_kernels.accelerate(model)
+    (row,) = peft_kernels.optimize(model)
     assert not row.fused and "torch.float64" in row.reason
     x = torch.randn(3, IN_FEATURES, dtype=torch.float64)
     torch.testing.assert_close(model(x), oracle(layer_of(model), x), rtol=1e-5, atol=1e-5)
@@ -520,7 +520,7 @@ def tiny_lora_llama(quantized: bool, **config) -> PeftModel:
 def test_language_model(kind):
     stock = tiny_lora_llama(kind == "4bit")
     fused = copy.deepcopy(stock)
-    report = peft_kernels.accelerate(fused)
+    report = peft_kernels.optimize(fused)
     # Of two decoder layers: itself, attention, MLP, two norms; then the last norm, the output layer and the loss.
     assert len(report.fused) == (28 if kind == "4bit" else 14) + 2 * 5 + 3 and not missed(report)
     tokens = torch.randint(128, (2, 9))
@@ -540,7 +540,7 @@ def test_trainer_with_bf16_autocast_and_checkpointing(kind, tmp_path):
     from transformers import Trainer, TrainingArguments  # slow to import
 
     model = tiny_lora_llama(kind == "4bit", lora_dropout=0.1)
-    assert not missed(peft_kernels.accelerate(model))
+    assert not missed(peft_kernels.optimize(model))
     tokens = torch.randint(128, (8, 12))
     data = [{"input_ids": row, "labels": row} for row in tokens]
     trained = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}

@@ -35,7 +35,7 @@ def model_of(kind="dense", dtype=torch.float32, base=None, ranks=(4, 4, 4), **co
 
 def both(*args, **kwargs):
     stock, fused = model_of(*args, **kwargs), model_of(*args, **kwargs)
-    peft_kernels.accelerate(fused)
+    peft_kernels.optimize(fused)
     return stock, fused
 
 
@@ -119,7 +119,7 @@ def test_layers_that_adapters_lack():
         return model
 
     stock, fused = make(), make()
-    peft_kernels.accelerate(fused)
+    peft_kernels.optimize(fused)
     for model in (stock, fused):
         combine(model, "ties")
     for key, want in stock.state_dict().items():
@@ -138,7 +138,7 @@ def test_embeddings_and_convolutions_are_pefts(combination_type):
         return model
 
     stock, fused = make(), make()
-    peft_kernels.accelerate(fused)
+    peft_kernels.optimize(fused)
     for model in (stock, fused):
         combine(model, combination_type)
     for key, want in stock.state_dict().items():
@@ -183,7 +183,7 @@ def test_errors_are_pefts(options):
 def test_report_and_restore():
     model = model_of()
     kind = type(model.base_model)
-    report = peft_kernels.accelerate(model)
+    report = peft_kernels.optimize(model)
     assert "base_model.model.lin" in [layer.name for layer in report.fused]
     assert "base_model" not in [layer.name for layer in report]
     assert isinstance(model.base_model, kind) and type(model.base_model).__name__ == "LoraModel"

@@ -42,7 +42,7 @@ def dora_model(kind, *args, **config):
 
 def fused_dora(kind, *args, **config):
     model = dora_model(kind, *args, **config)
-    assert all(row.fused for row in peft_kernels.accelerate(model))
+    assert all(row.fused for row in peft_kernels.optimize(model))
     return model
 
 
@@ -69,7 +69,7 @@ def test_exact_as_stock(kind, dtype, adapter_dtype):
     for part in ("lora_A", "lora_B", "lora_magnitude_vector"):
         getattr(layer_of(stock), part).to(adapter_dtype)
     fused, true = copy.deepcopy(stock), copy.deepcopy(stock)
-    assert all(row.fused for row in peft_kernels.accelerate(fused))
+    assert all(row.fused for row in peft_kernels.optimize(fused))
     layer_of(true).forward = lambda x: oracle(layer_of(true), x)
     x, grad = torch.randn(3, 11, IN_FEATURES, dtype=dtype), torch.randn(3, 11, OUT_FEATURES, dtype=dtype)
     for ours, theirs, want in zip(*(gradients(model, x, grad) for model in (fused, stock, true)), strict=True):
@@ -82,7 +82,7 @@ def test_exact_as_stock(kind, dtype, adapter_dtype):
 def test_result_dtype_is_stocks(kind, dtype):
     stock = dora_model(kind, dtype)
     fused = copy.deepcopy(stock)
-    peft_kernels.accelerate(fused)
+    peft_kernels.optimize(fused)
     for x_dtype, autocast in itertools.product(DTYPES, (None, torch.bfloat16, torch.float16)):
         x, results = torch.randn(3, IN_FEATURES, dtype=x_dtype), []
         for model in (stock, fused):
@@ -176,7 +176,7 @@ def test_beside_other_adapters(kind, order, caplog):
         model.base_model.set_adapter(order)
         for name, parameter in model.named_parameters():
             parameter.requires_grad_("lora_" in name)
-    assert peft_kernels.accelerate(fused).layers[0].fused
+    assert peft_kernels.optimize(fused).layers[0].fused
     x, grad = torch.randn(3, 7, IN_FEATURES), torch.randn(3, 7, OUT_FEATURES)
     assert reasons(fused, caplog, x) == []
     for got, want in zip(gradients(fused, x, grad), gradients(stock, x, grad), strict=True):
@@ -202,7 +202,7 @@ def test_dropout_beside_another_adapter_falls_through(kind, caplog):
     model.base_model.set_adapter(["plain", "default"])
     reason = "adapter 'default' is a DoRA with dropout beside others"
     assert reasons(model, caplog, x) == [reason]
-    assert peft_kernels.accelerate(model).layers[0].reason == reason
+    assert peft_kernels.optimize(model).layers[0].reason == reason
     assert reasons(model.eval(), caplog, x) == []
     layer._active_adapter = ["elsewhere", "default"]
     assert reasons(model.train(), caplog, x) == []
@@ -216,7 +216,7 @@ def test_decodes_packed(dtype, monkeypatch):
     stock = dora_model("4bit", dtype).eval()
     layer_of(stock).base_layer.support_avx512bf16_for_cpu = False
     fused = copy.deepcopy(stock)
-    peft_kernels.accelerate(fused)
+    peft_kernels.optimize(fused)
     layer, x = layer_of(fused), torch.randn(2, IN_FEATURES, dtype=dtype)
     with torch.no_grad():
         want = oracle(layer, x)
@@ -253,7 +253,7 @@ def _double(layer, called):
 def test_what_is_left_to_peft(kind, change, reason, caplog):
     model, called = fused_dora(kind), []
     change(layer_of(model), called)
-    assert peft_kernels.accelerate(model).layers[0].reason == reason
+    assert peft_kernels.optimize(model).layers[0].reason == reason
     assert reasons(model, caplog, torch.randn(3, IN_FEATURES)) == [reason]
     assert bool(called) == (change is _hooked)
 

@@ -40,7 +40,7 @@ def mixed_model(kind, dtype=torch.float32, **config):
     randomize(stock)
     layer_of(stock).base_layer.support_avx512bf16_for_cpu = False  # else stock would round its statistics to bf16
     fused = copy.deepcopy(stock)
-    peft_kernels.accelerate(fused)
+    peft_kernels.optimize(fused)
     return stock, fused
 
 
@@ -222,7 +222,7 @@ def several_kinds(kind):
         if "lora_magnitude" in name or "lora_B.b.bias" in name:
             parameter.data.add_(0.5)
         parameter.requires_grad_("lora_" in name)
-    peft_kernels.accelerate(model)
+    peft_kernels.optimize(model)
     names = ["default", "b", "invoked", "__base__", "default"]
     return model, {"adapter_names": names, "alora_offsets": [None, None, 3, None, None]}
 
@@ -302,7 +302,7 @@ def test_generation_of_a_mixed_batch(kind, options, caplog):
     stock.add_adapter("b", LoraConfig(r=3, lora_alpha=24, target_modules=["q_proj", "down_proj"]))
     randomize(stock)
     fused = copy.deepcopy(stock)
-    assert not missed(peft_kernels.accelerate(fused))
+    assert not missed(peft_kernels.optimize(fused))
     tokens = torch.randint(3, 60, (4, 9))
     call = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "max_new_tokens": 6, "do_sample": False,
             "adapter_names": ["b", "default", "__base__", "b"], "pad_token_id": 0, **options}  # fmt: skip

@@ -69,7 +69,7 @@ def test_swap_in_compiled_inference(kind, rows, tmp_path, without_recompiling):
     second, model = layer_model(kind, SECOND[kind], tmp_path), layer_model(kind, FIRST)
     x = torch.randn(rows, IN_FEATURES)
     first, second = (oracle(layer_of(of), x).float() for of in (model, second))
-    peft_kernels.accelerate(model)
+    peft_kernels.optimize(model)
     prepare(model)
     compiled = without_recompiling(model)
     with torch.no_grad():
@@ -83,7 +83,7 @@ def test_swap_in_compiled_training(kind, tmp_path, without_recompiling):
     layer_model(kind, SECOND[kind], tmp_path)
     stock = layer_model(kind, FIRST)
     model = copy.deepcopy(stock)
-    peft_kernels.accelerate(model)
+    peft_kernels.optimize(model)
     prepare(stock), prepare(model)
     compiled, x = without_recompiling(model), torch.randn(3, IN_FEATURES)
     same_gradients(compiled, stock, x)
@@ -101,7 +101,7 @@ def test_accelerated_when_compiled(kind, tmp_path):
     compiled, x = torch.compile(model, backend="aot_eager", fullgraph=True), torch.randn(3, IN_FEATURES)
     with torch.no_grad():
         compiled(x)
-        peft_kernels.accelerate(compiled)
+        peft_kernels.optimize(compiled)
         compiled(x)
         hotswap_adapter(compiled, tmp_path, adapter_name="default")
         with torch._dynamo.config.patch(error_on_recompile=True):
@@ -116,7 +116,7 @@ def test_compiled_as_exact_as_stock(kind, dtype):
     for part in (layer_of(stock).lora_A, layer_of(stock).lora_B):
         part.to(dtype)
     fused, true = copy.deepcopy(stock), copy.deepcopy(stock)
-    peft_kernels.accelerate(fused)
+    peft_kernels.optimize(fused)
     layer_of(true).forward = lambda x: oracle(layer_of(true), x)
     for model in (stock, fused, true):
         prepare(model)
@@ -131,7 +131,7 @@ def test_compiled_as_exact_as_stock(kind, dtype):
 @pytest.mark.parametrize("kind", ["dense", "4bit"])
 def test_dora_whose_scaling_is_a_tensor(kind):
     model = lora_model(kind, use_dora=True).eval()
-    peft_kernels.accelerate(model)
+    peft_kernels.optimize(model)
     prepare_model_for_compiled_hotswap(model)
     torch.compiler.reset()
     compiled, x = torch.compile(model, backend="aot_eager", fullgraph=True), torch.randn(3, IN_FEATURES)
@@ -149,7 +149,7 @@ def test_swap_in_a_compiled_llama(kind, grad, tmp_path, without_recompiling):
     model = llama_model(kind, FIRST)
     ids = torch.randint(3, 60, (2, 12))
     wanted = [of(ids).logits for of in (model, second)]
-    assert not peft_kernels.accelerate(model).left_alone
+    assert not peft_kernels.optimize(model).left_alone
     prepare(model)
     compiled = without_recompiling(model)
     with torch.set_grad_enabled(grad):
@@ -173,7 +173,7 @@ def test_decoding_sees_a_swap(kind, prepared, tmp_path):
     second = llama_model(kind, {"r": 4, "lora_alpha": 12} if not prepared else SECOND[kind], tmp_path)
     model = llama_model(kind, FIRST)
     wanted = [decode(of) for of in (model, second)]
-    peft_kernels.accelerate(model)
+    peft_kernels.optimize(model)
     if prepared:
         prepare(model)
     assert error(decode(model), wanted[0]) <= SAME_STEP
@@ -189,7 +189,7 @@ def test_swap_is_in_place(kind, rank, tmp_path):
     second = llama_model(kind, {"r": rank, "lora_alpha": 2 * rank}, tmp_path)
     model = llama_model(kind, FIRST)
     wanted = [decode(of, rows=1) for of in (model, second)]
-    peft_kernels.accelerate(model)
+    peft_kernels.optimize(model)
 
     def state():
         layers = layers_of(model)
@@ -210,7 +210,7 @@ def test_swap_is_in_place(kind, rank, tmp_path):
 def test_swap_of_a_prepared_model_is_in_place(kind, tmp_path, without_recompiling):
     """Of a compiled one, and of the same one called without its graph."""
     second, model = layer_model(kind, SECOND[kind], tmp_path), layer_model(kind, FIRST)
-    peft_kernels.accelerate(model)
+    peft_kernels.optimize(model)
     prepare(model)
     compiled, x = without_recompiling(model), torch.randn(1, IN_FEATURES)
     wanted = oracle(layer_of(second), x).float()

@@ -31,7 +31,7 @@ def ia3_model(kind, side="out", dtype=torch.float32, fused=True, base=None, **co
     model = get_peft_model(model, IA3Config(**config)).train()
     randomize(model)
     if fused:
-        assert all(layer.fused for layer in peft_kernels.accelerate(model))
+        assert all(layer.fused for layer in peft_kernels.optimize(model))
     return model
 
 
@@ -69,7 +69,7 @@ def test_as_near_to_fp64_as_stock(kind, side, dtype, rows):
     y = expected(layer_of(model), leaf)
     wanted = dict(zip(("y", "x", "l"), (y, *torch.autograd.grad(y, (leaf, vector), grad.double())), strict=True))
     theirs = step(model, x, grad)
-    peft_kernels.accelerate(model)
+    peft_kernels.optimize(model)
     ours = step(model, x, grad)
     assert ours["y"].dtype == dtype
     for name, want in wanted.items():
@@ -118,7 +118,7 @@ def test_runs_on_every_platform(platform, side):
 def test_hooks_keep_their_path():
     model = ia3_model("dense", fused=False)
     layer_of(model).base_layer.register_forward_hook(lambda *_: None)
-    (report,) = peft_kernels.accelerate(model)
+    (report,) = peft_kernels.optimize(model)
     assert not report.fused and report.reason == "its base layer has hooks"
     assert error(model(torch.ones(2, IN_FEATURES)), expected(layer_of(model), torch.ones(2, IN_FEATURES))) < 1e-6
 
@@ -241,7 +241,7 @@ def test_language_models(name, four_bits):
 def test_merge_ia3(name):
     targets = {"target_modules": ["k_proj", "down_proj"], "feedforward_modules": ["down_proj"]}  # PEFT knows none of it
     model = ia3_llm(name, targets=targets if name == "granite" else None).eval()
-    peft_kernels.accelerate(model)
+    peft_kernels.optimize(model)
     ids, padding = tokens()
     weights = [module.weight for module in model.modules() if isinstance(module, bnb.nn.Linear4bit)]
     with torch.no_grad():
@@ -261,7 +261,7 @@ def test_merge_ia3(name):
 
 def test_merge_ia3_of_dense_layers():
     model = ia3_llm("llama", four_bits=False).eval()
-    peft_kernels.accelerate(model)
+    peft_kernels.optimize(model)
     ids, padding = tokens()
     with torch.no_grad():
         wanted = model(ids, padding).logits
@@ -282,7 +282,7 @@ def test_merge_ia3_of_dense_layers():
 def test_merge_ia3_refuses(name, sizes, config, reason):
     negative = config.pop("negative", False)
     model = ia3_llm(name, *sizes, **config)
-    peft_kernels.accelerate(model)
+    peft_kernels.optimize(model)
     if negative:
         with torch.no_grad():
             model.base_model.model.model.decoder.layers[1].fc2.ia3_l["default"][0, 0] = -1
@@ -290,14 +290,14 @@ def test_merge_ia3_refuses(name, sizes, config, reason):
         peft_kernels.merge_ia3(model)
     assert not any(layer.merged for layer in model.modules() if hasattr(layer, "ia3_l"))
     peft_kernels.restore(model)
-    with pytest.raises(ValueError, match="it is not fused: call accelerate first"):
+    with pytest.raises(ValueError, match="it is not fused: call optimize first"):
         peft_kernels.merge_ia3(model)
 
 
 @pytest.mark.parametrize("names", ["default", ["default", "other"], 3], ids=str)
 def test_merge_ia3_of_adapters_that_do_not_exist(names):
     model = ia3_llm("llama", 128, 128)
-    peft_kernels.accelerate(model)
+    peft_kernels.optimize(model)
     with pytest.raises(ValueError, match=r"adapter_names: got .*, wanted a list of some of \['default'\]"):
         peft_kernels.merge_ia3(model, names)
     assert not any(layer.merged for layer in model.modules() if hasattr(layer, "ia3_l"))

@@ -29,7 +29,7 @@ def make(fused=True, **options):
     base.support_avx512bf16_for_cpu = False  # else stock would round its statistics to bf16
     model = lora_model("4bit", base=base.to("cpu"), r=RANK, lora_alpha=12)
     if fused:
-        peft_kernels.accelerate(model)
+        peft_kernels.optimize(model)
     return model, weight
 
 

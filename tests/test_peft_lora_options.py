@@ -175,7 +175,7 @@ def checkpoint(model, folder):
 def test_trains_and_saves_what_stock_does(name, base, tmp_path, caplog):
     stock = stock_model(name, base)
     fused = stock_model(name, base)  # of a tied layer there is no copy
-    report = peft_kernels.accelerate(fused)
+    report = peft_kernels.optimize(fused)
     reasons = {layer.reason for layer in report if layer.kind.startswith("peft.") and not layer.fused}
     assert reasons == OPTIONS[name][1]
     registry._logged.clear()
@@ -192,13 +192,13 @@ def test_trains_and_saves_what_stock_does(name, base, tmp_path, caplog):
 def test_decodes_what_stock_does(name, base):
     stock = stock_model(name, base).eval()
     fused = copy.deepcopy(stock)
-    peft_kernels.accelerate(fused)
+    peft_kernels.optimize(fused)
     assert error(decode(fused), decode(stock)) <= SAME_STEP
 
 
 def test_a_dora_decodes_by_whole_layers():
     model = stock_model("dora", "4bit", target_modules="all-linear").eval()
-    peft_kernels.accelerate(model)
+    peft_kernels.optimize(model)
     decode(model)
     for layer in layers_of(model):
         assert layer._plan is not None
@@ -211,7 +211,7 @@ def test_optimizers(kind, base):
     optimizers = if_installed("peft.optimizers")
     stock = stock_model("dora" if kind == "lora_plus" else "patterns", base)
     models = stock, copy.deepcopy(stock)
-    peft_kernels.accelerate(models[1])
+    peft_kernels.optimize(models[1])
     batch, results = a_batch(), []
     for model in models:
         if kind == "lora_fa":
@@ -247,7 +247,7 @@ def test_other_layers_keep_their_forward(use_dora):
     stock = peft.get_peft_model(Plain(), peft.LoraConfig(r=2, target_modules=targets, use_dora=use_dora))
     randomize(stock)
     fused = copy.deepcopy(stock)
-    report = peft_kernels.accelerate(fused)
+    report = peft_kernels.optimize(fused)
     kinds = {layer.kind for layer in report if layer.kind.startswith("peft.") and layer.reason == EMBEDDING}
     assert kinds == {f"peft.Conv{n}d" for n in (1, 2, 3)} | (set() if use_dora else {"peft.MultiheadAttention"})
     x, results = torch.randn(3, 4, 16), []

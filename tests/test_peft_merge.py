@@ -61,7 +61,7 @@ def test_merging(kind):
 def test_merging_computes_what_pefts_does():
     stock = lora_model("4bit")
     fused = copy.deepcopy(stock)
-    peft_kernels.accelerate(fused)
+    peft_kernels.optimize(fused)
     for model in (stock, fused):
         model.merge_adapter()
     got, want = (layer_of(model).base_layer.state_dict() for model in (fused, stock))
@@ -122,7 +122,7 @@ def test_adapter_merged_before_the_layer_was_fused():
     model.add_adapter("b", LoraConfig(r=2, target_modules=["lin"]))
     original = dense_weight(layer_of(model).base_layer)
     model.merge_adapter()
-    peft_kernels.accelerate(model)
+    peft_kernels.optimize(model)
     model.merge_adapter(["b"])
     assert layer_of(model).merged_adapters == ["default", "b"]
     model.unmerge_adapter()
@@ -154,7 +154,7 @@ def test_merge_and_unload(kind):
 
 def test_unmerging_dora_on_4bit_puts_the_weight_back():
     model = lora_model("4bit", use_dora=True)
-    peft_kernels.accelerate(model)
+    peft_kernels.optimize(model)
     layer, x = layer_of(model), torch.randn(3, IN_FEATURES)
     want = model(x)
     model.merge_adapter()
@@ -167,7 +167,7 @@ def test_lora_bias_is_merged_with_its_scaling():
     model = lora_model("4bit", lora_bias=True)
     layer = layer_of(model)
     nn.init.ones_(layer.lora_B["default"].bias)
-    peft_kernels.accelerate(model)
+    peft_kernels.optimize(model)
     bias = layer.base_layer.bias.clone()
     model.merge_adapter()
     assert torch.equal(layer.base_layer.bias, bias + layer.scaling["default"])

@@ -69,7 +69,7 @@ def language_model(name="mixtral", **changes):
 
 def fuse(model):
     """Accelerates a model whose experts can all be fused."""
-    report = peft_kernels.accelerate(model)
+    report = peft_kernels.optimize(model)
     layers = [layer for layer in report if layer.kind == "peft.ParamWrapper" or layer.kind.endswith("Experts")]
     assert layers and all(layer.fused for layer in layers), layers
     return model
@@ -333,7 +333,7 @@ def test_peft_on_experts_that_are_fused():
     """PEFT wraps them, and adds to their stacks by parametrizations, until the model is accelerated again."""
     base = tiny_moe("mixtral")
     stock = copy.deepcopy(base)
-    peft_kernels.accelerate(base)
+    peft_kernels.optimize(base)
     torch.manual_seed(1)
     model = randomize(get_peft_model(base, config()))
     torch.manual_seed(1)
@@ -359,7 +359,7 @@ def test_hot_swapping(tmp_path):
 
 
 def reasons_of(model):
-    return {layer.reason for layer in peft_kernels.accelerate(model) if layer.kind == "peft.ParamWrapper"}
+    return {layer.reason for layer in peft_kernels.optimize(model) if layer.kind == "peft.ParamWrapper"}
 
 
 def stays_stock(model, reason, caplog):

@@ -31,7 +31,7 @@ def prefix_model(name, projection=False, **config):
 
 def fused_prefix_model(*args, **kwargs):
     model = prefix_model(*args, **kwargs)
-    assert not missed(peft_kernels.accelerate(model))
+    assert not missed(peft_kernels.optimize(model))
     return model
 
 
@@ -63,7 +63,7 @@ def test_encoder_model(projection, monkeypatch):
 def test_hooks_on_the_encoder(part):
     stock = prefix_model("llama").eval()
     fused = copy.deepcopy(stock)
-    peft_kernels.accelerate(fused)
+    peft_kernels.optimize(fused)
     ids, padding = tokens()
     results = []
     for model in (stock, fused):
@@ -120,7 +120,7 @@ def test_generates_as_forwards_do(name, projection):
     model = prefix_model(name, projection).eval()
     ids, padding = tokens()
     wanted = greedy(model, ids, padding, 6)
-    peft_kernels.accelerate(model)
+    peft_kernels.optimize(model)
     options = {"attention_mask": padding, "do_sample": False}
     assert torch.equal(model.generate(input_ids=ids, max_new_tokens=6, **options), wanted)
     assert torch.equal(model.generate(input_ids=ids, max_new_tokens=6, use_cache=False, **options), wanted)
@@ -160,7 +160,7 @@ def test_restore_copy_pickle_and_save(tmp_path):
     model = prefix_model("llama").eval()
     ids, padding = tokens()
     stock, wanted = type(model), model(input_ids=ids, attention_mask=padding).logits
-    peft_kernels.accelerate(model)
+    peft_kernels.optimize(model)
     fused = model(input_ids=ids, attention_mask=padding).logits
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert torch.equal(other(input_ids=ids, attention_mask=padding).logits, fused)
@@ -180,7 +180,7 @@ def test_models_of_others_are_left_alone():
     config = PrefixTuningConfig(
         task_type="CAUSAL_LM", num_virtual_tokens=LENGTH, num_layers=2, token_dim=8, num_attention_heads=2
     )
-    layer, base, *_ = peft_kernels.accelerate(get_peft_model(Model(8, 8), config))
+    layer, base, *_ = peft_kernels.optimize(get_peft_model(Model(8, 8), config))
     assert not layer.fused and layer.reason == "its model is not a transformers.PreTrainedModel"
     assert not base.fused and base.reason == "this class has no fused form"
 
@@ -190,7 +190,7 @@ def test_stock_path(what, caplog):
     model = prefix_model("mistral", sliding_window=6) if what == "window" else prefix_model("llama")
     if what == "eager":
         model.get_base_model().set_attn_implementation("eager")
-    report = peft_kernels.accelerate(model)
+    report = peft_kernels.optimize(model)
     reason = {
         "window": "its attention has a window, out of which PEFT's prefix would slide",
         "eager": "0 of the 2 layers of this llama have fused attention",
@@ -212,7 +212,7 @@ def test_stock_path(what, caplog):
 def test_attached_prefix_is_pefts(name, hidden_size):
     theirs = prefix_model(name, projection=hidden_size is not None)
     if name == "bert":
-        peft_kernels.accelerate(theirs)
+        peft_kernels.optimize(theirs)
     ours = copy.deepcopy(theirs.get_base_model())
     ours.base_model._forward_pre_hooks.clear()
     encoder = peft_kernels.attach_prefix(ours, length=LENGTH, hidden_size=hidden_size)
@@ -318,7 +318,7 @@ def test_a_refused_prefix_leaves_the_model_as_it_was(accelerated, attention, arg
     model = tiny("llama")
     model.set_attn_implementation(attention)
     if accelerated:
-        peft_kernels.accelerate(model.model.layers[0])
+        peft_kernels.optimize(model.model.layers[0])
 
     def state():
         return (

@@ -103,9 +103,9 @@ def calls(monkeypatch):
     return calls
 
 
-def accelerate(model):
+def optimize(model):
     """Without the decoder layers, which would not call their linear layers."""
-    peft_kernels.accelerate(model)
+    peft_kernels.optimize(model)
     for layer in model.modules():
         if hasattr(type(layer), "stock") and type(layer).__name__ == "LlamaDecoderLayer":
             change_class(layer, type(layer), type(layer).stock)
@@ -116,7 +116,7 @@ def accelerate(model):
 def test_decodes_as_stock_does(base, lora, calls):
     model = make(base=base, lora=lora)
     wanted = decode(model)
-    accelerate(model)
+    optimize(model)
     assert error(decode(model), wanted) <= SAME_STEP
     packed = base == "4bit" or lora  # a dense layer without adapters stays stock's
     assert len(calls) == (3 * 2 * 7 if packed else 0)  # tokens, blocks, linear layers
@@ -124,13 +124,13 @@ def test_decodes_as_stock_does(base, lora, calls):
 
 @pytest.mark.parametrize("change", CHANGES)
 def test_sees_what_changes(change, calls):
-    check_sees(change, accelerate, calls)
+    check_sees(change, optimize, calls)
 
 
 @pytest.mark.parametrize("change", ["gradients", "autocast", "training", "rows", "features", "double"])
 def test_left_to_the_operation(change, calls):
     model = make().train(change == "training")
-    accelerate(model)
+    optimize(model)
     layer = lora_of(model)
     x = torch.randn(9 if change == "rows" else 1, 127 if change == "features" else 128)
     with (
@@ -146,7 +146,7 @@ def test_left_to_the_operation(change, calls):
 
 def test_copies_pickles_and_moves(calls):
     model = make()
-    accelerate(model)
+    optimize(model)
     wanted = decode(model)
     copies = copy.deepcopy(model), pickle.loads(pickle.dumps(model))
     assert "_packed" in vars(lora_of(model))
@@ -162,7 +162,7 @@ def test_copies_pickles_and_moves(calls):
 def test_restored():
     model = make()
     wanted = decode(model)
-    accelerate(model)
+    optimize(model)
     decode(model)
     peft_kernels.restore(model)
     assert torch.equal(decode(model), wanted)

@@ -1,4 +1,4 @@
-"""Layers whose functions were patched, before `accelerate` or after it, and classes that only look like stock ones."""
+"""Layers whose functions were patched, before `optimize` or after it, and classes that only look like stock ones."""
 
 import contextlib
 import copy
@@ -108,12 +108,12 @@ def test_patched_before(copied, monkeypatch, name):
     replacement, kinds = PATCHES[name]
     with monkeypatch.context() as patch:
         patch.setattr(module, name, replacement)
-        reasons = left_alone(peft_kernels.accelerate(model))
+        reasons = left_alone(peft_kernels.optimize(model))
         assert reasons.pop("LlamaDecoderLayer", "").endswith("is not fused") or "LlamaDecoderLayer" not in reasons
         assert reasons == dict.fromkeys(kinds, f"{name} of {module.__name__} was replaced")
         check(model, stock)
         assert name in ("eager_attention_forward", "repeat_kv") or not torch.allclose(logits(stock, False), usual)
-    assert not left_alone(peft_kernels.accelerate(model))
+    assert not left_alone(peft_kernels.optimize(model))
     check(model, stock)
     assert all(layer._plan for layer in model.model.layers)
 
@@ -122,22 +122,22 @@ def test_patched_before(copied, monkeypatch, name):
 def test_patched_after(monkeypatch, name):
     model = tiny("llama").eval()
     stock = copy.deepcopy(model)
-    peft_kernels.accelerate(model)
+    peft_kernels.optimize(model)
     check(model, stock)
     replacement, kinds = PATCHES[name]
     with monkeypatch.context() as patch:
         patch.setattr(modeling_llama, name, replacement)
         check(model, stock)
         assert not any(layer._plan for layer in model.model.layers)
-        reasons = left_alone(peft_kernels.accelerate(model))
+        reasons = left_alone(peft_kernels.optimize(model))
         assert reasons.pop("LlamaDecoderLayer").endswith(f"{name} of {modeling_llama.__name__} was replaced")
         assert reasons == dict.fromkeys(kinds, f"{name} of {modeling_llama.__name__} was replaced")
         check(model, stock)
         other = tiny("llama").eval()  # whose classes have fused forms by now
-        assert left_alone(peft_kernels.accelerate(other)).keys() == {*kinds, "LlamaDecoderLayer"}
+        assert left_alone(peft_kernels.optimize(other)).keys() == {*kinds, "LlamaDecoderLayer"}
     check(model, stock)
     assert all(layer._plan for layer in model.model.layers)
-    assert not left_alone(peft_kernels.accelerate(other))
+    assert not left_alone(peft_kernels.optimize(other))
 
 
 @pytest.mark.parametrize("change", ["in place", "another function of the file", "other globals"])
@@ -150,7 +150,7 @@ def test_functions_that_are_not_what_they_seem(copied, monkeypatch, change):
         monkeypatch.setattr(module, "rotate_half", module.repeat_kv)
     else:
         monkeypatch.setattr(module, "rotate_half", types.FunctionType(function.__code__, {"torch": None}))
-    reasons = left_alone(peft_kernels.accelerate(make(module)))
+    reasons = left_alone(peft_kernels.optimize(make(module)))
     assert reasons["LlamaAttention"] == f"rotate_half of {module.__name__} was replaced"
 
 
@@ -163,17 +163,17 @@ def test_methods_that_were_patched_before(copied, monkeypatch, method):
     stock, calls = getattr(owner, name), []
     with monkeypatch.context() as patch:
         patch.setattr(owner, name, lambda *args, **kwargs: calls.append(1) or stock(*args, **kwargs))
-        assert left_alone(peft_kernels.accelerate(model))[class_name] == "its class's forward was replaced"
+        assert left_alone(peft_kernels.optimize(model))[class_name] == "its class's forward was replaced"
         logits(model, False)
         assert calls
-    assert not left_alone(peft_kernels.accelerate(model))
+    assert not left_alone(peft_kernels.optimize(model))
 
 
 def test_further_methods_that_were_patched(monkeypatch):
     norm = modeling_gemma.GemmaRMSNorm(8)
-    peft_kernels.accelerate(norm)
+    peft_kernels.optimize(norm)
     monkeypatch.setattr(modeling_gemma.GemmaRMSNorm, "_norm", lambda self, x: x)
-    (row,) = peft_kernels.accelerate(norm)
+    (row,) = peft_kernels.optimize(norm)
     assert row.reason == "its class's _norm was replaced"
 
 
@@ -185,7 +185,7 @@ def test_other_models_are_not_patched(copied, monkeypatch):
     monkeypatch.setattr(modeling_llama.LlamaMLP, "forward", lambda self, x: x)
     model = make(copied())
     stock = copy.deepcopy(model)
-    assert not left_alone(peft_kernels.accelerate(model))
+    assert not left_alone(peft_kernels.optimize(model))
     check(model, stock)
 
 
@@ -209,11 +209,11 @@ def test_code_that_calls_other_functions(copied, name):
     assert inspect.getsource(module) != inspect.getsource(same)
     model = make(module)
     stock = copy.deepcopy(model)
-    reasons = left_alone(peft_kernels.accelerate(model))
+    reasons = left_alone(peft_kernels.optimize(model))
     assert reasons.keys() >= {"LlamaAttention"} and reasons["LlamaAttention"] == "this class has no fused form"
     assert fused_form(module.LlamaRMSNorm) and fused_form(module.LlamaMLP) and not fused_form(module.LlamaAttention)
     check(model, stock)
-    peft_kernels.accelerate(make(same))
+    peft_kernels.optimize(make(same))
     assert issubclass(fused_form(same.LlamaAttention), FusedLlamaAttention)
 
 
@@ -221,7 +221,7 @@ def test_code_whose_file_is_gone(copied):
     module = copied()
     module.__loader__ = None
     assert lookalike.form_of(module.LlamaRMSNorm) is None
-    assert "LlamaRMSNorm" in left_alone(peft_kernels.accelerate(make(module)))
+    assert "LlamaRMSNorm" in left_alone(peft_kernels.optimize(make(module)))
 
 
 def test_functions_that_the_hub_of_kernels_makes_modules_of(copied, monkeypatch):
@@ -236,11 +236,11 @@ def test_functions_that_the_hub_of_kernels_makes_modules_of(copied, monkeypatch)
     monkeypatch.setattr(module, "rotate_half", Func())
     model = make(module)
     stock = copy.deepcopy(model)
-    assert not left_alone(peft_kernels.accelerate(model))
+    assert not left_alone(peft_kernels.optimize(model))
     check(model, stock)
     module.rotate_half.forward = lambda x: x
     check(model, stock)
-    assert left_alone(peft_kernels.accelerate(model))["LlamaAttention"].startswith("rotate_half of")
+    assert left_alone(peft_kernels.optimize(model))["LlamaAttention"].startswith("rotate_half of")
 
 
 def test_loggers_are_each_module_s_own(copied):
@@ -271,7 +271,7 @@ def test_what_bytecode_says(module):
 
 def test_compiles_without_breaks_and_again_when_patched(monkeypatch):
     model = tiny("llama").eval()
-    peft_kernels.accelerate(model)
+    peft_kernels.optimize(model)
     norm, x = model.model.norm, torch.randn(2, 32)
     torch.compiler.reset()
     compiled = torch.compile(norm, backend="eager", fullgraph=True)
@@ -295,7 +295,7 @@ def test_patched_losses(monkeypatch, name, when):
         return model(ids, labels=ids).loss, stock(ids, labels=ids).loss
 
     if when == "after":
-        peft_kernels.accelerate(model)
+        peft_kernels.optimize(model)
     else:
         monkeypatch.setattr(FusedLoss, "reliance", None)
     with monkeypatch.context() as patch:
@@ -303,12 +303,12 @@ def test_patched_losses(monkeypatch, name, when):
             patch.setitem(loss_utils.LOSS_MAPPING, "ForCausalLM", lambda logits, labels, vocab_size: logits.sum())
         else:
             patch.setattr(loss_utils, name, lambda *arguments, **options: arguments[0].float().sum())
-        report = peft_kernels.accelerate(model)
+        report = peft_kernels.optimize(model)
         (row,) = [layer for layer in report if layer.name == ""]
         what = "ForCausalLM in LOSS_MAPPING" if name == "the table" else name
         assert not row.fused and row.reason == f"its loss: {what} of {loss_utils.__name__} was replaced"
         assert torch.allclose(*losses(), rtol=1e-5)
-    (row,) = [layer for layer in peft_kernels.accelerate(model) if layer.name == ""]
+    (row,) = [layer for layer in peft_kernels.optimize(model) if layer.name == ""]
     assert row.fused and FusedLoss.is_set(model)
     assert torch.allclose(*losses(), rtol=1e-5)
 
@@ -319,18 +319,18 @@ def test_patched_activations(monkeypatch, name, when):
     model = tiny("llama", hidden_act=name).eval()
     stock = copy.deepcopy(model)
     if when == "after":
-        peft_kernels.accelerate(model)
+        peft_kernels.optimize(model)
         check(model, stock)
     cls = activations.ACT2CLS[name]
     cls = cls[0] if isinstance(cls, tuple) else cls
     with monkeypatch.context() as patch:
         patch.setattr(cls, "forward", lambda self, x: x)
         if when == "before":
-            peft_kernels.accelerate(model)
+            peft_kernels.optimize(model)
         check(model, stock)
-        reasons = left_alone(peft_kernels.accelerate(model))
+        reasons = left_alone(peft_kernels.optimize(model))
         assert reasons["LlamaMLP"] == f"its activation is a {cls.__name__}"
-    assert not left_alone(peft_kernels.accelerate(model))
+    assert not left_alone(peft_kernels.optimize(model))
     check(model, stock)
 
 

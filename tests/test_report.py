@@ -68,7 +68,7 @@ def test_every_layer_is_named(name):
         for module_name, module in model.named_modules()
         if "weight" in module._parameters and not isinstance(module, _NO_LAYERS)
     }
-    report = peft_kernels.accelerate(model)
+    report = peft_kernels.optimize(model)
     rows = {row.name: row for row in report}
     assert with_parameters <= rows.keys()
     for class_name in ARCHITECTURES[name][1].split():
@@ -82,7 +82,7 @@ def test_every_layer_is_named(name):
 
 @pytest.mark.parametrize("name", ["gemma3_text", "phi3", "olmo2"])
 def test_attention_without_a_fused_form_is_counted(name):
-    report = peft_kernels.accelerate(make(name))
+    report = peft_kernels.optimize(make(name))
     rows = [row for row in report.left_alone if "Attention" in row.kind]
     assert len(rows) == 2 and {row.reason for row in rows} == {"this class has no fused form"}
     assert ", 0 left alone" not in repr(report)
@@ -92,7 +92,7 @@ def test_parts_of_other_layers_are_not_named():
     """Around an attention there may be a module with its name; an adapter's layers go by themselves."""
     model = make("bert")
     peft_kernels.insert_adapters(model, "pfeiffer", bottleneck=4)
-    report = peft_kernels.accelerate(model)
+    report = peft_kernels.optimize(model)
     assert not [row for row in report if row.kind.endswith("BertAttention") or "news" in row.name]
     adapters = [f"{name}." for name, module in model.named_modules() if "peft_kernels.nn" in type(module).__module__]
     assert adapters and not [row for row in report if row.name.startswith(tuple(adapters))]
@@ -100,7 +100,7 @@ def test_parts_of_other_layers_are_not_named():
 
 def test_what_torch_has_is_named():
     model = nn.Sequential(nn.LayerNorm(4), nn.Linear(4, 4), nn.ReLU(), nn.BatchNorm1d(4), nn.Conv1d(4, 4, 1))
-    rows = list(peft_kernels.accelerate(model))
+    rows = list(peft_kernels.optimize(model))
     assert [(row.kind, row.fused) for row in rows] == [
         ("torch.LayerNorm", False), ("torch.Linear", False), ("torch.BatchNorm1d", False),
     ]  # fmt: skip

@@ -34,7 +34,7 @@ def decoder_layer(base, dtype, accelerated=True, **options):
     model = peft.get_peft_model(model, peft.LoraConfig(r=RANK, target_modules="all-linear", **options)).train()
     randomize(model)
     if accelerated:
-        peft_kernels.accelerate(model)
+        peft_kernels.optimize(model)
     return model, layers_of(model)[0]
 
 

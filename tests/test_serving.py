@@ -56,7 +56,7 @@ def test_each_sample_has_its_own_adapter(base, accelerated, tmp_path):
               for seed, (name, config) in enumerate(CONFIGS.items())}  # fmt: skip
     wanted[None] = decode(copy.deepcopy(base))
     if accelerated:
-        peft_kernels.accelerate(base)
+        peft_kernels.optimize(base)
     with AdapterPool(base, slots=3, max_rank=8) as pool:
         for name in CONFIGS:
             pool.load(name, tmp_path / name)
@@ -74,7 +74,7 @@ def test_one_adapter_is_as_packed_as_without_a_pool(tmp_path, monkeypatch):
     base = base_model("4bit")
     for seed, name in enumerate(NAMES):
         save_adapter(base, tmp_path / name, seed)
-    peft_kernels.accelerate(base)
+    peft_kernels.optimize(base)
     plans = []
     layer_class = type(base.model.layers[0])
     original = layer_class._make_plan
@@ -168,7 +168,7 @@ def test_threads_have_batches_of_their_own(served):
 def test_batches_of_two_pools_within_each_other(tmp_path):
     """One model's layers are served by two pools: each batch stays its own pool's."""
     base = base_model("4bit")
-    peft_kernels.accelerate(base)
+    peft_kernels.optimize(base)
     up = {seed: save_adapter(base, tmp_path / f"up{seed}", seed, target_modules=["up_proj"]) for seed in (1, 2)}
     save_adapter(base, tmp_path / "q", 3, target_modules=["q_proj"])
     for model in up.values():
@@ -401,7 +401,7 @@ def test_accelerate_and_restore_of_a_served_model(tmp_path):
     wanted = decode(save_adapter(base, tmp_path / "a"))
     pool = AdapterPool(base)
     pool.load("a", tmp_path / "a")
-    peft_kernels.accelerate(base)
+    peft_kernels.optimize(base)
     with pool.batch(["a", "a"]):
         assert error(decode(base), wanted) <= SAME_STEP
     before = [type(module) for module in base.modules()]

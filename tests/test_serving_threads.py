@@ -60,7 +60,7 @@ def test_requests_while_adapters_come_and_go(count, tmp_path):
     for seed, (version, rank) in enumerate(RANKS.items()):
         save_adapter(base, tmp_path / version, seed, r=rank)
     broken = broken_folders(tmp_path / "v0", tmp_path)
-    peft_kernels.accelerate(base, tune=False)
+    peft_kernels.optimize(base, tune=False)
     pool = AdapterPool(base, slots=6, max_rank=8, wait=60.0)
     alone = {None: logits(base)}
     for version in RANKS:

@@ -32,7 +32,7 @@ def fused_layers(model):
     return [name for name, module in model.named_modules() if isinstance(module, FusedLayer | output_layer.Linear)]
 
 
-@pytest.mark.parametrize("order", ["accelerate-shard", "shard-accelerate"])
+@pytest.mark.parametrize("order", ["optimize-shard", "shard-optimize"])
 def test_restore(order, mesh):
     model = tiny("llama").eval()
     classes = [type(module) for module in model.modules()]
@@ -40,10 +40,10 @@ def test_restore(order, mesh):
     real = padding.bool()
     with torch.no_grad():
         wanted = model(ids, attention_mask=padding).logits[real]
-        if order == "shard-accelerate":
+        if order == "shard-optimize":
             shard(model, mesh)
-        peft_kernels.accelerate(model)
-        if order == "accelerate-shard":
+        peft_kernels.optimize(model)
+        if order == "optimize-shard":
             shard(model, mesh)
         assert len(fused_layers(model)) == 2 * 5 + 2
         for _ in range(2):
@@ -55,7 +55,7 @@ def test_restore(order, mesh):
         assert type(module) is cls or (type(module).__bases__ == (FSDPModule, cls))
     layers = model.model.layers
     assert type(layers[0]) is type(layers[1]) and type(layers[0]).__name__ == "FSDPLlamaDecoderLayer"
-    peft_kernels.accelerate(model)
+    peft_kernels.optimize(model)
     assert len(fused_layers(model)) == 2 * 5 + 2
 
 
@@ -67,9 +67,9 @@ def test_report_says_what_runs(mesh):
     model = get_peft_model(tiny("llama"), LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False))
     ids, padding = tokens()
     wanted = step(model, ids, padding)
-    before = [(row.name, row.kind, row.fused, row.reason) for row in peft_kernels.accelerate(model)]
+    before = [(row.name, row.kind, row.fused, row.reason) for row in peft_kernels.optimize(model)]
     shard(model.get_base_model(), mesh)
-    assert before == [(row.name, row.kind, row.fused, row.reason) for row in peft_kernels.accelerate(model)]
+    assert before == [(row.name, row.kind, row.fused, row.reason) for row in peft_kernels.optimize(model)]
     got = full(step(model, ids, padding))
     assert got.keys() == wanted.keys()
     for name, value in wanted.items():
@@ -80,7 +80,7 @@ def test_dense_layers(mesh, monkeypatch):
     monkeypatch.setattr("peft_kernels.cpu.outruns_torch", lambda: True)
     model = nn.Sequential(nn.Linear(512, 512))
     fully_shard(model, mesh=mesh)
-    (row,) = peft_kernels.accelerate(model)
+    (row,) = peft_kernels.optimize(model)
     assert row.fused and row.reason == ""
     x, calls = torch.randn(96, 512), []
     function = peft_kernels.integrations.base_layer.lora_linear_unchecked
@@ -94,7 +94,7 @@ def test_parametrised_since():
     layer = tiny("llama").model.norm
     stock = type(layer)
     model = nn.Sequential(layer)
-    peft_kernels.accelerate(model)
+    peft_kernels.optimize(model)
     nn.utils.parametrize.register_parametrization(layer, "weight", nn.Identity())
     peft_kernels.restore(model)
     assert not fused_layers(model) and type(layer).__bases__ == (stock,)

@@ -1,4 +1,4 @@
-"""The benchmark of what `accelerate` chooses, on tiny layers; no timings."""
+"""The benchmark of what `optimize` chooses, on tiny layers; no timings."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""What `accelerate` fuses where it is told to fuse only some layers, or not to fuse others."""
+"""What `optimize` fuses where it is told to fuse only some layers, or not to fuse others."""
 
 import copy
 
@@ -59,7 +59,7 @@ def assert_same(model, stock):
 
 
 def test_the_families_are_those_of_the_layers(adapted):
-    peft_kernels.accelerate(adapted)
+    peft_kernels.optimize(adapted)
     assert families(adapted) <= {*FAMILIES}
     assert families(adapted) >= {
         "lora", "linear4bit", "attention", "rms_norm", "gated_mlp", "decoder_layer", "output_layer", "cross_entropy"
@@ -70,21 +70,21 @@ def test_the_families_are_those_of_the_layers(adapted):
                                     "cross_entropy"])  # fmt: skip
 def test_a_family(family, model):
     whole, stock = copy.deepcopy(model), copy.deepcopy(model)
-    peft_kernels.accelerate(whole)
-    report = peft_kernels.accelerate(model, exclude=family)
+    peft_kernels.optimize(whole)
+    report = peft_kernels.optimize(model, exclude=family)
     assert families(model) == families(whole) - {family}
     # An output layer is then a linear layer like any other.
     assert family == "output_layer" or any(f"{family!r} is excluded" in layer.reason for layer in report.left_alone)
     assert_same(model, stock)
     alone = copy.deepcopy(stock)
-    peft_kernels.accelerate(alone, only=[family])
+    peft_kernels.optimize(alone, only=[family])
     assert families(alone) == {family}
     assert_same(alone, stock)
 
 
 def test_modules(model):
     stock = copy.deepcopy(model)
-    report = peft_kernels.accelerate(model, only="model.layers.1", exclude=["*.mlp", "model.layers.*.input_layernorm"])
+    report = peft_kernels.optimize(model, only="model.layers.1", exclude=["*.mlp", "model.layers.*.input_layernorm"])
     assert fused(model) == {
         "model.layers.1", "model.layers.1.self_attn", "model.layers.1.post_attention_layernorm"
     }  # fmt: skip
@@ -97,7 +97,7 @@ def test_modules(model):
 
 def test_attention_that_is_left_alone_runs_as_stock(model, monkeypatch):
     stock = copy.deepcopy(model)
-    peft_kernels.accelerate(model, exclude=["model.layers.0.self_attn"])
+    peft_kernels.optimize(model, exclude=["model.layers.0.self_attn"])
     assert model.config._attn_implementation == NAME
     asked = []
     by_torch = torch.nn.functional.scaled_dot_product_attention
@@ -119,28 +119,28 @@ def test_attention_that_is_left_alone_runs_as_stock(model, monkeypatch):
 
 def test_parts_go_with_an_adapters_layer(adapted):
     stock = copy.deepcopy(adapted)
-    peft_kernels.accelerate(adapted, only="lora")
+    peft_kernels.optimize(adapted, only="lora")
     mlp = "base_model.model.model.layers.{}.mlp.{}_proj"
     layers = {mlp.format(number, name) for number in (0, 1) for name in ("gate", "up", "down")}
     assert fused(adapted) >= layers and families(adapted) <= {"lora", "linear4bit", "linear", "dropout"}
     assert_same(adapted, stock)
     other = copy.deepcopy(stock)
-    peft_kernels.accelerate(other, exclude=["linear4bit", "linear"])
+    peft_kernels.optimize(other, exclude=["linear4bit", "linear"])
     assert fused(other) >= layers
     third = copy.deepcopy(stock)
-    peft_kernels.accelerate(third, exclude="lora")
+    peft_kernels.optimize(third, exclude="lora")
     assert not families(third) & {"lora", "linear4bit", "dropout"}
     assert_same(third, stock)
 
 
 def test_a_later_call_restores_what_it_excludes(model):
     stock = copy.deepcopy(model)
-    peft_kernels.accelerate(model)
-    peft_kernels.accelerate(model, only=["rms_norm", "lm_head"], exclude="model.norm")
+    peft_kernels.optimize(model)
+    peft_kernels.optimize(model, only=["rms_norm", "lm_head"], exclude="model.norm")
     assert families(model) == {"rms_norm", "output_layer"} and "model.norm" not in fused(model)
     assert model.config._attn_implementation == "sdpa"
     assert_same(model, stock)
-    peft_kernels.accelerate(model)
+    peft_kernels.optimize(model)
     assert {"attention", "gated_mlp", "cross_entropy"} <= families(model)
     peft_kernels.restore(model)
     assert not families(model)
@@ -149,10 +149,10 @@ def test_a_later_call_restores_what_it_excludes(model):
 def test_environment(model, monkeypatch, caplog):
     monkeypatch.setenv("PEFT_KERNELS_ONLY", "rms_norm, attention")
     monkeypatch.setenv("PEFT_KERNELS_EXCLUDE", "model.norm,nothing.like.it")
-    peft_kernels.accelerate(model)
+    peft_kernels.optimize(model)
     assert families(model) == {"rms_norm", "attention"} and "model.norm" not in fused(model)
     assert "PEFT_KERNELS_EXCLUDE: got 'nothing.like.it'" in caplog.text
-    peft_kernels.accelerate(model, only="gated_mlp", exclude=())
+    peft_kernels.optimize(model, only="gated_mlp", exclude=())
     assert families(model) == {"gated_mlp"}
 
 
@@ -168,10 +168,10 @@ def test_environment(model, monkeypatch, caplog):
 )
 def test_bad_names(switch, error_type, match, model):
     with pytest.raises(error_type, match=match):
-        peft_kernels.accelerate(model, **switch)
+        peft_kernels.optimize(model, **switch)
     assert not families(model) and model.config._attn_implementation == "sdpa"
 
 
 def test_nothing_may_be_fused(model):
-    report = peft_kernels.accelerate(model, only=())
+    report = peft_kernels.optimize(model, only=())
     assert not families(model) and not report.fused

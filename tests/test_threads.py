@@ -55,7 +55,7 @@ MODELS = {
 @pytest.mark.parametrize("name", MODELS)
 def test_forward(name, count):
     model = MODELS[name]().eval()
-    peft_kernels.accelerate(model)
+    peft_kernels.optimize(model)
     batches = [tokens(length=6 + number) for number in range(THREADS)]
 
     def call(number):
@@ -69,5 +69,5 @@ def test_forward(name, count):
 @pytest.mark.parametrize("base", ["dense", "4bit"])
 def test_decoding(base, count):
     model = lora(base)
-    peft_kernels.accelerate(model)
+    peft_kernels.optimize(model)
     assert differences(lambda number: decode(model, rows=1 + number, prompt=5 + number), count) == 0

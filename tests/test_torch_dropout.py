@@ -21,7 +21,7 @@ from peft_kernels.testing.reference.dropout import dropout as oracle
 
 def fused(p=0.5, **arguments):
     model = nn.Sequential(nn.Dropout(p, **arguments)).train()
-    peft_kernels.accelerate(model)
+    peft_kernels.optimize(model)
     return model
 
 
@@ -47,13 +47,13 @@ def test_is_the_op_in_training_only():
 @pytest.mark.parametrize("arguments", [{"p": 0.0}, {"p": 1.0}, {"p": 0.5, "inplace": True}], ids=str)
 def test_layers_that_are_passed_over(arguments):
     model = nn.Sequential(nn.Dropout(**arguments))
-    assert len(peft_kernels.accelerate(model)) == 0 and type(model[0]) is nn.Dropout
+    assert len(peft_kernels.optimize(model)) == 0 and type(model[0]) is nn.Dropout
 
 
 @pytest.mark.parametrize("p", [np.float32(0.25), torch.tensor(0.25)], ids=["numpy", "tensor"])
 def test_other_kinds_of_numbers(p):
     model = nn.Sequential(nn.Dropout(p))
-    assert all(layer.fused for layer in peft_kernels.accelerate(model))
+    assert all(layer.fused for layer in peft_kernels.optimize(model))
     y = model(torch.ones(1000))
     assert set(y.tolist()) == {0.0, torch.tensor(1 / 0.75).item()}
 
@@ -90,7 +90,7 @@ def test_a_step_of_a_model(name):
     for module in wanted.modules():
         if type(module) is nn.Dropout:
             module.__class__ = OracleDropout
-    rows = [row for row in peft_kernels.accelerate(model) if row.kind == "torch.Dropout"]
+    rows = [row for row in peft_kernels.optimize(model) if row.kind == "torch.Dropout"]
     assert len(rows) == (6 if name == "bert" else 5) and all(row.fused for row in rows)
     results = []
     for either in (model, wanted):
@@ -134,7 +134,7 @@ def test_copies_pickles_and_the_way_back():
 
 def test_dropouts_of_fused_adapters_are_not_printed():
     model = fused_model("dense", lora_dropout=0.1)
-    report = peft_kernels.accelerate(model)
+    report = peft_kernels.optimize(model)
     assert [row.name for row in report] == [
         "base_model.model.lin", "base_model.model.lin.lora_dropout.default",
     ]  # fmt: skip
@@ -144,7 +144,7 @@ def test_dropouts_of_fused_adapters_are_not_printed():
 def test_dropouts_of_other_adapters_are_used():
     model = lora_model("dense", lora_dropout=0.1)
     layer_of(model).lora_A["default"].register_forward_hook(lambda *_: None)  # which PEFT's forward calls
-    report = peft_kernels.accelerate(model)
+    report = peft_kernels.optimize(model)
     assert "lora_dropout" in str(report) and "layers: 1 fused, 1 left alone" in str(report)
     called = []
     layer_of(model).lora_dropout["default"].register_forward_hook(lambda *_: called.append(1))

@@ -58,7 +58,7 @@ def test_as_stock(kind, frozen, calls):
     x = torch.randn(2, ROWS // 2, FEATURES) if conv1d else torch.randn(ROWS, FEATURES)
     model.requires_grad_(not frozen)
     wanted = step(copy.deepcopy(model).double(), x.double())
-    (row,) = peft_kernels.accelerate(model)
+    (row,) = peft_kernels.optimize(model)
     assert (row.kind, row.fused) == ("transformers.Conv1D" if conv1d else "torch.Linear", True)
     for name, value in step(model, x).items():
         assert_close(value, wanted[name], tolerances.FP32_SUM, name)
@@ -68,7 +68,7 @@ def test_as_stock(kind, frozen, calls):
 @pytest.mark.parametrize("layer", [nn.Linear(FEATURES, FEATURES), Conv1D(FEATURES, FEATURES)], ids=["linear", "conv1d"])
 def test_restore_copy_and_pickle(layer):
     model, x = nn.Sequential(copy.deepcopy(layer)), torch.randn(ROWS, FEATURES)
-    peft_kernels.accelerate(model)
+    peft_kernels.optimize(model)
     wanted = model(x)
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert isinstance(other[0], FusedDense) and torch.equal(other(x), wanted)
@@ -79,7 +79,7 @@ def test_restore_copy_and_pickle(layer):
 
 def test_compiles_into_one_graph(calls):
     model, x = make(), torch.randn(ROWS, FEATURES)
-    peft_kernels.accelerate(model)
+    peft_kernels.optimize(model)
     wanted = step(model, x)
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     for name, value in step(compiled, x).items():
@@ -88,7 +88,7 @@ def test_compiles_into_one_graph(calls):
 
 def test_weight_that_the_backward_does_not_read_may_change():
     model, x = make(), torch.randn(ROWS, FEATURES)
-    peft_kernels.accelerate(model)
+    peft_kernels.optimize(model)
     y = model(x).sum()
     with torch.no_grad():
         model[0].weight.add_(1)
@@ -100,20 +100,20 @@ def test_bias_that_is_not_dense():
     model, x = make(), torch.randn(ROWS, FEATURES)
     model[0].bias = nn.Parameter(torch.randn(2 * FEATURES)[::2])
     wanted = model(x)
-    peft_kernels.accelerate(model)
+    peft_kernels.optimize(model)
     assert_close(model(x), wanted.double(), tolerances.FP32_SUM)
 
 
 def test_report_after_a_change():
     model = make()
-    peft_kernels.accelerate(model)
-    (row,) = peft_kernels.accelerate(model.to(torch.bfloat16))
+    peft_kernels.optimize(model)
+    (row,) = peft_kernels.optimize(model.to(torch.bfloat16))
     assert (row.fused, row.reason) == (False, "its weight is torch.bfloat16")
 
 
 def test_other_inputs_are_torchs(calls):
     model = make()
-    peft_kernels.accelerate(model)
+    peft_kernels.optimize(model)
     model(torch.randn(20, FEATURES))  # a small product
     with torch.autocast("cpu", torch.bfloat16):
         assert model(torch.randn(ROWS, FEATURES)).dtype is torch.bfloat16
@@ -134,13 +134,13 @@ def test_other_inputs_are_torchs(calls):
     ids=["small", "bf16", "meta"],
 )
 def test_others_are_left_alone(layer, reason):
-    (row,) = peft_kernels.accelerate(nn.Sequential(layer))
+    (row,) = peft_kernels.optimize(nn.Sequential(layer))
     assert (row.fused, row.reason, type(layer)) == (False, reason, nn.Linear)
 
 
 def test_where_torch_is_as_fast(monkeypatch):
     monkeypatch.setattr("peft_kernels.cpu.outruns_torch", lambda: False)
-    (row,) = peft_kernels.accelerate(make())
+    (row,) = peft_kernels.optimize(make())
     assert (row.fused, row.reason) == (False, "torch's product is as fast on this processor")
 
 
@@ -149,7 +149,7 @@ def test_under_adapters(calls):
     model = get_peft_model(make(), LoraConfig(r=128, target_modules=["0"], init_lora_weights=False))
     x = torch.randn(ROWS, FEATURES)
     wanted = step(model, x)
-    report = peft_kernels.accelerate(model)
+    report = peft_kernels.optimize(model)
     assert all(layer.fused for layer in report)
     assert "2 fused" not in str(report) and "torch.Linear" not in str(report)  # parts of the adapted layer
     for name, value in step(model, x).items():

@@ -25,7 +25,7 @@ def attention_rows(report):
 
 
 def accelerated(model):
-    peft_kernels.accelerate(model)
+    peft_kernels.optimize(model)
     return model
 
 
@@ -54,7 +54,7 @@ def test_sliding_window(name, window):
     with torch.no_grad():
         wanted = [model(ids, mask).logits for mask in (None, padding)]
         generated = model.generate(ids, attention_mask=padding, max_new_tokens=8, do_sample=False)
-        peft_kernels.accelerate(model)
+        peft_kernels.optimize(model)
         assert torch.allclose(model(ids).logits, wanted[0], atol=1e-5)
         real = padding.bool()
         assert torch.allclose(model(ids, padding).logits[real], wanted[1][real], atol=1e-5)
@@ -80,7 +80,7 @@ def test_masks_of_other_kinds():
                     model(ids, causal).logits[real], model(ids, additive).logits[real]]  # fmt: skip
 
     wanted = results()
-    peft_kernels.accelerate(model)
+    peft_kernels.optimize(model)
     for got, want in zip(results(), wanted, strict=True):
         assert torch.allclose(got, want, atol=1e-5)
 
@@ -98,7 +98,7 @@ def test_padding_is_not_dropped():
 def test_gradient_checkpointing(reentrant):
     model = lora(tiny("llama"))
     ids, padding = tokens()
-    peft_kernels.accelerate(model)
+    peft_kernels.optimize(model)
     wanted = step(model, ids, padding)
     model.enable_input_require_grads()
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
@@ -110,7 +110,7 @@ def test_attention_dropout(name):
     option = {"llama": "attention_dropout", "bert": "attention_probs_dropout_prob"}[name]
     model = tiny(name, **{option: 0.5})
     ids, padding = tokens()
-    assert all(layer.fused for layer in attention_rows(peft_kernels.accelerate(model)))
+    assert all(layer.fused for layer in attention_rows(peft_kernels.optimize(model)))
 
     def logits(seed):
         torch.manual_seed(seed)
@@ -133,7 +133,7 @@ def test_attention_dropout_of_one_takes_torchs_attention():
 def test_older_versions_are_left_alone(monkeypatch):
     monkeypatch.setattr(integration, "sdpa_mask", lambda batch_size, cache_position: None)
     model = tiny("llama")
-    report = attention_rows(peft_kernels.accelerate(model))
+    report = attention_rows(peft_kernels.optimize(model))
     assert all("asks for masks in another way" in layer.reason for layer in report)
     assert model.config._attn_implementation == "sdpa"
 
@@ -141,14 +141,14 @@ def test_older_versions_are_left_alone(monkeypatch):
 def test_other_implementations_are_left_alone():
     model = tiny("llama")
     model.set_attn_implementation("eager")
-    report = peft_kernels.accelerate(model)
+    report = peft_kernels.optimize(model)
     assert {layer.reason for layer in attention_rows(report)} == {"its attention is 'eager', not 'sdpa'"}
     assert model.config._attn_implementation == "eager"
     # Chosen afterwards, it is what counts.
     model.set_attn_implementation("sdpa")
-    peft_kernels.accelerate(model)
+    peft_kernels.optimize(model)
     model.set_attn_implementation("eager")
-    report = peft_kernels.accelerate(model)
+    report = peft_kernels.optimize(model)
     assert {layer.reason for layer in attention_rows(report)} == {"its attention is now 'eager'"}
     assert model(tokens()[0], output_attentions=True).attentions[0].shape == (3, 4, 9, 9)
 
@@ -158,7 +158,7 @@ def test_restore_copy_pickle_and_save(tmp_path):
     stock = type(model.model.layers[0].self_attn)
     ids, padding = tokens()
     wanted = model(ids, padding).logits
-    peft_kernels.accelerate(model)
+    peft_kernels.optimize(model)
     fused = model(ids, padding).logits
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert torch.equal(other(ids, padding).logits, fused)

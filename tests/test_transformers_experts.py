@@ -54,7 +54,7 @@ OWN = ["step3p7:Step3p7Experts", "llama4:Llama4TextExperts", "jetmoe:JetMoeParal
 
 def accelerated(layer):
     """The layer itself, and why it was left alone, if it was."""
-    report = peft_kernels.accelerate(layer)
+    report = peft_kernels.optimize(layer)
     return layer, report.layers[0].reason
 
 
@@ -172,7 +172,7 @@ def test_models_train_as_stock_does(name):
     model = tiny_moe(name)
     ids = token_ids()
     wanted = step(model, ids)
-    report = peft_kernels.accelerate(model)
+    report = peft_kernels.optimize(model)
     layers = [layer for layer in report if layer.kind.endswith("Experts")]
     assert layers and all(layer.fused for layer in layers)
     assert_same(step(model, ids), wanted)
@@ -186,7 +186,7 @@ def test_auxiliary_loss_is_the_models():
     model = tiny_moe("mixtral", output_router_logits=True, router_aux_loss_coef=0.5).train()
     ids = token_ids()
     wanted = model(ids, labels=ids)
-    peft_kernels.accelerate(model)
+    peft_kernels.optimize(model)
     actual = model(ids, labels=ids)
     assert wanted.aux_loss > 0 and torch.allclose(actual.aux_loss, wanted.aux_loss, rtol=1e-5)
     assert torch.allclose(actual.loss, wanted.loss, rtol=1e-5)
@@ -197,7 +197,7 @@ def test_generates_what_stock_does(name):
     model = tiny_moe(name)
     ids = token_ids(1, 5)
     wanted = model.generate(ids, max_new_tokens=8, do_sample=False)
-    peft_kernels.accelerate(model)
+    peft_kernels.optimize(model)
     assert torch.equal(model.generate(ids, max_new_tokens=8, do_sample=False), wanted)
 
 
@@ -208,7 +208,7 @@ def test_gradient_checkpointing(use_reentrant):
     wanted = step(model, ids)
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": use_reentrant})
     model.enable_input_require_grads()
-    peft_kernels.accelerate(model)
+    peft_kernels.optimize(model)
     assert_same(step(model, ids), wanted)
 
 
@@ -381,7 +381,7 @@ def test_parametrised_layers_are_left_to_stock(caplog):
 def test_other_parametrised_layers_are_named():
     model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.LayerNorm(8))
     torch.nn.utils.parametrizations.weight_norm(model[0])
-    linear = peft_kernels.accelerate(model).layers[0]
+    linear = peft_kernels.optimize(model).layers[0]
     assert not linear.fused and linear.reason == "it has a parametrization" and linear.kind == "torch.Linear"
 
 
@@ -408,7 +408,7 @@ def test_sharded_models(tmp_path):
         for layer in experts_of(model):
             fully_shard(layer, mesh=mesh)
         fully_shard(model, mesh=mesh)
-        report = peft_kernels.accelerate(model)
+        report = peft_kernels.optimize(model)
         assert all(layer.fused for layer in report if layer.kind.endswith("Experts"))
         actual = {
             name: getattr(value, "full_tensor", lambda value=value: value)() for name, value in step(model, ids).items()

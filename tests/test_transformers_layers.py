@@ -73,7 +73,7 @@ def test_trains_as_stock_does(name):
     model = make(name)
     model.eval()  # dropout of T5
     wanted = step(model)
-    report = rows(peft_kernels.accelerate(model))
+    report = rows(peft_kernels.optimize(model))
     counts = MODELS[name][2]
     assert sum(layer.fused for layer in report) == sum(counts.values())
     for key, value in step(model).items():
@@ -104,7 +104,7 @@ def test_error_in_bf16(weight_dtype):
         with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=weight_dtype is torch.float32):
             wanted = exact(ids, padding).logits[padding.bool()]
             stock = model(ids, padding).logits
-            peft_kernels.accelerate(model)
+            peft_kernels.optimize(model)
             fused = model(ids, padding).logits
         assert fused.dtype is stock.dtype
         ours.append(error(fused[padding.bool()], wanted))
@@ -156,12 +156,12 @@ def test_classes_that_were_patched(monkeypatch):
             getattr(modeling_llama, name), "forward", functools.wraps(stock)(lambda *a, **k: stock(*a, **k))
         )
 
-    peft_kernels.accelerate(tiny("llama"))  # their fused forms are made
+    peft_kernels.optimize(tiny("llama"))  # their fused forms are made
     patch("LlamaRMSNorm")
     patch("LlamaAttention")
     assert not integration.FusedRMSNorm.fits(modeling_llama.LlamaRMSNorm)
     assert integration.FusedRMSNorm.fits(MistralRMSNorm)  # which still does what Llama's file says
-    report = peft_kernels.accelerate(tiny("llama"))
+    report = peft_kernels.optimize(tiny("llama"))
     reasons = {layer.kind: layer.reason for layer in missed(report)}
     assert reasons.pop("transformers.LlamaDecoderLayer") == "its input_layernorm is not fused"
     assert reasons == dict.fromkeys(
@@ -182,7 +182,7 @@ def test_blocks_that_cannot_be_fused(change):
     ids, _ = tokens()
     wanted = model(ids).logits
     seen.clear()
-    report = rows(peft_kernels.accelerate(model))
+    report = rows(peft_kernels.optimize(model))
     (reason,) = {layer.reason for layer in report if layer.name == "model.layers.1.mlp"}
     assert reason == {
         "activation": "its activation is a ReLUSquaredActivation", "hook": "hooks on its activation",
@@ -198,7 +198,7 @@ def test_activations(name):
     model = tiny("llama", hidden_act=name).eval()
     ids = tokens()[0][:1, :5]  # few enough for the fused decoder layers
     wanted = model(ids).logits
-    report = rows(peft_kernels.accelerate(model))
+    report = rows(peft_kernels.optimize(model))
     assert all(layer.fused for layer in report)
     assert torch.allclose(model(ids).logits, wanted, atol=1e-6)
     with torch.no_grad():
@@ -216,7 +216,7 @@ def test_trained_norms_and_hooks():
     seen = []
     model.model.norm.register_forward_hook(lambda *_: seen.append(1))
     wanted = step(model)
-    peft_kernels.accelerate(model)
+    peft_kernels.optimize(model)
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     actual = step(model)
     assert len(wanted) == 6 and len(seen) == 2
@@ -226,7 +226,7 @@ def test_trained_norms_and_hooks():
 
 def test_copies_and_pickles(tmp_path):
     model = tiny("llama").eval()
-    peft_kernels.accelerate(model)
+    peft_kernels.optimize(model)
     ids, _ = tokens()
     wanted = model(ids).logits
     norm = model.model.norm
@@ -248,7 +248,7 @@ def test_no_such_fused_class():
 
 def test_inputs_for_the_stock_path():
     model = tiny("llama").eval()
-    peft_kernels.accelerate(model)
+    peft_kernels.optimize(model)
     norm, x = model.model.norm, torch.randn(2, 32)
     assert torch.equal(norm(x), rms_norm(x, norm.weight, norm.variance_epsilon))
     assert norm(x.double()).dtype is torch.float64

@@ -182,7 +182,7 @@ def gpu(monkeypatch):
 def test_torch_gets_what_it_gets_in_stock(name, scenario, gpu):
     model = make(name)
     wanted = calls_of(scenario, model)
-    report = peft_kernels.accelerate(model)
+    report = peft_kernels.optimize(model)
     assert model.config._attn_implementation == "sdpa", "nothing would be gained by another one"
     assert_same_calls(calls_of(scenario, model), wanted)
     (reason,) = {row.reason for row in report if "Attention" in row.kind}
@@ -210,7 +210,7 @@ def test_adapters_leave_it_alone(name, adapted, scenario, gpu):
     """(IA)³'s vectors of keys and values belong to linear layers: no attention takes them."""
     model = adapted(make(name)).eval()
     wanted, numbers = calls_of(scenario, model), run(scenario, model)
-    report = peft_kernels.accelerate(model)
+    report = peft_kernels.optimize(model)
     assert any(row.kind.startswith("peft.") and row.fused for row in report)
     assert_same_calls(calls_of(scenario, model), wanted)
     torch.testing.assert_close(run(scenario, model), numbers, rtol=1e-4, atol=1e-5)
@@ -220,7 +220,7 @@ def test_adapters_leave_it_alone(name, adapted, scenario, gpu):
 def test_model_that_is_moved_afterwards(name, scenario, request):
     model = make(name)
     wanted = calls_of(scenario, model)
-    peft_kernels.accelerate(model)
+    peft_kernels.optimize(model)
     assert model.config._attn_implementation == integration.NAME
     assert not calls_of(scenario, model), "on the CPU the attention is this package's"
     request.getfixturevalue("gpu")
@@ -238,7 +238,7 @@ def test_layers_on_two_devices_share_a_mask(name, scenario, first_on_gpu, monkey
     monkeypatch.setattr(integration, "takes_over", lambda device: not on_gpu[-1])
     wanted = run(scenario, model)
     on_gpu[-1] = False
-    peft_kernels.accelerate(model)
+    peft_kernels.optimize(model)
     on_gpu[-1] = first_on_gpu
     layers = [module for module in model.modules() if isinstance(module, integration.FusedAttention)]
     for layer, device in zip(layers, (first_on_gpu, not first_on_gpu), strict=True):
@@ -256,9 +256,9 @@ def test_what_is_taken_over():
 
 def test_model_that_comes_back(gpu, monkeypatch):
     model = make("llama")
-    peft_kernels.accelerate(model)
+    peft_kernels.optimize(model)
     monkeypatch.undo()
-    (reason,) = {row.reason for row in peft_kernels.accelerate(model) if row.kind.endswith("LlamaAttention")}
+    (reason,) = {row.reason for row in peft_kernels.optimize(model) if row.kind.endswith("LlamaAttention")}
     assert reason == "" and model.config._attn_implementation == integration.NAME
     assert not calls_of(causal, model)
 
@@ -301,7 +301,7 @@ def test_prefix_of_peft(scenario, gpu):
     stock = make("llama")
     wanted = calls_of(scenario, stock)
     model = get_peft_model(stock, PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=LENGTH))
-    (row, *_) = peft_kernels.accelerate(model)
+    (row, *_) = peft_kernels.optimize(model)
     assert row.kind == "peft.PeftModelForCausalLM" and row.fused
     assert stock.config._attn_implementation == integration.NAME
     ids, padding = tokens()
@@ -330,7 +330,7 @@ def test_who_runs_a_prefix(backend, dtype, gpu):
     exact = logits()
     model.to(dtype)
     stock = logits()
-    peft_kernels.accelerate(model)
+    peft_kernels.optimize(model)
     with recorded() as calls:
         ours = logits()
     assert len(calls) == (2 if dtype is torch.float32 else 0)

@@ -43,7 +43,7 @@ def logits_of():
 def test_every_layer_uses_it(name, calls, logits_of):
     model = tiny(name).eval()
     wanted = logits_of(model)
-    peft_kernels.accelerate(model)
+    peft_kernels.optimize(model)
     assert not calls
     assert torch.allclose(logits_of(model), wanted, atol=1e-5)
     assert len(calls) == 2
@@ -56,7 +56,7 @@ def test_positions_of_each_row(calls, logits_of):
     model = tiny("llama").eval()
     positions = torch.stack([torch.arange(9), torch.arange(3, 12), torch.randperm(9)])
     wanted = logits_of(model, position_ids=positions)
-    peft_kernels.accelerate(model)
+    peft_kernels.optimize(model)
     assert torch.allclose(logits_of(model, position_ids=positions), wanted, atol=1e-5)
     assert [call[2].shape for call in calls] == [(3, 9, 8)] * 2
 
@@ -68,7 +68,7 @@ def test_models_without_one_keep_their_forward(name):
 
     model = tiny(name)
     before = forwards()
-    peft_kernels.accelerate(model)
+    peft_kernels.optimize(model)
     assert forwards() == before
 
 
@@ -76,7 +76,7 @@ def test_decorators_are_kept(calls):
     model = tiny("llama").eval()
     layer = model.model.layers[0].self_attn
     stock = type(layer).forward
-    peft_kernels.accelerate(model)
+    peft_kernels.optimize(model)
     fused = type(layer).forward
     assert fused is not stock and inspect.signature(fused) == inspect.signature(stock)
     for name in ("__name__", "__qualname__", "__module__", "__doc__", "__defaults__", "__kwdefaults__"):
@@ -118,7 +118,7 @@ def test_copies_through_decorators():
 def test_what_replaces_the_stock_function_later_is_called(calls, logits_of, monkeypatch):
     stock = stock_module().apply_rotary_pos_emb
     model = tiny("llama").eval()
-    peft_kernels.accelerate(model)
+    peft_kernels.optimize(model)
     assert stock_module().apply_rotary_pos_emb is stock
     rotated = logits_of(model)
     monkeypatch.setattr(stock_module(), "apply_rotary_pos_emb", lambda q, k, cos, sin: (q, k))
@@ -160,7 +160,7 @@ def test_unusual_calls_take_the_stock_function(change, calls):
 def test_hooks_of_the_accelerate_library(calls, logits_of):
     model = tiny("llama").eval()
     layer = model.model.layers[0].self_attn
-    peft_kernels.accelerate(model)
+    peft_kernels.optimize(model)
     add_hook_to_module(layer, AlignDevicesHook(execution_device="cpu"))
     logits_of(model)
     assert len(calls) == 2
@@ -174,7 +174,7 @@ def test_hooks_of_the_accelerate_library(calls, logits_of):
 def test_compiles_once(grad):
     """A copied function's globals are no module's, which the guards of torch.compile must not expect."""
     model = tiny("llama").eval()
-    peft_kernels.accelerate(model)
+    peft_kernels.optimize(model)
     ids, _ = tokens()
     torch.compiler.reset()
     with torch.set_grad_enabled(grad), torch._dynamo.config.patch(error_on_recompile=True):

@@ -67,7 +67,7 @@ TRANSFORMS = {
 def test_takes_the_stock_path(kind, transform):
     model, x = MODELS[kind](), torch.randn(3, IN_FEATURES)  # in training mode: no weight is repacked
     wanted = TRANSFORMS[transform](model, x)
-    assert all(row.fused for row in peft_kernels.accelerate(model))
+    assert all(row.fused for row in peft_kernels.optimize(model))
     actual = TRANSFORMS[transform](model, x)
     torch.testing.assert_close(actual, wanted, rtol=0, atol=0)
 
@@ -77,7 +77,7 @@ def test_no_tensor_raises_what_stock_raises(kind, caplog):
     model = MODELS[kind]()
     with pytest.raises((TypeError, AttributeError)) as wanted:
         model(None)
-    peft_kernels.accelerate(model)
+    peft_kernels.optimize(model)
     registry._logged.clear()
     with caplog.at_level(logging.WARNING, "peft_kernels"), pytest.raises(wanted.type) as actual:
         model(None)
@@ -94,5 +94,5 @@ def test_language_model_in_a_transform():
 
     parameters = {name: parameter.detach() for name, parameter in model.named_parameters()}
     wanted = grad(loss)(parameters)
-    assert not missed(peft_kernels.accelerate(model))
+    assert not missed(peft_kernels.optimize(model))
     torch.testing.assert_close(grad(loss)(parameters), wanted)

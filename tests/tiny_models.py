@@ -103,7 +103,7 @@ def assert_same_steps(model: nn.Module, ids: Tensor, padding: Tensor) -> peft_ke
     Every layer that can be has to be fused.
     """
     wanted = [step(model, ids, mask) for mask in (padding, None)]
-    report = peft_kernels.accelerate(model)
+    report = peft_kernels.optimize(model)
     assert not missed(report)
     for mask, want in zip((padding, None), wanted, strict=True):
         assert_same(step(model, ids, mask), want)

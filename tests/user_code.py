@@ -23,7 +23,7 @@ def readme(model: PreTrainedModel, inputs: dict[str, Tensor]) -> None:
     callback = peft_kernels.PeftKernelsCallback(tune=60.0, exclude=["attention"], restore=True)
     print(callback.report)
     families: tuple[str, ...] = peft_kernels.FAMILIES
-    report = peft_kernels.accelerate(model, only=families, exclude="model.norm")
+    report = peft_kernels.optimize(model, only=families, exclude="model.norm")
     assert_type(report, Report)
     assert_type(next(iter(report)), LayerReport)
     trained: tuple[str, ...] = peft_kernels.train_biases_only(model, ["classifier"])

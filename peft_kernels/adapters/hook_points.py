@@ -1,7 +1,7 @@
 """Where in a model the adapters of each kind act: known architectures, and patterns of module names.
 
 A layer is known by the modules that it is made of, not by its class: BERT's are those of RoBERTa, ELECTRA, …, Llama's
-those of Mistral, Qwen, … Nor is it known by what its forward calls, as layers are that `accelerate` replaces. A hook
+those of Mistral, Qwen, … Nor is it known by what its forward calls, as layers are that `optimize` replaces. A hook
 leaves the forward as it is, and of transformers' 147 classes with Llama's modules (5.24) 74 have another forward.
 
 Where the block's LayerNorm follows the sum (BERT):

@@ -30,7 +30,7 @@ COMMANDS = {
     "quantize": "write a checkpoint with 4-bit weights as bitsandbytes stores them, with adapters merged or without",
     "combine": "make one LoRA adapter of several: sums, TIES, DARE, pruning, cut to a rank or not",
     "plan": "what fine-tuning a model would take: parameters, and memory with and without the fused kernels",
-    "tune": "time linear layers against stock, and keep what was found for accelerate",
+    "tune": "time linear layers against stock, and keep what was found for optimize",
     "bench": "time a layer stock and fused, or run one of the repository's benchmarks",
 }
 

@@ -1,4 +1,4 @@
-"""Times linear layers of given shapes against stock, for what `accelerate` chooses later: peft_kernels/tune.py."""
+"""Times linear layers of given shapes against stock, for what `optimize` chooses later: peft_kernels/tune.py."""
 
 from __future__ import annotations
 

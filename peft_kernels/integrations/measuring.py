@@ -30,7 +30,7 @@ from ..choices import FUSED, LIBRARY, MODES, STOCK, Choice, Entry
 from .registry import Measured, Trial, describe, restore
 
 ROWS = (1, 8, 9, 16, 64, choices.MANY_ROWS)  # kernels for few rows end at 8, and others at 15
-SECONDS = 60.0  # for all that a call of `accelerate` times
+SECONDS = 60.0  # for all that a call of `optimize` times
 LEAST_PARAMETERS = 1_000_000  # the layers of smaller models take microseconds, most of which is Python's
 _MOST_BYTES = 1 << 29  # of a layer, since it is copied
 _LEAST_ROUNDS, _MOST_ROUNDS = 5, 15

@@ -1,4 +1,4 @@
-"""`accelerate`: which layers of a model get a fused forward, and the report on it."""
+"""`optimize`: which layers of a model get a fused forward, and the report on it."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ class LayerReport:
 
 @dataclass(frozen=True, repr=False)
 class Report(PrintedReport):
-    """What `accelerate` did, layer by layer. Printed, it is a table in which numbered layers share a row, without the
+    """What `optimize` did, layer by layer. Printed, it is a table in which numbered layers share a row, without the
     base layers and dropouts that run inside a fused layer.
 
     Attributes:
@@ -133,7 +133,7 @@ class Report(PrintedReport):
         return f"layers: {counts[True]} fused, {counts[False]} left alone"
 
 
-def accelerate(model: nn.Module, *, tune: bool | float = True, only: Names = None, exclude: Names = None) -> Report:
+def optimize(model: nn.Module, *, tune: bool | float = True, only: Names = None, exclude: Names = None) -> Report:
     """Gives every layer of a model that has a fused form its fused forward, in place. `restore` undoes it.
 
     Fused are, on the CPU and, but for attention, on CUDA devices that the package was built for: PEFT's `lora.Linear`

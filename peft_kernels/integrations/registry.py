@@ -1,7 +1,7 @@
 """The one table of layers that have a fused form: class → fused class → the reason when a layer can't take it.
 
 A fused class is a subclass of the stock class, under the same name, that adds no state of its own worth saving.
-`accelerate` assigns it to the instance's `__class__`. So everything but the overridden methods is the stock layer's
+`optimize` assigns it to the instance's `__class__`. So everything but the overridden methods is the stock layer's
 own (parameters, names, state_dict, hooks, isinstance, `type(layer).__name__`), a copied or pickled layer stays fused,
 and `restore` is the same assignment the other way round.
 """
@@ -71,7 +71,7 @@ class Measured(_Mixin):
     """A layer whose stock forward may be the faster one here, for inputs of some sizes."""
 
     stock: ClassVar[type[nn.Module]]
-    _choice: Choice | None = None  # as `accelerate` found it; None where the fused forward is taken
+    _choice: Choice | None = None  # as `optimize` found it; None where the fused forward is taken
 
     def trial(self) -> Trial | None:
         """How to time it; None where that takes more than an input."""
@@ -109,7 +109,7 @@ class FusedLayer(Measured):
         return None
 
     def prepare(self) -> str:
-        """Runs at every `accelerate`, when all layers that can be fused are; a remark for the report."""
+        """Runs at every `optimize`, when all layers that can be fused are; a remark for the report."""
         return ""
 
     def why_not_restore(self) -> str | None:
@@ -213,7 +213,7 @@ def refuse(stock: type[nn.Module], reason: str | None) -> None:
 
 
 def register_setting(setting: AnySetting) -> AnySetting:
-    """Class decorator: has `accelerate` set it where it applies."""
+    """Class decorator: has `optimize` set it where it applies."""
     _settings.append(setting)
     return setting
 
@@ -249,7 +249,7 @@ def describe(cls: type) -> str:
 
 
 def restore(model: nn.Module) -> None:
-    """Gives every layer that `accelerate` fused its stock forward back.
+    """Gives every layer that `optimize` fused its stock forward back.
 
     The result is as if the layers had never been fused, with two exceptions, neither of which loses precision: a
     4-bit weight that was repacked when it was fused stays in its ordinary format, and adapters that are merged at the

@@ -221,7 +221,7 @@ def _checked(names: Any, layers: Collection[nn.Module]) -> Rows:
         if not isinstance(layer, TakesRows) and not adapter_names(layer).isdisjoint(rows.names):
             raise ValueError(
                 f"model: got a {describe(type(layer))} that is not fused, with an adapter that adapter_names has; "
-                "wanted layers that take rows: peft_kernels.accelerate(model) fuses those that can"
+                "wanted layers that take rows: peft_kernels.optimize(model) fuses those that can"
             )
         if getattr(layer, "merged_adapters", None):
             raise ValueError(f"model: got merged adapters {layer.merged_adapters}, wanted them unmerged")

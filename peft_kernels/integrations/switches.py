@@ -1,4 +1,4 @@
-"""Which of a model's layers `accelerate` may fuse: by family, or by the modules' names."""
+"""Which of a model's layers `optimize` may fuse: by family, or by the modules' names."""
 
 from __future__ import annotations
 

@@ -39,7 +39,7 @@ class Step:
     Attributes:
         kept: at the end of the forward, for the backward.
         peak: the most at any time of the step, gradients of the parameters among it.
-        fused, left: how many layers `accelerate` fused, and left alone.
+        fused, left: how many layers `optimize` fused, and left alone.
     """
 
     kept: int
@@ -100,9 +100,9 @@ def _run(config: Any, recipe: Recipe, fuses: bool) -> _Run:
     with FakeTensorMode():
         weights = with_stand_ins(model)
         if fuses:
-            from .. import accelerate
+            from .. import optimize
 
-            report = accelerate(model, tune=False)
+            report = optimize(model, tune=False)
             fused, left = len(report.fused), len(report.left_alone)
         inputs = _inputs(model, recipe)
         live = _Live([*weights, *inputs.values()], recipe.rows * recipe.tokens * _experts_per_token(config))

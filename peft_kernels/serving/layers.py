@@ -1,6 +1,6 @@
 """Linear layers that a pool serves: the class that a layer has while its pool is open.
 
-As with `accelerate`, one object's class is changed and nothing else, so parameters and their names stay as they are,
+As with `optimize`, one object's class is changed and nothing else, so parameters and their names stay as they are,
 and nothing of the base is copied. What a call's rows have for adapters is in the call's `Batch`, never on the layer.
 """
 

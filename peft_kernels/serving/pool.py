@@ -87,7 +87,7 @@ class AdapterPool:
 
     Adapters live in three tiers: pages on the model's device, host memory, and their folders. A batch takes the pages
     of the least recently used adapters for those that it needs; what is in no page any more comes back from host
-    memory, or from its folder. `accelerate` before or after makes the rest of the model faster as well.
+    memory, or from its folder. `optimize` before or after makes the rest of the model faster as well.
 
     Args:
         model: a model as transformers loads it, dense or in bitsandbytes' 4 bits, without PEFT's layers. Its parameters

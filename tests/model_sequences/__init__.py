@@ -1,4 +1,4 @@
-"""What the sequences of `test_accelerate_sequences` are made of: models, steps that change them, and forwards."""
+"""What the sequences of `test_optimize_sequences` are made of: models, steps that change them, and forwards."""
 
 from model_sequences import adapter_steps, module_steps, parameter_steps
 from model_sequences.checks import check_sequence

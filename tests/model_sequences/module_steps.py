@@ -228,7 +228,7 @@ def saved(pair):
 
 
 def accelerate_again(pair):
-    peft_kernels.accelerate(pair.fused)
+    peft_kernels.optimize(pair.fused)
 
 
 def restore(pair):

@@ -61,7 +61,7 @@ def _saved_pair(template: str) -> bytes:
     model = get_peft_model(model, config()).eval()
     scramble(model, "default")
     fused = copy.deepcopy(model)
-    peft_kernels.accelerate(fused)
+    peft_kernels.optimize(fused)
     return written((model, fused))
 
 

@@ -208,7 +208,7 @@ def _producer(parent: Any, leaf: str, scale: Tensor) -> Any:
 def _target(model: nn.Module, name: str, layer: ia3.IA3Layer, names: list[str]) -> nn.Module | Refusal:
     """The 4-bit layer whose rows take a layer's vector; or why there is none."""
     if not isinstance(layer, FusedIA3):
-        return Refusal("it is not fused: call accelerate first")
+        return Refusal("it is not fused: call optimize first")
     from ..bitsandbytes.linear4bit import Fused4bit
 
     target: nn.Module | Refusal = layer.base_layer

@@ -1,4 +1,4 @@
-"""`accelerate` for models that transformers' Trainer, or one of TRL's, makes or wraps by itself."""
+"""`optimize` for models that transformers' Trainer, or one of TRL's, makes or wraps by itself."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from ..model import Report, accelerate
+from ..model import Report, optimize
 from ..registry import restore as restore_layers
 from ..switches import Names
 
@@ -26,7 +26,7 @@ class PeftKernelsCallback(TrainerCallback):
     logger "peft_kernels". Checkpoints hold what they held before: layers keep their parameters' names.
 
     Args:
-        tune, only, exclude: those of `accelerate`.
+        tune, only, exclude: those of `optimize`.
         restore: whether the model gets its stock layers back when training ends, as for pickling it whole.
 
     Attributes:
@@ -45,7 +45,7 @@ class PeftKernelsCallback(TrainerCallback):
     ) -> None:  # fmt: skip
         if model is None:
             return
-        self.report = accelerate(model, tune=self.tune, only=self.only, exclude=self.exclude)
+        self.report = optimize(model, tune=self.tune, only=self.only, exclude=self.exclude)
         if state.is_world_process_zero:
             _logger.info("%s", self.report)
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import Cache, DynamicCache, PreTrainedModel
 
 from ...nn.prefix import PrefixEncoder
-from ..model import accelerate
+from ..model import optimize
 from ..registry import check_module, undone_on_error
 from .attention import NAME, PREFIX, FusedAttention
 
@@ -67,7 +67,7 @@ def attach_prefix(
             + ", wanted {}, {} and {}, as the model has".format(*wanted)
         )
     with undone_on_error(model):
-        accelerate(model)
+        optimize(model)
         if reason := take_over(backbone):
             raise ValueError(f"model: got one whose layers would not see a prefix: {reason}")
     model.requires_grad_(False)
@@ -144,7 +144,7 @@ def inject(backbone: PreTrainedModel, kwargs: dict[str, Any], prefix: Prefix, co
     if backbone.config._attn_implementation != NAME:  # any other attention would leave the prefix out
         raise RuntimeError(
             f"the model's attention: got {backbone.config._attn_implementation!r}, wanted {NAME!r}, since it has a "
-            "prefix: call accelerate again, or detach the prefix"
+            "prefix: call optimize again, or detach the prefix"
         )
     length, padding = prefix[0][0].shape[1], kwargs.get("attention_mask")
     if counted and padding is not None:

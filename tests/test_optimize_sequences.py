@@ -5,7 +5,7 @@ Accelerated layers keep what they found out about themselves for the next call: 
 row squares. Whatever changes the model has to be seen by them, in any order. So two copies of a model, one of them
 accelerated, go through the same steps, and have to compute the same after each.
 
-2,000 sequences run by default; `pytest --hypothesis-profile long tests/test_accelerate_sequences.py` runs ten times as
+2,000 sequences run by default; `pytest --hypothesis-profile long tests/test_optimize_sequences.py` runs ten times as
 many.
 """
 

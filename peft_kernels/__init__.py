@@ -21,11 +21,18 @@ from .training import AdapterSettings, AdapterTrainer
 if TYPE_CHECKING:
     from .integrations.peft.ia3 import merge_ia3
     from .integrations.transformers.prefix import attach_prefix, detach_prefix
+    from .integrations.transformers.prompt import attach_prompt, detach_prompt
 
 choices.apply()
 
 # What needs transformers, or PEFT, is imported when it is asked for.
-_OPTIONAL = {"attach_prefix": "transformers.prefix", "detach_prefix": "transformers.prefix", "merge_ia3": "peft.ia3"}
+_OPTIONAL = {
+    "attach_prefix": "transformers.prefix",
+    "attach_prompt": "transformers.prompt",
+    "detach_prefix": "transformers.prefix",
+    "detach_prompt": "transformers.prompt",
+    "merge_ia3": "peft.ia3",
+}
 
 __all__ = [
     "FAMILIES",
@@ -35,7 +42,9 @@ __all__ = [
     "adapter_rows",
     "adapters",
     "attach_prefix",
+    "attach_prompt",
     "detach_prefix",
+    "detach_prompt",
     "freeze_adapters",
     "fuse_adapters",
     "insert_adapters",

@@ -166,11 +166,16 @@ def _positions(backbone: PreTrainedModel, kwargs: dict[str, Any], padding: Tenso
     tokens: Any = kwargs.get("input_ids") if kwargs.get("inputs_embeds") is None else kwargs["inputs_embeds"][..., 0]
     cache = cache_of(kwargs)
     past = 0 if cache is None else cache.get_seq_length()
-    if backbone.config.model_type == "opt":  # counts only what is no padding
+    if not counts_padding(backbone.config):
         if padding is None:
             padding = torch.ones(tokens.shape[0], past + tokens.shape[1], device=tokens.device)
         return ((padding.cumsum(dim=1) + length) * padding - 1)[:, past:].long()
     return torch.arange(past + length, past + length + tokens.shape[1], device=tokens.device)[None]
+
+
+def counts_padding(config: Any) -> bool:
+    """Whether a model that is given no positions counts padding among them: OPT does not."""
+    return bool(config.model_type != "opt")
 
 
 def backbone_of(model: nn.Module) -> PreTrainedModel:

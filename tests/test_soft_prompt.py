@@ -10,7 +10,7 @@ import torch
 from peft import LoraConfig, PrefixTuningConfig, PromptEncoderConfig, PromptTuningConfig, get_peft_model
 from tiny_models import DECODERS, END, PADDING, VOCABULARY, assert_same, greedy, tiny, tokens
 from torch import nn
-from transformers import StaticCache, T5Config, T5ForConditionalGeneration
+from transformers import GenerationConfig, StaticCache, T5Config, T5ForConditionalGeneration
 
 import peft_kernels
 from peft_kernels.nn import SoftPrompt
@@ -222,6 +222,8 @@ def test_lengths_and_padding_mean_what_they_do_without_a_prompt():
     ids = ids.masked_fill(padding == 0, PADDING)
     wanted = model.generate(ids, attention_mask=padding, max_new_tokens=6, do_sample=False)
     assert torch.equal(model.generate(ids, max_length=15, do_sample=False), wanted)
+    config = GenerationConfig(max_length=15, do_sample=False, pad_token_id=PADDING)
+    assert torch.equal(model.generate(ids, config), wanted)
     embeds = model.get_input_embeddings()(ids)
     new = model.generate(inputs_embeds=embeds, attention_mask=padding, max_length=15, do_sample=False)
     assert torch.equal(new, wanted[:, 9:])
@@ -417,10 +419,16 @@ def test_positions_of_the_model(name, most):
     model = tiny(name).eval()
     peft_kernels.attach_prompt(model, length=LENGTH)
     fits = (most or 70) - LENGTH
+    padding = nn.functional.pad(torch.ones(1, fits, dtype=torch.int64), (3, 0))
     model(torch.full((1, fits), 5))
     if most is not None:
         with pytest.raises(ValueError, match=f"input_ids: got sequences that end at position {most + 1} with a prompt"):
             model(torch.full((1, fits + 1), 5))
+    if name != "roberta":  # whose positions count padding where it is given embeddings
+        positions = (padding.cumsum(1) - 1).clamp(min=0)
+        model(torch.full((1, fits + 3), 5), attention_mask=padding, position_ids=positions)
+    if name == "opt":
+        model(torch.full((1, fits + 3), 5), attention_mask=padding)
 
 
 def test_inputs_that_do_not_fit():

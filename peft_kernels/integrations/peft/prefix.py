@@ -119,9 +119,8 @@ class PeftModelForCausalLM(FusedPrefix, peft.PeftModelForCausalLM):
         is_disabled = getattr(self.prepare_inputs_for_generation, "__self__", None) is not self  # by disable_adapter
         if is_disabled or not _has_prompt(self):
             return generate(*args, **kwargs)
-        names = dict(zip(("inputs", "generation_config"), args, strict=False)) | kwargs
-        inputs, config, task_ids = (names.pop(name, None) for name in ("inputs", "generation_config", "task_ids"))
-        generation = Generation(self, inputs, config, names)
+        task_ids = kwargs.get("task_ids")
+        generation = Generation(self, args, {name: value for name, value in kwargs.items() if name != "task_ids"})
         if generation.is_without_cache:
             return generate(*args, **kwargs)
         with torch.no_grad():

@@ -15,13 +15,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import GenerationMixin, PreTrainedModel
 
 from ...nn.soft_prompt import Encoder, SoftPrompt, prepend
 from ...ops._arguments import refuse
 from ..registry import check_module
 from .attached import Attached, check_nothing_attached
-from .prefix import cache_of, find_backbone, named_arguments, remove_hooks
+from .prefix import cache_of, counts_padding, find_backbone, named_arguments, remove_hooks
 
 _SUBMODULE = "soft_prompt"
 _IS_IN = "soft_prompt_is_in"  # an argument of a call within a generation, whose first embeddings have the prompt
@@ -93,8 +93,9 @@ def attach_prompt(
     most = _most_positions(host)
     if most is not None and prompt.length >= most:
         refuse("prompt", f"{prompt.length} virtual tokens", f"fewer than the model's {most} positions")
+    model.add_module(_SUBMODULE, prompt)
     model.requires_grad_(False)
-    model.add_module(_SUBMODULE, prompt.requires_grad_())
+    prompt.requires_grad_()
     site = host if is_language_model else _backbone(host)
     site.register_forward_pre_hook(_Attached(prompt, most), with_kwargs=True)
     if not is_language_model:
@@ -133,11 +134,14 @@ class _Attached(Attached):
 
     def __call__(self, model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Arguments:
         kwargs = named_arguments(model, args, kwargs)
-        if kwargs.pop(_IS_IN, False):
-            self._check_positions(kwargs, 0)
-            return (), kwargs
+        is_in = kwargs.pop(_IS_IN, False)
+        if not is_in:
+            kwargs = self._after_prompt(model, kwargs)
+        self._check_positions(model, kwargs)
+        return (), kwargs
+
+    def _after_prompt(self, model: PreTrainedModel, kwargs: dict[str, Any]) -> dict[str, Any]:
         past = _past(kwargs)
-        self._check_positions(kwargs, 0 if past else self.prompt.length)
         if not past:
             tokens, embedding = _tokens(kwargs, self.prompt.d), model.get_input_embeddings()
             kwargs["inputs_embeds"] = prepend(self.prompt(), tokens, embedding)
@@ -148,12 +152,17 @@ class _Attached(Attached):
                 raise ValueError(
                     f"attention_mask: got one of {got} tokens, wanted {wanted}: those in the cache, and those given"
                 )
-        return (), _extended(kwargs, self.prompt.length, begins=not past)
+        return _extended(kwargs, self.prompt.length, begins=not past)
 
-    def _check_positions(self, kwargs: dict[str, Any], n: int) -> None:
+    def _check_positions(self, model: PreTrainedModel, kwargs: dict[str, Any]) -> None:
         if self.most is None or torch.compiler.is_compiling():
             return
-        count = _past(kwargs) + n + _count(kwargs)
+        count = _past(kwargs) + _count(kwargs)
+        positions, mask = kwargs.get("position_ids"), kwargs.get("attention_mask")
+        if count > self.most and positions is not None:
+            count = int(positions.max()) + 1
+        elif count > self.most and mask is not None and not counts_padding(model.config):
+            count = int(mask.sum(-1).max())
         if count > self.most:
             raise ValueError(
                 f"input_ids: got sequences that end at position {count} with a prompt of {self.prompt.length}, "
@@ -165,10 +174,8 @@ def _drop_prompt(backbone: nn.Module, args: tuple[Any, ...], kwargs: dict[str, A
     """Forward hook of a model without a head: its last hidden states are the tokens'."""
     (hook,) = (hook for hook in backbone._forward_pre_hooks.values() if isinstance(hook, _Attached))
     hidden, cache = outputs[0], cache_of(kwargs)
-    if (
-        cache is not None and int(cache.get_seq_length()) > hidden.shape[1]
-    ):  # an earlier call's tokens follow the prompt
-        return outputs
+    if cache is not None and int(cache.get_seq_length()) > hidden.shape[1]:
+        return outputs  # the prompt was in an earlier call
     hidden = hidden[:, hook.prompt.length :]
     if isinstance(outputs, tuple):
         return (hidden, *outputs[1:])
@@ -183,11 +190,11 @@ class _Generate:
     def __init__(self, model: Any, prompt: SoftPrompt) -> None:
         self.model, self.prompt = model, prompt
 
-    def __call__(self, inputs: Tensor | None = None, generation_config: Any = None, **kwargs: Any) -> Any:
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
         stock = type(self.model).generate
-        arguments = Generation(self.model, inputs, generation_config, kwargs)
+        arguments = Generation(self.model, args, kwargs)
         if arguments.is_without_cache:
-            return stock(self.model, inputs, generation_config, **kwargs)  # every step is as a forward
+            return stock(self.model, *args, **kwargs)  # every step is as a forward
         with torch.no_grad():
             prompt = self.prompt()
         return stock(self.model, **arguments.after(prompt, self.model.get_input_embeddings()))
@@ -221,11 +228,12 @@ class Generation:
         ValueError: there are no tokens, or they ask for a way of generating that would leave the prompt out.
     """
 
-    def __init__(self, model: Any, inputs: Tensor | None, generation_config: Any, kwargs: dict[str, Any]) -> None:
-        self.model = model
-        self.config = model.generation_config if generation_config is None else generation_config
-        self.kwargs = dict(kwargs, generation_config=generation_config)
-        ids = self.kwargs.pop("input_ids", None)
+    def __init__(self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        _, *names = inspect.signature(GenerationMixin.generate).parameters
+        self.kwargs = dict(zip(names, args, strict=False)) | kwargs
+        config = self.kwargs.get("generation_config")
+        self.config = model.generation_config if config is None else config
+        ids, inputs = (self.kwargs.pop(name, None) for name in ("input_ids", "inputs"))
         self.ids = ids if inputs is None else inputs
         self.embeds = self.kwargs.pop("inputs_embeds", None)
         for name in ("assistant_model", "prompt_lookup_num_tokens", "prefill_chunk_size"):

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from .integrations.peft.initialize import initialize_lora
     from .integrations.transformers.callback import PeftKernelsCallback
     from .integrations.transformers.prefix import attach_prefix, detach_prefix
+    from .integrations.transformers.prompt import attach_prompt, detach_prompt
 
 choices.apply()
 
@@ -35,7 +36,9 @@ choices.apply()
 _OPTIONAL = {
     "PeftKernelsCallback": "transformers.callback",
     "attach_prefix": "transformers.prefix",
+    "attach_prompt": "transformers.prompt",
     "detach_prefix": "transformers.prefix",
+    "detach_prompt": "transformers.prompt",
     "initialize_lora": "peft.initialize",
     "merge_ia3": "peft.ia3",
 }
@@ -49,8 +52,10 @@ __all__ = [
     "adapter_rows",
     "adapters",
     "attach_prefix",
+    "attach_prompt",
     "checkpoints",
     "detach_prefix",
+    "detach_prompt",
     "freeze_adapters",
     "fuse_adapters",
     "initialize_lora",

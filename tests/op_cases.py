@@ -178,6 +178,7 @@ LAYERS: dict[str, Callable[[], tuple[torch.nn.Module, tuple]]] = {
     "LoRALinear with an index": lambda: (lora_adapters(), (randn(M, K), torch.tensor([1, -1, 0]))),
     "ParallelAdapter": lambda: (bottleneck_adapter(nn.ParallelAdapter), (randn(M, K), randn(M, K))),
     "PrefixEncoder": lambda: (nn.PrefixEncoder(1, 2, 8, 3, hidden_size=8), ()),
+    "SoftPrompt": lambda: (nn.SoftPrompt(3, 8, "mlp"), ()),
 }
 
 

@@ -141,6 +141,8 @@ LAYERS = {
                        "dropout": 0.1, "dtype": torch.float32},
     nn.PrefixEncoder: {"num_layers": 1, "num_heads": 2, "head_dim": 8, "length": 3, "hidden_size": 8,
                        "dtype": torch.float32},
+    nn.SoftPrompt: {"length": 3, "d": 8, "encoder": "lstm", "hidden_size": 8, "num_layers": 1, "dropout": 0.0,
+                    "dtype": torch.float32},
 }  # fmt: skip
 WRONG_FOR_LAYERS = {**OTHERS, "negative": -2, "number": 2.5, "list": [1], "tensor": torch.ones(2), "dtype": torch.int32}
 RIGHT_FOR_LAYERS = {

@@ -129,6 +129,8 @@ def test_module_where_another_adapter_acts_otherwise(kind, module):
         lambda model: peft_kernels.adapter_rows(model, []).__enter__(),
         lambda model: peft_kernels.attach_prefix(model, length=4),
         peft_kernels.detach_prefix,
+        lambda model: peft_kernels.attach_prompt(model, length=4),
+        peft_kernels.detach_prompt,
         peft_kernels.merge_ia3,
     ],
 )

@@ -145,6 +145,21 @@ def _disabled(model, ids, padding):
         return model(input_ids=ids, attention_mask=padding).logits
 
 
+def test_after_being_disabled():
+    """PEFT leaves methods of the class on the instance, which are no replacements."""
+    model = prefix_model("llama").eval()
+    ids, padding = tokens()
+    wanted = greedy(model, ids, padding, 4)
+    _disabled(model, ids, padding)
+    assert not missed(peft_kernels.optimize(model))
+    options = {"attention_mask": padding, "max_new_tokens": 4, "do_sample": False}
+    assert torch.equal(model.generate(input_ids=ids, **options), wanted)
+    _disabled(model, ids, padding)
+    peft_kernels.restore(model)
+    assert torch.equal(greedy(model, ids, padding, 4), wanted)
+    model.prepare_inputs_for_generation(ids, attention_mask=padding)
+
+
 def test_switching_adapters():
     model = fused_prefix_model("llama").eval()
     ids, _ = tokens()

@@ -35,6 +35,12 @@ def with_prefix():
     return model
 
 
+def with_prompt():
+    model = tiny("qwen3")
+    peft_kernels.attach_prompt(model, length=5, encoder="mlp", hidden_size=8)
+    return model
+
+
 def with_adapters():
     model = tiny("llama")
     peft_kernels.insert_adapters(model, "parallel", bottleneck=8, norm_before=True)
@@ -47,6 +53,7 @@ MODELS = {
     "ia3": ia3,
     "peft prefix": with_peft_prefix,
     "prefix": with_prefix,
+    "prompt": with_prompt,
     "adapters": with_adapters,
 }
 

@@ -14,7 +14,7 @@ from peft_kernels import adapters, ops
 from peft_kernels.adapters import AdapterConfig, AdapterReport, FusionConfig
 from peft_kernels.checkpoints import CombineReport, ExportReport, combine_adapters, export_checkpoint
 from peft_kernels.integrations import LayerReport, Report
-from peft_kernels.nn import AdapterFusion, BottleneckAdapter, LoRALinear, ParallelAdapter, PrefixEncoder
+from peft_kernels.nn import AdapterFusion, BottleneckAdapter, LoRALinear, ParallelAdapter, PrefixEncoder, SoftPrompt
 from peft_kernels.ops import AdapterWeights, ExpertStack, NF4Weight
 from peft_kernels.serving import AdapterPool, LoRACheckpoint
 
@@ -25,10 +25,12 @@ def readme(model: PreTrainedModel, inputs: dict[str, Tensor]) -> None:
     families: tuple[str, ...] = peft_kernels.FAMILIES
     report = peft_kernels.optimize(model, only=families, exclude="model.norm")
     assert_type(report, Report)
+    assert_type(peft_kernels.accelerate(model), Report)
     assert_type(next(iter(report)), LayerReport)
     trained: tuple[str, ...] = peft_kernels.train_biases_only(model, ["classifier"])
     print(trained)
     peft_kernels.restore(model)
+    assert_type("lora" in peft_kernels.FAMILIES, bool)
 
     assert_type(peft_kernels.insert_adapters(model, "pfeiffer", bottleneck=48, name="news"), AdapterReport)
     peft_kernels.set_adapter(model, "news")
@@ -81,6 +83,13 @@ def readme(model: PreTrainedModel, inputs: dict[str, Tensor]) -> None:
     peft_kernels.attach_prefix(model, encoder, hidden_size=512)
     peft_kernels.detach_prefix(model)
 
+    prompt = peft_kernels.attach_prompt(model, length=20, encoder="lstm", hidden_size=128)
+    assert_type(prompt, SoftPrompt)
+    prompt.save("prompt.safetensors")
+    peft_kernels.detach_prompt(model)
+    peft_kernels.attach_prompt(model, SoftPrompt.load("prompt.safetensors"))
+    peft_kernels.attach_prompt(model, token_ids=[1, 2, 3])
+
 
 def layers(x: Tensor) -> None:
     linear = LoRALinear(64, 32, rank=8, quantize="nf4", device="cpu", dtype=torch.bfloat16)
@@ -95,6 +104,8 @@ def layers(x: Tensor) -> None:
     assert_type(series.forward(x), Tensor)
     assert_type(series.weights(), AdapterWeights)
     assert_type(parallel.forward(x, x), Tensor)
+    assert_type(SoftPrompt(20, 64, "mlp").forward(), Tensor)
+    assert_type(SoftPrompt.from_tokens(nn.Embedding(100, 64), [1, 2, 3], length=20), SoftPrompt)
     assert_type(AdapterFusion(64).forward(x, [x, x]), Tensor)
     assert_type(AdapterConfig("houlsby").make(64), BottleneckAdapter)
     assert_type(FusionConfig(("news", "code")).name, str)

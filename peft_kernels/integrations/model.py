@@ -28,6 +28,7 @@ from .registry import (
     describe,
     fused_form,
     is_mentioned,
+    is_own_method,
     refusal_of,
     restore_layer,
     settings,
@@ -282,7 +283,7 @@ def _load_packages() -> None:
 
 
 def _why_not(fused: type[FusedLayer], module: nn.Module) -> str | None:
-    if "forward" in vars(module):
+    if "forward" in vars(module) and not is_own_method(module, "forward", "forward"):
         return "its forward was replaced on the instance"
     if fused.stock.forward is not fused.stock_forward:
         return "its class's forward was replaced"

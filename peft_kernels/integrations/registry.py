@@ -46,6 +46,14 @@ Family = Literal[
 ]  # fmt: skip
 
 
+# Attributes where an instance may keep a method of its class, and the name of that method.
+_KEPT = {
+    "forward": "forward",
+    "_old_forward": "forward",
+    "prepare_inputs_for_generation": "prepare_inputs_for_generation",
+}
+
+
 class Trial(NamedTuple):
     """How a layer is timed.
 
@@ -322,10 +330,15 @@ def change_class(module: nn.Module, old: type, new: type) -> None:
     """Has a layer be of another class, also where `fully_shard` or a parametrization has put one of its own on top."""
     cls: Any = type(module)
     cls = rederived(cls, old, new)
-    # Hooks of the accelerate library keep the forward that they wrap as a bound method in the instance, where it
-    # would outlive the change.
-    for name in ("forward", "_old_forward"):
-        method = vars(module).get(name)
-        if getattr(method, "__func__", None) is type(module).forward:
-            vars(module)[name] = MethodType(cls.forward, module)
+    # Hooks of the accelerate library keep the forward that they wrap as a bound method in the instance, and PEFT's
+    # disable_adapter leaves methods there, where they would outlive the change.
+    for attribute, name in _KEPT.items():
+        if attribute in vars(module) and is_own_method(module, attribute, name):
+            vars(module)[attribute] = MethodType(getattr(cls, name), module)
     module.__class__ = cls
+
+
+def is_own_method(module: nn.Module, attribute: str, name: str) -> bool:
+    """Whether what an instance keeps as an attribute is the method of that name of its class, and not a replacement."""
+    method = getattr(vars(module)[attribute], "__func__", None)
+    return method is not None and method is getattr(type(module), name, None)

@@ -1,12 +1,17 @@
-"""PEFT's prefix tuning, fused: the prefix is neither expanded to the batch nor copied into the cache."""
+"""PEFT's prefix tuning, fused: the prefix is neither expanded to the batch nor copied into the cache.
+
+Prompt tuning, P-Tuning, multitask prompt tuning and CPT are PEFT's own, but for generation: PEFT looks for the cache
+under a name that transformers, from 5.20 or so on, has no more, finds none, and puts the prompt before every token.
+"""
 
 from __future__ import annotations
 
 from typing import Any
 
 import peft
+import torch
 from peft import PeftType
-from torch import nn
+from torch import Tensor, nn
 
 from ...nn.prefix import split_prefix
 from ..base_layer import why_not_skip
@@ -14,12 +19,16 @@ from ..registry import FusedLayer, register
 from ..transformers.prefix import (
     PrefixCache,
     backbone_of,
+    counts_padding,
     find_backbone,
     inject_from_cache,
     remove_hooks,
     take_over,
     why_no_prefix,
 )
+from ..transformers.prompt import Generation
+
+_PROMPTS = (PeftType.PROMPT_TUNING, PeftType.P_TUNING, PeftType.MULTITASK_PROMPT_TUNING, PeftType.CPT)
 
 
 class FusedPrefix(FusedLayer):
@@ -32,8 +41,7 @@ class FusedPrefix(FusedLayer):
 
     @classmethod
     def applies(cls, layer: nn.Module) -> bool:
-        config: Any = layer.active_peft_config
-        return bool(config.peft_type == PeftType.PREFIX_TUNING)
+        return _has_prefix(layer)
 
     @classmethod
     def why_not(cls, layer: nn.Module) -> str | None:
@@ -48,14 +56,18 @@ class FusedPrefix(FusedLayer):
         backbone = backbone_of(self)
         if inject_from_cache not in backbone._forward_pre_hooks.values():
             backbone.register_forward_pre_hook(inject_from_cache, with_kwargs=True)
-        take_over(backbone)
+        if _has_prefix(self):
+            take_over(backbone)
         return ""
 
     def release(self) -> None:
         remove_hooks(backbone_of(self), lambda hook: hook is inject_from_cache)
 
     def why_stock(self) -> str | None:
-        if not self.applies(self):
+        return self._why_no_prefix()
+
+    def _why_no_prefix(self) -> str | None:
+        if not _has_prefix(self):
             return f"its active adapter is {self.active_peft_config.peft_type.value}"
         backbone = backbone_of(self)
         if getattr(backbone.config, "sliding_window", None) is not None:
@@ -63,15 +75,15 @@ class FusedPrefix(FusedLayer):
         return why_no_prefix(backbone)
 
     def get_prompt(self, batch_size: int, task_ids: Any = None, max_cache_len: int | None = None) -> Any:
-        if reason := self.why_stock():
-            if self.applies(self):
+        if reason := self._why_no_prefix():
+            if _has_prefix(self):
                 self.log_stock_path(reason)
             return super().get_prompt(batch_size, task_ids, max_cache_len)  # type: ignore[misc]  # of the stock class
         return self._prefix_cache(counted=True)
 
     def _prefix_tuning_forward(self, *args: Any, **kwargs: Any) -> Any:
         # PEFT looks for an argument of a name that the models, from transformers 5.20 or so on, have no more.
-        if self.why_stock():
+        if self._why_no_prefix():
             return super()._prefix_tuning_forward(*args, **kwargs)  # type: ignore[misc]  # of the stock class
         return self.base_model(*args, past_key_values=self._prefix_cache(counted=True), **kwargs)
 
@@ -90,16 +102,48 @@ class FusedPrefix(FusedLayer):
 
 @register
 class PeftModelForCausalLM(FusedPrefix, peft.PeftModelForCausalLM):
-    __doc__ = FusedPrefix.__doc__
+    """The stock model, with a prefix as in the other classes; or it generates with a prompt before the tokens, once."""
+
+    @classmethod
+    def applies(cls, layer: nn.Module) -> bool:
+        return _has_prefix(layer) or _has_prompt(layer)
+
+    def prepare(self) -> str:
+        return super().prepare() or ("generation after PEFT's prompt" if _has_prompt(self) else "")
+
+    def why_stock(self) -> str | None:
+        return None if _has_prompt(self) else super().why_stock()
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        generate: Any = super().generate
+        is_disabled = getattr(self.prepare_inputs_for_generation, "__self__", None) is not self  # by disable_adapter
+        if is_disabled or not _has_prompt(self):
+            return generate(*args, **kwargs)
+        task_ids = kwargs.get("task_ids")
+        generation = Generation(self, args, {name: value for name, value in kwargs.items() if name != "task_ids"})
+        if generation.is_without_cache:
+            return generate(*args, **kwargs)
+        with torch.no_grad():
+            prompt = self.get_prompt(generation.batch, task_ids)
+        assert self.word_embeddings is not None
+        return generate(**generation.after(prompt, self.word_embeddings))
 
     def prepare_inputs_for_generation(  # type: ignore[override]  # PeftModel sets an attribute of this name
-        self, *args: Any, **kwargs: Any
+        self, *args: Any, inputs_embeds: Tensor | None = None, task_ids: Tensor | None = None, **kwargs: Any
     ) -> dict[str, Any]:
+        # Their names are here because transformers takes only arguments that it finds in the signature.
+        given = {"inputs_embeds": inputs_embeds, "task_ids": task_ids}
+        kwargs |= {name: value for name, value in given.items() if value is not None}
+        if _has_prompt(self) and inputs_embeds is not None:
+            # The prompt is in them, or in the cache by now. Positions are those of PEFT's forward, which gives none.
+            prepare: Any = self.base_model_prepare_inputs_for_generation
+            inputs: dict[str, Any] = prepare(*args, **kwargs)
+            return inputs | {"position_ids": None} if counts_padding(backbone_of(self).config) else inputs
         # PEFT would put its prompt under a name that transformers, from 5.20 or so on, ignores beside its own cache.
-        if self.why_stock():
-            inputs: dict[str, Any] = super().prepare_inputs_for_generation(*args, **kwargs)
+        if self._why_no_prefix():
+            inputs = super().prepare_inputs_for_generation(*args, **kwargs)
             return inputs
-        prepare: Any = self.base_model_prepare_inputs_for_generation
+        prepare = self.base_model_prepare_inputs_for_generation
         inputs = prepare(*args, **kwargs)
         name = "cache" if "cache" in inputs else "past_key_values"
         if not isinstance(inputs.get(name), PrefixCache):
@@ -125,3 +169,13 @@ class PeftModelForSequenceClassification(FusedPrefix, peft.PeftModelForSequenceC
 @register
 class PeftModelForTokenClassification(FusedPrefix, peft.PeftModelForTokenClassification):
     __doc__ = FusedPrefix.__doc__
+
+
+def _has_prefix(layer: nn.Module) -> bool:
+    config: Any = layer.active_peft_config
+    return bool(config.peft_type == PeftType.PREFIX_TUNING)
+
+
+def _has_prompt(layer: nn.Module) -> bool:
+    config: Any = layer.active_peft_config
+    return bool(config.peft_type in _PROMPTS)

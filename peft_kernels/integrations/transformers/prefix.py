@@ -19,6 +19,7 @@ from transformers import Cache, DynamicCache, PreTrainedModel
 from ...nn.prefix import PrefixEncoder
 from ..model import optimize
 from ..registry import check_module, undone_on_error
+from .attached import Attached, check_nothing_attached
 from .attention import NAME, PREFIX, FusedAttention
 
 Prefix = tuple[tuple[Tensor, Tensor], ...]
@@ -46,13 +47,13 @@ def attach_prefix(
 
     Raises:
         TypeError: `model` is not a module.
-        ValueError: the attention of the model is not fused, it has a prefix already, or the encoder does not fit it.
+        ValueError: the attention of the model is not fused, it has a prefix or a soft prompt already, or the encoder
+            does not fit it.
     """
     check_module(model)
     backbone = backbone_of(model)
     config = backbone.config
-    if any(isinstance(hook, _Attached) for hook in backbone._forward_pre_hooks.values()):
-        raise ValueError("model: got one with a prefix, wanted one without: call detach_prefix first")
+    check_nothing_attached(model)
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     parameter = next(model.parameters())
@@ -90,8 +91,10 @@ def detach_prefix(model: nn.Module) -> None:
     delattr(model, _SUBMODULE)
 
 
-class _Attached:
-    """Forward pre-hook of a backbone: its prefix is an encoder's. No closure, so that a copied model has its copy."""
+class _Attached(Attached):
+    """Forward pre-hook of a backbone: its prefix is an encoder's."""
+
+    what, detach = "prefix", "detach_prefix"
 
     def __init__(self, encoder: PrefixEncoder) -> None:
         self.encoder = encoder
@@ -163,11 +166,16 @@ def _positions(backbone: PreTrainedModel, kwargs: dict[str, Any], padding: Tenso
     tokens: Any = kwargs.get("input_ids") if kwargs.get("inputs_embeds") is None else kwargs["inputs_embeds"][..., 0]
     cache = cache_of(kwargs)
     past = 0 if cache is None else cache.get_seq_length()
-    if backbone.config.model_type == "opt":  # counts only what is no padding
+    if not counts_padding(backbone.config):
         if padding is None:
             padding = torch.ones(tokens.shape[0], past + tokens.shape[1], device=tokens.device)
         return ((padding.cumsum(dim=1) + length) * padding - 1)[:, past:].long()
     return torch.arange(past + length, past + length + tokens.shape[1], device=tokens.device)[None]
+
+
+def counts_padding(config: Any) -> bool:
+    """Whether a model that is given no positions counts padding among them: OPT does not."""
+    return bool(config.model_type != "opt")
 
 
 def backbone_of(model: nn.Module) -> PreTrainedModel:

@@ -281,32 +281,28 @@ void run_experts(void (*launch)(const Params&), const std::vector<Expert>& exper
     parallel_for_each(problem.experts, [&](int64_t task, int worker) { run(order[task], worker); });
 }
 
-// out += in W of a 4-bit stack, where W lies with the reduction's elements as rows: its launcher is a backward's.
-void multiply_across(const Stack& stack, const std::vector<Expert>& experts, const ConstMatrix& in, const Matrix& out,
-                     DType compute_dtype, const Tensor& like) {
-    run_experts(&dispatch::lora_linear_backward, experts, like,
-                [&](LoraLinearBackwardParams& params, const Expert& expert, int64_t, ExpertWeight& own) {
-                    stack.give(params, expert.index, own);
-                    params.n = own.nf4.n;
-                    params.k = own.nf4.k;
-                    params.compute_dtype = compute_dtype;
-                    params.grad_y = rows_from(in, expert.begin);
-                    params.grad_x = rows_from(out, expert.begin);
-                    return true;
-                });
+void give_matrices(LoraLinearForwardParams& params, const ConstMatrix& in, const Matrix& out) {
+    params.x = in;
+    params.y = out;
 }
-void multiply_along(const Stack& stack, const std::vector<Expert>& experts, const ConstMatrix& in, const Matrix& out,
-                    DType compute_dtype, const Tensor& like) {
-    run_experts(&dispatch::lora_linear_forward, experts, like,
-                [&](LoraLinearForwardParams& params, const Expert& expert, int64_t, ExpertWeight& own) {
-                    stack.give(params, expert.index, own);
-                    params.n = own.nf4.n;
-                    params.k = own.nf4.k;
-                    params.compute_dtype = compute_dtype;
-                    params.x = rows_from(in, expert.begin);
-                    params.y = rows_from(out, expert.begin);
-                    return true;
-                });
+void give_matrices(LoraLinearBackwardParams& params, const ConstMatrix& in, const Matrix& out) {
+    params.grad_y = in;
+    params.grad_x = out;
+}
+
+// The product alone, with a 4-bit stack whose matrices lie transposed: the launcher of a forward multiplies along the
+// rows of the codes, that of a backward across them.
+template <class Params>
+void multiply(void (*launch)(const Params&), const Stack& stack, const std::vector<Expert>& experts,
+              const ConstMatrix& in, const Matrix& out, DType compute_dtype, const Tensor& like) {
+    run_experts(launch, experts, like, [&](Params& params, const Expert& expert, int64_t, ExpertWeight& own) {
+        stack.give(params, expert.index, own);
+        params.n = own.nf4.n;
+        params.k = own.nf4.k;
+        params.compute_dtype = compute_dtype;
+        give_matrices(params, rows_from(in, expert.begin), rows_from(out, expert.begin));
+        return true;
+    });
 }
 
 void give_all(std::vector<Expert>& experts) {
@@ -340,7 +336,7 @@ Tensor forward(Tensor y, const Tensor& given_x, const Tensors& given_weight, con
     if (experts.empty() || stack.n == 0) return s;
     const bool is_across = stack.is_4bit() && transposed;
     if (is_across) {
-        multiply_across(stack, experts, of_x, out, dtype, x);
+        multiply(&dispatch::lora_linear_backward, stack, experts, of_x, out, dtype, x);
         give_all(experts);
     }
     run_experts(&dispatch::lora_linear_forward, experts, x,
@@ -434,7 +430,7 @@ std::tuple<Tensor, Tensor> backward(OptionalTensor grad_x, const Tensor& given_g
     const bool wants_x = grad_x && stack.k > 0;
     if (!experts.empty() && (wants_x || has_A || has_B)) {
         if (stack.is_4bit() && transposed && wants_x) {
-            multiply_along(stack, experts, of_grad_y, out, dtype, grad_y);
+            multiply(&dispatch::lora_linear_forward, stack, experts, of_grad_y, out, dtype, grad_y);
             give_all(experts);
         }
         run_experts(&dispatch::lora_linear_backward, experts, grad_y,

@@ -1,22 +1,28 @@
-"""`grouped_linear` on a GPU: as many launches for any number of experts up to 64. None of them waits for the offsets,
-so that a captured graph may change these.
+"""`grouped_linear` on a GPU, where no launch waits for the offsets, so that a captured graph may change these.
 
-Forward: the base product of all experts, by `grouped_matmul` with a 4-bit stack and by torch's `grouped_mm` with a
-dense one; and for each adapter the two launches of `lora_linear_grouped`, whose adapters are the experts' parts of it,
-and whose index is the expert of each row. Backward: the same with the product of grad_y, and three launches for each
-adapter. Each further 64 experts take as many launches for an adapter again.
+Forward: two launches for any number of experts and for 16 adapters. The first makes s = x Aᵀ, the second the base
+product of all experts with everything that is added to it. With a dense stack, the product is torch's `grouped_mm`, and
+the second launch adds to that. Backward: the product of grad_y, and three launches of `lora_linear_grouped` for each
+adapter and 64 experts, whose adapters are the experts' parts of it, and whose index is the expert of each row.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TypeGuard
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ._grouped_matmul import grouped_matmul, why_not_grouped_matmul
+from ._grouped_matmul import (
+    MOST_ADAPTERS,
+    grouped_expand,
+    grouped_gate_shrink,
+    grouped_matmul,
+    grouped_shrink,
+    why_not_grouped_matmul,
+)
 from ._linear import other_dtype, without_autocast
 from .nf4 import NF4Weight
 
@@ -47,26 +53,38 @@ def _torch_takes(weight: Tensor, compute_dtype: torch.dtype) -> bool:
     )
 
 
+def gate_and_shrink(
+    gate: Tensor, up: Tensor, activation: str, lora_A: Sequence[Tensor], offsets: Tensor
+) -> tuple[Tensor, Tensor]:
+    """σ(gate) ⊙ up, and for `forward` the parts of s that it begins with."""
+    return grouped_gate_shrink(gate, up, activation, lora_A[:MOST_ADAPTERS], _on_device(offsets, gate))
+
+
 def forward(x: Tensor, weight: NF4Weight | Tensor, transposed: bool, bias: Tensor | None, lora_A: Sequence[Tensor],
             lora_B: Sequence[Tensor], scaling: Sequence[float], offsets: Tensor, compute_dtype: torch.dtype,
-            out_dtype: torch.dtype, wants_s: bool) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    """Returns y [S, N], and s [S, Σ rank] if it is wanted."""
-    offsets = offsets.to(x.device).contiguous()
-    index = _experts_of_rows(offsets, x)
-    dtypes = _dtypes(len(lora_A), out_dtype)
-    y = _product(x, weight, transposed, offsets, index, compute_dtype, dtypes[0], bias)
-    num_experts, all_s = offsets.shape[0], []
-    for a, b, scale, dtype in zip(lora_A, lora_B, scaling, dtypes[1:], strict=True):
-        arguments = x, y, index, *_of_experts(a, b, num_experts), [scale] * num_experts
-        options = {"out_dtype": other_dtype(dtype, x)}
-        if wants_s:
-            y, s = torch.ops.peft_kernels.lora_linear_grouped_forward(*arguments, **options)
-            all_s.append(s[:, : a.shape[0] // num_experts])
+            out_dtype: torch.dtype, wants_s: bool, parts: Tensor | None) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """Returns y [S, N], and s [S, Σ rank] if it is wanted; `parts` may be what `gate_and_shrink` has made."""
+    offsets, y, kept = _on_device(offsets, x), None, []
+    for first in range(0, max(len(lora_A), 1), MOST_ADAPTERS):
+        own = slice(first, first + MOST_ADAPTERS)
+        if lora_A and parts is None:
+            parts = grouped_shrink(x, lora_A[own], offsets)
+        branch: dict[str, Any] = {"parts": parts, "lora_B": lora_B[own], "scaling": scaling[own]}
+        if wants_s and parts is not None:
+            kept.append(parts[0])
+            if parts.shape[0] > 1:
+                branch["s"] = kept[-1] = torch.empty_like(parts[0])
+        # The adapters of a further launch would each round what they are added to.
+        branch["out_dtype"] = out_dtype if own.stop >= len(lora_A) else torch.float32
+        if y is None:
+            y = _product(x, weight, transposed, offsets, compute_dtype, bias=bias, **branch)
         else:
-            y = torch.ops.peft_kernels.lora_linear_grouped.default(*arguments, **options)
+            y = grouped_expand(y, offsets, **branch)
+        parts = None
+    assert y is not None
     if not wants_s:
         return y, None
-    return y, all_s[0].contiguous() if len(all_s) == 1 else torch.cat(all_s, 1)
+    return y, kept[0] if len(kept) == 1 else torch.cat(kept, 1)
 
 
 def backward(grad_y: Tensor, x: Tensor | None, x_dtype: torch.dtype, s: Tensor | None, weight: NF4Weight | Tensor,
@@ -75,11 +93,11 @@ def backward(grad_y: Tensor, x: Tensor | None, x_dtype: torch.dtype, s: Tensor |
              wants_B: Sequence[bool],
              ) -> tuple[Tensor | None, list[Tensor | None], list[Tensor | None]]:  # fmt: skip
     """Returns grad_x [S, K], and lists of the gradients of A and B; None where not wanted."""
-    offsets = offsets.to(grad_y.device).contiguous()
+    offsets = _on_device(offsets, grad_y)
     index = _experts_of_rows(offsets, grad_y)
     grad_x, dtypes = None, _dtypes(len(lora_A), x_dtype)
     if wants_x:
-        grad_x = _product(grad_y, weight, not transposed, offsets, index, compute_dtype, dtypes[0], None)
+        grad_x = _product(grad_y, weight, not transposed, offsets, compute_dtype, out_dtype=dtypes[0])
     num_experts, column = offsets.shape[0], 0
     grad_A: list[Tensor | None] = []
     grad_B: list[Tensor | None] = []
@@ -108,22 +126,22 @@ def _dtypes(num_adapters: int, dtype: torch.dtype) -> list[torch.dtype]:
     return [torch.float32 if num_adapters > 1 else dtype] * num_adapters + [dtype]
 
 
-def _product(x: Tensor, weight: NF4Weight | Tensor, transposed: bool, offsets: Tensor, index: Tensor,
-             compute_dtype: torch.dtype, out_dtype: torch.dtype, bias: Tensor | None) -> Tensor:  # fmt: skip
+def _product(x: Tensor, weight: NF4Weight | Tensor, transposed: bool, offsets: Tensor, compute_dtype: torch.dtype,
+             bias: Tensor | None = None, **branch: Any) -> Tensor:  # fmt: skip
     x = x.to(compute_dtype)
     if x.data_ptr() % 16 or x.stride(0) % 8 or x.stride(1) != 1:
         x = x.clone(memory_format=torch.contiguous_format)
+    if bias is not None:
+        bias = bias.contiguous()
     if isinstance(weight, NF4Weight):
-        of_kernel = None if bias is None or transposed else bias.contiguous()  # it takes none across the codes
-        y = grouped_matmul(x, weight, offsets, transposed, of_kernel, out_dtype)
-    else:
-        of_kernel = None
-        with without_autocast(x.device.type):
-            y = F.grouped_mm(x, weight if transposed else weight.mT, offs=offsets.int())
-        y = y.masked_fill_((index < 0)[:, None], 0).to(out_dtype)  # which torch leaves unwritten
-    if bias is not None and of_kernel is None:
-        y = (y + F.pad(bias, (0, 0, 0, 1))[index]).to(out_dtype)  # zeros at -1
-    return y
+        return grouped_matmul(x, weight, offsets, transposed, bias=bias, **branch)
+    with without_autocast(x.device.type):
+        base = F.grouped_mm(x, weight if transposed else weight.mT, offs=offsets.int())
+    return grouped_expand(base, offsets, bias=bias, **branch)
+
+
+def _on_device(offsets: Tensor, x: Tensor) -> Tensor:
+    return offsets.to(x.device).contiguous()
 
 
 def _experts_of_rows(offsets: Tensor, x: Tensor) -> Tensor:

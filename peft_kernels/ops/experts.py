@@ -289,9 +289,14 @@ class _Call:
         for i, ((bias, _, A, B), (_, _, _, needs_B)) in enumerate(
             zip(self.parts(trained), self.parts(needs), strict=True)
         ):
+            parts = None
             if i == len(self.products) - 1:
-                rows = torch.ops.peft_kernels.glu_forward(*_gate_and_up(hidden), self.activation)
-            y, s = self.products[i].forward(rows, bias, A, B, sort.offsets, any(needs_B))
+                gate, up = _gate_and_up(hidden)
+                if A and self.products[i].is_at_once(gate):
+                    rows, parts = on_gpu.gate_and_shrink(gate, up, self.activation, A, sort.offsets)
+                else:
+                    rows = torch.ops.peft_kernels.glu_forward(gate, up, self.activation)
+            y, s = self.products[i].forward(rows, bias, A, B, sort.offsets, any(needs_B), parts)
             hidden.append(y)
             all_s.append(s)
         down = hidden.pop()

@@ -200,13 +200,18 @@ class GroupedCall:
             return None
         return [tensor for parts in tensors for tensor in parts], formats[0]
 
+    def is_at_once(self, x: Tensor) -> bool:
+        """Whether the forward with rows like those of x is that of `on_gpu`."""
+        return on_gpu.takes(self.weight, x, self.transposed, self.compute_dtype)
+
     def forward(self, x: Tensor, bias: Tensor | None, lora_A: Sequence[Tensor], lora_B: Sequence[Tensor],
-                offsets: Tensor, wants_s: bool) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-        """Returns y [S, N], and s [S, Σ rank] if it is wanted."""
+                offsets: Tensor, wants_s: bool,
+                parts: Tensor | None = None) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+        """Returns y [S, N], and s [S, Σ rank] if it is wanted; `parts` is what `on_gpu.gate_and_shrink` has made."""
         if on_gpu.takes(self.weight, x, self.transposed, self.compute_dtype):
             return on_gpu.forward(
                 x, self.weight, self.transposed, bias, lora_A, lora_B, self.scaling, offsets, self.compute_dtype,
-                self.out_dtype, wants_s,
+                self.out_dtype, wants_s, parts,
             )  # fmt: skip
         num_experts, n, _ = self.sizes
         y = x.new_empty((x.shape[0], n), dtype=self.out_dtype)

@@ -14,6 +14,16 @@ inline F32 load_up_to(const T* p, int64_t count) {
     return count >= kLanes ? load(p) : count > 0 ? load_partial(p, count) : F32{};
 }
 
+// Neighbours in a row of Ts, of which the first `count` exist.
+template <class T>
+inline F32 load_at(const ConstMatrix& matrix, int64_t row, int64_t column, int64_t count) {
+    return load_some(static_cast<const T*>(row_of(matrix, row, column)), count);
+}
+template <class T>
+inline void store_at(const Matrix& matrix, int64_t row, int64_t column, F32 v, int64_t count) {
+    store_some(static_cast<T*>(row_of(matrix, row, column)), v, count);
+}
+
 // v with zeros from lane `count` on.
 inline F32 first_lanes(F32 v, int64_t count) {
     if (count >= kLanes) return v;
@@ -33,13 +43,8 @@ inline void read_row(const ConstMatrix& matrix, int64_t row, int64_t first, int6
 inline void write_row(const float* values, const Matrix& matrix, int64_t row, int64_t first, int64_t columns) {
     dispatch_dtype(matrix.dtype, [&](auto* type) {
         auto* out = static_cast<Pointee<decltype(type)>*>(row_of(matrix, row, first));
-        for (int64_t column = 0; column < columns; column += kLanes) {
-            const int64_t count = columns - column;
-            if (count >= kLanes)
-                store(out + column, load(values + column));
-            else
-                store_partial(out + column, load(values + column), count);
-        }
+        for (int64_t column = 0; column < columns; column += kLanes)
+            store_some(out + column, load(values + column), columns - column);
     });
 }
 

@@ -34,15 +34,6 @@ inline float element(const ConstMatrix& matrix, int64_t row, int64_t column) {
     return value;
 }
 
-template <class T>
-inline F32 load_at(const ConstMatrix& matrix, int64_t row, int64_t column, int64_t count) {
-    return load_some(static_cast<const T*>(row_of(matrix, row, column)), count);
-}
-template <class T>
-inline void store_at(const Matrix& matrix, int64_t row, int64_t column, F32 v, int64_t count) {
-    store_some(static_cast<T*>(row_of(matrix, row, column)), v, count);
-}
-
 // Calls body with a Constant of the activation, and a typed null pointer of the dtype.
 template <class Body>
 void dispatch(const ExpertsGateParams& p, const Body& body) {

@@ -5,8 +5,8 @@
 //
 // The floor is that traffic, 9 MB and 16 MB for 1024 x 1536 in bf16; SiLU takes about half as long by itself.
 #include "common/cpu/parallel_for.h"
+#include "common/cpu/rows.h"
 #include "common/cpu/vector_math.h"
-#include "common/cpu/workspace.h"
 #include "glu/glu.h"
 
 namespace peft_kernels {
@@ -38,15 +38,6 @@ void dispatch(const GluParams& p, const Body& body) {
     dispatch_dtype(p.gate.dtype, [&](auto* type) {
         dispatch_activation(p.activation, [&](auto activation) { body(activation, type); });
     });
-}
-
-template <class T>
-inline F32 load_at(const ConstMatrix& matrix, int64_t row, int64_t column, int64_t count) {
-    return load_some(static_cast<const T*>(row_of(matrix, row, column)), count);
-}
-template <class T>
-inline void store_at(const Matrix& matrix, int64_t row, int64_t column, F32 v, int64_t count) {
-    store_some(static_cast<T*>(row_of(matrix, row, column)), v, count);
 }
 
 }  // namespace

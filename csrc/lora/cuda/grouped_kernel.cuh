@@ -69,7 +69,6 @@ __global__ void __launch_bounds__(kBranchThreads, kGroupedCtas)
     lora_grouped_shrink_kernel(const __grid_constant__ GroupedShrinkParams params) {
     using Traits = ShrinkTraits<T, kRanks>;
     using Input = typename Traits::Input;
-    using Factor = typename Traits::ColumnFactor;
     extern __shared__ __align__(128) char shared[];
     TileFinder& found = *reinterpret_cast<TileFinder*>(shared + Traits::kSharedBytes);
     char* const inputs = shared;
@@ -93,45 +92,29 @@ __global__ void __launch_bounds__(kBranchThreads, kGroupedCtas)
     const int64_t tile0 = blockIdx.y * params.plan.shrink.tiles_per_split;
     const int64_t tiles = min(params.plan.shrink.tiles_per_split, ceil_div(columns, Input::kColumns) - tile0);
     const auto row_at = [&](int i) { return tile.rows[i]; };
-    const auto load = [&](int64_t i) {
-        if (i < tiles)
-            Input::gather(inputs + i % kStages * Input::kBytes, params.input, rows, row_at, columns,
-                          (tile0 + i) * Input::kColumns);
-        commit_copies();
+    const auto column_of = [&](int64_t i) { return (tile0 + i) * Input::kColumns; };
+    const auto load = [&](int64_t i, char* input) {
+        Input::gather(input, params.input, rows, row_at, columns, column_of(i));
     };
     const ConstMatrix matrix = kBackward ? ranks.lora_B() : ranks.lora_A();
-    float2 values[Factor::kPerThread];
-    const auto fetch = [&](int64_t i) {
-        Factor::template fetch<kBackward>(values, [&](int rank, int pair) -> float2 {
-            if (i >= tiles || rank >= ranks.left()) return {0, 0};
-            const int64_t column = (tile0 + i) * Input::kColumns + first_of_pair<T>(pair);
-            if constexpr (sizeof(T) == 2 && !kBackward) return load_pair(matrix, first_rank + rank, column, columns);
-            const auto at = [&](int64_t column) {
-                if (column >= columns) return 0.0f;
-                return kBackward ? load_element(matrix, column, first_rank + rank)
-                                 : load_element(matrix, first_rank + rank, column);
-            };
-            return {at(column), at(column + kPairDistance<T>)};
-        });
+    const auto fetch = [&](int64_t i, int rank, int pair) -> float2 {
+        if (rank >= ranks.left()) return {0, 0};
+        const int64_t column = column_of(i) + first_of_pair<T>(pair);
+        return kBackward ? load_across<T>(matrix, column, columns, first_rank + rank)
+                         : load_along<T>(matrix, first_rank + rank, column, columns);
     };
 
     const int warp_row = 16 * (threadIdx.x / 32), lane = threadIdx.x % 32;
     SplitSum sums[kRanks / 8];
-    load(0);
-    load(1);
-    fetch(0);
-    for (int64_t i = 0; i < tiles; ++i) {
-        char* const input = inputs + i % kStages * Input::kBytes;
-        wait_for_copies<1>();
-        __syncthreads();  // tile i is there, and nobody needs tile i - 1 and its factor
-        load(i + 2);
-        Factor::template store<kBackward>(factor, values);
-        fetch(i + 1);
-        if (!kBackward && ranks.drops())
-            Input::drop(input, ranks.seed, ranks.adapter.threshold, rows, row_at, (tile0 + i) * Input::kColumns);
-        __syncthreads();
-        if (warp_row < rows) project<T, kRanks>(input, factor, sums);
-    }
+    stream_tiles<Traits, kBackward>(tiles, inputs, factor, load, fetch)
+        .run(
+            [&](int64_t i, char* input) {
+                if (!kBackward && ranks.drops())
+                    Input::drop(input, ranks.seed, ranks.adapter.threshold, rows, row_at, column_of(i));
+            },
+            [&](int64_t, char* input) {
+                if (warp_row < rows) project<T, kRanks>(input, factor, sums);
+            });
     if (warp_row >= rows) return;
     const float scale = ranks.adapter.keep_scale * (kBackward ? ranks.adapter.scaling : 1.0f);
 #pragma unroll

@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <string>
 
+#include "common/expert_rows.h"
 #include "lora/cuda/plan.h"
 
 namespace peft_kernels {
@@ -18,11 +19,9 @@ struct GroupedProblem {
     DType x, dy;  // dy: of y, in the forward
 };
 
-// Tiles of 128 rows of one adapter, or of none: as many as there can be, whatever the index says. Each group of rows
-// has one tile at most that is not full.
+// Tiles of 128 rows of one adapter, or of none.
 constexpr int64_t most_grouped_tiles(const GroupedProblem& p) {
-    const int64_t groups = p.items < p.num_adapters + 1 ? p.items : p.num_adapters + 1;
-    return (p.m + (kBranchRows - 1) * groups) / kBranchRows;
+    return most_tiles(p.m, clamp(p.items, 0, p.num_adapters + 1), kBranchRows);
 }
 
 constexpr RankGroups grouped_ranks(const GroupedProblem& p) {

@@ -6,6 +6,7 @@
 #pragma once
 
 #include "common/cuda/ptx.cuh"
+#include "common/cuda/warp.cuh"
 #include "lora/lora.h"
 
 namespace peft_kernels::cuda {
@@ -25,16 +26,6 @@ __device__ inline int group_of(const GroupedBatch& batch, int64_t item) {
     if (adapter >= 0 && adapter < batch.num_adapters) return static_cast<int>(adapter);
     const bool has_none = position < 0 || position >= batch.all_adapters;
     return has_none && batch.first_adapter == 0 ? GroupedBatch::kMaxAdapters : -1;
-}
-
-// The sum of those of this lane and the ones before it.
-__device__ inline int64_t sum_up_to_lane(int64_t value) {
-#pragma unroll
-    for (int distance = 1; distance < 32; distance *= 2) {
-        const int64_t other = __shfl_up_sync(0xFFFFFFFF, value, distance);
-        if (threadIdx.x % 32 >= distance) value += other;
-    }
-    return value;
 }
 
 // Finds tile t, if there is one, for all threads of the CTA; `first` may be null, or where GroupedTiles::first is left.

@@ -44,10 +44,76 @@ __device__ inline RankGroup rank_group(const Branch& branch, int64_t z) {
 template <class T, int kRanks>
 struct StreamTraits {
     using Input = InputTile<T>;
-    static constexpr int kInputBytes = kStages * Input::kBytes;
+    static constexpr int kTileBytes = Input::kBytes;
+    static constexpr int kInputBytes = kStages * kTileBytes;
     using ColumnFactor = SplitTile<kRanks, Input::kColumns / 2>;  // A or B, for a projection of a tile
     using RowFactor = SplitTile<kRanks, kBranchRows / 2>;         // s or ds, for what is accumulated over a tile
 };
+
+// A CTA's way through `tiles` tiles of the large operand. load(i, tile) starts the copy of tile i, kStages - 1 tiles
+// ahead; fetch(i, rank, pair) gives the small operand's part of it, one tile ahead.
+template <class Factor, bool kAlongRanks, int kStages, int kTileBytes, class Load, class Fetch>
+class TileStream {
+public:
+    __device__ TileStream(int64_t tiles, char* inputs, char* factor, const Load& load, const Fetch& fetch)
+        : tiles_(tiles), inputs_(inputs), factor_(factor), load_(load), fetch_(fetch) {
+#pragma unroll
+        for (int i = 0; i < kStages - 1; ++i) start(i);
+        fetch_factor(0);
+    }
+
+    // change(i, tile) may change a tile before multiply(i, tile), in front of which there is a barrier.
+    template <class Change, class Multiply>
+    __device__ void run(const Change& change, const Multiply& multiply) {
+        for (int64_t i = 0; i < tiles_; ++i) {
+            wait_for_copies<kStages - 2>();
+            __syncthreads();  // tile i is there, and nobody needs tile i - 1 and its factor
+            start(i + kStages - 1);
+            Factor::template store<kAlongRanks>(factor_, values_);
+            fetch_factor(i + 1);
+            change(i, tile(i));
+            __syncthreads();
+            multiply(i, tile(i));
+        }
+    }
+
+private:
+    __device__ char* tile(int64_t i) const { return inputs_ + i % kStages * kTileBytes; }
+    __device__ void start(int64_t i) const {
+        if (i < tiles_) load_(i, tile(i));
+        commit_copies();
+    }
+    __device__ void fetch_factor(int64_t i) {
+        Factor::template fetch<kAlongRanks>(values_, [&](int rank, int pair) {
+            return i < tiles_ ? fetch_(i, rank, pair) : float2{0, 0};
+        });
+    }
+
+    const int64_t tiles_;
+    char *const inputs_, *const factor_;
+    const Load& load_;
+    const Fetch& fetch_;
+    float2 values_[Factor::kPerThread];
+};
+
+template <class Traits, bool kAlongRanks, class Load, class Fetch>
+__device__ auto stream_tiles(int64_t tiles, char* inputs, char* factor, const Load& load, const Fetch& fetch) {
+    return TileStream<typename Traits::ColumnFactor, kAlongRanks, Traits::kInputBytes / Traits::kTileBytes,
+                      Traits::kTileBytes, Load, Fetch>(tiles, inputs, factor, load, fetch);
+}
+
+// What a pair of a tile's columns, from `column` on, is multiplied with: of a row of A, or of a column of B.
+template <class T>
+__device__ inline float2 load_along(const ConstMatrix& a, int64_t row, int64_t column, int64_t columns) {
+    if constexpr (sizeof(T) == 2) return load_pair(a, row, column, columns);
+    return {column < columns ? load_element(a, row, column) : 0,
+            column + kPairDistance<T> < columns ? load_element(a, row, column + kPairDistance<T>) : 0};
+}
+template <class T>
+__device__ inline float2 load_across(const ConstMatrix& b, int64_t row, int64_t rows, int64_t column) {
+    return {row < rows ? load_element(b, row, column) : 0,
+            row + kPairDistance<T> < rows ? load_element(b, row + kPairDistance<T>, column) : 0};
+}
 
 // sums[i] = Σ load(i, source) over the parts, in their order; `source` is element first + i * turn of a part. 8 pairs
 // are under way at once: one after the other, a CTA would wait for the L2 up to 128 times before its first product.
@@ -129,7 +195,6 @@ template <class T, int kRanks>
 __global__ void __launch_bounds__(kBranchThreads) lora_shrink_kernel(const __grid_constant__ ShrinkParams params) {
     using Traits = ShrinkTraits<T, kRanks>;
     using Input = typename Traits::Input;
-    using Factor = typename Traits::ColumnFactor;
     extern __shared__ __align__(128) char shared[];
     char* const inputs = shared;
     char* const factor = shared + Traits::kInputBytes;
@@ -141,43 +206,24 @@ __global__ void __launch_bounds__(kBranchThreads) lora_shrink_kernel(const __gri
     const int64_t tiles = min(params.plan.tiles_per_split, ceil_div(branch.k, Input::kColumns) - tile0);
     const uint64_t seed = group.drops() ? static_cast<uint64_t>(*group.adapter.seed) : 0;
 
-    const auto load = [&](int64_t i) {
-        if (i < tiles)
-            Input::load(inputs + i % kStages * Input::kBytes, params.x, branch.m, branch.k, row0,
-                        (tile0 + i) * Input::kColumns);
-        commit_copies();
+    const auto column_of = [&](int64_t i) { return (tile0 + i) * Input::kColumns; };
+    const auto load = [&](int64_t i, char* tile) {
+        Input::load(tile, params.x, branch.m, branch.k, row0, column_of(i));
     };
-    float2 values[Factor::kPerThread];
-    const auto fetch = [&](int64_t i) {
-        Factor::template fetch<false>(values, [&](int rank, int pair) -> float2 {
-            if (i >= tiles || rank >= group.left()) return {0, 0};
-            const int64_t column = (tile0 + i) * Input::kColumns + first_of_pair<T>(pair);
-            const ConstMatrix& a = group.adapter.lora_A;
-            if constexpr (sizeof(T) == 2) return load_pair(a, group.first + rank, column, branch.k);
-            float2 value{0, 0};
-            if (column < branch.k) value.x = load_element(a, group.first + rank, column);
-            if (column + kPairDistance<T> < branch.k)
-                value.y = load_element(a, group.first + rank, column + kPairDistance<T>);
-            return value;
-        });
+    const auto fetch = [&](int64_t i, int rank, int pair) -> float2 {
+        if (rank >= group.left()) return {0, 0};
+        return load_along<T>(group.adapter.lora_A, group.first + rank, column_of(i) + first_of_pair<T>(pair), branch.k);
     };
-
     const int64_t warp_row = row0 + 16 * (threadIdx.x / 32);
     SplitSum sums[kRanks / 8];
-    load(0);
-    load(1);
-    fetch(0);
-    for (int64_t i = 0; i < tiles; ++i) {
-        char* const input = inputs + i % kStages * Input::kBytes;
-        wait_for_copies<1>();
-        __syncthreads();  // tile i is there, and nobody needs tile i - 1 and its factor
-        load(i + 2);
-        Factor::template store<false>(factor, values);
-        fetch(i + 1);
-        if (group.drops()) Input::drop(input, seed, group.adapter.threshold, row0, (tile0 + i) * Input::kColumns);
-        __syncthreads();
-        if (warp_row < branch.m) project<T, kRanks>(input, factor, sums);
-    }
+    stream_tiles<Traits, false>(tiles, inputs, factor, load, fetch)
+        .run(
+            [&](int64_t i, char* tile) {
+                if (group.drops()) Input::drop(tile, seed, group.adapter.threshold, row0, column_of(i));
+            },
+            [&](int64_t, char* tile) {
+                if (warp_row < branch.m) project<T, kRanks>(tile, factor, sums);
+            });
     float* const out = params.s + blockIdx.y * branch.m * branch.total_rank;
 #pragma unroll
     for (int i = 0; i < kRanks / 8; ++i)
@@ -196,12 +242,11 @@ template <class T, int kRanks>
 __global__ void __launch_bounds__(kBranchThreads) lora_dy_pass_kernel(const __grid_constant__ DyPassParams params) {
     using Traits = DyPassTraits<T, kRanks>;
     using Input = typename Traits::Input;
-    using Factor = typename Traits::ColumnFactor;
     using RowFactor = typename Traits::RowFactor;
     extern __shared__ __align__(128) char shared[];
     char* const inputs = shared;
     char* const factor = inputs + Traits::kInputBytes;
-    char* const row_factor = factor + Factor::kBytes;
+    char* const row_factor = factor + Traits::ColumnFactor::kBytes;
 
     const Branch& branch = params.branch;
     const RankGroup group = rank_group<kRanks>(branch, blockIdx.z);
@@ -212,28 +257,15 @@ __global__ void __launch_bounds__(kBranchThreads) lora_dy_pass_kernel(const __gr
     const int64_t tiles = min(params.plan.tiles_per_split, ceil_div(branch.n, Input::kColumns) - tile0);
     if (!wants_ds && !wants_B) return;
 
-    const auto load = [&](int64_t i) {
-        if (i < tiles)
-            Input::load(inputs + i % kStages * Input::kBytes, params.grad_y, branch.m, branch.n, row0,
-                        (tile0 + i) * Input::kColumns);
-        commit_copies();
+    const auto load = [&](int64_t i, char* tile) {
+        Input::load(tile, params.grad_y, branch.m, branch.n, row0, (tile0 + i) * Input::kColumns);
     };
-    float2 values[Factor::kPerThread];
-    const auto fetch = [&](int64_t i) {
-        Factor::template fetch<true>(values, [&](int rank, int pair) -> float2 {
-            float2 value{0, 0};
-            if (i >= tiles || !wants_ds || rank >= group.left()) return value;
-            const int64_t n = (tile0 + i) * Input::kColumns + first_of_pair<T>(pair);
-            if (n < branch.n) value.x = load_element(adapter.lora_B, n, group.first + rank);
-            if (n + kPairDistance<T> < branch.n)
-                value.y = load_element(adapter.lora_B, n + kPairDistance<T>, group.first + rank);
-            return value;
-        });
+    const auto fetch = [&](int64_t i, int rank, int pair) -> float2 {
+        if (!wants_ds || rank >= group.left()) return {0, 0};
+        const int64_t n = (tile0 + i) * Input::kColumns + first_of_pair<T>(pair);
+        return load_across<T>(adapter.lora_B, n, branch.n, group.first + rank);
     };
-
-    load(0);
-    load(1);
-    fetch(0);
+    auto stream = stream_tiles<Traits, true>(tiles, inputs, factor, load, fetch);
     if (wants_B) {
         float2 row_values[RowFactor::kPerThread];
         load_row_pairs<RowFactor>(row_values, Parts{params.s, 0, 1}, branch, group, row0);
@@ -243,19 +275,12 @@ __global__ void __launch_bounds__(kBranchThreads) lora_dy_pass_kernel(const __gr
     const int64_t warp_row = row0 + 16 * (threadIdx.x / 32);
     const int rows = static_cast<int>(min(branch.m - row0, int64_t{kBranchRows}));
     SplitSum sums[kRanks / 8];
-    for (int64_t i = 0; i < tiles; ++i) {
-        char* const input = inputs + i % kStages * Input::kBytes;
-        wait_for_copies<1>();
-        __syncthreads();
-        load(i + 2);
-        Factor::template store<true>(factor, values);
-        fetch(i + 1);
-        __syncthreads();
-        if (wants_ds && warp_row < branch.m) project<T, kRanks>(input, factor, sums);
-        if (!wants_B) continue;
+    const auto multiply = [&](int64_t i, char* tile) {
+        if (wants_ds && warp_row < branch.m) project<T, kRanks>(tile, factor, sums);
+        if (!wants_B) return;
         SplitSum products[kRanks / 16];
-        accumulate<T, kRanks>(input, row_factor, rows, products);
-        if (threadIdx.x / 32 >= Input::kStrips) continue;
+        accumulate<T, kRanks>(tile, row_factor, rows, products);
+        if (threadIdx.x / 32 >= Input::kStrips) return;
         // dB [n, rank]: the lanes of a column group have neighbouring ranks.
         float* const out = params.grad_B + blockIdx.x * params.grad_B_size + adapter.grad_B + group.first;
         const int64_t n0 = (tile0 + i) * Input::kColumns + threadIdx.x / 32 * 8 + lane % 4 * 2;
@@ -268,7 +293,8 @@ __global__ void __launch_bounds__(kBranchThreads) lora_dy_pass_kernel(const __gr
                 if (n < branch.n && rank < group.left())
                     out[n * adapter.rank + rank] = products[j].value(e) * adapter.scaling;
             }
-    }
+    };
+    stream.run([](int64_t, char*) {}, multiply);
     if (!wants_ds) return;
     float* const out = params.ds + blockIdx.y * branch.m * branch.total_rank;
     const float scale = adapter.scaling * adapter.keep_scale;

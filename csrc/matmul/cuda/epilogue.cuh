@@ -20,52 +20,119 @@ __device__ inline SplitPair split(float first, float second) {
             pack(finite[0] ? high[0] : 0, finite[1] ? high[1] : 0, __nv_bfloat16{})};
 }
 
-// 16 ranks of a term, as 48 steps of the reduction: to the places of x and of the weight.
-template <class Traits>
-__device__ void stage_term(const FusedMatmulKernelParams& params, typename Traits::Shared& shared, const LoraTerm& term,
-                           int64_t s_column, int64_t rank, int64_t first_m, int64_t first_output) {
+// A LoRA term of one weight, in a tile of out.
+template <bool kTransposed>
+struct WeightTerm {
+    static constexpr int kTogether = 1;  // passes whose loads are under way together: more would cost the main loop
+
+    const FusedMatmulKernelParams& params;
+    const LoraTerm& term;
+    const float* s;
+    int64_t first_output;
+    int rows, outputs;  // that the tile has
+
+    __device__ WeightTerm(const FusedMatmulKernelParams& params, const LoraTerm& term, int64_t column,
+                          const ManyRowsPlace& place)
+        : params(params),
+          term(term),
+          s(static_cast<const float*>(params.operands.s.data) + place.first_m * params.operands.s.stride + column),
+          first_output(place.first_output),
+          rows(static_cast<int>(min(place.end_m - place.first_m, int64_t{INT32_MAX}))),
+          outputs(static_cast<int>(params.outputs - place.first_output)) {}
+
+    __device__ int parts() const { return 1; }
+    __device__ float s_at(int, int row, int64_t rank) const { return s[row * params.operands.s.stride + rank]; }
+    __device__ void keep(int, int64_t, float) const {}
+    __device__ uint32_t factor_bits(int output, int64_t rank) const {
+        return kTransposed ? load_bits(term.factor, rank, first_output + output)
+                           : load_bits(term.factor, first_output + output, rank);
+    }
+};
+
+// Stages 16 ranks of a term, as 48 steps of the reduction, in the places of x and of the weight.
+template <class Traits, class Term>
+__device__ void stage_term(typename Traits::Stage& stage, const Term& of, int64_t first_rank) {
     const auto at = [](int row, int unit) { return 32 * row + 4 * (unit ^ row % 8); };  // words, in rows of 128 bytes
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     constexpr int kWarps = Traits::kThreads / 32;
-    // Lanes: 8 rows, 4 pairs of ranks.
-    uint32_t* const left = reinterpret_cast<uint32_t*>(shared.stages[0].x);
-    for (int i = warp; i < Traits::kTileM / 4; i += kWarps) {
-        const int row = i / 2 * 8 + lane / 4, unit = i % 2;
-        const int64_t m = first_m + row, r = rank + 8 * unit + lane % 4 * 2;
-        const float first =
-            m < params.operands.m && r < term.rank ? load_element(params.operands.s, m, s_column + r) : 0;
-        const float second =
-            m < params.operands.m && r + 1 < term.rank ? load_element(params.operands.s, m, s_column + r + 1) : 0;
-        const SplitPair pair = split(term.scaling * first, term.scaling * second);
-        left[at(row, unit) + lane % 4] = pair.high;
-        left[at(row, 2 + unit) + lane % 4] = pair.low;
-        left[at(row, 4 + unit) + lane % 4] = pair.finite_high;
+    constexpr int kTogether = Term::kTogether;
+    const int64_t ranks = of.term.rank - first_rank;
+    {  // Lanes: 8 rows, 4 pairs of ranks.
+        uint32_t* const left = reinterpret_cast<uint32_t*>(stage.x);
+        constexpr int kPasses = Traits::kTileM / 4 / kWarps;
+        const auto row_of = [&](int pass) { return (warp + pass * kWarps) / 2 * 8 + lane / 4; };
+        const int unit = warp % 2, rank = 8 * unit + lane % 4 * 2;
+        static_assert(kWarps % 2 == 0 && kPasses % kTogether == 0);
+#pragma unroll 1
+        for (int first = 0; first < kPasses; first += kTogether) {
+            float s[kTogether][2] = {};
+            for (int part = 0; part < of.parts(); ++part)
+#pragma unroll
+                for (int i = 0; i < kTogether; ++i)
+#pragma unroll
+                    for (int j = 0; j < 2; ++j)
+                        if (row_of(first + i) < of.rows && rank + j < ranks)
+                            s[i][j] += of.s_at(part, row_of(first + i), first_rank + rank + j);
+#pragma unroll
+            for (int i = 0; i < kTogether; ++i) {
+                const int row = row_of(first + i);
+#pragma unroll
+                for (int j = 0; j < 2; ++j)
+                    if (row < of.rows && rank + j < ranks) of.keep(row, first_rank + rank + j, s[i][j]);
+                const SplitPair pair = split(of.term.scaling * s[i][0], of.term.scaling * s[i][1]);
+                left[at(row, unit) + lane % 4] = pair.high;
+                left[at(row, 2 + unit) + lane % 4] = pair.low;
+                left[at(row, 4 + unit) + lane % 4] = pair.finite_high;
+            }
+        }
     }
-    uint32_t* const right = reinterpret_cast<uint32_t*>(shared.stages[0].weight);
-    if constexpr (Traits::kTransposed) {
-        // Lanes: 32 pairs of columns.
-        for (int i = warp; i < 32; i += kWarps) {
-            const int row = i / 2, column = 64 * (i % 2) + 2 * lane;
-            const int64_t r = rank + row, k = first_output + column;
-            const float first = r < term.rank && k < params.outputs ? load_element(term.factor, r, k) : 0;
-            const float second = r < term.rank && k + 1 < params.outputs ? load_element(term.factor, r, k + 1) : 0;
-            const SplitPair pair = split(first, second);
-            const int word = 64 * row + 32 * (i % 2) + 4 * (lane / 4 ^ Traits::swizzle(row, i % 2)) + lane % 4;
-            right[word] = pair.high;
-            right[word + 16 * 64] = pair.finite_high;
-            right[word + 32 * 64] = pair.low;
+    uint32_t* const right = reinterpret_cast<uint32_t*>(stage.weight);
+    constexpr int kPasses = 32 / kWarps;
+    // Transposed, lanes are 32 pairs of outputs of a rank; else 8 outputs, 4 pairs of ranks.
+    const auto output_of = [&](int i) { return Traits::kTransposed ? 64 * (i % 2) + 2 * lane : i / 2 * 8 + lane / 4; };
+    const auto rank_of = [&](int i) { return Traits::kTransposed ? i / 2 : 8 * (i % 2) + lane % 4 * 2; };
+#pragma unroll 1
+    for (int first = 0; first < kPasses; first += kTogether) {
+        uint32_t bits[kTogether][2];
+#pragma unroll
+        for (int pass = 0; pass < kTogether; ++pass)
+#pragma unroll
+            for (int j = 0; j < 2; ++j) {
+                const int i = warp + (first + pass) * kWarps;
+                const int output = output_of(i) + (Traits::kTransposed ? j : 0);
+                const int rank = rank_of(i) + (Traits::kTransposed ? 0 : j);
+                bits[pass][j] = output < of.outputs && rank < ranks ? of.factor_bits(output, first_rank + rank) : 0;
+            }
+#pragma unroll
+        for (int pass = 0; pass < kTogether; ++pass) {
+            const DType dtype = of.term.factor.dtype;
+            const SplitPair pair = split(widen_bits(bits[pass][0], dtype), widen_bits(bits[pass][1], dtype));
+            const int i = warp + (first + pass) * kWarps, row = i / 2;
+            if constexpr (Traits::kTransposed) {
+                const int word = 64 * row + 32 * (i % 2) + 4 * (lane / 4 ^ Traits::swizzle(row, i % 2)) + lane % 4;
+                right[word] = pair.high;
+                right[word + 16 * 64] = pair.finite_high;
+                right[word + 32 * 64] = pair.low;
+            } else {
+                const int output = output_of(i), unit = i % 2;
+                right[at(output, unit) + lane % 4] = pair.high;
+                right[at(output, 2 + unit) + lane % 4] = pair.finite_high;
+                right[at(output, 4 + unit) + lane % 4] = pair.low;
+            }
         }
-    } else {
-        for (int i = warp; i < kTileN / 4; i += kWarps) {
-            const int row = i / 2 * 8 + lane / 4, unit = i % 2;
-            const int64_t n = first_output + row, r = rank + 8 * unit + lane % 4 * 2;
-            const float first = n < params.outputs && r < term.rank ? load_element(term.factor, n, r) : 0;
-            const float second = n < params.outputs && r + 1 < term.rank ? load_element(term.factor, n, r + 1) : 0;
-            const SplitPair pair = split(first, second);
-            right[at(row, unit) + lane % 4] = pair.high;
-            right[at(row, 2 + unit) + lane % 4] = pair.finite_high;
-            right[at(row, 4 + unit) + lane % 4] = pair.low;
-        }
+    }
+}
+
+// Adds a term to a warp's tile. Nobody needs the first stage before, nor after.
+template <class Traits, class Term>
+__device__ __forceinline__ void add_term(typename Traits::Stage& stage, const Term& of,
+                                         ManyRowsMultiplier<Traits>& multiplier) {
+    for (int64_t rank = 0; rank < of.term.rank; rank += 16) {
+        stage_term<Traits>(stage, of, rank);
+        __syncthreads();
+        unroll<3>(
+            [&](auto sixteen) { multiplier.template multiply_sixteen<decltype(sixteen)::value, __nv_bfloat16>(0); });
+        __syncthreads();
     }
 }
 

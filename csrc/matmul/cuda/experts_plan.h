@@ -2,13 +2,12 @@
 // expert has, so a captured graph may change that.
 #pragma once
 
+#include "common/expert_rows.h"
 #include "matmul/cuda/kernel_plan.h"
 
 namespace peft_kernels {
 
-// Tiles of rows, as many as there can be, whatever the offsets say. Each expert, and the rows
-// behind the last one's, has one tile at most that is not full. A tile of 64 decodes the weight twice as often as
-// one of 128, and wastes less where experts have few rows.
+// A tile of 64 rows decodes the weight twice as often as one of 128, and wastes less where experts have few rows.
 struct ExpertsMatmulPlan {
     int tile_m;
     int64_t tiles_m, tiles_n;
@@ -16,11 +15,16 @@ struct ExpertsMatmulPlan {
 
 constexpr ExpertsMatmulPlan plan_experts_matmul(int64_t m, int64_t outputs, int64_t num_experts) {
     const int tile_m = m <= 64 * num_experts ? 64 : 128;
-    const int64_t groups = m < num_experts + 1 ? m : num_experts + 1;
-    return {tile_m, (m + (tile_m - 1) * groups) / tile_m, ceil_div(outputs, kTileN)};
+    return {tile_m, most_expert_tiles(m, num_experts, tile_m), ceil_div(outputs, kTileN)};
 }
 
-static_assert(plan_experts_matmul(8, 1536, 128).tiles_m == 8);       // a token of 8 experts
-static_assert(plan_experts_matmul(8192, 1536, 128).tiles_m == 254);  // 1024 of them
+// Where the product is the caller's: small tiles, of which a multiprocessor has several, for many loads under way.
+constexpr int kExpandTileM = 64;
+
+constexpr ExpertsMatmulPlan plan_experts_expand(int64_t m, int64_t outputs, int64_t num_experts) {
+    return {kExpandTileM, most_expert_tiles(m, num_experts, kExpandTileM), ceil_div(outputs, kTileN)};
+}
+
+static_assert(plan_experts_matmul(8192, 1536, 128).tile_m == 64);
 
 }  // namespace peft_kernels

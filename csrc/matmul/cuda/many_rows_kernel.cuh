@@ -27,10 +27,10 @@
 namespace peft_kernels::cuda {
 
 // find() says where the CTA's part of the work is. It is asked again behind the main loop, which so need not keep the
-// answer in registers.
-template <class Traits, class Find>
+// answer in registers. add_terms(place, multiplier) adds the LoRA terms.
+template <class Traits, class Find, class AddTerms>
 __device__ __forceinline__ void multiply_tile(const FusedMatmulKernelParams& params, typename Traits::Shared& shared,
-                                              const Find& find) {
+                                              const Find& find, const AddTerms& add_terms) {
     constexpr uint32_t kStage = sizeof(typename Traits::Stage);
     const ManyRowsPlace start = find();
     const int first_step = start.split * params.split_steps;
@@ -76,20 +76,7 @@ __device__ __forceinline__ void multiply_tile(const FusedMatmulKernelParams& par
     // reduce
     const ManyRowsPlace place = find();
     if (params.splits > 1 && !gather_sums<Traits>(params, shared, place.tile, place.split, multiplier.sums)) return;
-    int64_t s_column = 0;
-    for (int term = 0; term < params.operands.num_terms; ++term) {
-        const int64_t rank = params.operands.terms[term].rank;
-        for (int64_t r = 0; r < rank; r += 16) {
-            stage_term<Traits>(params, shared, params.operands.terms[term], s_column, r, place.first_m,
-                               place.first_output);
-            __syncthreads();
-            unroll<3>([&](auto sixteen) {
-                multiplier.template multiply_sixteen<decltype(sixteen)::value, __nv_bfloat16>(0);
-            });
-            __syncthreads();
-        }
-        s_column += rank;
-    }
+    add_terms(place, multiplier);
 
     // store
     store_tile<Traits>(params, shared, place, multiplier);
@@ -100,8 +87,17 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kTileM > 128 ? 1 : 2
     matmul_many_rows_kernel(const __grid_constant__ FusedMatmulKernelParams params) {
 #if __CUDA_ARCH__ >= 800
     extern __shared__ __align__(128) unsigned char memory[];
-    multiply_tile<Traits>(params, *reinterpret_cast<typename Traits::Shared*>(memory),
-                          [&] { return find_place<Traits>(params); });
+    auto& shared = *reinterpret_cast<typename Traits::Shared*>(memory);
+    multiply_tile<Traits>(
+        params, shared, [&] { return find_place<Traits>(params); },
+        [&](const ManyRowsPlace& place, ManyRowsMultiplier<Traits>& multiplier) {
+            int64_t column = 0;
+            for (int term = 0; term < params.operands.num_terms; ++term) {
+                const WeightTerm<Traits::kTransposed> of(params, params.operands.terms[term], column, place);
+                add_term(shared.stages[0], of, multiplier);
+                column += of.term.rank;
+            }
+        });
 #endif
 }
 

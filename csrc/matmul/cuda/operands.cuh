@@ -8,13 +8,6 @@
 
 namespace peft_kernels::cuda {
 
-// The rows of x that each expert of a stack has: offsets[e - 1] to offsets[e] - 1.
-struct ExpertRows {
-    const void* offsets;  // [count], int64 or int32, in the device's memory
-    bool are_64_bits;
-    int32_t count;
-};
-
 struct FusedMatmulKernelParams {
     FusedMatmulParams operands;  // operands.weight is the host's
     Nf4Weight weight;
@@ -27,7 +20,6 @@ struct FusedMatmulKernelParams {
     bool absmax_fours;           // absmax of four neighbours in a row is one load
     float* partial_sums;         // [tiles, splits, tile]
     uint32_t* arrivals;          // [tiles, 2], zeros: CTAs that have their sums, and that have written them
-    ExpertRows experts;          // of a stack
 };
 
 // What no plan decides of them.

@@ -30,7 +30,7 @@ from ..recognition import Reliance, is_compiling, is_filed_closure, same_methods
 from ..refusal import Refusal
 from ..registry import why_not_input
 from .layers import activation_name
-from .lookalike import Lookalike, form
+from .lookalike import Lookalike, OfOneModel, form
 
 _MODULE = "transformers.integrations.moe"
 _DISPATCH = "use_experts_implementation.<locals>.wrapper.<locals>.forward"
@@ -196,28 +196,19 @@ class FusedMixture(_Mixture):
         return "_apply_gate" not in vars(self) and _is_default_gate(self.stock)
 
 
-class _OfOneModel(_Experts):
-    """Experts with but their own lines. Their model is not imported to see whether others have these."""
-
-    @classmethod
-    def filed_key(cls) -> tuple[Any, ...] | None:
-        is_loaded = f"transformers.models.{cls.model}.modeling_{cls.model}" in sys.modules
-        return super().filed_key() if is_loaded else None
-
-
 @form
-class FusedStep3p7Experts(_OfOneModel, _Mixture):
+class FusedStep3p7Experts(OfOneModel, _Mixture):
     __doc__ = _Mixture.__doc__
 
-    model, class_name, methods = "step3p7", "Step3p7Experts", ("forward", "_apply_gate")
+    model_type, class_name, methods = "step3p7", "Step3p7Experts", ("forward", "_apply_gate")
     has_gate, has_bias, is_transposed = True, False, False
 
 
 @form
-class FusedLlama4Experts(_OfOneModel):
+class FusedLlama4Experts(OfOneModel, _Experts):
     """The stock experts, each of which has all tokens, in three operations."""
 
-    model, class_name, num_arguments = "llama4", "Llama4TextExperts", 1
+    model_type, class_name, num_arguments = "llama4", "Llama4TextExperts", 1
 
     def stack_names(self) -> Sequence[str]:
         return "gate_up_proj", "down_proj"
@@ -241,10 +232,10 @@ class FusedLlama4Experts(_OfOneModel):
 
 
 @form
-class FusedParallelExperts(_OfOneModel):
+class FusedParallelExperts(OfOneModel, _Experts):
     """The stock experts' product in one operation."""
 
-    model, class_name, num_arguments = "jetmoe", "JetMoeParallelExperts", 2
+    model_type, class_name, num_arguments = "jetmoe", "JetMoeParallelExperts", 2
 
     def stack_names(self) -> Sequence[str]:
         return ("weight",)

@@ -20,6 +20,7 @@ def readme(model: PreTrainedModel, inputs: dict[str, Tensor]) -> None:
     report = peft_kernels.accelerate(model)
     assert_type(report, Report)
     assert_type(next(iter(report)), LayerReport)
+    peft_kernels.accelerate(model, logits=False)
     peft_kernels.restore(model)
 
     assert_type(peft_kernels.insert_adapters(model, "pfeiffer", bottleneck=48, name="news"), AdapterReport)
@@ -88,6 +89,7 @@ def functions(x: Tensor, w: Tensor, index: list[int]) -> None:
     assert_type(ops.dequantize_4bit(weight, torch.float32), Tensor)
     assert_type(ops.dequantize_4bit_rows(weight, 0, w), Tensor)
     assert_type(ops.linear(x, w), Tensor)
+    assert_type(ops.linear_cross_entropy(x, weight, x, softcap=30.0, reduction="sum"), Tensor)
     assert_type(ops.lora_linear(x, weight, None, [w], [w], [0.5], [0.1]), Tensor)
     assert_type(ops.lora_linear_grouped(x, weight, None, [w], [w], [0.5], index), Tensor)
     assert_type(ops.grouped_linear(x, weight, None, [w], [w], [0.5], x, transposed=True, rows=x), Tensor)

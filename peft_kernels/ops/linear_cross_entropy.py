@@ -21,7 +21,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from ._arguments import bad, check_devices, check_float, is_number, matrix, named, refuse
+from ._arguments import FLOAT_DTYPES, bad, check_devices, check_float, is_number, matrix, named, refuse
 from ._autograd import Function, anchor, any_wants_gradients, once_differentiable
 from ._linear import check_product, owns_product, product_dtypes, without_autocast
 from .lora_linear import Call, check_adapters, draw_masks
@@ -90,7 +90,10 @@ def linear_cross_entropy(
            compute_dtype)  # fmt: skip
     check_adapters(lora_A, lora_B, scaling, dropout, seeds)
     _check_shapes(weight, lora_A, lora_B, scaling, dropout)
-    check_devices(hidden, (("targets", targets), *named(lora_A=lora_A, lora_B=lora_B)), "hidden")
+    divisors = [num_items] if isinstance(num_items, Tensor) else []
+    check_devices(
+        hidden, (("targets", targets), *named(num_items=divisors, lora_A=lora_A, lora_B=lora_B)), "hidden"
+    )  # fmt: skip
     compute_dtype, _ = product_dtypes(hidden, compute_dtype, None)
     rows, flat = matrix(hidden), targets.reshape(-1)
     dropout, seeds = draw_masks(rows, lora_A, dropout, seeds)
@@ -129,7 +132,10 @@ def _check(hidden: Tensor, weight: Tensor | NF4Weight, targets: Tensor, bias: Te
         bad("softcap", softcap, "a number above 0, or None")
     if reduction not in get_args(Reduction):
         refuse("reduction", repr(reduction), "'mean' or 'sum'")
-    if num_items is not None and not (num_items.numel() == 1 if isinstance(num_items, Tensor) else is_number(num_items)):
+    if isinstance(num_items, Tensor):
+        if num_items.numel() != 1 or num_items.dtype not in (*FLOAT_DTYPES, torch.int64):
+            bad("num_items", num_items, "a number, or a floating-point or int64 tensor with one element")
+    elif num_items is not None and not is_number(num_items):
         bad("num_items", num_items, "a number, or a tensor with one element")
     if num_items is not None and reduction != "mean":
         bad("num_items", num_items, "None, as reduction='sum' divides by nothing")
@@ -170,8 +176,8 @@ class _Loss:
     softcap: float | None
 
     def run(self, logits: Tensor, targets: Tensor, factor: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """The losses, fp32 [M], of logits [M, V]; and the gradient of their sum, each times its `factor`, in the logits'
-        dtype, where there are factors, fp32 [M]. What is in the logits is lost."""
+        """The losses of logits [M, V], fp32 [M]; and the gradient of their sum, each times its `factor`, in the dtype
+        of the logits, where there are factors, fp32 [M]. What is in the logits is lost."""
         ops = torch.ops.peft_kernels
         cap, smoothing = self.softcap, self.label_smoothing
         losses: Tensor
@@ -207,16 +213,16 @@ class _Loss:
 
 @dataclass(frozen=True)
 class _Wanted:
-    """The gradients that are wanted."""
+    """The gradients that are wanted; `a` and `b` are of the adapters' A and B."""
 
     hidden: bool = False
     weight: bool = False
     bias: bool = False
-    lora_A: tuple[bool, ...] = ()
-    lora_B: tuple[bool, ...] = ()
+    a: tuple[bool, ...] = ()
+    b: tuple[bool, ...] = ()
 
     def any(self) -> bool:
-        return any((self.hidden, self.weight, self.bias, *self.lora_A, *self.lora_B))
+        return any((self.hidden, self.weight, self.bias, *self.a, *self.b))
 
 
 @dataclass(frozen=True)
@@ -241,8 +247,8 @@ class _Call:
         grads: list[Tensor | None] = [
             hidden.new_zeros(hidden.shape) if wanted.hidden else None,
             *(_sum_of(*pair) for pair in ((dense, wanted.weight), (bias, wanted.bias))),
-            *(_sum_of(*pair) for pair in zip(lora_A, wanted.lora_A or (False,) * len(lora_A), strict=True)),
-            *(_sum_of(*pair) for pair in zip(lora_B, wanted.lora_B or (False,) * len(lora_B), strict=True)),
+            *(_sum_of(*pair) for pair in zip(lora_A, wanted.a or (False,) * len(lora_A), strict=True)),
+            *(_sum_of(*pair) for pair in zip(lora_B, wanted.b or (False,) * len(lora_B), strict=True)),
         ]
         with without_autocast(hidden.device.type):
             weight = self.weight if dense is None else dense.to(dtype)
@@ -250,10 +256,10 @@ class _Call:
             memory: list[Tensor] = []
             for number, part in enumerate(_chunks(hidden.shape[0])):
                 x, keys = hidden[part], None if seeds is None else seeds + number
-                owns = (False, False) if dense is None else owns_product(x, weight, dtype)
+                owns = (False, False) if isinstance(weight, NF4Weight) else owns_product(x, weight, dtype)
                 s = None
                 if isinstance(weight, NF4Weight) or lora_A or owns[0] or torch.compiler.is_compiling():
-                    logits, s = layer.forward(x, bias, keys, None, lora_A, lora_B, any(wanted.lora_B), owns[0])
+                    logits, s = layer.forward(x, bias, keys, None, lora_A, lora_B, any(wanted.b), owns[0])
                 else:
                     logits = _product(x.to(dtype), weight, bias, memory)
                 factors = factor.expand(x.shape[0]).contiguous() if wanted.any() else None
@@ -262,16 +268,16 @@ class _Call:
                 if grad is None:
                     continue
                 of_x, of_A, of_B = layer.backward(
-                    grad, x if any(wanted.lora_A) else None, x.dtype, s, keys, None, lora_A, lora_B, wanted.hidden,
-                    list(wanted.lora_A), list(wanted.lora_B), owns[1]
+                    grad, x if any(wanted.a) else None, x.dtype, s, keys, None, lora_A, lora_B, wanted.hidden,
+                    list(wanted.a), list(wanted.b), owns[1]
                 )  # fmt: skip
-                if grads[0] is not None:
+                of_bias = grad.sum(0, dtype=torch.float32) if wanted.bias else None
+                if grads[0] is not None and of_x is not None:
                     grads[0][part] = of_x
                 if grads[1] is not None:
                     _add_product(grads[1], grad, x.to(dtype))
-                of_bias = grad.sum(0, dtype=torch.float32) if wanted.bias else None
                 for into, value in zip(grads[2:], (of_bias, *of_A, *of_B), strict=True):
-                    if into is not None:
+                    if into is not None and value is not None:
                         into += value
         return total if divisor is None else total / divisor, scale, grads
 

@@ -5,7 +5,6 @@ What there is of logits takes more memory than anything else in a step of a smal
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial, wraps
 from inspect import signature
 from typing import Any, ClassVar
@@ -20,7 +19,7 @@ from ..base_layer import NO_ADAPTERS, Adapters, BaseProduct, dense_product, why_
 from ..refusal import Refusal
 from ..rows import TakesRows, rows_of
 from .causal_lm_loss import FusedLoss, causal_lm_loss, targets_of
-from .lookalike import Lookalike, OfOneModel, form
+from .lookalike import Lookalike, form
 
 
 class _StandIn:
@@ -100,6 +99,8 @@ class WithoutLogits(Lookalike):
         (weight, bias, compute_dtype, _), adapters = product
         hidden = logits.reshape(-1, logits.shape[-1])
         targets = targets_of(labels, shift_labels, ignore_index).to(hidden.device)
+        if isinstance(num_items_in_batch, Tensor):
+            num_items_in_batch = num_items_in_batch.to(hidden.device)
         return linear_cross_entropy(
             hidden, weight, targets, bias, *adapters, ignore_index=ignore_index, softcap=softcap,
             num_items=num_items_in_batch, compute_dtype=compute_dtype,
@@ -111,36 +112,38 @@ class WithoutLogits(Lookalike):
         return None if is_known and FusedLoss.is_as_found() else "its loss function was replaced"
 
 
-class _OfOneModel(OfOneModel, WithoutLogits):
-    __doc__ = WithoutLogits.__doc__
-
-
 @form
-class GPT2WithoutLogits(_OfOneModel):
+class GPT2WithoutLogits(WithoutLogits):
     __doc__ = WithoutLogits.__doc__
     model_type, class_name = "gpt2", "GPT2LMHeadModel"
 
 
 @form
-class GraniteWithoutLogits(_OfOneModel):
+class OPTWithoutLogits(WithoutLogits):
+    __doc__ = WithoutLogits.__doc__
+    model_type, class_name = "opt", "OPTForCausalLM"
+
+
+@form
+class GraniteWithoutLogits(WithoutLogits):
     __doc__ = WithoutLogits.__doc__
     model_type, class_name = "granite", "GraniteForCausalLM"
 
 
 @form
-class MixtralWithoutLogits(_OfOneModel):
+class MixtralWithoutLogits(WithoutLogits):
     __doc__ = WithoutLogits.__doc__
     model_type, class_name = "mixtral", "MixtralForCausalLM"
 
 
 @form
-class DeepseekWithoutLogits(_OfOneModel):
+class DeepseekWithoutLogits(WithoutLogits):
     __doc__ = WithoutLogits.__doc__
     model_type, class_name = "deepseek_v3", "DeepseekV3ForCausalLM"
 
 
 @form
-class Gemma2WithoutLogits(_OfOneModel):
+class Gemma2WithoutLogits(WithoutLogits):
     __doc__ = WithoutLogits.__doc__
     model_type, class_name = "gemma2", "Gemma2ForCausalLM"
 

@@ -30,7 +30,7 @@ from ..recognition import Reliance, is_compiling, is_filed_closure, same_methods
 from ..refusal import Refusal
 from ..registry import why_not_input
 from .layers import activation_name
-from .lookalike import Lookalike, OfOneModel, form
+from .lookalike import Lookalike, form
 
 _MODULE = "transformers.integrations.moe"
 _DISPATCH = "use_experts_implementation.<locals>.wrapper.<locals>.forward"
@@ -196,8 +196,17 @@ class FusedMixture(_Mixture):
         return "_apply_gate" not in vars(self) and _is_default_gate(self.stock)
 
 
+class _OfOneModel(_Experts):
+    """Experts with but their own lines. Their model is not imported to see whether others have these."""
+
+    @classmethod
+    def filed_key(cls) -> tuple[Any, ...] | None:
+        is_loaded = f"transformers.models.{cls.model_type}.modeling_{cls.model_type}" in sys.modules
+        return super().filed_key() if is_loaded else None
+
+
 @form
-class FusedStep3p7Experts(OfOneModel, _Mixture):
+class FusedStep3p7Experts(_OfOneModel, _Mixture):
     __doc__ = _Mixture.__doc__
 
     model_type, class_name, methods = "step3p7", "Step3p7Experts", ("forward", "_apply_gate")
@@ -205,7 +214,7 @@ class FusedStep3p7Experts(OfOneModel, _Mixture):
 
 
 @form
-class FusedLlama4Experts(OfOneModel, _Experts):
+class FusedLlama4Experts(_OfOneModel):
     """The stock experts, each of which has all tokens, in three operations."""
 
     model_type, class_name, num_arguments = "llama4", "Llama4TextExperts", 1
@@ -232,7 +241,7 @@ class FusedLlama4Experts(OfOneModel, _Experts):
 
 
 @form
-class FusedParallelExperts(OfOneModel, _Experts):
+class FusedParallelExperts(_OfOneModel):
     """The stock experts' product in one operation."""
 
     model_type, class_name, num_arguments = "jetmoe", "JetMoeParallelExperts", 2

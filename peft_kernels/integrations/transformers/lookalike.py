@@ -104,15 +104,6 @@ def _guarded(forward: Callable[..., Any], stock: type[nn.Module], reliance: Reli
     return guarded
 
 
-class OfOneModel(Lookalike):
-    """One with but its own lines. Its model is not imported to see whether others have these."""
-
-    @classmethod
-    def filed_key(cls) -> tuple[Any, ...] | None:
-        is_loaded = f"transformers.models.{cls.model_type}.modeling_{cls.model_type}" in sys.modules
-        return super().filed_key() if is_loaded else None
-
-
 Form = TypeVar("Form", bound=type[Lookalike])
 
 # The modules here that have forms.

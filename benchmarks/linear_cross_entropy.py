@@ -46,9 +46,7 @@ CASES = (
 
 @dataclass
 class Problem(functions.Problem):
-    """Attributes:
-    weight: that the functions use beside their leaves, where it is frozen.
-    """
+    """One whose functions use a frozen weight beside their leaves, if there is any."""
 
     weight: Tensor | None = None
 
@@ -71,7 +69,7 @@ def make_problem(case: Case) -> Problem:
     def work(phase: str) -> tuple[float, float]:
         """The gradient is made in the forward, whose products these are: of the logits, of hidden, of the weight."""
         if phase == "backward":
-            return 4 * case.rows * case.features, 0
+            return 4 * case.rows * case.features, case.rows * case.features
         products = 3 if case.trained else 2
         return 2 * products * case.classes * case.features, 2 * products * case.rows * case.classes * case.features
 

@@ -25,6 +25,7 @@ BENCHMARKS = {
     "glu": "gated linear units: forward, backward and memory",
     "dropout": "dropout: forward, backward and memory",
     "cross_entropy": "the loss of language models: forward, backward and memory",
+    "linear_cross_entropy": "an output layer and its loss, with and without logits: forward, backward and memory",
     "rotary": "the rotary embedding of queries and keys: forward, backward and memory",
     "combine": "several LoRA adapters combined into one: TIES, DARE, pruning",
     "merge": "four LoRA adapters merged into a small 4-bit language model: the time, and the logits' error",
@@ -46,7 +47,7 @@ def main() -> None:
         arguments = [argument for argument in sys.argv[1:] if argument != EMULATED]
         return importlib.import_module("benchmarks.emulated").main(arguments)
     name, arguments = (sys.argv[1:2] or [""])[0], sys.argv[2:]
-    known = "".join(f"\n  {known:19} {purpose}" for known, purpose in BENCHMARKS.items())
+    known = "".join(f"\n  {known:20} {purpose}" for known, purpose in BENCHMARKS.items())
     if name in ("-h", "--help"):
         return print(f"python -m benchmarks NAME [options], or {EMULATED}; NAME --help shows the options of{known}")
     if name not in BENCHMARKS:

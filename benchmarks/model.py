@@ -23,8 +23,8 @@ from benchmarks.records import FUSED, Faster, Record, Target, duration
 from benchmarks.report import Report
 from benchmarks.timing import Contender
 
-STOCK, DENSE_LORA = "stock", "LoRA on dense"
-BASELINES = {"dense": DENSE_LORA, "stock": STOCK}
+STOCK, DENSE_LORA, WITHOUT_LOGITS = "stock", "LoRA on dense", "without logits"
+BASELINES = {"dense": DENSE_LORA, "stock": STOCK, "without": WITHOUT_LOGITS}
 PREFIX = 32  # positions of a prefix
 PROFILED_TOKENS = 8  # decoded for the breakdown
 MODEL_CACHE = Path(__file__).parent.parent / "demo-output" / "base"  # where `make demo` keeps it as well
@@ -92,8 +92,8 @@ def make_models(case: Case, folder: Path, names: Sequence[str], rank: int) -> di
             model = finetune.load_with_lora(settings, case.dropout, dora=case.method == "dora")
         else:
             model = finetune.load_with_peft(settings, configs[case.method])
-        if name == FUSED:
-            peft_kernels.optimize(model)
+        if name in (FUSED, WITHOUT_LOGITS):
+            peft_kernels.optimize(model, logits=name == FUSED)
         if name == DENSE_LORA:
             model = on_dense(model, folder)
         runs[name] = Run(model, settings.lr, case.method == "ia3")
@@ -202,6 +202,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         case = case.small() if chosen.quick else case
         with working(console, str(case)):
             vs = [BASELINES[name] for name in chosen.vs if case.method == "lora" or name == "stock"]
+            if case.phase != "train" and WITHOUT_LOGITS in vs:
+                vs.remove(WITHOUT_LOGITS)
             least = 3 if chosen.quick else 7
             records, breakdowns[str(case)] = run(
                 case, folder, vs, chosen.isas, chosen.seconds, console.print, least=least

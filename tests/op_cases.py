@@ -132,6 +132,12 @@ ARGUMENTS: dict[str, Callable[[], dict[str, Any]]] = {
     },
     "ia3_linear": lambda: _linear(randn(N, K)) | {"l_in": randn(K), "l_out": randn(N)},
     "linear": lambda: {"x": randn(M, K), "weight": randn(N, K), "bias": randn(N)},
+    "linear_cross_entropy": lambda: {
+        "hidden": randn(M, K), "weight": randn(N, K) / 8, "targets": torch.tensor([1, 5, -100]), "bias": randn(N),
+        "lora_A": [randn(R, K) / 8], "lora_B": [randn(N, R)], "scaling": [0.5], "dropout": [0.5],
+        "seeds": torch.tensor([7]), "ignore_index": -100, "label_smoothing": 0.1, "z_loss": 1e-2, "softcap": 5.0,
+        "reduction": "mean", "num_items": torch.tensor(2), "compute_dtype": torch.float32,
+    },
     "lora_linear": lambda: _lora(randn(N, K)) | {"dropout": [0.5, 0.0], "seeds": torch.tensor([7, 8])},
     "lora_linear_grouped": lambda: _lora(randn(N, K)) | {
         "x": randn(M, 2, K), "index": [[0, 1], [1, -1], [0, 0]], "dropout": [0.5, 0.0], "seeds": torch.tensor([7, 8]),
@@ -153,6 +159,9 @@ VARIANTS: dict[str, Callable[[], dict[str, Any]]] = {
     "grouped_linear of NF4": lambda: _grouped(stack4bit()),
     "ia3_linear of NF4": lambda: _linear(weight4bit()) | {"l_in": randn(K), "l_out": randn(N)},
     "linear without bias": lambda: {"x": randn(M, K), "weight": randn(N, K)},
+    "linear_cross_entropy of NF4": lambda: {
+        "hidden": randn(M, K), "weight": weight4bit(), "targets": torch.tensor([1, 5, -100]),
+    },
     "linear of many rows": lambda: {"x": randn(40, K), "weight": randn(N, K)},
     "lora_linear of NF4": lambda: _lora(weight4bit()),
     "lora_linear without adapters": lambda: _linear(randn(N, K)) | {"x": randn(40, K)},

@@ -29,6 +29,7 @@ def readme(model: PreTrainedModel, inputs: dict[str, Tensor]) -> None:
     assert_type(next(iter(report)), LayerReport)
     trained: tuple[str, ...] = peft_kernels.train_biases_only(model, ["classifier"])
     print(trained)
+    peft_kernels.optimize(model, logits=False)
     peft_kernels.restore(model)
     assert_type("lora" in peft_kernels.FAMILIES, bool)
 
@@ -119,6 +120,7 @@ def functions(x: Tensor, w: Tensor, index: list[int]) -> None:
     assert_type(ops.dequantize_4bit(weight, torch.float32), Tensor)
     assert_type(ops.dequantize_4bit_rows(weight, 0, w), Tensor)
     assert_type(ops.linear(x, w), Tensor)
+    assert_type(ops.linear_cross_entropy(x, weight, x, softcap=30.0, reduction="sum"), Tensor)
     assert_type(ops.lora_linear(x, weight, None, [w], [w], [0.5], [0.1]), Tensor)
     assert_type(ops.lora_linear_grouped(x, weight, None, [w], [w], [0.5], index), Tensor)
     assert_type(ops.grouped_linear(x, weight, None, [w], [w], [0.5], x, transposed=True, rows=x), Tensor)

@@ -33,8 +33,15 @@ struct CrossEntropyBackwardParams : CrossEntropyParams {
     Matrix grad;                      // [m, classes], of the logits' dtype
 };
 
+struct CrossEntropyInPlaceParams : CrossEntropyParams {
+    const float* grad_losses;  // [m]
+    float* losses;             // [m]
+    Matrix grad;               // [m, classes], in the logits' memory
+};
+
 PEFT_KERNELS_CPU_KERNEL(cross_entropy_forward, CrossEntropyForwardParams)
 PEFT_KERNELS_CPU_KERNEL(cross_entropy_backward, CrossEntropyBackwardParams)
+PEFT_KERNELS_CPU_KERNEL(cross_entropy_in_place, CrossEntropyInPlaceParams)
 
 namespace cuda {
 

@@ -81,6 +81,21 @@ Tensor backward(Tensor grad_losses, Tensor logits, Tensor targets, Tensor statis
     return grad;
 }
 
+#if !defined(PEFT_KERNELS_EMULATED)
+// -> losses [M]; the logits become the gradient of the sum of losses grad_losses
+Tensor in_place(Tensor logits, Tensor targets, Tensor grad_losses, int64_t ignore_index) {
+    CrossEntropyInPlaceParams params{};
+    check_common(params, logits, targets, ignore_index);
+    check_array(grad_losses, "grad_losses", ScalarType::Float, params.m, logits);
+    Tensor losses = empty(logits, {params.m}, ScalarType::Float);
+    params.grad_losses = static_cast<const float*>(grad_losses.const_data_ptr());
+    params.losses = static_cast<float*>(losses.mutable_data_ptr());
+    params.grad = {logits.mutable_data_ptr(), params.logits.dtype, params.logits.stride};
+    dispatch::cross_entropy_in_place(params);
+    return losses;
+}
+#endif
+
 }  // namespace
 }  // namespace peft_kernels
 
@@ -96,3 +111,15 @@ PEFT_KERNELS_IMPLEMENT(m) {
     m.impl("cross_entropy_forward", TORCH_BOX(&peft_kernels::forward));
     m.impl("cross_entropy_backward", TORCH_BOX(&peft_kernels::backward));
 }
+
+#if !defined(PEFT_KERNELS_EMULATED)
+STABLE_TORCH_LIBRARY_FRAGMENT(peft_kernels, m) {
+    m.def(
+        "cross_entropy_in_place(Tensor(a!) logits, Tensor targets, Tensor grad_losses, int ignore_index) -> Tensor "
+        "losses");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(peft_kernels, CPU, m) {
+    m.impl("cross_entropy_in_place", TORCH_BOX(&peft_kernels::in_place));
+}
+#endif

@@ -62,7 +62,7 @@ class FusedDecoderLayer(Caching, Lookalike):
     """
 
     family = "decoder_layer"
-    model, class_name = "llama", "LlamaDecoderLayer"
+    model_type, class_name = "llama", "LlamaDecoderLayer"
     derived = ("_plan",)
     _plan: _Plan | None = None  # read by `recall`
 

@@ -17,7 +17,7 @@ from torch.nn.utils import parametrize
 
 from .. import cpu
 from ..choices import Choice
-from ..ops._arguments import is_number
+from ..ops._arguments import check_flag, is_number
 from ..printing import PrintedReport, indented, starred
 from .kinds import kind_of, why_no_form
 from .measuring import LEAST_PARAMETERS, SECONDS, choose
@@ -134,7 +134,9 @@ class Report(PrintedReport):
         return f"layers: {counts[True]} fused, {counts[False]} left alone"
 
 
-def optimize(model: nn.Module, *, tune: bool | float = True, only: Names = None, exclude: Names = None) -> Report:
+def optimize(
+    model: nn.Module, *, tune: bool | float = True, only: Names = None, exclude: Names = None, logits: bool = True
+) -> Report:
     """Gives every layer of a model that has a fused form its fused forward, in place. `restore` undoes it.
 
     Fused are, on the CPU and, but for attention, on CUDA devices that the package was built for: PEFT's `lora.Linear`
@@ -172,6 +174,9 @@ def optimize(model: nn.Module, *, tune: bool | float = True, only: Names = None,
             of an adapter's layer go with it. Where it is None, PEFT_KERNELS_ONLY has it, separated by commas.
         exclude: the same, of what is left alone whatever `only` says, and restored if it is fused by now;
             PEFT_KERNELS_EXCLUDE.
+        logits: whether the outputs of causal language models have logits also where a loss is computed with gradients.
+            False saves the time and the memory that they take: the loss is made of the hidden states, and
+            `outputs.logits` is None. Outputs without labels, or without gradients, have them as before.
 
     Returns:
         A `Report`: iterate over it, or print it.
@@ -179,24 +184,29 @@ def optimize(model: nn.Module, *, tune: bool | float = True, only: Names = None,
     Raises:
         TypeError: `model` is not a module, or `only` or `exclude` is not made of strings.
         ValueError: a string in `only` or `exclude` is neither a family nor a module's name; `tune` is neither a bool
-            nor a number of seconds.
+            nor a number of seconds; `logits` is not a bool.
     """
     check_module(model)
     if not (is_number(tune) and tune >= 0) and not isinstance(tune, bool):
         raise ValueError(f"tune: got {tune!r}, wanted True, False or a number of seconds")
+    check_flag("logits", logits)
     seconds = 0.0 if os.environ.get("PEFT_KERNELS_TUNE") == "0" else SECONDS if tune is True else float(tune)
     _load_packages()
     switches = switches_for(model, only, exclude)
     with undone_on_error(model), gathering(model):
-        reasons = _fuse(model, switches)
+        reasons = _fuse(model, switches, logits)
         remarks: dict[nn.Module, str] = {
             module: module.prepare() for module in model.modules() if isinstance(module, FusedLayer)
         }
         speeds = choose(model, seconds, LEAST_PARAMETERS if tune is True else 0)
-        return Report(tuple(_reports(model, reasons, remarks, speeds)), cpu.isa())
+        layers = [*_reports(model, reasons, remarks, speeds)]
+        if not (logits or any(map(_can_lack_logits, model.modules()))):
+            reason = "its loss, with logits: no class in it has a form without"
+            layers.insert(0, LayerReport("", describe(type(model)), False, reason))
+        return Report(tuple(layers), cpu.isa())
 
 
-def _fuse(model: nn.Module, switches: Switches) -> dict[nn.Module, str | None]:
+def _fuse(model: nn.Module, switches: Switches, logits: bool) -> dict[nn.Module, str | None]:
     """Changes the classes; of the layers that a fused class was found for, why they were left as they are."""
     reasons: dict[nn.Module, str | None] = {}
     adapted: dict[
@@ -210,9 +220,13 @@ def _fuse(model: nn.Module, switches: Switches) -> dict[nn.Module, str | None]:
                 setting.unset(module)
                 reasons[module] = f"{setting.remark}: {reason}"
         is_fused, stock = isinstance(module, FusedLayer), class_below(type(module))
-        if refusal := refusal_of(stock):
+        if refusal := refusal_of(stock, logits):
             reasons[module] = refusal
         fused: Any = type(module) if is_fused else fused_form(stock)
+        if logits and fused is not None and not fused.keeps_logits:
+            if is_fused:
+                restore_layer(module)
+            continue
         if fused is None or not (is_fused or fused.applies(module)):
             continue
         inner = _INNER.fullmatch(name)
@@ -272,6 +286,11 @@ def _report(name: str, kind: str, reason: str | None, remark: str, choice: Choic
         return LayerReport(name, kind, reason is None, reason or remark)
     is_stock = choice.is_always_stock
     return LayerReport(name, kind, not is_stock, "" if is_stock else remark, choice.speed)
+
+
+def _can_lack_logits(module: nn.Module) -> bool:
+    fused = type(module) if isinstance(module, FusedLayer) else fused_form(class_below(type(module)))
+    return fused is not None and not fused.keeps_logits
 
 
 def _load_packages() -> None:

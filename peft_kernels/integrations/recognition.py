@@ -229,8 +229,8 @@ def _found(module: ModuleType, qualname: str) -> Any:
 
 
 def undecorated(function: Any) -> FunctionType | None:
-    """A function without what transformers puts around it, for checkpoints, arguments that were renamed, experts, and
-    kernels of its hub. What others put around it stays."""
+    """A function without what transformers puts around it, for checkpoints, arguments that were renamed, tuples as
+    results, experts, and kernels of its hub. What others put around it stays."""
     if isinstance(function, nn.Module) and type(function).__module__.partition(".")[0] == "kernels":
         closure: tuple[Any, ...] = getattr(type(function).forward, "__closure__", None) or ()
         function = closure[0].cell_contents if len(closure) == 1 and "forward" not in vars(function) else None
@@ -242,11 +242,11 @@ def undecorated(function: Any) -> FunctionType | None:
 @cache
 def _decorators() -> frozenset[str]:
     """The files that have it."""
-    names = "transformers.modeling_layers", "transformers.utils.deprecation", "transformers.integrations.moe"
+    names = ("modeling_layers", "utils.deprecation", "utils.generic", "integrations.moe")
     found = set()
     for name in names if "transformers" in sys.modules else ():
         with suppress(ImportError):  # older versions of transformers have no such experts
-            found.add(importlib.import_module(name).__file__ or "")
+            found.add(importlib.import_module(f"transformers.{name}").__file__ or "")
     return frozenset(found)
 
 

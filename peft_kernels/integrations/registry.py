@@ -105,6 +105,7 @@ class FusedLayer(Measured):
     own_state: ClassVar[tuple[str, ...]] = ()
     is_layer: ClassVar[bool] = True  # as the report has them, and not what is fused of the model around them
     takes_parametrizations: ClassVar[bool] = False  # torch's, of parameters: whether its forward knows of them
+    keeps_logits: ClassVar[bool] = True  # or is only for a model whose outputs may be without them
 
     @classmethod
     def applies(cls, layer: nn.Module) -> bool:
@@ -199,7 +200,7 @@ Fused = TypeVar("Fused", bound=type[FusedLayer])
 AnySetting = TypeVar("AnySetting", bound=type[Setting])
 
 _table: dict[type[nn.Module], type[FusedLayer]] = {}
-_refused: dict[type[nn.Module], str] = {}
+_refused: dict[type[nn.Module], tuple[str, bool]] = {}
 _settings: list[type[Setting]] = []
 _mentioned: list[type] = []
 
@@ -212,12 +213,12 @@ def register(fused: Fused) -> Fused:
     return fused
 
 
-def refuse(stock: type[nn.Module], reason: str | None) -> None:
-    """Has the report say why a class has no fused form for now; None takes it back."""
+def refuse(stock: type[nn.Module], reason: str | None, keeps_logits: bool = True) -> None:
+    """Has the report say why a class has no fused form, one that keeps logits or not, for now; None takes it back."""
     if reason is None:
         _refused.pop(stock, None)
     else:
-        _refused[stock] = reason
+        _refused[stock] = reason, keeps_logits
 
 
 def register_setting(setting: AnySetting) -> AnySetting:
@@ -230,9 +231,10 @@ def settings() -> tuple[type[Setting], ...]:
     return tuple(_settings)
 
 
-def refusal_of(stock: type[nn.Module]) -> str | None:
-    """Why a class has no fused form for now."""
-    return _refused.get(stock)
+def refusal_of(stock: type[nn.Module], logits: bool) -> str | None:
+    """Why a class has no fused form for now, of those that are asked for where logits are wanted or not."""
+    reason, keeps_logits = _refused.get(stock, (None, True))
+    return reason if keeps_logits or not logits else None
 
 
 def mention(stock: type) -> None:

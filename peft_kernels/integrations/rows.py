@@ -65,7 +65,7 @@ class TakesRows(FusedLayer):
         Raises:
             ValueError: x has not as many rows as there are names.
         """
-        rows = None if kwargs.get("adapter_names") is not None else _rows_of(self)
+        rows = None if kwargs.get("adapter_names") is not None else rows_of(self)
         if rows is None:
             return None
         shape = rows.shape
@@ -135,7 +135,7 @@ def _entries() -> tuple[_Entry, ...]:
     return entries
 
 
-def _rows_of(layer: nn.Module) -> Rows | None:
+def rows_of(layer: nn.Module) -> Rows | None:
     for entry in reversed(_entries()):
         if layer in entry.layers:
             if not (entry.recomputes or torch.compiler.is_compiling()):

@@ -12,6 +12,7 @@ from .glu import glu
 from .grouped_linear import grouped_linear
 from .ia3_linear import ia3_linear
 from .linear import linear
+from .linear_cross_entropy import linear_cross_entropy
 from .lora_linear import lora_linear
 from .lora_linear_grouped import lora_linear_grouped
 from .nf4 import NF4Weight, dequantize_4bit, dequantize_4bit_rows, quantize_4bit
@@ -42,6 +43,7 @@ __all__ = [
     "ia3_attention",
     "ia3_linear",
     "linear",
+    "linear_cross_entropy",
     "lora_linear",
     "lora_linear_grouped",
     "quantize_4bit",

@@ -23,14 +23,15 @@ def check_product(
     bias: Tensor | None,
     compute_dtype: torch.dtype | None,
     out_dtype: torch.dtype | None,
+    x_name: str = "x",
 ) -> None:
     """Refuses what the ops would not see, or would see too late to say what is wrong: types, a dense weight, and x
     against the weight. It runs at every call, so the texts are made only on failure."""
     if not is_float(x) or x.dim() == 0:
-        bad("x", x, "a float32, bfloat16 or float16 tensor [..., K]")
+        bad(x_name, x, "a float32, bfloat16 or float16 tensor [..., K]")
     check_weight(weight)
     if x.shape[-1] != weight.shape[1]:
-        bad("x", x, f"[..., {weight.shape[1]}], for a weight of shape {list(weight.shape)}")
+        bad(x_name, x, f"[..., {weight.shape[1]}], for a weight of shape {list(weight.shape)}")
     if bias is not None and not isinstance(bias, Tensor):
         bad("bias", bias, f"a tensor [{weight.shape[0]}]")
     if compute_dtype is not None:
@@ -41,7 +42,7 @@ def check_product(
         return
     if bias is not None and (not is_float(bias) or bias.shape != weight.shape[:1]):
         bad("bias", bias, f"a float32, bfloat16 or float16 tensor [{weight.shape[0]}]")
-    check_devices(x, (("weight", weight), ("bias", bias)))
+    check_devices(x, (("weight", weight), ("bias", bias)), x_name)
 
 
 def check_weight(weight: Tensor | NF4Weight) -> None:

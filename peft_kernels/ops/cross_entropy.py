@@ -69,3 +69,8 @@ def _(logits: Tensor, targets: Tensor, ignore_index: int) -> tuple[Tensor, Tenso
 @register_fake("cross_entropy_backward")
 def _(grad_losses: Tensor, logits: Tensor, targets: Tensor, statistics: Tensor, ignore_index: int) -> Tensor:
     return logits.new_empty(logits.shape)
+
+
+@register_fake("cross_entropy_in_place")
+def _(logits: Tensor, targets: Tensor, grad_losses: Tensor, ignore_index: int) -> Tensor:
+    return logits.new_empty((logits.shape[0],), dtype=torch.float32)

@@ -4,6 +4,7 @@
 //   forward    a block of a row at a time: its maximum, then Σ e^(x - maximum) from the L1 cache; the sum so far is
 //              rescaled when the maximum has grown.   loss = log Σ - (x[target] - maximum)
 //   backward   dx = (e^(x - maximum - log Σ) - onehot(target)) dloss
+//   in place   both of a row, one after the other: what it reads a second time is in the caches
 #include <cfloat>
 #include <cmath>
 
@@ -115,6 +116,19 @@ void scaled_softmax(const T* x, int64_t count, const RowStatistics& row, float f
     fence_streams();
 }
 
+// Of a row's loss, times grad_loss; `out` may be x.
+template <class T>
+void row_gradient(const T* x, int64_t count, const RowStatistics& row, int64_t target, double log_p, float grad_loss,
+                  T* out) {
+    scaled_softmax(x, count, row, grad_loss, out);
+    // Not a difference with one, which would have few digits where the probability is close to it.
+    store_rounded(static_cast<float>(::expm1(log_p) * grad_loss), out + target);
+}
+
+void clear_row(const Matrix& matrix, int64_t row, int64_t count) {
+    memset(row_of(matrix, row), 0, count * size_of(matrix.dtype));
+}
+
 }  // namespace
 
 void cross_entropy_forward(const CrossEntropyForwardParams& p) {
@@ -134,18 +148,29 @@ void cross_entropy_forward(const CrossEntropyForwardParams& p) {
 void cross_entropy_backward(const CrossEntropyBackwardParams& p) {
     for_each_row(p, [&](int64_t row) {
         const int64_t target = p.targets[row];
-        if (target == p.ignore_index) {
-            memset(row_of(p.grad, row), 0, p.classes * size_of(p.grad.dtype));
-            return;
-        }
+        if (target == p.ignore_index) return clear_row(p.grad, row, p.classes);
         dispatch_dtype(p.logits.dtype, [&](auto* type) {
             using T = Pointee<decltype(type)>;
             const T* x = static_cast<const T*>(row_of(p.logits, row));
-            T* grad = static_cast<T*>(row_of(p.grad, row));
-            scaled_softmax(x, p.classes, p.statistics[row], p.grad_losses[row], grad);
-            // Not a difference with one, which would have few digits where the probability is close to it.
-            const double difference = ::expm1(log_probability(x, target, p.statistics[row]));
-            store_rounded(static_cast<float>(difference * p.grad_losses[row]), grad + target);
+            const double log_p = log_probability(x, target, p.statistics[row]);
+            row_gradient(x, p.classes, p.statistics[row], target, log_p, p.grad_losses[row],
+                         static_cast<T*>(row_of(p.grad, row)));
+        });
+    });
+}
+
+void cross_entropy_in_place(const CrossEntropyInPlaceParams& p) {
+    for_each_row(p, [&](int64_t row) {
+        p.losses[row] = 0;
+        const int64_t target = p.targets[row];
+        if (target == p.ignore_index) return clear_row(p.grad, row, p.classes);
+        dispatch_dtype(p.logits.dtype, [&](auto* type) {
+            using T = Pointee<decltype(type)>;
+            T* x = static_cast<T*>(row_of(p.grad, row));
+            const RowStatistics statistics = statistics_of(x, p.classes);
+            const double log_p = log_probability(x, target, statistics);
+            p.losses[row] = static_cast<float>(-log_p);
+            row_gradient(x, p.classes, statistics, target, log_p, p.grad_losses[row], x);
         });
     });
 }

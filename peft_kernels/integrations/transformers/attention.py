@@ -272,22 +272,22 @@ class FusedAttention(Lookalike):
 
 @form
 class FusedBertAttention(FusedAttention):
-    model, class_name = "bert", "BertSelfAttention"
+    model_type, class_name = "bert", "BertSelfAttention"
 
 
 @form
 class FusedGPT2Attention(FusedAttention):
-    model, class_name = "gpt2", "GPT2Attention"
+    model_type, class_name = "gpt2", "GPT2Attention"
 
 
 @form
 class FusedOPTAttention(FusedAttention):
-    model, class_name = "opt", "OPTAttention"
+    model_type, class_name = "opt", "OPTAttention"
 
 
 @form
 class FusedLlamaAttention(FusedAttention):
-    model, class_name = "llama", "LlamaAttention"
+    model_type, class_name = "llama", "LlamaAttention"
 
     def window(self) -> int | None:
         """How many positions back the layer sees, if that is limited."""
@@ -296,7 +296,7 @@ class FusedLlamaAttention(FusedAttention):
 
 @form
 class FusedMistralAttention(FusedLlamaAttention):
-    model, class_name = "mistral", "MistralAttention"
+    model_type, class_name = "mistral", "MistralAttention"
 
     def window(self) -> int | None:
         return getattr(self.config, "sliding_window", None)
@@ -304,7 +304,7 @@ class FusedMistralAttention(FusedLlamaAttention):
 
 @form
 class FusedQwen2Attention(FusedLlamaAttention):
-    model, class_name = "qwen2", "Qwen2Attention"
+    model_type, class_name = "qwen2", "Qwen2Attention"
 
     def window(self) -> int | None:
         window: int | None = self.sliding_window
@@ -315,4 +315,4 @@ class FusedQwen2Attention(FusedLlamaAttention):
 class FusedQwen3Attention(FusedQwen2Attention):
     """The same, with norms of the queries' and the keys' heads."""
 
-    model, class_name = "qwen3", "Qwen3Attention"
+    model_type, class_name = "qwen3", "Qwen3Attention"

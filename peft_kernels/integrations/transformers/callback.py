@@ -26,7 +26,7 @@ class PeftKernelsCallback(TrainerCallback):
     logger "peft_kernels". Checkpoints hold what they held before: layers keep their parameters' names.
 
     Args:
-        tune, only, exclude: those of `optimize`.
+        tune, only, exclude, logits: those of `optimize`.
         restore: whether the model gets its stock layers back when training ends, as for pickling it whole.
 
     Attributes:
@@ -34,9 +34,15 @@ class PeftKernelsCallback(TrainerCallback):
     """
 
     def __init__(
-        self, *, tune: bool | float = True, only: Names = None, exclude: Names = None, restore: bool = False
+        self,
+        *,
+        tune: bool | float = True,
+        only: Names = None,
+        exclude: Names = None,
+        logits: bool = True,
+        restore: bool = False,
     ) -> None:
-        self.tune, self.only, self.exclude, self.restore = tune, only, exclude, restore
+        self.tune, self.only, self.exclude, self.logits, self.restore = tune, only, exclude, logits, restore
         self.report: Report | None = None
 
     def on_train_begin(
@@ -45,7 +51,7 @@ class PeftKernelsCallback(TrainerCallback):
     ) -> None:  # fmt: skip
         if model is None:
             return
-        self.report = optimize(model, tune=self.tune, only=self.only, exclude=self.exclude)
+        self.report = optimize(model, tune=self.tune, only=self.only, exclude=self.exclude, logits=self.logits)
         if state.is_world_process_zero:
             _logger.info("%s", self.report)
 

@@ -50,16 +50,21 @@ def causal_lm_loss(
         stock: Any = loss_utils.LOSS_MAPPING[_NAME]
         loss: Tensor = stock(logits=logits, labels=labels, vocab_size=vocab_size, **given, **kwargs)
         return loss
-    if shift_labels is None:
-        assert labels is not None
-        shift_labels = F.pad(labels, (0, 1), value=ignore_index)[..., 1:]
-    targets = shift_labels.reshape(-1).to(logits.device)
+    targets = targets_of(labels, shift_labels, ignore_index).to(logits.device)
     count = num_items_in_batch
     if count is None:
         count = (targets != ignore_index).sum()
     elif isinstance(count, Tensor):
         count = count.to(logits.device)
     return cross_entropy(logits.reshape(-1, vocab_size), targets, ignore_index).sum() / count
+
+
+def targets_of(labels: Tensor | None, shift_labels: Tensor | None, ignore_index: int) -> Tensor:
+    """int64 [B S]: what follows each position."""
+    if shift_labels is None:
+        assert labels is not None
+        shift_labels = F.pad(labels, (0, 1), value=ignore_index)[..., 1:]
+    return shift_labels.reshape(-1)
 
 
 @register_setting

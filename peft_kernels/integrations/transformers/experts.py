@@ -201,7 +201,7 @@ class _OfOneModel(_Experts):
 
     @classmethod
     def filed_key(cls) -> tuple[Any, ...] | None:
-        is_loaded = f"transformers.models.{cls.model}.modeling_{cls.model}" in sys.modules
+        is_loaded = f"transformers.models.{cls.model_type}.modeling_{cls.model_type}" in sys.modules
         return super().filed_key() if is_loaded else None
 
 
@@ -209,7 +209,7 @@ class _OfOneModel(_Experts):
 class FusedStep3p7Experts(_OfOneModel, _Mixture):
     __doc__ = _Mixture.__doc__
 
-    model, class_name, methods = "step3p7", "Step3p7Experts", ("forward", "_apply_gate")
+    model_type, class_name, methods = "step3p7", "Step3p7Experts", ("forward", "_apply_gate")
     has_gate, has_bias, is_transposed = True, False, False
 
 
@@ -217,7 +217,7 @@ class FusedStep3p7Experts(_OfOneModel, _Mixture):
 class FusedLlama4Experts(_OfOneModel):
     """The stock experts, each of which has all tokens, in three operations."""
 
-    model, class_name, num_arguments = "llama4", "Llama4TextExperts", 1
+    model_type, class_name, num_arguments = "llama4", "Llama4TextExperts", 1
 
     def stack_names(self) -> Sequence[str]:
         return "gate_up_proj", "down_proj"
@@ -244,7 +244,7 @@ class FusedLlama4Experts(_OfOneModel):
 class FusedParallelExperts(_OfOneModel):
     """The stock experts' product in one operation."""
 
-    model, class_name, num_arguments = "jetmoe", "JetMoeParallelExperts", 2
+    model_type, class_name, num_arguments = "jetmoe", "JetMoeParallelExperts", 2
 
     def stack_names(self) -> Sequence[str]:
         return ("weight",)

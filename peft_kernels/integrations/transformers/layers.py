@@ -33,7 +33,7 @@ class FusedRMSNorm(Lookalike):
     """The stock layer in one operation. Here the stock layer rounds twice, what is normalised and its product."""
 
     family = "rms_norm"
-    model, class_name = "llama", "LlamaRMSNorm"
+    model_type, class_name = "llama", "LlamaRMSNorm"
     eps_name: ClassVar[str] = "variance_epsilon"
     offset: ClassVar[float] = 0.0
 
@@ -66,7 +66,7 @@ class FusedRMSNorm(Lookalike):
 class FusedRMSNormRoundedLast(FusedRMSNorm):
     """The stock layer in one operation. It rounds the product alone, to x's dtype."""
 
-    model, class_name = "olmo2", "Olmo2RMSNorm"
+    model_type, class_name = "olmo2", "Olmo2RMSNorm"
 
     @staticmethod
     def out_dtype(x: Tensor, weight: Tensor) -> torch.dtype:
@@ -77,7 +77,7 @@ class FusedRMSNormRoundedLast(FusedRMSNorm):
 class FusedRMSNormWithOffset(FusedRMSNormRoundedLast):
     """The stock layer in one operation. Its weight is the difference from 1."""
 
-    model, class_name, methods = "gemma", "GemmaRMSNorm", ("forward", "_norm")
+    model_type, class_name, methods = "gemma", "GemmaRMSNorm", ("forward", "_norm")
     eps_name, offset = "eps", 1.0
 
 
@@ -85,7 +85,7 @@ class FusedRMSNormWithOffset(FusedRMSNormRoundedLast):
 class FusedT5LayerNorm(FusedRMSNorm):
     """The stock layer, which has no mean and no bias, in one operation."""
 
-    model, class_name = "t5", "T5LayerNorm"
+    model_type, class_name = "t5", "T5LayerNorm"
 
     @staticmethod
     def out_dtype(x: Tensor, weight: Tensor) -> torch.dtype:
@@ -97,7 +97,7 @@ class FusedGatedMLP(Lookalike):
     """The stock block, in which σ and the product with what it gates are one operation."""
 
     family = "gated_mlp"
-    model, class_name = "llama", "LlamaMLP"
+    model_type, class_name = "llama", "LlamaMLP"
 
     def trial(self) -> Trial | None:
         """Of what is between its linear layers, which are timed by themselves."""

@@ -25,12 +25,12 @@ class Lookalike(FusedLayer):
     """A fused layer for every stock class that has the code of one.
 
     Attributes:
-        model: a type of models, whose module of transformers has the class.
+        model_type: of models, whose module of transformers has the class.
         class_name: of the class.
         methods: that have to have the same code.
     """
 
-    model: ClassVar[str]
+    model_type: ClassVar[str]
     class_name: ClassVar[str]
     methods: ClassVar[tuple[str, ...]] = ("forward",)
     reliance: ClassVar[Reliance]  # what the methods of the stock class call
@@ -60,7 +60,7 @@ class Lookalike(FusedLayer):
 
     @classmethod
     def _stock_module(cls) -> ModuleType:
-        return importlib.import_module(f"transformers.models.{cls.model}.modeling_{cls.model}")
+        return importlib.import_module(f"transformers.models.{cls.model_type}.modeling_{cls.model_type}")
 
     @classmethod
     def members(cls, stock: type[Any]) -> dict[str, Any]:
@@ -107,7 +107,7 @@ def _guarded(forward: Callable[..., Any], stock: type[nn.Module], reliance: Reli
 Form = TypeVar("Form", bound=type[Lookalike])
 
 # The modules here that have forms.
-_FORMS_IN = (".attention", ".layers", ".experts", "...inference.decoder_layer")
+_FORMS_IN = (".attention", ".layers", ".experts", ".causal_lm", "...inference.decoder_layer")
 
 _forms: list[type[Lookalike]] = []
 _seen: set[type] = set()
@@ -136,7 +136,7 @@ def register_loaded() -> None:
         found = [form for key in keys if key[1] is not None for form in forms.get(key, ()) if form.does_the_same(stock)]
         reliance = found[0].relies_on(stock) if found else None
         reason = None if reliance is None else reliance.why_not()
-        refuse(stock, reason)
+        refuse(stock, reason, found[0].keeps_logits if found else True)
         if reason:
             continue  # and looked at again by the next call
         _seen.add(stock)

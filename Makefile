@@ -13,6 +13,8 @@ AMX := build/amx
 # The linters need nothing of the package, so that they are there in seconds.
 LINT := build/lint
 LINTERS := $(LINT)/.installed
+RELEASE := build/release
+RELEASERS := $(RELEASE)/.installed
 
 # The build takes cmake, ninja and the checks of `make format` from the environment, and nothing needs the network.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
@@ -27,7 +29,7 @@ endif
 
 .DEFAULT_GOAL := help
 .PHONY: help demo demo-adapters demo-serving train-many test test-avx2 test-asan test-tsan test-amx test-gpu cuda-device bench card \
-  lint format clean
+  lint format wheel clean
 
 help:  ## show this list
 	@sed -n 's/^\([a-z0-9-]*\):.*  ## /\1|/p' Makefile | awk -F'|' '{printf "  make %-13s %s\n", $$1, $$2}'
@@ -136,6 +138,18 @@ format: $(LINTERS)  ## mend what can be mended of it
 	$(LINT)/bin/ruff format .
 	git ls-files '*.h' '*.cpp' '*.cu' '*.cuh' | xargs $(LINT)/bin/clang-format -i
 
+# The tag is that of this machine's compiler and glibc; CONTRIBUTING.md has the command for manylinux_2_28. The last
+# line installs what is handed out where there is no compiler and no PEFT, and trains for a step.
+wheel: export PEFT_KERNELS_CUDA := 0
+wheel: $(INSTALLED) $(RELEASERS)  ## build the source distribution and a wheel for the CPU into dist/, and check both
+	rm -rf dist build/wheel
+	$(BIN)/python setup.py --quiet sdist --dist-dir dist
+	$(BIN)/pip wheel --quiet --no-build-isolation --no-deps --wheel-dir build/wheel dist/*.tar.gz
+	PATH="$(RELEASE)/bin:$$PATH" auditwheel repair --exclude libtorch.so --wheel-dir dist build/wheel/*.whl
+	$(RELEASE)/bin/auditwheel show dist/*.whl
+	$(RELEASE)/bin/twine check --strict dist/*
+	PEFT_KERNELS_DIST=$(CURDIR)/dist $(BIN)/python -m pytest tests/test_packaging.py $(ARGS)
+
 clean:  ## remove the environment and everything that was built
 	rm -rf $(VENV) build dist demo-output *.egg-info peft_kernels/*.so
 
@@ -148,10 +162,12 @@ $(BIN)/pip:
 	    || { echo "make: there is no C++ compiler; on Debian: apt-get install g++" >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 
-# pyproject.toml names the versions, as the extra `lint`.
-$(LINTERS): pyproject.toml
-	$(PYTHON) -m venv $(LINT)
-	$(LINT)/bin/pip install --quiet $$(sed -n 's/^lint = \[\(.*\)\]/\1/p' pyproject.toml | tr -d '",')
+# pyproject.toml names what is installed, as the extras `lint` and `release`.
+$(LINTERS): EXTRA := lint
+$(RELEASERS): EXTRA := release
+$(LINTERS) $(RELEASERS): pyproject.toml
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/pip install --quiet $$(sed -n 's/^$(EXTRA) = \[\(.*\)\]/\1/p' pyproject.toml | tr -d '",')
 	@touch $@
 
 # Without build isolation, so that the module is compiled against the torch that it will run on and Ninja compiles

@@ -10,11 +10,12 @@ from pathlib import Path
 from unittest import mock
 
 import pytest
+import system_needs
 from ptx_emulator.build import ROOT
 from torch.utils.cpp_extension import include_paths
 
 import peft_kernels
-from peft_kernels import _extension
+from peft_kernels import _extension, cuda
 
 EXTENSION = Path(_extension._C.__file__)
 TORCH_TARGET = "0x020a000000000000ULL"  # as in CMakeLists.txt: torch 2.10
@@ -180,6 +181,40 @@ def test_needed_libraries():
 def test_no_folder_is_searched_for_libraries():
     """The folder of the torch that it was linked with may be pip's for one build, or belong to anyone later."""
     assert re.findall(r"\((?:RPATH|RUNPATH)\).*", dynamic_section()) == []
+
+
+@needs_binutils
+@pytest.mark.skipif(
+    not str(_extension.build_info["compiler"]).startswith(system_needs.COMPILER), reason="of modules by GCC 12"
+)
+def test_needs_no_newer_glibc_than_is_said():
+    """A wheel's tag follows from the newest symbol, and one function more can raise it."""
+    said = system_needs.documented(system_needs.build_of(bool(_extension.build_info["cuda"])))
+    found = system_needs.found(EXTENSION)
+    assert found.keys() == said.keys()
+    assert {library: number for library, number in found.items() if number > said[library]} == {}
+
+
+def test_the_readme_says_of_glibc_what_the_limits_say():
+    cpu, both = (
+        "{}.{}".format(*system_needs.documented(system_needs.build_of(cuda))["GLIBC"]) for cuda in (False, True)
+    )
+    assert f"needs glibc {both}, or {cpu} without CUDA kernels" in (ROOT / "README.md").read_text()
+
+
+def test_the_drivers_that_are_said_are_those_that_are_asked_for():
+    for name in ("README.md", "docs/limits.md"):
+        text = " ".join((ROOT / name).read_text().split())
+        said = re.findall(r"nvcc (\d+) (?:builds \w+(?: \w+)*? )?for drivers from (\d+) on", text)
+        assert {int(nvcc): int(driver) for nvcc, driver in said} == cuda._LEAST_DRIVER, name
+
+
+def test_the_version_is_written_once_and_has_notes():
+    """As a name, in the package; a tag of git, the wheel and the command line take it from there."""
+    version = peft_kernels.__version__
+    project = (ROOT / "pyproject.toml").read_text()
+    assert 'version = { attr = "peft_kernels.__version__" }' in project and f'"{version}"' not in project
+    assert f"\n## [{version}]" in (ROOT / "CHANGELOG.md").read_text()
 
 
 def test_limited_api_name():

@@ -34,7 +34,7 @@ from ..base_layer import (
     why_not_skip,
 )
 from ..refusal import Refusal
-from ..registry import mention, register
+from ..registry import mention, refuse, register
 from ..rows import BASE, Rows, TakesRows
 from ..torch.dropout import Dropout
 
@@ -44,6 +44,7 @@ _DoRA = tuple[Tensor, Tensor, Tensor, Tensor, float, float]  # A, B, magnitude, 
 _Call = tuple[BaseProduct, Adapters | GroupedAdapters | _DoRA]  # what an operation is called with, beside x
 
 mention(BaseTunerLayer)  # whose subclasses are modules
+refuse(lora.Embedding, "its adapter looks rows of A up, for which there is no kernel")
 
 
 class FusedLoRA(TakesRows, Adaptable):
@@ -283,7 +284,9 @@ class Linear(OnLinear, FusedLoRA, lora.Linear):
 
 
 if hasattr(lora, "Linear4bit"):  # bitsandbytes is installed
-    from ..bitsandbytes.linear4bit import On4bit
+    from ..bitsandbytes.linear4bit import WHY_NOT_8BIT, On4bit
+
+    refuse(lora.Linear8bitLt, WHY_NOT_8BIT)
 
     class _Unmerged(NamedTuple):
         """What an unmerge puts back, and the weight that it is put back for."""

@@ -216,6 +216,12 @@ def test_a_window_that_the_layer_does_not_pass():
     assert reasons["PhimoeAttention"] == "its model has a sliding window, and the layer does not say so"
 
 
+def test_prefixes_are_for_models_that_hand_them_down():
+    """Nemotron's layers would be called without one."""
+    with pytest.raises(ValueError, match="0 of the 2 layers of this nemotron have fused attention with prefixes"):
+        peft_kernels.attach_prefix(make("nemotron"), length=3)
+
+
 # ---- Falcon's linear layer ----------------------------------------------------------------------------------------
 
 

@@ -82,7 +82,12 @@ def test_report_prints_numbered_layers_as_one_row():
     rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in text.splitlines() if line.startswith("│")]
     assert rows == [
         ["*.*", "bitsandbytes.Linear4bit", "fused", "11"],
-        ["*", "bitsandbytes.Linear8bitLt", "left alone: this class has no fused form", "1"],
+        [
+            "*",
+            "bitsandbytes.Linear8bitLt",
+            "left alone: its weight has 8 bits, which the kernels do not read",
+            "1",
+        ],
     ]
     assert f"CPU kernels: {cpu.isa()}" in text
     assert "layers: 11 fused, 1 left alone" in text

@@ -208,7 +208,7 @@ def test_stock_path(what, caplog):
     report = peft_kernels.optimize(model)
     reason = {
         "window": "its attention has a window, out of which PEFT's prefix would slide",
-        "eager": "0 of the 2 layers of this llama have fused attention",
+        "eager": "0 of the 2 layers of this llama have fused attention with prefixes",
     }[what]
     assert report.layers[0].reason == reason and not report.layers[0].fused
     ids, padding = tokens()

@@ -37,7 +37,7 @@ MODELS = {
     "gemma2": (transformers.Gemma2Config, _SIZES, {"GemmaRMSNorm": 9, "MLP": 2}),
     "mixtral": (transformers.MixtralConfig, {**_SIZES, "num_local_experts": 2}, {"MixtralRMSNorm": 5}),
     "olmo2": (transformers.Olmo2Config, _SIZES, {"Olmo2RMSNorm": 9, "MLP": 2}),
-    "phi3": (transformers.Phi3Config, _SIZES, {"Phi3RMSNorm": 5}),
+    "phi3": (transformers.Phi3Config, _SIZES, {"Phi3RMSNorm": 5, "MLP": 2}),
     "qwen3": (transformers.Qwen3Config, _SIZES, {"Qwen3RMSNorm": 9, "MLP": 2}),
     "t5": (transformers.T5Config, _T5, {"T5LayerNorm": 12}),
 }
@@ -135,6 +135,7 @@ def test_classes_are_known_by_their_code():
 
 
 def test_attention_is_known_by_its_code():
+    from transformers.models.falcon.modeling_falcon import FalconAttention
     from transformers.models.glm.modeling_glm import GlmAttention
     from transformers.models.llama.modeling_llama import LlamaAttention
     from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeAttention
@@ -143,7 +144,9 @@ def test_attention_is_known_by_its_code():
     assert lookalike.form_of(LlamaAttention) is attention.FusedLlamaAttention
     assert lookalike.form_of(Qwen3MoeAttention) is attention.FusedQwen3Attention
     assert lookalike.form_of(RobertaSelfAttention) is attention.FusedBertAttention
-    assert lookalike.form_of(GlmAttention) is None  # its forward is Llama's, but it rotates in another way
+    # Its forward is Llama's, but it rotates in another way.
+    assert lookalike.form_of(GlmAttention) is not attention.FusedLlamaAttention
+    assert lookalike.form_of(FalconAttention) is None
 
 
 def test_classes_that_were_patched(monkeypatch):

@@ -44,7 +44,43 @@ _LOOKALIKES = {
                                      "moe_intermediate_size": "intermediate"}),
 }  # fmt: skip
 
+# Those whose attention differs from that of the ones above in what is around the function that is called.
+_SMALL_LLAMA = {**_LLAMA, "head_dim": 8}
+_MIXED = {"sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"]}
+_NEOX = {key: value for key, value in _LLAMA.items() if key != "num_key_value_heads"}
+_CALLERS = {
+    "cohere": ("CohereConfig", {**_LLAMA, "use_qk_norm": True}),
+    "cohere2": ("Cohere2Config", {**_LLAMA, **_MIXED}),
+    "exaone4": ("Exaone4Config", {**_LLAMA, "sliding_window": 4, "sliding_window_pattern": 2}),
+    "gemma3": ("Gemma3TextConfig", {**_SMALL_LLAMA, **_MIXED}),
+    "glm4": ("Glm4Config", _SMALL_LLAMA),
+    "gpt_bigcode": ("GPTBigCodeConfig", _GPT2),
+    "gpt_neox": ("GPTNeoXConfig", _NEOX),
+    "gptj": ("GPTJConfig", {**_GPT2, "rotary_dim": 4}),
+    "lfm2": ("Lfm2Config", {**_LLAMA, "layer_types": ["conv", "full_attention"]}),
+    "nemotron": ("NemotronConfig", _SMALL_LLAMA),
+    "olmo": ("OlmoConfig", {**_LLAMA, "clip_qkv": 0.1}),
+    "olmo2": ("Olmo2Config", _LLAMA),
+    "olmo3": ("Olmo3Config", {**_LLAMA, **_MIXED}),
+    "persimmon": ("PersimmonConfig", {**_NEOX, "hidden_dropout": 0.0, "attention_dropout": 0.0}),
+    "phi": ("PhiConfig", _LLAMA),
+    "phi3": ("Phi3Config", {**_LLAMA, "sliding_window": 4}),
+    "smollm3": ("SmolLM3Config", {**_LLAMA, "no_rope_layers": [1, 0]}),
+    "stablelm": ("StableLmConfig", {**_LLAMA, "attention_dropout": 0.0, "hidden_dropout": 0.0}),
+    "starcoder2": ("Starcoder2Config", {**_LLAMA, "sliding_window": 4}),
+    "albert": ("AlbertConfig", {**_BERT, "embedding_size": 16, "classifier_dropout_prob": 0.0}),
+    "distilbert": ("DistilBertConfig", {"dim": "hidden", "hidden_dim": "intermediate", "n_layers": 2, "n_heads": 4,
+                                        "max_position_embeddings": 64, "dropout": 0.0, "attention_dropout": 0.0,
+                                        "seq_classif_dropout": 0.0}),
+    "esm": ("EsmConfig", {**_BERT, "mask_token_id": 3}),
+    "modernbert": ("ModernBertConfig", {"hidden_size": "hidden", "intermediate_size": "intermediate",
+                                        "num_hidden_layers": 2, "num_attention_heads": 4, "local_attention": 4,
+                                        "global_attn_every_n_layers": 2, "cls_token_id": 1, "sep_token_id": 2}),
+}  # fmt: skip
+
 ENCODERS = ["bert", "roberta"]
+CALLING_ENCODERS = ["albert", "distilbert", "esm", "modernbert"]
+CALLING_DECODERS = [name for name in _CALLERS if name not in CALLING_ENCODERS]
 DECODERS = [name for name in _CONFIGS if name not in ENCODERS]
 LOOKALIKE_ENCODERS = ["electra"]
 LOOKALIKE_DECODERS = [name for name in _LOOKALIKES if name not in LOOKALIKE_ENCODERS]
@@ -52,12 +88,12 @@ LOOKALIKE_DECODERS = [name for name in _LOOKALIKES if name not in LOOKALIKE_ENCO
 
 def tiny(name: str, hidden: int = 32, intermediate: int = 48, **config) -> nn.Module:
     """A causal language model, or a classifier if it is an encoder; in training mode."""
-    kind, fields = (_CONFIGS | _LOOKALIKES)[name]
+    kind, fields = (_CONFIGS | _LOOKALIKES | _CALLERS)[name]
     make = getattr(transformers, kind)
     sizes = {"hidden": hidden, "intermediate": intermediate}
-    fields = {key: sizes.get(value, value) for key, value in fields.items()} | config
+    fields = {key: sizes[value] if value in (*sizes,) else value for key, value in fields.items()} | config
     config = make(vocab_size=VOCABULARY, pad_token_id=PADDING, bos_token_id=1, eos_token_id=END, **fields)
-    is_encoder = name in [*ENCODERS, *LOOKALIKE_ENCODERS]
+    is_encoder = name in [*ENCODERS, *LOOKALIKE_ENCODERS, *CALLING_ENCODERS]
     auto = transformers.AutoModelForSequenceClassification if is_encoder else transformers.AutoModelForCausalLM
     return auto.from_config(config).train()
 

@@ -92,7 +92,7 @@ def dense_product(base: nn.Module, x: Tensor, read: Reading = ONCE) -> BaseProdu
 
 
 def why_not_linear(base: nn.Module) -> str | None:
-    if getattr(type(base), "stock", type(base)).forward is nn.Linear.forward or is_conv1d(base):
+    if getattr(type(base), "stock", type(base)).forward is nn.Linear.forward or is_conv1d(base) or _is_falcon(base):
         return None
     return f"its base layer is a {type(base).__name__}, not a torch.nn.Linear"
 
@@ -105,6 +105,12 @@ def is_conv1d(base: nn.Module) -> bool:
     """Whether it computes what transformers' `Conv1D` does: a linear layer whose weight is stored as [K, N]."""
     module = sys.modules.get("transformers.pytorch_utils")  # which bitsandbytes' layers alone do without
     return module is not None and getattr(type(base), "stock", type(base)).forward is module.Conv1D.forward
+
+
+def _is_falcon(base: nn.Module) -> bool:
+    """Whether it is Falcon's linear layer, torch's in two operations."""
+    module = sys.modules.get("transformers.models.falcon.modeling_falcon")
+    return module is not None and getattr(type(base), "stock", type(base)).forward is module.FalconLinear.forward
 
 
 def is_plain(weight: Tensor) -> bool:

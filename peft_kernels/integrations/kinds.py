@@ -7,9 +7,11 @@ sizes.
 from __future__ import annotations
 
 import re
+from typing import Any
 
 from torch import nn
 
+from .recognition import mentions
 from .sharding import class_below
 
 _NORM = re.compile(r"norm(\dd|gated)?$", re.IGNORECASE)
@@ -42,9 +44,31 @@ def kind_of(module: nn.Module) -> str | None:
 
 def why_no_form(module: nn.Module) -> str:
     """Why a module whose class has no fused form is left alone."""
-    if class_below(type(module)).__module__.startswith("torch.nn."):
+    stock: type[Any] = class_below(type(module))
+    kind = kind_of(module)
+    if stock.__module__.startswith("torch.nn.") or (kind == "norm" and mentions(stock.forward, "layer_norm")):
         return "torch has it as one operation"
+    if _ROUTER.search(stock.__name__):
+        return "it is a product of few columns and a choice among them, which torch has"
+    if kind == "MLP" and _has_no_gate(module):
+        return "it has no gate, so that there is nothing to fuse but its parts"
+    is_of_transformers = stock.__module__.startswith("transformers.")
+    if kind == "attention" and is_of_transformers and not mentions(stock.forward, "ALL_ATTENTION_FUNCTIONS"):
+        return "it computes attention itself, and not by a function of transformers' registry"
     return "this class has no fused form"
+
+
+def _has_no_gate(mlp: nn.Module) -> bool:
+    """Whether it is one linear layer, or two of which the second takes as many features as the first gives."""
+    layers = [_features(part) for part in mlp.children() if kind_of(part) == "linear"]
+    return len(layers) == 1 or (len(layers) == 2 and layers[0][1] == layers[1][0])
+
+
+def _features(linear: Any) -> tuple[int | None, int | None]:
+    """How many a linear layer takes, and how many it gives."""
+    if _is_conv1d(linear):
+        return linear.nx, linear.nf
+    return getattr(linear, "in_features", None), getattr(linear, "out_features", None)
 
 
 def _is_conv1d(module: nn.Module) -> bool:

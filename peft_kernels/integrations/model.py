@@ -144,9 +144,9 @@ def optimize(
     arXiv:2305.14314), also with DoRA (Liu et al. 2024, arXiv:2402.09353) or `adapter_names`, the experts of
     transformers' mixtures, dense or in 4 bits, and `lora.ParamWrapper` on them, `ia3.Linear` and
     `ia3.bnb.Linear4bit` (Liu et al. 2022, arXiv:2205.05638), PEFT's models with prefix tuning (Li and Liang 2021,
-    arXiv:2101.00190), the attention of transformers' Llama, Mistral, Qwen, GPT-2, OPT, BERT and what has their code,
-    the rotary embedding in it, RMSNorm, GELUs that are several operations and the gated feed-forward blocks of
-    transformers' models, the loss of its causal language models, their output layers (on the CPU), decoder layers like
+    arXiv:2101.00190), the attention of some forty of transformers' models and of what has their code, the rotary
+    embedding in it, RMSNorm, GELUs that are several operations and the gated feed-forward blocks of transformers'
+    models, the loss of its causal language models, their output layers (on the CPU), decoder layers like
     Llama's in inference (on the CPU), `torch.nn.Dropout`, `torch.nn.Linear` and `Conv1D` in fp32 (on CPUs with AVX-512
     that are not Intel's), and bitsandbytes' `Linear4bit`. Parameters, their names, state_dict, saving, merging and
     switching adapters go on as before, and results have the dtype that the stock layers return. Whatever can't be fused

@@ -239,6 +239,17 @@ def undecorated(function: Any) -> FunctionType | None:
     return function if isinstance(function, FunctionType) else None
 
 
+def mentions(function: Any, name: str) -> bool:
+    """Whether a function's code has a name in it: a global's, an attribute's, or a keyword that it passes."""
+    plain = undecorated(function)
+    if plain is None:
+        return False
+    constants = plain.__code__.co_consts
+    return name in plain.__code__.co_names or any(
+        constant == name or (isinstance(constant, tuple) and name in constant) for constant in constants
+    )
+
+
 @cache
 def _decorators() -> frozenset[str]:
     """The files that have it."""

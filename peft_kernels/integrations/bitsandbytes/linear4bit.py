@@ -23,11 +23,14 @@ from ...ops.lora_linear import lora_linear_unchecked
 from ...ops.nf4 import NF4Weight
 from ..base_layer import NO_ADAPTERS, STAND_INS, Adapters, BaseProduct
 from ..refusal import Refusal
-from ..registry import FusedLayer, Trial, mention, register, why_not_input
+from ..registry import FusedLayer, Trial, mention, refuse, register, why_not_input
 from .params4bit import params4bit
+
+WHY_NOT_8BIT = "its weight has 8 bits, which the kernels do not read"
 
 mention(bnb.nn.modules.Linear4bit)
 mention(bnb.nn.modules.Linear8bitLt)
+refuse(bnb.nn.modules.Linear8bitLt, WHY_NOT_8BIT)
 
 Correction = tuple[Tensor, Tensor]  # A [r, K] and B [N, r]
 _CORRECTION = ("correction_A", "correction_B")

@@ -19,7 +19,7 @@ from ...ops._linear import few_rows
 from ...ops.ia3_linear import ia3_linear
 from ..base_layer import BaseProduct, OnLinear, is_conv1d, why_not_skip
 from ..refusal import Refusal
-from ..registry import Trial, check_module, register
+from ..registry import Trial, check_module, refuse, register
 from ..rows import Rows, TakesRows, are_entered
 from ..transformers.layers import FusedGatedMLP
 from ..transformers.lookalike import form_of
@@ -122,7 +122,9 @@ class Linear(OnLinear, FusedIA3, ia3.Linear):
 
 
 if hasattr(ia3, "Linear4bit"):  # bitsandbytes is installed
-    from ..bitsandbytes.linear4bit import On4bit, scale_rows
+    from ..bitsandbytes.linear4bit import WHY_NOT_8BIT, On4bit, scale_rows
+
+    refuse(ia3.Linear8bitLt, WHY_NOT_8BIT)
 
     @register
     class Linear4bit(On4bit, FusedIA3, ia3.Linear4bit):  # type: ignore[misc]  # PEFT looks it up when asked

@@ -24,12 +24,13 @@ from ...ops.lora_linear_grouped import lora_linear_grouped_unchecked
 from ...ops.nf4 import NF4Weight
 from ..base_layer import NO_ADAPTERS, Adapters, BaseProduct, OnLinear, is_conv1d, why_not_skip
 from ..refusal import Refusal
-from ..registry import mention, register
+from ..registry import mention, refuse, register
 from ..rows import BASE, Rows, TakesRows
 from .adapter_parts import Parts, index_of_tokens, is_alora, norm_of, parts_of, scaled, tables, watch, with_biases
 from .merge import Merges4bit, MergesDense
 
 mention(BaseTunerLayer)  # whose subclasses are modules
+refuse(lora.Embedding, "its adapter looks rows of A up, for which there is no kernel")
 
 
 class FusedLoRA(TakesRows, Adaptable):
@@ -283,7 +284,9 @@ class Linear(MergesDense, OnLinear, FusedLoRA, lora.Linear):
 
 
 if hasattr(lora, "Linear4bit"):  # bitsandbytes is installed
-    from ..bitsandbytes.linear4bit import On4bit
+    from ..bitsandbytes.linear4bit import WHY_NOT_8BIT, On4bit
+
+    refuse(lora.Linear8bitLt, WHY_NOT_8BIT)
 
     @register
     class Linear4bit(Merges4bit, On4bit, FusedLoRA, lora.Linear4bit):  # type: ignore[misc]  # PEFT looks it up when asked

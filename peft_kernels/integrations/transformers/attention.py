@@ -20,6 +20,7 @@ from ...cuda import why_not
 from ...ops._arguments import FLOAT_DTYPES
 from ...ops._attention_by_torch import inputs_of_torch
 from ...ops.attention import ia3_attention
+from ..recognition import mentions
 from ..registry import Trial, why_not_input
 from .lookalike import Lookalike, form
 from .rotary import with_fused_rotary
@@ -51,21 +52,22 @@ def attention(
 
     The mask is what `mask` returns, or what the caller of the model gave: 4-dimensional, bool or additive.
     """
-    prefix = kwargs.pop(PREFIX, None)
+    prefix, bias = kwargs.pop(PREFIX, None), kwargs.pop("position_bias", None)
     prefix_k, prefix_v = (None, None) if prefix is None or _is_cross(module) else prefix[module.layer_idx]
     num_queries, num_keys = query.shape[2], key.shape[2]
     causal = num_queries > 1 and (getattr(module, "is_causal", True) if is_causal is None else is_causal)
-    reason = _why_stock_input(query, value, dropout, kwargs)
+    reason = _why_stock_input(query, value, bias, dropout, kwargs)
     ours = False
     if isinstance(module, FusedAttention):  # and not one that was left alone, in a model that has others
         if reason:
             module.log_stock_path(reason)
         elif takes_over(query.device):
-            ours = num_queries != num_keys or attention_mask is not None or not module.stock_is_faster_for(query)
+            plain = num_queries == num_keys and attention_mask is None and bias is None
+            ours = not plain or not module.stock_is_faster_for(query)
     ours = ours or (not reason and prefix_k is not None)
 
     def stock_call(key: Tensor, value: Tensor, mask: Tensor | None, is_causal: bool | None) -> tuple[Tensor, None]:
-        options = kwargs | {"dropout": dropout, "scaling": scaling, "is_causal": is_causal}
+        options = kwargs | {"dropout": dropout, "scaling": scaling, "is_causal": is_causal, "position_bias": bias}
         return sdpa_attention_forward(module, query, key, value, mask, **options)
 
     if not ours and prefix_k is None and _is_stock_mask(attention_mask, sliding_window, num_keys):
@@ -73,12 +75,14 @@ def attention(
     if attention_mask is None and causal and num_queries < num_keys:
         # The other keys of an empty static cache are yet to come: see `mask`.
         key, value = key[:, :, :num_queries], value[:, :, :num_queries]
+        bias = None if bias is None else bias[..., :num_queries]
     masks: dict[str, Any]
     if attention_mask is None or attention_mask.dim() == 2:
         masks = {"causal": causal, "window": sliding_window, "key_padding_mask": attention_mask, "attn_mask": None}
     else:
         masks = {"causal": False, "window": None, "key_padding_mask": None, "attn_mask": attention_mask}
     if ours:
+        masks["attn_mask"] = _with_bias(masks["attn_mask"], bias)
         out = ia3_attention(
             query, key, value, scale=scaling, prefix_k=prefix_k, prefix_v=prefix_v, dropout=dropout, **masks
         )
@@ -102,16 +106,27 @@ def _is_stock_mask(attention_mask: Tensor | None, window: int | None, num_keys: 
     return attention_mask.dim() == 4
 
 
+def _with_bias(mask: Tensor | None, bias: Tensor | None) -> Tensor | None:
+    """A mask, bool or additive, and what is added to the scores, as one mask."""
+    if mask is None or bias is None:
+        return bias if mask is None else mask
+    return bias.masked_fill(~mask, -torch.inf) if mask.dtype is torch.bool else bias + mask
+
+
 def _is_cross(module: nn.Module) -> bool:
     return getattr(module, "is_cross_attention", False) or "CrossAttention" in type(module).__name__
 
 
-def _why_stock_input(query: Tensor, value: Tensor, dropout: float, kwargs: dict[str, Any]) -> str | None:
+def _why_stock_input(
+    query: Tensor, value: Tensor, bias: Tensor | None, dropout: float, kwargs: dict[str, Any]
+) -> str | None:
     if dropout >= 1:
         return f"attention dropout of {dropout}"
-    for name in ("softcap", "s_aux", "position_bias"):
+    for name in ("softcap", "s_aux"):
         if kwargs.get(name) is not None:
             return f"{name} was given"
+    if bias is not None and bias.requires_grad and torch.is_grad_enabled():
+        return "its position bias takes a gradient"
     if reason := why_not_input(query):
         return reason
     return "keys and values differ in size" if query.shape[3] != value.shape[3] else None
@@ -203,6 +218,7 @@ class FusedAttention(Lookalike):
 
     family = "attention"
     rotates: ClassVar[bool] = False
+    takes_prefix: ClassVar[bool] = True  # as its model hands what it is called with down to it
 
     def trial(self) -> Trial | None:
         """Of the attention between its projections, by S causal queries among as many keys."""
@@ -231,6 +247,9 @@ class FusedAttention(Lookalike):
         implementation = config._attn_implementation
         if implementation not in ("sdpa", NAME):
             return f"its attention is {implementation!r}, not 'sdpa'"
+        # `mask` leaves a window to be told by the layer.
+        if getattr(config, "sliding_window", None) is not None and not mentions(cls.stock.forward, "sliding_window"):
+            return "its model has a sliding window, and the layer does not say so"
         return super().why_not(layer)
 
     def prepare(self) -> str:
@@ -316,3 +335,73 @@ class FusedQwen3Attention(FusedQwen2Attention):
     """The same, with norms of the queries' and the keys' heads."""
 
     model_type, class_name = "qwen3", "Qwen3Attention"
+
+
+class _FusedCaller(FusedAttention):
+    """A layer of a model of which only the attention function is known."""
+
+    takes_prefix = False
+
+
+@form
+class FusedGemma2Attention(_FusedCaller):
+    model_type, class_name = "gemma2", "Gemma2Attention"
+
+    @classmethod
+    def why_not(cls, layer: nn.Module) -> str | None:
+        if layer.attn_logit_softcapping is not None:
+            return "its scores are capped by a tanh (softcap), which neither torch's attention nor the kernel does"
+        return super().why_not(layer)
+
+
+@form
+class FusedDeepseekV3Attention(_FusedCaller):
+    model_type, class_name = "deepseek_v3", "DeepseekV3Attention"
+
+    @classmethod
+    def why_not(cls, layer: nn.Module) -> str | None:
+        if layer.qk_head_dim != layer.v_head_dim:
+            return "its keys and values differ in size"
+        return super().why_not(layer)
+
+
+@form
+class FusedGptOssAttention(_FusedCaller):
+    model_type, class_name = "gpt_oss", "GptOssAttention"
+
+    @classmethod
+    def why_not(cls, layer: nn.Module) -> str | None:
+        return "its softmax has a learned sink, which the kernel does not know"
+
+
+@form
+class FusedT5Attention(_FusedCaller):
+    """The stock layer; its position bias is told to the kernel beside the masks, while it is not trained."""
+
+    model_type, class_name = "t5", "T5Attention"
+
+    def trial(self) -> Trial | None:
+        return None  # without a bias it would be another attention
+
+    def why_stock(self) -> str | None:
+        bias = self._modules.get("relative_attention_bias")
+        if bias is not None and bias.weight.requires_grad:
+            return "its position bias is trained, for which the kernel has no gradient"
+        return super().why_stock()
+
+
+# Further layers, which differ from those above only in what they do before and after the function is called.
+_CALLERS = {
+    "albert": "AlbertAttention", "bart": "BartAttention", "clip": "CLIPAttention", "cohere": "CohereAttention",
+    "cohere2": "Cohere2Attention", "dinov2": "Dinov2Attention", "distilbert": "DistilBertSelfAttention",
+    "esm": "EsmSelfAttention", "exaone4": "Exaone4Attention", "gemma3": "Gemma3Attention", "glm": "GlmAttention",
+    "gpt_bigcode": "GPTBigCodeAttention", "gpt_neox": "GPTNeoXAttention", "gptj": "GPTJAttention",
+    "lfm2": "Lfm2Attention", "modernbert": "ModernBertAttention", "nemotron": "NemotronAttention",
+    "olmo": "OlmoAttention", "olmo2": "Olmo2Attention", "olmo3": "Olmo3Attention", "persimmon": "PersimmonAttention",
+    "phi": "PhiAttention", "phi3": "Phi3Attention", "siglip": "SiglipAttention", "smollm3": "SmolLM3Attention",
+    "stablelm": "StableLmAttention", "starcoder2": "Starcoder2Attention", "vit": "ViTAttention",
+    "wav2vec2": "Wav2Vec2Attention", "whisper": "WhisperAttention",
+}  # fmt: skip
+for _model, _class_name in _CALLERS.items():
+    _caller: Any = type(f"Fused{_class_name}", (_FusedCaller,), {"model_type": _model, "class_name": _class_name})
+    form(_caller)

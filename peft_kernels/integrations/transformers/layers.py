@@ -18,6 +18,7 @@ from ...ops.rms_norm import rms_norm
 from ..base_layer import why_not_skip
 from ..recognition import Reliance, is_compiling
 from ..registry import Measured, Trial, why_not_input
+from ..torch.linear import FusedDense
 from .lookalike import Lookalike, form
 
 # What `glu` calls the σ of each class of activations.
@@ -98,38 +99,103 @@ class FusedGatedMLP(Lookalike):
 
     family = "gated_mlp"
     model_type, class_name = "llama", "LlamaMLP"
+    act_name: ClassVar[str] = "act_fn"
+    up_names: ClassVar[tuple[str, ...]] = ("gate_proj", "up_proj")  # one for both has the gate first
+    down_name: ClassVar[str] = "down_proj"
 
     def trial(self) -> Trial | None:
         """Of what is between its linear layers, which are timed by themselves."""
-        down = self.down_proj
+        down = self._modules[self.down_name]
         of_down = down.trial() if isinstance(down, Measured) else None
         if of_down is None and type(down) is nn.Linear:
             of_down = Trial(down, down.in_features, down.weight.dtype, down.weight.device)
         if of_down is None or self.why_stock():
             return None
         layer = copy.copy(self)
-        parts = dict.fromkeys(("gate_proj", "up_proj", "down_proj"), nn.Identity())
-        vars(layer)["_modules"] = {**parts, "act_fn": self.act_fn}
-        return of_down._replace(layer=layer, weight=None)
+        nothing: Any = nn.Identity()
+        nothing.weight = None  # T5's block asks for it
+        parts = dict.fromkeys((*self.up_names, self.down_name), nothing)
+        vars(layer)["_modules"] = {**self._modules, **parts}
+        return of_down._replace(layer=layer, width=2 * of_down.width // len(self.up_names), weight=None)
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, up = self.gate_proj(x), self.up_proj(x)
-        if not self.stock_is_faster(gate):
-            reason = why_not_both(gate, up) or why_not_activation(self.act_fn)
+        projected = [self._modules[name](x) for name in self.up_names]
+        gate, up = projected if len(projected) == 2 else projected[0].chunk(2, dim=-1)
+        act_fn = self._activation()
+        if not self.stock_is_faster(projected[0]):
+            reason = why_not_both(gate, up) or why_not_activation(act_fn)
             if not reason and (gate.dtype is not up.dtype or gate.shape != up.shape):
                 reason = "the gate and what it gates differ in dtype or shape"
             if not reason:
-                activation: Any = activation_name(self.act_fn)  # one that has a name, as it has no reason
-                fused: Tensor = self.down_proj(glu(gate, up, activation))
-                return fused
+                activation: Any = activation_name(act_fn)  # one that has a name, as it has no reason
+                return self._down(glu(gate, up, activation))
             self.log_stock_path(reason)
-        y: Tensor = self.down_proj(self.act_fn(gate) * up)
+        return self._down(act_fn(gate) * up)
+
+    def _activation(self) -> nn.Module:
+        activation: nn.Module = self._modules[self.act_name]
+        return activation
+
+    def _down(self, gated: Tensor) -> Tensor:
+        y: Tensor = self._modules[self.down_name](gated)
         return y
 
     def why_stock(self) -> str | None:
         weight = next(self.parameters(), None)
-        reason = super().why_stock() or why_not_activation(self.act_fn)
+        reason = super().why_stock() or why_not_activation(self._activation())
         return reason or (None if weight is None else why_not(weight.device))
+
+
+@form
+class FusedPhi3MLP(FusedGatedMLP):
+    model_type, class_name = "phi3", "Phi3MLP"
+    act_name, up_names = "activation_fn", ("gate_up_proj",)
+
+
+@form
+class FusedLfm2MLP(FusedGatedMLP):
+    model_type, class_name = "lfm2", "Lfm2MLP"
+    up_names, down_name = ("w1", "w3"), "w2"
+    silu: ClassVar[nn.Module] = nn.SiLU()  # the stock block calls the function
+
+    def _activation(self) -> nn.Module:
+        return self.silu
+
+
+@form
+class FusedModernBertMLP(FusedGatedMLP):
+    model_type, class_name = "modernbert", "ModernBertMLP"
+    act_name, up_names, down_name = "act", ("Wi",), "Wo"
+
+    def _down(self, gated: Tensor) -> Tensor:
+        return super()._down(self.drop(gated))
+
+
+@form
+class FusedT5GatedMLP(FusedGatedMLP):
+    model_type, class_name = "t5", "T5DenseGatedActDense"
+    act_name, up_names, down_name = "act", ("wi_0", "wi_1"), "wo"
+
+    def _down(self, gated: Tensor) -> Tensor:
+        gated, weight = self.dropout(gated), self.wo.weight
+        # A model in bf16 or fp16 has this weight in fp32, unless it is quantised to int8.
+        if isinstance(weight, Tensor) and gated.dtype != weight.dtype and weight.dtype != torch.int8:
+            gated = gated.to(weight.dtype)
+        return super()._down(gated)
+
+
+@form
+class FusedFalconLinear(Lookalike, FusedDense):
+    __doc__ = FusedDense.__doc__
+
+    model_type, class_name = "falcon", "FalconLinear"
+
+    @classmethod
+    def why_not(cls, layer: nn.Module) -> str | None:
+        return super().why_not(layer) or FusedDense.why_not(layer)
+
+    def why_stock(self) -> str | None:
+        return super().why_stock() or FusedDense.why_stock(self)
 
 
 def why_not_both(x: Tensor, other: Tensor) -> str | None:

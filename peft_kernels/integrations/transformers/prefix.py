@@ -216,14 +216,15 @@ def why_no_prefix(backbone: PreTrainedModel) -> str | None:
 
 
 def _layers(backbone: PreTrainedModel) -> list[FusedAttention]:
-    return [module for module in backbone.modules() if isinstance(module, FusedAttention)]
+    layers = [module for module in backbone.modules() if isinstance(module, FusedAttention)]
+    return [layer for layer in layers if layer.takes_prefix]
 
 
 def _why_no_layers(backbone: PreTrainedModel) -> str | None:
     count, wanted = len(_layers(backbone)), backbone.config.num_hidden_layers
     if count == wanted:
         return None
-    return f"{count} of the {wanted} layers of this {backbone.config.model_type} have fused attention"
+    return f"{count} of the {wanted} layers of this {backbone.config.model_type} have fused attention with prefixes"
 
 
 def _is_causal(backbone: PreTrainedModel) -> bool:

@@ -24,7 +24,7 @@ peft, lora = map(if_installed, ("peft", "peft.tuners.lora"))
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
 
 TARGETS = ["q_proj", "v_proj", "up_proj", "down_proj"]
-EMBEDDING = "this class has no fused form"
+EMBEDDING = "its adapter looks rows of A up, for which there is no kernel"
 
 
 def of(name, **options):

@@ -56,7 +56,7 @@ template <class Factor, bool kAlongRanks, int kStages, int kTileBytes, class Loa
 class TileStream {
 public:
     __device__ TileStream(int64_t tiles, char* inputs, char* factor, const Load& load, const Fetch& fetch)
-        : tiles_(tiles), inputs_(inputs), factor_(factor), load_(load), fetch_(fetch) {
+        : tiles_(static_cast<int>(tiles)), inputs_(inputs), factor_(factor), load_(load), fetch_(fetch) {
 #pragma unroll
         for (int i = 0; i < kStages - 1; ++i) start(i);
         fetch_factor(0);
@@ -65,7 +65,7 @@ public:
     // change(i, tile) may change a tile before multiply(i, tile), in front of which there is a barrier.
     template <class Change, class Multiply>
     __device__ void run(const Change& change, const Multiply& multiply) {
-        for (int64_t i = 0; i < tiles_; ++i) {
+        for (int i = 0; i < tiles_; ++i) {
             wait_for_copies<kStages - 2>();
             __syncthreads();  // tile i is there, and nobody needs tile i - 1 and its factor
             start(i + kStages - 1);
@@ -78,18 +78,18 @@ public:
     }
 
 private:
-    __device__ char* tile(int64_t i) const { return inputs_ + i % kStages * kTileBytes; }
-    __device__ void start(int64_t i) const {
+    __device__ char* tile(int i) const { return inputs_ + i % kStages * kTileBytes; }
+    __device__ void start(int i) const {
         if (i < tiles_) load_(i, tile(i));
         commit_copies();
     }
-    __device__ void fetch_factor(int64_t i) {
+    __device__ void fetch_factor(int i) {
         Factor::template fetch<kAlongRanks>(values_, [&](int rank, int pair) {
             return i < tiles_ ? fetch_(i, rank, pair) : float2{0, 0};
         });
     }
 
-    const int64_t tiles_;
+    const int tiles_;  // a number of 32 bits, since registers are few
     char *const inputs_, *const factor_;
     const Load& load_;
     const Fetch& fetch_;

@@ -51,12 +51,12 @@ struct WeightTerm {
 
 // Stages 16 ranks of a term, as 48 steps of the reduction, in the places of x and of the weight.
 template <class Traits, class Term>
-__device__ void stage_term(typename Traits::Stage& stage, const Term& of, int64_t first_rank) {
+__device__ void stage_term(typename Traits::Stage& stage, const Term& of, int first_rank) {
     const auto at = [](int row, int unit) { return 32 * row + 4 * (unit ^ row % 8); };  // words, in rows of 128 bytes
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     constexpr int kWarps = Traits::kThreads / 32;
     constexpr int kTogether = Term::kTogether;
-    const int64_t ranks = of.term.rank - first_rank;
+    const int ranks = static_cast<int>(of.term.rank) - first_rank;
     {  // Lanes: 8 rows, 4 pairs of ranks.
         uint32_t* const left = reinterpret_cast<uint32_t*>(stage.x);
         constexpr int kPasses = Traits::kTileM / 4 / kWarps;
@@ -127,7 +127,7 @@ __device__ void stage_term(typename Traits::Stage& stage, const Term& of, int64_
 template <class Traits, class Term>
 __device__ __forceinline__ void add_term(typename Traits::Stage& stage, const Term& of,
                                          ManyRowsMultiplier<Traits>& multiplier) {
-    for (int64_t rank = 0; rank < of.term.rank; rank += 16) {
+    for (int rank = 0; rank < of.term.rank; rank += 16) {
         stage_term<Traits>(stage, of, rank);
         __syncthreads();
         unroll<3>(

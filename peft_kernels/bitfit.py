@@ -13,6 +13,11 @@ from .ops._arguments import refuse
 _BIAS = re.compile(r"(.*[._])?bias(_.*)?")  # `in_proj_bias` and `bias_ih_l0` as well as `bias`
 
 
+def biases_of(model: nn.Module) -> set[str]:
+    """The names of a model's biases."""
+    return {name for name, it in model.named_parameters() if _BIAS.fullmatch(name) and it.is_floating_point()}
+
+
 def train_biases_only(model: nn.Module, modules_to_train: Collection[str] = ()) -> tuple[str, ...]:
     """Freezes a model but for its biases, of all its layers and norms.
 
@@ -34,8 +39,7 @@ def train_biases_only(model: nn.Module, modules_to_train: Collection[str] = ()) 
             is changed then.
     """
     check_module(model)
-    parameters = dict(model.named_parameters())
-    chosen = {name for name in parameters if _BIAS.fullmatch(name) and parameters[name].is_floating_point()}
+    parameters, chosen = dict(model.named_parameters()), biases_of(model)
     if not chosen:
         refuse(
             "model",

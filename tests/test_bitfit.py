@@ -6,6 +6,7 @@ import bitsandbytes as bnb
 import pytest
 import torch
 from comparison import error
+from decoding_models import quantised
 from tiny_models import SAME_STEP, tiny
 from torch import nn
 from transformers.pytorch_utils import Conv1D
@@ -16,25 +17,13 @@ TOKENS = torch.arange(24).view(2, 12) % 30
 LINEAR = (nn.Linear, Conv1D, bnb.nn.Linear4bit)
 
 
-def in_4bit(model):
-    """The same model with its linear layers in 4 bits, but for the output layer."""
-    for module in list(model.modules()):
-        for name, layer in list(module.named_children()):
-            if type(layer) is nn.Linear and layer.bias is not None:
-                sizes = layer.in_features, layer.out_features
-                quantized = bnb.nn.Linear4bit(*sizes, compute_dtype=torch.float32, quant_type="nf4")
-                quantized.load_state_dict(layer.state_dict())
-                setattr(module, name, quantized.to("cpu"))
-    return model
-
-
 @pytest.fixture(params=["gpt2", "opt", "bert", "opt-4bit"])
 def model(request):
     name, _, bits = request.param.partition("-")
     if not bits:
         return tiny(name).train()
     # Rows of whole blocks: bitsandbytes 0.50 reads others with the scales of other blocks on a CPU.
-    return in_4bit(tiny(name, hidden=64, intermediate=128).train())
+    return quantised(tiny(name, hidden=64, intermediate=128).train())
 
 
 def loss(model):

@@ -2,10 +2,10 @@
 
 import copy
 
-import bitsandbytes as bnb
 import pytest
 import torch
 from comparison import error
+from decoding_models import quantised
 from peft import LoraConfig, get_peft_model
 from peft_models import randomize
 from tiny_models import SAME_STEP, tiny
@@ -29,13 +29,7 @@ def model():
 def adapted():
     """Layer 0 has a LoRA on 4-bit weights, layer 1 on dense ones."""
     model = tiny("llama", **WIDE)
-    for name in ("gate_proj", "up_proj", "down_proj"):
-        mlp = model.model.layers[0].mlp
-        linear = getattr(mlp, name)
-        sizes = linear.in_features, linear.out_features
-        layer = bnb.nn.Linear4bit(*sizes, bias=False, compute_dtype=torch.float32, quant_type="nf4")
-        layer.load_state_dict(linear.state_dict())
-        setattr(mlp, name, layer.to("cpu"))
+    quantised(model.model.layers[0].mlp)
     model.is_loaded_in_4bit = True  # PEFT asks
     model = get_peft_model(model, LoraConfig(r=4, target_modules=["gate_proj", "up_proj", "down_proj"]))
     randomize(model)

@@ -209,9 +209,7 @@ def optimize(
 def _fuse(model: nn.Module, switches: Switches, logits: bool) -> dict[nn.Module, str | None]:
     """Changes the classes; of the layers that a fused class was found for, why they were left as they are."""
     reasons: dict[nn.Module, str | None] = {}
-    adapted: dict[
-        str | None, str | None
-    ] = {}  # of layers with adapters: why these, and so their parts, are switched off
+    adapted: dict[str | None, str | None] = {}  # why layers with adapters, and so their parts, are switched off
     for name, module in model.named_modules():
         for setting in settings():
             if setting.applies(module):

@@ -78,8 +78,10 @@ def _checked(argument: str, names: Any) -> Iterable[str]:
     return names
 
 
-def _find(names: Iterable[str], module: str, family: str) -> str | None:
+def _find(names: Collection[str], module: str, family: str) -> str | None:
     """The one of the names that stands for a module."""
+    if not names:
+        return None
     parts = module.split(".")
     outer = [".".join(parts[:count]) for count in range(1, len(parts) + 1)]
     return next((name for name in sorted(names) if name == family or any(fnmatchcase(o, name) for o in outer)), None)

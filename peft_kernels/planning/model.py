@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses import FakeTensor
 
+from ..bitfit import biases_of, train_biases_only
 from ..checkpoints.peft_folder import read_json
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -258,10 +259,9 @@ def _adapt(model: Any, recipe: Recipe) -> Any:
     if method == "full":
         return model.requires_grad_(True)
     if method == "bitfit":
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_(name.rpartition(".")[2] == "bias")
-        if not any(parameter.requires_grad for parameter in model.parameters()):
+        if not biases_of(model):
             raise ValueError("it has no biases to train")
+        train_biases_only(model)
         return model
     if method in ("houlsby", "pfeiffer"):
         from ..adapters import insert_adapters

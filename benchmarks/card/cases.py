@@ -252,12 +252,14 @@ def grouped(batch: int, length: int, n: int, k: int, adapters: int, r: int = 16,
     return Case("lora_linear_grouped", name, make, with_adapters(2), True, timed)
 
 
-def experts(m: int, n: int, k: int, count: int, r: int = 16, timed: bool = False) -> Case:
-    """The products of a mixture's experts, on a stack in 4 bits, with a LoRA adapter on it; one expert has no rows."""
+def experts(m: int, n: int, k: int, count: int, r: int = 16, dense: bool = False, timed: bool = False) -> Case:
+    """The products of a mixture's experts, on a stack in 4 bits or in bf16, with a LoRA adapter on it; one expert has
+    no rows."""
 
     def make() -> Problem:
-        weight = quantize_4bit((torch.randn(count, n, k) / k**0.5).to(BF16))
-        values = weight.dequantize()
+        values = (torch.randn(count, n, k) / k**0.5).to(BF16)
+        weight = values if dense else quantize_4bit(values)
+        values = values if isinstance(weight, Tensor) else weight.dequantize()
         ends = [0, *(m * (i + 1) // (count - 1) for i in range(count - 1))]
         offsets = torch.tensor(ends)
         leaves = {"x": torch.randn(m, k).to(BF16)} | pairs(n, k, [r * count])
@@ -266,7 +268,7 @@ def experts(m: int, n: int, k: int, count: int, r: int = 16, timed: bool = False
             return None, [t["lora_A0"]], [t["lora_B0"]], [2.0], offsets
 
         def stock(t: Tensors) -> Tensor:
-            stack, rows = weight.dequantize(), []
+            stack, rows = weight if isinstance(weight, Tensor) else weight.dequantize(), []
             for e, (begin, end) in enumerate(zip([0, *ends], ends, strict=False)):
                 x, a, b = t["x"][begin:end], t["lora_A0"][e * r : (e + 1) * r], t["lora_B0"][:, e::count]
                 rows.append(F.linear(x, stack[e]) + 2.0 * F.linear(F.linear(x.float(), a), b).to(BF16))
@@ -277,7 +279,9 @@ def experts(m: int, n: int, k: int, count: int, r: int = 16, timed: bool = False
             lambda t: experts_oracle(t["x"], values.double(), *arguments(t)), stock,
         )  # fmt: skip
 
-    return Case("grouped_linear", f"M={m} {count}x{n}x{k} r={r} backward", make, with_adapters(2), True, timed)
+    return Case(
+        "grouped_linear", f"M={m} {count}x{n}x{k} r={r}{' dense' * dense} backward", make, with_adapters(2), True, timed
+    )
 
 
 def pairs(n: int, k: int, ranks: Sequence[int]) -> Tensors:
@@ -504,12 +508,13 @@ def cases(tiny: bool) -> list[Case]:
     """The most used families first."""
     if tiny:
         more = [dora(3, 48, 128, 4), ia3(3, 48, 128, "l_in"), ia3(40, 48, 128, "l_out"), grouped(3, 2, 48, 128, 2, 4)]
-        more.append(experts(12, 48, 128, 3, 4))
+        more += [experts(12, 48, 128, 3, 4, dense) for dense in (False, True)]
     else:
         more = [dora(4096, 4096, 4096, timed=True), dora(3, 1000, 1088), dora(100, 1024, 2048, drop=0.1)]
         more += [ia3(m, 4096, 4096, side, timed=m == 4096) for m in (1, 33, 4096) for side in ("l_in", "l_out")]
         more += [grouped(33, 1, 4096, 4096, 8, timed=True), grouped(5, 100, 1000, 1088, 3)]
         more += [experts(1024, 1024, 1024, 32, timed=True), experts(100, 1000, 1088, 5)]
+        more.append(experts(100, 1024, 1024, 5, dense=True))
     groups = _linears, _weights, _elementwise, _attention
     return [*(case for group in groups for case in group(tiny)), *more, *_adapters(tiny)]
 

@@ -139,7 +139,7 @@ def load_state_dict(pair):
 def merge(pair):
     # PEFT quantises a merged 4-bit weight anew, and accelerated layers put the original back, with less loss.
     if not is_4bit(pair.stock):
-        pair.both(lambda model: model.merge_adapter())
+        pair.merge()
 
 
 def unmerge(pair):

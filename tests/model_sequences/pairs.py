@@ -90,6 +90,7 @@ class Pair:
         self.stock, self.fused = read(_saved_pair(template))
         self.config = TEMPLATES[template][2]
         self.random = random.Random()
+        self.merged: dict[str, list[torch.Tensor]] = {}
 
     def both(self, change: Callable[[nn.Module], None]) -> None:
         """Changes both models in the same way; each draws the same random numbers."""
@@ -121,6 +122,29 @@ class Pair:
         if names:
             owner, _, name = self.random.choice(names).rpartition(".")
             self.both(lambda model: change(model.get_submodule(owner), name))
+
+    def merge(self) -> None:
+        self.both(lambda model: model.merge_adapter())
+        self.merged = self._numbers_of_merged_adapters()
+
+    def was_merged_with_other_numbers(self) -> bool:
+        """Whether a merged adapter has changed since. PEFT takes off what it is by now, which leaves another weight than
+        the layer had; an accelerated layer puts the weight back."""
+        now = self._numbers_of_merged_adapters()
+        known = ((numbers, self.merged.get(name, ())) for name, numbers in now.items())
+        return not all(len(one) == len(other) and all(map(torch.equal, one, other)) for one, other in known)
+
+    def _numbers_of_merged_adapters(self) -> dict[str, list[torch.Tensor]]:
+        found = {}
+        for name, layer in self.stock.named_modules():
+            for adapter in getattr(layer, "merged_adapters", ()):
+                scaling = getattr(layer, "scaling", {}).get(adapter, 1.0)
+                found[f"{name}.{adapter}"] = [torch.as_tensor(scaling)] + [
+                    parameter.detach().clone()
+                    for key, parameter in layer.named_parameters()
+                    if f".{adapter}." in f"{key}." and "base_layer" not in key
+                ]
+        return found
 
     def adapter(self) -> str:
         return self.random.choice(sorted(self.stock.peft_config))

@@ -1,6 +1,5 @@
 """The models that sequences start from, and how a step changes both of a pair."""
 
-import copy
 import io
 import random
 from collections.abc import Callable
@@ -60,7 +59,7 @@ def _saved_pair(template: str) -> bytes:
     nn.init.normal_(model.get_input_embeddings().weight)  # norms of small embeddings would make large gradients
     model = get_peft_model(model, config()).eval()
     scramble(model, "default")
-    fused = copy.deepcopy(model)
+    fused = read(written(model))  # deepcopy would give each 4-bit layer another quantisation state than its weight's
     peft_kernels.optimize(fused)
     return written((model, fused))
 
@@ -128,8 +127,8 @@ class Pair:
         self.merged = self._numbers_of_merged_adapters()
 
     def was_merged_with_other_numbers(self) -> bool:
-        """Whether a merged adapter has changed since. PEFT takes off what it is by now, which leaves another weight than
-        the layer had; an accelerated layer puts the weight back."""
+        """Whether a merged adapter has changed since. PEFT takes off what it is by now, which leaves another weight
+        than the layer had; an accelerated layer puts the weight back."""
         now = self._numbers_of_merged_adapters()
         known = ((numbers, self.merged.get(name, ())) for name, numbers in now.items())
         return not all(len(one) == len(other) and all(map(torch.equal, one, other)) for one, other in known)

@@ -74,7 +74,7 @@ def test_any_order_of_blocks_gives_the_same_bits(emulated):
 @pytest.mark.parametrize("architecture", cards.ALL)
 def test_registers(architecture):
     kernels = report.resources(SOURCE, architecture, includes=(SOURCE.parent.parent.parent,))
-    assert len(kernels) == 2
+    assert len(kernels) == 2 * len(DTYPES)
     for kernel, used in kernels.items():
         assert used.spill_bytes == used.stack_bytes == 0, kernel
         assert used.registers <= 64, kernel  # two rows of 16 warps each fill a multiprocessor's registers

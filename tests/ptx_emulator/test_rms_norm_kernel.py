@@ -68,7 +68,7 @@ def test_any_order_of_blocks_gives_the_same_bits(emulated, family):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_registers(family, architecture):
     kernels = report.resources(CSRC / family / "cuda/launch.cu", architecture, includes=(CSRC,))
-    assert len(kernels) == (1 if family == "dropout" else 2)
+    assert len(kernels) == len(DTYPES) * (1 if family == "dropout" else 2)
     for kernel, used in kernels.items():
         assert used.spill_bytes == used.stack_bytes == 0, kernel
         assert used.registers <= 128, kernel  # 512 threads

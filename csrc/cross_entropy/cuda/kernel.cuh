@@ -4,46 +4,40 @@
 //              loss = log Σ - (x[target] - maximum)
 //   backward   dx = (e^(x - maximum - log Σ) - onehot(target)) dloss
 //
-//   logits  | 0 | 1 | ... | 31 | 0 | ...   a lane has every 32nd four of them (in a CTA, every last thread's), four of
-//           which it loads before it takes powers: the limit is the traffic, each matrix once
+//   logits  | 0 | 1 | ... | 31 | 0 | ...   a lane has every 32nd 16 bytes of them (in a CTA, every last thread's), and
+//           loads sixteen logits before it takes powers: the limit is the traffic, each matrix once
 #pragma once
 
 #include <cfloat>
 
-#include "common/cuda/fours.cuh"
 #include "common/cuda/row_plan.h"
+#include "common/cuda/vectors.cuh"
 #include "cross_entropy/cross_entropy.h"
 
 namespace peft_kernels::cuda {
 
-// A lane loads this many fours of logits at once: 512 logits a warp.
-constexpr int kCrossEntropyFours = 4;
+// A lane loads this many logits at once: 512 a warp.
+constexpr int kCrossEntropyLogits = 16;
 
 constexpr float kLog2E = 1.44269504f;
 
-// Calls body(columns, counts, logits) for the fours of a row that are this thread's, several at a time.
-template <class Body>
-__device__ inline void for_each_fours(const CrossEntropyParams& p, int64_t row, const Body& body) {
-    const bool aligned = has_aligned_fours(p.logits);
-    const int64_t step = int64_t{4} * blockDim.x;
+// Calls body(columns, logits) for the vectors of a row that are this thread's, several at a time. What lies past the
+// row's end is zero.
+template <class T, class Body>
+__device__ inline void for_each_vectors(const CrossEntropyParams& p, int64_t row, const Body& body) {
+    constexpr int kCount = 16 / sizeof(T), kVectors = kCrossEntropyLogits / kCount;
+    const int64_t step = int64_t{kCount} * blockDim.x;
 #pragma unroll 1
-    for (int64_t first = int64_t{4} * threadIdx.x; first < p.classes; first += kCrossEntropyFours * step) {
-        int64_t columns[kCrossEntropyFours];
-        int counts[kCrossEntropyFours];
-        float4 x[kCrossEntropyFours];
+    for (int64_t first = int64_t{kCount} * threadIdx.x; first < p.classes; first += kVectors * step) {
+        int64_t columns[kVectors];
+        float x[kVectors][kCount];
 #pragma unroll
-        for (int i = 0; i < kCrossEntropyFours; ++i) {
+        for (int i = 0; i < kVectors; ++i) {
             columns[i] = first + i * step;
-            counts[i] = count_four(columns[i], p.classes);
-            x[i] = load_four(p.logits, row, columns[i], counts[i], aligned);
+            load_vector<T>(p.logits, row, columns[i], p.classes, x[i]);
         }
-        body(columns, counts, x);
+        body(columns, x);
     }
-}
-
-__device__ inline float4 first_of_four(float4 x, int count, float other) {
-    return make_float4(count > 0 ? x.x : other, count > 1 ? x.y : other, count > 2 ? x.z : other,
-                       count > 3 ? x.w : other);
 }
 
 // Adds two parts of a row's sum; either maximum may be the larger one.
@@ -75,8 +69,10 @@ __device__ inline float log_probability(const CrossEntropyParams& p, int64_t row
     return load_element(p.logits, row, target) - statistics.maximum - logf(statistics.sum);
 }
 
-static __global__ void __launch_bounds__(32 * RowPlan::kMaxWarps)
+template <class T>
+__global__ void __launch_bounds__(32 * RowPlan::kMaxWarps)
     cross_entropy_forward_kernel(const __grid_constant__ CrossEntropyForwardParams p) {
+    constexpr int kCount = 16 / sizeof(T);
     const int64_t row = int64_t{blockIdx.x} * blockDim.y + threadIdx.y;
     if (row >= p.m) return;
     const int64_t target = p.targets[row];
@@ -84,18 +80,19 @@ static __global__ void __launch_bounds__(32 * RowPlan::kMaxWarps)
     // It starts from a finite number: minus infinity less that is minus infinity, and no NaN.
     RowStatistics lane{-FLT_MAX, 0};
     if (counts_row)
-        for_each_fours(p, row, [&](const auto&, const auto& counts, auto& x) {
+        for_each_vectors<T>(p, row, [&](const auto& columns, auto& x) {
             RowStatistics part{lane.maximum, 0};
 #pragma unroll
-            for (int i = 0; i < kCrossEntropyFours; ++i) {
-                x[i] = first_of_four(x[i], counts[i], -INFINITY);
-                part.maximum = fmaxf(part.maximum, fmaxf(fmaxf(x[i].x, x[i].y), fmaxf(x[i].z, x[i].w)));
-            }
+            for (int i = 0; i < kCrossEntropyLogits / kCount; ++i)
 #pragma unroll
-            for (int i = 0; i < kCrossEntropyFours; ++i) {
-                const auto power = [&](float v) { return exp2f((v - part.maximum) * kLog2E); };
-                part.sum += (power(x[i].x) + power(x[i].y)) + (power(x[i].z) + power(x[i].w));
-            }
+                for (int j = 0; j < kCount; ++j) {
+                    if (columns[i] + j >= p.classes) x[i][j] = -INFINITY;
+                    part.maximum = fmaxf(part.maximum, x[i][j]);
+                }
+#pragma unroll
+            for (const auto& logits : x)
+#pragma unroll
+                for (const float logit : logits) part.sum += exp2f((logit - part.maximum) * kLog2E);
             lane = together(lane, part);
         });
     const RowStatistics statistics = counts_row ? statistics_of_row(lane) : RowStatistics{0, 1};
@@ -104,15 +101,17 @@ static __global__ void __launch_bounds__(32 * RowPlan::kMaxWarps)
     p.losses[row] = counts_row ? -log_probability(p, row, target, statistics) : 0.0f;
 }
 
-static __global__ void __launch_bounds__(32 * RowPlan::kMaxWarps)
+template <class T>
+__global__ void __launch_bounds__(32 * RowPlan::kMaxWarps)
     cross_entropy_backward_kernel(const __grid_constant__ CrossEntropyBackwardParams p) {
+    constexpr int kCount = 16 / sizeof(T);
     const int64_t row = int64_t{blockIdx.x} * blockDim.y + threadIdx.y;
     if (row >= p.m) return;
-    const bool aligned = has_aligned_fours(p.grad);
     const int64_t target = p.targets[row];
     if (target == p.ignore_index) {
-        for (int64_t column = int64_t{4} * threadIdx.x; column < p.classes; column += 4 * blockDim.x)
-            store_four(p.grad, row, column, count_four(column, p.classes), aligned, make_float4(0, 0, 0, 0));
+        constexpr float kZeros[kCount] = {};
+        for (int64_t column = int64_t{kCount} * threadIdx.x; column < p.classes; column += kCount * blockDim.x)
+            store_vector<T>(kZeros, p.grad, row, column, p.classes);
         return;
     }
     const RowStatistics statistics = p.statistics[row];
@@ -121,15 +120,15 @@ static __global__ void __launch_bounds__(32 * RowPlan::kMaxWarps)
     // no such class, the whole row is NaN.
     const float at_target = expm1f(log_p) * p.grad_losses[row];
     const float factor = isnan(log_p) ? log_p : p.grad_losses[row];
-    for_each_fours(p, row, [&](const auto& columns, const auto& counts, const auto& x) {
+    for_each_vectors<T>(p, row, [&](const auto& columns, auto& x) {
 #pragma unroll
-        for (int i = 0; i < kCrossEntropyFours; ++i) {
-            const auto gradient = [&](float v, int j) {
-                const float power = exp2f(fmaf(v - statistics.maximum, kLog2E, -logarithm));
-                return columns[i] + j == target ? at_target : power * factor;
-            };
-            store_four(p.grad, row, columns[i], counts[i], aligned,
-                       make_float4(gradient(x[i].x, 0), gradient(x[i].y, 1), gradient(x[i].z, 2), gradient(x[i].w, 3)));
+        for (int i = 0; i < kCrossEntropyLogits / kCount; ++i) {
+#pragma unroll
+            for (int j = 0; j < kCount; ++j) {
+                const float power = exp2f(fmaf(x[i][j] - statistics.maximum, kLog2E, -logarithm));
+                x[i][j] = columns[i] + j == target ? at_target : power * factor;
+            }
+            store_vector<T>(x[i], p.grad, row, columns[i], p.classes);
         }
     });
 }

@@ -1,4 +1,4 @@
-// Gated linear units on a GPU. A thread has four neighbouring columns of a row:
+// Gated linear units on a GPU. A thread has 16 bytes of a row:
 //
 //   forward    y = σ(gate) ⊙ up
 //   backward   dgate = dy ⊙ up ⊙ σ'(gate)      dup = dy ⊙ σ(gate)
@@ -7,55 +7,57 @@
 #pragma once
 
 #include "common/cuda/activation.cuh"
-#include "common/cuda/fours.cuh"
+#include "common/cuda/vectors.cuh"
 #include "glu/glu.h"
 
 namespace peft_kernels::cuda {
 
 constexpr int kGluThreads = 256;
 
-// Where a thread's four columns are. Blocks are two-dimensional, because to divide an index by the number of columns
-// would take longer than everything else.
-struct GluFour {
+// Where a thread's columns are. Blocks are two-dimensional, because to divide an index by the number of columns would
+// take longer than everything else.
+template <class T>
+struct GluVector {
+    static constexpr int kCount = 16 / sizeof(T);
     int64_t row, column;
-    int count;  // that exist; none past the last row
 
-    __device__ explicit GluFour(const GluParams& p) {
+    __device__ GluVector() {
         row = int64_t{blockIdx.x} * blockDim.y + threadIdx.y;
-        column = 4 * ((int64_t{blockIdx.z} * gridDim.y + blockIdx.y) * blockDim.x + threadIdx.x);
-        count = row < p.m ? count_four(column, p.n) : 0;
+        column = kCount * ((int64_t{blockIdx.z} * gridDim.y + blockIdx.y) * blockDim.x + threadIdx.x);
     }
+    __device__ bool exists(const GluParams& p) const { return row < p.m && column < p.n; }
 };
 
-static __global__ void __launch_bounds__(kGluThreads)
-    glu_forward_kernel(const __grid_constant__ GluForwardParams params) {
-    const GluFour at(params);
-    if (at.count == 0) return;
-    const auto load = [&](const ConstMatrix& matrix) {
-        return load_four(matrix, at.row, at.column, at.count, has_aligned_fours(matrix));
-    };
-    const float4 gate = load(params.gate), up = load(params.up);
-    const auto value = [&](float z) { return activate(params.activation, z).value; };
-    store_four(params.y, at.row, at.column, at.count, has_aligned_fours(params.y),
-               make_float4(value(gate.x) * up.x, value(gate.y) * up.y, value(gate.z) * up.z, value(gate.w) * up.w));
+template <class T>
+__global__ void __launch_bounds__(kGluThreads) glu_forward_kernel(const __grid_constant__ GluForwardParams params) {
+    constexpr int kCount = GluVector<T>::kCount;
+    const GluVector<T> at;
+    if (!at.exists(params)) return;
+    float gate[kCount], up[kCount];
+    load_vector<T>(params.gate, at.row, at.column, params.n, gate);
+    load_vector<T>(params.up, at.row, at.column, params.n, up);
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) up[i] *= activate(params.activation, gate[i]).value;
+    store_vector<T>(up, params.y, at.row, at.column, params.n);
 }
 
-static __global__ void __launch_bounds__(kGluThreads)
-    glu_backward_kernel(const __grid_constant__ GluBackwardParams params) {
-    const GluFour at(params);
-    if (at.count == 0) return;
-    const auto load = [&](const ConstMatrix& matrix) {
-        return load_four(matrix, at.row, at.column, at.count, has_aligned_fours(matrix));
-    };
-    const auto store = [&](const Matrix& matrix, float4 values) {
-        store_four(matrix, at.row, at.column, at.count, has_aligned_fours(matrix), values);
-    };
-    const float4 gate = load(params.gate), up = load(params.up), grad = load(params.grad_y);
-    const Activated x = activate(params.activation, gate.x), y = activate(params.activation, gate.y);
-    const Activated z = activate(params.activation, gate.z), w = activate(params.activation, gate.w);
-    store(params.grad_gate, make_float4(grad.x * up.x * x.slope, grad.y * up.y * y.slope, grad.z * up.z * z.slope,
-                                        grad.w * up.w * w.slope));
-    store(params.grad_up, make_float4(grad.x * x.value, grad.y * y.value, grad.z * z.value, grad.w * w.value));
+template <class T>
+__global__ void __launch_bounds__(kGluThreads) glu_backward_kernel(const __grid_constant__ GluBackwardParams params) {
+    constexpr int kCount = GluVector<T>::kCount;
+    const GluVector<T> at;
+    if (!at.exists(params)) return;
+    float gate[kCount], up[kCount], grad[kCount];
+    load_vector<T>(params.gate, at.row, at.column, params.n, gate);
+    load_vector<T>(params.up, at.row, at.column, params.n, up);
+    load_vector<T>(params.grad_y, at.row, at.column, params.n, grad);
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+        const Activated activated = activate(params.activation, gate[i]);
+        gate[i] = grad[i] * up[i] * activated.slope;
+        up[i] = grad[i] * activated.value;
+    }
+    store_vector<T>(gate, params.grad_gate, at.row, at.column, params.n);
+    store_vector<T>(up, params.grad_up, at.row, at.column, params.n);
 }
 
 }  // namespace peft_kernels::cuda

@@ -1,4 +1,4 @@
-// The launch of the glu kernels.
+// The instances of the glu kernels, for float, __nv_bfloat16 and __half, and their launch.
 #include <cuda_runtime.h>
 
 #include <algorithm>
@@ -13,9 +13,9 @@ namespace {
 // A block has several rows of few columns, or a part of one row.
 template <class Params>
 int launch(void (*kernel)(Params), const Params& params, void* stream) {
-    const int64_t fours = ceil_div(params.n, 4), parts = ceil_div(fours, kGluThreads);
-    const int64_t width = parts == 1 ? fours : round_up(ceil_div(fours, parts), 32), height = kGluThreads / width;
-    const int64_t column_blocks = ceil_div(fours, width), grid_y = std::min<int64_t>(column_blocks, 65535);
+    const int64_t vectors = ceil_div(params.n * size_of(params.gate.dtype), 16), parts = ceil_div(vectors, kGluThreads);
+    const int64_t width = parts == 1 ? vectors : round_up(ceil_div(vectors, parts), 32), height = kGluThreads / width;
+    const int64_t column_blocks = ceil_div(vectors, width), grid_y = std::min<int64_t>(column_blocks, 65535);
     const auto size = [](int64_t x, int64_t y, int64_t z) {
         return dim3(static_cast<unsigned>(x), static_cast<unsigned>(y), static_cast<unsigned>(z));
     };
@@ -25,8 +25,16 @@ int launch(void (*kernel)(Params), const Params& params, void* stream) {
 
 }  // namespace
 
-int glu_forward(const GluForwardParams& params, void* stream) { return launch(&glu_forward_kernel, params, stream); }
+int glu_forward(const GluForwardParams& params, void* stream) {
+    return dispatch_dtype(params.gate.dtype, [&](auto* type) {
+        return launch(&glu_forward_kernel<std::remove_pointer_t<decltype(type)>>, params, stream);
+    });
+}
 
-int glu_backward(const GluBackwardParams& params, void* stream) { return launch(&glu_backward_kernel, params, stream); }
+int glu_backward(const GluBackwardParams& params, void* stream) {
+    return dispatch_dtype(params.gate.dtype, [&](auto* type) {
+        return launch(&glu_backward_kernel<std::remove_pointer_t<decltype(type)>>, params, stream);
+    });
+}
 
 }  // namespace peft_kernels::cuda

@@ -29,7 +29,7 @@ endif
 
 .DEFAULT_GOAL := help
 .PHONY: help demo demo-adapters demo-serving train-many test test-avx2 test-asan test-tsan test-amx test-gpu cuda-device bench card \
-  lint format wheel clean
+  lint format wheel hub-kernel clean
 
 help:  ## show this list
 	@sed -n 's/^\([a-z0-9-]*\):.*  ## /\1|/p' Makefile | awk -F'|' '{printf "  make %-13s %s\n", $$1, $$2}'
@@ -149,6 +149,14 @@ wheel: $(INSTALLED) $(RELEASERS)  ## build the source distribution and a wheel f
 	$(RELEASE)/bin/auditwheel show dist/*.whl
 	$(RELEASE)/bin/twine check --strict dist/*
 	PEFT_KERNELS_DIST=$(CURDIR)/dist $(BIN)/python -m pytest tests/test_packaging.py $(ARGS)
+
+# The `kernels` package has a folder of its own: bitsandbytes and transformers look for kernels wherever they find it.
+HUB_SITE := build/hub
+hub-kernel: export PEFT_KERNELS_CUDA := 0
+hub-kernel: $(INSTALLED)  ## build the package as a kernel for Hugging Face's Hub into dist/hub/, and load it
+	$(BIN)/python setup.py --quiet hub_kernel
+	$(BIN)/pip install --quiet --target $(HUB_SITE) --upgrade kernels
+	PEFT_KERNELS_HUB_SITE=$(CURDIR)/$(HUB_SITE) $(BIN)/python -m pytest tests/test_hub_kernel.py $(ARGS)
 
 clean:  ## remove the environment and everything that was built
 	rm -rf $(VENV) build dist demo-output *.egg-info peft_kernels/*.so

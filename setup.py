@@ -6,14 +6,17 @@ that nvcc knows); PEFT_KERNELS_SANITIZE names sanitizers;
 PEFT_KERNELS_EMULATE_AMX=1 runs the kernels for AMX in software, for tests on a processor without it.
 """
 
+import json
 import os
+import platform
 import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import ClassVar
 
-from setuptools import Extension, setup
+from setuptools import Command, Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent.resolve()
@@ -113,6 +116,49 @@ class CMakeBuild(build_ext):
             run_cmake(build_directory, options)
 
 
+class HubKernel(Command):
+    """Builds dist/hub/peft-kernels, a repository for Hugging Face's Hub that `kernels.get_kernel` loads.
+
+    A build for CUDA and one for the CPU alone stand side by side there.
+    """
+
+    description = "build the package as a kernel for Hugging Face's Hub"
+    user_options: ClassVar[list] = []
+
+    def initialize_options(self) -> None:
+        pass
+
+    def finalize_options(self) -> None:
+        pass
+
+    def run(self) -> None:
+        nvcc = find_nvcc()
+        backend = f"cu{toolkit_version(nvcc)}" if nvcc else "cpu"
+        # The module's ABI is that of torch 2.10, and serves every later one.
+        variant = f"torch-stable-abi210-{backend}-{platform.machine()}-linux"
+        folder = ROOT / "dist/hub/peft-kernels/build" / variant
+        shutil.rmtree(folder, ignore_errors=True)
+        build = self.distribution.get_command_obj("build")
+        build.build_lib, build.build_temp = str(folder), str(ROOT / f"build/hub-{backend}")
+        self.run_command("build")
+        version = self.distribution.get_version()
+        metadata = {
+            "id": f"_peft_kernels_{backend}_{re.sub(r'[^0-9a-z]', '_', version)}",  # of the module that is imported
+            "name": "peft-kernels",
+            "version": 1,  # of what the kernel offers
+            "license": "Apache-2.0",
+            "python-depends": [],
+            "backend": {"type": "cuda" if nvcc else "cpu"},
+        }
+        (folder / "metadata.json").write_text(json.dumps(metadata, indent=2) + "\n")
+
+
+def toolkit_version(nvcc: str) -> str:
+    """Such as '130'."""
+    said = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
+    return "".join(re.search(r"release (\d+)\.(\d+)", said).groups())
+
+
 def cuda_options(nvcc: str) -> dict[str, str]:
     library = Path(nvcc).parent.parent / "lib"
     in_wheel = (library / "libcudart_static.a").is_file()  # pip's wheels: nvcc itself looks in lib64
@@ -132,6 +178,6 @@ def run_cmake(build_directory: Path, options: dict[str, str]) -> None:
 
 setup(
     ext_modules=[Extension("peft_kernels._C", sources=[], py_limited_api=True)],
-    cmdclass={"build_ext": CMakeBuild},
+    cmdclass={"build_ext": CMakeBuild, "hub_kernel": HubKernel},
     options={"bdist_wheel": {"py_limited_api": "cp310"}},
 )

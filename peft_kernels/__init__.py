@@ -4,7 +4,7 @@ import importlib
 from typing import TYPE_CHECKING
 
 # _extension registers the ops, or says why not.
-from . import _extension, adapters, checkpoints, choices, merging, nn, serving  # noqa: F401
+from . import _extension, adapters, checkpoints, choices, layers, merging, nn, serving  # noqa: F401
 from .adapters import (
     adapter_rows,
     freeze_adapters,
@@ -60,6 +60,7 @@ __all__ = [
     "fuse_adapters",
     "initialize_lora",
     "insert_adapters",
+    "layers",
     "load_adapter",
     "merge_ia3",
     "merging",

@@ -1,6 +1,6 @@
 // Dropout on a GPU, y = keep(x) / (1 - p). A warp has 256 neighbours, a thread one call of Philox for eight of them. It
-// reads and writes 16 bytes at a time, of fp32 two times four, so that a warp's 128 lie side by side, and has their bits
-// from the threads that made them.
+// reads and writes 16 bytes at a time, of fp32 two times four, so that a warp's 128 lie side by side, and has their
+// bits from the threads that made them.
 //
 // The limit is the traffic, x and y once; of 16-bit elements, a thread's 360 instructions take an A100 about as long.
 #pragma once

@@ -13,6 +13,9 @@ AMX := build/amx
 # The linters need nothing of the package, so that they are there in seconds.
 LINT := build/lint
 LINTERS := $(LINT)/.installed
+# So do the pages: what they say of the package is read in its sources.
+DOCS := build/docs-tools
+DOCS_TOOLS := $(DOCS)/.installed
 RELEASE := build/release
 RELEASERS := $(RELEASE)/.installed
 
@@ -29,7 +32,7 @@ endif
 
 .DEFAULT_GOAL := help
 .PHONY: help demo demo-adapters demo-serving train-many test test-avx2 test-asan test-tsan test-amx test-gpu cuda-device bench card \
-  lint format wheel hub-kernel clean
+  lint format docs wheel hub-kernel clean
 
 help:  ## show this list
 	@sed -n 's/^\([a-z0-9-]*\):.*  ## /\1|/p' Makefile | awk -F'|' '{printf "  make %-13s %s\n", $$1, $$2}'
@@ -59,7 +62,7 @@ test: $(INSTALLED)  ## run every test
 # another instruction set, or in software, is as in `make test`, and so are tests of what no instruction set changes.
 # Inductor builds for the processor that it finds.
 ANY_ISA := ptx_emulator $(foreach name,benchmarks benchmarks_time build card choices cuda demo demo_adapters \
-    demo_serving guards layout measuring packaging recognition typing without_packages,test_$(name).py) \
+    demo_serving docs guards layout measuring packaging recognition typing without_packages,test_$(name).py) \
     $(notdir $(wildcard tests/test_cli*.py tests/test_export*.py))
 test-avx2: export PEFT_KERNELS_CPU_ISA := avx2
 test-avx2: export ATEN_CPU_CAPABILITY := avx2
@@ -138,6 +141,11 @@ format: $(LINTERS)  ## mend what can be mended of it
 	$(LINT)/bin/ruff format .
 	git ls-files '*.h' '*.cpp' '*.cu' '*.cuh' | xargs $(LINT)/bin/clang-format -i
 
+docs: export NO_MKDOCS_2_WARNING := 1
+docs: $(DOCS_TOOLS)  ## build the pages of docs/ and the reference into build/docs, and check their links
+	$(DOCS)/bin/python -m mkdocs build --strict $(ARGS)
+	@echo "Saved: build/docs/index.html; for its search: python3 -m http.server --directory build/docs"
+
 # The tag is that of this machine's compiler and glibc; CONTRIBUTING.md has the command for manylinux_2_28. The last
 # line installs what is handed out where there is no compiler and no PEFT, and trains for a step.
 wheel: export PEFT_KERNELS_CUDA := 0
@@ -170,10 +178,11 @@ $(BIN)/pip:
 	    || { echo "make: there is no C++ compiler; on Debian: apt-get install g++" >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 
-# pyproject.toml names what is installed, as the extras `lint` and `release`.
+# pyproject.toml names what is installed, as the extras `lint`, `docs` and `release`.
 $(LINTERS): EXTRA := lint
+$(DOCS_TOOLS): EXTRA := docs
 $(RELEASERS): EXTRA := release
-$(LINTERS) $(RELEASERS): pyproject.toml
+$(LINTERS) $(DOCS_TOOLS) $(RELEASERS): pyproject.toml
 	$(PYTHON) -m venv $(@D)
 	$(@D)/bin/pip install --quiet $$(sed -n 's/^$(EXTRA) = \[\(.*\)\]/\1/p' pyproject.toml | tr -d '",')
 	@touch $@

@@ -12,13 +12,13 @@ from typing import TypeVar
 import torch
 from rich.console import Console
 
+from benchmarks.records import RESULTS as RESULTS
 from peft_kernels import cpu
 from peft_kernels._extension import build_info
 from peft_kernels.cli.arguments import COUNT as COUNT
 from peft_kernels.cli.arguments import POSITIVE as POSITIVE
 from peft_kernels.cli.arguments import number as number
 
-RESULTS = Path(__file__).parent / "results"
 # Every name that a build of the kernels may know. A processor need not have them all.
 ISAS = ("portable", "avx2", "avx512", "avx512_bf16", "amx")
 

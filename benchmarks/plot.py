@@ -9,8 +9,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.options import RESULTS
-from benchmarks.records import FUSED, Faster, Record, beside
+from benchmarks.records import FUSED, RESULTS, Faster, Record, beside
 
 GREY = "#57606a"
 RUN = ("benchmark", "machine", "versions", "commit", "date")  # columns that are the same in every row

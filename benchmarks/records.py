@@ -12,12 +12,12 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
+if TYPE_CHECKING:
+    from benchmarks.timing import Roofline
 
-from benchmarks.timing import Roofline
-from peft_kernels import cpu
-
+RESULTS = Path(__file__).parent / "results"
 FUSED = "fused"  # this package's contender, in every benchmark
 
 
@@ -172,7 +172,7 @@ def rate(record: Record, roofline: Roofline) -> tuple[float, float, float]:
     return record.size / record.median / 1e9, record.flops / record.median / 1e12, floor / record.median
 
 
-# ---- Machine --------------------------------------------------------------------------------------------------------
+# ---- Machine: torch is imported by what asks it alone, so that saved records can be read and drawn without it -------
 
 
 def describe_run(device: str = "cpu") -> dict[str, str]:
@@ -187,6 +187,10 @@ def describe_run(device: str = "cpu") -> dict[str, str]:
 
 
 def describe_machine(device: str) -> str:
+    import torch
+
+    from peft_kernels import cpu
+
     if device == "cuda":
         processor = torch.cuda.get_device_name()
     else:
@@ -198,12 +202,16 @@ def describe_machine(device: str) -> str:
 
 
 def describe_versions() -> str:
+    import torch
+
     others = (f"{name} {version(name)}" for name in ("peft", "bitsandbytes", "transformers"))
     return ", ".join([f"torch {torch.__version__}", *others])  # with what it was built for, which a package may not say
 
 
 def torch_isa() -> str:
     """What torch's own kernels and those of oneDNN are held to; both are set from outside, at the start."""
+    import torch
+
     capability = torch.backends.cpu.get_cpu_capability()
     limit = os.environ.get("ONEDNN_MAX_CPU_ISA")
     return f"{capability}, ONEDNN_MAX_CPU_ISA={limit}" if limit else capability

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from ... import merging
 from ...inference.guards import ONCE, Reading
-from ...ops._sums import Term, differences, requantized, rounded
+from ...ops._sums import Term, differences, requantized, rounded, share
 from ...ops._svd import low_rank_factors
 from ...ops.combine import svd_of_sum
 from ...ops.dora_linear import dora_norm
@@ -278,7 +278,7 @@ class MergesDense(Merges):
             weights = [weight.detach() for weight in (original.weight, base.weight)]
             before, after = (weight.T for weight in weights) if is_conv1d(base) else weights
             found = differences(before, self._terms(self.merged_adapters, before)[0], after)
-            error, lost = _share(found.lost, found.whole), _share(found.lost, found.change)
+            error, lost = share(found.lost, found.whole), share(found.lost, found.change)
         asked = options.correction or options.dense_above is not None
         remark = "it is not quantised, so there is nothing to correct" if asked else ""
         self._report("dense", _Merged(base.weight, None, error, lost, remark), 0, kept)
@@ -495,11 +495,7 @@ def _compared(
     correction: tuple[Tensor, Tensor] | None,
 ) -> _Merged:
     found = differences(view, terms, stored, [] if correction is None else [Term(*correction)], unchanged)
-    return _Merged(stored, correction, _share(found.lost, found.whole), _share(found.lost, found.change))
-
-
-def _share(part: float, whole: float) -> float:
-    return part / whole if whole else (0.0 if part == 0 else math.inf)
+    return _Merged(stored, correction, share(found.lost, found.whole), share(found.lost, found.change))
 
 
 def _size(weight: Any) -> int:

@@ -79,6 +79,7 @@ def readme(model: PreTrainedModel, inputs: dict[str, Tensor]) -> None:
     ) as merged:
         assert_type(merged, peft_kernels.merging.Report)
     assert_type(peft_kernels.merging.load_corrections(model, model.state_dict()), int)
+    assert_type(peft_kernels.merging.load_corrections(model, Path("merged")), int)
 
     encoder = peft_kernels.attach_prefix(model, length=32)
     assert_type(encoder, PrefixEncoder)

@@ -20,6 +20,8 @@ from benchmarks import from_tests
 from benchmarks.options import expression, names
 from peft_kernels.ops import (
     adapter,
+    combine,
+    combine_products,
     cross_entropy,
     dropout,
     glu,
@@ -222,6 +224,20 @@ def dropped(m: int, n: int, dtype: str) -> Case:
     return Case("dropout", f"m={m} n={n} {dtype} backward", prepare)
 
 
+def combined(n: int, k: int, rank: int = 0, dtype: str = "float32") -> Case:
+    """TIES of eight matrices, or of products of a rank."""
+
+    def prepare() -> Callable[[], object]:
+        weights, scaling, adapters = [1.0] * 8, [2.0] * 8, range(8)
+        if not rank:
+            deltas = [torch.randn(n, k).to(getattr(torch, dtype)) for _ in adapters]
+            return functools.partial(combine, deltas, weights, density=0.2)
+        lora_A, lora_B = ([torch.randn(shape) for _ in adapters] for shape in ((rank, k), (n, rank)))
+        return functools.partial(combine_products, lora_A, lora_B, scaling, weights, density=0.2)
+
+    return Case("combine", f"n={n} k={k} " + (f"products rank={rank}" if rank else dtype), prepare)
+
+
 CASES = (
     quantize((576, 576), "bfloat16", 64),
     quantize((576, 576), "float32", 4096),
@@ -253,6 +269,8 @@ CASES = (
     normalised(64, 4096, training=True),
     gated(64, 1536),
     *(dropped(64, 768, dtype) for dtype in ("bfloat16", "float32")),
+    *(combined(16, 4096, dtype=dtype) for dtype in ("bfloat16", "float32")),
+    combined(256, 1024, rank=16),
 )
 
 

@@ -9,10 +9,12 @@ The same holds for `merge_and_unload` and for `merge` of a single layer.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
@@ -157,13 +159,14 @@ def options(
         current.reset(token)
 
 
-def load_corrections(model: nn.Module, state: Mapping[str, Tensor]) -> int:
+def load_corrections(model: nn.Module, state: Mapping[str, Tensor] | str | os.PathLike[str]) -> int:
     """Gives the 4-bit layers of an accelerated model the corrections that a merged model's state_dict has.
 
     transformers' `from_pretrained` loads a merged model's codes, and leaves the corrections out.
 
     Args:
-        state: with `NAME.correction_A` [r, K] and `NAME.correction_B` [N, r] for layers of these names.
+        state: with `NAME.correction_A` [r, K] and `NAME.correction_B` [N, r] for layers of these names; or a folder of
+            safetensors that have these.
 
     Returns:
         How many layers got one.
@@ -171,6 +174,8 @@ def load_corrections(model: nn.Module, state: Mapping[str, Tensor]) -> int:
     Raises:
         ValueError: there is no fused 4-bit layer of a name, or a correction does not fit it; nothing is changed then.
     """
+    if isinstance(state, (str, os.PathLike)):
+        state = _corrections_in(Path(state))
     found: list[tuple[Fused4bit, tuple[Tensor, Tensor]]] = []
     modules: dict[str, Any] = dict(model.named_modules())
     for key, a in state.items():
@@ -189,6 +194,20 @@ def load_corrections(model: nn.Module, state: Mapping[str, Tensor]) -> int:
     for layer, correction in found:
         layer.set_correction(correction)
     return len(found)
+
+
+def _corrections_in(folder: Path) -> dict[str, Tensor]:
+    from safetensors import safe_open
+
+    found: dict[str, Tensor] = {}
+    paths = sorted(folder.glob("*.safetensors"))
+    if not paths:
+        raise FileNotFoundError(f"state: got {folder}, wanted a folder with safetensors")
+    for path in paths:
+        with safe_open(path, "pt") as file:
+            names = [name for name in file.keys() if name[:-1].endswith(".correction_")]  # noqa: SIM118
+            found |= {name: file.get_tensor(name) for name in names}
+    return found
 
 
 def _megabytes(count: int) -> str:

@@ -1,4 +1,4 @@
-"""The commands that write checkpoints and adapters: export, quantize, combine."""
+"""The commands that write checkpoints and adapters: merge, export, quantize, combine."""
 
 import json
 import re
@@ -61,6 +61,34 @@ def test_export_prints_a_table(saved, tmp_path, capsys):
     assert re.search("size +37.8 KiB", out) and re.search("merged +0", out)
     assert failed(capsys, "export", saved / "base", tmp_path / "out").endswith("wanted a new one or overwrite=True\n")
     assert call("export", saved / "base", tmp_path / "out", "--overwrite") == 0
+
+
+def test_merge(saved, tmp_path, capsys):
+    """Into the base's own format, with what each weight has lost."""
+    assert call("quantize", saved / "base", tmp_path / "4bit", "--blocksize", "128") == 0
+    capsys.readouterr()
+    options = [
+        "--adapter",
+        saved / "one",
+        "--adapter",
+        f"{saved / 'other'}=0.5",
+        "--correction",
+        "4",
+        "--dense-above",
+        "9",
+    ]
+    report = called(capsys, "merge", tmp_path / "4bit", tmp_path / "out", *options)
+    export_checkpoint(tmp_path / "4bit", tmp_path / "same", [saved / "one", saved / "other"], weights=[1, 0.5],
+                      quantize="base", correction=4, dense_above=9)  # fmt: skip
+    same_folders(tmp_path / "out", tmp_path / "same")
+    assert report["quantized"] == 14 and len(report["merged_weights"]) == 14
+    for weight in report["merged_weights"]:
+        assert weight["form"] == "nf4" and weight["correction"] == 4 and 0 < weight["error"] < weight["lost"] < 9
+    assert call("merge", saved / "base", tmp_path / "dense", "--adapter", saved / "one") == 0
+    export_checkpoint(saved / "base", tmp_path / "exported", [saved / "one"])
+    same_folders(tmp_path / "dense", tmp_path / "exported")
+    assert re.search(r"q_proj.weight +bfloat16 +0 +0\.\d+ % +[\d.]+ %", capsys.readouterr().out)
+    assert "wanted 4-bit ones" in failed(capsys, "merge", saved / "base", tmp_path / "none", *options)
 
 
 def test_quantize(saved, tmp_path, capsys):
@@ -128,6 +156,9 @@ def test_errors(saved, tmp_path, capsys):
         (["export", "a", "b", "--shard-size", "0GB"], "got '0', wanted a number above 0"),
         (["export", "a", "b", "--adapter", "c=x"], "got 'x', wanted a number"),
         (["export", "a", "b", "--dtype", "int8"], "invalid choice: 'int8'"),
+        (["merge", "a", "b"], "required: --adapter"),
+        (["merge", "a", "b", "--adapter", "c", "--correction", "0"], "got '0', wanted a whole number of at least 1"),
+        (["merge", "a", "b", "--adapter", "c", "--dense-above", "x"], "got 'x', wanted a share of at least 0"),
         (["quantize", "a", "b", "--blocksize", "48"], "invalid choice: 48"),
         (["combine", "a", "--output", "b", "--density", "2"], "got '2', wanted a number from 0 to 1"),
         (["combine", "a", "--output", "b", "--method", "mean"], "invalid choice: 'mean'"),

@@ -221,7 +221,10 @@ def test_destinations(folder):
 @pytest.mark.parametrize(
     ("options", "match"),
     [
-        ({"quantize": "int8"}, "quantize: got 'int8', wanted None, 'nf4' or 'fp4'"),
+        ({"quantize": "int8"}, "quantize: got 'int8', wanted None, 'nf4', 'fp4' or 'base'"),
+        ({"correction": -1}, "correction: got -1, wanted a positive integer"),
+        ({"correction": 4}, "quantize: got dense weights, with correction=4, wanted 4-bit ones"),
+        ({"dense_above": -0.5}, "dense_above: got -0.5, wanted a share of at least 0, or None"),
         ({"dtype": torch.float64}, "dtype: got torch.float64, wanted None, torch.float32"),
         ({"blocksize": 48}, "blocksize: got 48, wanted a power of two"),
         ({"double_quant": 1}, "double_quant: got 1"),

@@ -13,7 +13,7 @@ from torch import nn
 
 import peft_kernels
 from peft_kernels import initialize_lora
-from peft_kernels.integrations.peft.initialize import truncated_svd
+from peft_kernels.ops._svd import truncated_svd
 
 loftq_utils = if_installed("peft.utils.loftq_utils")
 

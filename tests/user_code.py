@@ -12,7 +12,7 @@ from typing_extensions import assert_type
 import peft_kernels
 from peft_kernels import adapters, ops
 from peft_kernels.adapters import AdapterConfig, AdapterReport, FusionConfig
-from peft_kernels.checkpoints import CombineReport, ExportReport, combine_adapters, export_checkpoint
+from peft_kernels.checkpoints import CombineReport, ExportReport, MergedWeight, combine_adapters, export_checkpoint
 from peft_kernels.integrations import LayerReport, Report
 from peft_kernels.nn import AdapterFusion, BottleneckAdapter, LoRALinear, ParallelAdapter, PrefixEncoder, SoftPrompt
 from peft_kernels.ops import AdapterWeights, ExpertStack, NF4Weight
@@ -66,7 +66,9 @@ def readme(model: PreTrainedModel, inputs: dict[str, Tensor]) -> None:
     exported = peft_kernels.checkpoints.export_checkpoint("base", "out", ["adapters/alice"], quantize="nf4")
     assert_type(exported, ExportReport)
     assert_type(combine_adapters(["a", Path("b")], "out", "ties_svd", density=0.3, rank=16), CombineReport)
+    assert_type(exported.merged_weights, tuple[MergedWeight, ...])
     export_checkpoint(Path("base"), Path("out"), dtype=torch.float16, overwrite=True)
+    export_checkpoint("base", "out", ["adapters/alice"], quantize="base", correction=16, dense_above=0.5)
 
     for row in peft_kernels.initialize_lora(model, "loftq", "model.safetensors", iterations=3):
         assert_type(row.after, float)
@@ -77,6 +79,7 @@ def readme(model: PreTrainedModel, inputs: dict[str, Tensor]) -> None:
     ) as merged:
         assert_type(merged, peft_kernels.merging.Report)
     assert_type(peft_kernels.merging.load_corrections(model, model.state_dict()), int)
+    assert_type(peft_kernels.merging.load_corrections(model, Path("merged")), int)
 
     encoder = peft_kernels.attach_prefix(model, length=32)
     assert_type(encoder, PrefixEncoder)

@@ -32,6 +32,8 @@ from peft_kernels.ops import (
     AdapterWeights,
     NF4Weight,
     adapter_grouped,
+    combine,
+    combine_products,
     dora_linear,
     grouped_linear,
     ia3_attention,
@@ -40,7 +42,9 @@ from peft_kernels.ops import (
     lora_linear_grouped,
     quantize_4bit,
 )
+from peft_kernels.ops.combine import METHODS
 from peft_kernels.testing.reference import attention as attention_reference
+from peft_kernels.testing.reference import combine as combine_reference
 from peft_kernels.testing.reference import nf4 as nf4_reference
 from peft_kernels.testing.reference.adapter import adapter_grouped as adapter_grouped_oracle
 from peft_kernels.testing.reference.dora_linear import dora_linear as dora_linear_oracle
@@ -504,6 +508,77 @@ def _adapters(tiny: bool) -> Iterator[Case]:
     yield fuse(adapter_fusion.Case(8, 4096, 8))
 
 
+def combined(
+    method: str, rows: int, columns: int, rank: int = 0, dtype: torch.dtype = FP32, count: int = 8, timed: bool = False
+) -> Case:  # fmt: skip
+    """Matrices combined into one, or products of a rank."""
+    weights, density = [0.25 * i - 0.5 for i in range(count)], 0.2
+    elects, trims, drops = METHODS[method]
+
+    def make() -> Problem:
+        if rank:
+            leaves = pairs(rows, columns, [rank] * count)
+        else:
+            leaves = {f"delta{i}": torch.randn(rows, columns).to(dtype) for i in range(count)}
+        seeds = torch.arange(7, 7 + count)
+        options = {"weights": weights, "method": method, "density": density, "seeds": seeds}
+
+        def matrices(t: Tensors) -> tuple[list[Tensor], list[Tensor]]:
+            return [t[f"lora_A{i}"] for i in range(count)], [t[f"lora_B{i}"] for i in range(count)]
+
+        def fused(t: Tensors) -> Tensor:
+            if rank:
+                return combine_products(*matrices(t), [2.0] * count, **options)
+            return combine([t[f"delta{i}"] for i in range(count)], **options)
+
+        def oracle(t: Tensors) -> Tensor:
+            if rank:  # whose order in fp32 decides what is kept
+                factors = [(a.float().cpu(), b.float().cpu()) for a, b in zip(*matrices(t), strict=True)]
+                deltas = [combine_products([a], [b], [2.0], [1.0], "linear").to(seeds.device) for a, b in factors]
+            else:
+                deltas = [t[f"delta{i}"] for i in range(count)]
+            if trims:
+                deltas = [combine_reference.trim(delta, int(density * delta.numel())) for delta in deltas]
+            deltas = [delta.double() for delta in deltas]
+            if drops:
+                deltas = [
+                    combine_reference.drop(delta, 1 - density, seed, of_product=rank > 0)
+                    for delta, seed in zip(deltas, seeds.split(1), strict=True)
+                ]
+            return combine_reference.combine(deltas, weights, "total" if elects else "none")
+
+        def stock(t: Tensors) -> Tensor:
+            """TIES as PEFT has it."""
+            given = [2.0 * b @ a for a, b in zip(*matrices(t), strict=True)] if rank else [*t.values()]
+            deltas = torch.stack(given).flatten(1)
+            found = deltas.abs().topk(int(density * deltas.shape[1]), dim=1).indices
+            kept = torch.zeros_like(deltas).scatter_(1, found, deltas.gather(1, found))
+            agrees = kept.sign() == torch.where(kept.sum(0) >= 0, 1, -1)
+            total = (kept * agrees * kept.new_tensor(weights)[:, None]).sum(0)
+            return (total / agrees.sum(0).clamp(min=1)).view(rows, columns)
+
+        read = sum(leaf.nbytes for leaf in leaves.values())
+        return problem(leaves, (rows, columns), fused, oracle, stock,
+                       work=(read + rows * columns * dtype.itemsize, 2.0 * rank * count * rows * columns))  # fmt: skip
+
+    name = f"{method} of {count} {f'products r={rank}' if rank else 'matrices'} {rows}x{columns} {SHORT[dtype]}"
+    return Case("combine", name, make, one_rounding, False, timed)
+
+
+def _combined(tiny: bool) -> Iterator[Case]:
+    if tiny:
+        yield combined("ties", 3, 40)
+        yield combined("dare_linear", 5, 130, rank=4)
+        return
+    yield combined("ties", 4096, 4096, rank=16, timed=True)
+    yield combined("ties", 16, 4096, timed=True)
+    for method, dtype in product(METHODS, (BF16, FP16, FP32)):
+        yield combined(method, 33, 1001, dtype=dtype)
+    for method in METHODS:
+        yield combined(method, 33, 1001, rank=20, count=3)
+    yield combined("dare_ties", 70, 40, count=70)
+
+
 def cases(tiny: bool) -> list[Case]:
     """The most used families first."""
     if tiny:
@@ -516,10 +591,10 @@ def cases(tiny: bool) -> list[Case]:
         more += [experts(1024, 1024, 1024, 32, timed=True), experts(100, 1000, 1088, 5)]
         more.append(experts(100, 1024, 1024, 5, dense=True))
     groups = _linears, _weights, _elementwise, _attention
-    return [*(case for group in groups for case in group(tiny)), *more, *_adapters(tiny)]
+    return [*(case for group in groups for case in group(tiny)), *more, *_adapters(tiny), *_combined(tiny)]
 
 
 FAMILIES = (
     "lora_linear", "nf4", "rms_norm", "glu", "rotary", "cross_entropy", "dropout", "attention", "dora_linear",
-    "ia3_linear", "lora_linear_grouped", "grouped_linear", "adapter", "adapter_fusion",
+    "ia3_linear", "lora_linear_grouped", "grouped_linear", "adapter", "adapter_fusion", "combine",
 )  # fmt: skip

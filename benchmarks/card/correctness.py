@@ -161,8 +161,8 @@ def program_within(command: list[str], seconds: float, variables=os.environ) -> 
 TESTS = (
     "lora_linear", "lora_linear_autograd", "nf4", "rms_norm", "glu", "rotary", "cross_entropy", "dropout", "attention",
     "attention_autograd", "ia3_linear", "dora_linear", "nn_lora_linear", "adapter", "adapter_autograd",
-    "adapter_grouped", "adapter_fusion", "lora_linear_grouped", "lora_linear_errors", "derivatives", "sum_parts",
-    "compile_and_export", "threads",
+    "adapter_grouped", "adapter_fusion", "combine", "lora_linear_grouped", "lora_linear_errors", "derivatives",
+    "sum_parts", "compile_and_export", "threads",
 )  # fmt: skip
 # What runs in seconds where nothing but the command is tried.
 REHEARSED = {

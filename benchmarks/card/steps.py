@@ -9,7 +9,7 @@ PHASES = ("correctness", "timing", "profile")
 CHECKED = (
     ("lora_linear", 90.0), ("nf4", 40.0), ("rms_norm", 25.0), ("glu", 25.0), ("rotary", 25.0), ("cross_entropy", 25.0),
     ("dropout", 25.0), ("attention", 40.0), ("dora_linear", 30.0), ("ia3_linear", 30.0), ("lora_linear_grouped", 30.0),
-    ("grouped_linear", 30.0), ("adapter", 30.0), ("adapter_fusion", 30.0),
+    ("grouped_linear", 30.0), ("adapter", 30.0), ("adapter_fusion", 30.0), ("combine", 40.0),
 )  # fmt: skip
 SHAPES = ((4096, 4096), (4096, 14336), (14336, 4096), (8192, 28672))  # N, K
 TUNED = ((4096, 4096), (14336, 4096))

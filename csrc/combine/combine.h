@@ -36,12 +36,24 @@ struct CombineParams {
     Election election;
     Matrix y;  // [rows, columns]
 
+    void* workspace;  // on a GPU of as many bytes as the plan says
+
     // On the CPU. Without a workspace only workspace_bytes is set.
     int32_t threads;
-    void* workspace;
     int64_t* workspace_bytes;
 };
 
 PEFT_KERNELS_CPU_KERNEL(combine, CombineParams)
+
+struct CombinePlan;
+
+namespace cuda {
+
+// Enqueues the kernels on `stream` (a cudaStream_t) of the current device. The deltas may be forgotten afterwards, but
+// what they point to may not. count may not be 0, and the deltas are matrices of one type or all products. Returns a
+// cudaError_t.
+int combine(const CombineParams& params, const CombinePlan& plan, void* stream);
+
+}  // namespace cuda
 
 }  // namespace peft_kernels

@@ -4,10 +4,15 @@
 #include <vector>
 
 #include "combine/combine.h"
+#include "combine/cuda/plan.h"
 #include "common/torch/checks.h"
 #include "common/torch/launch.h"
 #include "common/torch/registration.h"
 #include "dropout/dropout.h"
+
+#if defined(PEFT_KERNELS_CUDA)
+#include "common/torch/cuda_check.h"
+#endif
 
 namespace peft_kernels {
 namespace {
@@ -18,6 +23,22 @@ Election check_election(const std::string& election) {
     if (election == "frequency") return Election::kFrequency;
     bad_argument("election", "'" + election + "'", "none, total or frequency");
 }
+
+#if defined(PEFT_KERNELS_CUDA)
+void run_on_cuda(CombineParams& params, const Tensor& y) {
+    if (params.num_deltas > CombinePlan::kMaxDeltas)
+        bad_argument("deltas", counted(params.num_deltas),
+                     "at most " + std::to_string(CombinePlan::kMaxDeltas) + " on a GPU");
+    const CudaScope scope(y.get_device_index());
+    DeviceProperties device{};
+    check_cuda(cuda::query_device(device), "query_device");
+    const CombinePlan plan = plan_combine(params, device.multiprocessors);
+    if (prints_plans()) print_plan(describe(params, plan));
+    const Tensor workspace = empty(y, {plan.bytes}, ScalarType::Byte);
+    params.workspace = workspace.mutable_data_ptr();
+    check_cuda(cuda::combine(params, plan, scope.stream()), "combine");
+}
+#endif
 
 // The deltas are complete but for their weights and seeds; y has params.count elements.
 void run(CombineParams& params, std::vector<Delta>& deltas, const std::vector<double>& weights, int64_t kept, double p,
@@ -41,7 +62,11 @@ void run(CombineParams& params, std::vector<Delta>& deltas, const std::vector<do
     params.p = p;
     params.election = check_election(election);
     params.y = {y.mutable_data_ptr(), check_float_dtype(y, "deltas"), params.columns};
-    if (params.count > 0) run_cpu(&dispatch::combine, params, y);
+    if (params.count == 0) return;
+#if defined(PEFT_KERNELS_CUDA)
+    if (runs_on_cuda(y)) return run_on_cuda(params, y);
+#endif
+    run_cpu(&dispatch::combine, params, y);
 }
 
 // Dense tensors of one shape and dtype -> y of these
@@ -103,14 +128,14 @@ Tensor combine_products(Tensors given_A, Tensors given_B, std::vector<double> sc
 }  // namespace
 }  // namespace peft_kernels
 
-STABLE_TORCH_LIBRARY_FRAGMENT(peft_kernels, m) {
+STABLE_TORCH_LIBRARY_FRAGMENT(PEFT_KERNELS_NAMESPACE, m) {
     m.def("combine(Tensor[] deltas, float[] weights, int kept, float p, Tensor? seeds, str election) -> Tensor y");
     m.def(
         "combine_products(Tensor[] lora_A, Tensor[] lora_B, float[] scaling, float[] weights, int kept, float p, "
         "Tensor? seeds, str election) -> Tensor y");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(peft_kernels, CPU, m) {
+PEFT_KERNELS_IMPLEMENT(m) {
     m.impl("combine", TORCH_BOX(&peft_kernels::combine));
     m.impl("combine_products", TORCH_BOX(&peft_kernels::combine_products));
 }

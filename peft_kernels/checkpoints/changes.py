@@ -6,8 +6,10 @@ or [in, out]: `W' = W + Σ left right`, and for DoRA `W' = W + Σ weight (m / �
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -56,19 +58,49 @@ class Change:
 @torch.no_grad()
 def changed(tensor: Tensor, change: Change, dtype: torch.dtype) -> Tensor:
     """The tensor with its change, computed in fp64, so that it is rounded once even where terms cancel each other."""
+    result = torch.empty((tensor if change.replaced is None else change.replaced).shape, dtype=dtype)
+    for expert, rows, total in _sums(tensor, change):
+        _matrix(result if expert is None else result[expert])[rows] = total
+    return result
+
+
+class Differences(NamedTuple):
+    """Frobenius norms: of the sum, of the change, and of the sum less what it was stored as."""
+
+    whole: float
+    change: float
+    lost: float
+
+
+@torch.no_grad()
+def differences(tensor: Tensor, change: Change, stored: Tensor) -> Differences:
+    """Between the tensor with its change and what this was stored as, in a dtype of its own."""
+    squares = [0.0, 0.0, 0.0]
+    for expert, rows, total in _sums(tensor, change):
+        squares[0] += _square(total)
+        for i, other in enumerate((tensor, stored), 1):
+            squares[i] += _square(total - _matrix(other if expert is None else other[expert])[rows])
+    return Differences(*map(math.sqrt, squares))
+
+
+def _square(values: Tensor) -> float:
+    return float(torch.linalg.vector_norm(values)) ** 2
+
+
+def _sums(tensor: Tensor, change: Change) -> Iterator[tuple[int | None, slice, Tensor]]:
+    """Of which expert, which rows of it as a matrix, and their sum in fp64."""
     if change.replaced is not None:
         tensor = change.replaced
-    result = torch.empty(tensor.shape, dtype=dtype)
     if not tensor.numel():
-        return result
+        return
     experts = tensor.dim() == 3 and None not in change.products and bool(change.products)
-    matrices = range(tensor.shape[0]) if experts else (None,)
-    for expert in matrices:
-        source, target = (tensor, result) if expert is None else (tensor[expert], result[expert])
+    for expert in range(tensor.shape[0]) if experts else (None,):
+        source = tensor if expert is None else tensor[expert]
         scales = [scale.expand(tensor.shape) for scale in change.scales]  # those of experts are never scaled
-        _merge(_matrix(source), change.products.get(expert, []), [_matrix(one) for one in change.added],
-               [_matrix(one) for one in scales], _matrix(target))  # fmt: skip
-    return result
+        for rows, total in _sums_of_matrix(_matrix(source), change.products.get(expert, []),
+                                           [_matrix(one) for one in change.added],
+                                           [_matrix(one) for one in scales]):  # fmt: skip
+            yield expert, rows, total
 
 
 def _matrix(tensor: Tensor) -> Tensor:
@@ -78,13 +110,15 @@ def _matrix(tensor: Tensor) -> Tensor:
     return tensor.reshape(tensor.shape[0], -1) if tensor.dim() else tensor.view(1, 1)
 
 
-def _merge(weight: Tensor, products: list[Product], added: list[Tensor], scales: list[Tensor], out: Tensor) -> None:
+def _sums_of_matrix(
+    weight: Tensor, products: list[Product], added: list[Tensor], scales: list[Tensor]
+) -> Iterator[tuple[slice, Tensor]]:
     operands = [(one.left.double(), one.right.double() * one.scaling) for one in products]
     gains = [_gain(weight, left, right, one) for one, (left, right) in zip(products, operands, strict=True)]
     has_gains = any(gain is not None for gain in gains)
     for begin, end in _panels(weight):
         own = weight[begin:end].double()
-        total = own.clone() if has_gains else own
+        total = own.clone() if has_gains or weight.dtype is torch.float64 else own
         for one, (left, right), gain in zip(products, operands, gains, strict=True):
             if gain is None:
                 total.addmm_(left[begin:end], right, alpha=one.weight)
@@ -96,7 +130,7 @@ def _merge(weight: Tensor, products: list[Product], added: list[Tensor], scales:
             total += term[begin:end].double()
         for scale in scales:
             total *= scale[begin:end].double()
-        out[begin:end] = total
+        yield slice(begin, end), total
 
 
 def _gain(weight: Tensor, left: Tensor, right: Tensor, product: Product) -> Tensor | None:

@@ -10,7 +10,7 @@ import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +18,12 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from ..ops._arguments import FLOAT_DTYPES, check_flag, check_size, dtype_name, refuse
+from ..ops._arguments import FLOAT_DTYPES, check_flag, check_size, dtype_name, is_number, refuse
 from ..ops.nf4 import quantize_4bit
 from .adapters import changes_of, digest, read_adapters
 from .base import CONFIG, INDEX, SINGLE, BaseCheckpoint, Stored, read_base
 from .changes import Change, changed
+from .four_bits import MergedWeight, correction_of, measured, values_of
 from .staging import Staging, check_destination
 from .structure import Structure, is_kept
 
@@ -51,6 +52,7 @@ class ExportReport:
         dequantized: how many only the base has in 4 bits.
         resumed: files that an earlier call had written, which was stopped.
         untied: the output layer has become another one than the embeddings.
+        merged_weights: what these were stored as, those of resumed files left out.
     """
 
     destination: Path
@@ -62,6 +64,7 @@ class ExportReport:
     dequantized: int
     resumed: int
     untied: bool
+    merged_weights: tuple[MergedWeight, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -72,6 +75,8 @@ class _Settings:
     double_quant: bool
     max_shard_size: int
     skip_modules: tuple[str, ...]
+    correction: int
+    dense_above: float | None
 
 
 @dataclass(frozen=True)
@@ -82,8 +87,12 @@ class _Item:
     source: Stored
     change: Change | None
     dtype: torch.dtype  # of the values
-    quantizes: bool
+    module: str | None  # that is quantised
     is_conv1d: bool
+
+    @property
+    def quantizes(self) -> bool:
+        return self.module is not None
 
     def nbytes(self, settings: _Settings) -> int:
         """About."""
@@ -92,7 +101,8 @@ class _Item:
             return count * self.dtype.itemsize
         blocks = -(-count // settings.blocksize)
         statistics = blocks + 4 * (blocks // 256 + 257) if settings.double_quant else 4 * blocks
-        return count // 2 + statistics + _STATE_BYTES
+        corrects = settings.correction if self.change is not None else 0
+        return count // 2 + statistics + _STATE_BYTES + corrects * sum(self.source.shape) * self.dtype.itemsize
 
 
 def export_checkpoint(
@@ -106,6 +116,8 @@ def export_checkpoint(
     blocksize: int = 64,
     double_quant: bool = True,
     skip_modules: Sequence[str] = (),
+    correction: int = 0,
+    dense_above: float | None = None,
     max_shard_size: int = 5_000_000_000,
     overwrite: bool = False,
     progress: Progress | None = None,
@@ -123,11 +135,14 @@ def export_checkpoint(
             weight: `W + Σᵢ weightᵢ · scalingᵢ Bᵢ Aᵢ`, which is computed in fp64 and rounded once.
         weights: a number for each adapter, by default 1.
         quantize: 'nf4' or 'fp4' for 4-bit weights in bitsandbytes' storage, which `from_pretrained` loads; needs
-            transformers. By default weights are dense.
+            transformers. 'base' for what the base has: the same 4 bits, or dense weights. By default weights are dense.
         dtype: of the dense tensors, and of the values that are quantised: fp32, bf16 or fp16. By default the base's.
         blocksize, double_quant: as `ops.quantize_4bit` takes them.
         skip_modules: what stays dense beside the output layer, as `BitsAndBytesConfig.llm_int8_skip_modules` has it.
-        max_shard_size: bytes of a file.
+        correction: the rank of a LoRA branch that a merged 4-bit weight has beside its codes, `NAME.correction_A` and
+            `NAME.correction_B`, as `merging.options` describes it and `merging.load_corrections` loads it.
+        dense_above: a merged 4-bit weight that loses more than this share of what the adapters change is stored dense.
+        max_shard_size: bytes of a file; weights that become dense are not counted in advance.
         overwrite: whether to replace a checkpoint at the destination.
         progress: what shows it: `progress(text, total)` is a context that gives a function, which is called after each
             tensor.
@@ -143,7 +158,7 @@ def export_checkpoint(
         ValueError: an argument, a file or an adapter that does not fit; nothing is written then.
     """
     base_folder, target = Path(base), Path(destination).absolute()
-    settings = _check(quantize, dtype, blocksize, double_quant, skip_modules, max_shard_size)
+    settings = _check(quantize, dtype, blocksize, double_quant, skip_modules, max_shard_size, correction, dense_above)
     check_flag("overwrite", overwrite)
     folders = [Path(folder) for folder in adapters]
     for folder in (base_folder, *folders):
@@ -152,6 +167,10 @@ def export_checkpoint(
     check_destination(target, overwrite, CONFIG)
 
     checkpoint = read_base(base_folder)
+    settings = _as_base(settings, checkpoint) if settings.quantize == "base" else settings
+    if settings.quantize is None and (correction or dense_above is not None):
+        asked = f"correction={correction}" if correction else f"dense_above={dense_above}"
+        refuse("quantize", f"dense weights, with {asked}", "4-bit ones, which these are for")
     read = read_adapters(folders, weights)
     # Dense weights of Conv1D are [in, out], and 4-bit ones [out, in].
     structure = checkpoint.structure if settings.quantize is not None or checkpoint.is_quantized else None
@@ -159,7 +178,6 @@ def export_checkpoint(
     untied = _untie(checkpoint, changes)
     items, kept = _items(checkpoint, changes, structure, settings, untied)
     shards = _shards(items, settings)
-    config = _config(checkpoint.config, settings, items, kept, untied)
     from .. import __version__
 
     inputs = {
@@ -169,6 +187,7 @@ def export_checkpoint(
         "settings": asdict(settings),
         "shards": [[item.name for item in shard] for shard in shards],
     }
+    planned = {item.module for item in items if item.module is not None}
     names = [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
     names = names if len(shards) > 1 else [SINGLE]
     with Staging(target, inputs, overwrite, CONFIG) as staging:
@@ -176,14 +195,18 @@ def export_checkpoint(
         left = [(name, shard) for name, shard in zip(names, shards, strict=True) if name not in done]
         _check_space(staging.partial, sum(item.nbytes(settings) for _, shard in left for item in shard))
         shown = progress("exporting", sum(len(shard) for _, shard in left)) if progress else nullcontext(lambda: None)
+        merged: list[MergedWeight] = []
         with shown as advance:
             for name, shard in left:
                 tensors: dict[str, Tensor] = {}
                 for item in shard:
-                    tensors |= _written(item, settings)
+                    tensors |= _written(item, settings, merged)
                     advance()
                 staging.save(name, tensors)
-        nbytes = _finish(staging, checkpoint, config, names)
+        owners, nbytes = _owners(staging, names)
+        items = [item if f"{item.name}.absmax" in owners else replace(item, module=None) for item in items]
+        kept += sorted(planned - {item.module for item in items})  # what became dense
+        _finish(staging, checkpoint, _config(checkpoint.config, settings, items, kept, untied), owners, nbytes)
         staging.commit()
     sources = [item for item in items if item.source.state is not None]
     return ExportReport(
@@ -196,14 +219,20 @@ def export_checkpoint(
         dequantized=sum(not item.quantizes for item in sources),
         resumed=len(done),
         untied=untied,
+        merged_weights=tuple(merged),
     )
 
 
 def _check(
-    quantize: Any, dtype: Any, blocksize: Any, double_quant: Any, skip_modules: Any, max_shard_size: Any
-) -> _Settings:
-    if quantize not in (None, "nf4", "fp4"):
-        refuse("quantize", repr(quantize), "None, 'nf4' or 'fp4'")
+    quantize: Any, dtype: Any, blocksize: Any, double_quant: Any, skip_modules: Any, max_shard_size: Any,
+    correction: Any, dense_above: Any,
+) -> _Settings:  # fmt: skip
+    if quantize not in (None, "nf4", "fp4", "base"):
+        refuse("quantize", repr(quantize), "None, 'nf4', 'fp4' or 'base'")
+    if correction != 0:
+        check_size("correction", correction)
+    if dense_above is not None and not (is_number(dense_above) and dense_above >= 0):
+        refuse("dense_above", repr(dense_above), "a share of at least 0, or None")
     if dtype is not None and dtype not in FLOAT_DTYPES:
         refuse("dtype", repr(dtype), f"None, {', '.join(map(str, FLOAT_DTYPES))}")
     check_size("blocksize", blocksize)
@@ -219,7 +248,18 @@ def _check(
         except re.error as error:
             refuse("skip_modules", f"{pattern!r}: {error}", "names, or regular expressions for them")
     name = None if dtype is None else dtype_name(dtype)
-    return _Settings(quantize, name, blocksize, double_quant, max_shard_size, tuple(skip_modules))
+    skipped = tuple(skip_modules)
+    return _Settings(quantize, name, blocksize, double_quant, max_shard_size, skipped, correction, dense_above)
+
+
+def _as_base(settings: _Settings, checkpoint: BaseCheckpoint) -> _Settings:
+    """With the format of the base's 4-bit weights, which have one, or dense where there are none."""
+    for tensor in checkpoint.tensors.values():
+        if tensor.state is not None:
+            is_nested = any(name.endswith(".nested_absmax") for name in tensor.files)
+            kind, blocksize = tensor.state["quant_type"], tensor.state["blocksize"]
+            return replace(settings, quantize=kind, blocksize=blocksize, double_quant=is_nested)
+    return replace(settings, quantize=None)
 
 
 # ---- What is written ------------------------------------------------------------------------------------------------
@@ -263,7 +303,8 @@ def _items(
     untied: bool,
 ) -> tuple[list[_Item], list[str]]:
     """The tensors in the order of the base, and the linear layers that stay dense."""
-    quantized, kept, conv1d = set(), [], set()
+    quantized: dict[str, str] = {}  # the module of each
+    kept, conv1d = [], set()
     if structure is not None:
         names = {module: checkpoint.find(f"{module}.weight") for module in sorted(structure.linear)}
         conv1d = {names[module] for module in structure.conv1d}
@@ -272,15 +313,15 @@ def _items(
             tensor = checkpoint.tensors.get(name) if name else None
             dense_before = checkpoint.is_quantized and tensor is not None and tensor.state is None
             is_float = tensor is not None and tensor.dtype in FLOAT_DTYPES
-            if not is_float or dense_before or is_kept(module, [*skipped, *structure.kept_patterns]):
+            if name is None or not is_float or dense_before or is_kept(module, [*skipped, *structure.kept_patterns]):
                 kept.append(module)
             else:
-                quantized.add(name)
+                quantized[name] = module
         kept = [*dict.fromkeys([*settings.skip_modules, *kept])]
         if settings.quantize:  # what is kept is kept for all modules that its name matches
-            quantized -= {name for module, name in names.items() if is_kept(module, kept)}
+            quantized = {name: module for name, module in quantized.items() if not is_kept(module, kept)}
     if settings.quantize is None:
-        quantized = set()
+        quantized = {}
     sources = {name: (name, tensor) for name, tensor in checkpoint.tensors.items()}
     if untied and checkpoint.tied is not None:
         head, embeddings = checkpoint.tied
@@ -294,7 +335,7 @@ def _items(
             refuse(
                 f"base: {name}", dtype_name(tensor.dtype), "float32, bfloat16 or float16, which an adapter can change"
             )
-        items.append(_Item(name, tensor, change, dtype, name in quantized, name in conv1d))
+        items.append(_Item(name, tensor, change, dtype, quantized.get(name), name in conv1d))
     return items, kept
 
 
@@ -310,32 +351,64 @@ def _shards(items: Sequence[_Item], settings: _Settings) -> list[list[_Item]]:
     return shards
 
 
-def _written(item: _Item, settings: _Settings) -> dict[str, Tensor]:
-    source = item.source
-    if item.change is None and _is_kept_as_it_is(item, settings):
+def _written(item: _Item, settings: _Settings, done: list[MergedWeight]) -> dict[str, Tensor]:
+    """The stored tensors of an item; what a changed one came to is added to `done`."""
+    source, change = item.source, item.change
+    if change is None and _is_kept_as_it_is(item, settings):
         return {name.replace(source.name, item.name, 1): tensor for name, tensor in source.parts().items()}
-    values = source.values()
-    if item.change is not None:
-        values = changed(values, item.change, item.dtype)
-    values = values.to(item.dtype)
+    before = source.values()
+    values = (before if change is None else changed(before, change, item.dtype)).to(item.dtype)
     if not values.sum(dtype=torch.float64).isfinite():  # numbers of 32 bits do not overflow such a sum
         refuse(item.name, "numbers that are not finite", f"those that {dtype_name(item.dtype)} can hold")
-    if item.is_conv1d and item.quantizes != (source.state is not None):
-        values = values.T
-    values = values.contiguous()
-    if not item.quantizes:
-        return {item.name: values}
+    if item.quantizes:
+        tensors, merged = _in_4_bits(item, settings, before, values)
+        lost = 0.0 if merged is None else merged.lost
+        if settings.dense_above is None or lost <= settings.dense_above:
+            done += [] if merged is None else [merged]
+            return tensors
+    if change is not None:
+        done.append(measured(item.name, dtype_name(item.dtype), 0, before, change, values))
+    turns = item.is_conv1d and source.state is not None
+    return {item.name: (values.T if turns else values).contiguous()}
+
+
+def _in_4_bits(
+    item: _Item, settings: _Settings, before: Tensor, values: Tensor
+) -> tuple[dict[str, Tensor], MergedWeight | None]:
+    """The tensors of a 4-bit weight, and what it lost of a change."""
     assert settings.quantize is not None
-    state = quantize_4bit(values, settings.blocksize, settings.quantize, settings.double_quant)
-    rest, tensors = {}, {item.name: state.codes.view(-1, 1)}
+    change, turns = item.change, item.is_conv1d and item.source.state is None
+    correction, state = None, None
+    if change is not None and settings.correction:
+        a, b, is_all = correction_of(before, change, settings.correction)
+        a, b = (b.T, a.T) if turns else (a, b)
+        correction = a.to(item.dtype).contiguous(), b.to(item.dtype).contiguous()
+        if is_all and _is_kept_as_it_is(item, settings):
+            state = item.source.quantized()
+        else:
+            rest = changed(before, change, torch.float32)
+            rest = (rest.T if turns else rest) - correction[1].float() @ correction[0].float()
+            values = rest.to(item.dtype)
+    elif turns:
+        values = values.T
+    if state is None:
+        state = quantize_4bit(values.contiguous(), settings.blocksize, settings.quantize, settings.double_quant)
+    rest_of_state, tensors = {}, {item.name: state.codes.view(-1, 1)}
     for name, value in state.as_dict().items():
         if isinstance(value, Tensor):
             tensors[f"{item.name}.{name}"] = value
         else:
-            rest[name] = value
-    text = json.dumps(rest).encode()
+            rest_of_state[name] = value
+    text = json.dumps(rest_of_state).encode()
     tensors[f"{item.name}.quant_state.bitsandbytes__{settings.quantize}"] = torch.tensor(list(text), dtype=torch.uint8)
-    return tensors
+    if correction is not None:
+        layer = item.name.removesuffix(".weight")
+        tensors |= {f"{layer}.correction_{name}": one for name, one in zip("AB", correction, strict=True)}
+    if change is None:
+        return tensors, None
+    stored = values_of(state, correction)
+    rank = 0 if correction is None else len(correction[0])
+    return tensors, measured(item.name, settings.quantize, rank, before, change, stored.T if turns else stored)
 
 
 def _is_kept_as_it_is(item: _Item, settings: _Settings) -> bool:
@@ -381,8 +454,8 @@ def _config(
     return config
 
 
-def _finish(staging: Staging, checkpoint: BaseCheckpoint, config: dict[str, Any], names: Sequence[str]) -> int:
-    """Writes all that is not weights, and returns how many bytes these have."""
+def _owners(staging: Staging, names: Sequence[str]) -> tuple[dict[str, str], int]:
+    """Which file has each tensor, and how many bytes all of them have."""
     owners: dict[str, str] = {}
     size = 0
     for name in names:
@@ -391,7 +464,14 @@ def _finish(staging: Staging, checkpoint: BaseCheckpoint, config: dict[str, Any]
             owners |= dict.fromkeys(file.keys(), name)
         with path.open("rb") as raw:  # 8 bytes, in which is the header's length, the header, and the tensors
             size += path.stat().st_size - 8 - int.from_bytes(raw.read(8), "little")
-    if len(names) > 1:
+    return owners, size
+
+
+def _finish(
+    staging: Staging, checkpoint: BaseCheckpoint, config: dict[str, Any], owners: dict[str, str], size: int
+) -> None:
+    """Writes all that is not weights."""
+    if len(set(owners.values())) > 1:
         index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(owners.items()))}
         staging.write(INDEX, json.dumps(index, indent=2) + "\n")
     for source in sorted([*checkpoint.folder.iterdir(), *checkpoint.folder.glob(f"{_TEMPLATES}/*")]):
@@ -399,7 +479,6 @@ def _finish(staging: Staging, checkpoint: BaseCheckpoint, config: dict[str, Any]
         if source.is_file() and source.name != CONFIG and not _WEIGHTS.fullmatch(source.name):
             staging.copy(source, name)
     staging.write(CONFIG, json.dumps(config, indent=2, ensure_ascii=False) + "\n")
-    return size
 
 
 def _check_space(folder: Path, wanted: int) -> None:

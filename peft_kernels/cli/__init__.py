@@ -26,6 +26,7 @@ PROGRAM = "peft-kernels"
 COMMANDS = {
     "info": "what is installed and built, and what would be fused on this machine: for a report of a fault",
     "inspect": "what an adapter's folder holds: method, layers, norms, and what is wrong with it",
+    "merge": "merge adapters into a checkpoint, and write it as its base is: dense, or in the base's 4 bits",
     "export": "merge adapters into a checkpoint, and write it with dense weights: 16 bits, or what the base has",
     "quantize": "write a checkpoint with 4-bit weights as bitsandbytes stores them, with adapters merged or without",
     "combine": "make one LoRA adapter of several: sums, TIES, DARE, pruning, cut to a rank or not",

@@ -6,11 +6,14 @@ import argparse
 import re
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..ops._arguments import FLOAT_DTYPES, dtype_name
 from .arguments import POSITIVE, number
 from .output import Bytes, progress
+
+if TYPE_CHECKING:
+    from ..checkpoints import ExportReport
 
 FINITE = number(float, lambda x: abs(x) < float("inf"), "a number")
 _DTYPES = {dtype_name(dtype): dtype for dtype in FLOAT_DTYPES}
@@ -21,12 +24,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_common(parser)
 
 
-def add_common(parser: argparse.ArgumentParser) -> None:
-    """What `quantize` takes, too."""
+def add_common(parser: argparse.ArgumentParser, *, needs_adapter: bool = False) -> None:
+    """What `merge` and `quantize` take, too."""
     parser.add_argument("base", type=Path, metavar="BASE", help="with config.json and safetensors, dense or in 4 bits")
     parser.add_argument("destination", type=Path, metavar="DESTINATION", help="the folder to write")
     parser.add_argument(
-        "--adapter", dest="adapters", action="append", type=weighted, default=[], metavar="DIR[=WEIGHT]",
+        "--adapter", dest="adapters", action="append", type=weighted, default=[], required=needs_adapter,
+        metavar="DIR[=WEIGHT]",
         help="a PEFT adapter to merge, and what its change is multiplied with; may be given several times",
     )  # fmt: skip
     parser.add_argument("--dtype", choices=_DTYPES, help="of the weights; by default the base's")
@@ -35,13 +39,13 @@ def add_common(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
-    return export(options)
+    return entries(export(options))
 
 
-def export(options: argparse.Namespace, **more: Any) -> dict[str, Any]:
+def export(options: argparse.Namespace, **more: Any) -> ExportReport:
     from ..checkpoints import export_checkpoint
 
-    report = export_checkpoint(
+    return export_checkpoint(
         options.base,
         options.destination,
         [folder for folder, _ in options.adapters],
@@ -52,12 +56,11 @@ def export(options: argparse.Namespace, **more: Any) -> dict[str, Any]:
         progress=progress,
         **more,
     )
-    return entries(report)
 
 
 def entries(report: Any) -> dict[str, Any]:
     """What is printed of a report, with its size in bytes."""
-    found = {name: value for name, value in asdict(report).items() if name != "nbytes"}
+    found = {name: value for name, value in asdict(report).items() if name not in ("nbytes", "merged_weights")}
     return found | {"destination": str(report.destination), "size": Bytes(report.nbytes)}
 
 

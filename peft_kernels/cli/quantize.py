@@ -6,7 +6,7 @@ import argparse
 from typing import Any
 
 from .arguments import require
-from .export import add_common, export
+from .export import add_common, entries, export
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -24,10 +24,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
     require("transformers")
-    return export(
+    report = export(
         options,
         quantize=options.type,
         blocksize=options.blocksize,
         double_quant=not options.no_double_quant,
         skip_modules=options.skip,
     )
+    return entries(report)

@@ -110,6 +110,11 @@ def differences(
     return Differences(*map(math.sqrt, (whole, change, lost)))
 
 
+def share(part: float, whole: float) -> float:
+    """A norm as a part of another one."""
+    return part / whole if whole else (0.0 if part == 0 else math.inf)
+
+
 def _square(values: Tensor) -> float:
     return float(torch.linalg.vector_norm(values)) ** 2
 

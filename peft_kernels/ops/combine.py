@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..cuda import why_not
 from ._arguments import bad, check_devices, describe, is_float, is_number, named, refuse
 from ._fakes import register_fake
 
@@ -76,7 +77,7 @@ def combine(
             refuse("deltas", f"{describe(first)} and {describe(delta)}", "one shape and dtype")
     check_devices(first, named(deltas=deltas), "the first one")
     pruning = _pruning(len(deltas), first.numel(), weights, method, density, majority_sign, seeds, first)
-    if first.is_cpu:
+    if why_not(first.device) is None:
         y: Tensor = torch.ops.peft_kernels.combine(list(deltas), list(weights), *pruning)
         return y
     return _by_torch([delta.float() for delta in deltas], weights, *pruning).to(first.dtype)
@@ -94,7 +95,7 @@ def combine_products(
     majority_sign: str = "total",
     seeds: Tensor | None = None,
 ) -> Tensor:
-    """`combine` of the deltas `scalingᵢ Bᵢ Aᵢ` of LoRA adapters of any ranks. On the CPU none of these is ever stored.
+    """`combine` of the deltas `scalingᵢ Bᵢ Aᵢ` of LoRA adapters of any ranks, none of which is ever stored.
 
     Args:
         lora_A, lora_B: for each adapter [rᵢ, K] and [N, rᵢ], in fp32, bf16 or fp16.
@@ -125,7 +126,7 @@ def combine_products(
     lora_A, lora_B = ([matrix.float() for matrix in matrices] for matrices in (lora_A, lora_B))
     count = lora_B[0].shape[0] * lora_A[0].shape[1]
     pruning = _pruning(len(lora_A), count, weights, method, density, majority_sign, seeds, lora_A[0])
-    if lora_A[0].is_cpu:
+    if why_not(lora_A[0].device) is None:
         y: Tensor = torch.ops.peft_kernels.combine_products(lora_A, lora_B, list(scaling), list(weights), *pruning)
         return y
     deltas = [b @ a * scale for a, b, scale in zip(lora_A, lora_B, scaling, strict=True)]
@@ -230,7 +231,7 @@ def _check_numbers(name: str, values: Any, count: int) -> None:
 
 def _by_torch(deltas: Sequence[Tensor], weights: Sequence[float], kept: int, p: float, seeds: Tensor | None,
               election: str) -> Tensor:  # fmt: skip
-    """What the kernel computes, of deltas in fp32, where there is none."""
+    """What the kernels compute, of deltas in fp32, on devices that they do not run on."""
     stack = torch.stack(
         [_pruned(delta, kept, p, None if seeds is None else seeds[i]) for i, delta in enumerate(deltas)]
     )

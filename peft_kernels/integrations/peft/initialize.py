@@ -1,7 +1,7 @@
 """Starting points of LoRA on 4-bit weights, for which the base is quantised anew.
 
 LoftQ: Li et al. 2023 (arXiv:2310.08659). PiSSA: Meng et al. 2024 (arXiv:2404.02948). OLoRA: Büyükakyüz 2024
-(arXiv:2406.01775). Block Krylov iteration: Musco and Musco 2015 (arXiv:1504.05477).
+(arXiv:2406.01775).
 """
 
 from __future__ import annotations
@@ -17,15 +17,12 @@ from peft.tuners import lora
 from safetensors import safe_open
 from torch import Tensor, nn
 
+from ...ops._svd import truncated_svd
 from ...ops.nf4 import NF4Weight, quantize_4bit
 from ..bitsandbytes.params4bit import set_weight
 from ..registry import check_module
 
 _PREFIX = "base_model.model."  # of the names in a PeftModel
-_OVERSAMPLING = 8  # columns beyond the rank, of a block
-# What NF4 loses of 1024 x 1024 normal numbers, less the best 16 ranks: 1.2e-3 above it after 4 blocks, 1.3e-5 after 8,
-# in a tenth of the time of torch's decomposition. Each block costs two products with the matrix.
-_DEPTH = 8
 
 
 @dataclass(frozen=True)
@@ -163,30 +160,6 @@ def _olora(weight: Tensor, rank: int, view: NF4Weight, iterations: int) -> _Star
 _METHODS: dict[str, Callable[[Tensor, int, NF4Weight, int], _Start]] = {
     "loftq": _loftq, "pissa": _pissa, "olora": _olora
 }  # fmt: skip
-
-
-def truncated_svd(matrix: Tensor, rank: int, start: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """The largest singular values [r] of a matrix [N, K] in fp32, and their vectors [N, r] and [r, K].
-
-    They are those of the matrix in the space that its products with a block span, of which a few give the largest ones
-    even where all values are much alike, as those of noise are. `start`: [N, r], vectors to begin with.
-    """
-    n, k = matrix.shape
-    columns = rank + _OVERSAMPLING
-    if columns * _DEPTH >= min(n, k):
-        u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
-        return u[:, :rank], s[:rank], vh[:rank]
-    # A generator of its own: what a user draws later does not depend on it.
-    generator = torch.Generator(matrix.device).manual_seed(0)
-    random = torch.randn(k, columns, generator=generator, device=matrix.device)
-    if start is not None:
-        random[:, : start.shape[1]] = matrix.T @ start
-    blocks = [torch.linalg.qr(matrix @ random)[0]]
-    for _ in range(_DEPTH - 1):
-        blocks.append(torch.linalg.qr(matrix @ (matrix.T @ blocks[-1]))[0])
-    space, _ = torch.linalg.qr(torch.cat(blocks, dim=1))
-    u, s, vh = torch.linalg.svd(space.T @ matrix, full_matrices=False)
-    return space @ u[:, :rank], s[:rank], vh[:rank]
 
 
 def _quantised(weight: Tensor, view: NF4Weight) -> NF4Weight:

@@ -26,7 +26,8 @@ from torch import Tensor, nn
 
 from ... import merging
 from ...inference.guards import ONCE, Reading
-from ...ops._sums import Term, differences, requantized, rounded
+from ...ops._sums import Term, differences, requantized, rounded, share
+from ...ops._svd import low_rank_factors
 from ...ops.combine import svd_of_sum
 from ...ops.dora_linear import dora_norm
 from ...ops.lora_linear import lora_linear
@@ -38,8 +39,6 @@ from .merge_model import BROKEN, is_finite, unloading
 
 if TYPE_CHECKING:
     from ..bitsandbytes.linear4bit import Correction
-
-_OVERSAMPLING = 8  # columns that a randomised decomposition has beyond the rank
 
 # The layer that PEFT's own merge or unmerge is running in; for DoRA it calls the layer's methods from within.
 _inside: ContextVar[nn.Module | None] = ContextVar("peft_kernels_inside", default=None)
@@ -279,7 +278,7 @@ class MergesDense(Merges):
             weights = [weight.detach() for weight in (original.weight, base.weight)]
             before, after = (weight.T for weight in weights) if is_conv1d(base) else weights
             found = differences(before, self._terms(self.merged_adapters, before)[0], after)
-            error, lost = _share(found.lost, found.whole), _share(found.lost, found.change)
+            error, lost = share(found.lost, found.whole), share(found.lost, found.change)
         asked = options.correction or options.dense_above is not None
         remark = "it is not quantised, so there is nothing to correct" if asked else ""
         self._report("dense", _Merged(base.weight, None, error, lost, remark), 0, kept)
@@ -472,7 +471,7 @@ def _corrected(base: Any, view: NF4Weight, terms: list[Term], unchanged: list[Te
             u, s, vh = svd_of_sum(lora_A, lora_B, [term.scaling for term in changing], [1.0] * len(changing))
             a, b = vh * s.sqrt()[:, None], u * s.sqrt()
         else:
-            a, b = _decomposed(rounded(view, terms, torch.float32) - view.dequantize(torch.float32), rank)
+            a, b = low_rank_factors(rounded(view, terms, torch.float32) - view.dequantize(torch.float32), rank)
         dtype = base.compute_dtype or view.dtype
         correction = a[:rank].to(dtype), b[:, :rank].to(dtype).contiguous()
     stored = [] if correction is None else [Term(*correction)]
@@ -480,14 +479,6 @@ def _corrected(base: Any, view: NF4Weight, terms: list[Term], unchanged: list[Te
     if most > rank:
         codes = requantized(view, terms + [term._replace(scaling=-1.0) for term in stored])
     return _compared(view, terms, unchanged, codes, correction)
-
-
-def _decomposed(change: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """A and B of the change's best approximation of a rank, found by a random projection, the same each time."""
-    with torch.random.fork_rng(devices=[] if change.is_cpu else [change.device]):
-        torch.manual_seed(0)
-        u, s, v = torch.svd_lowrank(change, min(rank + _OVERSAMPLING, *change.shape), niter=2)
-    return (v * s.sqrt()).T, u * s.sqrt()
 
 
 def _dense(base: Any, view: NF4Weight, terms: list[Term], unchanged: list[Term]) -> _Merged:
@@ -504,11 +495,7 @@ def _compared(
     correction: tuple[Tensor, Tensor] | None,
 ) -> _Merged:
     found = differences(view, terms, stored, [] if correction is None else [Term(*correction)], unchanged)
-    return _Merged(stored, correction, _share(found.lost, found.whole), _share(found.lost, found.change))
-
-
-def _share(part: float, whole: float) -> float:
-    return part / whole if whole else (0.0 if part == 0 else math.inf)
+    return _Merged(stored, correction, share(found.lost, found.whole), share(found.lost, found.change))
 
 
 def _size(weight: Any) -> int:

@@ -42,6 +42,7 @@ class Case:
     checkpoints: bool = False
     accumulates: bool = False
     unused: bool = False
+    compiled: bool = False
     reasons: frozenset[str] = frozenset()
 
 
@@ -57,6 +58,7 @@ CASES = {
     "ddp no_sync": Case(storage=torch.uint8, accumulates=True),
     "ddp checkpoints": Case(checkpoints=True),
     "ddp dora": Case(storage=torch.uint8, config={"use_dora": True}),
+    "ddp compiled": Case(storage=torch.uint8, compiled=True),
     "fsdp": Case("fsdp"),
     "fsdp after": Case("fsdp", order="after"),
     "fsdp 4bit": Case("fsdp", torch.float32),
@@ -67,6 +69,7 @@ CASES = {
     "fsdp 4bit offload": Case(
         "fsdp", torch.float32, options={"offload_policy": CPUOffloadPolicy(pin_memory=False)}, checkpoints=True
     ),
+    "fsdp compiled": Case("fsdp", torch.float32, compiled=True),
     "tensor parallel": Case("tp", reasons=IS_DTENSOR),
     "tensor parallel after": Case("tp", order="after", reasons=IS_DTENSOR),
     "tensor parallel checkpoints": Case("tp", order="after", checkpoints=True, reasons=IS_DTENSOR),
@@ -141,6 +144,8 @@ def train_in_parallel(rank, folder):
         parallel = wrap(case, model)
         if case.order == "after":
             peft_kernels.optimize(model, tune=False)
+        if case.compiled:
+            model.get_base_model().model.layers[0].compile(backend="aot_eager")
         steps = rows.split(1) if case.accumulates else [rows]
         for number, step in enumerate(steps, 1):
             with parallel.no_sync() if number < len(steps) else nullcontext():

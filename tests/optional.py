@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 
 NAMES = {
-    "accelerate", "bitsandbytes", "expecttest", "gguf", "matplotlib", "mypy", "peft", "psutil", "pybind11", "pyright",
-    "sentencepiece", "tokenizers", "transformers",
+    "accelerate", "bitsandbytes", "datasets", "expecttest", "gguf", "matplotlib", "mypy", "peft", "psutil", "pybind11",
+    "pyright", "sentencepiece", "tokenizers", "transformers", "trl",
 }  # fmt: skip
 
 

@@ -14,6 +14,7 @@ from optional import if_installed
 import peft_kernels
 from benchmarks.__main__ import BENCHMARKS
 from peft_kernels import cli
+from peft_kernels.checkpoints import export_checkpoint
 
 peft, transformers = map(if_installed, ("peft", "transformers"))
 
@@ -108,9 +109,16 @@ MODELS = {
     "stock_or_fused": base,
     "training": lambda: with_lora(in_4_bits(), "default"),
 }
+
+
+def bases():
+    base().save_pretrained("base")
+    export_checkpoint("base", "base-nf4", quantize="nf4")
+
+
 FILES = {
     "README": lambda: save_adapters("adapters/alice"),
-    "export": lambda: (save_adapters("adapters/news", "adapters/code"), base().save_pretrained("base")),
+    "export": lambda: (save_adapters("adapters/news", "adapters/code"), bases()),
     "lora_options": lambda: base().save_pretrained("."),
     "serving": lambda: save_adapters("adapters/alice", "adapters/bob"),
 }

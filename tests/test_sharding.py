@@ -1,4 +1,4 @@
-"""Models that FSDP2's `fully_shard` has been called on, and parametrised layers."""
+"""Models that FSDP2's `fully_shard` or tensor parallelism has been called on, and parametrised layers."""
 
 import pytest
 import torch
@@ -8,6 +8,8 @@ from tiny_models import step, tiny, tokens
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import Replicate
+from torch.distributed.tensor.parallel import ColwiseParallel, SequenceParallel, parallelize_module
 
 import peft_kernels
 from peft_kernels.integrations.registry import FusedLayer
@@ -88,6 +90,28 @@ def test_dense_layers(mesh, monkeypatch):
         "peft_kernels.integrations.base_layer.lora_linear_unchecked", lambda *args: calls.append(1) or function(*args)
     )
     assert model(x).shape == x.shape and calls
+
+
+def test_tensor_parallelism_is_told(mesh):
+    model = tiny("llama").eval()
+    ids, padding = tokens()
+    plan = {
+        "model.layers.*.self_attn.q_proj": ColwiseParallel(),
+        "model.norm": SequenceParallel(),
+        "lm_head": ColwiseParallel(input_layouts=Replicate(), output_layouts=Replicate()),
+    }
+    with torch.no_grad():
+        wanted = model(ids, attention_mask=padding).logits[padding.bool()]
+        before = {row.name: row.fused for row in peft_kernels.optimize(model)}
+        assert before["model.norm"] and before["lm_head"]
+        parallelize_module(model, mesh, plan)
+        for _ in range(2):
+            report = {row.name: row.reason for row in peft_kernels.optimize(model) if not row.fused}
+            assert report.pop("model.norm") == report.pop("lm_head") == "its weight is a DTensor"
+            assert all("DTensor" in report[f"model.layers.{number}.self_attn.q_proj"] for number in range(2))
+            got = model(ids, attention_mask=padding).logits[padding.bool()]
+            torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-5)
+            peft_kernels.restore(model)
 
 
 def test_parametrised_since():

@@ -5,6 +5,8 @@ import pickle
 
 import pytest
 import torch
+import transformers
+from decoding_models import make
 from peft import LoraConfig, get_peft_model
 from tiny_models import DECODERS, ENCODERS, assert_same, assert_same_steps, step, tiny, tokens
 from transformers import StaticCache
@@ -178,3 +180,24 @@ def test_autocast():
     assert got.dtype == wanted.dtype
     real = padding.bool()
     assert torch.allclose(got[real].float(), wanted[real].float(), atol=2e-2)
+
+
+@pytest.mark.skipif(
+    not hasattr(transformers, "ContinuousBatchingConfig"), reason="a version of transformers without it"
+)
+def test_continuous_batching_takes_the_models_own_attention():
+    model = make(base="dense")
+    prompts = [[5, 6, 7, 8], [9, 10, 11], [12, 13, 14, 15, 16, 17]]
+    settings = transformers.GenerationConfig(max_new_tokens=6, do_sample=False, eos_token_id=-1, pad_token_id=0)
+    cache = transformers.ContinuousBatchingConfig(num_blocks=16, max_batch_tokens=32)
+
+    def generate():
+        found = model.get_base_model().generate_batch(prompts, settings, cache)
+        return [output.generated_tokens for output in found.values()]
+
+    wanted = generate()
+    peft_kernels.optimize(model, exclude="attention")
+    assert generate() == wanted
+    peft_kernels.optimize(model)
+    with pytest.raises(ValueError, match="Implementation peft_kernels is not supported"):
+        generate()

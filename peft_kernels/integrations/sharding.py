@@ -95,6 +95,11 @@ def type_in_forward(weight: Tensor) -> type[Tensor]:
     return nn.Parameter if id(weight) in _gathered.get() else type(weight)
 
 
+def why_distributed(weight: Tensor) -> str | None:
+    """Why no fused operation takes a parameter that tensor parallelism has made a DTensor for good."""
+    return "its weight is a DTensor" if type_in_forward(weight).__name__ == "DTensor" else None
+
+
 def _is_only_sharded(parameter: Tensor) -> bool:
     """Whether it is no DTensor for another reason as well, such as tensor parallelism."""
     placements: Any = getattr(parameter, "placements", None)

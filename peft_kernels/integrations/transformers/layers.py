@@ -18,6 +18,7 @@ from ...ops.rms_norm import rms_norm
 from ..base_layer import why_not_skip
 from ..recognition import Reliance, is_compiling
 from ..registry import Measured, Trial, why_not_input
+from ..sharding import why_distributed
 from ..torch.linear import FusedDense
 from .lookalike import Lookalike, form
 
@@ -52,9 +53,9 @@ class FusedRMSNorm(Lookalike):
         return rms_norm(hidden_states, weight, eps, offset=self.offset, out_dtype=out_dtype)
 
     def why_stock(self) -> str | None:
-        if reason := super().why_stock():
-            return reason
         weight = self.weight
+        if reason := super().why_stock() or why_distributed(weight):
+            return reason
         return why_not(weight.device) if weight.dtype in FLOAT_DTYPES else f"its weight is {weight.dtype}"
 
     @staticmethod

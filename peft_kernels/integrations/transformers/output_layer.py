@@ -14,7 +14,7 @@ from ...ops._arguments import FLOAT_DTYPES
 from ...ops.linear import linear
 from ..base_layer import is_plain, own_product
 from ..registry import Measured, Setting, Trial, change_class, register_setting, why_not_input
-from ..sharding import class_below
+from ..sharding import class_below, why_distributed
 
 
 class Linear(Measured, nn.Linear):
@@ -56,6 +56,10 @@ class FusedOutputLayer(Setting):
             and head.weight.is_cpu
             and head.weight.dtype in FLOAT_DTYPES
         )
+
+    @classmethod
+    def why_not(cls, module: nn.Module) -> str | None:
+        return why_distributed(module.weight) if isinstance(module, Linear) else None
 
     @classmethod
     def is_set(cls, module: nn.Module) -> bool:

@@ -55,6 +55,7 @@ FACTORS = (1.0, 1 / 3, 3.0)  # of a method's learning rate; the best of them cou
 HELD_OUT = 10  # of so many rows of the text one is not trained on
 IGNORED = -100  # the label of what has no loss
 TRIED = 3  # steps that are timed before the number of steps is chosen
+PREFIX_STD = 0.02  # of the initial keys and values of P-Tuning v2
 LORA_PLUS_RATIO = 16.0  # of the learning rates of B and A, as in the paper
 SHARES = {"trial": 0.3, "training": 0.6}  # of the time
 
@@ -102,8 +103,14 @@ def with_peft(settings: Settings, config: PeftConfig, load: Callable[[Settings],
 
 
 def with_prefix(settings: Settings, mlp: bool) -> nn.Module:
-    length = settings.virtual_tokens
-    return with_peft(settings, PrefixTuningConfig(num_virtual_tokens=length, prefix_projection=mlp))
+    model: Any = with_peft(
+        settings, PrefixTuningConfig(num_virtual_tokens=settings.virtual_tokens, prefix_projection=mlp)
+    )
+    if not mlp:
+        # PEFT begins with N(0, 1), which a model that is not used to it takes many steps to recover from.
+        with torch.no_grad():
+            model.prompt_encoder["default"].embedding.weight.mul_(PREFIX_STD)
+    return model
 
 
 def with_prompt(settings: Settings, kind: type[PeftConfig], **options: Any) -> nn.Module:
@@ -169,10 +176,10 @@ METHODS: Mapping[str, Method] = {
     "DoRA": Method(partial(with_lora, use_dora=True), 1e-3),
     "(IA)³": Method(lambda settings: with_peft(settings, IA3Config()), 1e-2),
     "prefix tuning": Method(partial(with_prefix, mlp=True), 1e-3, note="the file has what its MLP makes"),
-    "P-Tuning v2": Method(partial(with_prefix, mlp=False), 1e-2),
+    "P-Tuning v2": Method(partial(with_prefix, mlp=False), 3e-2, note="begins near zero"),
     "prompt tuning": Method(partial(with_prompt, kind=PromptTuningConfig), 1e-1),
     "P-Tuning": Method(partial(with_prompt, kind=PromptEncoderConfig), 1e-3, note="the file has what its MLP makes"),
-    "BitFit": Method(with_biases, 3e-3, save=save_trained, note="of zeros that are added, where there are none"),
+    "BitFit": Method(with_biases, 1e-3, save=save_trained, note="of zeros that are added, where there are none"),
     "Houlsby": Method(partial(with_adapters, kind="houlsby"), 1e-3, save=peft_kernels.save_adapter),
     "Pfeiffer": Method(partial(with_adapters, kind="pfeiffer"), 1e-3, save=peft_kernels.save_adapter),
     "parallel": Method(partial(with_adapters, kind="parallel"), 1e-3, save=peft_kernels.save_adapter),
@@ -198,7 +205,7 @@ def loss_of(model: Any, batch: Tensor, autocast: bool) -> Tensor:
     labels = batch.clone()
     labels[:, 0] = IGNORED
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        return model(input_ids=batch, labels=labels).loss  # type: ignore[no-any-return]
+        return model(input_ids=batch, labels=labels).loss
 
 
 @torch.no_grad()

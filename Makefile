@@ -31,8 +31,8 @@ export TORCH_CUDA_ARCH_LIST := $(if $(CARDS),,8.0+PTX)
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-adapters demo-serving train-many test test-avx2 test-asan test-tsan test-amx test-gpu cuda-device bench card \
-  lint format docs wheel hub-kernel clean
+.PHONY: help demo demo-adapters demo-methods demo-serving train-many test test-avx2 test-asan test-tsan test-amx test-gpu \
+  cuda-device bench card lint format docs wheel hub-kernel clean
 
 help:  ## show this list
 	@sed -n 's/^\([a-z0-9-]*\):.*  ## /\1|/p' Makefile | awk -F'|' '{printf "  make %-13s %s\n", $$1, $$2}'
@@ -42,6 +42,9 @@ demo: $(INSTALLED)  ## fine-tune a small language model with and without the ker
 
 demo-adapters: $(INSTALLED)  ## train adapters for several tasks on one frozen model, then fuse them
 	$(BIN)/python -m benchmarks demo_adapters $(ARGS)
+
+demo-methods: $(INSTALLED)  ## train one model with every method, and compare quality and cost
+	$(BIN)/python -m benchmarks demo_methods $(ARGS)
 
 demo-serving: $(INSTALLED)  ## serve many adapters on one model while they come and go
 	$(BIN)/python -m benchmarks demo_serving $(ARGS)
@@ -62,7 +65,7 @@ test: $(INSTALLED)  ## run every test
 # another instruction set, or in software, is as in `make test`, and so are tests of what no instruction set changes.
 # Inductor builds for the processor that it finds.
 ANY_ISA := ptx_emulator $(foreach name,benchmarks benchmarks_time build card choices cuda demo demo_adapters \
-    demo_serving docs guards layout measuring packaging recognition typing without_packages,test_$(name).py) \
+    demo_methods demo_serving docs guards layout measuring packaging recognition typing without_packages,test_$(name).py) \
     $(notdir $(wildcard tests/test_cli*.py tests/test_export*.py))
 test-avx2: export PEFT_KERNELS_CPU_ISA := avx2
 test-avx2: export ATEN_CPU_CAPABILITY := avx2

@@ -10,6 +10,7 @@ import sys
 BENCHMARKS = {
     "demo": "fine-tune a small language model, stock and accelerated, and compare",
     "demo_adapters": "adapters for several tasks on one frozen model, and AdapterFusion over them",
+    "demo_methods": "every method on one small language model: what each costs, and what it learns",
     "demo_serving": "many LoRA adapters served on one model while they come and go, and stock PEFT beside it",
     "lora_linear": "LoRA on a 4-bit linear layer: forward, backward and memory",
     "lora_linear_grouped": "LoRA adapters of each sample's own on a 4-bit linear layer: forward, backward, memory",
@@ -38,7 +39,7 @@ BENCHMARKS = {
     "train_many": "eight LoRAs on one small language model: a step of all at once against a step of each",
     "model": "a small language model, fine-tuned in four ways: training step, prefill, decoding, breakdown",
 }
-EXAMPLES = ("demo", "demo_adapters", "demo_serving")
+EXAMPLES = ("demo", "demo_adapters", "demo_methods", "demo_serving")
 EMULATED = "--emulated"  # instead of a name or beside it
 
 

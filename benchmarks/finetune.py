@@ -272,3 +272,5 @@ def quiet() -> None:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+    # Which PEFT gives to the model, so that the warning is torch's.
+    warnings.filterwarnings("ignore", "`past_key_values` is deprecated", FutureWarning)

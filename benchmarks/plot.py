@@ -80,12 +80,14 @@ def draw_file(path: Path, output: Path) -> None:
         ValueError: it is neither.
     """
     if path.suffix == ".json":
-        from examples import demo, demo_adapters, demo_serving  # they load models, so only where they are asked for
+        # They load models, so only where they are asked for.
+        from examples import demo, demo_adapters, demo_methods, demo_serving
 
         results = json.loads(path.read_text())
-        if not {"results", "served", "accuracy"} & results.keys():
+        demos = {"results": demo, "served": demo_serving, "accuracy": demo_adapters, "methods": demo_methods}
+        drawn_by = next((drawn_by for key, drawn_by in demos.items() if key in results), None)
+        if drawn_by is None:
             raise ValueError(f"{path}: got neither results nor accuracies, wanted the JSON file of a demo")
-        drawn_by = demo if "results" in results else demo_serving if "served" in results else demo_adapters
         drawn_by.draw_saved(results, output)
     else:
         draw(*read(path), output)

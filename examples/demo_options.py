@@ -17,16 +17,19 @@ from benchmarks.timing import Budget
 Settings = TypeVar("Settings")
 
 
-def make_parser(demo: str, description: str, steps: int, batch: int, length: int, lr: float) -> argparse.ArgumentParser:
-    """The options of both demos, with a demo's own defaults."""
+def make_parser(
+    demo: str, description: str, steps: int, batch: int, length: int, lr: float | None = None, minutes: float = 10.0
+) -> argparse.ArgumentParser:
+    """The options of the demos, with a demo's own defaults; one without a learning rate chooses it."""
     parser = argparse.ArgumentParser(prog=f"python -m benchmarks {demo}", description=description)
     add = parser.add_argument
     add("--steps", type=COUNT, default=steps, help="of training, for each model or adapter (%(default)s)")
     add("--batch", type=COUNT, default=batch, help="rows a step (%(default)s)")
     add("--length", type=LENGTH, default=length, help="most tokens of a row (%(default)s)")
-    add("--lr", type=POSITIVE, default=lr, help="learning rate of AdamW (%(default)s)")
+    if lr is not None:
+        add("--lr", type=POSITIVE, default=lr, help="learning rate of AdamW (%(default)s)")
     add("--model", type=model_path, help="a Hugging Face folder or a GGUF file (SmolLM2-135M-Instruct)")
-    add("--minutes", type=POSITIVE, default=10.0, help="fewer steps and examples keep the demo to it (%(default)g)")
+    add("--minutes", type=POSITIVE, default=minutes, help="fewer steps and examples keep the demo to it (%(default)g)")
     add("--output", type=Path, default=Path("demo-output"), help="folder for results (%(default)s)")
     add("--seed", type=SEED, default=0, help="of examples, initial values, batches and dropout (%(default)s)")
     return parser

@@ -18,6 +18,7 @@ from ...ops._arguments import FLOAT_DTYPES
 from ...ops._linear import few_rows
 from ...ops.ia3_linear import ia3_linear
 from ..base_layer import BaseProduct, OnLinear, is_conv1d, why_not_skip
+from ..deferred_scales import defer
 from ..refusal import Refusal
 from ..registry import Trial, check_module, refuse, register
 from ..rows import Rows, TakesRows, are_entered
@@ -59,6 +60,8 @@ class FusedIA3(TakesRows):
             return self.take_stock_path(call.reason, x, *args, **kwargs)
         (weight, bias, compute_dtype, out_dtype), scale = call
         l_in, l_out = (scale, None) if self.is_feedforward else (None, scale)
+        if l_out is not None and l_out.requires_grad and defer(self, l_out):
+            l_out = None
         return ia3_linear(x, weight, bias, l_in, l_out, compute_dtype=compute_dtype, out_dtype=out_dtype)
 
     def _mixed(self, x: Tensor, rows: Rows, *args: Any, **kwargs: Any) -> Tensor:

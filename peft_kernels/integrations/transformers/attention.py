@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface, AttentionMaskInterface, Cache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import prepare_padding_mask, sdpa_mask
 
@@ -20,7 +20,8 @@ from ...cuda import why_not
 from ...ops._arguments import FLOAT_DTYPES
 from ...ops._attention_by_torch import inputs_of_torch
 from ...ops.attention import ia3_attention
-from ..recognition import mentions
+from ..deferred_scales import deferred, take
+from ..recognition import is_compiling, mentions
 from ..registry import Trial, why_not_input
 from .lookalike import Lookalike, form
 from .rotary import with_fused_rotary
@@ -54,6 +55,7 @@ def attention(
     """
     prefix, bias = kwargs.pop(PREFIX, None), kwargs.pop("position_bias", None)
     prefix_k, prefix_v = (None, None) if prefix is None or _is_cross(module) else prefix[module.layer_idx]
+    l_q, l_k, l_v = take(module)
     num_queries, num_keys = query.shape[2], key.shape[2]
     causal = num_queries > 1 and (getattr(module, "is_causal", True) if is_causal is None else is_causal)
     reason = _why_stock_input(query, value, bias, dropout, kwargs)
@@ -65,6 +67,8 @@ def attention(
             plain = num_queries == num_keys and attention_mask is None and bias is None
             ours = not plain or not module.stock_is_faster_for(query)
     ours = ours or (not reason and prefix_k is not None)
+    if not ours:
+        query, key, value = _scaled(query, l_q), _scaled(key, l_k), _scaled(value, l_v)
 
     def stock_call(key: Tensor, value: Tensor, mask: Tensor | None, is_causal: bool | None) -> tuple[Tensor, None]:
         options = kwargs | {"dropout": dropout, "scaling": scaling, "is_causal": is_causal, "position_bias": bias}
@@ -84,10 +88,16 @@ def attention(
     if ours:
         masks["attn_mask"] = _with_bias(masks["attn_mask"], bias)
         out = ia3_attention(
-            query, key, value, scale=scaling, prefix_k=prefix_k, prefix_v=prefix_v, dropout=dropout, **masks
-        )
+            query, key, value, l_q, l_k, l_v, scale=scaling, prefix_k=prefix_k, prefix_v=prefix_v, dropout=dropout,
+            **masks,
+        )  # fmt: skip
         return out.transpose(1, 2), None
     return stock_call(*inputs_of_torch(query, key, value, prefix_k, prefix_v, **masks)[:3], causal)
+
+
+def _scaled(x: Tensor, scale: Tensor | None) -> Tensor:
+    """x [B, heads, S, D], times a vector [heads · D]."""
+    return x if scale is None else (x * scale.view(x.shape[1], 1, x.shape[3])).to(x.dtype)
 
 
 def takes_over(device: torch.device) -> bool:
@@ -219,6 +229,25 @@ class FusedAttention(Lookalike):
     family = "attention"
     rotates: ClassVar[bool] = False
     takes_prefix: ClassVar[bool] = True  # as its model hands what it is called with down to it
+    # Of queries, keys and values, or of all three, where nothing but factors stands between them and the attention.
+    projections: ClassVar[tuple[str, ...]] = ()
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if not self._may_scale(args, kwargs):
+            return super().__call__(*args, **kwargs)
+        with deferred(self, [self._modules[name] for name in self.projections]):
+            return super().__call__(*args, **kwargs)
+
+    def _may_scale(self, args: Any, kwargs: Any) -> bool:
+        """Whether this call may apply the (IA)³ vectors of its projections: see `deferred_scales`."""
+        return (
+            bool(self.projections)
+            and torch.is_grad_enabled()
+            and not is_compiling()
+            and not _is_cross(self)  # whose projection for all makes keys and values only
+            and self.config._attn_implementation == NAME
+            and not any(isinstance(value, Cache) for value in (*args, *kwargs.values()))
+        )
 
     def trial(self) -> Trial | None:
         """Of the attention between its projections, by S causal queries among as many keys."""
@@ -255,8 +284,19 @@ class FusedAttention(Lookalike):
     def prepare(self) -> str:
         if takes_over(self._device()):
             self.take_over()
-            return ""
+            return self._where_scales_are()
         return "its rotary embedding"
+
+    def _where_scales_are(self) -> str:
+        """Where the (IA)³ vectors of the projections are applied, if there are any."""
+        parts = sorted(self.named_children())
+        scaled = [name for name, part in parts if hasattr(part, "ia3_l") and not part.is_feedforward]
+        if not scaled:
+            return ""
+        vectors = f"(IA)³'s vectors of {', '.join(scaled)}"
+        if {*scaled} <= {*self.projections}:
+            return f"it applies {vectors} in training without a cache"
+        return f"{vectors} stay in their products" + (", before the rotary embedding" if self.rotates else "")
 
     def take_over(self) -> None:
         """Has the layer's model call `attention`, instead of torch's by itself."""
@@ -292,16 +332,19 @@ class FusedAttention(Lookalike):
 @form
 class FusedBertAttention(FusedAttention):
     model_type, class_name = "bert", "BertSelfAttention"
+    projections = ("query", "key", "value")
 
 
 @form
 class FusedGPT2Attention(FusedAttention):
     model_type, class_name = "gpt2", "GPT2Attention"
+    projections = ("c_attn",)
 
 
 @form
 class FusedOPTAttention(FusedAttention):
     model_type, class_name = "opt", "OPTAttention"
+    projections = ("q_proj", "k_proj", "v_proj")
 
 
 @form
@@ -379,6 +422,7 @@ class FusedT5Attention(_FusedCaller):
     """The stock layer; its position bias is told to the kernel beside the masks, while it is not trained."""
 
     model_type, class_name = "t5", "T5Attention"
+    projections = ("q", "k", "v")
 
     def trial(self) -> Trial | None:
         return None  # without a bias it would be another attention
@@ -402,6 +446,9 @@ _CALLERS = {
     "stablelm": "StableLmAttention", "starcoder2": "Starcoder2Attention", "vit": "ViTAttention",
     "wav2vec2": "Wav2Vec2Attention", "whisper": "WhisperAttention",
 }  # fmt: skip
+# Those of them without a rotary embedding and norms of heads, with what their projections are called.
+_PROJECTIONS = dict.fromkeys(("bart", "clip", "siglip", "whisper"), FusedOPTAttention.projections)
 for _model, _class_name in _CALLERS.items():
-    _caller: Any = type(f"Fused{_class_name}", (_FusedCaller,), {"model_type": _model, "class_name": _class_name})
+    _members = {"model_type": _model, "class_name": _class_name, "projections": _PROJECTIONS.get(_model, ())}
+    _caller: Any = type(f"Fused{_class_name}", (_FusedCaller,), _members)
     form(_caller)

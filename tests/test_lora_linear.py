@@ -74,15 +74,18 @@ def test_shapes(backend, shape, mode):
     check(make_case(*shape, (5,), *mode, blocksize=32 if shape[2] == 96 else 64))
 
 
-@pytest.mark.parametrize("weight_dtype", [torch.bfloat16, torch.float16], ids=short)
+@pytest.mark.parametrize("weight_dtype", DTYPES, ids=short)
 @pytest.mark.parametrize("base", ["nf4", "nested"])
 def test_few_rows(cpu_isa, base, weight_dtype):
     """Each number of rows that may have a kernel of its own, and outputs that are no multiple of what it takes."""
-    for outputs, columns in ((7, 192), (101, 1088)):
-        for rows in range(1, 14):
-            case = make_case(rows, outputs, columns, (5,), torch.bfloat16, base=base, weight_dtype=weight_dtype)
-            y = lora_linear(case.x, case.weight, case.bias, case.lora_A, case.lora_B, case.scaling)
-            assert_close(y, expected(case)["y"], tolerances.product(torch.bfloat16, torch.bfloat16), f"{rows} rows")
+    for dtype in (torch.bfloat16, torch.float32):
+        for outputs, columns, blocksize in ((7, 192, 64), (101, 1088, 64), (5, 256, 128), (6, 96, 32)):
+            for rows in range(1, 14 if blocksize == 64 else 6):
+                case = make_case(
+                    rows, outputs, columns, (5,), dtype, base=base, weight_dtype=weight_dtype, blocksize=blocksize
+                )
+                y = lora_linear(case.x, case.weight, case.bias, case.lora_A, case.lora_B, case.scaling)
+                assert_close(y, expected(case)["y"], tolerances.product(dtype, dtype), f"{rows} rows")
 
 
 @pytest.mark.parametrize("compute_dtype", DTYPES, ids=short)

@@ -138,8 +138,8 @@ inline void decode_some(const Table16& table, const uint8_t* codes, int count, v
 #elif defined(__AVX2__)
 
 // The lookups are by bytes: the i-th bytes of the 16 values make a plane, the lowest first, which is in each half of a
-// register. vpermps would look eight values up, and takes two instructions and a blend for each eight elements, all of
-// them slow on Zen.
+// register. That is about four instructions for eight elements; with vpermps, which looks eight values up, it would be
+// eight, among them two permutations across the halves.
 template <int kBytes>
 struct BytePlanes {
     static constexpr int kGroup = 32;

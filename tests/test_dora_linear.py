@@ -11,6 +11,7 @@ from lora_linear_cases import BASES
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from peft_kernels import cpu
 from peft_kernels.ops import NF4Weight, dora_linear, dora_norm, quantize_4bit
 from peft_kernels.ops.dora_linear import squares_of_rows
 from peft_kernels.testing.reference.dora_linear import dora_linear as oracle
@@ -104,6 +105,14 @@ def check(case: Case, compute_dtype=None, dropout=0.0, seed=None):
 @pytest.mark.parametrize("shape", SHAPES, ids="m{0[0]}-n{0[1]}-k{0[2]}".format)
 def test_shapes(backend, shape, mode, base):
     check(make_case(*shape, *mode, base=base))
+
+
+@pytest.mark.skipif("avx2" not in cpu.isas(), reason="this processor lacks avx2")
+@pytest.mark.parametrize("base", ["nf4", "nested"])
+def test_product_by_torch(base):
+    """Which the kernels leave rows of fp32 to from 512 on."""
+    with cpu.use_isa("avx2"):
+        check(make_case(514, 40, 128, base=base))
 
 
 @pytest.mark.parametrize("compute_dtype", DTYPES, ids=short)

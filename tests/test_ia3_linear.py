@@ -9,6 +9,7 @@ from ia3_linear_cases import LEAVES, expected, make_case, run
 from lora_linear_cases import BASES, DTYPES, assert_close, error, short
 from torch.utils.checkpoint import checkpoint
 
+from peft_kernels import cpu
 from peft_kernels.ops import ia3_linear
 from peft_kernels.ops._linear import weight_arguments
 
@@ -76,6 +77,17 @@ def test_output_dtype(platform, base, out_dtype):
     for rows in (3, 21):
         case = make_case(rows, 50, 128, x_dtype=torch.bfloat16, base=base, out_dtype=out_dtype)
         check(case, out_dtype=out_dtype)
+
+
+@pytest.mark.skipif("avx2" not in cpu.isas(), reason="this processor lacks avx2")
+@pytest.mark.parametrize("sides", SIDES, ids=side_id)
+def test_product_by_torch(sides):
+    """Which the kernels leave rows of fp32 to from 512 on."""
+    with cpu.use_isa("avx2"):
+        case = make_case(514, 40, 128, sides)
+        check(case)
+        case.bias = None
+        check(case)
 
 
 @pytest.mark.slow

@@ -21,6 +21,7 @@ from lora_linear_cases import (
     short,
 )
 
+from peft_kernels import cpu
 from peft_kernels.ops import lora_linear, quantize_4bit
 from peft_kernels.testing.reference.philox import dropout_mask
 
@@ -74,15 +75,18 @@ def test_shapes(backend, shape, mode):
     check(make_case(*shape, (5,), *mode, blocksize=32 if shape[2] == 96 else 64))
 
 
-@pytest.mark.parametrize("weight_dtype", [torch.bfloat16, torch.float16], ids=short)
+@pytest.mark.parametrize("weight_dtype", DTYPES, ids=short)
 @pytest.mark.parametrize("base", ["nf4", "nested"])
 def test_few_rows(cpu_isa, base, weight_dtype):
     """Each number of rows that may have a kernel of its own, and outputs that are no multiple of what it takes."""
-    for outputs, columns in ((7, 192), (101, 1088)):
-        for rows in range(1, 14):
-            case = make_case(rows, outputs, columns, (5,), torch.bfloat16, base=base, weight_dtype=weight_dtype)
-            y = lora_linear(case.x, case.weight, case.bias, case.lora_A, case.lora_B, case.scaling)
-            assert_close(y, expected(case)["y"], tolerances.product(torch.bfloat16, torch.bfloat16), f"{rows} rows")
+    for dtype in (torch.bfloat16, torch.float32):
+        for outputs, columns, blocksize in ((7, 192, 64), (101, 1088, 64), (5, 256, 128), (6, 96, 32)):
+            for rows in range(1, 14 if blocksize == 64 else 6):
+                case = make_case(
+                    rows, outputs, columns, (5,), dtype, base=base, weight_dtype=weight_dtype, blocksize=blocksize
+                )
+                y = lora_linear(case.x, case.weight, case.bias, case.lora_A, case.lora_B, case.scaling)
+                assert_close(y, expected(case)["y"], tolerances.product(dtype, dtype), f"{rows} rows")
 
 
 @pytest.mark.parametrize("compute_dtype", DTYPES, ids=short)
@@ -273,6 +277,54 @@ def test_own_product_copies_no_weight(own_products):
     with Made() as made:
         lora_linear(x, case.weight, case.bias, case.lora_A, case.lora_B, case.scaling).sum().backward()
     assert made.tensors and max(tensor.numel() for tensor in made.tensors) < case.weight.numel()
+
+
+# ---- the product with a 4-bit weight, where it is torch's ---------------------------------------------------------
+
+
+@pytest.fixture
+def by_torch(monkeypatch, capfd):
+    """Where it is, from 512 rows of fp32 on; a forward and a backward have to be printed as such."""
+    if "avx2" not in cpu.isas():
+        pytest.skip("this processor lacks avx2")
+    monkeypatch.setenv("PEFT_KERNELS_PRINT_PLANS", "1")
+    with cpu.use_isa("avx2"):
+        yield
+    plans = [line for line in capfd.readouterr().err.splitlines() if ": panels (" in line]
+    assert {line.split()[2] for line in plans} == {"forward", "backward"}, plans
+
+
+@pytest.mark.parametrize("base", ["nf4", "nested"])
+@pytest.mark.parametrize("shape", [(512, 70, 257), (513, 33, 64), (530, 129, 704)], ids=shape_id)
+def test_product_by_torch(by_torch, shape, base):
+    rows, *size = shape
+    rows += base == "nested"  # each plan is printed once
+    for ranks, dropout in (((), ()), ((5, 17), (0.5, 0.0))):
+        case = make_case(rows, *size, ranks, base=base, dropout=dropout)
+        check(case)
+        case.x, case.bias = F.pad(case.x, (3, 5))[:, 3:-5], None
+        check(case)
+
+
+def test_product_by_torch_in_panels(by_torch):
+    """Two of them, of 512 rows and of 8. It errs no more than stock."""
+    case = make_case(512, 520, 4096, (16,))
+    actual, stock, wanted = run(case), run_stock(case), expected(case)
+    for name in stock:
+        assert error(actual[name], wanted[name]) <= tolerances.VERSUS_STOCK * error(stock[name], wanted[name]), name
+
+
+def test_product_by_torch_is_added(by_torch):
+    case, ops = make_case(515, 40, 128), torch.ops.peft_kernels
+    adapters = case.lora_A, case.lora_B, case.scaling
+    add, add_x = torch.randn(515, 40), torch.randn(515, 128)
+    wanted = expected(case)
+    y, s = ops.lora_linear_forward(case.x, *case.weight.arguments, *adapters, bias=case.bias, add=add)
+    grads = ops.lora_linear_backward(
+        case.grad_y, case.x, s, *case.weight.arguments, *adapters, True, [False], [False], add=add_x
+    )
+    assert_close(y, wanted["y"] + add, tolerances.FP32_SUM, "y")
+    assert_close(grads[0], wanted["x"] + add_x, tolerances.FP32_SUM, "x")
 
 
 # ---- strides and empty tensors -----------------------------------------------------------------------------------

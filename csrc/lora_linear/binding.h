@@ -15,6 +15,27 @@
 
 namespace peft_kernels {
 
+// Whether a product is of fp32 matrices alone.
+inline bool is_in_fp32(const ConstMatrix& input, const Matrix& out) {
+    return out.data && input.dtype == DType::kFloat32 && out.dtype == DType::kFloat32;
+}
+
+// Has the product made by torch where the plan says so; the parameters are then those of what is left, if anything is.
+template <class Params>
+bool multiply_by_torch(Params& params, bool backward, bool suits_torch, const ConstMatrix& input, const float* scale,
+                       const Matrix& out, const Tensor& like) {
+    LoraLinearCpuProblem problem = problem_of(params, backward, current_isa());
+    problem.threads = num_threads();
+    problem.suits_torch = suits_torch;
+    const LoraLinearCpuPlan plan = plan_lora_linear_cpu(problem);
+    if (plan.kernel != LoraLinearKernel::kPanels) return false;
+    if (prints_plans()) print_plan(describe(problem, plan));
+    multiply_in_panels(*params.weight, backward, params.m, input, scale, params.add, out, like);
+    params.weight = nullptr;
+    params.add = {out.data, out.dtype, out.stride};
+    return true;
+}
+
 // Launches on a CPU, for every family that uses lora_linear's product.
 template <class Params>
 void run_lora_linear_cpu(void (*launch)(const Params&), Params& params, const Tensor& like, bool backward) {
@@ -24,9 +45,20 @@ void run_lora_linear_cpu(void (*launch)(const Params&), Params& params, const Te
     });
 }
 inline void run_forward_cpu(LoraLinearForwardParams& params, const Tensor& like) {
+    const bool suits_torch = is_in_fp32(params.x, params.y);
+    if (multiply_by_torch(params, false, suits_torch, params.x, params.scale_k, params.y, like) &&
+        params.num_adapters == 0 && !params.bias.data && !params.scale_n && !params.unscaled.data)
+        return;
     run_lora_linear_cpu(&dispatch::lora_linear_forward, params, like, false);
 }
 inline void run_backward_cpu(LoraLinearBackwardParams& params, const Tensor& like) {
+    // grad_scale_k is of the sums before scale_k, without `add`.
+    const bool suits_torch = is_in_fp32(params.grad_y, params.grad_x) && !params.grad_scale_k;
+    if (multiply_by_torch(params, true, suits_torch, params.grad_y, params.scale_n, params.grad_x, like) &&
+        params.num_adapters == 0 && !params.scale_k) {
+        if (!params.grad_scale_n) return;
+        params.grad_x.data = nullptr;  // it is complete
+    }
     run_lora_linear_cpu(&dispatch::lora_linear_backward, params, like, true);
 }
 

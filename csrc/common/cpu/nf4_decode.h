@@ -137,16 +137,19 @@ inline void decode_some(const Table16& table, const uint8_t* codes, int count, v
 
 #elif defined(__AVX2__)
 
-template <>
-struct Table<float> {
-    static constexpr int kGroup = 8;
-    __m256 low, high;  // codes 0-7 and 8-15
+// The lookups are by bytes: the i-th bytes of the 16 values make a plane, the lowest first, which is in each half of a
+// register. That is about four instructions for eight elements; with vpermps, which looks eight values up, it would be
+// eight, among them two permutations across the halves.
+template <int kBytes>
+struct BytePlanes {
+    static constexpr int kGroup = 32;
+    __m256i planes[kBytes];
 };
 
-struct Table16 {
-    static constexpr int kGroup = 32;
-    __m256i low, high;  // the lower and upper bytes of the 16 values, in each half of the register
-};
+template <>
+struct Table<float> : BytePlanes<4> {};
+
+struct Table16 : BytePlanes<2> {};
 
 template <>
 struct Table<BFloat16> : Table16 {};
@@ -165,8 +168,11 @@ inline __m256i float16_lanes(__m256 values) {
     return _mm256_cvtepu16_epi32(_mm256_cvtps_ph(values, _MM_FROUND_TO_NEAREST_INT));
 }
 
+// Values 0-3 and 8-11 of the 16, or from codebook + 4 on the others: packing and unpacking work within halves, so this
+// order saves permutations.
 inline __m256 scaled_codebook(const float* codebook, float absmax, DType dtype) {
-    const __m256 values = _mm256_mul_ps(_mm256_load_ps(codebook), _mm256_set1_ps(absmax));
+    const __m256 values =
+        _mm256_mul_ps(_mm256_set_m128(_mm_load_ps(codebook + 8), _mm_load_ps(codebook)), _mm256_set1_ps(absmax));
     switch (dtype) {
         case DType::kBFloat16: return _mm256_castsi256_ps(_mm256_slli_epi32(bfloat16_lanes(values), 16));
         case DType::kFloat16: return _mm256_cvtph_ps(_mm256_cvtps_ph(values, _MM_FROUND_TO_NEAREST_INT));
@@ -175,13 +181,16 @@ inline __m256 scaled_codebook(const float* codebook, float absmax, DType dtype) 
     return values;
 }
 
-// Two times eight lanes with 16 bits each -> the byte planes.
+// The quarters of two planes, which alternate in each half, put together.
+inline __m256i first_plane(__m256i planes) { return _mm256_permute4x64_epi64(planes, 0x88); }
+inline __m256i second_plane(__m256i planes) { return _mm256_permute4x64_epi64(planes, 0xDD); }
+
+// Two times eight lanes with 16 bits each, in the order of scaled_codebook.
 inline Table16 byte_planes(__m256i first, __m256i second) {
-    // Packing works within 128-bit halves; 0xD8 swaps the middle quarters back into order.
-    const __m256i words = _mm256_permute4x64_epi64(_mm256_packus_epi32(first, second), 0xD8);
-    const __m256i planes = _mm256_permute4x64_epi64(
-        _mm256_packus_epi16(_mm256_and_si256(words, _mm256_set1_epi16(0xFF)), _mm256_srli_epi16(words, 8)), 0xD8);
-    return {_mm256_permute2x128_si256(planes, planes, 0x00), _mm256_permute2x128_si256(planes, planes, 0x11)};
+    const __m256i words = _mm256_packus_epi32(first, second);
+    const __m256i planes =
+        _mm256_packus_epi16(_mm256_and_si256(words, _mm256_set1_epi16(0xFF)), _mm256_srli_epi16(words, 8));
+    return {{{first_plane(planes), second_plane(planes)}}};
 }
 
 template <class T>
@@ -189,7 +198,15 @@ Table<T> make_table(const float* codebook, float absmax, DType dtype);
 
 template <>
 inline Table<float> make_table(const float* codebook, float absmax, DType dtype) {
-    return {scaled_codebook(codebook, absmax, dtype), scaled_codebook(codebook + 8, absmax, dtype)};
+    // Each half's four values byte by byte: four lowest bytes, and so on.
+    const __m256i order =
+        _mm256_broadcastsi128_si256(_mm_set_epi8(15, 11, 7, 3, 14, 10, 6, 2, 13, 9, 5, 1, 12, 8, 4, 0));
+    const auto bytes_of = [&](const float* values) {
+        return _mm256_shuffle_epi8(_mm256_castps_si256(scaled_codebook(values, absmax, dtype)), order);
+    };
+    const __m256i first = bytes_of(codebook), second = bytes_of(codebook + 4);
+    const __m256i low = _mm256_unpacklo_epi32(first, second), high = _mm256_unpackhi_epi32(first, second);
+    return {{{first_plane(low), second_plane(low), first_plane(high), second_plane(high)}}};
 }
 
 template <>
@@ -197,31 +214,60 @@ inline Table<BFloat16> make_table(const float* codebook, float absmax, DType dty
     // Rounding to bf16 twice changes nothing, so the common case takes one.
     if (dtype == DType::kBFloat16) dtype = DType::kFloat32;
     return {byte_planes(bfloat16_lanes(scaled_codebook(codebook, absmax, dtype)),
-                        bfloat16_lanes(scaled_codebook(codebook + 8, absmax, dtype)))};
+                        bfloat16_lanes(scaled_codebook(codebook + 4, absmax, dtype)))};
 }
 
 template <>
 inline Table<Float16> make_table(const float* codebook, float absmax, DType dtype) {
     if (dtype == DType::kFloat16) dtype = DType::kFloat32;
     return {byte_planes(float16_lanes(scaled_codebook(codebook, absmax, dtype)),
-                        float16_lanes(scaled_codebook(codebook + 8, absmax, dtype)))};
+                        float16_lanes(scaled_codebook(codebook + 4, absmax, dtype)))};
 }
 
-// 4 bytes -> 8 fp32.
-inline __m256 lookup(const Table<float>& table, int32_t codes) {
-    // Byte j / 2 goes to lane j, high nibble first. vpermps looks at the lowest three bits only; bit 3 is moved to
-    // the sign, by which the blend chooses.
-    const __m256i spread = _mm256_set_epi32(3, 3, 2, 2, 1, 1, 0, 0);
-    const __m256i bytes = _mm256_shuffle_epi8(_mm256_set1_epi32(codes), spread);
-    const __m256i nibbles = _mm256_srlv_epi32(bytes, _mm256_set1_epi64x(4));
-    return _mm256_blendv_ps(_mm256_permutevar8x32_ps(table.low, nibbles), _mm256_permutevar8x32_ps(table.high, nibbles),
-                            _mm256_castsi256_ps(_mm256_slli_epi32(nibbles, 28)));
+// Eight fp32 numbers from each register of `elements`, whose quarters are looked up by the indices' in turn: 0-3 and
+// 16-19, 4-7 and 20-23, 8-11 and 24-27, 12-15 and 28-31.
+inline void lookup(const Table<float>& table, __m256i indices, __m256 (&elements)[4]) {
+    __m256i bytes[4];
+    for (int i = 0; i < 4; ++i) bytes[i] = _mm256_shuffle_epi8(table.planes[i], indices);
+    const __m256i low[2] = {_mm256_unpacklo_epi8(bytes[0], bytes[1]), _mm256_unpackhi_epi8(bytes[0], bytes[1])};
+    const __m256i high[2] = {_mm256_unpacklo_epi8(bytes[2], bytes[3]), _mm256_unpackhi_epi8(bytes[2], bytes[3])};
+    for (int i = 0; i < 2; ++i) {
+        elements[2 * i] = _mm256_castsi256_ps(_mm256_unpacklo_epi16(low[i], high[i]));
+        elements[2 * i + 1] = _mm256_castsi256_ps(_mm256_unpackhi_epi16(low[i], high[i]));
+    }
 }
 
+inline void lookup(const Table<BFloat16>& table, __m256i indices, __m256 (&elements)[4]) {
+    const __m256i low = _mm256_shuffle_epi8(table.planes[0], indices);
+    const __m256i high = _mm256_shuffle_epi8(table.planes[1], indices);
+    const __m256i words[2] = {_mm256_unpacklo_epi8(low, high), _mm256_unpackhi_epi8(low, high)};
+    for (int i = 0; i < 2; ++i) {
+        elements[2 * i] = _mm256_castsi256_ps(_mm256_unpacklo_epi16(_mm256_setzero_si256(), words[i]));
+        elements[2 * i + 1] = _mm256_castsi256_ps(_mm256_unpackhi_epi16(_mm256_setzero_si256(), words[i]));
+    }
+}
+
+// 16 bytes -> 32 fp32, of each eight the even ones before the odd ones: two instructions less than in order.
+template <class T>
+inline void lookup_even_odd(const Table<T>& table, const uint8_t* codes, __m256 (&elements)[4]) {
+    const __m256i bytes = _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(codes)));
+    const __m256i nibbles = _mm256_srlv_epi64(bytes, _mm256_set_epi64x(0, 0, 4, 4));
+    lookup(table, _mm256_and_si256(nibbles, _mm256_set1_epi8(0xF)), elements);
+}
+
+// 16 bytes -> 32 fp32.
 inline void decode_group(const Table<float>& table, const uint8_t* codes, float* out) {
-    int32_t bytes;
-    std::memcpy(&bytes, codes, sizeof bytes);
-    _mm256_storeu_ps(out, lookup(table, bytes));
+    // Bytes 0, 1, 4, 5 and so on in the lower half, and 2, 3, 6, 7 in the upper one: eight elements in turn from both.
+    // Each goes to the upper half of a word, where its low nibble is; its high one is shifted to the lower half.
+    const __m256i spread = _mm256_set_epi8(15, -1, 14, -1, 11, -1, 10, -1, 7, -1, 6, -1, 3, -1, 2, -1,  //
+                                           13, -1, 12, -1, 9, -1, 8, -1, 5, -1, 4, -1, 1, -1, 0, -1);
+    const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(codes));
+    const __m256i words = _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(bytes), spread);
+    const __m256i indices =
+        _mm256_and_si256(_mm256_or_si256(words, _mm256_srli_epi16(words, 12)), _mm256_set1_epi8(0xF));
+    __m256 elements[4];
+    lookup(table, indices, elements);
+    for (int i = 0; i < 4; ++i) _mm256_storeu_ps(out + 8 * i, elements[i]);
 }
 
 // 16 bytes -> 32 elements of 16 bits.
@@ -230,7 +276,8 @@ inline void decode_group(const Table16& table, const uint8_t* codes, void* out) 
     const __m128i odd = _mm_and_si128(bytes, _mm_set1_epi8(0xF));
     const __m128i even = _mm_and_si128(_mm_srli_epi16(bytes, 4), _mm_set1_epi8(0xF));
     const __m256i indices = _mm256_set_m128i(_mm_unpackhi_epi8(even, odd), _mm_unpacklo_epi8(even, odd));
-    const __m256i low = _mm256_shuffle_epi8(table.low, indices), high = _mm256_shuffle_epi8(table.high, indices);
+    const __m256i low = _mm256_shuffle_epi8(table.planes[0], indices);
+    const __m256i high = _mm256_shuffle_epi8(table.planes[1], indices);
     const __m256i a = _mm256_unpacklo_epi8(low, high);  // elements 0-7, 16-23
     const __m256i b = _mm256_unpackhi_epi8(low, high);  // elements 8-15, 24-31
     __m256i* to = static_cast<__m256i*>(out);

@@ -172,6 +172,7 @@ public:
     // Adds the branch to a block of sums, of the outputs that the strips are of; or sets them, if none have `started`.
     void expand(int64_t row, int64_t rows, int64_t output, int64_t outputs, bool started, const Scratch& scratch,
                 float* tile) const {
+        if (!started && !has_adapters()) memset(tile, 0, rows * kTaskOutputs * sizeof *tile);
         const uint32_t* strips = scratch.strips;
         const float* s = s_ + row * p_.total_rank;
         for (int a = 0; a < p_.num_adapters; ++a, started = true) {

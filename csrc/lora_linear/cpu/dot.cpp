@@ -25,12 +25,16 @@ void run_dot(const LoraLinearForwardParams& p) {
         return;
     }
 
+    [[maybe_unused]] const bool in_blocks = kM <= kMostBlockRows && has_dot_blocks(p);
+    float* rows_of_x = reinterpret_cast<float*>(x_steps);  // if not in pairs
     memset(x_steps, 0, kM * steps * 4);  // where rows are shorter than whole vectors, or only fill up kM
     dispatch_dtype(p.x.dtype, [&](auto* type) {
         using T = Pointee<decltype(type)>;
         for (int64_t i = 0; i < p.m; ++i)
             convert_row(static_cast<const T*>(row_of(p.x, i)), p.scale_k, p.k, elements, x_steps + i * steps);
     });
+    if constexpr (kM <= kMostBlockRows)
+        for (int64_t i = 0; in_blocks && i < p.m; ++i) part_even_odd(rows_of_x + i * steps, p.k);
     parallel_for_each(branch.prepare_shrink(), [&](int64_t task, int) { branch.shrink(task, p.s); });
 
     // Tasks of about 64k weights of 4 bits, or 128k dense ones: ten microseconds or more, well above what handing one
@@ -80,13 +84,22 @@ void run_dot(const LoraLinearForwardParams& p) {
                             });
                     });
                 });
-        if (kM > kDotRows || !has_whole_blocks(p))
+        if constexpr (kM <= kMostBlockRows)
+            if (in_blocks) {
+                const Nf4Weight weight = rounded_once(*p.weight, p.compute_dtype);
+                return dispatch_dtype(weight.dtype, [&](auto* type) {
+                    multiply_all_rows([&](int64_t n, auto& sums) {
+                        dot_blocks<Pointee<decltype(type)>>(weight, n, rows_of_x, steps, sums);
+                    });
+                });
+            }
+        if (kM > kDotRows || kDotInParts || !has_whole_blocks(p))
             return dispatch_weight(p, [&](const auto& weight) {
                 multiply_all_rows([&](int64_t n, auto& sums) {
-                    dot_parts(weight, n, p.k, reinterpret_cast<const float*>(x_steps), steps, p.m, sums);
+                    dot_parts(weight, p.compute_dtype, n, p.k, rows_of_x, steps, p.m, sums);
                 });
             });
-        if constexpr (kM <= kDotRows)
+        if constexpr (kM <= kDotRows && !kDotInParts)
             dispatch_compute(p.compute_dtype, p.weight->dtype, [&](auto* type, auto arithmetic) {
                 const Nf4Weight weight = rounded_once(*p.weight, p.compute_dtype);
                 const int64_t part = p.compute_dtype == DType::kFloat32 ? dot_part(p.k) : p.k;

@@ -90,7 +90,7 @@ template <class T>
 }
 
 // The same, rounded to compute_dtype as well, of up to kMostDecoded elements.
-constexpr int64_t kMostDecoded = 128;
+constexpr int64_t kMostDecoded = 512;
 template <class Weight>
 void decode(const Weight& w, int64_t row, int64_t column, int64_t count, DType compute_dtype, float* out) {
     if (!rounds_twice(w.dtype, compute_dtype)) return decode(w, row, column, count, out);

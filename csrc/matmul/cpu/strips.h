@@ -98,7 +98,7 @@ void decode_strips(const Weight& w, DType compute_dtype, int64_t n0, int64_t out
             return decode_strips_of_blocks<DType::kBFloat16>(w, n0, outputs, k0, count, strips);
         }
 #endif
-    constexpr int64_t kSpan = kMostDecoded;  // elements decoded before they are transposed: the rows stay in L1
+    constexpr int64_t kSpan = 128;  // elements decoded before they are transposed: the rows stay in L1
     const int64_t num_strips = strips_for(outputs), steps = ceil_div(count, kElements);
     StepElement<kElements> rows[kLanes][kSpan + 32];  // + 32: rows a power of two apart would share their cache sets
     for (int64_t strip = 0; strip < num_strips; ++strip) {

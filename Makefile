@@ -10,6 +10,7 @@ SOURCES := setup.py CMakeLists.txt pyproject.toml $(shell find csrc -type f)
 ASAN := build/asan
 TSAN := build/tsan
 AMX := build/amx
+ARM := build/arm
 # The linters need nothing of the package, so that they are there in seconds.
 LINT := build/lint
 LINTERS := $(LINT)/.installed
@@ -31,8 +32,8 @@ export TORCH_CUDA_ARCH_LIST := $(if $(CARDS),,8.0+PTX)
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-adapters demo-methods demo-serving train-many test test-avx2 test-asan test-tsan test-amx test-gpu \
-  cuda-device bench card lint format docs wheel hub-kernel clean
+.PHONY: help demo demo-adapters demo-methods demo-serving train-many test test-avx2 test-asan test-tsan test-amx test-arm \
+  build-arm test-gpu cuda-device bench card lint format docs wheel hub-kernel clean
 
 help:  ## show this list
 	@sed -n 's/^\([a-z0-9-]*\):.*  ## /\1|/p' Makefile | awk -F'|' '{printf "  make %-13s %s\n", $$1, $$2}'
@@ -101,6 +102,17 @@ test-amx: $(INSTALLED)  ## run the tests of the kernels for AMX on a processor t
 	PEFT_KERNELS_CUDA=0 PEFT_KERNELS_EMULATE_AMX=1 \
 	    $(BIN)/python setup.py --quiet build --build-lib $(AMX) --build-temp $(AMX)/tree
 	PYTHONPATH=$(CURDIR)/$(AMX):$(CURDIR) $(BIN)/pytest $(WORKERS) -k amx -o pythonpath= $(ARGS)
+
+# For ARM64, by a cross compiler, in a Python of Debian's for ARM64 under QEMU, whose processor has bf16 (tests/aarch64/run).
+# A test takes it many times as long as this processor, so that the products of a few shapes are all that is tested unless
+# ARGS name more: make test-arm ARGS="tests/test_attention.py -k neon".
+test-arm: ARGS := tests/test_nf4.py tests/test_philox.py tests/test_adapter.py tests/test_lora_linear.py tests/test_attention.py \
+    -m "not slow" -k "neon and (dequantize_equals or forward_mask or shapes or few_rows or weights)"
+test-arm: $(INSTALLED)  ## run tests of the kernels for ARM64 under QEMU, which needs Debian's packages
+	tests/aarch64/run $(ARM) $(ARGS)
+
+build-arm: $(INSTALLED)  ## compile the kernels for ARM64, which needs Debian's packages
+	tests/aarch64/run $(ARM) --build-only
 
 # VENV=... names an environment that is there, such as a machine with a card comes with: nothing is installed into it, no
 # network is needed, and tests whose packages it lacks are skipped. The module is built in the tree, for the visible

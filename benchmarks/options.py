@@ -20,7 +20,7 @@ from peft_kernels.cli.arguments import POSITIVE as POSITIVE
 from peft_kernels.cli.arguments import number as number
 
 # Every name that a build of the kernels may know. A processor need not have them all.
-ISAS = ("portable", "avx2", "avx512", "avx512_bf16", "amx")
+ISAS = ("portable", "avx2", "avx512", "avx512_bf16", "amx", "neon", "neon_bf16")
 
 Case = TypeVar("Case")
 

@@ -250,6 +250,8 @@ def processor() -> str:
         return "a processor"
     fields = dict(line.split(":", 1) for line in lines if ":" in line)
     fields = {name.strip(): value.strip() for name, value in fields.items()}
+    if "CPU part" in fields:  # ARM64 has numbers for names
+        return f"ARM64 of implementer {fields.get('CPU implementer', '?')}, part {fields['CPU part']}"
     return f"{fields.get('model name', 'a processor')} (model {fields.get('model', '?')})"
 
 

@@ -12,12 +12,18 @@ _MKL_IS_NARROW = torch.backends.mkl.is_available() and not torch.ops.peft_kernel
 
 
 def isa() -> str:
-    """The instruction set in use: 'portable', 'avx2', 'avx512', 'avx512_bf16' or 'amx'.
+    """The instruction set in use: 'portable'; on x86-64 'avx2', 'avx512', 'avx512_bf16' or 'amx'; on ARM64 'neon' or
+    'neon_bf16'.
 
     The fastest one that the processor has, unless the environment variable PEFT_KERNELS_CPU_ISA names another.
     """
     result: str = torch.ops.peft_kernels.cpu_isa()
     return result
+
+
+def has_512_bits() -> bool:
+    """Whether the vectors of the instruction set in use have 512 bits."""
+    return isa() in ("avx512", "avx512_bf16", "amx")
 
 
 def isas() -> list[str]:
@@ -33,7 +39,7 @@ def outruns_torch() -> bool:
     Torch's are MKL's, unless they may be of fewer bits. MKL takes vectors of 256 bits on processors that are not
     Intel's, where AVX-512 has 512: `python -m benchmarks architectures` shows what that costs.
     """
-    return _MKL_IS_NARROW and torch.get_float32_matmul_precision() == "highest" and isa() not in ("portable", "avx2")
+    return _MKL_IS_NARROW and torch.get_float32_matmul_precision() == "highest" and has_512_bits()
 
 
 @contextmanager

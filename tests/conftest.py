@@ -1,5 +1,6 @@
 import os
 from contextlib import contextmanager, nullcontext
+from platform import machine
 
 # No test needs the network; without it, a hub that does not answer would cost its time-out.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -79,7 +80,11 @@ def threads():
     return torch.set_num_threads
 
 
-ISAS = ["portable", "avx2", "avx512", "avx512_bf16", "amx"]
+# Those of this machine's architecture: what another has, no test can run here.
+ISAS = {
+    "aarch64": ["portable", "neon", "neon_bf16"],
+    "x86_64": ["portable", "avx2", "avx512", "avx512_bf16", "amx"],
+}.get(machine(), ["portable"])
 
 
 @pytest.fixture(params=ISAS)

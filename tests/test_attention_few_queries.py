@@ -122,7 +122,7 @@ def test_thread_count_changes_no_bit(cpu_isa, threads, shape):
 
 # The most queries for which the plan names the kernel.
 FEW = {"amx": (48, 16, 48), "avx512_bf16": (48,) * 3, "avx512": (48,) * 3, "avx2": (48, 12, 12),
-       "portable": (48, 12, 12)}  # fmt: skip
+       "neon_bf16": (48, 12, 12), "neon": (48, 12, 12), "portable": (48, 12, 12)}  # fmt: skip
 
 
 def test_plan(cpu_isa, capfd, monkeypatch):

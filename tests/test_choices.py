@@ -2,6 +2,7 @@
 
 import json
 import threading
+from pathlib import Path
 
 import ptx_emulator
 import pytest
@@ -32,6 +33,20 @@ ON_A_CARD = {
 def cache(tmp_path, monkeypatch):
     monkeypatch.setenv("PEFT_KERNELS_CACHE", str(tmp_path / "folder" / "tuned.json"))
     monkeypatch.setattr(choices, "_decided", {})
+
+
+@pytest.mark.parametrize(
+    ("lines", "wanted"),
+    [
+        ("model\t\t: 17\nmodel name\t: AMD EPYC\n", "AMD EPYC (model 17)"),
+        ("CPU implementer\t: 0x41\nCPU part\t: 0xd0c\n", "ARM64 of implementer 0x41, part 0xd0c"),
+        ("", "a processor (model ?)"),
+    ],
+)
+def test_processors_have_names(monkeypatch, lines, wanted):
+    """Times of one processor are not taken for another's: Linux says of ARM64 what it is by other fields."""
+    monkeypatch.setattr(Path, "read_text", lambda path: lines)
+    assert choices.processor.__wrapped__() == wanted
 
 
 # ---- Choices --------------------------------------------------------------------------------------------------------

@@ -368,7 +368,7 @@ def _most_own_rows(weight: Tensor, compute_dtype: torch.dtype, direction: int) -
         return 0
     if compute_dtype is torch.bfloat16 and cpu.isa() == "amx":
         return _MOST_ROWS_IN_BF16
-    if compute_dtype is torch.float32 and direction == 0 and cpu.isa() not in ("portable", "avx2"):
+    if compute_dtype is torch.float32 and direction == 0 and cpu.has_512_bits():
         return _MOST_ROWS_IN_FP32
     return 0
 

@@ -41,9 +41,8 @@ static_assert(kReducedRows % 64 == 0);
 
 // One line, for PEFT_KERNELS_PRINT_PLANS.
 inline std::string describe(const AdapterParams& p, bool backward, Isa isa) {
-    const char* products = isa == Isa::kAmx                        ? "tiles"
-                           : isa == Isa::kAvx512Bf16 && p.rounds() ? "bf16 pairs"
-                                                                   : "fp32 numbers";
+    const bool in_pairs = p.rounds() && (isa == Isa::kAvx512Bf16 || isa == Isa::kNeonBf16);
+    const char* products = isa == Isa::kAmx ? "tiles" : in_pairs ? "bf16 pairs" : "fp32 numbers";
     const auto number = [](int64_t value) { return std::to_string(value); };
     return std::string("adapter ") + (backward ? "backward" : "forward") + " m=" + number(p.m) + " d=" + number(p.d) +
            " rank=" + number(p.max_rank) + ", on the CPU with " + isa_name(isa) + ": blocks of " +

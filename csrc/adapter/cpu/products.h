@@ -86,7 +86,7 @@ struct VectorProduct {
                 PEFT_KERNELS_ISA::store(sums + strip * kLanes, sum);
             }
         }
-#if defined(__AVX512BF16__)
+#if defined(PEFT_KERNELS_BF16_PAIRS)
         // As fill_from_rows, of bf16 rows that need no rounding.
         void pack(const BFloat16* rows, int64_t stride, const uint8_t* bits, int64_t bits_stride) const {
             const auto vector = [&](int64_t k, int64_t column) {

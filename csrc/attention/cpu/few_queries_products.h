@@ -11,7 +11,7 @@ namespace {
 
 constexpr int64_t kFewKeys = 128;  // whose scores are made together
 // Queries that share a load of a key or a value, and keys whose sums they have: as many as there are registers for.
-constexpr int kFewRows = kLanes == 16 ? 6 : 3, kFold = 4;
+constexpr int kFewRows = kRegisters == 32 ? 6 : 3, kFold = 4;
 
 // Rows as they lie; the stride counts elements.
 template <class T>
@@ -87,6 +87,8 @@ template <int kDistance>
 inline float horizontal_max(F32 v) {
 #if defined(__AVX512F__)
     return _mm512_reduce_max_ps(v);
+#elif defined(PEFT_KERNELS_NEON)
+    return vmaxvq_f32(v);
 #endif
     float lanes[kLanes];
     memcpy(lanes, &v, sizeof v);
@@ -117,7 +119,7 @@ inline void make_scores_of_group(const KeyRows<T>& keys, int64_t count, const fl
 #pragma GCC unroll 4
                     for (int i = 0; i < kFold; ++i) {
                         F32 k = Step<T>::template vector<vector.kValue>(at[i] + c);
-                        if constexpr (kRows > 1) asm("" : "+v"(k));  // else it is loaded for each row
+                        if constexpr (kRows > 1) keep_in_register(k);  // else it is loaded for each row
 #pragma GCC unroll 6
                         for (int row = 0; row < kRows; ++row) sums[row][i] = fma(k, q[row], sums[row][i]);
                     }

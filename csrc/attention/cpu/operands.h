@@ -22,7 +22,7 @@ constexpr int kQueries = kTileStrips * kLanes;
 template <class Multiply>
 constexpr int64_t kMultiple = kLanes * Multiply::kStepElements;
 static_assert(kQueries % kMultiple<MultiplyF32> == 0);
-#if defined(__AVX512BF16__)
+#if defined(PEFT_KERNELS_BF16_PAIRS)
 static_assert(kQueries % kMultiple<MultiplyBf16Pairs> == 0);
 #endif
 

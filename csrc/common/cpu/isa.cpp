@@ -7,6 +7,8 @@
 #if defined(__x86_64__)
 #include <sys/syscall.h>
 #include <unistd.h>
+#elif defined(__aarch64__)
+#include <sys/auxv.h>
 #endif
 
 namespace peft_kernels {
@@ -37,6 +39,10 @@ std::vector<Isa> detect() {
     if (!__builtin_cpu_supports("avx512bf16") || !__builtin_cpu_supports("avx512vbmi")) return isas;
     isas.push_back(Isa::kAvx512Bf16);
     if (has_tiles()) isas.push_back(Isa::kAmx);
+#elif defined(__aarch64__)
+    isas.push_back(Isa::kNeon);               // part of the architecture
+    constexpr unsigned long kBf16 = 1 << 14;  // HWCAP2_BF16, which headers before Linux 5.6 lack
+    if (getauxval(AT_HWCAP2) & kBf16) isas.push_back(Isa::kNeonBf16);
 #endif
     return isas;
 }
@@ -66,6 +72,8 @@ Isa& current() {
 const char* isa_name(Isa isa) {
     switch (isa) {
         case Isa::kPortable: return "portable";
+        case Isa::kNeon: return "neon";
+        case Isa::kNeonBf16: return "neon_bf16";
         case Isa::kAvx2: return "avx2";
         case Isa::kAvx512: return "avx512";
         case Isa::kAvx512Bf16: return "avx512_bf16";

@@ -10,7 +10,7 @@
 
 namespace peft_kernels {
 
-enum class Isa : int { kPortable, kAvx2, kAvx512, kAvx512Bf16, kAmx };
+enum class Isa : int { kPortable, kNeon, kNeonBf16, kAvx2, kAvx512, kAvx512Bf16, kAmx };
 
 const char* isa_name(Isa isa);
 
@@ -50,11 +50,20 @@ void set_isa(const char* name);
     PEFT_KERNELS_DECLARE_(avx512_bf16, name, Params) \
     PEFT_KERNELS_DECLARE_(amx, name, Params)
 #define PEFT_KERNELS_CALL_EACH_(name)                        \
-    case Isa::kPortable: return portable::name(params);      \
     case Isa::kAvx2: return avx2::name(params);              \
     case Isa::kAvx512: return avx512::name(params);          \
     case Isa::kAvx512Bf16: return avx512_bf16::name(params); \
-    case Isa::kAmx: return amx::name(params);
+    case Isa::kAmx: return amx::name(params);                \
+    default: return portable::name(params);
+#elif defined(__aarch64__)
+#define PEFT_KERNELS_DECLARE_EACH_(name, Params)  \
+    PEFT_KERNELS_DECLARE_(portable, name, Params) \
+    PEFT_KERNELS_DECLARE_(neon, name, Params)     \
+    PEFT_KERNELS_DECLARE_(neon_bf16, name, Params)
+#define PEFT_KERNELS_CALL_EACH_(name)                    \
+    case Isa::kNeon: return neon::name(params);          \
+    case Isa::kNeonBf16: return neon_bf16::name(params); \
+    default: return portable::name(params);
 #else
 #define PEFT_KERNELS_DECLARE_EACH_(name, Params) PEFT_KERNELS_DECLARE_(portable, name, Params)
 #define PEFT_KERNELS_CALL_EACH_(name) \

@@ -23,10 +23,10 @@ namespace peft_kernels {
 namespace PEFT_KERNELS_ISA {
 namespace {
 
-// 6 x 4 accumulators of 32 registers with AVX-512, 6 x 2 of 16 elsewhere. A group of 4 x 16 outputs is as wide as a
+// 6 x 4 accumulators of 32 registers with AVX-512 and NEON, 6 x 2 of 16 elsewhere. A group of 4 x 16 outputs is as wide as a
 // block of NF4, which is then decoded with one table.
 constexpr int kTileRows = 6;
-constexpr int kTileStrips = kLanes == 16 ? 4 : 2;
+constexpr int kTileStrips = kRegisters == 32 ? 4 : 2;
 
 // How steps are made and multiplied; see common/cpu/multiply.h for the choice among these.
 struct MultiplyF32 {
@@ -45,22 +45,33 @@ struct MultiplyF32 {
     static F32 round(F32 value) { return value; }
 };
 
-#if defined(__AVX512BF16__)
+#if defined(PEFT_KERNELS_BF16_PAIRS)
 struct MultiplyBf16Pairs {
     using Element = BFloat16;
     static constexpr int kStepElements = 2;
     struct Unit {};
 
-    static F32 add_product(F32 sum, U32 a, U32 b) { return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b); }
-    static U32 steps_along(const F32 (&elements)[2]) { return (U32)_mm512_cvtne2ps_pbh(elements[1], elements[0]); }
+    static F32 add_product(F32 sum, U32 a, U32 b) { return add_products_of_pairs(sum, (Bf16Vector)a, (Bf16Vector)b); }
+    static U32 steps_along(const F32 (&elements)[2]) {
+#if defined(__AVX512BF16__)
+        return (U32)_mm512_cvtne2ps_pbh(elements[1], elements[0]);
+#else
+        return (U32)vcombine_u16(narrow_bf16(elements[0]), narrow_bf16(elements[1]));
+#endif
+    }
     static U32 steps_along(const float* row) { return steps_along({load(row), load(row + kLanes)}); }
     static U32 step_across(const float* rows, int64_t stride) { return step_across({load(rows), load(rows + stride)}); }
     static U32 step_across(const F32 (&elements)[2]) {
+#if defined(__AVX512BF16__)
         // One conversion and one permutation, not two conversions, two widenings and a merge.
         alignas(64) static constexpr uint16_t kOrder[32] = {0,  16, 1,  17, 2,  18, 3,  19, 4,  20, 5,
                                                             21, 6,  22, 7,  23, 8,  24, 9,  25, 10, 26,
                                                             11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
         return (U32)_mm512_permutexvar_epi16(_mm512_load_si512(kOrder), (__m512i)steps_along(elements));
+#else
+        const uint16x4_t first = narrow_bf16(elements[0]), second = narrow_bf16(elements[1]);
+        return (U32)vcombine_u16(vzip1_u16(first, second), vzip2_u16(first, second));
+#endif
     }
     static F32 round(F32 value) { return widen_bf16(narrow_bf16(value)); }
 };
@@ -133,6 +144,62 @@ inline void multiply_tile(const Rows& rows, int64_t first_row, const uint32_t* s
     for (int row = 0; row < kRows; ++row) sink(first_row + row, strip, sums[row]);
 }
 
+#if defined(PEFT_KERNELS_NEON_BF16)
+// The same by bfmmla, which has twice the products of bfdot: of two rows with two outputs, four elements of each, which
+// are two steps. Rows of pairs have their steps side by side.
+template <class Multiply, int kRows, int kStrips, class Sink, class Fetch>
+    requires kSame<Multiply, MultiplyBf16Pairs>
+inline void multiply_tile(const Rows& rows, int64_t first_row, const uint32_t* strips, int64_t steps, int64_t strip,
+                          const Sink& sink, const Fetch& fetch) {
+    constexpr int kRowPairs = (kRows + 1) / 2;
+    F32 sums[kRowPairs][kStrips][2] = {};  // of two rows and two outputs
+    const char* at[2 * kRowPairs];
+#pragma GCC unroll 6
+    for (int row = 0; row < 2 * kRowPairs; ++row) at[row] = rows.row(first_row + min_of(row, kRows - 1));
+    const auto add = [&](auto count, int64_t step) {
+        constexpr bool kBoth = decltype(count)::kValue == 2;
+        const auto steps_of_row = [&](int row) {
+            uint32x2_t both{};
+            memcpy(&both, at[row] + step * 4, kBoth ? 8 : 4);
+            return both;
+        };
+        bfloat16x8_t left[kRowPairs];
+#pragma GCC unroll 3
+        for (int pair = 0; pair < kRowPairs; ++pair)
+            left[pair] = vreinterpretq_bf16_u32(vcombine_u32(steps_of_row(2 * pair), steps_of_row(2 * pair + 1)));
+#pragma GCC unroll 4
+        for (int i = 0; i < kStrips; ++i) {
+            const uint32_t* vector = strips + (step * kStrips + i) * kLanes;
+            const U32 first = load_vector<U32>(vector),
+                      second = kBoth ? load_vector<U32>(vector + kStrips * kLanes) : U32{};
+            const bfloat16x8_t right[2] = {vreinterpretq_bf16_u32(vzip1q_u32(first, second)),
+                                           vreinterpretq_bf16_u32(vzip2q_u32(first, second))};
+#pragma GCC unroll 3
+            for (int pair = 0; pair < kRowPairs; ++pair)
+#pragma GCC unroll 2
+                for (int j = 0; j < 2; ++j) sums[pair][i][j] = vbfmmlaq_f32(sums[pair][i][j], left[pair], right[j]);
+        }
+    };
+    for (int64_t step = 0; step < steps;) {
+        fetch(Constant<kRows>{}, first_row, step);
+        const int64_t end = kSame<Fetch, NoFetch> ? steps : min_of(step + kFetchedSteps, steps);
+        for (; step + 1 < end; step += 2) add(Constant<2>{}, step);
+        if (step < end) add(Constant<1>{}, step++);
+    }
+#pragma GCC unroll 6
+    for (int row = 0; row < kRows; ++row) {
+        F32 of_row[kStrips];
+#pragma GCC unroll 4
+        for (int i = 0; i < kStrips; ++i) {
+            const float64x2_t first = vreinterpretq_f64_f32(sums[row / 2][i][0]);
+            const float64x2_t second = vreinterpretq_f64_f32(sums[row / 2][i][1]);
+            of_row[i] = vreinterpretq_f32_f64(row % 2 ? vzip2q_f64(first, second) : vzip1q_f64(first, second));
+        }
+        sink(first_row + row, strip, of_row);
+    }
+}
+#endif
+
 // Calls body with the rows of a tile, from kLeast to kTileRows as a Constant, and the first of them. The tiles are of
 // nearly one height: what full ones leave would be too few accumulators to hide the latency of an addition.
 template <int kLeast, class Body>
@@ -200,6 +267,11 @@ inline Bf16Vector keep_where(Bf16Vector v, const uint8_t* bits, int64_t column) 
     uint32_t mask;
     memcpy(&mask, bits + column / 8, sizeof mask);
     return _mm512_maskz_mov_epi16(mask, v);
+}
+#elif defined(PEFT_KERNELS_NEON_BF16)
+inline Bf16Vector keep_where(Bf16Vector v, const uint8_t* bits, int64_t column) {
+    const Bf16Vector lane_bit = {1, 2, 4, 8, 16, 32, 64, 128};
+    return vandq_u16(v, vtstq_u16(vdupq_n_u16(bits[column / 8]), lane_bit));
 }
 #endif
 

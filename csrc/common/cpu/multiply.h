@@ -50,7 +50,7 @@ template <class Body>
 inline void dispatch_multiply([[maybe_unused]] bool bf16, const Body& body) {
 #if defined(__AMX_BF16__)
     if (bf16) return body(MultiplyTiles{});
-#elif defined(__AVX512BF16__)
+#elif defined(PEFT_KERNELS_BF16_PAIRS)
     if (bf16) return body(MultiplyBf16Pairs{});
 #endif
     body(MultiplyF32{});

@@ -16,6 +16,8 @@
 
 #if defined(__AVX2__)
 #include <immintrin.h>
+#elif defined(PEFT_KERNELS_NEON)
+#include "common/cpu/simd.h"
 #endif
 
 namespace peft_kernels::PEFT_KERNELS_ISA {
@@ -285,13 +287,104 @@ inline void decode_group(const Table16& table, const uint8_t* codes, void* out) 
     _mm256_storeu_si256(to + 1, _mm256_permute2x128_si256(a, b, 0x31));
 }
 
+#elif defined(PEFT_KERNELS_NEON)
+
+// Byte i of each of the 16 values in bytes[i]: one instruction looks up 16 bytes in 16.
+template <int kBytes, int kElements>
+struct BytePlanes {
+    static constexpr int kGroup = kElements;
+    uint8x16_t bytes[kBytes];
+};
+
+template <>
+struct Table<float> : BytePlanes<4, 16> {};
+template <>
+struct Table<BFloat16> : BytePlanes<2, 32> {};
+template <>
+struct Table<Float16> : BytePlanes<2, 32> {};
+
+// values[i]: entries 4 i to 4 i + 3 of the codebook, times absmax, and rounded to dtype.
+inline void scale_codebook(const float* codebook, float absmax, DType dtype, F32 (&values)[4]) {
+    for (int i = 0; i < 4; ++i) {
+        values[i] = load(codebook + 4 * i) * absmax;
+        if (dtype == DType::kBFloat16) values[i] = widen_bf16(narrow_bf16(values[i]));
+        if (dtype == DType::kFloat16) values[i] = widen_fp16(narrow_fp16(values[i]));
+    }
+}
+
+// The even and the odd bytes of 16 numbers of 16 bits.
+inline void split_bytes(uint16x8_t first, uint16x8_t second, uint8x16_t& even, uint8x16_t& odd) {
+    even = vuzp1q_u8(vreinterpretq_u8_u16(first), vreinterpretq_u8_u16(second));
+    odd = vuzp2q_u8(vreinterpretq_u8_u16(first), vreinterpretq_u8_u16(second));
+}
+
 template <class T>
-void decode_some(const Table<T>& table, const uint8_t* codes, int count, T* out) {
-    uint8_t bytes[Table<T>::kGroup / 2] = {};
-    T values[Table<T>::kGroup];
-    std::memcpy(bytes, codes, (count + 1) / 2);
-    decode_group(table, bytes, values);
-    std::memcpy(out, values, count * sizeof(T));
+Table<T> make_table(const float* codebook, float absmax, DType dtype);
+
+template <>
+inline Table<float> make_table(const float* codebook, float absmax, DType dtype) {
+    F32 values[4];
+    scale_codebook(codebook, absmax, dtype, values);
+    uint16x8_t words[4];
+    for (int i = 0; i < 4; ++i) words[i] = vreinterpretq_u16_f32(values[i]);
+    Table<float> table;
+    split_bytes(vuzp1q_u16(words[0], words[1]), vuzp1q_u16(words[2], words[3]), table.bytes[0], table.bytes[1]);
+    split_bytes(vuzp2q_u16(words[0], words[1]), vuzp2q_u16(words[2], words[3]), table.bytes[2], table.bytes[3]);
+    return table;
+}
+
+template <>
+inline Table<BFloat16> make_table(const float* codebook, float absmax, DType dtype) {
+    // Rounding to bf16 twice changes nothing, so the common case takes one.
+    F32 v[4];
+    scale_codebook(codebook, absmax, dtype == DType::kBFloat16 ? DType::kFloat32 : dtype, v);
+    Table<BFloat16> table;
+    split_bytes(vcombine_u16(narrow_bf16(v[0]), narrow_bf16(v[1])), vcombine_u16(narrow_bf16(v[2]), narrow_bf16(v[3])),
+                table.bytes[0], table.bytes[1]);
+    return table;
+}
+
+template <>
+inline Table<Float16> make_table(const float* codebook, float absmax, DType dtype) {
+    F32 v[4];
+    scale_codebook(codebook, absmax, dtype == DType::kFloat16 ? DType::kFloat32 : dtype, v);
+    Table<Float16> table;
+    split_bytes(vcombine_u16(narrow_fp16(v[0]), narrow_fp16(v[1])), vcombine_u16(narrow_fp16(v[2]), narrow_fp16(v[3])),
+                table.bytes[0], table.bytes[1]);
+    return table;
+}
+
+// 16 elements' bytes, those of each side by side.
+inline uint16x8x2_t join_bytes(uint8x16_t low, uint8x16_t high) {
+    return {{vreinterpretq_u16_u8(vzip1q_u8(low, high)), vreinterpretq_u16_u8(vzip2q_u8(low, high))}};
+}
+
+// 8 bytes -> 16 fp32.
+inline void decode_group(const Table<float>& table, const uint8_t* codes, float* out) {
+    const uint8x16_t bytes = vcombine_u8(vld1_u8(codes), vdup_n_u8(0));
+    const uint8x16_t indices = vzip1q_u8(vshrq_n_u8(bytes, 4), vandq_u8(bytes, vdupq_n_u8(0xF)));
+    const auto plane = [&](int i) { return vqtbl1q_u8(table.bytes[i], indices); };
+    const uint16x8x2_t low = join_bytes(plane(0), plane(1)), high = join_bytes(plane(2), plane(3));
+#pragma GCC unroll 2
+    for (int i = 0; i < 2; ++i) {
+        store_vector(out + 8 * i, vzip1q_u16(low.val[i], high.val[i]));
+        store_vector(out + 8 * i + 4, vzip2q_u16(low.val[i], high.val[i]));
+    }
+}
+
+// 16 bytes -> 32 elements of 16 bits.
+template <class T>
+inline void decode_group(const Table<T>& table, const uint8_t* codes, T* out) {
+    const uint8x16_t bytes = vld1q_u8(codes);
+    const uint8x16_t even = vshrq_n_u8(bytes, 4), odd = vandq_u8(bytes, vdupq_n_u8(0xF));
+    const uint8x16_t indices[2] = {vzip1q_u8(even, odd), vzip2q_u8(even, odd)};
+#pragma GCC unroll 2
+    for (int i = 0; i < 2; ++i) {
+        const auto plane = [&](int byte) { return vqtbl1q_u8(table.bytes[byte], indices[i]); };
+        const uint16x8x2_t elements = join_bytes(plane(0), plane(1));
+        store_vector(out + 16 * i, elements.val[0]);
+        store_vector(out + 16 * i + 8, elements.val[1]);
+    }
 }
 
 #else
@@ -322,6 +415,17 @@ void decode_some(const Table<T>& table, const uint8_t* codes, int count, T* out)
     if (count == 2) out[1] = table.values[*codes & 0xF];
 }
 
+#endif
+
+#if (defined(__AVX2__) && !defined(__AVX512BW__)) || defined(PEFT_KERNELS_NEON)
+template <class T>
+void decode_some(const Table<T>& table, const uint8_t* codes, int count, T* out) {
+    uint8_t bytes[Table<T>::kGroup / 2] = {};
+    T values[Table<T>::kGroup];
+    std::memcpy(bytes, codes, (count + 1) / 2);
+    decode_group(table, bytes, values);
+    std::memcpy(out, values, count * sizeof(T));
+}
 #endif
 
 // `count` elements of one block, the first in a high nibble.

@@ -46,6 +46,11 @@ inline HighLow multiply_high_low(U32 a, uint32_t b) {
     const __m256i odd = _mm256_mul_epu32(_mm256_srli_epi64((__m256i)a, 32), factor);
     return {(U32)_mm256_blend_epi32(_mm256_srli_epi64(even, 32), odd, 0xAA),
             (U32)_mm256_blend_epi32(even, _mm256_slli_epi64(odd, 32), 0xAA)};
+#elif defined(PEFT_KERNELS_NEON)
+    const uint32x4_t factor = vdupq_n_u32(b);
+    const uint32x4_t first = vreinterpretq_u32_u64(vmull_u32(vget_low_u32(a), vget_low_u32(factor)));
+    const uint32x4_t second = vreinterpretq_u32_u64(vmull_high_u32(a, factor));
+    return {vuzp2q_u32(first, second), vuzp1q_u32(first, second)};
 #else
     HighLow result;
     for (int i = 0; i < kLanes; ++i) {

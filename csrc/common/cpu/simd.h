@@ -8,6 +8,8 @@
 
 #if defined(__x86_64__)
 #include <immintrin.h>
+#elif defined(PEFT_KERNELS_NEON)
+#include <arm_neon.h>
 #endif
 
 #include "common/arithmetic.h"
@@ -18,6 +20,11 @@ namespace peft_kernels {
 namespace PEFT_KERNELS_ISA {
 namespace {
 
+// Whether pairs of bf16 numbers can be multiplied as they are.
+#if defined(__AVX512BF16__) || defined(PEFT_KERNELS_NEON_BF16)
+#define PEFT_KERNELS_BF16_PAIRS
+#endif
+
 // The instruction set that this source is being compiled for.
 #if defined(__AMX_BF16__)
 constexpr Isa kIsa = Isa::kAmx;
@@ -27,6 +34,10 @@ constexpr Isa kIsa = Isa::kAvx512Bf16;
 constexpr Isa kIsa = Isa::kAvx512;
 #elif defined(__AVX2__)
 constexpr Isa kIsa = Isa::kAvx2;
+#elif defined(PEFT_KERNELS_NEON_BF16)
+constexpr Isa kIsa = Isa::kNeonBf16;
+#elif defined(PEFT_KERNELS_NEON)
+constexpr Isa kIsa = Isa::kNeon;
 #else
 constexpr Isa kIsa = Isa::kPortable;
 #endif
@@ -37,6 +48,13 @@ constexpr int kLanes = 16;
 constexpr int kLanes = 8;
 #else
 constexpr int kLanes = 4;
+#endif
+
+// How many vectors stay in registers.
+#if defined(__AVX512F__) || defined(PEFT_KERNELS_NEON)
+constexpr int kRegisters = 32;
+#else
+constexpr int kRegisters = 16;
 #endif
 
 using F32 = float __attribute__((vector_size(4 * kLanes)));
@@ -86,6 +104,15 @@ inline void store_vector(void* p, Vector v) {
     memcpy(p, &v, sizeof v);
 }
 
+// Has the compiler take a vector from a register at each of its uses, and not from memory.
+[[gnu::always_inline]] inline void keep_in_register([[maybe_unused]] F32& v) {
+#if defined(__x86_64__)
+    asm("" : "+v"(v));
+#elif defined(__aarch64__)
+    asm("" : "+w"(v));
+#endif
+}
+
 inline U32 lane_index() {
     U32 v;
     for (int i = 0; i < kLanes; ++i) v[i] = i;
@@ -98,6 +125,8 @@ inline F32 fma(F32 a, F32 b, F32 c) {
     return _mm512_fmadd_ps(a, b, c);
 #elif defined(__FMA__)
     return _mm256_fmadd_ps(a, b, c);
+#elif defined(PEFT_KERNELS_NEON)
+    return vfmaq_f32(c, a, b);
 #else
     return a * b + c;
 #endif
@@ -107,6 +136,8 @@ inline float horizontal_sum(F32 v) {
     // Halves are folded in a fixed order, so that every run gives the same bits.
 #if defined(__AVX512F__)
     return _mm512_reduce_add_ps(v);
+#elif defined(PEFT_KERNELS_NEON)
+    return vaddvq_f32(v);  // of neighbours, then of their sums
 #endif
     float lanes[kLanes];
     memcpy(lanes, &v, sizeof v);
@@ -140,6 +171,9 @@ inline F32 horizontal_sums(const F32 (&vectors)[kCount]) {
         return _mm256_zextps128_ps256(sums);
 #endif
     }
+#elif defined(PEFT_KERNELS_NEON)
+    const auto at = [&](int i) { return i < kCount ? vectors[i] : F32{}; };
+    return vpaddq_f32(vpaddq_f32(at(0), at(1)), vpaddq_f32(at(2), at(3)));
 #endif
     F32 sums{};
     for (int i = 0; i < kCount; ++i) sums[i] = horizontal_sum(vectors[i]);
@@ -150,6 +184,8 @@ inline F32 horizontal_sums(const F32 (&vectors)[kCount]) {
 inline bool any(I32 comparison) {
 #if defined(__AVX512F__)
     return _mm512_test_epi32_mask((__m512i)comparison, (__m512i)comparison);
+#elif defined(PEFT_KERNELS_NEON)
+    return vmaxvq_u32((U32)comparison);
 #else
     int32_t lanes[kLanes], some = 0;
     memcpy(lanes, &comparison, sizeof lanes);
@@ -161,6 +197,9 @@ inline bool any(I32 comparison) {
 // ---- Conversions --------------------------------------------------------------------------------------------------
 
 inline F32 widen_bf16(U16 bits) {
+#if defined(PEFT_KERNELS_NEON)
+    return vreinterpretq_f32_u32(vshll_n_u16(bits, 16));
+#else
     // GCC 12 makes five instructions of the conversion.
 #if defined(__AVX512F__)
     const U32 wide = (U32)_mm512_cvtepu16_epi32((__m256i)bits);
@@ -170,12 +209,15 @@ inline F32 widen_bf16(U16 bits) {
     const U32 wide = __builtin_convertvector(bits, U32);
 #endif
     return (F32)(wide << 16);
+#endif
 }
 
 // Round to nearest even; any NaN becomes the quiet one, as in common/cpu/rounding.h.
 inline U16 narrow_bf16(F32 value) {
 #if defined(__AVX512BF16__)
     return (U16)_mm512_cvtneps_pbh(value);  // flushes subnormals, as the multiplication of bf16 pairs does
+#elif defined(PEFT_KERNELS_NEON_BF16)
+    return vreinterpret_u16_bf16(vcvt_bf16_f32(value));
 #endif
     const U32 bits = (U32)value;
     const U32 rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16;
@@ -187,6 +229,8 @@ inline F32 widen_fp16(U16 bits) {
     return _mm512_cvtph_ps((__m256i)bits);
 #elif defined(__F16C__)
     return _mm256_cvtph_ps((__m128i)bits);
+#elif defined(PEFT_KERNELS_NEON)
+    return vcvt_f32_f16(vreinterpret_f16_u16(bits));
 #else
     // Shifting the exponent into place leaves it 112 too small; the product puts that right, subnormals included.
     const U32 wide = __builtin_convertvector(bits, U32);
@@ -201,6 +245,8 @@ inline U16 narrow_fp16(F32 value) {
     return (U16)_mm512_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 #elif defined(__F16C__)
     return (U16)_mm256_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT);
+#elif defined(PEFT_KERNELS_NEON)
+    return vreinterpret_u16_f16(vcvt_f16_f32(value));
 #else
     const U32 bits = (U32)value;
     const U32 sign = (bits >> 16) & 0x8000;
@@ -299,6 +345,33 @@ inline void interleave(Bf16Vector first, Bf16Vector second, Bf16Vector& low, Bf1
     const Bf16Vector a = _mm512_unpacklo_epi16(first, second), b = _mm512_unpackhi_epi16(first, second);
     low = _mm512_permutex2var_epi64(a, _mm512_set_epi64(11, 10, 3, 2, 9, 8, 1, 0), b);
     high = _mm512_permutex2var_epi64(a, _mm512_set_epi64(15, 14, 7, 6, 13, 12, 5, 4), b);
+}
+
+// sum + the products of both numbers of a pair.
+inline F32 add_products_of_pairs(F32 sum, Bf16Vector a, Bf16Vector b) {
+    return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b);
+}
+
+#elif defined(PEFT_KERNELS_NEON_BF16)
+
+using Bf16Vector = uint16x8_t;  // 8 bf16
+
+inline Bf16Vector load_bf16(const BFloat16* p, int64_t count) {
+    if (count >= 2 * kLanes) return load_vector<Bf16Vector>(p);
+    BFloat16 lanes[2 * kLanes] = {};
+    if (count > 0) memcpy(lanes, p, count * sizeof(BFloat16));
+    return load_vector<Bf16Vector>(lanes);
+}
+
+// Interleaves two rows of 8 columns: the pairs of columns 0-3, and of 4-7.
+inline void interleave(Bf16Vector first, Bf16Vector second, Bf16Vector& low, Bf16Vector& high) {
+    low = vzip1q_u16(first, second);
+    high = vzip2q_u16(first, second);
+}
+
+// sum + the products of both numbers of a pair.
+inline F32 add_products_of_pairs(F32 sum, Bf16Vector a, Bf16Vector b) {
+    return vbfdotq_f32(sum, vreinterpretq_bf16_u16(a), vreinterpretq_bf16_u16(b));
 }
 
 #endif

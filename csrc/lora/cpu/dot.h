@@ -11,7 +11,7 @@ namespace {
 
 // Rows of A and of x that are multiplied at once: as many sums as there are registers for.
 constexpr int kQuad = 4;
-constexpr int kQuadRows = kLanes == 16 ? 4 : 2;
+constexpr int kQuadRows = kRegisters == 32 ? 4 : 2;
 constexpr int64_t kQuadAhead = 4096;  // bytes that A is fetched ahead: a quad of its rows is one run of memory
 
 struct NoMask {};

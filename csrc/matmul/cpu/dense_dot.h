@@ -34,7 +34,7 @@ struct InFloat {
     static F32 add_product(F32 sum, F32 w, F32 x) { return fma(w, x, sum); }
 };
 
-#if defined(__AVX512BF16__)
+#if defined(PEFT_KERNELS_BF16_PAIRS)
 // As pairs, whose products are exact but for numbers below 2^-126, which count as zero. Of a weight in a cache, the
 // products would take longer than its reading in fp32.
 struct InPairs {
@@ -43,10 +43,8 @@ struct InPairs {
     static constexpr bool kParts = false;
     static constexpr int64_t kColumns = 2 * kLanes;
     static auto load_weight(const BFloat16* w, int64_t count) { return load_bf16(w, count); }
-    static auto load_x(const X* x) { return Bf16Vector(_mm512_loadu_si512(x)); }
-    static F32 add_product(F32 sum, Bf16Vector w, Bf16Vector x) {
-        return _mm512_dpbf16_ps(sum, (__m512bh)w, (__m512bh)x);
-    }
+    static auto load_x(const X* x) { return load_vector<Bf16Vector>(x); }
+    static F32 add_product(F32 sum, Bf16Vector w, Bf16Vector x) { return add_products_of_pairs(sum, w, x); }
 };
 #endif
 
@@ -61,7 +59,7 @@ inline bool multiplies_dense_pairs(const MatmulParams& p) {
 // Calls body with how rows of these types are multiplied.
 template <class Body>
 void dispatch_dense_arithmetic(const MatmulParams& p, const Body& body) {
-#if defined(__AVX512BF16__)
+#if defined(PEFT_KERNELS_BF16_PAIRS)
     if (multiplies_dense_pairs(p)) return body(InPairs{});
 #endif
     dispatch_dtype(p.dense->dtype, [&](auto* type) { body(InFloat<Pointee<decltype(type)>>{}); });

@@ -15,7 +15,7 @@ namespace {
 
 template <class Multiply>
 constexpr int kStepElements = 1;
-#if defined(__AVX512BF16__)
+#if defined(PEFT_KERNELS_BF16_PAIRS)
 template <>
 constexpr int kStepElements<MultiplyBf16Pairs> = 2;
 #endif
@@ -23,7 +23,7 @@ constexpr int kStepElements<MultiplyBf16Pairs> = 2;
 // Calls body with how numbers are multiplied.
 template <class Body>
 void dispatch_arithmetic([[maybe_unused]] DType compute_dtype, const Body& body) {
-#if defined(__AVX512BF16__)
+#if defined(PEFT_KERNELS_BF16_PAIRS)
     if (compute_dtype == DType::kBFloat16) return body(MultiplyBf16Pairs{});
 #endif
     body(MultiplyF32{});
@@ -37,7 +37,7 @@ inline bool rounds_twice(DType weight_dtype, DType compute_dtype) {
 // Calls body(type, multiply) with the element type that a 4-bit weight is decoded to as well.
 template <class Body>
 void dispatch_compute(DType compute_dtype, DType weight_dtype, const Body& body) {
-#if defined(__AVX512BF16__)
+#if defined(PEFT_KERNELS_BF16_PAIRS)
     if (compute_dtype == DType::kBFloat16) return body(static_cast<BFloat16*>(nullptr), MultiplyBf16Pairs{});
 #endif
     dispatch_dtype(rounds_twice(weight_dtype, compute_dtype) ? compute_dtype : DType::kFloat32,

@@ -225,6 +225,14 @@ void shared_hazard(Warp& w, Hazard hazard, const char* what, uint64_t offset, in
         throw Fault{std::string("race within a warp: ") + what + place +
                         ", which another lane wrote with no __syncwarp between",
                     lane};
+    if (hazard == Hazard::kPending && w.block.memory_barriers.count(static_cast<uint32_t>(offset) & ~7u))
+        throw Fault{what + place + ", where an mbarrier is", lane};
+    if (hazard == Hazard::kReadAsync)
+        throw Fault{what + place + ", which a bulk copy or a wgmma reads that no wait has covered", lane};
+    if (hazard == Hazard::kUnfenced)
+        throw Fault{what + place + ", which warp " + std::to_string(w.block.shared.other()) +
+                        " wrote with no fence.proxy.async between",
+                    lane};
     if (hazard == Hazard::kPending)
         throw Fault{what + place + ", into which a cp.async is under way that no wait has covered", lane};
     throw Fault{std::string("race in shared memory: ") + what + place + ", which warp " +

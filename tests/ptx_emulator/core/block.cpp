@@ -35,15 +35,24 @@ bool Block::run(uint64_t budget) {
         }
         if (done) return true;
         if (runnable.empty()) deadlock();
-        const bool random = launch.checks.random_order;
         // A turn of random length, so that warps overtake each other between barriers too.
-        const uint64_t turn = random ? 64 + launch.random() % 4096 : 4096;
-        const uint32_t next = runnable[random ? launch.random() % runnable.size() : 0];
-        const uint64_t steps = warps[next]->run(turn);
+        const uint64_t turn = launch.checks.random_order ? 64 + launch.random() % 4096 : 4096;
+        Warp& warp = *warps[choose(runnable)];
+        const uint64_t steps = warp.run(turn);
         spent += steps + 1;
         instructions_ += steps;
+        idle_turns_ = warp.idles() ? idle_turns_ + 1 : 0;
+        if (idle_turns_ > kIdleTurns) deadlock();
     }
     return false;
+}
+
+// Without random order a warp keeps its turn until it can do nothing, or lets others run.
+uint32_t Block::choose(const std::vector<uint32_t>& runnable) {
+    if (launch.checks.random_order) return runnable[launch.random() % runnable.size()];
+    if (turn_ < warps.size() && warps[turn_]->yielded()) ++turn_;
+    const auto next = std::lower_bound(runnable.begin(), runnable.end(), turn_);
+    return turn_ = next == runnable.end() ? runnable.front() : *next;
 }
 
 void Block::deadlock() {
@@ -52,6 +61,7 @@ void Block::deadlock() {
     for (size_t i = 0; i < barriers_.size(); ++i)
         if (barriers_[i].arrived)
             message += " Barrier " + std::to_string(i) + " has " + std::to_string(barriers_[i].arrived) + " threads.";
+    for (const auto& [offset, barrier] : memory_barriers) message += barrier.wanted(offset);
     for (const std::unique_ptr<Warp>& warp : warps) message += warp->where();
     throw EmulatorError(message);
 }
@@ -67,9 +77,9 @@ void Block::arrive(Warp& warp, uint32_t mask, uint32_t id, uint32_t expected, bo
     barrier.arrived += expected && mask == warp.live ? kLanes : __builtin_popcount(mask);
     barrier.participants |= 1u << warp.index;
     launch.counters.barriers += 1;
-    for (uint32_t q = 0; q < 32; ++q) barrier.seen[q] = std::max(barrier.seen[q], warp.seen[q]);
+    barrier.history.join(warp.history);
     // What a warp does after it came is not before the barrier; one that waits does nothing.
-    if (!wait) barrier.seen[warp.index] = advance();
+    if (!wait) barrier.history.seen[warp.index] = advance();
     if (wait) {
         barrier.waiting |= 1u << warp.index;
         warp.wait_at_barrier(mask, id);
@@ -106,23 +116,23 @@ void Block::complete_if_full(uint32_t id) {
         }
     }
     const uint32_t waiting = barrier.waiting;
-    Clock seen = barrier.seen;
+    History history = barrier.history;
     // A barrier of all threads also waits for those that have exited.
     const bool of_all = !barrier.expected;
     barrier = Barrier{};
     advance();
     for (uint32_t q = 0; q < warps.size(); ++q)
-        if (waiting >> q & 1 || (of_all && warps[q]->done())) seen[q] = time;
+        if (waiting >> q & 1 || (of_all && warps[q]->done())) history.seen[q] = time;
     for (uint32_t q = 0; q < warps.size(); ++q) {
         if (!(waiting >> q & 1)) continue;
-        warps[q]->synchronize(seen);
+        warps[q]->synchronize(history);
         warps[q]->release(id);
     }
 }
 
 uint32_t Block::advance() {
-    // Records of shared memory have 25 bits for it.
-    if (++time >> 25) throw EmulatorError(launch.program.name + ": more synchronisations in a block than are counted");
+    // Records of shared memory have 23 bits for it.
+    if (++time >> 23) throw EmulatorError(launch.program.name + ": more synchronisations in a block than are counted");
     return time;
 }
 

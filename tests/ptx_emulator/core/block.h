@@ -9,6 +9,7 @@
 
 #include "counters.h"
 #include "memory.h"
+#include "memory_barrier.h"
 #include "program.h"
 #include "warp.h"
 
@@ -50,7 +51,7 @@ struct Barrier {
     uint32_t expected = 0;      // threads; 0: all that live
     uint32_t waiting = 0;       // warps with a fragment that waits
     uint32_t participants = 0;  // warps that arrived or wait
-    Clock seen{};               // what those who came had seen
+    History history;            // of those who came
     uint32_t votes = 0;         // threads whose predicate is true, for bar.red
     uint32_t voters = 0;
     struct Vote {
@@ -59,16 +60,6 @@ struct Barrier {
         uint32_t mask, operation;
     };
     std::vector<Vote> results;
-};
-
-// An mbarrier object, kept beside the bytes in shared memory that stand for it.
-struct MemoryBarrier {
-    uint32_t expected = 0;
-    int64_t pending = 0;  // arrivals, and bytes below
-    int64_t bytes = 0;
-    uint64_t phase = 0;
-    Clock arrived{};  // what those who arrived had seen
-    Clock completed{};
 };
 
 class Block {
@@ -102,7 +93,12 @@ public:
 private:
     void complete_if_full(uint32_t id);
     [[noreturn]] void deadlock();
+    uint32_t choose(const std::vector<uint32_t>& runnable);
 
+    // Turns in which nothing but polling of mbarriers happened. Any warp that can do more gets a turn long before that.
+    static constexpr uint32_t kIdleTurns = 100'000;
+    uint32_t idle_turns_ = 0;
+    uint32_t turn_ = 0;  // without random order: the warp whose turn it is
     std::array<Barrier, 16> barriers_;
     BlockSet before_;
     bool unfenced_ = false;

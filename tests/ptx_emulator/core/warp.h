@@ -62,10 +62,14 @@ public:
     void wait_at_barrier(uint32_t mask, uint32_t barrier);
     void release(uint32_t barrier);
     void yield() { interrupted_ = true, yielded_ = true; }
+    // The same for who polls an mbarrier in vain.
+    void wait_in_vain() { yield(), since_vain_ = 0; }
+    bool idles() const { return since_vain_ < kIdle; }
+    bool yielded() const { return yielded_; }
 
     SharedAccess shared_access(bool strong, int lane) const;
-    void synchronize_lanes();               // __syncwarp and what implies it
-    void synchronize(const Clock& joined);  // the warp has now seen what `joined` says
+    void synchronize_lanes();                 // __syncwarp and what implies it
+    void synchronize(const History& joined);  // that comes before from now on
 
     std::string where() const;  // what its fragments wait for
 
@@ -80,7 +84,7 @@ public:
     std::vector<uint8_t> local_written;
     std::vector<AsyncCopy> copies;
     std::array<uint64_t, kLanes> copy_group{};  // committed groups of each lane
-    Clock seen{};
+    History history;
     uint32_t settled = 0;
     uint32_t epoch = 1;  // advanced when the lanes synchronise with each other
 
@@ -94,6 +98,9 @@ private:
     std::vector<Fragment> fragments_;  // without the running one
     uint32_t stop_ = 0;                // where the running fragment meets another
     uint32_t schedules_ = 0;
+    // Instructions since an mbarrier was polled in vain: few of them do nothing but poll it again.
+    static constexpr uint64_t kIdle = 64;
+    uint64_t since_vain_ = kIdle;
     bool interrupted_ = false, yielded_ = false;
 };
 

@@ -87,7 +87,8 @@ void finish_copies(Warp& w, uint32_t lanes) {
 
 void decode_cp(Decoder& decoder, const Statement& s, Instruction& in) {
     Modifiers modifiers(s);
-    if (!modifiers.take("async") || modifiers.take("bulk")) throw EmulatorError("bulk copies are not supported");
+    if (!modifiers.take("async")) throw EmulatorError("copies are .async");
+    if (modifiers.take("bulk")) return decode_bulk_copy(decoder, modifiers, s, in);
     if (modifiers.take("commit_group")) {
         in.handler = commit;
         return modifiers.done();

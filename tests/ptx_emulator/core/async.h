@@ -14,6 +14,11 @@ void announce_barriers(Warp& w, bool of_others);
 // Ends the cp.async of lanes, however new.
 void finish_copies(Warp& w, uint32_t lanes);
 
+// Of lanes that exit: copies from shared memory whose reads are over may end after them.
+void end_bulk_stores(Warp& w, uint32_t lanes);
+
+// cp.async.bulk and what belongs to it
+void decode_bulk_copy(Decoder& decoder, Modifiers& modifiers, const Statement& s, Instruction& in);
 // cp.async.mbarrier.arrive
 void decode_arrival_of_copies(Decoder& decoder, Modifiers& modifiers, const Statement& s, Instruction& in);
 

@@ -33,8 +33,12 @@ bool Block::run(uint64_t budget) {
             if (warps[w]->runnable()) runnable.push_back(w);
             done = done && warps[w]->done();
         }
-        if (done) return true;
+        if (done) {
+            check_deliveries();
+            return true;
+        }
         if (runnable.empty()) deadlock();
+        if (!deliveries.empty()) deliver();
         // A turn of random length, so that warps overtake each other between barriers too.
         const uint64_t turn = launch.checks.random_order ? 64 + launch.random() % 4096 : 4096;
         Warp& warp = *warps[choose(runnable)];
@@ -55,15 +59,45 @@ uint32_t Block::choose(const std::vector<uint32_t>& runnable) {
     return turn_ = next == runnable.end() ? runnable.front() : *next;
 }
 
+void Block::fail(const std::string& what) {
+    throw EmulatorError(launch.program.name + ", block (" + std::to_string(id.x) + ", " + std::to_string(id.y) + ", " +
+                        std::to_string(id.z) + "): " + what);
+}
+
+// Bulk copies come to their mbarriers in any order, between the turns of the warps.
+void Block::deliver() {
+    const auto end = std::remove_if(deliveries.begin(), deliveries.end(), [&](auto& delivery) {
+        if (launch.checks.random_order && launch.random() % 2) return false;
+        const auto barrier = memory_barriers.find(delivery.first);
+        if (barrier == memory_barriers.end()) fail("a bulk copy came to an mbarrier that is no longer valid");
+        const int64_t bytes = static_cast<int64_t>(delivery.second.bytes.size());
+        barrier->second.brought.push_back(std::move(delivery.second));
+        try {
+            barrier->second.bring(bytes);
+        } catch (const Fault& fault) {
+            fail("a bulk copy of " + std::to_string(bytes) + " bytes: " + fault.message);
+        }
+        return true;
+    });
+    deliveries.erase(end, deliveries.end());
+}
+
+// Whoever exits gives shared memory back.
+void Block::check_deliveries() {
+    bool under_way = !deliveries.empty();
+    for (const auto& [offset, barrier] : memory_barriers)
+        under_way = under_way || !barrier.brought.empty() || !barrier.complete.empty();
+    if (under_way) fail("the block ends with a bulk copy to its shared memory for which nobody has waited");
+}
+
 void Block::deadlock() {
-    std::string message = launch.program.name + ", block (" + std::to_string(id.x) + ", " + std::to_string(id.y) +
-                          ", " + std::to_string(id.z) + "): deadlock: a barrier is divergent or missing.";
+    std::string message = "deadlock: a barrier is divergent or missing.";
     for (size_t i = 0; i < barriers_.size(); ++i)
         if (barriers_[i].arrived)
             message += " Barrier " + std::to_string(i) + " has " + std::to_string(barriers_[i].arrived) + " threads.";
     for (const auto& [offset, barrier] : memory_barriers) message += barrier.wanted(offset);
     for (const std::unique_ptr<Warp>& warp : warps) message += warp->where();
-    throw EmulatorError(message);
+    fail(message);
 }
 
 void Block::arrive(Warp& warp, uint32_t mask, uint32_t id, uint32_t expected, bool wait) {

@@ -87,12 +87,17 @@ public:
     SharedMemory shared;
     std::vector<std::unique_ptr<Warp>> warps;
     std::map<uint32_t, MemoryBarrier> memory_barriers;
+    std::vector<std::pair<uint32_t, Delivery>>
+        deliveries;  // bulk copies under way, with the offsets of their mbarriers
     uint32_t time = 1;
     uint32_t advance();  // the time after a synchronisation
 
 private:
     void complete_if_full(uint32_t id);
     [[noreturn]] void deadlock();
+    [[noreturn]] void fail(const std::string& what);
+    void deliver();
+    void check_deliveries();
     uint32_t choose(const std::vector<uint32_t>& runnable);
 
     // Turns in which nothing but polling of mbarriers happened. Any warp that can do more gets a turn long before that.

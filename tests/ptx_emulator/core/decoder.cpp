@@ -395,7 +395,10 @@ Program Decoder::decode(const Function& entry) {
     program_.static_shared_bytes = (program_.static_shared_bytes + 15) / 16 * 16;
     for (const BodyItem& item : entry.body)
         if (item.kind == BodyItem::Kind::kVariable && item.variable.space == Space::kShared) declare(item.variable);
-    program_.static_shared_bytes = (program_.static_shared_bytes + 15) / 16 * 16;
+    int64_t align = 16;
+    for (const auto& [name, variable] : symbols_.shared)
+        if (variable->bytes == 0 && mentions(entry, name)) align = std::max(align, variable->align);
+    reserve(program_.static_shared_bytes, 0, align);
     body(entry);
     // The end of the body is an exit too, and a label may stand there.
     program_.lines.push_back({0, "the end of the kernel"});

@@ -275,6 +275,7 @@ private:
             if (base.kind == Operand::Kind::kName) result.name = base.name;
             result.offset = base.kind == Operand::Kind::kName ? base.offset : static_cast<int64_t>(base.bits);
             while (scan_.accept('+')) result.offset += static_cast<int64_t>(operand().bits);
+            if (scan_.accept(',')) result.parts.push_back(operand());  // coordinates
             scan_.expect(']');
             return result;
         }

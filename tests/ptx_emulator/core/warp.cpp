@@ -2,7 +2,7 @@
 
 #include <algorithm>
 
-#include "block.h"
+#include "async.h"
 
 namespace ptx_emulator {
 namespace {
@@ -159,6 +159,7 @@ void Warp::branch(uint32_t mask, uint32_t target) {
 }
 
 void Warp::exit(uint32_t mask) {
+    if (!bulk_stores.empty()) end_bulk_stores(*this, mask);
     live &= ~mask;
     active &= ~mask;
     if (!active) interrupted_ = true;

@@ -39,6 +39,22 @@ struct AsyncCopy {
     std::array<uint8_t, 16> value;
 };
 
+// A row of a tile in global memory, and where it lies in the tile.
+struct GlobalPart {
+    uint64_t address;
+    uint32_t begin, bytes;
+};
+
+// A bulk copy from shared memory.
+struct BulkStore {
+    int lane;
+    uint64_t group;  // of its lane
+    bool read;       // whether a wait has covered its reads
+    std::vector<uint32_t> chunks;
+    std::vector<uint8_t> bytes;
+    std::vector<GlobalPart> parts;
+};
+
 class Warp {
 public:
     Warp(Block& block, const Program& program, uint32_t index, uint32_t lanes);
@@ -84,6 +100,8 @@ public:
     std::vector<uint8_t> local_written;
     std::vector<AsyncCopy> copies;
     std::array<uint64_t, kLanes> copy_group{};  // committed groups of each lane
+    std::vector<BulkStore> bulk_stores;
+    std::array<uint64_t, kLanes> bulk_group{};
     History history;
     uint32_t settled = 0;
     uint32_t epoch = 1;  // advanced when the lanes synchronise with each other

@@ -17,6 +17,9 @@ void finish_copies(Warp& w, uint32_t lanes);
 // Of lanes that exit: copies from shared memory whose reads are over may end after them.
 void end_bulk_stores(Warp& w, uint32_t lanes);
 
+// An instruction is about to use registers of wgmma: whether it may.
+void touch_registers(Warp& w, uint32_t at);
+
 // cp.async.bulk and what belongs to it
 void decode_bulk_copy(Decoder& decoder, Modifiers& modifiers, const Statement& s, Instruction& in);
 // cp.async.mbarrier.arrive

@@ -62,6 +62,23 @@ struct Barrier {
     std::vector<Vote> results;
 };
 
+// What wgmma under way reads of shared memory.
+struct MatrixRead {
+    uint64_t group;
+    std::vector<uint32_t> chunks;
+};
+
+// Four warps that multiply together.
+struct WarpGroup {
+    uint32_t arrived = 0;  // warps that wait for the others at a wgmma
+    uint32_t pc = 0;       // where
+    std::vector<MatrixRead> reads;
+    History over;  // the time, of the warps that waited first for products, of these waits
+};
+
+// Numbers above those of barriers, for warps that wait in a warpgroup.
+constexpr uint32_t kWarpGroupBarrier = 16;
+
 class Block {
 public:
     Block(Launch& launch, uint64_t index);
@@ -87,6 +104,7 @@ public:
     SharedMemory shared;
     std::vector<std::unique_ptr<Warp>> warps;
     std::map<uint32_t, MemoryBarrier> memory_barriers;
+    std::array<WarpGroup, 8> warp_groups;
     std::vector<std::pair<uint32_t, Delivery>>
         deliveries;  // bulk copies under way, with the offsets of their mbarriers
     uint32_t time = 1;

@@ -60,6 +60,7 @@ py::dict record_of(const LaunchRecord& record) {
     out["cp_async"] = traffic(counters.cp_async);
     out["mma"] = counters.mma;
     out["instructions_per_mma"] = counters.mma ? static_cast<double>(warp_instructions) / counters.mma : 0.0;
+    out["wgmma"] = counters.wgmma;
     out["bulk_copies"] = counters.bulk_copies;
     out["barriers"] = counters.barriers;
     out["shared_bytes"] = counters.shared_bytes;

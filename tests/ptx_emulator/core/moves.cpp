@@ -196,6 +196,8 @@ void nothing(Warp&, const Instruction&, uint32_t) {}
 
 }  // namespace
 
+bool is_move(const Instruction& in) { return in.handler == move<uint32_t> && !in.slot[1].constant; }
+
 void decode_mov(Decoder& decoder, const Statement& s, Instruction& in) {
     const Type type = only_type(s);
     const Operand &to = s.operands.at(0), &from = s.operands.at(1);

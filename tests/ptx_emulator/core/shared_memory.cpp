@@ -157,7 +157,7 @@ void SharedMemory::end_async_write(uint32_t offset, const uint8_t* value, const 
     for (uint32_t byte = offset; byte < offset + kChunk; ++byte) writes_[byte] |= kAsync;
 }
 
-Hazard SharedMemory::begin_async_read(uint32_t offset, const SharedAccess& access) {
+Hazard SharedMemory::check_async_read(uint32_t offset, const SharedAccess& access) {
     uint32_t passed = 0;  // the bytes of a chunk mostly have one record
     for (uint32_t byte = offset; byte < offset + kChunk; ++byte) {
         const uint32_t write = writes_[byte] & ~kReadAsync;
@@ -168,9 +168,14 @@ Hazard SharedMemory::begin_async_read(uint32_t offset, const SharedAccess& acces
         if (check_races && !fenced(write, access)) return Hazard::kUnfenced;
         passed = write;
     }
-    if (readers_[offset / kChunk]++ == 0)
-        for (uint32_t byte = offset; byte < offset + kChunk; ++byte) writes_[byte] |= kReadAsync;
     return Hazard::kNone;
+}
+
+Hazard SharedMemory::begin_async_read(uint32_t offset, const SharedAccess& access) {
+    const Hazard hazard = check_async_read(offset, access);
+    if (hazard == Hazard::kNone && readers_[offset / kChunk]++ == 0)
+        for (uint32_t byte = offset; byte < offset + kChunk; ++byte) writes_[byte] |= kReadAsync;
+    return hazard;
 }
 
 void SharedMemory::end_async_read(uint32_t offset, const SharedAccess& access) {

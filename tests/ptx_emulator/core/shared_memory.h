@@ -59,6 +59,7 @@ public:
     static constexpr uint32_t kChunk = 16;
     Hazard begin_async_write(uint32_t offset, const SharedAccess& access);
     void end_async_write(uint32_t offset, const uint8_t* value, const SharedAccess& access);
+    Hazard check_async_read(uint32_t offset, const SharedAccess& access);
     Hazard begin_async_read(uint32_t offset, const SharedAccess& access);
     void end_async_read(uint32_t offset, const SharedAccess& access);
 

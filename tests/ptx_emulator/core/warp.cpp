@@ -51,6 +51,7 @@ Warp::Warp(Block& block, const Program& program, uint32_t index, uint32_t lanes)
             at<uint32_t>(special.slot)[lane] = special_value(special.name, block, index * kLanes + lane, lane, index);
     local.resize(size_t{program.local_bytes} * kLanes);
     local_written.resize(local.size());
+    matrix.registers.resize(program.guarded_registers);
     history.seen.fill(1);
     settled = 1;
     set_stop();
@@ -59,6 +60,7 @@ Warp::Warp(Block& block, const Program& program, uint32_t index, uint32_t lanes)
 uint64_t Warp::run(uint64_t budget) {
     const Instruction* const code = program.code.data();
     Launch& launch = block.launch;
+    const uint32_t* const guards = program.guards.empty() ? nullptr : program.guards.data();
     uint64_t* const executed = launch.executed.data();
     uint64_t threads = 0, steps = 0;
     yielded_ = false;
@@ -70,6 +72,7 @@ uint64_t Warp::run(uint64_t budget) {
                 if (yielded_ || !schedule()) break;
             }
             const Instruction& in = code[pc];
+            const bool guarded = guards && guards[pc] != guards[pc + 1];
             uint32_t mask = active;
             if (in.guarded) mask &= in.guard_negated ? ~predicate(in.guard) : predicate(in.guard);
             ++executed[pc];
@@ -77,6 +80,7 @@ uint64_t Warp::run(uint64_t budget) {
             ++steps;
             ++since_vain_;
             ++pc;
+            if (guarded && mask) touch_registers(*this, pc - 1);
             if (mask) in.handler(*this, in, mask);
         }
     } catch (const Fault& fault) {
@@ -160,6 +164,7 @@ void Warp::branch(uint32_t mask, uint32_t target) {
 
 void Warp::exit(uint32_t mask) {
     if (!bulk_stores.empty()) end_bulk_stores(*this, mask);
+    if (matrix.last > matrix.done) throw Fault{"exit with a wgmma that no wgmma.wait_group has covered"};
     live &= ~mask;
     active &= ~mask;
     if (!active) interrupted_ = true;
@@ -218,7 +223,9 @@ std::string Warp::where() const {
     if (active) add(pc, active, "polls an mbarrier");
     for (const Fragment& fragment : fragments_) {
         if (fragment.state == Fragment::State::kAtBarrier)
-            add(fragment.pc - 1, fragment.lanes, "waits at barrier " + std::to_string(fragment.barrier));
+            add(fragment.pc - 1, fragment.lanes,
+                fragment.barrier < kWarpGroupBarrier ? "waits at barrier " + std::to_string(fragment.barrier)
+                                                     : "waits for the other warps of its warpgroup");
         else if (fragment.state == Fragment::State::kConverging)
             add(fragment.pc, fragment.lanes, "waits for lanes of its warp that do not come");
         else

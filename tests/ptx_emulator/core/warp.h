@@ -55,6 +55,22 @@ struct BulkStore {
     std::vector<GlobalPart> parts;
 };
 
+// A register that wgmma uses, in one warp.
+struct MatrixRegister {
+    uint64_t group = 0;    // of the last wgmma that used it
+    uint64_t touched = 0;  // the number of fences before the last other instruction that used it
+    uint32_t shape = 0;    // the columns of which it is a sum; 0: a part of A
+};
+
+// Groups of wgmma count from 1.
+struct MatrixState {
+    std::vector<MatrixRegister> registers;
+    uint64_t open = 1;  // the group that the next commit closes
+    uint64_t last = 0;  // of the last wgmma
+    uint64_t done = 0;  // groups that waits have covered
+    uint64_t fences = 0;
+};
+
 class Warp {
 public:
     Warp(Block& block, const Program& program, uint32_t index, uint32_t lanes);
@@ -101,6 +117,7 @@ public:
     std::vector<AsyncCopy> copies;
     std::array<uint64_t, kLanes> copy_group{};  // committed groups of each lane
     std::vector<BulkStore> bulk_stores;
+    MatrixState matrix;
     std::array<uint64_t, kLanes> bulk_group{};
     History history;
     uint32_t settled = 0;

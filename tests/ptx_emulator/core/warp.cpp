@@ -63,7 +63,7 @@ uint64_t Warp::run(uint64_t budget) {
     const uint32_t* const guards = program.guards.empty() ? nullptr : program.guards.data();
     uint64_t* const executed = launch.executed.data();
     uint64_t threads = 0, steps = 0;
-    yielded_ = false;
+    yielded_ = polled_ = false;
     interrupted_ = active == 0;
     try {
         while (steps < budget) {
@@ -78,7 +78,6 @@ uint64_t Warp::run(uint64_t budget) {
             ++executed[pc];
             threads += __builtin_popcount(mask);
             ++steps;
-            ++since_vain_;
             ++pc;
             if (guarded && mask) touch_registers(*this, pc - 1);
             if (mask) in.handler(*this, in, mask);
@@ -87,6 +86,7 @@ uint64_t Warp::run(uint64_t budget) {
         rethrow(fault);
     }
     launch.counters.thread_instructions += threads;
+    since_vain_ = polled_ ? 0 : since_vain_ + steps;
     return steps;
 }
 

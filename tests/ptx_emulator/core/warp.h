@@ -95,7 +95,7 @@ public:
     void release(uint32_t barrier);
     void yield() { interrupted_ = true, yielded_ = true; }
     // The same for who polls an mbarrier in vain.
-    void wait_in_vain() { yield(), since_vain_ = 0; }
+    void wait_in_vain() { yield(), polled_ = true; }
     bool idles() const { return since_vain_ < kIdle; }
     bool yielded() const { return yielded_; }
 
@@ -136,7 +136,7 @@ private:
     // Instructions since an mbarrier was polled in vain: few of them do nothing but poll it again.
     static constexpr uint64_t kIdle = 64;
     uint64_t since_vain_ = kIdle;
-    bool interrupted_ = false, yielded_ = false;
+    bool interrupted_ = false, yielded_ = false, polled_ = false;
 };
 
 }  // namespace ptx_emulator

@@ -10,6 +10,7 @@ from ptx_emulator import EmulatorError
 from ptx_emulator.device import Fresh
 
 KERNELS = Path(__file__).parent / "kernels"
+HEAD = ".version 8.0\n.target sm_90a\n.address_size 64\n.visible .entry k()\n"
 
 pytestmark = pytest.mark.skipif(bool(ptx_emulator.missing()), reason=str(ptx_emulator.missing()))
 
@@ -61,8 +62,24 @@ def test_arrivals_that_drop_out(mbarriers):
 
 
 def test_setmaxnreg_has_limits():
-    text = (
-        ".version 8.0\n.target sm_90a\n.address_size 64\n.visible .entry k()\n{\nsetmaxnreg.inc.sync.aligned.u32 20;\n}"
-    )
+    text = HEAD + "{\nsetmaxnreg.inc.sync.aligned.u32 20;\n}"
     with ptx_emulator.profile("sm_90"), pytest.raises(EmulatorError, match="got 20, wanted a multiple of 8 from 24"):
         ptx_emulator.load_ptx(text).k(1, 128)
+
+
+def test_sm_90a_is_one_card(mbarriers):
+    numbers = np.zeros((1, 32), np.int32)
+    for card in ("sm_89", "sm_100"):
+        with (
+            ptx_emulator.profile(card),
+            pytest.raises(EmulatorError, match=f"the PTX is for sm_90a, the device is {card}"),
+        ):
+            mbarriers.right(1, 64, numbers, numbers.copy(), np.int32(1))
+
+
+def test_clusters_have_one_block():
+    text = HEAD + ".explicitcluster\n.reqnctapercluster {}\n{{\nret;\n}}"
+    with ptx_emulator.profile("sm_90"):
+        ptx_emulator.load_ptx(text.format("1, 1, 1")).k(1, 128)
+        with pytest.raises(EmulatorError, match="clusters of more than one block are not supported"):
+            ptx_emulator.load_ptx(text.format("2, 1, 1"))

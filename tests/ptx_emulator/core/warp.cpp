@@ -72,15 +72,15 @@ uint64_t Warp::run(uint64_t budget) {
                 if (yielded_ || !schedule()) break;
             }
             const Instruction& in = code[pc];
-            const bool guarded = guards && guards[pc] != guards[pc + 1];
             uint32_t mask = active;
             if (in.guarded) mask &= in.guard_negated ? ~predicate(in.guard) : predicate(in.guard);
             ++executed[pc];
             threads += __builtin_popcount(mask);
             ++steps;
             ++pc;
-            if (guarded && mask) touch_registers(*this, pc - 1);
-            if (mask) in.handler(*this, in, mask);
+            if (!mask) continue;
+            if (guards && guards[pc - 1] != guards[pc]) touch_registers(*this, pc - 1);
+            in.handler(*this, in, mask);
         }
     } catch (const Fault& fault) {
         rethrow(fault);

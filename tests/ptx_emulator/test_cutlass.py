@@ -88,7 +88,7 @@ LEFT_OUT = {
 
 @pytest.mark.parametrize("seed", range(2))
 @pytest.mark.parametrize("instruction", LEFT_OUT, ids=[name.replace("\\", "").split("[")[0] for name in LEFT_OUT])
-def test_what_is_left_out_is_missed(library, tmp_path, instruction, seed):
+def test_what_is_left_out_is_noticed(library, tmp_path, instruction, seed):
     """The same program without one kind of instruction, blanks in its place."""
     binary, count = re.subn(
         rf"\b{instruction};".encode(), lambda match: b";".ljust(len(match.group())), library.read_bytes()

@@ -28,11 +28,27 @@ class Fresh:
         self.array = array
 
 
+class TensorMap:
+    """A CUtensorMap, as an argument: tiles of `box` elements of an array, whose last dimension is dense.
+
+    `swizzle`: 0 to 3, for none and the spans of 32, 64 and 128 bytes.
+    """
+
+    def __init__(self, array: torch.Tensor, box, swizzle: int = 0):
+        size, self.array = array.element_size(), array
+        strides = [stride * size for stride in array.stride()]
+        if strides[-1] != size:
+            raise ValueError(f"array: got a last dimension of stride {array.stride(-1)}, wanted one of stride 1")
+        sizes, box = list(reversed(array.shape)), list(reversed(box))
+        arguments = array.data_ptr(), size, sizes, strides[-2::-1], box, swizzle
+        self.bytes = _call(native().make_tensor_map, *arguments)
+
+
 class Module:
     """Loaded PTX. `module.name(grid, block, *arguments, shared=0, memory=())` launches the kernel `name`.
 
     Arguments are numpy arrays and CPU tensors, which a kernel gets as pointers and which it may touch to their last
-    byte but not beyond; numpy scalars; and bytes, for structs. `memory`: arrays that structs point to.
+    byte but not beyond; numpy scalars; tensor maps; and bytes, for structs. `memory`: arrays that structs point to.
     """
 
     def __init__(self, ptx: str):
@@ -54,6 +70,9 @@ class Module:
                 if isinstance(argument, np.ndarray | torch.Tensor | Fresh):
                     address = registration.add(argument, f"argument {index}")
                     packed.append(address.to_bytes(8, "little"))
+                elif isinstance(argument, TensorMap):
+                    registration.add(argument.array, f"argument {index}")
+                    packed.append(argument.bytes)
                 elif isinstance(argument, bytes):
                     packed.append(argument)
                 elif isinstance(argument, np.generic):

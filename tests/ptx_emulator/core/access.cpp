@@ -225,6 +225,14 @@ void shared_hazard(Warp& w, Hazard hazard, const char* what, uint64_t offset, in
         throw Fault{std::string("race within a warp: ") + what + place +
                         ", which another lane wrote with no __syncwarp between",
                     lane};
+    if (hazard == Hazard::kPending && w.block.memory_barriers.count(static_cast<uint32_t>(offset) & ~7u))
+        throw Fault{what + place + ", where an mbarrier is", lane};
+    if (hazard == Hazard::kReadAsync)
+        throw Fault{what + place + ", which a bulk copy or a wgmma reads that no wait has covered", lane};
+    if (hazard == Hazard::kUnfenced)
+        throw Fault{what + place + ", which warp " + std::to_string(w.block.shared.other()) +
+                        " wrote with no fence.proxy.async between",
+                    lane};
     if (hazard == Hazard::kPending)
         throw Fault{what + place + ", into which a cp.async is under way that no wait has covered", lane};
     throw Fault{std::string("race in shared memory: ") + what + place + ", which warp " +
@@ -283,6 +291,39 @@ void read_global(Warp& w, uint32_t mask, const LaneAddresses& addresses, int byt
     if (Allocation* allocation = global.find(addresses.lane[__builtin_ctz(mask)]))
         allocation->sectors_read += traffic.sectors - before;
     copy_from_host(mask, addresses, bytes, data);
+}
+
+namespace {
+
+void count_part(GlobalTraffic* traffic, const GlobalPart& part) {
+    ++traffic->requests;
+    traffic->bytes += part.bytes;
+    traffic->sectors += (part.address + part.bytes - 1) / 32 - part.address / 32 + 1;
+    traffic->ideal_sectors += (part.bytes + 31) / 32;
+}
+
+}  // namespace
+
+void read_global_part(Warp& w, const GlobalPart& part, uint8_t* to, int lane) {
+    const int bytes = static_cast<int>(part.bytes);
+    Allocation& allocation = allocation_of(w, part.address, bytes, lane);
+    const Hazard hazard = w.block.launch.global.read(allocation, part.address, bytes, w.block.global_access(false));
+    if (hazard != Hazard::kNone) global_hazard(w, hazard, "read", part.address, lane);
+    GlobalTraffic& traffic = w.block.launch.counters.global_load;
+    const uint64_t before = traffic.sectors;
+    count_part(&traffic, part);
+    allocation.sectors_read += traffic.sectors - before;
+    std::memcpy(to, reinterpret_cast<const void*>(part.address), part.bytes);
+}
+
+void write_global_part(Warp& w, const GlobalPart& part, const uint8_t* from, int lane) {
+    const int bytes = static_cast<int>(part.bytes);
+    Allocation& allocation = allocation_of(w, part.address, bytes, lane);
+    const Hazard hazard = w.block.launch.global.write(allocation, part.address, bytes, w.block.global_access(false));
+    if (hazard != Hazard::kNone) global_hazard(w, hazard, "write", part.address, lane);
+    w.block.wrote_global();
+    count_part(&w.block.launch.counters.global_store, part);
+    std::memcpy(reinterpret_cast<void*>(part.address), from, part.bytes);
 }
 
 void read_memory(Warp& w, Space space, uint32_t mask, const LaneAddresses& addresses, int bytes, bool strong,

@@ -31,6 +31,10 @@ void write_shared(Warp& w, uint32_t mask, const LaneAddresses& offsets, int byte
                   SharedTraffic* traffic);
 void read_global(Warp& w, uint32_t mask, const LaneAddresses& addresses, int bytes, bool strong, LaneData* data);
 
+// A row of bytes in global memory, as a bulk copy has it: `begin` is where it lies in the tile.
+void read_global_part(Warp& w, const GlobalPart& part, uint8_t* to, int lane);
+void write_global_part(Warp& w, const GlobalPart& part, const uint8_t* from, int lane);
+
 void check_shared_bounds(Warp& w, uint32_t mask, const LaneAddresses& offsets, int bytes);
 [[noreturn]] void shared_hazard(Warp& w, Hazard hazard, const char* what, uint64_t offset, int lane);
 

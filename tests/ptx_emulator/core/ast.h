@@ -22,7 +22,7 @@ struct Operand {
     uint64_t bits = 0;           // an immediate; fp32 in the low half
     int64_t offset = 0;          // of an address, or behind a name
     bool negated = false;        // !%p
-    std::vector<Operand> parts;  // of a vector {a, b}, a pair d|p, a list (a, b)
+    std::vector<Operand> parts;  // of a vector {a, b}, a pair d|p, a list (a, b), an address [a, {x, y}]
 };
 
 enum class Space { kGeneric, kGlobal, kShared, kLocal, kParam, kConst };

@@ -1,12 +1,12 @@
-// cp.async and mbarrier.
+// cp.async.
 //
 // A cp.async reads its source at once, but its destination changes only at the wait that covers it, and until then
 // nobody may touch it: a wait that is too lax is an error rather than luck.
+#include "async.h"
+
 #include <algorithm>
 
-#include "access.h"
 #include "lanes.h"
-#include "opcodes.h"
 #include "traffic.h"
 
 namespace ptx_emulator {
@@ -77,103 +77,18 @@ void wait_group(Warp& w, const Instruction& in, uint32_t mask) {
            [&](const AsyncCopy& copy) { return mask >> copy.lane & 1 && copy.group + open < w.copy_group[copy.lane]; });
 }
 
-void wait_all(Warp& w, const Instruction&, uint32_t mask) {
-    finish(w, [&](const AsyncCopy& copy) { return mask >> copy.lane & 1; });
-}
-
-// ---- mbarrier -------------------------------------------------------------------------------------------------------
-
-enum class BarrierOp : uint32_t {
-    kInit,
-    kInvalidate,
-    kArrive,
-    kArriveDrop,
-    kExpectBytes,
-    kArriveExpect,
-    kWait,
-    kWaitParity,
-    kArriveCopies
-};
-
-MemoryBarrier& barrier_at(Warp& w, uint64_t address, int lane) {
-    const auto found = w.block.memory_barriers.find(static_cast<uint32_t>(within_space(address)));
-    if (found == w.block.memory_barriers.end()) throw Fault{"no mbarrier was initialised there", lane};
-    return found->second;
-}
-
-void complete_if_full(MemoryBarrier& barrier) {
-    if (barrier.pending > 0 || barrier.bytes > 0) return;
-    ++barrier.phase;
-    barrier.pending = barrier.expected;
-    barrier.completed = barrier.arrived;
-}
-
-void arrive(Warp& w, MemoryBarrier& barrier, uint32_t count, int lane) {
-    if (barrier.pending < count) throw Fault{"more arrivals at an mbarrier than it expects", lane};
-    barrier.pending -= count;
-    const uint32_t time = w.block.advance();
-    for (int q = 0; q < 32; ++q) barrier.arrived[q] = std::max(barrier.arrived[q], w.seen[q]);
-    barrier.arrived[w.index] = time;
-    complete_if_full(barrier);
-}
-
-void memory_barrier(Warp& w, const Instruction& in, uint32_t mask) {
-    LaneAddresses addresses;
-    lane_addresses(w, in, mask, &addresses);
-    uint32_t complete = 0;
-    for_lanes(mask, [&](int lane) {
-        const uint32_t offset = static_cast<uint32_t>(within_space(addresses.lane[lane]));
-        const BarrierOp op = static_cast<BarrierOp>(in.target);
-        const uint32_t count = in.count ? w.at<uint32_t>(in.slot[1])[lane] : 1;
-        if (op == BarrierOp::kInit) {
-            LaneAddresses one;
-            one.lane[lane] = offset;
-            check_shared_bounds(w, 1u << lane, one, 8);
-            MemoryBarrier fresh;
-            fresh.expected = count;
-            fresh.pending = count;
-            w.block.memory_barriers[offset] = fresh;
-            return;
-        }
-        MemoryBarrier& barrier = barrier_at(w, offset, lane);
-        const uint64_t phase = barrier.phase;
-        switch (op) {
-            case BarrierOp::kInvalidate: w.block.memory_barriers.erase(offset); return;
-            case BarrierOp::kArriveDrop: --barrier.expected; [[fallthrough]];
-            case BarrierOp::kArrive: arrive(w, barrier, count, lane); break;
-            case BarrierOp::kExpectBytes: barrier.bytes += count; break;
-            case BarrierOp::kArriveExpect: barrier.bytes += count, arrive(w, barrier, 1, lane); break;
-            case BarrierOp::kArriveCopies:
-                // The arrival stands for all copies of this thread so far: they end with it.
-                finish(w, [&](const AsyncCopy& copy) { return copy.lane == lane; });
-                if (!in.strong) ++barrier.pending;
-                arrive(w, barrier, 1, lane);
-                return;
-            case BarrierOp::kWait:
-            case BarrierOp::kWaitParity: {
-                const uint64_t wanted =
-                    op == BarrierOp::kWait ? w.at<uint64_t>(in.slot[1])[lane] : w.at<uint32_t>(in.slot[1])[lane];
-                const bool done = op == BarrierOp::kWait ? barrier.phase > wanted : (barrier.phase & 1) != (wanted & 1);
-                complete |= uint32_t{done} << lane;
-                if (done)
-                    w.synchronize(barrier.completed);
-                else
-                    w.yield();
-                return;
-            }
-            default: break;
-        }
-        if (in.wide_result) w.at<uint64_t>(in.slot[0])[lane] = phase;
-    });
-    const BarrierOp op = static_cast<BarrierOp>(in.target);
-    if (op == BarrierOp::kWait || op == BarrierOp::kWaitParity) write_predicate(w, in.slot[0], mask, complete);
-}
+void wait_all(Warp& w, const Instruction&, uint32_t mask) { finish_copies(w, mask); }
 
 }  // namespace
 
+void finish_copies(Warp& w, uint32_t lanes) {
+    finish(w, [&](const AsyncCopy& copy) { return lanes >> copy.lane & 1; });
+}
+
 void decode_cp(Decoder& decoder, const Statement& s, Instruction& in) {
     Modifiers modifiers(s);
-    if (!modifiers.take("async") || modifiers.take("bulk")) throw EmulatorError("bulk copies are not supported");
+    if (!modifiers.take("async")) throw EmulatorError("copies are .async");
+    if (modifiers.take("bulk")) return decode_bulk_copy(decoder, modifiers, s, in);
     if (modifiers.take("commit_group")) {
         in.handler = commit;
         return modifiers.done();
@@ -187,17 +102,7 @@ void decode_cp(Decoder& decoder, const Statement& s, Instruction& in) {
         in.handler = wait_group;
         return modifiers.done();
     }
-    if (modifiers.take("mbarrier")) {
-        modifiers.take("arrive");
-        in.strong = modifiers.take("noinc");
-        modifiers.take_any({"shared", "shared::cta"});
-        modifiers.take_type();
-        modifiers.done();
-        decoder.address(s.operands.at(0), in);
-        in.target = static_cast<uint32_t>(BarrierOp::kArriveCopies);
-        in.handler = memory_barrier;
-        return;
-    }
+    if (modifiers.take("mbarrier")) return decode_arrival_of_copies(decoder, modifiers, s, in);
     const bool first_level = modifiers.take_any({"ca", "cg"}) == "ca";
     modifiers.take_any({"shared", "shared::cta"});
     modifiers.take("global");
@@ -222,37 +127,6 @@ void decode_cp(Decoder& decoder, const Statement& s, Instruction& in) {
         }
     }
     in.handler = copy_async;
-}
-
-void decode_mbarrier(Decoder& decoder, const Statement& s, Instruction& in) {
-    Modifiers modifiers(s);
-    modifiers.take_any({"relaxed", "acquire", "release", "acq_rel"});
-    modifiers.take_any({"cta", "cluster"});
-    modifiers.take_any({"shared", "shared::cta"});
-    modifiers.take_type();
-    const bool expect = modifiers.take("expect_tx"), parity = modifiers.take("parity");
-    const std::string name = modifiers.take_any({"init", "inval", "arrive", "arrive_drop", "test_wait", "try_wait"});
-    modifiers.done();
-    const bool waits = name == "test_wait" || name == "try_wait";
-    const BarrierOp op = name == "init"     ? BarrierOp::kInit
-                         : name == "inval"  ? BarrierOp::kInvalidate
-                         : waits            ? (parity ? BarrierOp::kWaitParity : BarrierOp::kWait)
-                         : name == "arrive" ? (expect ? BarrierOp::kArriveExpect : BarrierOp::kArrive)
-                         : expect           ? BarrierOp::kExpectBytes
-                                            : BarrierOp::kArriveDrop;
-    in.target = static_cast<uint32_t>(op);
-    const bool returns = s.operands.at(0).kind != Operand::Kind::kAddress;
-    const size_t at = returns ? 1 : 0;
-    decoder.address(s.operands.at(at), in);
-    if (waits)
-        in.slot[0] = decoder.predicate(s.operands[0]);
-    else if (returns)
-        in.slot[0] = decoder.destination(s.operands[0], 8), in.wide_result = true;
-    if (s.operands.size() > at + 1) {
-        in.count = 1;
-        in.slot[1] = decoder.source(s.operands[at + 1], op == BarrierOp::kWait ? Type::kB64 : Type::kB32);
-    }
-    in.handler = memory_barrier;
 }
 
 }  // namespace ptx_emulator

@@ -33,27 +33,71 @@ bool Block::run(uint64_t budget) {
             if (warps[w]->runnable()) runnable.push_back(w);
             done = done && warps[w]->done();
         }
-        if (done) return true;
+        if (done) {
+            check_deliveries();
+            return true;
+        }
         if (runnable.empty()) deadlock();
-        const bool random = launch.checks.random_order;
+        if (!deliveries.empty()) deliver();
         // A turn of random length, so that warps overtake each other between barriers too.
-        const uint64_t turn = random ? 64 + launch.random() % 4096 : 4096;
-        const uint32_t next = runnable[random ? launch.random() % runnable.size() : 0];
-        const uint64_t steps = warps[next]->run(turn);
+        const uint64_t turn = launch.checks.random_order ? 64 + launch.random() % 4096 : 4096;
+        Warp& warp = *warps[choose(runnable)];
+        const uint64_t steps = warp.run(turn);
         spent += steps + 1;
         instructions_ += steps;
+        idle_turns_ = warp.idles() ? idle_turns_ + 1 : 0;
+        if (idle_turns_ > kIdleTurns) deadlock();
     }
     return false;
 }
 
+// Without random order a warp keeps its turn until it can do nothing, or lets others run.
+uint32_t Block::choose(const std::vector<uint32_t>& runnable) {
+    if (launch.checks.random_order) return runnable[launch.random() % runnable.size()];
+    if (turn_ < warps.size() && warps[turn_]->yielded()) ++turn_;
+    const auto next = std::lower_bound(runnable.begin(), runnable.end(), turn_);
+    return turn_ = next == runnable.end() ? runnable.front() : *next;
+}
+
+void Block::fail(const std::string& what) {
+    throw EmulatorError(launch.program.name + ", block (" + std::to_string(id.x) + ", " + std::to_string(id.y) + ", " +
+                        std::to_string(id.z) + "): " + what);
+}
+
+// Bulk copies come to their mbarriers in any order, between the turns of the warps.
+void Block::deliver() {
+    const auto end = std::remove_if(deliveries.begin(), deliveries.end(), [&](auto& delivery) {
+        if (launch.checks.random_order && launch.random() % 2) return false;
+        const auto barrier = memory_barriers.find(delivery.first);
+        if (barrier == memory_barriers.end()) fail("a bulk copy came to an mbarrier that is no longer valid");
+        const int64_t bytes = static_cast<int64_t>(delivery.second.bytes.size());
+        barrier->second.brought.push_back(std::move(delivery.second));
+        try {
+            barrier->second.bring(bytes);
+        } catch (const Fault& fault) {
+            fail("a bulk copy of " + std::to_string(bytes) + " bytes: " + fault.message);
+        }
+        return true;
+    });
+    deliveries.erase(end, deliveries.end());
+}
+
+// Whoever exits gives shared memory back.
+void Block::check_deliveries() {
+    bool under_way = !deliveries.empty();
+    for (const auto& [offset, barrier] : memory_barriers)
+        under_way = under_way || !barrier.brought.empty() || !barrier.complete.empty();
+    if (under_way) fail("the block ends with a bulk copy to its shared memory for which nobody has waited");
+}
+
 void Block::deadlock() {
-    std::string message = launch.program.name + ", block (" + std::to_string(id.x) + ", " + std::to_string(id.y) +
-                          ", " + std::to_string(id.z) + "): deadlock: a barrier is divergent or missing.";
+    std::string message = "deadlock: a barrier is divergent or missing.";
     for (size_t i = 0; i < barriers_.size(); ++i)
         if (barriers_[i].arrived)
             message += " Barrier " + std::to_string(i) + " has " + std::to_string(barriers_[i].arrived) + " threads.";
+    for (const auto& [offset, barrier] : memory_barriers) message += barrier.wanted(offset);
     for (const std::unique_ptr<Warp>& warp : warps) message += warp->where();
-    throw EmulatorError(message);
+    fail(message);
 }
 
 void Block::arrive(Warp& warp, uint32_t mask, uint32_t id, uint32_t expected, bool wait) {
@@ -67,9 +111,9 @@ void Block::arrive(Warp& warp, uint32_t mask, uint32_t id, uint32_t expected, bo
     barrier.arrived += expected && mask == warp.live ? kLanes : __builtin_popcount(mask);
     barrier.participants |= 1u << warp.index;
     launch.counters.barriers += 1;
-    for (uint32_t q = 0; q < 32; ++q) barrier.seen[q] = std::max(barrier.seen[q], warp.seen[q]);
+    barrier.history.join(warp.history);
     // What a warp does after it came is not before the barrier; one that waits does nothing.
-    if (!wait) barrier.seen[warp.index] = advance();
+    if (!wait) barrier.history.seen[warp.index] = advance();
     if (wait) {
         barrier.waiting |= 1u << warp.index;
         warp.wait_at_barrier(mask, id);
@@ -106,23 +150,23 @@ void Block::complete_if_full(uint32_t id) {
         }
     }
     const uint32_t waiting = barrier.waiting;
-    Clock seen = barrier.seen;
+    History history = barrier.history;
     // A barrier of all threads also waits for those that have exited.
     const bool of_all = !barrier.expected;
     barrier = Barrier{};
     advance();
     for (uint32_t q = 0; q < warps.size(); ++q)
-        if (waiting >> q & 1 || (of_all && warps[q]->done())) seen[q] = time;
+        if (waiting >> q & 1 || (of_all && warps[q]->done())) history.seen[q] = time;
     for (uint32_t q = 0; q < warps.size(); ++q) {
         if (!(waiting >> q & 1)) continue;
-        warps[q]->synchronize(seen);
+        warps[q]->synchronize(history);
         warps[q]->release(id);
     }
 }
 
 uint32_t Block::advance() {
-    // Records of shared memory have 25 bits for it.
-    if (++time >> 25) throw EmulatorError(launch.program.name + ": more synchronisations in a block than are counted");
+    // Records of shared memory have 23 bits for it.
+    if (++time >> 23) throw EmulatorError(launch.program.name + ": more synchronisations in a block than are counted");
     return time;
 }
 

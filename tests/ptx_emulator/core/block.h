@@ -9,6 +9,7 @@
 
 #include "counters.h"
 #include "memory.h"
+#include "memory_barrier.h"
 #include "program.h"
 #include "warp.h"
 
@@ -50,7 +51,7 @@ struct Barrier {
     uint32_t expected = 0;      // threads; 0: all that live
     uint32_t waiting = 0;       // warps with a fragment that waits
     uint32_t participants = 0;  // warps that arrived or wait
-    Clock seen{};               // what those who came had seen
+    History history;            // of those who came
     uint32_t votes = 0;         // threads whose predicate is true, for bar.red
     uint32_t voters = 0;
     struct Vote {
@@ -61,15 +62,22 @@ struct Barrier {
     std::vector<Vote> results;
 };
 
-// An mbarrier object, kept beside the bytes in shared memory that stand for it.
-struct MemoryBarrier {
-    uint32_t expected = 0;
-    int64_t pending = 0;  // arrivals, and bytes below
-    int64_t bytes = 0;
-    uint64_t phase = 0;
-    Clock arrived{};  // what those who arrived had seen
-    Clock completed{};
+// What wgmma under way reads of shared memory.
+struct MatrixRead {
+    uint64_t group;
+    std::vector<uint32_t> chunks;
 };
+
+// Four warps that multiply together.
+struct WarpGroup {
+    uint32_t arrived = 0;  // warps that wait for the others at a wgmma
+    uint32_t pc = 0;       // where
+    std::vector<MatrixRead> reads;
+    History over;  // the time, of the warps that waited first for products, of these waits
+};
+
+// Numbers above those of barriers, for warps that wait in a warpgroup.
+constexpr uint32_t kWarpGroupBarrier = 16;
 
 class Block {
 public:
@@ -96,13 +104,24 @@ public:
     SharedMemory shared;
     std::vector<std::unique_ptr<Warp>> warps;
     std::map<uint32_t, MemoryBarrier> memory_barriers;
+    std::array<WarpGroup, 8> warp_groups;
+    std::vector<std::pair<uint32_t, Delivery>>
+        deliveries;  // bulk copies under way, with the offsets of their mbarriers
     uint32_t time = 1;
     uint32_t advance();  // the time after a synchronisation
 
 private:
     void complete_if_full(uint32_t id);
     [[noreturn]] void deadlock();
+    [[noreturn]] void fail(const std::string& what);
+    void deliver();
+    void check_deliveries();
+    uint32_t choose(const std::vector<uint32_t>& runnable);
 
+    // Turns in which nothing but polling of mbarriers happened. Any warp that can do more gets a turn long before that.
+    static constexpr uint32_t kIdleTurns = 100'000;
+    uint32_t idle_turns_ = 0;
+    uint32_t turn_ = 0;  // without random order: the warp whose turn it is
     std::array<Barrier, 16> barriers_;
     BlockSet before_;
     bool unfenced_ = false;

@@ -191,6 +191,29 @@ void decode_nanosleep(Decoder&, const Statement&, Instruction& in) {
     in.handler = [](Warp& w, const Instruction&, uint32_t) { w.yield(); };
 }
 
+// Kernels run one after the other: nothing is left to wait for.
+void decode_griddepcontrol(Decoder&, const Statement& s, Instruction& in) {
+    Modifiers modifiers(s);
+    modifiers.take_any({"launch_dependents", "wait"});
+    modifiers.done();
+    in.handler = [](Warp&, const Instruction&, uint32_t) {};
+}
+
+// How many registers a thread has is ptxas's matter; here it has all.
+void decode_setmaxnreg(Decoder&, const Statement& s, Instruction& in) {
+    Modifiers modifiers(s);
+    modifiers.take_any({"inc", "dec"});
+    modifiers.take("sync");
+    modifiers.take("aligned");
+    modifiers.take_type();
+    modifiers.done();
+    const uint64_t registers = s.operands.at(0).bits;
+    if (registers < 24 || registers > 256 || registers % 8)
+        throw EmulatorError("registers of a thread: got " + std::to_string(registers) +
+                            ", wanted a multiple of 8 from 24 to 256");
+    in.handler = [](Warp& w, const Instruction&, uint32_t mask) { w.converge(mask, kAllLanes); };
+}
+
 void decode_bar(Decoder& decoder, const Statement& s, Instruction& in) {
     Modifiers modifiers(s);
     if (modifiers.take("warp")) {

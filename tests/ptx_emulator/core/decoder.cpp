@@ -377,7 +377,35 @@ bool Decoder::mentions(const Function& entry, const std::string& name) {
                        [&](const auto& each) { return !each.second.entry && in(each.second); });
 }
 
+// Numbers the registers of wgmma, and notes which instructions use them.
+void Decoder::guard_registers() {
+    if (program_.products.empty()) return;
+    std::unordered_map<uint32_t, uint32_t> ids;
+    const auto number = [&](Slot slot) { return ids.emplace(uint32_t{slot.offset}, ids.size()).first->second; };
+    for (MatrixProduct& product : program_.products) {
+        for (const Slot slot : product.sums) product.sum_ids.push_back(number(slot));
+        for (const Slot slot : product.a) product.a_ids.push_back(number(slot));
+    }
+    for (size_t known = 0; known < ids.size();) {
+        known = ids.size();
+        for (const Instruction& in : program_.code)
+            if (is_move(in) && (ids.count(in.slot[0].offset) || ids.count(in.slot[1].offset)))
+                number(in.slot[0]), number(in.slot[1]);
+    }
+    program_.guarded_registers = static_cast<uint32_t>(ids.size());
+    for (const Instruction& in : program_.code) {
+        program_.guards.push_back(static_cast<uint32_t>(program_.guarded.size()));
+        if (in.kind == InstructionClass::kControl) continue;  // whose slots may be others
+        for (const Slot slot : in.slot) {
+            const auto id = ids.find(slot.offset);
+            if (!slot.constant && id != ids.end()) program_.guarded.push_back(id->second);
+        }
+    }
+    program_.guards.push_back(static_cast<uint32_t>(program_.guarded.size()));
+}
+
 Program Decoder::decode(const Function& entry) {
+    allocate(8);  // no register has the offset 0, which unused slots have
     program_.name = entry.name;
     program_.max_threads = entry.max_threads;
     scopes_.emplace_back();
@@ -395,7 +423,10 @@ Program Decoder::decode(const Function& entry) {
     program_.static_shared_bytes = (program_.static_shared_bytes + 15) / 16 * 16;
     for (const BodyItem& item : entry.body)
         if (item.kind == BodyItem::Kind::kVariable && item.variable.space == Space::kShared) declare(item.variable);
-    program_.static_shared_bytes = (program_.static_shared_bytes + 15) / 16 * 16;
+    int64_t align = 16;
+    for (const auto& [name, variable] : symbols_.shared)
+        if (variable->bytes == 0 && mentions(entry, name)) align = std::max(align, variable->align);
+    reserve(program_.static_shared_bytes, 0, align);
     body(entry);
     // The end of the body is an exit too, and a label may stand there.
     program_.lines.push_back({0, "the end of the kernel"});
@@ -403,6 +434,7 @@ Program Decoder::decode(const Function& entry) {
     end.statement = static_cast<uint32_t>(program_.lines.size() - 1);
     program_.code.push_back(end);
     close_scope();
+    guard_registers();
     program_.local_bytes = (program_.local_bytes + 15) / 16 * 16;
     return std::move(program_);
 }

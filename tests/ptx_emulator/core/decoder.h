@@ -53,6 +53,8 @@ public:
     uint32_t branch_table(const std::string& label);
     Slot constant(uint64_t bits, int bytes);
     void call(const Statement& statement);
+    uint32_t add_product() { return program_.products.emplace_back(), program_.products.size() - 1; }
+    MatrixProduct& product(uint32_t index) { return program_.products[index]; }
     Slot scratch(int bytes) { return allocate(bytes); }
     const Statement& statement() const { return *statement_; }
 
@@ -87,6 +89,7 @@ private:
     Slot special(const std::string& name);
     uint64_t value_of(const Symbol& symbol, int64_t offset) { return symbol.value + static_cast<uint64_t>(offset); }
     uint32_t reserve(uint32_t& total, int64_t bytes, int64_t align);
+    void guard_registers();
     bool mentions(const Function& entry, const std::string& name);
 
     const Module& module_;

@@ -19,7 +19,17 @@ constexpr DeviceProfile kProfiles[] = {
 // Instructions that a block may run before others get their turn: enough for any block that does not wait for another.
 constexpr uint64_t kBlockTurn = uint64_t{1} << 20;
 
+int architecture_of(const std::string& target) {
+    const size_t digits = target.find('_');
+    return digits == std::string::npos ? 0 : std::atoi(target.c_str() + digits + 1);
+}
+
 }  // namespace
+
+bool runs_on(const std::string& target, const DeviceProfile& profile) {
+    const int card = 10 * profile.major + profile.minor, wanted = architecture_of(target);
+    return !target.empty() && target.back() == 'a' ? wanted == card : wanted <= card;
+}
 
 const DeviceProfile& profile_named(const std::string& name) {
     for (const DeviceProfile& profile : kProfiles)
@@ -86,10 +96,7 @@ std::vector<std::string> LoadedModule::kernels() const {
     return names;
 }
 
-int LoadedModule::architecture() const {
-    const size_t digits = module_.target.find('_');
-    return digits == std::string::npos ? 0 : std::atoi(module_.target.c_str() + digits + 1);
-}
+int LoadedModule::architecture() const { return architecture_of(module_.target); }
 
 std::pair<void*, size_t> LoadedModule::variable(const std::string& name) const {
     const auto address = symbols_.addresses.find(name);
@@ -134,9 +141,8 @@ void Device::check_launch(const LoadedModule& module, const Program& program, co
     if (static_cast<int64_t>(request.params.size()) != program.param_bytes)
         throw EmulatorError(program.name + ": bytes of parameters: got " + std::to_string(request.params.size()) +
                             ", wanted " + std::to_string(program.param_bytes));
-    if (module.architecture() > 10 * profile->major + profile->minor)
-        throw EmulatorError(program.name + ": the PTX is for sm_" + std::to_string(module.architecture()) +
-                            ", the device is " + profile->name);
+    if (!runs_on(module.target(), *profile))
+        throw EmulatorError(program.name + ": the PTX is for " + module.target() + ", the device is " + profile->name);
 }
 
 void Device::launch(LoadedModule& module, const std::string& kernel, const LaunchRequest& request) {

@@ -33,6 +33,9 @@ constexpr int kRegistersPerSm = 65536;
 const DeviceProfile& profile_named(const std::string& name);  // "sm_80"
 std::vector<std::string> profile_names();
 
+// PTX for sm_80 runs on this and later cards, that for sm_90a on sm_90 alone.
+bool runs_on(const std::string& target, const DeviceProfile& profile);
+
 // A module with its variables in place. Kernels are decoded when they are first wanted.
 class LoadedModule {
 public:
@@ -43,7 +46,8 @@ public:
 
     const Program& program(const std::string& kernel);
     std::vector<std::string> kernels() const;
-    int architecture() const;  // 80 for sm_80
+    const std::string& target() const { return module_.target; }  // "sm_80"
+    int architecture() const;                                     // 80
     // The address and size of a variable.
     std::pair<void*, size_t> variable(const std::string& name) const;
 

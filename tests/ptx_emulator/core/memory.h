@@ -10,7 +10,7 @@
 
 namespace ptx_emulator {
 
-enum class Hazard { kNone, kUninitialized, kRace, kLaneRace, kPending };
+enum class Hazard { kNone, kUninitialized, kRace, kLaneRace, kPending, kReadAsync, kUnfenced };
 
 constexpr int kShadowPage = 1024;
 

@@ -3,6 +3,7 @@
 #include <pybind11/stl.h>
 
 #include "device.h"
+#include "tensor_map.h"
 
 namespace py = pybind11;
 
@@ -59,6 +60,8 @@ py::dict record_of(const LaunchRecord& record) {
     out["cp_async"] = traffic(counters.cp_async);
     out["mma"] = counters.mma;
     out["instructions_per_mma"] = counters.mma ? static_cast<double>(warp_instructions) / counters.mma : 0.0;
+    out["wgmma"] = counters.wgmma;
+    out["bulk_copies"] = counters.bulk_copies;
     out["barriers"] = counters.barriers;
     out["shared_bytes"] = counters.shared_bytes;
     out["order_dependent_atomics"] = counters.order_dependent_atomics;
@@ -126,6 +129,13 @@ PYBIND11_MODULE(_ptx_emulator, m) {
         py::arg("seed") = 0, py::arg("max_instructions") = Checks{}.max_instructions);
     m.def("add_memory", [](uint64_t address, uint64_t bytes, const std::string& name, bool fresh) {
         Device::instance().global.add(reinterpret_cast<const void*>(address), bytes, name, fresh);
+    });
+    m.def("make_tensor_map", [](uint64_t address, int element_bytes, const std::vector<uint64_t>& sizes,
+                                const std::vector<uint64_t>& strides, const std::vector<uint32_t>& box, int swizzle) {
+        char bytes[kTensorMapBytes] = {};
+        const TensorMap map = make_tensor_map(address, element_bytes, sizes, strides, box, swizzle);
+        std::memcpy(bytes, &map, sizeof map);
+        return py::bytes(bytes, sizeof bytes);
     });
     m.def("remove_memory",
           [](uint64_t address) { Device::instance().global.remove(reinterpret_cast<const void*>(address)); });

@@ -1,9 +1,8 @@
 // mov, ld, st, addresses and fences.
 #include <chrono>
 
-#include "access.h"
+#include "async.h"
 #include "lanes.h"
-#include "opcodes.h"
 
 namespace ptx_emulator {
 namespace {
@@ -197,6 +196,8 @@ void nothing(Warp&, const Instruction&, uint32_t) {}
 
 }  // namespace
 
+bool is_move(const Instruction& in) { return in.handler == move<uint32_t> && !in.slot[1].constant; }
+
 void decode_mov(Decoder& decoder, const Statement& s, Instruction& in) {
     const Type type = only_type(s);
     const Operand &to = s.operands.at(0), &from = s.operands.at(1);
@@ -267,8 +268,23 @@ void decode_prefetch(Decoder&, const Statement&, Instruction& in) { in.handler =
 // fences, between a block's plain writes and the atomic that tells other blocks of them.
 void decode_fence(Decoder&, const Statement& s, Instruction& in) {
     Modifiers modifiers(s);
+    if (modifiers.take("mbarrier_init")) {
+        in.handler = [](Warp& w, const Instruction&, uint32_t) { announce_barriers(w, false); };
+        return;
+    }
+    // Of the other proxies none is modelled, and of global memory none.
+    const bool proxy = modifiers.take("proxy");
+    if (proxy && modifiers.take("async") && !modifiers.take("global")) {
+        in.handler = [](Warp& w, const Instruction&, uint32_t) {
+            History& history = w.history;
+            history.fenced = history.seen;
+            history.fenced[w.index] = w.block.advance();
+            announce_barriers(w, true);
+        };
+        return;
+    }
     const bool within_block = modifiers.take("cta");
-    if (within_block)
+    if (within_block || proxy)
         in.handler = nothing;
     else
         in.handler = [](Warp& w, const Instruction&, uint32_t) { w.block.fence(); };

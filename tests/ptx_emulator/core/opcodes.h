@@ -21,6 +21,7 @@ const Opcode* find_opcode(const std::string& name);
 Instruction branch_instruction();
 Instruction exit_instruction();
 bool is_return(const Instruction& in);
+bool is_move(const Instruction& in);  // of 32 bits, from register to register
 void make_branch(Instruction& in, uint32_t target);
 bool is_builtin_function(const Statement& call);  // printf, assert: no PTX of theirs exists
 

@@ -149,7 +149,7 @@ private:
         if (scan_.peek() == '(') function.params = parameters();
         while (scan_.peek() == '.') {
             const std::string directive = scan_.word();
-            if (directive == ".noreturn") continue;
+            if (directive == ".noreturn" || directive == ".explicitcluster") continue;
             if (directive == ".pragma") {
                 scan_.string();
                 continue;
@@ -157,6 +157,8 @@ private:
             int64_t product = 1;
             do product *= std::stoll(scan_.word());
             while (scan_.accept(','));
+            if (directive == ".reqnctapercluster" && product > 1)
+                scan_.fail("clusters of more than one block are not supported");
             if (directive == ".maxntid" || directive == ".reqntid") function.max_threads = product;
         }
         if (!scan_.accept(';')) body(&function.body);
@@ -275,6 +277,7 @@ private:
             if (base.kind == Operand::Kind::kName) result.name = base.name;
             result.offset = base.kind == Operand::Kind::kName ? base.offset : static_cast<int64_t>(base.bits);
             while (scan_.accept('+')) result.offset += static_cast<int64_t>(operand().bits);
+            if (scan_.accept(',')) result.parts.push_back(operand());  // coordinates
             scan_.expect(']');
             return result;
         }

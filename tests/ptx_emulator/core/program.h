@@ -80,11 +80,26 @@ struct SourceLine {
     std::string text;
 };
 
+// The operands of a wgmma. Registers have numbers of their own, see Program::guards; A has some or a descriptor.
+struct MatrixProduct {
+    uint32_t columns = 0;
+    bool bfloat16 = false, transpose_a = false, transpose_b = false, scale_negated = false;
+    float sign = 1;
+    std::vector<Slot> sums, a;
+    std::vector<uint32_t> sum_ids, a_ids;
+    Slot a_descriptor{0, 0}, b_descriptor{0, 0}, scale{0, 0};
+};
+
 struct Program {
     std::string name;
     std::vector<Instruction> code;
     std::vector<SourceLine> lines;
     std::vector<std::vector<uint32_t>> branch_tables;
+    std::vector<MatrixProduct> products;
+    // The registers of wgmma, and those that copies connect with them, by numbers: instruction i uses those in `guarded`
+    // from guards[i] to guards[i + 1], destinations first. Empty without wgmma.
+    std::vector<uint32_t> guards, guarded;
+    uint32_t guarded_registers = 0;
     std::vector<uint8_t> constants;
     std::vector<SpecialRegister> specials;
     std::vector<Variable> params;  // with their offsets in param_offsets

@@ -2,7 +2,7 @@
 
 #include <algorithm>
 
-#include "block.h"
+#include "async.h"
 
 namespace ptx_emulator {
 namespace {
@@ -51,7 +51,8 @@ Warp::Warp(Block& block, const Program& program, uint32_t index, uint32_t lanes)
             at<uint32_t>(special.slot)[lane] = special_value(special.name, block, index * kLanes + lane, lane, index);
     local.resize(size_t{program.local_bytes} * kLanes);
     local_written.resize(local.size());
-    seen.fill(1);
+    matrix.registers.resize(program.guarded_registers);
+    history.seen.fill(1);
     settled = 1;
     set_stop();
 }
@@ -59,9 +60,10 @@ Warp::Warp(Block& block, const Program& program, uint32_t index, uint32_t lanes)
 uint64_t Warp::run(uint64_t budget) {
     const Instruction* const code = program.code.data();
     Launch& launch = block.launch;
+    const uint32_t* const guards = program.guards.empty() ? nullptr : program.guards.data();
     uint64_t* const executed = launch.executed.data();
     uint64_t threads = 0, steps = 0;
-    yielded_ = false;
+    yielded_ = polled_ = false;
     interrupted_ = active == 0;
     try {
         while (steps < budget) {
@@ -76,12 +78,15 @@ uint64_t Warp::run(uint64_t budget) {
             threads += __builtin_popcount(mask);
             ++steps;
             ++pc;
-            if (mask) in.handler(*this, in, mask);
+            if (!mask) continue;
+            if (guards && guards[pc - 1] != guards[pc]) touch_registers(*this, pc - 1);
+            in.handler(*this, in, mask);
         }
     } catch (const Fault& fault) {
         rethrow(fault);
     }
     launch.counters.thread_instructions += threads;
+    since_vain_ = polled_ ? 0 : since_vain_ + steps;
     return steps;
 }
 
@@ -158,6 +163,8 @@ void Warp::branch(uint32_t mask, uint32_t target) {
 }
 
 void Warp::exit(uint32_t mask) {
+    if (!bulk_stores.empty()) end_bulk_stores(*this, mask);
+    if (matrix.last > matrix.done) throw Fault{"exit with a wgmma that no wgmma.wait_group has covered"};
     live &= ~mask;
     active &= ~mask;
     if (!active) interrupted_ = true;
@@ -190,33 +197,39 @@ void Warp::release(uint32_t barrier) {
 }
 
 SharedAccess Warp::shared_access(bool strong, int lane) const {
-    return {index, lane, block.time, epoch, settled, &seen, strong};
+    return {index, lane, block.time, epoch, settled, &history, strong};
 }
 
 void Warp::synchronize_lanes() { ++epoch; }
 
-void Warp::synchronize(const Clock& joined) {
+void Warp::synchronize(const History& joined) {
+    history.join(joined);
     settled = 0xFFFFFFFF;
-    for (uint32_t q = 0; q < 32; ++q) {
-        seen[q] = std::max(seen[q], joined[q]);
-        if (q != index && q < block.warps.size()) settled = std::min(settled, seen[q]);
-    }
+    for (uint32_t q = 0; q < block.warps.size(); ++q)
+        if (q != index) settled = std::min(settled, history.seen[q]);
     if (block.warps.size() == 1) settled = block.time;
     ++epoch;
 }
 
 std::string Warp::where() const {
     std::string text;
-    for (const Fragment& fragment : fragments_) {
-        const bool barrier = fragment.state == Fragment::State::kAtBarrier;
-        const uint32_t pc = barrier ? fragment.pc - 1 : fragment.pc;
+    const auto add = [&](uint32_t pc, uint32_t mask, const std::string& what) {
         const SourceLine& line = program.lines[program.code[pc].statement];
         char lanes[16];
-        std::snprintf(lanes, sizeof lanes, "0x%08x", fragment.lanes);
+        std::snprintf(lanes, sizeof lanes, "0x%08x", mask);
         text += "\n  warp " + std::to_string(index) + ", lanes " + lanes + ", PTX line " + std::to_string(line.line) +
-                " '" + line.text + "': " +
-                (barrier ? "waits at barrier " + std::to_string(fragment.barrier)
-                         : "waits for lanes of its warp that do not come");
+                " '" + line.text + "': " + what;
+    };
+    if (active) add(pc, active, "polls an mbarrier");
+    for (const Fragment& fragment : fragments_) {
+        if (fragment.state == Fragment::State::kAtBarrier)
+            add(fragment.pc - 1, fragment.lanes,
+                fragment.barrier < kWarpGroupBarrier ? "waits at barrier " + std::to_string(fragment.barrier)
+                                                     : "waits for the other warps of its warpgroup");
+        else if (fragment.state == Fragment::State::kConverging)
+            add(fragment.pc, fragment.lanes, "waits for lanes of its warp that do not come");
+        else
+            add(fragment.pc, fragment.lanes, "polls an mbarrier");
     }
     return text;
 }

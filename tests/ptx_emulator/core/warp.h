@@ -39,6 +39,38 @@ struct AsyncCopy {
     std::array<uint8_t, 16> value;
 };
 
+// A row of a tile in global memory, and where it lies in the tile.
+struct GlobalPart {
+    uint64_t address;
+    uint32_t begin, bytes;
+};
+
+// A bulk copy from shared memory.
+struct BulkStore {
+    int lane;
+    uint64_t group;  // of its lane
+    bool read;       // whether a wait has covered its reads
+    std::vector<uint32_t> chunks;
+    std::vector<uint8_t> bytes;
+    std::vector<GlobalPart> parts;
+};
+
+// A register that wgmma uses, in one warp.
+struct MatrixRegister {
+    uint64_t group = 0;    // of the last wgmma that used it
+    uint64_t touched = 0;  // the number of fences before the last other instruction that used it
+    uint32_t shape = 0;    // the columns of which it is a sum; 0: a part of A
+};
+
+// Groups of wgmma count from 1.
+struct MatrixState {
+    std::vector<MatrixRegister> registers;
+    uint64_t open = 1;  // the group that the next commit closes
+    uint64_t last = 0;  // of the last wgmma
+    uint64_t done = 0;  // groups that waits have covered
+    uint64_t fences = 0;
+};
+
 class Warp {
 public:
     Warp(Block& block, const Program& program, uint32_t index, uint32_t lanes);
@@ -62,10 +94,14 @@ public:
     void wait_at_barrier(uint32_t mask, uint32_t barrier);
     void release(uint32_t barrier);
     void yield() { interrupted_ = true, yielded_ = true; }
+    // The same for who polls an mbarrier in vain.
+    void wait_in_vain() { yield(), polled_ = true; }
+    bool idles() const { return since_vain_ < kIdle; }
+    bool yielded() const { return yielded_; }
 
     SharedAccess shared_access(bool strong, int lane) const;
-    void synchronize_lanes();               // __syncwarp and what implies it
-    void synchronize(const Clock& joined);  // the warp has now seen what `joined` says
+    void synchronize_lanes();                 // __syncwarp and what implies it
+    void synchronize(const History& joined);  // that comes before from now on
 
     std::string where() const;  // what its fragments wait for
 
@@ -80,7 +116,10 @@ public:
     std::vector<uint8_t> local_written;
     std::vector<AsyncCopy> copies;
     std::array<uint64_t, kLanes> copy_group{};  // committed groups of each lane
-    Clock seen{};
+    std::vector<BulkStore> bulk_stores;
+    MatrixState matrix;
+    std::array<uint64_t, kLanes> bulk_group{};
+    History history;
     uint32_t settled = 0;
     uint32_t epoch = 1;  // advanced when the lanes synchronise with each other
 
@@ -94,7 +133,10 @@ private:
     std::vector<Fragment> fragments_;  // without the running one
     uint32_t stop_ = 0;                // where the running fragment meets another
     uint32_t schedules_ = 0;
-    bool interrupted_ = false, yielded_ = false;
+    // Instructions since an mbarrier was polled in vain: few of them do nothing but poll it again.
+    static constexpr uint64_t kIdle = 64;
+    uint64_t since_vain_ = kIdle;
+    bool interrupted_ = false, yielded_ = false, polled_ = false;
 };
 
 }  // namespace ptx_emulator

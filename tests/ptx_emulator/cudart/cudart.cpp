@@ -91,9 +91,11 @@ cudaError_t refuse(const char* function) {
 LoadedModule& FatBinary::module() {
     const DeviceProfile& profile = *Device::instance().profile;
     auto newest = ptx.upper_bound(10 * profile.major + profile.minor);
-    if (newest == ptx.begin())
-        throw EmulatorError(std::string("the binary has no PTX that ") + profile.name + " can run");
-    --newest;
+    do {
+        if (newest == ptx.begin())
+            throw EmulatorError(std::string("the binary has no PTX that ") + profile.name + " can run");
+        --newest;
+    } while (!runs_on(target_of(newest->second), profile));
     std::shared_ptr<LoadedModule>& module = loaded[newest->first];
     if (!module) module = Device::instance().load(newest->second);
     return *module;
@@ -179,7 +181,15 @@ cudaError_t cudaLaunchKernel(const void* host, dim3 grid, dim3 block, void** arg
 
 cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* config, const void* host, void** arguments) {
     return answer(
-        __func__, [&] { launch(host, config->gridDim, config->blockDim, arguments, config->dynamicSmemBytes); },
+        __func__,
+        [&] {
+            for (unsigned i = 0; i < config->numAttrs; ++i) {
+                const auto& cluster = config->attrs[i].val.clusterDim;
+                if (config->attrs[i].id == cudaLaunchAttributeClusterDimension && cluster.x * cluster.y * cluster.z > 1)
+                    throw EmulatorError("clusters of more than one block are not supported");
+            }
+            launch(host, config->gridDim, config->blockDim, arguments, config->dynamicSmemBytes);
+        },
         cudaErrorLaunchFailure);
 }
 

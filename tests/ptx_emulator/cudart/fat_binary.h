@@ -35,6 +35,12 @@ struct FatBinaryEntry {
 constexpr uint32_t kFatBinaryMagic = 0xBA55ED50;
 constexpr uint16_t kPtxKind = 1;
 
+// "sm_90a", of PTX.
+inline std::string target_of(const std::string& ptx) {
+    const size_t begin = ptx.find("sm_", ptx.find("\n.target"));
+    return begin == std::string::npos ? "" : ptx.substr(begin, ptx.find_first_of(", \n\r", begin) - begin);
+}
+
 // Architecture (80 for compute_80) to PTX.
 inline std::map<int, std::string> ptx_of(const FatBinaryWrapper& wrapper) {
     std::map<int, std::string> found;

@@ -23,8 +23,8 @@ namespace peft_kernels {
 namespace PEFT_KERNELS_ISA {
 namespace {
 
-// 6 x 4 accumulators of 32 registers with AVX-512 and NEON, 6 x 2 of 16 elsewhere. A group of 4 x 16 outputs is as wide as a
-// block of NF4, which is then decoded with one table.
+// 6 x 4 accumulators of 32 registers with AVX-512 and NEON, 6 x 2 of 16 elsewhere. With AVX-512 a group of 4 x 16
+// outputs is as wide as a block of NF4, which is then decoded with one table.
 constexpr int kTileRows = 6;
 constexpr int kTileStrips = kRegisters == 32 ? 4 : 2;
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from .ops import rms_norm
+from .ops.rms_norm import rms_norm
 
 __all__ = ["RMSNorm"]
 

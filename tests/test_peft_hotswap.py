@@ -52,6 +52,7 @@ def llama_model(kind, config, folder=None):
 def without_recompiling():
     """Compiled functions that may not break the graph, and are not compiled once more."""
     torch.compiler.reset()
+    torch._dynamo.utils.counters.clear()  # of what other tests have compiled
     with torch._dynamo.config.patch(error_on_recompile=True):
         yield lambda model, backend="aot_eager": torch.compile(model, backend=backend, fullgraph=True)
     assert not torch._dynamo.utils.counters["graph_break"]

@@ -31,6 +31,7 @@ def readme(model: PreTrainedModel, inputs: dict[str, Tensor]) -> None:
     print(trained)
     peft_kernels.optimize(model, logits=False)
     peft_kernels.restore(model)
+    assert_type(peft_kernels.layers.RMSNorm().forward(inputs["hidden_states"]), Tensor)
     assert_type("lora" in peft_kernels.FAMILIES, bool)
 
     assert_type(peft_kernels.insert_adapters(model, "pfeiffer", bottleneck=48, name="news"), AdapterReport)

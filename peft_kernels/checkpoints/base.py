@@ -66,6 +66,11 @@ class Stored:
     dtype: torch.dtype
     state: dict[str, Any] | None = None
 
+    @property
+    def is_nested(self) -> bool:
+        """Whether a quantised weight's absmax are quantised, too."""
+        return f"{self.name}.nested_absmax" in self.files
+
     def parts(self) -> dict[str, Tensor]:
         """The stored tensors, under their names."""
         read = {}

@@ -9,10 +9,11 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from ..ops._sums import Differences, square
 
 _PANEL = 1 << 21  # elements that are computed at a time
 
@@ -64,27 +65,18 @@ def changed(tensor: Tensor, change: Change, dtype: torch.dtype) -> Tensor:
     return result
 
 
-class Differences(NamedTuple):
-    """Frobenius norms: of the sum, of the change, and of the sum less what it was stored as."""
-
-    whole: float
-    change: float
-    lost: float
-
-
 @torch.no_grad()
 def differences(tensor: Tensor, change: Change, stored: Tensor) -> Differences:
     """Between the tensor with its change and what this was stored as, in a dtype of its own."""
     squares = [0.0, 0.0, 0.0]
+    memory: Tensor | None = None  # of all panels: to get new pages for each takes longer than everything else
     for expert, rows, total in _sums(tensor, change):
-        squares[0] += _square(total)
+        squares[0] += square(total)
+        memory = torch.empty_like(total) if memory is None else memory
         for i, other in enumerate((tensor, stored), 1):
-            squares[i] += _square(total - _matrix(other if expert is None else other[expert])[rows])
+            own = _matrix(other if expert is None else other[expert])[rows]
+            squares[i] += square(torch.sub(total, own, out=memory[: len(total)]))
     return Differences(*map(math.sqrt, squares))
-
-
-def _square(values: Tensor) -> float:
-    return float(torch.linalg.vector_norm(values)) ** 2
 
 
 def _sums(tensor: Tensor, change: Change) -> Iterator[tuple[int | None, slice, Tensor]]:

@@ -19,11 +19,12 @@ from safetensors import safe_open
 from torch import Tensor
 
 from ..ops._arguments import FLOAT_DTYPES, check_flag, check_size, dtype_name, is_number, refuse
+from ..ops._svd import low_rank_factors
 from ..ops.nf4 import quantize_4bit
 from .adapters import changes_of, digest, read_adapters
 from .base import CONFIG, INDEX, SINGLE, BaseCheckpoint, Stored, read_base
 from .changes import Change, changed
-from .four_bits import MergedWeight, correction_of, measured, values_of
+from .four_bits import MergedWeight, factors_of, measured, values_of
 from .staging import Staging, check_destination
 from .structure import Structure, is_kept
 
@@ -256,9 +257,8 @@ def _as_base(settings: _Settings, checkpoint: BaseCheckpoint) -> _Settings:
     """With the format of the base's 4-bit weights, which have one, or dense where there are none."""
     for tensor in checkpoint.tensors.values():
         if tensor.state is not None:
-            is_nested = any(name.endswith(".nested_absmax") for name in tensor.files)
             kind, blocksize = tensor.state["quant_type"], tensor.state["blocksize"]
-            return replace(settings, quantize=kind, blocksize=blocksize, double_quant=is_nested)
+            return replace(settings, quantize=kind, blocksize=blocksize, double_quant=tensor.is_nested)
     return replace(settings, quantize=None)
 
 
@@ -380,14 +380,16 @@ def _in_4_bits(
     change, turns = item.change, item.is_conv1d and item.source.state is None
     correction, state = None, None
     if change is not None and settings.correction:
-        a, b, is_all = correction_of(before, change, settings.correction)
-        a, b = (b.T, a.T) if turns else (a, b)
-        correction = a.to(item.dtype).contiguous(), b.to(item.dtype).contiguous()
-        if is_all and _is_kept_as_it_is(item, settings):
+        factors = factors_of(change, settings.correction)
+        if factors is not None and _is_kept_as_it_is(item, settings):
             state = item.source.quantized()
         else:
-            rest = changed(before, change, torch.float32)
-            rest = (rest.T if turns else rest) - correction[1].float() @ correction[0].float()
+            values = changed(before, change, torch.float32)
+            factors = factors or low_rank_factors(values - before.float(), settings.correction)
+        a, b = (factors[1].T, factors[0].T) if turns else factors
+        correction = a.to(item.dtype).contiguous(), b.to(item.dtype).contiguous()
+        if state is None:
+            rest = (values.T if turns else values) - correction[1].float() @ correction[0].float()
             values = rest.to(item.dtype)
     elif turns:
         values = values.T
@@ -416,8 +418,8 @@ def _is_kept_as_it_is(item: _Item, settings: _Settings) -> bool:
     if state is None:
         return not item.quantizes and item.dtype is item.source.dtype
     same = (state.get("quant_type"), state.get("blocksize")) == (settings.quantize, settings.blocksize)
-    is_nested = any(name.endswith(".nested_absmax") for name in item.source.files)
-    return item.quantizes and same and is_nested is settings.double_quant and item.dtype is item.source.dtype
+    same_statistics = item.source.is_nested is settings.double_quant
+    return item.quantizes and same and same_statistics and item.dtype is item.source.dtype
 
 
 # ---- The rest of the folder -----------------------------------------------------------------------------------------

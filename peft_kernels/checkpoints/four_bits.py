@@ -8,9 +8,8 @@ import torch
 from torch import Tensor
 
 from ..ops._sums import share
-from ..ops._svd import low_rank_factors
 from ..ops.nf4 import NF4Weight
-from .changes import Change, changed, differences
+from .changes import Change, differences
 
 
 @dataclass(frozen=True)
@@ -38,17 +37,15 @@ def measured(name: str, form: str, rank: int, before: Tensor, change: Change, st
     return MergedWeight(name, form, rank, share(found.lost, found.whole), share(found.lost, found.change))
 
 
-def correction_of(before: Tensor, change: Change, rank: int) -> tuple[Tensor, Tensor, bool]:
-    """Factors [r, columns] and [rows, r] in fp32 of the change's best approximation of a rank, and whether they are all
-    of it."""
+def factors_of(change: Change, rank: int) -> tuple[Tensor, Tensor] | None:
+    """Factors [r, columns] and [rows, r] in fp32 of all of the change, if it is a product of no more than this rank."""
     products = change.products.get(None, [])
     is_sum = change.replaced is None and not (change.added or change.scales)
     if is_sum and all(one.magnitude is None for one in products) and sum(len(one.right) for one in products) <= rank:
         right = torch.cat([one.right.double() for one in products])
         left = torch.cat([one.left.double() * (one.scaling * one.weight) for one in products], dim=1)
-        return right.float(), left.float(), True
-    a, b = low_rank_factors(changed(before, change, torch.float32) - before.float(), rank)
-    return a, b, False
+        return right.float(), left.float()
+    return None
 
 
 def values_of(state: NF4Weight, correction: tuple[Tensor, Tensor] | None) -> Tensor:

@@ -99,14 +99,14 @@ def differences(
     """
     whole = lost = 0.0
     for (_, panel), (_, got) in zip(panels(weight, terms), panels(stored, stored_terms), strict=True):
-        whole += _square(panel)
-        lost += _square(got.sub_(panel))
+        whole += square(panel)
+        lost += square(got.sub_(panel))
     changing = terms[len(unchanged) :]
     if all(term.factor is None for term in changing):
         change = _square_of_products(changing)
     else:
         pairs = zip(panels(weight, unchanged), panels(weight, terms), strict=True)
-        change = sum(_square(after.sub_(before)) for (_, before), (_, after) in pairs)
+        change = sum(square(after.sub_(before)) for (_, before), (_, after) in pairs)
     return Differences(*map(math.sqrt, (whole, change, lost)))
 
 
@@ -115,7 +115,8 @@ def share(part: float, whole: float) -> float:
     return part / whole if whole else (0.0 if part == 0 else math.inf)
 
 
-def _square(values: Tensor) -> float:
+def square(values: Tensor) -> float:
+    """Of the Frobenius norm."""
     return float(torch.linalg.vector_norm(values)) ** 2
 
 

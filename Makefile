@@ -107,7 +107,7 @@ test-amx: $(INSTALLED)  ## run the tests of the kernels for AMX on a processor t
 # A test takes it many times as long as this processor, so that the products of a few shapes are all that is tested unless
 # ARGS name more: make test-arm ARGS="tests/test_attention.py -k neon".
 test-arm: ARGS := tests/test_nf4.py tests/test_philox.py tests/test_adapter.py tests/test_lora_linear.py tests/test_attention.py \
-    -m "not slow" -k "neon and (dequantize_equals or forward_mask or shapes or few_rows or weights)"
+    -m "not slow" -k "neon and (rounds_twice or forward_mask or few_rows or test_weights or m300 or m33 or m2- or b4-)"
 test-arm: $(INSTALLED)  ## run tests of the kernels for ARM64 under QEMU, which needs Debian's packages
 	tests/aarch64/run $(ARM) $(ARGS)
 

@@ -94,8 +94,9 @@ struct VectorProduct {
                 const Bf16Vector row = load_bf16(rows + k * stride + column, outputs - column);
                 return bits ? keep_where(row, bits + k * bits_stride, column) : row;
             };
-            // The usual operand, of which no vector has to be asked whether it is a whole one.
-            if (outputs == kRightOutputs && depth == padded_depth(depth) && !bits) {
+            // The usual operand, of which no vector has to be asked whether it is a whole one, if it is one group.
+            constexpr bool kIsGroup = kRightOutputs == kTileStrips * kLanes;
+            if (kIsGroup && outputs == kRightOutputs && depth == padded_depth(depth) && !bits) {
                 uint32_t* to = step_at(0, 0);
                 for (int64_t k = 0; k < depth; k += 2, rows += 2 * stride)
                     for (int64_t column = 0; column < kRightOutputs; column += 2 * kLanes, to += 2 * kLanes) {

@@ -13,6 +13,7 @@
 // operands are read again by every CTA that needs them, out of the L2.
 #pragma once
 
+#include "common/cuda/vectors.cuh"
 #include "lora/cuda/tile.cuh"
 
 namespace peft_kernels::cuda {
@@ -310,37 +311,6 @@ struct ExpandTraits {
     using ColumnFactor = SplitTile<kExpandColumns, kRanks / 2>;  // B or Aᵀ
     static constexpr int kSharedBytes = RowFactor::kBytes + ColumnFactor::kBytes;
 };
-
-// Loads a vector of 16 bytes as floats from a row that has `columns` elements; zeros past its end.
-template <class T>
-__device__ inline void load_vector(const ConstMatrix& matrix, int64_t row, int64_t column, int64_t columns,
-                                   float (&values)[16 / sizeof(T)]) {
-    constexpr int kVector = 16 / sizeof(T);
-    const T* const source = static_cast<const T*>(matrix.data) + row * matrix.stride + column;
-    alignas(16) T elements[kVector];
-    if (column + kVector <= columns && reinterpret_cast<uint64_t>(source) % 16 == 0) {
-        *reinterpret_cast<uint4*>(elements) = *reinterpret_cast<const uint4*>(source);
-    } else {
-#pragma unroll
-        for (int j = 0; j < kVector; ++j) elements[j] = column + j < columns ? source[j] : T(0.0f);
-    }
-#pragma unroll
-    for (int j = 0; j < kVector; ++j) values[j] = widen(elements[j]);
-}
-
-template <class T>
-__device__ inline void store_vector(const float (&values)[16 / sizeof(T)], const Matrix& matrix, int64_t row,
-                                    int64_t column, int64_t columns) {
-    constexpr int kVector = 16 / sizeof(T);
-    T* const target = static_cast<T*>(matrix.data) + row * matrix.stride + column;
-    if (column + kVector <= columns && reinterpret_cast<uint64_t>(target) % 16 == 0) {
-        store_global16(target, narrow(values, T{}));
-    } else {
-#pragma unroll
-        for (int j = 0; j < kVector; ++j)
-            if (column + j < columns) narrow(values[j], target[j]);
-    }
-}
 
 // Stages what s, or ds, of the ranks from `first` on is multiplied with: B · scaling, or transposed A.
 template <class ColumnFactor>

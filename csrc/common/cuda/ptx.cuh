@@ -122,6 +122,9 @@ __device__ inline void wait_for_copies() {
 
 // ---- global memory ------------------------------------------------------------------------------------------------
 
+// Brings the line of an address to the L2.
+__device__ inline void prefetch_to_l2(const void* address) { asm volatile("prefetch.global.L2 [%0];" ::"l"(address)); }
+
 // One store: beside a branch that stores element by element the compiler would break up a vector's.
 __device__ inline void store_global8(float* target, float first, float second) {
     asm volatile("st.global.v2.f32 [%0], {%1, %2};" ::"l"(target), "f"(first), "f"(second) : "memory");

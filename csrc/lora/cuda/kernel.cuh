@@ -13,6 +13,7 @@
 // operands are read again by every CTA that needs them, out of the L2.
 #pragma once
 
+#include "common/cuda/sum_parts.cuh"
 #include "lora/cuda/tile.cuh"
 
 namespace peft_kernels::cuda {
@@ -113,36 +114,6 @@ template <class T>
 __device__ inline float2 load_across(const ConstMatrix& b, int64_t row, int64_t rows, int64_t column) {
     return {row < rows ? load_element(b, row, column) : 0,
             row + kPairDistance<T> < rows ? load_element(b, row + kPairDistance<T>, column) : 0};
-}
-
-// sums[i] = Σ load(i, source) over the parts, in their order; `source` is element first + i * turn of a part. 8 pairs
-// are under way at once: one after the other, a CTA would wait for the L2 up to 128 times before its first product.
-template <int kCount, class Load>
-__device__ inline void sum_parts(float2 (&sums)[kCount], const Parts& s, int64_t first, int64_t turn,
-                                 const Load& load) {
-    constexpr int kParts = 8 / kCount;
-#pragma unroll
-    for (int i = 0; i < kCount; ++i) sums[i] = {0, 0};
-#pragma unroll 1
-    for (int left = s.splits; left > 0; left -= kParts) {
-        float2 values[kParts][kCount];
-#pragma unroll
-        for (int part = 0; part < kParts; ++part, first += s.stride) {
-            int64_t offset = first;
-#pragma unroll
-            for (int i = 0; i < kCount; ++i, offset += turn) {
-                keep(offset);  // else each has registers of its own, in all of the kernel
-                values[part][i] = part < left ? load(i, s.data + offset) : float2{0, 0};
-            }
-        }
-#pragma unroll
-        for (int part = 0; part < kParts; ++part)
-#pragma unroll
-            for (int i = 0; i < kCount; ++i) {
-                sums[i].x += values[part][i].x;
-                sums[i].y += values[part][i].y;
-            }
-    }
 }
 
 // What a thread stores of a RowFactor: ranks `group` and following of s or ds, at pairs of neighbouring rows of the

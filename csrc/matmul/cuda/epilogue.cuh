@@ -35,13 +35,13 @@ struct WeightTerm {
                           const ManyRowsPlace& place)
         : params(params),
           term(term),
-          s(static_cast<const float*>(params.operands.s.data) + place.first_m * params.operands.s.stride + column),
+          s(params.operands.s.data + place.first_m * params.operands.total_rank + column),
           first_output(place.first_output),
           rows(static_cast<int>(min(place.end_m - place.first_m, int64_t{INT32_MAX}))),
           outputs(static_cast<int>(params.outputs - place.first_output)) {}
 
     __device__ int parts() const { return 1; }
-    __device__ float s_at(int, int row, int64_t rank) const { return s[row * params.operands.s.stride + rank]; }
+    __device__ float s_at(int, int row, int64_t rank) const { return s[row * params.operands.total_rank + rank]; }
     __device__ void keep(int, int64_t, float) const {}
     __device__ uint32_t factor_bits(int output, int64_t rank) const {
         return kTransposed ? load_bits(term.factor, rank, first_output + output)

@@ -16,6 +16,7 @@
 #pragma once
 
 #include "common/cuda/nf4_decode.cuh"
+#include "common/cuda/sum_parts.cuh"
 #include "matmul/cuda/kernel_plan.h"
 #include "matmul/cuda/operands.cuh"
 
@@ -31,9 +32,9 @@ struct FewRowsTraits {
     static constexpr int kTokenTiles = kTokens / 8, kRowTiles = kRows / 16;
     static constexpr int kLaneRows = 2 * kRowTiles;  // rows of which a lane decodes a block
     static constexpr int kQuads = (kRows * kTokens / 4 + kThreads - 1) / kThreads;  // of outputs, of a thread
-    static constexpr int kSpan = 4 * kWarps;            // chunks whose absmax lies in shared memory
-    static constexpr int kAbsmaxPitch = 4 * kSpan + 4;  // 8 rows of 4 blocks are in 32 banks
-    static constexpr int kRankStep = 16, kFactorPitch = kRows + 2, kTokenPitch = kRankStep + 1;
+    static constexpr int kSpan = 4 * kWarps;                     // chunks whose absmax lies in shared memory
+    static constexpr int kAbsmaxPitch = 4 * kSpan + 4;           // 8 rows of 4 blocks are in 32 banks
+    static constexpr int kPairsAtOnce = kTokens == 8 ? 16 : 32;  // of s: as many as there are free registers
 
     // Rows of the partial sums: writes of a fragment and reads of 32 neighbours are without conflicts.
     static constexpr int kSumPitch = kRows + 4;
@@ -49,8 +50,7 @@ struct FewRowsTraits {
             float sums[kWarps][kTokens * kSumPitch];
         };
         float nested_code[256];
-        float factor[kRankStep * kFactorPitch];
-        float s[kTokens * kTokenPitch];
+        float4 outputs[kRows * kTokens / 4];  // what is added to the product, each thread's in places of its own
         alignas(16) float absmax[kRows * kAbsmaxPitch];
     };
 
@@ -318,54 +318,108 @@ private:
     StoredFour fours_[kPasses];
 };
 
-// Ranks `rank` and following of a term to shared memory; lanes run along the ranks. All loads come before any use.
+// Of lora_B, which comes from DRAM, the rows of this CTA are brought to the L2 while it multiplies.
 template <class Traits>
-__device__ void stage_ranks(const FusedMatmulKernelParams& params, typename Traits::Shared& shared,
-                            const LoraTerm& term, int64_t s_column, int64_t rank, int64_t first_row) {
-    constexpr int kStep = Traits::kRankStep, kRowsAtOnce = Traits::kThreads / kStep;
-    constexpr int kRowPasses = (Traits::kRows + kRowsAtOnce - 1) / kRowsAtOnce;
-    constexpr int kTokenPasses = (Traits::kTokens + kRowsAtOnce - 1) / kRowsAtOnce;
-    const int r = threadIdx.x % kStep, first = threadIdx.x / kStep;
-    const bool inside = rank + r < term.rank;
-    uint32_t factor[kRowPasses] = {}, s[kTokenPasses] = {};
-#pragma unroll
-    for (int pass = 0; pass < kRowPasses; ++pass) {
-        const int64_t row = first_row + first + pass * kRowsAtOnce;
-        if (inside && row < params.outputs) factor[pass] = load_bits(term.factor, row, rank + r);
-    }
-#pragma unroll
-    for (int pass = 0; pass < kTokenPasses; ++pass) {
-        const int token = first + pass * kRowsAtOnce;
-        if (inside && token < params.operands.m) s[pass] = load_bits(params.operands.s, token, s_column + rank + r);
-    }
-#pragma unroll
-    for (int pass = 0; pass < kRowPasses; ++pass) {
-        const int row = first + pass * kRowsAtOnce;
-        if (row < Traits::kRows)
-            shared.factor[r * Traits::kFactorPitch + row] = widen_bits(factor[pass], term.factor.dtype);
-    }
-#pragma unroll
-    for (int pass = 0; pass < kTokenPasses; ++pass) {
-        const int token = first + pass * kRowsAtOnce;
-        if (token < Traits::kTokens)
-            shared.s[token * Traits::kTokenPitch + r] = term.scaling * widen_bits(s[pass], params.operands.s.dtype);
+__device__ void prefetch_factors(const FusedMatmulKernelParams& params, int64_t first_row, int rows) {
+    constexpr int kLine = 128;
+    const int row = threadIdx.x % Traits::kRows;
+    if (row >= rows) return;
+    for (int term = 0; term < params.operands.num_terms; ++term) {
+        const ConstMatrix& factor = params.operands.terms[term].factor;
+        const int64_t size = bytes_of(factor.dtype), bytes = params.operands.terms[term].rank * size;
+        const char* const from = static_cast<const char*>(factor.data) + (first_row + row) * factor.stride * size;
+        for (int64_t at = threadIdx.x / Traits::kRows * kLine; at < bytes + kLine - 1;
+             at += Traits::kThreads / Traits::kRows * kLine)
+            prefetch_to_l2(from + min(at, bytes - 1));
     }
 }
 
+// Adds the terms to a warp's sums. The warps share the ranks, eight at a time, as they share the reduction, so that no
+// barrier is needed and all that a warp reads is under way together. Two neighbouring ranks are a lane's.
+//
+// s is added up from the parts that the shrink left: a CTA reads 4 m splits Σ rankᵢ bytes of it out of the L2, which at
+// m = 8, rank 16 and 16 splits is 8 KB beside its 32 KB of codes at K = 4096. The first CTA writes it for the backward.
+//
+// Sums are as exact as fp32's: factors are split into two numbers of tf32, which hold 22 bits together, and what the
+// second ones give is summed apart. Where a sum is infinite that is infinity minus infinity, and is left out.
 template <class Traits>
-__device__ void add_ranks(const typename Traits::Shared& shared, float4 (&outputs)[Traits::kQuads], int ranks) {
+__device__ void add_terms(const FusedMatmulKernelParams& params, int64_t first_row,
+                          float (&sums)[Traits::kRowTiles][Traits::kTokenTiles][4]) {
+    const FusedMatmulParams& operands = params.operands;
+    int thread = threadIdx.x;
+    keep(thread);  // the main loop need not keep what is made of it
+    const int lane = thread % 32, m = static_cast<int>(operands.m);
+    const int64_t row = first_row + lane / 4;
+    float rest[Traits::kRowTiles][Traits::kTokenTiles][4] = {};
+    int eight = thread / 32;
+    int64_t column = 0;
+    for (int i = 0; i < operands.num_terms; ++i) {
+        const LoraTerm& term = operands.terms[i];
+        for (; 8 * eight < term.rank; eight += Traits::kWarps) {
+            const int64_t rank = 8 * eight + lane % 4 * 2;
+            uint32_t bits[Traits::kRowTiles][4];  // in the order of the left operand: two rows, then the second rank's
 #pragma unroll
-    for (int i = 0; i < Traits::kQuads; ++i) {
-        const int token = Traits::output_token(i);
-        if (token >= Traits::kTokens) break;
-        for (int r = 0; r < ranks; ++r) {
-            const float s = shared.s[token * Traits::kTokenPitch + r];
-            const float2* const factor =
-                reinterpret_cast<const float2*>(&shared.factor[r * Traits::kFactorPitch + Traits::output_row()]);
-            outputs[i].x += s * factor[0].x, outputs[i].y += s * factor[0].y;
-            outputs[i].z += s * factor[1].x, outputs[i].w += s * factor[1].y;
+            for (int tile = 0; tile < Traits::kRowTiles; ++tile)
+#pragma unroll
+                for (int j = 0; j < 4; ++j) {
+                    const int64_t at = row + 16 * tile + j % 2 * 8;
+                    const bool exists = at < params.outputs && rank + j / 2 < term.rank;
+                    bits[tile][j] = exists ? load_bits(term.factor, at, rank + j / 2) : 0;
+                }
+
+            float2 s[Traits::kTokenTiles];
+            const int64_t first = lane / 4 * operands.total_rank + column + rank;
+            const int ranks = static_cast<int>(min(term.rank - rank, int64_t{2}));
+            const bool is_pair = ranks == 2 && (operands.total_rank | column) % 2 == 0;
+            sum_parts<Traits::kPairsAtOnce>(s, operands.s, first, 8 * operands.total_rank,
+                                            [&](int tile, const float* source) -> float2 {
+                                                if (8 * tile + lane / 4 >= m || ranks < 1) return {0, 0};
+                                                if (is_pair) return *reinterpret_cast<const float2*>(source);
+                                                return {source[0], ranks > 1 ? source[1] : 0};
+                                            });
+            if (operands.sum && blockIdx.x == 0)
+#pragma unroll
+                for (int tile = 0; tile < Traits::kTokenTiles; ++tile) {
+                    float* const to = operands.sum + first + tile * 8 * operands.total_rank;
+                    if (8 * tile + lane / 4 >= m) break;
+                    if (ranks > 0) to[0] = s[tile].x;
+                    if (ranks > 1) to[1] = s[tile].y;
+                }
+
+            float high[Traits::kRowTiles][4], low[Traits::kRowTiles][4];
+#pragma unroll
+            for (int tile = 0; tile < Traits::kRowTiles; ++tile)
+#pragma unroll
+                for (int j = 0; j < 4; ++j) {
+                    const float value = widen_bits(bits[tile][j], term.factor.dtype);
+                    high[tile][j] = round_to_tf32(value);
+                    low[tile][j] = round_to_tf32(value - high[tile][j]);
+                }
+#pragma unroll
+            for (int tile = 0; tile < Traits::kTokenTiles; ++tile) {
+                const float x = term.scaling * s[tile].x, y = term.scaling * s[tile].y;
+                const float x_high = round_to_tf32(x), y_high = round_to_tf32(y);
+                const float x_low = round_to_tf32(x - x_high), y_low = round_to_tf32(y - y_high);
+#pragma unroll
+                for (int row_tile = 0; row_tile < Traits::kRowTiles; ++row_tile) {
+                    multiply_tf32(sums[row_tile][tile], high[row_tile], x_high, y_high);
+                    multiply_tf32(rest[row_tile][tile], high[row_tile], x_low, y_low);
+                    multiply_tf32(rest[row_tile][tile], low[row_tile], x_high, y_high);
+                }
+            }
         }
+        eight -= static_cast<int>(ceil_div(term.rank, 8));
+        column += term.rank;
     }
+#pragma unroll
+    for (int tile = 0; tile < Traits::kRowTiles; ++tile)
+#pragma unroll
+        for (int token_tile = 0; token_tile < Traits::kTokenTiles; ++token_tile)
+#pragma unroll
+            for (int j = 0; j < 4; ++j) {
+                float& sum = sums[tile][token_tile][j];
+                if (isfinite(sum)) sum += rest[tile][token_tile][j];
+            }
 }
 
 template <class Traits>
@@ -380,12 +434,14 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kTokens == 8 ? 3 : 2
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const int chunks = static_cast<int>((params.steps + 3u) / 4);
 
-    // The first of a thread's outputs: found before the main loop and again after it, which need not keep it.
-    const auto find_column = [] {
+    // The CTA's first row and its thread's first output: found before the main loop and again after it, which need not
+    // keep them.
+    const auto find_row = [] {
         uint32_t block = blockIdx.x;
         keep(block);
-        return int64_t{block} * Traits::kRows + Traits::output_row();
+        return int64_t{block} * Traits::kRows;
     };
+    const auto find_column = [&] { return find_row() + Traits::output_row(); };
 
     // load: the first chunk, absmax and all small operands are under way together, before any is waited for.
     FewRowsWarp<Traits> tile(params, shared.warps[warp], first_row, warp);
@@ -397,11 +453,11 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kTokens == 8 ? 3 : 2
     absmax.load(params, first_row, tile.rows, 0);
     const NestedCode<Traits::kThreads> table(params.weight.absmax);
 
-    // The small terms, in fp32: they are as exact as the adapters' own dtype.
-    if (operands.num_terms > 0) stage_ranks<Traits>(params, shared, operands.terms[0], 0, 0, first_row);
-    float4 outputs[Traits::kQuads] = {};
-    if (operands.bias.data || operands.add.data) {
+    if (operands.num_terms > 0) prefetch_factors<Traits>(params, first_row, tile.rows);
+    const bool adds = operands.bias.data || operands.add.data;
+    if (adds) {
         const int64_t column = find_column();
+        float4 outputs[Traits::kQuads];
         const int count = count_four(column, params.outputs);
         const float4 bias = load_four<true>(operands.bias, 0, column, count, has_aligned_fours(operands.bias));
 #pragma unroll
@@ -411,24 +467,14 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kTokens == 8 ? 3 : 2
             const float4 add = load_four<true>(operands.add, token, column, token < operands.m ? count : 0, aligned);
             outputs[i] = make_float4(bias.x + add.x, bias.y + add.y, bias.z + add.z, bias.w + add.w);
         }
+#pragma unroll
+        for (int i = 0; i < Traits::kQuads; ++i)
+            if (Traits::output_token(i) < Traits::kTokens)
+                shared.outputs[threadIdx.x + i * Traits::kThreads] = outputs[i];
     }
     table.store(shared.nested_code);
     __syncthreads();
     absmax.store(params, shared, table.offset);
-
-    int64_t s_column = 0;
-    for (int term = 0; term < operands.num_terms; ++term) {
-        const int64_t rank = operands.terms[term].rank;
-        for (int64_t r = 0; r < rank; r += Traits::kRankStep) {
-            if (term > 0 || r > 0) {
-                __syncthreads();
-                stage_ranks<Traits>(params, shared, operands.terms[term], s_column, r, first_row);
-            }
-            __syncthreads();
-            add_ranks<Traits>(shared, outputs, static_cast<int>(min(rank - r, int64_t{Traits::kRankStep})));
-        }
-        s_column += rank;
-    }
 
     // compute
     for (int first_chunk = 0; first_chunk < chunks; first_chunk += Traits::kSpan) {
@@ -463,6 +509,8 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kTokens == 8 ? 3 : 2
         }
     }
 
+    if (operands.num_terms > 0) add_terms<Traits>(params, find_row(), tile.sums);
+
     // reduce, in the order of the warps
     wait_for_copies<0>();
     __syncthreads();
@@ -481,23 +529,29 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kTokens == 8 ? 3 : 2
     // store
     const int64_t column = find_column();
     const int count = count_four(column, params.outputs);
-    const float4 scale = load_scales(operands.scale, column, count);
+    const int m = static_cast<int>(operands.m);
+    float4 scale;
+    if (operands.scale) scale = load_scales(operands.scale, column, count);
     const bool aligned = has_aligned_fours(operands.out);
 #pragma unroll
     for (int i = 0; i < Traits::kQuads; ++i) {
         const int token = Traits::output_token(i);
-        if (token >= operands.m) continue;
-        float4 sum = outputs[i];
-#pragma unroll
-        for (int w = 0; w < kWarps; ++w) {
+        if (token >= m) continue;
+        const auto part_of = [&](int w) {
             const float* const from = &shared.sums[w][token * Traits::kSumPitch + Traits::output_row()];
-            const float4 part = *reinterpret_cast<const float4*>(from);
-            sum.x += part.x, sum.y += part.y, sum.z += part.z, sum.w += part.w;
-        }
+            return *reinterpret_cast<const float4*>(from);
+        };
+        float4 sum = part_of(0);
+        const auto add = [&](const float4& more) {
+            sum = make_float4(sum.x + more.x, sum.y + more.y, sum.z + more.z, sum.w + more.w);
+        };
+#pragma unroll
+        for (int w = 1; w < kWarps; ++w) add(part_of(w));
+        if (adds) add(shared.outputs[threadIdx.x + i * Traits::kThreads]);
         if (operands.unscaled.data)
             store_four(operands.unscaled, token, column, count, has_aligned_fours(operands.unscaled), sum);
-        store_four(operands.out, token, column, count, aligned,
-                   make_float4(scale.x * sum.x, scale.y * sum.y, scale.z * sum.z, scale.w * sum.w));
+        if (operands.scale) sum = make_float4(scale.x * sum.x, scale.y * sum.y, scale.z * sum.z, scale.w * sum.w);
+        store_four(operands.out, token, column, count, aligned, sum);
     }
 #endif
 }

@@ -12,6 +12,8 @@ namespace peft_kernels {
 
 constexpr int kFewRows = 32;
 
+constexpr bool takes_few_rows(int64_t m, bool transposed) { return m <= kFewRows && !transposed; }
+
 // Rows of the weight that a CTA takes, and its warps, which share the reduction. Few tokens: many CTAs with many warps,
 // to keep codes in flight. With 32 tokens x, read by each CTA, would be twice the codes at 16 rows; its buffers allow 4
 // warps, if two CTAs are to fit a multiprocessor.
@@ -35,7 +37,7 @@ struct FusedMatmulPlan {
 constexpr FusedMatmulPlan plan_fused_matmul(int64_t m, int64_t outputs, int64_t reduction, bool transposed,
                                             const DeviceProperties& device) {
     FusedMatmulPlan plan{};
-    plan.few_rows = m <= kFewRows && !transposed;
+    plan.few_rows = takes_few_rows(m, transposed);
     if (plan.few_rows) {
         plan.tile_m = m <= 8 ? 8 : m <= 16 ? 16 : 32;
         plan.tiles = ceil_div(outputs, few_rows_outputs(plan.tile_m));

@@ -87,6 +87,8 @@ const char* fused_matmul_refusal(const FusedMatmulParams& params) {
     return nullptr;
 }
 
+bool fused_matmul_adds_parts(const FusedMatmulParams& params) { return takes_few_rows(params.m, params.transposed); }
+
 int64_t fused_matmul_workspace(const FusedMatmulParams& params) {
     DeviceProperties device{};
     if (query_device(device) != cudaSuccess) return 0;  // the launch will tell

@@ -75,6 +75,7 @@ struct FusedMatmulParams {
     LoraTerm terms[kMaxTerms];
     int32_t num_terms;
     int64_t total_rank;  // Σ rankᵢ
+    bool overlaps;       // the launch may begin before the one that makes s has ended, which is the last on the stream
     const float* scale;  // [n], transposed [k]; may be null
     Matrix out;          // [m, n], transposed [m, k]; fp32, bf16 or fp16
     Matrix unscaled;     // like out: what is scaled; data may be null

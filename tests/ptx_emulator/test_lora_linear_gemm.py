@@ -165,6 +165,18 @@ def test_few_rows_with_lora_are_two_launches(m, ranks):
     assert s.shape == (m, sum(ranks)) and torch.equal(s, wanted)
 
 
+@pytest.mark.parametrize("profile", PROFILES)
+def test_product_of_few_rows_overlaps_the_shrink(profile):
+    from ptx_emulator.ops import emulated
+
+    x, weight, *adapters = operands(Product(4, 48, 1024, ranks=(16,)))
+    with ptx_emulator.profile(profile), emulated() as launches:
+        lora_linear(x, weight, None, *adapters)
+        lora_linear(x, weight)
+        shrink, product, alone = launches()
+    assert product["overlaps"] == (profile == "sm_90") and not shrink["overlaps"] and not alone["overlaps"]
+
+
 REFUSED = {
     "x in fp32": (Product(4, 40, 128, torch.float32), lambda x: x),
     "blocks of 32": (Product(4, 40, 128, blocksize=32), lambda x: x),

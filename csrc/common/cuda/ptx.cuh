@@ -137,6 +137,23 @@ __device__ inline void store_global16(void* target, uint4 v) {
                  : "memory");
 }
 
+// ---- programmatic dependent launch --------------------------------------------------------------------------------
+
+// Before sm_90 neither exists: there a kernel begins when all before it have ended.
+
+// The next kernel of the stream may begin, if it was launched so that it may overlap this one.
+__device__ inline void let_next_kernel_begin() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;");
+#endif
+}
+// The kernels before have ended, and what they wrote is there.
+__device__ inline void wait_for_last_kernel() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
 // ---- shared memory ------------------------------------------------------------------------------------------------
 
 // One access of 16 bytes: from C++ the compiler makes two of 8 where it needs the halves at different times, and those

@@ -166,6 +166,7 @@ template <class T, int kRanks>
 __global__ void __launch_bounds__(kBranchThreads) lora_shrink_kernel(const __grid_constant__ ShrinkParams params) {
     using Traits = ShrinkTraits<T, kRanks>;
     using Input = typename Traits::Input;
+    let_next_kernel_begin();
     extern __shared__ __align__(128) char shared[];
     char* const inputs = shared;
     char* const factor = shared + Traits::kInputBytes;

@@ -194,6 +194,7 @@ private:
         gemm.add = p.add;
         gemm.s = {p.s, 0, 1};
         gemm.total_rank = p.total_rank;
+        gemm.overlaps = true;
         gemm.num_terms = branches_.empty() ? 0 : p.num_adapters;
         for (int a = 0; a < std::min(gemm.num_terms, FusedMatmulParams::kMaxTerms); ++a)
             gemm.terms[a] = {p.adapters[a].lora_B, p.adapters[a].rank, p.adapters[a].scaling};

@@ -11,6 +11,9 @@
 //     row g         lane 4 g | lane 4 g + 1 | 4 g + 2   | 4 g + 3             of the 4 blocks as its 16 steps: an order
 //     row g + 8     lane 4 g | ...                                            of k that x, the right operand, follows
 //
+// With LoRA the kernel may overlap the one that makes s, which at so few tokens leaves most multiprocessors idle: the
+// terms are added behind the main loop, and nothing is written before.
+//
 // Codes and x come by cp.async, into buffers of the warp's own: codes a chunk ahead, x a quarter of one (16 elements of
 // each block). Both are whole sectors of global memory.
 #pragma once
@@ -509,7 +512,10 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kTokens == 8 ? 3 : 2
         }
     }
 
-    if (operands.num_terms > 0) add_terms<Traits>(params, find_row(), tile.sums);
+    if (operands.num_terms > 0) {
+        wait_for_last_kernel();
+        add_terms<Traits>(params, find_row(), tile.sums);
+    }
 
     // reduce, in the order of the warps
     wait_for_copies<0>();

@@ -34,8 +34,9 @@ int64_t bytes_of_arrivals(const FusedMatmulPlan& plan) { return plan.splits > 1 
 template <class T, int kTokens>
 int launch_few_rows(const FusedMatmulKernelParams& params, const FusedMatmulPlan& plan, cudaStream_t stream) {
     using Traits = FewRowsTraits<T, kTokens>;
+    const bool overlaps = params.operands.overlaps && params.operands.num_terms > 0;
     return launch_kernel(&matmul_few_rows_kernel<Traits>, static_cast<unsigned>(plan.tiles), Traits::kThreads,
-                         sizeof(typename Traits::Shared), params, stream);
+                         sizeof(typename Traits::Shared), params, stream, overlaps);
 }
 
 template <class T, int kTileM, bool kTransposed>

@@ -191,6 +191,17 @@ void decode_nanosleep(Decoder&, const Statement&, Instruction& in) {
     in.handler = [](Warp& w, const Instruction&, uint32_t) { w.yield(); };
 }
 
+// Launches run one after the other: a launch that may overlap the one before it is held to the wait, see Launch.
+void decode_griddepcontrol(Decoder&, const Statement& s, Instruction& in) {
+    Modifiers modifiers(s);
+    const bool waits = modifiers.take_any({"wait", "launch_dependents"}) == "wait";
+    modifiers.done();
+    in.handler = waits ? [](Warp& w, const Instruction&, uint32_t mask) {
+        w.waited |= mask;
+        w.block.launch.waited = true;
+    } : [](Warp&, const Instruction&, uint32_t) {};
+}
+
 void decode_bar(Decoder& decoder, const Statement& s, Instruction& in) {
     Modifiers modifiers(s);
     if (modifiers.take("warp")) {

@@ -26,11 +26,11 @@ thread_local std::string last_message;
 
 Dim3 dim3_of(dim3 dim) { return {dim.x, dim.y, dim.z}; }
 
-void launch(const void* host, dim3 grid, dim3 block, void** arguments, size_t shared) {
+void launch(const void* host, dim3 grid, dim3 block, void** arguments, size_t shared, bool overlaps = false) {
     const HostFunction& function = Registry::instance().function(host);
     LoadedModule& module = function.binary->module();
     const Program& program = module.program(function.name);
-    LaunchRequest request{dim3_of(grid), dim3_of(block), shared, {}, function.dynamic_shared_limit};
+    LaunchRequest request{dim3_of(grid), dim3_of(block), shared, {}, function.dynamic_shared_limit, overlaps};
     request.params.resize(program.param_bytes);
     for (size_t i = 0; i < program.params.size(); ++i)
         std::memcpy(&request.params[program.param_offsets[i]], arguments[i], program.params[i].bytes);
@@ -178,8 +178,16 @@ cudaError_t cudaLaunchKernel(const void* host, dim3 grid, dim3 block, void** arg
 }
 
 cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* config, const void* host, void** arguments) {
+    bool overlaps = false;
+    for (const cudaLaunchAttribute* each = config->attrs; each != config->attrs + config->numAttrs; ++each) {
+        if (each->id != cudaLaunchAttributeProgrammaticStreamSerialization)
+            return remember(cudaErrorInvalidValue,
+                            "the launch attribute " + std::to_string(each->id) + " is not known");
+        overlaps = each->val.programmaticStreamSerializationAllowed;
+    }
     return answer(
-        __func__, [&] { launch(host, config->gridDim, config->blockDim, arguments, config->dynamicSmemBytes); },
+        __func__,
+        [&] { launch(host, config->gridDim, config->blockDim, arguments, config->dynamicSmemBytes, overlaps); },
         cudaErrorLaunchFailure);
 }
 

@@ -137,35 +137,23 @@ __device__ __forceinline__ void add_term(typename Traits::Stage& stage, const Te
 }
 
 // Adds the sums of all CTAs that share a tile, in the order of the reduction; false for those that are not the last to
-// arrive. The last one waits only for CTAs that are already writing theirs.
+// arrive.
 template <class Traits>
 __device__ bool gather_sums(const FusedMatmulKernelParams& params, typename Traits::Shared& shared, int64_t tile,
                             int split, float (&sums)[Traits::kTilesM][Traits::kTilesN][4]) {
     constexpr int64_t kVectors = int64_t{Traits::kTileM} * kTileN / 4;
     float4* const tile_sums =
         reinterpret_cast<float4*>(params.partial_sums) + tile * params.splits * kVectors + threadIdx.x;
-    uint32_t* const arrived = params.arrivals + 2 * tile;
-    uint32_t* const written = arrived + 1;
-    const uint32_t others = params.splits - 1;
     const auto place = [](int i, int j) { return (i * Traits::kTilesN + j) * Traits::kThreads; };
-    if (threadIdx.x == 0) shared.is_last = atomicAdd(arrived, 1) == others;
-    __syncthreads();
-    if (!shared.is_last) {
+    const auto store = [&] {
 #pragma unroll
         for (int i = 0; i < Traits::kTilesM; ++i)
 #pragma unroll
             for (int j = 0; j < Traits::kTilesN; ++j)
                 tile_sums[split * kVectors + place(i, j)] =
                     make_float4(sums[i][j][0], sums[i][j][1], sums[i][j][2], sums[i][j][3]);
-        __threadfence();
-        __syncthreads();
-        if (threadIdx.x == 0) atomicAdd(written, 1);
-        return false;
-    }
-    if (threadIdx.x == 0)
-        while (atomicAdd(written, 0) != others) __nanosleep(100);
-    __syncthreads();
-    __threadfence();
+    };
+    if (!is_last_to_arrive(params, shared.is_last, tile, store)) return false;
     // A few vectors of each part at a time: as many loads are under way as there are free registers.
     constexpr int kAtOnce = Traits::kTransposed ? 4 : 8;
     static_assert(Traits::kTilesN % kAtOnce == 0);

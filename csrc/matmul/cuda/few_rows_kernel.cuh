@@ -3,9 +3,12 @@
 //   out [m, n] = scale ⊙ (x · Wᵀ + bias + add + Σᵢ scalingᵢ · sᵢ · lora_Bᵢᵀ)
 //
 // A CTA makes kRows columns of out, for all tokens; its warps share the reduction and meet in shared memory at the end,
-// so that no sum goes through global memory. The weight is the left operand of the matrix unit, whose 16 rows it fills;
-// tokens are the 8 columns. A warp goes through k in chunks of 256, every kWarps-th one. In a chunk lane 4 g + t owns
-// block t of rows g and g + 8, of 64 elements each, and decodes it with one pair of planes a row:
+// so that no sum goes through global memory. Of 64 columns there may be too few for all multiprocessors: then several
+// CTAs share the reduction too, and the last to arrive adds their sums, in the order of the reduction.
+//
+// The weight is the left operand of the matrix unit, whose 16 rows it fills; tokens are the 8 columns. A warp goes
+// through k in chunks of 256, every kWarps-th one. In a chunk lane 4 g + t owns block t of rows g and g + 8, of 64
+// elements each, and decodes it with one pair of planes a row:
 //
 //              k:   0 ... 63 | 64 ... 127 | 128 ... 191 | 192 ... 255         the matrix unit takes 4 elements of each
 //     row g         lane 4 g | lane 4 g + 1 | 4 g + 2   | 4 g + 3             of the 4 blocks as its 16 steps: an order
@@ -25,16 +28,18 @@
 
 namespace peft_kernels::cuda {
 
-template <class T_, int kTokens_>
+template <class T_, int kTokens_, int kRows_>
 struct FewRowsTraits {
     using T = T_;
-    static constexpr int kTokens = kTokens_;                 // 8, 16 or 32
-    static constexpr int kRows = few_rows_outputs(kTokens);  // of the weight
-    static constexpr int kWarps = few_rows_warps(kTokens);
+    static constexpr int kTokens = kTokens_;  // 8, 16 or 32
+    static constexpr int kRows = kRows_;      // of the weight: 16, 32 or 64
+    static constexpr int kWarps = few_rows_warps(kRows);
     static constexpr int kThreads = 32 * kWarps;
+    static constexpr bool kIsShared = kRows == kWideOutputs;  // several CTAs may have a part of the reduction each
     static constexpr int kTokenTiles = kTokens / 8, kRowTiles = kRows / 16;
     static constexpr int kLaneRows = 2 * kRowTiles;  // rows of which a lane decodes a block
     static constexpr int kQuads = (kRows * kTokens / 4 + kThreads - 1) / kThreads;  // of outputs, of a thread
+    static constexpr bool kAllQuads = kQuads * kThreads * 4 == kRows * kTokens;     // else of some threads
     static constexpr int kSpan = 4 * kWarps;                     // chunks whose absmax lies in shared memory
     static constexpr int kAbsmaxPitch = 4 * kSpan + 4;           // 8 rows of 4 blocks are in 32 banks
     static constexpr int kPairsAtOnce = kTokens == 8 ? 16 : 32;  // of s: as many as there are free registers
@@ -42,10 +47,13 @@ struct FewRowsTraits {
     // Rows of the partial sums: writes of a fragment and reads of 32 neighbours are without conflicts.
     static constexpr int kSumPitch = kRows + 4;
 
+    // 64 rows keep a warp busy for so long that half of a chunk is time enough for the next one's codes, in the same
+    // buffer: two CTAs then fit a multiprocessor.
+    static constexpr int kSlots = kRows < kWideOutputs ? 2 : 1;
     static constexpr uint32_t kSlot = kRows * 128;  // bytes of a chunk's codes
     struct WarpBuffers {
-        uint4 codes[2][kSlot / 16];  // [kRows][128 bytes]
-        uint4 x[2][kTokens * 8];     // [kTokens][4 blocks][16 elements]
+        uint4 codes[kSlots][kSlot / 16];  // [kRows][128 bytes]
+        uint4 x[2][kTokens * 8];          // [kTokens][4 blocks][16 elements]
     };
     struct Shared {
         union {
@@ -55,7 +63,10 @@ struct FewRowsTraits {
         float nested_code[256];
         float4 outputs[kRows * kTokens / 4];  // what is added to the product, each thread's in places of its own
         alignas(16) float absmax[kRows * kAbsmaxPitch];
+        bool is_last;
     };
+    static constexpr int64_t kSharedBytes = sizeof(Shared);
+    static_assert(kRows < kWideOutputs || kSharedBytes == kWideBytes);
 
     // A thread's outputs: four rows of kQuads tokens. Rows run along the lanes. With 16 rows the other half of eight
     // lanes takes the token 4 further on, which is in other banks.
@@ -82,9 +93,9 @@ public:
     static constexpr int kGroups = kTokens / kCopyTokens, kCopies = 4 / kBlocksAtOnce;
 
     __device__ FewRowsWarp(const FusedMatmulKernelParams& params, typename Traits::WarpBuffers& buffers,
-                           int64_t first_row, int first_chunk)
+                           int64_t first_row, int first_chunk, int end_step)
         : rows(static_cast<int>(min(params.outputs - first_row, int64_t{kRows}))),
-          blocks_left_(params.steps - 4 * first_chunk) {
+          blocks_left_(end_step - 4 * first_chunk) {
         const int lane = threadIdx.x % 32;
         // Copies of codes: unit lane % 8 of rows lane / 8, lane / 8 + 4, ...
         const int64_t pitch = int64_t{32} * params.steps;
@@ -233,8 +244,9 @@ private:
 template <class Traits>
 class FewRowsAbsmax {
 public:
-    // From block first_block of the first of `rows` rows on.
-    __device__ void load(const FusedMatmulKernelParams& params, int64_t first_row, int rows, int first_block) {
+    // From block first_block of the first of `rows` rows on, up to block end_block of each.
+    __device__ void load(const FusedMatmulKernelParams& params, int64_t first_row, int rows, int first_block,
+                         int end_block) {
         // Lanes: 4 rows, 8 fours of blocks; then all rows, and the next 8 fours.
         const int row = threadIdx.x / 8 % Traits::kRows;
         const int column = threadIdx.x / (8 * Traits::kRows) * 32 + threadIdx.x % 8 * 4;
@@ -243,7 +255,7 @@ public:
         const int64_t first = first_row * row_blocks + first_block;
         const BlockAbsmax absmax(params.weight.absmax, first >> shift);
         at_ = row * Traits::kAbsmaxPitch + column;
-        blocks_left_ = row_blocks - first_block - column;
+        blocks_left_ = end_block - first_block - column;
         keep(at_);
         keep(blocks_left_);
         const int last_row = rows - 1;
@@ -380,7 +392,7 @@ __device__ void add_terms(const FusedMatmulKernelParams& params, int64_t first_r
                                                 if (is_pair) return *reinterpret_cast<const float2*>(source);
                                                 return {source[0], ranks > 1 ? source[1] : 0};
                                             });
-            if (operands.sum && blockIdx.x == 0)
+            if (operands.sum && first_row == 0)
 #pragma unroll
                 for (int tile = 0; tile < Traits::kTokenTiles; ++tile) {
                     float* const to = operands.sum + first + tile * 8 * operands.total_rank;
@@ -425,6 +437,38 @@ __device__ void add_terms(const FusedMatmulKernelParams& params, int64_t first_r
             }
 }
 
+struct FewRowsPlace {
+    uint32_t tile;
+    int split;
+};
+
+// Adds the sums of all CTAs that share a tile, in the order of the reduction; false for those that are not the last to
+// arrive.
+template <class Traits>
+__device__ bool gather_sums(const FusedMatmulKernelParams& params, typename Traits::Shared& shared,
+                            const FewRowsPlace& place, float4 (&sums)[Traits::kQuads]) {
+    float4* const parts = reinterpret_cast<float4*>(params.partial_sums) +
+                          int64_t{place.tile} * params.splits * Traits::kQuads * Traits::kThreads + threadIdx.x;
+    const auto part_at = [&](int split, int i) -> float4& {
+        return parts[(split * Traits::kQuads + i) * Traits::kThreads];
+    };
+    const auto store = [&] {
+#pragma unroll
+        for (int i = 0; i < Traits::kQuads; ++i) part_at(place.split, i) = sums[i];
+    };
+    if (!is_last_to_arrive(params, shared.is_last, place.tile, store)) return false;
+    float4 total[Traits::kQuads] = {};
+    for (int split = 0; split < params.splits; ++split)
+#pragma unroll
+        for (int i = 0; i < Traits::kQuads; ++i) {
+            const float4 part = split == place.split ? sums[i] : part_at(split, i);
+            total[i].x += part.x, total[i].y += part.y, total[i].z += part.z, total[i].w += part.w;
+        }
+#pragma unroll
+    for (int i = 0; i < Traits::kQuads; ++i) sums[i] = total[i];
+    return true;
+}
+
 template <class Traits>
 __global__ void __launch_bounds__(Traits::kThreads, Traits::kTokens == 8 ? 3 : 2)
     matmul_few_rows_kernel(const __grid_constant__ FusedMatmulKernelParams params) {
@@ -433,33 +477,39 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kTokens == 8 ? 3 : 2
     extern __shared__ __align__(128) unsigned char memory[];
     typename Traits::Shared& shared = *reinterpret_cast<typename Traits::Shared*>(memory);
     const FusedMatmulParams& operands = params.operands;
-    const int64_t first_row = int64_t{blockIdx.x} * Traits::kRows;
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    const int chunks = static_cast<int>((params.steps + 3u) / 4);
-
-    // The CTA's first row and its thread's first output: found before the main loop and again after it, which need not
-    // keep them.
-    const auto find_row = [] {
+    // The CTA's tile and its part of the reduction: found before the main loop and again after it, which need not keep
+    // them. Tiles of one part are neighbours, since they read the same x.
+    const auto find_place = [&] {
         uint32_t block = blockIdx.x;
         keep(block);
-        return int64_t{block} * Traits::kRows;
+        if constexpr (Traits::kIsShared) {
+            const uint32_t tiles = gridDim.x / params.splits;
+            return FewRowsPlace{block % tiles, static_cast<int>(block / tiles)};
+        } else {
+            return FewRowsPlace{block, 0};
+        }
     };
-    const auto find_column = [&] { return find_row() + Traits::output_row(); };
+    const FewRowsPlace start = find_place();
+    const int64_t first_row = int64_t{start.tile} * Traits::kRows;
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    const int first_step = start.split * params.split_steps;
+    const int end_step = Traits::kIsShared ? min(params.steps, first_step + params.split_steps) : params.steps;
+    const int begin = first_step / 4, chunks = static_cast<int>((end_step + 3u) / 4);
 
     // load: the first chunk, absmax and all small operands are under way together, before any is waited for.
-    FewRowsWarp<Traits> tile(params, shared.warps[warp], first_row, warp);
+    FewRowsWarp<Traits> tile(params, shared.warps[warp], first_row, begin + warp, end_step);
     tile.template copy_codes<0>(0);
     tile.template copy_x<0>();
     commit_copies();
 
     FewRowsAbsmax<Traits> absmax;
-    absmax.load(params, first_row, tile.rows, 0);
+    absmax.load(params, first_row, tile.rows, 4 * begin, end_step);
     const NestedCode<Traits::kThreads> table(params.weight.absmax);
 
     if (operands.num_terms > 0) prefetch_factors<Traits>(params, first_row, tile.rows);
     const bool adds = operands.bias.data || operands.add.data;
     if (adds) {
-        const int64_t column = find_column();
+        const int64_t column = first_row + Traits::output_row();
         float4 outputs[Traits::kQuads];
         const int count = count_four(column, params.outputs);
         const float4 bias = load_four<true>(operands.bias, 0, column, count, has_aligned_fours(operands.bias));
@@ -480,9 +530,9 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kTokens == 8 ? 3 : 2
     absmax.store(params, shared, table.offset);
 
     // compute
-    for (int first_chunk = 0; first_chunk < chunks; first_chunk += Traits::kSpan) {
-        if (first_chunk > 0) {
-            absmax.load(params, first_row, tile.rows, 4 * first_chunk);
+    for (int first_chunk = begin; first_chunk < chunks; first_chunk += Traits::kSpan) {
+        if (first_chunk > begin) {
+            absmax.load(params, first_row, tile.rows, 4 * first_chunk, end_step);
             __syncthreads();
             absmax.store(params, shared, table.offset);
         }
@@ -496,25 +546,30 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kTokens == 8 ? 3 : 2
             tile.make_planes_of_chunk(params.codebook, chunk_absmax);
             unroll<4>([&](auto quarter) {
                 constexpr int kQuarter = decltype(quarter)::value;
-                // At quarter 1 the next chunk's codes were asked for last, and may take until quarter 2.
-                wait_for_copies<kQuarter == 1 ? 1 : 0>();
+                // The next chunk's codes are asked for at one quarter, and may take until the next but one. They go to
+                // the other buffer, or to the only one, whose second half has just been read.
+                constexpr int kCodesQuarter = Traits::kSlots == 2 ? 0 : 2;
+                wait_for_copies<kQuarter == kCodesQuarter + 1 ? 1 : 0>();
                 __syncwarp();
                 if constexpr (kQuarter == 3) tile.advance();
                 tile.template copy_x<(kQuarter + 1) % 4>();
                 commit_copies();
-                if constexpr (kQuarter == 0) {
-                    tile.template copy_codes<1>(slot ^ Traits::kSlot);
+                if constexpr (Traits::kSlots == 1 && kQuarter % 2 == 0) tile.load_codes(0, kQuarter / 2);
+                if constexpr (kQuarter == kCodesQuarter) {
+                    if constexpr (Traits::kSlots == 1) __syncwarp();
+                    tile.template copy_codes<1>(Traits::kSlots == 2 ? slot ^ Traits::kSlot : 0);
                     commit_copies();
                 }
-                if constexpr (kQuarter % 2 == 0) tile.load_codes(slot, kQuarter / 2);
+                if constexpr (Traits::kSlots == 2 && kQuarter % 2 == 0) tile.load_codes(slot, kQuarter / 2);
                 tile.template multiply_quarter<kQuarter>();
             });
         }
     }
 
-    if (operands.num_terms > 0) {
+    const FewRowsPlace place = find_place();
+    if (operands.num_terms > 0 && place.split == 0) {
         wait_for_last_kernel();
-        add_terms<Traits>(params, find_row(), tile.sums);
+        add_terms<Traits>(params, int64_t{place.tile} * Traits::kRows, tile.sums);
     }
 
     // reduce, in the order of the warps
@@ -532,8 +587,27 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kTokens == 8 ? 3 : 2
             }
     __syncthreads();
 
+    float4 sums[Traits::kQuads] = {};
+    const auto add = [&](int i, const float4& more) {
+        sums[i] = make_float4(sums[i].x + more.x, sums[i].y + more.y, sums[i].z + more.z, sums[i].w + more.w);
+    };
+#pragma unroll
+    for (int i = 0; i < Traits::kQuads; ++i) {
+        const int token = Traits::output_token(i);
+        if (!Traits::kAllQuads && token >= Traits::kTokens) break;
+        const auto part_of = [&](int w) {
+            const float* const from = &shared.sums[w][token * Traits::kSumPitch + Traits::output_row()];
+            return *reinterpret_cast<const float4*>(from);
+        };
+        sums[i] = part_of(0);
+#pragma unroll
+        for (int w = 1; w < kWarps; ++w) add(i, part_of(w));
+    }
+    if constexpr (Traits::kIsShared)
+        if (params.splits > 1 && !gather_sums<Traits>(params, shared, place, sums)) return;
+
     // store
-    const int64_t column = find_column();
+    const int64_t column = int64_t{place.tile} * Traits::kRows + Traits::output_row();
     const int count = count_four(column, params.outputs);
     const int m = static_cast<int>(operands.m);
     float4 scale;
@@ -543,17 +617,8 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kTokens == 8 ? 3 : 2
     for (int i = 0; i < Traits::kQuads; ++i) {
         const int token = Traits::output_token(i);
         if (token >= m) continue;
-        const auto part_of = [&](int w) {
-            const float* const from = &shared.sums[w][token * Traits::kSumPitch + Traits::output_row()];
-            return *reinterpret_cast<const float4*>(from);
-        };
-        float4 sum = part_of(0);
-        const auto add = [&](const float4& more) {
-            sum = make_float4(sum.x + more.x, sum.y + more.y, sum.z + more.z, sum.w + more.w);
-        };
-#pragma unroll
-        for (int w = 1; w < kWarps; ++w) add(part_of(w));
-        if (adds) add(shared.outputs[threadIdx.x + i * Traits::kThreads]);
+        if (adds) add(i, shared.outputs[threadIdx.x + i * Traits::kThreads]);
+        float4 sum = sums[i];
         if (operands.unscaled.data)
             store_four(operands.unscaled, token, column, count, has_aligned_fours(operands.unscaled), sum);
         if (operands.scale) sum = make_float4(scale.x * sum.x, scale.y * sum.y, scale.z * sum.z, scale.w * sum.w);

@@ -18,6 +18,7 @@
 
 #include "common/cpu/isa.h"
 #include "common/dtype.h"
+#include "common/parts.h"
 #include "lora/cuda/grouped_plan.h"
 
 namespace peft_kernels {
@@ -98,13 +99,6 @@ struct Branch {
     int64_t total_rank;  // columns of s and ds
     int32_t num_adapters;
     BranchAdapter adapters[kMaxAdapters];
-};
-
-// A matrix [m, total_rank] that its readers add up from `splits` matrices, which lie `stride` elements apart.
-struct Parts {
-    const float* data;
-    int64_t stride;
-    int32_t splits;
 };
 
 struct ShrinkParams {

@@ -13,6 +13,7 @@
 #include <cstdint>
 
 #include "common/dtype.h"
+#include "common/parts.h"
 #include "nf4/nf4.h"
 
 namespace peft_kernels {
@@ -69,9 +70,12 @@ struct FusedMatmulParams {
     ConstMatrix x;     // [m, k], transposed [m, n]; bf16 or fp16
     ConstMatrix bias;  // forward: [1, n]; fp32, bf16 or fp16; data may be null
     ConstMatrix add;   // [m, n], transposed [m, k]; of out's dtype; data may be null, and may be out's
-    ConstMatrix s;     // [m, Σ rankᵢ] fp32: the terms' s side by side; data may be null when there is no term
+    Parts s;           // [m, Σ rankᵢ]: the terms' s side by side; data may be null when there is no term
+    float* sum;        // [m, Σ rankᵢ], where s is wanted as one matrix; may be null; only with several parts
     LoraTerm terms[kMaxTerms];
     int32_t num_terms;
+    int64_t total_rank;  // Σ rankᵢ
+    bool overlaps;       // the launch may begin before the one that makes s has ended, which is the last on the stream
     const float* scale;  // [n], transposed [k]; may be null
     Matrix out;          // [m, n], transposed [m, k]; fp32, bf16 or fp16
     Matrix unscaled;     // like out: what is scaled; data may be null
@@ -83,6 +87,9 @@ namespace cuda {
 // Why no kernel takes these operands on the current device, for a printed plan; null if one does. The caller then
 // dequantises the weight. It looks at shapes, dtypes, strides, addresses and the device.
 const char* fused_matmul_refusal(const FusedMatmulParams& params);
+
+// Whether the kernel adds the parts of s up itself; else s has to be one.
+bool fused_matmul_adds_parts(const FusedMatmulParams& params);
 
 // Bytes of scratch memory that the launch wants, for partial sums over the reduction. Its contents do not matter.
 int64_t fused_matmul_workspace(const FusedMatmulParams& params);

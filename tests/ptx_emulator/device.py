@@ -84,7 +84,15 @@ class Module:
 
     def run(self, kernel: str, grid: list[int], block: list[int], shared: int, packed: list[bytes], ranges) -> dict:
         """Launches with arguments as bytes, which may touch the ranges of addresses. --hardware replaces it."""
-        return _call(self._module.launch, kernel, grid, block, shared, packed)
+        return _call(self._module.launch, kernel, grid, block, shared, packed, False)
+
+    def run_one_on_another(self, first: str, second: str, array) -> None:
+        """Two launches of a warp, of which the second may overlap the first."""
+        with Registration() as registration:
+            address = registration.add(array, "argument 0").to_bytes(8, "little")
+            registration.apply()
+            for kernel, overlaps in ((first, False), (second, True)):
+                _call(self._module.launch, kernel, [1], [32], 0, [address], overlaps)
 
 
 class Registration:

@@ -137,6 +137,24 @@ def test_seeds_change_the_order(broken):
     assert len(orders) == 4
 
 
+@pytest.mark.parametrize(
+    ("kernel", "message"),
+    [
+        ("reads_at_once", "race between launches: read of global memory .* with no griddepcontrol.wait before"),
+        ("writes_at_once", "race between launches: write of global memory .* with no griddepcontrol.wait before"),
+        ("never_waits", "it may overlap the launch before, for whose end nobody waited"),
+    ],
+)
+def test_launches_that_overlap(kernel, message):
+    newer = ptx_emulator.compile_cuda(KERNELS / "broken.cu", "sm_90")
+    out = floats(128)
+    with ptx_emulator.profile("sm_90"):
+        newer.run_one_on_another("first_launch", "waits_for_it", out)
+        np.testing.assert_array_equal(out, np.repeat([1, 1, 0, 0], 32))
+        with pytest.raises(EmulatorError, match=message):
+            newer.run_one_on_another("first_launch", kernel, out)
+
+
 # ---- programs and launches that cannot be ------------------------------------------------------------------------
 
 

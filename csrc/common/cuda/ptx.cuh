@@ -122,6 +122,9 @@ __device__ inline void wait_for_copies() {
 
 // ---- global memory ------------------------------------------------------------------------------------------------
 
+// Brings the line of an address to the L2.
+__device__ inline void prefetch_to_l2(const void* address) { asm volatile("prefetch.global.L2 [%0];" ::"l"(address)); }
+
 // One store: beside a branch that stores element by element the compiler would break up a vector's.
 __device__ inline void store_global8(float* target, float first, float second) {
     asm volatile("st.global.v2.f32 [%0], {%1, %2};" ::"l"(target), "f"(first), "f"(second) : "memory");
@@ -132,6 +135,23 @@ __device__ inline void store_global8(void* target, uint2 v) {
 __device__ inline void store_global16(void* target, uint4 v) {
     asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(target), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w)
                  : "memory");
+}
+
+// ---- programmatic dependent launch --------------------------------------------------------------------------------
+
+// Before sm_90 neither exists: there a kernel begins when all before it have ended.
+
+// The next kernel of the stream may begin, if it was launched so that it may overlap this one.
+__device__ inline void let_next_kernel_begin() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;");
+#endif
+}
+// The kernels before have ended, and what they wrote is there.
+__device__ inline void wait_for_last_kernel() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
 }
 
 // ---- shared memory ------------------------------------------------------------------------------------------------

@@ -1,5 +1,5 @@
 // Adds up what CTAs that share a sum have left apart: out[i] = Σ parts[split][i], in the order of the splits, so that
-// results are the same bits at every run.
+// results are the same bits at every run. Readers of few parts add them up themselves: common/cuda/sum_parts.cuh.
 // Plain data only: no torch, no CUDA headers.
 #pragma once
 

@@ -13,6 +13,7 @@
 // operands are read again by every CTA that needs them, out of the L2.
 #pragma once
 
+#include "common/cuda/sum_parts.cuh"
 #include "common/cuda/vectors.cuh"
 #include "lora/cuda/tile.cuh"
 
@@ -116,36 +117,6 @@ __device__ inline float2 load_across(const ConstMatrix& b, int64_t row, int64_t 
             row + kPairDistance<T> < rows ? load_element(b, row + kPairDistance<T>, column) : 0};
 }
 
-// sums[i] = Σ load(i, source) over the parts, in their order; `source` is element first + i * turn of a part. 8 pairs
-// are under way at once: one after the other, a CTA would wait for the L2 up to 128 times before its first product.
-template <int kCount, class Load>
-__device__ inline void sum_parts(float2 (&sums)[kCount], const Parts& s, int64_t first, int64_t turn,
-                                 const Load& load) {
-    constexpr int kParts = 8 / kCount;
-#pragma unroll
-    for (int i = 0; i < kCount; ++i) sums[i] = {0, 0};
-#pragma unroll 1
-    for (int left = s.splits; left > 0; left -= kParts) {
-        float2 values[kParts][kCount];
-#pragma unroll
-        for (int part = 0; part < kParts; ++part, first += s.stride) {
-            int64_t offset = first;
-#pragma unroll
-            for (int i = 0; i < kCount; ++i, offset += turn) {
-                keep(offset);  // else each has registers of its own, in all of the kernel
-                values[part][i] = part < left ? load(i, s.data + offset) : float2{0, 0};
-            }
-        }
-#pragma unroll
-        for (int part = 0; part < kParts; ++part)
-#pragma unroll
-            for (int i = 0; i < kCount; ++i) {
-                sums[i].x += values[part][i].x;
-                sums[i].y += values[part][i].y;
-            }
-    }
-}
-
 // What a thread stores of a RowFactor: ranks `group` and following of s or ds, at pairs of neighbouring rows of the
 // tile that begins at row0, summed over parts.
 template <class RowFactor>
@@ -196,6 +167,7 @@ template <class T, int kRanks>
 __global__ void __launch_bounds__(kBranchThreads) lora_shrink_kernel(const __grid_constant__ ShrinkParams params) {
     using Traits = ShrinkTraits<T, kRanks>;
     using Input = typename Traits::Input;
+    let_next_kernel_begin();
     extern __shared__ __align__(128) char shared[];
     char* const inputs = shared;
     char* const factor = shared + Traits::kInputBytes;

@@ -51,7 +51,12 @@ public:
         }
 
         if (plan.base.kind == MatmulKind::kFused) {
-            if (splits > 1) add_up(parts, s, splits);
+            if (splits > 1 && cuda::fused_matmul_adds_parts(gemm)) {
+                gemm.s = {static_cast<const float*>(parts.const_data_ptr()), p.m * p.total_rank, splits};
+                gemm.sum = p.s;
+            } else if (splits > 1) {
+                add_up(parts, s, splits);
+            }
             return run_fused(gemm);
         }
 
@@ -187,7 +192,9 @@ private:
         FusedMatmulParams gemm = MatmulOnCuda::fused_of(x, false);
         gemm.bias = p.bias;
         gemm.add = p.add;
-        gemm.s = {p.s, DType::kFloat32, p.total_rank};
+        gemm.s = {p.s, 0, 1};
+        gemm.total_rank = p.total_rank;
+        gemm.overlaps = true;
         gemm.num_terms = branches_.empty() ? 0 : p.num_adapters;
         for (int a = 0; a < std::min(gemm.num_terms, FusedMatmulParams::kMaxTerms); ++a)
             gemm.terms[a] = {p.adapters[a].lora_B, p.adapters[a].rank, p.adapters[a].scaling};

@@ -35,13 +35,13 @@ struct WeightTerm {
                           const ManyRowsPlace& place)
         : params(params),
           term(term),
-          s(static_cast<const float*>(params.operands.s.data) + place.first_m * params.operands.s.stride + column),
+          s(params.operands.s.data + place.first_m * params.operands.total_rank + column),
           first_output(place.first_output),
           rows(static_cast<int>(min(place.end_m - place.first_m, int64_t{INT32_MAX}))),
           outputs(static_cast<int>(params.outputs - place.first_output)) {}
 
     __device__ int parts() const { return 1; }
-    __device__ float s_at(int, int row, int64_t rank) const { return s[row * params.operands.s.stride + rank]; }
+    __device__ float s_at(int, int row, int64_t rank) const { return s[row * params.operands.total_rank + rank]; }
     __device__ void keep(int, int64_t, float) const {}
     __device__ uint32_t factor_bits(int output, int64_t rank) const {
         return kTransposed ? load_bits(term.factor, rank, first_output + output)
@@ -137,35 +137,23 @@ __device__ __forceinline__ void add_term(typename Traits::Stage& stage, const Te
 }
 
 // Adds the sums of all CTAs that share a tile, in the order of the reduction; false for those that are not the last to
-// arrive. The last one waits only for CTAs that are already writing theirs.
+// arrive.
 template <class Traits>
 __device__ bool gather_sums(const FusedMatmulKernelParams& params, typename Traits::Shared& shared, int64_t tile,
                             int split, float (&sums)[Traits::kTilesM][Traits::kTilesN][4]) {
     constexpr int64_t kVectors = int64_t{Traits::kTileM} * kTileN / 4;
     float4* const tile_sums =
         reinterpret_cast<float4*>(params.partial_sums) + tile * params.splits * kVectors + threadIdx.x;
-    uint32_t* const arrived = params.arrivals + 2 * tile;
-    uint32_t* const written = arrived + 1;
-    const uint32_t others = params.splits - 1;
     const auto place = [](int i, int j) { return (i * Traits::kTilesN + j) * Traits::kThreads; };
-    if (threadIdx.x == 0) shared.is_last = atomicAdd(arrived, 1) == others;
-    __syncthreads();
-    if (!shared.is_last) {
+    const auto store = [&] {
 #pragma unroll
         for (int i = 0; i < Traits::kTilesM; ++i)
 #pragma unroll
             for (int j = 0; j < Traits::kTilesN; ++j)
                 tile_sums[split * kVectors + place(i, j)] =
                     make_float4(sums[i][j][0], sums[i][j][1], sums[i][j][2], sums[i][j][3]);
-        __threadfence();
-        __syncthreads();
-        if (threadIdx.x == 0) atomicAdd(written, 1);
-        return false;
-    }
-    if (threadIdx.x == 0)
-        while (atomicAdd(written, 0) != others) __nanosleep(100);
-    __syncthreads();
-    __threadfence();
+    };
+    if (!is_last_to_arrive(params, shared.is_last, tile, store)) return false;
     // A few vectors of each part at a time: as many loads are under way as there are free registers.
     constexpr int kAtOnce = Traits::kTransposed ? 4 : 8;
     static_assert(Traits::kTilesN % kAtOnce == 0);

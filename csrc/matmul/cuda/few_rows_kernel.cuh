@@ -3,45 +3,57 @@
 //   out [m, n] = scale ⊙ (x · Wᵀ + bias + add + Σᵢ scalingᵢ · sᵢ · lora_Bᵢᵀ)
 //
 // A CTA makes kRows columns of out, for all tokens; its warps share the reduction and meet in shared memory at the end,
-// so that no sum goes through global memory. The weight is the left operand of the matrix unit, whose 16 rows it fills;
-// tokens are the 8 columns. A warp goes through k in chunks of 256, every kWarps-th one. In a chunk lane 4 g + t owns
-// block t of rows g and g + 8, of 64 elements each, and decodes it with one pair of planes a row:
+// so that no sum goes through global memory. Of 64 columns there may be too few for all multiprocessors: then several
+// CTAs share the reduction too, and the last to arrive adds their sums, in the order of the reduction.
+//
+// The weight is the left operand of the matrix unit, whose 16 rows it fills; tokens are the 8 columns. A warp goes
+// through k in chunks of 256, every kWarps-th one. In a chunk lane 4 g + t owns block t of rows g and g + 8, of 64
+// elements each, and decodes it with one pair of planes a row:
 //
 //              k:   0 ... 63 | 64 ... 127 | 128 ... 191 | 192 ... 255         the matrix unit takes 4 elements of each
 //     row g         lane 4 g | lane 4 g + 1 | 4 g + 2   | 4 g + 3             of the 4 blocks as its 16 steps: an order
 //     row g + 8     lane 4 g | ...                                            of k that x, the right operand, follows
+//
+// With LoRA the kernel may overlap the one that makes s, which at so few tokens leaves most multiprocessors idle: the
+// terms are added behind the main loop, and nothing is written before.
 //
 // Codes and x come by cp.async, into buffers of the warp's own: codes a chunk ahead, x a quarter of one (16 elements of
 // each block). Both are whole sectors of global memory.
 #pragma once
 
 #include "common/cuda/nf4_decode.cuh"
+#include "common/cuda/sum_parts.cuh"
 #include "matmul/cuda/kernel_plan.h"
 #include "matmul/cuda/operands.cuh"
 
 namespace peft_kernels::cuda {
 
-template <class T_, int kTokens_>
+template <class T_, int kTokens_, int kRows_>
 struct FewRowsTraits {
     using T = T_;
-    static constexpr int kTokens = kTokens_;                 // 8, 16 or 32
-    static constexpr int kRows = few_rows_outputs(kTokens);  // of the weight
-    static constexpr int kWarps = few_rows_warps(kTokens);
+    static constexpr int kTokens = kTokens_;  // 8, 16 or 32
+    static constexpr int kRows = kRows_;      // of the weight: 16, 32 or 64
+    static constexpr int kWarps = few_rows_warps(kRows);
     static constexpr int kThreads = 32 * kWarps;
+    static constexpr bool kIsShared = kRows == kWideOutputs;  // several CTAs may have a part of the reduction each
     static constexpr int kTokenTiles = kTokens / 8, kRowTiles = kRows / 16;
     static constexpr int kLaneRows = 2 * kRowTiles;  // rows of which a lane decodes a block
     static constexpr int kQuads = (kRows * kTokens / 4 + kThreads - 1) / kThreads;  // of outputs, of a thread
-    static constexpr int kSpan = 4 * kWarps;            // chunks whose absmax lies in shared memory
-    static constexpr int kAbsmaxPitch = 4 * kSpan + 4;  // 8 rows of 4 blocks are in 32 banks
-    static constexpr int kRankStep = 16, kFactorPitch = kRows + 2, kTokenPitch = kRankStep + 1;
+    static constexpr bool kAllQuads = kQuads * kThreads * 4 == kRows * kTokens;     // else of some threads
+    static constexpr int kSpan = 4 * kWarps;                     // chunks whose absmax lies in shared memory
+    static constexpr int kAbsmaxPitch = 4 * kSpan + 4;           // 8 rows of 4 blocks are in 32 banks
+    static constexpr int kPairsAtOnce = kTokens == 8 ? 16 : 32;  // of s: as many as there are free registers
 
     // Rows of the partial sums: writes of a fragment and reads of 32 neighbours are without conflicts.
     static constexpr int kSumPitch = kRows + 4;
 
+    // 64 rows keep a warp busy for so long that half of a chunk is time enough for the next one's codes, in the same
+    // buffer: two CTAs then fit a multiprocessor.
+    static constexpr int kSlots = kRows < kWideOutputs ? 2 : 1;
     static constexpr uint32_t kSlot = kRows * 128;  // bytes of a chunk's codes
     struct WarpBuffers {
-        uint4 codes[2][kSlot / 16];  // [kRows][128 bytes]
-        uint4 x[2][kTokens * 8];     // [kTokens][4 blocks][16 elements]
+        uint4 codes[kSlots][kSlot / 16];  // [kRows][128 bytes]
+        uint4 x[2][kTokens * 8];          // [kTokens][4 blocks][16 elements]
     };
     struct Shared {
         union {
@@ -49,10 +61,12 @@ struct FewRowsTraits {
             float sums[kWarps][kTokens * kSumPitch];
         };
         float nested_code[256];
-        float factor[kRankStep * kFactorPitch];
-        float s[kTokens * kTokenPitch];
+        float4 outputs[kRows * kTokens / 4];  // what is added to the product, each thread's in places of its own
         alignas(16) float absmax[kRows * kAbsmaxPitch];
+        bool is_last;
     };
+    static constexpr int64_t kSharedBytes = sizeof(Shared);
+    static_assert(kRows < kWideOutputs || kSharedBytes == kWideBytes);
 
     // A thread's outputs: four rows of kQuads tokens. Rows run along the lanes. With 16 rows the other half of eight
     // lanes takes the token 4 further on, which is in other banks.
@@ -79,9 +93,9 @@ public:
     static constexpr int kGroups = kTokens / kCopyTokens, kCopies = 4 / kBlocksAtOnce;
 
     __device__ FewRowsWarp(const FusedMatmulKernelParams& params, typename Traits::WarpBuffers& buffers,
-                           int64_t first_row, int first_chunk)
+                           int64_t first_row, int first_chunk, int end_step)
         : rows(static_cast<int>(min(params.outputs - first_row, int64_t{kRows}))),
-          blocks_left_(params.steps - 4 * first_chunk) {
+          blocks_left_(end_step - 4 * first_chunk) {
         const int lane = threadIdx.x % 32;
         // Copies of codes: unit lane % 8 of rows lane / 8, lane / 8 + 4, ...
         const int64_t pitch = int64_t{32} * params.steps;
@@ -230,8 +244,9 @@ private:
 template <class Traits>
 class FewRowsAbsmax {
 public:
-    // From block first_block of the first of `rows` rows on.
-    __device__ void load(const FusedMatmulKernelParams& params, int64_t first_row, int rows, int first_block) {
+    // From block first_block of the first of `rows` rows on, up to block end_block of each.
+    __device__ void load(const FusedMatmulKernelParams& params, int64_t first_row, int rows, int first_block,
+                         int end_block) {
         // Lanes: 4 rows, 8 fours of blocks; then all rows, and the next 8 fours.
         const int row = threadIdx.x / 8 % Traits::kRows;
         const int column = threadIdx.x / (8 * Traits::kRows) * 32 + threadIdx.x % 8 * 4;
@@ -240,7 +255,7 @@ public:
         const int64_t first = first_row * row_blocks + first_block;
         const BlockAbsmax absmax(params.weight.absmax, first >> shift);
         at_ = row * Traits::kAbsmaxPitch + column;
-        blocks_left_ = row_blocks - first_block - column;
+        blocks_left_ = end_block - first_block - column;
         keep(at_);
         keep(blocks_left_);
         const int last_row = rows - 1;
@@ -318,54 +333,140 @@ private:
     StoredFour fours_[kPasses];
 };
 
-// Ranks `rank` and following of a term to shared memory; lanes run along the ranks. All loads come before any use.
+// Of lora_B, which comes from DRAM, the rows of this CTA are brought to the L2 while it multiplies.
 template <class Traits>
-__device__ void stage_ranks(const FusedMatmulKernelParams& params, typename Traits::Shared& shared,
-                            const LoraTerm& term, int64_t s_column, int64_t rank, int64_t first_row) {
-    constexpr int kStep = Traits::kRankStep, kRowsAtOnce = Traits::kThreads / kStep;
-    constexpr int kRowPasses = (Traits::kRows + kRowsAtOnce - 1) / kRowsAtOnce;
-    constexpr int kTokenPasses = (Traits::kTokens + kRowsAtOnce - 1) / kRowsAtOnce;
-    const int r = threadIdx.x % kStep, first = threadIdx.x / kStep;
-    const bool inside = rank + r < term.rank;
-    uint32_t factor[kRowPasses] = {}, s[kTokenPasses] = {};
-#pragma unroll
-    for (int pass = 0; pass < kRowPasses; ++pass) {
-        const int64_t row = first_row + first + pass * kRowsAtOnce;
-        if (inside && row < params.outputs) factor[pass] = load_bits(term.factor, row, rank + r);
-    }
-#pragma unroll
-    for (int pass = 0; pass < kTokenPasses; ++pass) {
-        const int token = first + pass * kRowsAtOnce;
-        if (inside && token < params.operands.m) s[pass] = load_bits(params.operands.s, token, s_column + rank + r);
-    }
-#pragma unroll
-    for (int pass = 0; pass < kRowPasses; ++pass) {
-        const int row = first + pass * kRowsAtOnce;
-        if (row < Traits::kRows)
-            shared.factor[r * Traits::kFactorPitch + row] = widen_bits(factor[pass], term.factor.dtype);
-    }
-#pragma unroll
-    for (int pass = 0; pass < kTokenPasses; ++pass) {
-        const int token = first + pass * kRowsAtOnce;
-        if (token < Traits::kTokens)
-            shared.s[token * Traits::kTokenPitch + r] = term.scaling * widen_bits(s[pass], params.operands.s.dtype);
+__device__ void prefetch_factors(const FusedMatmulKernelParams& params, int64_t first_row, int rows) {
+    constexpr int kLine = 128;
+    const int row = threadIdx.x % Traits::kRows;
+    if (row >= rows) return;
+    for (int term = 0; term < params.operands.num_terms; ++term) {
+        const ConstMatrix& factor = params.operands.terms[term].factor;
+        const int64_t size = bytes_of(factor.dtype), bytes = params.operands.terms[term].rank * size;
+        const char* const from = static_cast<const char*>(factor.data) + (first_row + row) * factor.stride * size;
+        for (int64_t at = threadIdx.x / Traits::kRows * kLine; at < bytes + kLine - 1;
+             at += Traits::kThreads / Traits::kRows * kLine)
+            prefetch_to_l2(from + min(at, bytes - 1));
     }
 }
 
+// Adds the terms to a warp's sums. The warps share the ranks, eight at a time, as they share the reduction, so that no
+// barrier is needed and all that a warp reads is under way together. Two neighbouring ranks are a lane's.
+//
+// s is added up from the parts that the shrink left: a CTA reads 4 m splits Σ rankᵢ bytes of it out of the L2, which at
+// m = 8, rank 16 and 16 splits is 8 KB beside its 32 KB of codes at K = 4096. The first CTA writes it for the backward.
+//
+// Sums are as exact as fp32's: factors are split into two numbers of tf32, which hold 22 bits together, and what the
+// second ones give is summed apart. Where a sum is infinite that is infinity minus infinity, and is left out.
 template <class Traits>
-__device__ void add_ranks(const typename Traits::Shared& shared, float4 (&outputs)[Traits::kQuads], int ranks) {
+__device__ void add_terms(const FusedMatmulKernelParams& params, int64_t first_row,
+                          float (&sums)[Traits::kRowTiles][Traits::kTokenTiles][4]) {
+    const FusedMatmulParams& operands = params.operands;
+    int thread = threadIdx.x;
+    keep(thread);  // the main loop need not keep what is made of it
+    const int lane = thread % 32, m = static_cast<int>(operands.m);
+    const int64_t row = first_row + lane / 4;
+    float rest[Traits::kRowTiles][Traits::kTokenTiles][4] = {};
+    int eight = thread / 32;
+    int64_t column = 0;
+    for (int i = 0; i < operands.num_terms; ++i) {
+        const LoraTerm& term = operands.terms[i];
+        for (; 8 * eight < term.rank; eight += Traits::kWarps) {
+            const int64_t rank = 8 * eight + lane % 4 * 2;
+            uint32_t bits[Traits::kRowTiles][4];  // in the order of the left operand: two rows, then the second rank's
 #pragma unroll
-    for (int i = 0; i < Traits::kQuads; ++i) {
-        const int token = Traits::output_token(i);
-        if (token >= Traits::kTokens) break;
-        for (int r = 0; r < ranks; ++r) {
-            const float s = shared.s[token * Traits::kTokenPitch + r];
-            const float2* const factor =
-                reinterpret_cast<const float2*>(&shared.factor[r * Traits::kFactorPitch + Traits::output_row()]);
-            outputs[i].x += s * factor[0].x, outputs[i].y += s * factor[0].y;
-            outputs[i].z += s * factor[1].x, outputs[i].w += s * factor[1].y;
+            for (int tile = 0; tile < Traits::kRowTiles; ++tile)
+#pragma unroll
+                for (int j = 0; j < 4; ++j) {
+                    const int64_t at = row + 16 * tile + j % 2 * 8;
+                    const bool exists = at < params.outputs && rank + j / 2 < term.rank;
+                    bits[tile][j] = exists ? load_bits(term.factor, at, rank + j / 2) : 0;
+                }
+
+            float2 s[Traits::kTokenTiles];
+            const int64_t first = lane / 4 * operands.total_rank + column + rank;
+            const int ranks = static_cast<int>(min(term.rank - rank, int64_t{2}));
+            const bool is_pair = ranks == 2 && (operands.total_rank | column) % 2 == 0;
+            sum_parts<Traits::kPairsAtOnce>(s, operands.s, first, 8 * operands.total_rank,
+                                            [&](int tile, const float* source) -> float2 {
+                                                if (8 * tile + lane / 4 >= m || ranks < 1) return {0, 0};
+                                                if (is_pair) return *reinterpret_cast<const float2*>(source);
+                                                return {source[0], ranks > 1 ? source[1] : 0};
+                                            });
+            if (operands.sum && first_row == 0)
+#pragma unroll
+                for (int tile = 0; tile < Traits::kTokenTiles; ++tile) {
+                    float* const to = operands.sum + first + tile * 8 * operands.total_rank;
+                    if (8 * tile + lane / 4 >= m) break;
+                    if (ranks > 0) to[0] = s[tile].x;
+                    if (ranks > 1) to[1] = s[tile].y;
+                }
+
+            float high[Traits::kRowTiles][4], low[Traits::kRowTiles][4];
+#pragma unroll
+            for (int tile = 0; tile < Traits::kRowTiles; ++tile)
+#pragma unroll
+                for (int j = 0; j < 4; ++j) {
+                    const float value = widen_bits(bits[tile][j], term.factor.dtype);
+                    high[tile][j] = round_to_tf32(value);
+                    low[tile][j] = round_to_tf32(value - high[tile][j]);
+                }
+#pragma unroll
+            for (int tile = 0; tile < Traits::kTokenTiles; ++tile) {
+                const float x = term.scaling * s[tile].x, y = term.scaling * s[tile].y;
+                const float x_high = round_to_tf32(x), y_high = round_to_tf32(y);
+                const float x_low = round_to_tf32(x - x_high), y_low = round_to_tf32(y - y_high);
+#pragma unroll
+                for (int row_tile = 0; row_tile < Traits::kRowTiles; ++row_tile) {
+                    multiply_tf32(sums[row_tile][tile], high[row_tile], x_high, y_high);
+                    multiply_tf32(rest[row_tile][tile], high[row_tile], x_low, y_low);
+                    multiply_tf32(rest[row_tile][tile], low[row_tile], x_high, y_high);
+                }
+            }
         }
+        eight -= static_cast<int>(ceil_div(term.rank, 8));
+        column += term.rank;
     }
+#pragma unroll
+    for (int tile = 0; tile < Traits::kRowTiles; ++tile)
+#pragma unroll
+        for (int token_tile = 0; token_tile < Traits::kTokenTiles; ++token_tile)
+#pragma unroll
+            for (int j = 0; j < 4; ++j) {
+                float& sum = sums[tile][token_tile][j];
+                if (isfinite(sum)) sum += rest[tile][token_tile][j];
+            }
+}
+
+struct FewRowsPlace {
+    uint32_t tile;
+    int split;
+};
+
+// Adds the sums of all CTAs that share a tile, in the order of the reduction; false for those that are not the last to
+// arrive.
+template <class Traits>
+__device__ bool gather_sums(const FusedMatmulKernelParams& params, typename Traits::Shared& shared,
+                            const FewRowsPlace& place, float4 (&sums)[Traits::kQuads]) {
+    float4* const parts = reinterpret_cast<float4*>(params.partial_sums) +
+                          int64_t{place.tile} * params.splits * Traits::kQuads * Traits::kThreads + threadIdx.x;
+    const auto part_at = [&](int split, int i) -> float4& {
+        return parts[(split * Traits::kQuads + i) * Traits::kThreads];
+    };
+    const auto store = [&] {
+#pragma unroll
+        for (int i = 0; i < Traits::kQuads; ++i) part_at(place.split, i) = sums[i];
+    };
+    if (!is_last_to_arrive(params, shared.is_last, place.tile, store)) return false;
+    float4 total[Traits::kQuads] = {};
+    for (int split = 0; split < params.splits; ++split)
+#pragma unroll
+        for (int i = 0; i < Traits::kQuads; ++i) {
+            const float4 part = split == place.split ? sums[i] : part_at(split, i);
+            total[i].x += part.x, total[i].y += part.y, total[i].z += part.z, total[i].w += part.w;
+        }
+#pragma unroll
+    for (int i = 0; i < Traits::kQuads; ++i) sums[i] = total[i];
+    return true;
 }
 
 template <class Traits>
@@ -376,32 +477,40 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kTokens == 8 ? 3 : 2
     extern __shared__ __align__(128) unsigned char memory[];
     typename Traits::Shared& shared = *reinterpret_cast<typename Traits::Shared*>(memory);
     const FusedMatmulParams& operands = params.operands;
-    const int64_t first_row = int64_t{blockIdx.x} * Traits::kRows;
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    const int chunks = static_cast<int>((params.steps + 3u) / 4);
-
-    // The first of a thread's outputs: found before the main loop and again after it, which need not keep it.
-    const auto find_column = [] {
+    // The CTA's tile and its part of the reduction: found before the main loop and again after it, which need not keep
+    // them. Tiles of one part are neighbours, since they read the same x.
+    const auto find_place = [&] {
         uint32_t block = blockIdx.x;
         keep(block);
-        return int64_t{block} * Traits::kRows + Traits::output_row();
+        if constexpr (Traits::kIsShared) {
+            const uint32_t tiles = gridDim.x / params.splits;
+            return FewRowsPlace{block % tiles, static_cast<int>(block / tiles)};
+        } else {
+            return FewRowsPlace{block, 0};
+        }
     };
+    const FewRowsPlace start = find_place();
+    const int64_t first_row = int64_t{start.tile} * Traits::kRows;
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    const int first_step = start.split * params.split_steps;
+    const int end_step = Traits::kIsShared ? min(params.steps, first_step + params.split_steps) : params.steps;
+    const int begin = first_step / 4, chunks = static_cast<int>((end_step + 3u) / 4);
 
     // load: the first chunk, absmax and all small operands are under way together, before any is waited for.
-    FewRowsWarp<Traits> tile(params, shared.warps[warp], first_row, warp);
+    FewRowsWarp<Traits> tile(params, shared.warps[warp], first_row, begin + warp, end_step);
     tile.template copy_codes<0>(0);
     tile.template copy_x<0>();
     commit_copies();
 
     FewRowsAbsmax<Traits> absmax;
-    absmax.load(params, first_row, tile.rows, 0);
+    absmax.load(params, first_row, tile.rows, 4 * begin, end_step);
     const NestedCode<Traits::kThreads> table(params.weight.absmax);
 
-    // The small terms, in fp32: they are as exact as the adapters' own dtype.
-    if (operands.num_terms > 0) stage_ranks<Traits>(params, shared, operands.terms[0], 0, 0, first_row);
-    float4 outputs[Traits::kQuads] = {};
-    if (operands.bias.data || operands.add.data) {
-        const int64_t column = find_column();
+    if (operands.num_terms > 0) prefetch_factors<Traits>(params, first_row, tile.rows);
+    const bool adds = operands.bias.data || operands.add.data;
+    if (adds) {
+        const int64_t column = first_row + Traits::output_row();
+        float4 outputs[Traits::kQuads];
         const int count = count_four(column, params.outputs);
         const float4 bias = load_four<true>(operands.bias, 0, column, count, has_aligned_fours(operands.bias));
 #pragma unroll
@@ -411,29 +520,19 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kTokens == 8 ? 3 : 2
             const float4 add = load_four<true>(operands.add, token, column, token < operands.m ? count : 0, aligned);
             outputs[i] = make_float4(bias.x + add.x, bias.y + add.y, bias.z + add.z, bias.w + add.w);
         }
+#pragma unroll
+        for (int i = 0; i < Traits::kQuads; ++i)
+            if (Traits::output_token(i) < Traits::kTokens)
+                shared.outputs[threadIdx.x + i * Traits::kThreads] = outputs[i];
     }
     table.store(shared.nested_code);
     __syncthreads();
     absmax.store(params, shared, table.offset);
 
-    int64_t s_column = 0;
-    for (int term = 0; term < operands.num_terms; ++term) {
-        const int64_t rank = operands.terms[term].rank;
-        for (int64_t r = 0; r < rank; r += Traits::kRankStep) {
-            if (term > 0 || r > 0) {
-                __syncthreads();
-                stage_ranks<Traits>(params, shared, operands.terms[term], s_column, r, first_row);
-            }
-            __syncthreads();
-            add_ranks<Traits>(shared, outputs, static_cast<int>(min(rank - r, int64_t{Traits::kRankStep})));
-        }
-        s_column += rank;
-    }
-
     // compute
-    for (int first_chunk = 0; first_chunk < chunks; first_chunk += Traits::kSpan) {
-        if (first_chunk > 0) {
-            absmax.load(params, first_row, tile.rows, 4 * first_chunk);
+    for (int first_chunk = begin; first_chunk < chunks; first_chunk += Traits::kSpan) {
+        if (first_chunk > begin) {
+            absmax.load(params, first_row, tile.rows, 4 * first_chunk, end_step);
             __syncthreads();
             absmax.store(params, shared, table.offset);
         }
@@ -447,20 +546,30 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kTokens == 8 ? 3 : 2
             tile.make_planes_of_chunk(params.codebook, chunk_absmax);
             unroll<4>([&](auto quarter) {
                 constexpr int kQuarter = decltype(quarter)::value;
-                // At quarter 1 the next chunk's codes were asked for last, and may take until quarter 2.
-                wait_for_copies<kQuarter == 1 ? 1 : 0>();
+                // The next chunk's codes are asked for at one quarter, and may take until the next but one. They go to
+                // the other buffer, or to the only one, whose second half has just been read.
+                constexpr int kCodesQuarter = Traits::kSlots == 2 ? 0 : 2;
+                wait_for_copies<kQuarter == kCodesQuarter + 1 ? 1 : 0>();
                 __syncwarp();
                 if constexpr (kQuarter == 3) tile.advance();
                 tile.template copy_x<(kQuarter + 1) % 4>();
                 commit_copies();
-                if constexpr (kQuarter == 0) {
-                    tile.template copy_codes<1>(slot ^ Traits::kSlot);
+                if constexpr (Traits::kSlots == 1 && kQuarter % 2 == 0) tile.load_codes(0, kQuarter / 2);
+                if constexpr (kQuarter == kCodesQuarter) {
+                    if constexpr (Traits::kSlots == 1) __syncwarp();
+                    tile.template copy_codes<1>(Traits::kSlots == 2 ? slot ^ Traits::kSlot : 0);
                     commit_copies();
                 }
-                if constexpr (kQuarter % 2 == 0) tile.load_codes(slot, kQuarter / 2);
+                if constexpr (Traits::kSlots == 2 && kQuarter % 2 == 0) tile.load_codes(slot, kQuarter / 2);
                 tile.template multiply_quarter<kQuarter>();
             });
         }
+    }
+
+    const FewRowsPlace place = find_place();
+    if (operands.num_terms > 0 && place.split == 0) {
+        wait_for_last_kernel();
+        add_terms<Traits>(params, int64_t{place.tile} * Traits::kRows, tile.sums);
     }
 
     // reduce, in the order of the warps
@@ -478,26 +587,42 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kTokens == 8 ? 3 : 2
             }
     __syncthreads();
 
+    float4 sums[Traits::kQuads] = {};
+    const auto add = [&](int i, const float4& more) {
+        sums[i] = make_float4(sums[i].x + more.x, sums[i].y + more.y, sums[i].z + more.z, sums[i].w + more.w);
+    };
+#pragma unroll
+    for (int i = 0; i < Traits::kQuads; ++i) {
+        const int token = Traits::output_token(i);
+        if (!Traits::kAllQuads && token >= Traits::kTokens) break;
+        const auto part_of = [&](int w) {
+            const float* const from = &shared.sums[w][token * Traits::kSumPitch + Traits::output_row()];
+            return *reinterpret_cast<const float4*>(from);
+        };
+        sums[i] = part_of(0);
+#pragma unroll
+        for (int w = 1; w < kWarps; ++w) add(i, part_of(w));
+    }
+    if constexpr (Traits::kIsShared)
+        if (params.splits > 1 && !gather_sums<Traits>(params, shared, place, sums)) return;
+
     // store
-    const int64_t column = find_column();
+    const int64_t column = int64_t{place.tile} * Traits::kRows + Traits::output_row();
     const int count = count_four(column, params.outputs);
-    const float4 scale = load_scales(operands.scale, column, count);
+    const int m = static_cast<int>(operands.m);
+    float4 scale;
+    if (operands.scale) scale = load_scales(operands.scale, column, count);
     const bool aligned = has_aligned_fours(operands.out);
 #pragma unroll
     for (int i = 0; i < Traits::kQuads; ++i) {
         const int token = Traits::output_token(i);
-        if (token >= operands.m) continue;
-        float4 sum = outputs[i];
-#pragma unroll
-        for (int w = 0; w < kWarps; ++w) {
-            const float* const from = &shared.sums[w][token * Traits::kSumPitch + Traits::output_row()];
-            const float4 part = *reinterpret_cast<const float4*>(from);
-            sum.x += part.x, sum.y += part.y, sum.z += part.z, sum.w += part.w;
-        }
+        if (token >= m) continue;
+        if (adds) add(i, shared.outputs[threadIdx.x + i * Traits::kThreads]);
+        float4 sum = sums[i];
         if (operands.unscaled.data)
             store_four(operands.unscaled, token, column, count, has_aligned_fours(operands.unscaled), sum);
-        store_four(operands.out, token, column, count, aligned,
-                   make_float4(scale.x * sum.x, scale.y * sum.y, scale.z * sum.z, scale.w * sum.w));
+        if (operands.scale) sum = make_float4(scale.x * sum.x, scale.y * sum.y, scale.z * sum.z, scale.w * sum.w);
+        store_four(operands.out, token, column, count, aligned, sum);
     }
 #endif
 }

@@ -12,11 +12,22 @@ namespace peft_kernels {
 
 constexpr int kFewRows = 32;
 
+constexpr bool takes_few_rows(int64_t m, bool transposed) { return m <= kFewRows && !transposed; }
+
 // Rows of the weight that a CTA takes, and its warps, which share the reduction. Few tokens: many CTAs with many warps,
-// to keep codes in flight. With 32 tokens x, read by each CTA, would be twice the codes at 16 rows; its buffers allow 4
-// warps, if two CTAs are to fit a multiprocessor.
+// to keep codes in flight. Each CTA reads x, out of the L2: 4 tokens / rows times the codes' bytes. With 32 tokens that
+// would be 8 times the codes at 16 rows; the buffers of 32 rows allow 4 warps, if two CTAs are to fit a multiprocessor.
 constexpr int few_rows_outputs(int tokens) { return tokens > 16 ? 32 : 16; }
-constexpr int few_rows_warps(int tokens) { return tokens > 16 ? 4 : 8; }
+constexpr int few_rows_warps(int rows) { return rows > 16 ? 4 : 8; }
+
+// 64 rows for 9 to 16 tokens, where the weight has enough of them: x then is no more bytes than the codes. Of
+// 8192 x 28672 and 16 tokens that is 117 MB of codes, 35 us of an H100's 3.35 TB/s, and as much again out of its L2,
+// rather than 470 MB, 85 us of 5.5 TB/s. The matrix unit needs 8 us for its 15 GFLOP.
+constexpr int kWideOutputs = 64;
+constexpr int64_t kWideTokens = 16;  // with 32, a thread would want more registers than it can have
+// Of shared memory: codes, x in two buffers; the table, what is added to the product, absmax; a flag.
+constexpr int64_t kWideBytes = 4 * (kWideOutputs * 128 + 2 * kWideTokens * 128) + 1024 +
+                               kWideTokens * kWideOutputs * 4 + kWideOutputs * 68 * 4 + 16;
 
 // ---- many rows, and transposed: matmul/cuda/many_rows_kernel.cuh ----------------------------------------------------
 
@@ -27,26 +38,45 @@ constexpr int kTileStep = 64;
 struct FusedMatmulPlan {
     bool few_rows;        // else many
     int tile_m;           // tokens of a tile: 8, 16 or 32; 64, 128 or 256
+    int tile_n;           // and outputs: 16, 32 or 64; 128
     int64_t tiles;        // of out
     int splits;           // CTAs that share a tile, each with a part of the reduction
     int64_t split_steps;  // steps of a part
 };
 
+// The CTAs that share a tile of 64 rows of the weight, so that all multiprocessors have work to the end: waves are to
+// be whole. 0 if the tiles should be smaller. A part has 48 steps, three chunks a warp: fewer would not repay the pass
+// over its sums.
+constexpr int64_t plan_wide_splits(int tokens, int64_t outputs, int64_t reduction, const DeviceProperties& device) {
+    const int64_t tiles = ceil_div(outputs, kWideOutputs), most = clamp(ceil_div(reduction, kTileStep) / 48, 1, 6);
+    const int64_t fitting = (device.shared_bytes + 1024) / (kWideBytes + 1024);
+    const int64_t places = device.multiprocessors * clamp(fitting, 1, 2);
+    const auto waves_of = [&](int64_t splits) { return ceil_div(tiles * splits, places); };
+    int64_t best = 1;
+    for (int64_t splits = 2; splits <= most; ++splits)
+        if (waves_of(splits) * best < waves_of(best) * splits) best = splits;
+    return tokens == kWideTokens && tiles * best * 4 >= places * 3 ? best : 0;
+}
+
 constexpr FusedMatmulPlan plan_fused_matmul(int64_t m, int64_t outputs, int64_t reduction, bool transposed,
                                             const DeviceProperties& device) {
     FusedMatmulPlan plan{};
-    plan.few_rows = m <= kFewRows && !transposed;
+    plan.few_rows = takes_few_rows(m, transposed);
     if (plan.few_rows) {
         plan.tile_m = m <= 8 ? 8 : m <= 16 ? 16 : 32;
-        plan.tiles = ceil_div(outputs, few_rows_outputs(plan.tile_m));
-        plan.splits = 1;
-        plan.split_steps = ceil_div(reduction, kTileStep);
+        const int64_t steps = ceil_div(reduction, kTileStep);
+        const int64_t wide_splits = plan_wide_splits(plan.tile_m, outputs, reduction, device);
+        plan.tile_n = wide_splits > 0 ? kWideOutputs : few_rows_outputs(plan.tile_m);
+        plan.tiles = ceil_div(outputs, plan.tile_n);
+        plan.split_steps = round_up(ceil_div(steps, wide_splits > 0 ? wide_splits : 1), 4);
+        plan.splits = static_cast<int>(ceil_div(steps, plan.split_steps));
         return plan;
     }
     // 256 rows decode the weight half as often as 128, and need 122 KB of shared memory, which sm_86 and sm_89 lack. On
     // sm_90 dequantisation and the library's GEMM are faster before there are so many; so they are for dx.
     const bool has_256 = device.compute_capability == 80 && !transposed;
     plan.tile_m = m <= 64 ? 64 : m < 256 || !has_256 ? 128 : 256;
+    plan.tile_n = kTileN;
     plan.tiles = ceil_div(m, plan.tile_m) * ceil_div(outputs, kTileN);
     const int64_t steps = ceil_div(reduction, kTileStep);
     // Tiles that leave multiprocessors idle are split, as long as a part has 8 steps: fewer would not repay the pass
@@ -64,6 +94,11 @@ constexpr FusedMatmulPlan plan_fused_matmul(int64_t m, int64_t outputs, int64_t 
 static_assert(plan_fused_matmul(1, 4096, 4096, false, kA100).tiles == 256);
 static_assert(plan_fused_matmul(32, 4096, 4096, false, kA100).tiles == 128);
 static_assert(plan_fused_matmul(64, 4096, 4096, false, kA100).splits == 3);
+// 8192 x 28672: 128 tiles on 216 places. Its rows are enough for 64 of them a CTA, which 4096 x 4096 has not.
+static_assert(plan_fused_matmul(16, 8192, 28672, false, kA100).tile_n == 64);
+static_assert(plan_fused_matmul(16, 8192, 28672, false, kA100).splits == 5);
+static_assert(plan_fused_matmul(8, 8192, 28672, false, kA100).tile_n == 16);
+static_assert(plan_fused_matmul(16, 4096, 4096, false, kA100).tile_n == 16);
 static_assert(plan_fused_matmul(256, 4096, 4096, false, kA100).tile_m == 256);
 static_assert(plan_fused_matmul(16, 4096, 4096, true, kA100).tile_m == 64);
 

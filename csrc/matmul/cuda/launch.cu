@@ -1,7 +1,7 @@
 // The instances of the base products' kernels and their launch.
 //
 //                           tokens of a tile
-//   few rows                8, 16, 32
+//   few rows                8, 16, 32    16 with 64 rows of the weight as well
 //   many rows               64, 128, 256
 //   many rows, transposed   64, 128       each for __nv_bfloat16 and __half
 #include <cuda_runtime.h>
@@ -31,20 +31,26 @@ Problem plan_of(const FusedMatmulParams& params, const DeviceProperties& device)
 // Two counters for each tile, to a multiple of 16 bytes.
 int64_t bytes_of_arrivals(const FusedMatmulPlan& plan) { return plan.splits > 1 ? ceil_div(plan.tiles, 2) * 16 : 0; }
 
-template <class T, int kTokens>
+int clear_arrivals(const FusedMatmulKernelParams& params, const FusedMatmulPlan& plan, cudaStream_t stream) {
+    if (plan.splits == 1) return cudaSuccess;
+    return cudaMemsetAsync(params.arrivals, 0, bytes_of_arrivals(plan), stream);
+}
+
+template <class T, int kTokens, int kRows = few_rows_outputs(kTokens)>
 int launch_few_rows(const FusedMatmulKernelParams& params, const FusedMatmulPlan& plan, cudaStream_t stream) {
-    using Traits = FewRowsTraits<T, kTokens>;
-    return launch_kernel(&matmul_few_rows_kernel<Traits>, static_cast<unsigned>(plan.tiles), Traits::kThreads,
-                         sizeof(typename Traits::Shared), params, stream);
+    if constexpr (kTokens == kWideTokens && kRows != kWideOutputs)
+        if (plan.tile_n == kWideOutputs) return launch_few_rows<T, kTokens, kWideOutputs>(params, plan, stream);
+    using Traits = FewRowsTraits<T, kTokens, kRows>;
+    if (const int error = clear_arrivals(params, plan, stream)) return error;
+    const bool overlaps = params.operands.overlaps && params.operands.num_terms > 0 && plan.splits == 1;
+    return launch_kernel(&matmul_few_rows_kernel<Traits>, static_cast<unsigned>(plan.tiles * plan.splits),
+                         Traits::kThreads, sizeof(typename Traits::Shared), params, stream, overlaps);
 }
 
 template <class T, int kTileM, bool kTransposed>
 int launch_many_rows(const FusedMatmulKernelParams& params, const FusedMatmulPlan& plan, cudaStream_t stream) {
     using Traits = ManyRowsTraits<T, kTileM, kTransposed>;
-    if (plan.splits > 1) {
-        const cudaError_t error = cudaMemsetAsync(params.arrivals, 0, bytes_of_arrivals(plan), stream);
-        if (error != cudaSuccess) return error;
-    }
+    if (const int error = clear_arrivals(params, plan, stream)) return error;
     return launch_kernel(matmul_many_rows_kernel<Traits>, static_cast<uint32_t>(plan.tiles * plan.splits),
                          Traits::kThreads, sizeof(typename Traits::Shared), params, stream);
 }
@@ -87,13 +93,15 @@ const char* fused_matmul_refusal(const FusedMatmulParams& params) {
     return nullptr;
 }
 
+bool fused_matmul_adds_parts(const FusedMatmulParams& params) { return takes_few_rows(params.m, params.transposed); }
+
 int64_t fused_matmul_workspace(const FusedMatmulParams& params) {
     DeviceProperties device{};
     if (query_device(device) != cudaSuccess) return 0;  // the launch will tell
     const FusedMatmulPlan plan = plan_of(params, device).plan;
     if (plan.splits == 1) return 0;
     return bytes_of_arrivals(plan) +
-           plan.tiles * plan.splits * plan.tile_m * kTileN * static_cast<int64_t>(sizeof(float));
+           plan.tiles * plan.splits * plan.tile_m * plan.tile_n * static_cast<int64_t>(sizeof(float));
 }
 
 int fused_matmul(const FusedMatmulParams& params, void* stream_handle) {

@@ -137,6 +137,10 @@ static_assert(panel_rows_of(512, 4096, 4096, kH100, false) == 4096);
 static_assert(panel_rows_of(4096, 4096, 4096, kH100, true) == 2048);
 static_assert(panel_rows_of(4096, 4096, 14336, kH100, true) == 4096);
 
+// 256 CTAs on 264 places, each of which reads no more bytes of x than of codes.
+static_assert(plan_fused_matmul(16, 8192, 28672, false, kH100).tile_n == 64);
+static_assert(plan_fused_matmul(16, 8192, 28672, false, kH100).splits == 2);
+
 // A capability between two of the table has the lower one's.
 static_assert(default_crossover(87).forward == 512 && !default_crossover(87).stand_in);
 static_assert(default_crossover(103).forward == default_crossover(90).forward && default_crossover(103).stand_in);

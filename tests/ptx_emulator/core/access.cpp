@@ -48,6 +48,17 @@ Allocation& allocation_of(Warp& w, uint64_t address, int bytes, int lane) {
                 lane};
 }
 
+void check_waited(Warp& w, uint32_t mask, const LaneAddresses& addresses, int bytes, const char* what) {
+    for_lanes(mask, [&](int lane) {
+        const uint64_t address = addresses.lane[lane];
+        if (GlobalMemory::touched_earlier(allocation_of(w, address, bytes, lane), address, bytes, *what == 'w'))
+            throw Fault{std::string("race between launches: ") + what + " of global memory at " +
+                            w.block.launch.global.describe(address) +
+                            ", which the launch before may still use, with no griddepcontrol.wait before",
+                        lane};
+    });
+}
+
 template <class Check>
 void for_each_global(Warp& w, uint32_t mask, const LaneAddresses& addresses, int bytes, const char* what,
                      Check&& check) {
@@ -55,6 +66,7 @@ void for_each_global(Warp& w, uint32_t mask, const LaneAddresses& addresses, int
         const Hazard hazard = check(allocation_of(w, address, count, lane), address, count);
         if (hazard != Hazard::kNone) global_hazard(w, hazard, what, address, lane);
     };
+    if (w.block.launch.overlaps) check_waited(w, mask & ~w.waited, addresses, bytes, what);
     if (is_contiguous(mask, addresses, bytes)) {
         Allocation* allocation = w.block.launch.global.find(addresses.lane[0]);
         if (allocation && allocation->holds(addresses.lane[0], kLanes * bytes) &&

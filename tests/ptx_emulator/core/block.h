@@ -42,6 +42,9 @@ struct Launch {
     std::vector<uint64_t> executed;                        // warp instructions at each program counter
     std::unordered_map<uint64_t, uint64_t> float_atomics;  // address to the warp that added there
     int sm_count = 1;
+    // Whether it may begin before the launch before it has ended, and whether anybody waited for that. Before a lane
+    // has waited, it must not touch what the other launch writes, nor write what that reads.
+    bool overlaps = false, waited = false;
     // What the blocks that released at an address had seen: see Block::synchronize_at.
     std::unordered_map<uint64_t, BlockSet> releases;
 };

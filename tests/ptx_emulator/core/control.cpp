@@ -191,12 +191,15 @@ void decode_nanosleep(Decoder&, const Statement&, Instruction& in) {
     in.handler = [](Warp& w, const Instruction&, uint32_t) { w.yield(); };
 }
 
-// Kernels run one after the other: nothing is left to wait for.
+// Launches run one after the other: a launch that may overlap the one before it is held to the wait, see Launch.
 void decode_griddepcontrol(Decoder&, const Statement& s, Instruction& in) {
     Modifiers modifiers(s);
-    modifiers.take_any({"launch_dependents", "wait"});
+    const bool waits = modifiers.take_any({"wait", "launch_dependents"}) == "wait";
     modifiers.done();
-    in.handler = [](Warp&, const Instruction&, uint32_t) {};
+    in.handler = waits ? [](Warp& w, const Instruction&, uint32_t mask) {
+        w.waited |= mask;
+        w.block.launch.waited = true;
+    } : [](Warp&, const Instruction&, uint32_t) {};
 }
 
 // How many registers a thread has is ptxas's matter; here it has all.

@@ -162,17 +162,23 @@ void Device::launch(LoadedModule& module, const std::string& kernel, const Launc
                   {},
                   {},
                   {},
-                  profile->sm_count};
+                  profile->sm_count,
+                  request.overlaps};
     launch.executed.resize(program.code.size());
     launch.counters.shared_bytes = launch.shared_bytes;
     global.check_initialized = checks.initialized;
     global.check_races = checks.races;
-    global.begin_launch();
-    if (checks.max_instructions > 0) run_blocks(launch);
+    global.begin_launch(request.overlaps);
+    if (checks.max_instructions > 0) {
+        run_blocks(launch);
+        if (launch.overlaps && !launch.waited)
+            throw EmulatorError(program.name + ": it may overlap the launch before, for whose end nobody waited");
+    }
     launch.counters.unique_bytes_read = global.unique_read;
     launch.counters.unique_bytes_written = global.unique_written;
 
-    LaunchRecord record{program.name, request.grid, request.threads, launch.counters, {}, global.sectors_read()};
+    LaunchRecord record{program.name, request.grid,          request.threads, launch.counters,
+                        {},           global.sectors_read(), request.overlaps};
     for (size_t i = 0; i < program.code.size(); ++i) {
         if (!launch.executed[i]) continue;
         record.counters.warp_instructions[static_cast<int>(program.code[i].kind)] += launch.executed[i];

@@ -67,6 +67,7 @@ struct LaunchRecord {
     Counters counters;
     std::vector<std::pair<int, uint64_t>> lines;   // PTX line and how often warps ran it
     std::map<std::string, uint64_t> sectors_read;  // by the names of what they are in
+    bool overlaps;
 };
 
 struct LaunchRequest {
@@ -74,6 +75,7 @@ struct LaunchRequest {
     uint64_t dynamic_shared_bytes = 0;
     std::vector<uint8_t> params;
     uint64_t dynamic_shared_limit = 0;  // 0: what the card has
+    bool overlaps = false;              // a programmatic dependent launch
 };
 
 class Device {

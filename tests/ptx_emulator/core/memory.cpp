@@ -43,9 +43,14 @@ void GlobalMemory::mark_written(uint64_t address, uint64_t bytes) {
     std::fill_n(&allocation->written[offset], std::min(bytes, allocation->bytes - offset), 1);
 }
 
-void GlobalMemory::begin_launch() {
+void GlobalMemory::begin_launch(bool overlaps) {
     unique_read = unique_written = 0;
     for (auto& [base, allocation] : allocations_) {
+        allocation.earlier.clear();
+        if (overlaps) {
+            allocation.earlier.resize(allocation.shadow.size());
+            allocation.earlier.swap(allocation.shadow);
+        }
         for (std::unique_ptr<ShadowPage>& page : allocation.shadow) page.reset();
         allocation.sectors_read = 0;
     }
@@ -165,6 +170,16 @@ Hazard GlobalMemory::write(Allocation& allocation, uint64_t address, int bytes, 
     }
     if (!allocation.written.empty()) std::fill_n(&allocation.written[offset], bytes, 1);
     return Hazard::kNone;
+}
+
+bool GlobalMemory::touched_earlier(const Allocation& allocation, uint64_t address, int bytes, bool writing) {
+    for (uint64_t offset = address - allocation.base; bytes > 0; ++offset, --bytes) {
+        if (allocation.earlier.empty()) return false;
+        const ShadowPage* page = allocation.earlier[offset / kShadowPage].get();
+        const uint64_t at = offset % kShadowPage;
+        if (page && (page->writer[at] || (writing && page->reader[at]))) return true;
+    }
+    return false;
 }
 
 std::string GlobalMemory::describe(uint64_t address) {

@@ -51,7 +51,8 @@ struct Allocation {
     std::string name;
     std::vector<uint8_t> written;  // a byte for each; empty: all of it counts as written
     std::vector<std::unique_ptr<ShadowPage>> shadow;
-    uint64_t sectors_read = 0;  // in this launch
+    std::vector<std::unique_ptr<ShadowPage>> earlier;  // of the launch before, where this one may overlap it
+    uint64_t sectors_read = 0;                         // in this launch
 
     bool holds(uint64_t address, uint64_t size) const {
         return address >= base && size <= bytes && address - base <= bytes - size;
@@ -70,13 +71,16 @@ public:
     void remove(const void* base);
     Allocation* find(uint64_t address);
     void mark_written(uint64_t address, uint64_t bytes);
-    void begin_launch();
+    void begin_launch(bool overlaps);
     std::map<std::string, uint64_t> sectors_read() const;  // in this launch, by the names of allocations
 
     // Any number of bytes within `allocation`. What is a hazard leaves no trace, so that a caller can ask again for
     // parts.
     Hazard read(Allocation& allocation, uint64_t address, int bytes, const GlobalAccess& access);
     Hazard write(Allocation& allocation, uint64_t address, int bytes, const GlobalAccess& access);
+
+    // Whether the launch before touched these bytes: wrote them, or, if `writing`, read them.
+    static bool touched_earlier(const Allocation& allocation, uint64_t address, int bytes, bool writing);
 
     // The block + 1 behind the last race.
     uint32_t other() const { return other_; }

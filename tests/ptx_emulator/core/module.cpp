@@ -52,6 +52,7 @@ py::dict record_of(const LaunchRecord& record) {
     out["global_load"] = traffic(counters.global_load);
     out["global_store"] = traffic(counters.global_store);
     out["sectors_read"] = record.sectors_read;
+    out["overlaps"] = record.overlaps;
     out["unique_bytes_read"] = counters.unique_bytes_read;
     out["unique_bytes_written"] = counters.unique_bytes_written;
     out["shared_load"] = traffic(counters.shared_load);
@@ -97,20 +98,20 @@ PYBIND11_MODULE(_ptx_emulator, m) {
         .def("kernels", &LoadedModule::kernels)
         .def("registers",
              [](LoadedModule& self, const std::string& kernel) { return self.program(kernel).register_bytes; })
-        .def("launch",
-             [](LoadedModule& self, const std::string& kernel, const std::vector<uint32_t>& grid,
-                const std::vector<uint32_t>& block, uint64_t shared, const std::vector<py::bytes>& arguments) {
-                 Device& device = Device::instance();
-                 LaunchRequest request{dim3_of(grid), dim3_of(block), shared, {}, 0};
-                 request.params = lay_out(self.program(kernel), arguments);
-                 {
-                     py::gil_scoped_release release;
-                     device.launch(self, kernel, request);
-                 }
-                 py::dict record = record_of(device.records.back());
-                 device.records.pop_back();
-                 return record;
-             });
+        .def("launch", [](LoadedModule& self, const std::string& kernel, const std::vector<uint32_t>& grid,
+                          const std::vector<uint32_t>& block, uint64_t shared, const std::vector<py::bytes>& arguments,
+                          bool overlaps) {
+            Device& device = Device::instance();
+            LaunchRequest request{dim3_of(grid), dim3_of(block), shared, {}, 0, overlaps};
+            request.params = lay_out(self.program(kernel), arguments);
+            {
+                py::gil_scoped_release release;
+                device.launch(self, kernel, request);
+            }
+            py::dict record = record_of(device.records.back());
+            device.records.pop_back();
+            return record;
+        });
 
     m.def("load", [](const std::string& ptx) { return Device::instance().load(ptx); });
     m.def("profiles", profile_names);

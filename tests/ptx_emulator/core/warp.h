@@ -111,6 +111,7 @@ public:
     uint32_t live;  // lanes that have not exited
     uint32_t active = 0;
     uint32_t pc = 0;
+    uint32_t waited = 0;         // lanes that have waited for the launch before
     uint32_t carry = 0;          // of add.cc and its like, a bit for each lane
     std::vector<uint8_t> local;  // [lane][local_bytes]
     std::vector<uint8_t> local_written;

@@ -26,11 +26,11 @@ thread_local std::string last_message;
 
 Dim3 dim3_of(dim3 dim) { return {dim.x, dim.y, dim.z}; }
 
-void launch(const void* host, dim3 grid, dim3 block, void** arguments, size_t shared) {
+void launch(const void* host, dim3 grid, dim3 block, void** arguments, size_t shared, bool overlaps = false) {
     const HostFunction& function = Registry::instance().function(host);
     LoadedModule& module = function.binary->module();
     const Program& program = module.program(function.name);
-    LaunchRequest request{dim3_of(grid), dim3_of(block), shared, {}, function.dynamic_shared_limit};
+    LaunchRequest request{dim3_of(grid), dim3_of(block), shared, {}, function.dynamic_shared_limit, overlaps};
     request.params.resize(program.param_bytes);
     for (size_t i = 0; i < program.params.size(); ++i)
         std::memcpy(&request.params[program.param_offsets[i]], arguments[i], program.params[i].bytes);
@@ -180,16 +180,18 @@ cudaError_t cudaLaunchKernel(const void* host, dim3 grid, dim3 block, void** arg
 }
 
 cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* config, const void* host, void** arguments) {
+    bool overlaps = false;
+    for (const cudaLaunchAttribute* each = config->attrs; each != config->attrs + config->numAttrs; ++each) {
+        const auto& cluster = each->val.clusterDim;
+        if (each->id == cudaLaunchAttributeProgrammaticStreamSerialization)
+            overlaps = each->val.programmaticStreamSerializationAllowed;
+        else if (each->id != cudaLaunchAttributeClusterDimension || cluster.x * cluster.y * cluster.z > 1)
+            return remember(cudaErrorInvalidValue,
+                            "the launch attribute " + std::to_string(each->id) + " is not known, or a cluster");
+    }
     return answer(
         __func__,
-        [&] {
-            for (unsigned i = 0; i < config->numAttrs; ++i) {
-                const auto& cluster = config->attrs[i].val.clusterDim;
-                if (config->attrs[i].id == cudaLaunchAttributeClusterDimension && cluster.x * cluster.y * cluster.z > 1)
-                    throw EmulatorError("clusters of more than one block are not supported");
-            }
-            launch(host, config->gridDim, config->blockDim, arguments, config->dynamicSmemBytes);
-        },
+        [&] { launch(host, config->gridDim, config->blockDim, arguments, config->dynamicSmemBytes, overlaps); },
         cudaErrorLaunchFailure);
 }
 

@@ -179,3 +179,20 @@ extern "C" __global__ void float_atomics(float* out) { atomicAdd(out, 1.0f + thr
 extern "C" __global__ void tickets(int* next, int* out) {
     out[atomicAdd(next, 1)] = blockIdx.x * blockDim.x + threadIdx.x;
 }
+
+#if __CUDA_ARCH__ >= 900
+extern "C" __global__ void first_launch(float* out) {
+    asm volatile("griddepcontrol.launch_dependents;");
+    out[threadIdx.x] += 1.0f;
+}
+template <bool kWaits>
+__device__ void overlap(float* out) {
+    const float mine = out[threadIdx.x + 64];
+    if (kWaits) asm volatile("griddepcontrol.wait;" ::: "memory");
+    out[threadIdx.x + 32] = out[threadIdx.x] + mine;
+}
+extern "C" __global__ void waits_for_it(float* out) { overlap<true>(out); }
+extern "C" __global__ void reads_at_once(float* out) { overlap<false>(out); }
+extern "C" __global__ void writes_at_once(float* out) { out[threadIdx.x] = 1.0f; }
+extern "C" __global__ void never_waits(float* out) { out[threadIdx.x + 96] = 1.0f; }
+#endif

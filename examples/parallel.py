@@ -128,6 +128,7 @@ def train_with_torch(wrap: Callable[[PeftModel], nn.Module], options: Options) -
     adapter = get_model_state_dict(model, options=whole)
     if is_first():
         model.save_pretrained(options.output / "adapter", state_dict=adapter)
+    distributed.barrier()  # a process that ends while gloo's threads still release its tensors is aborted
     distributed.destroy_process_group()
 
 

@@ -219,12 +219,10 @@ def trained(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
-def make(name: str, settings: Settings, seconds: float) -> Any:
-    """A fresh model with a method, optimized; layers that this machine has not timed yet are timed for `seconds`."""
+def make(name: str, settings: Settings) -> Any:
+    """A fresh model with a method."""
     torch.manual_seed(settings.seed)
-    model = METHODS[name].build(settings)
-    peft_kernels.optimize(model, tune=seconds)
-    return model
+    return METHODS[name].build(settings)
 
 
 def split(tokens: Tensor, settings: Settings, evaluated: int) -> tuple[Tensor, Tensor]:
@@ -314,10 +312,14 @@ def held_bytes(run: MethodRun) -> int:
 
 
 def try_out(result: Result, settings: Settings, batches: Tensor, total: int, tuning: float) -> tuple[float, float]:
-    """Finds out what a method costs, with a few steps; returns the seconds to make the model, and of a step."""
+    """Finds out what a method costs, with a few steps; returns the seconds to make the model, and of a step.
+
+    Layers that this machine has not timed yet are timed for `tuning` seconds, which does not count: they are known then.
+    """
     begin = time.perf_counter()
-    model = make(result.name, settings, tuning)
+    model = make(result.name, settings)
     made = time.perf_counter() - begin
+    peft_kernels.optimize(model, tune=tuning)
     run = MethodRun(result.name, model, settings, METHODS[result.name].lr)
     for number in range(WARM_UP + TRIED):
         run.step(batches[number % len(batches)])
@@ -337,7 +339,8 @@ def affordable_steps(trials: Collection[tuple[float, float]], evaluation: float,
 def train(result: Result, settings: Settings, batches: Tensor, held_out: Tensor, folder: Path, tuning: float,
           advance: Callable[[str, float, float], None]) -> None:  # fmt: skip
     """Trains a method with each learning rate from the same start, and saves the best."""
-    method, model = METHODS[result.name], make(result.name, settings, tuning)
+    method, model = METHODS[result.name], make(result.name, settings)
+    peft_kernels.optimize(model, tune=tuning)
     start = {name: parameter.detach().clone() for name, parameter in trained(model).items()}
     seconds: list[float] = []
     folder.mkdir(parents=True, exist_ok=True)

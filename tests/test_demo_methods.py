@@ -68,7 +68,7 @@ def test_a_first_token_counts_for_no_method():
 def test_method(name, tiny_model, tmp_path):
     """Trains what belongs to the method, and from the same start with each learning rate; the best is saved."""
     settings = make_settings(tiny_model)
-    model = demo_methods.make(name, settings, 0.0)
+    model = demo_methods.make(name, settings)
     frozen = {key: p.clone() for key, p in model.named_parameters() if not p.requires_grad}
     trained = demo_methods.trained(model)
     assert trained and all(p.dtype == torch.float32 for p in trained.values())
@@ -93,9 +93,7 @@ def test_method(name, tiny_model, tmp_path):
 
 def test_4_bits_take_less(tiny_model):
     bytes_of = {
-        name: demo_methods.held_bytes(
-            demo_methods.MethodRun(name, demo_methods.make(name, settings, 0.0), settings, 1e-3)
-        )
+        name: demo_methods.held_bytes(demo_methods.MethodRun(name, demo_methods.make(name, settings), settings, 1e-3))
         for settings in [make_settings(tiny_model)]
         for name in ("LoRA", "QLoRA")
     }

@@ -65,9 +65,9 @@ test: $(INSTALLED)  ## run every test
 # Torch and its libraries are held to AVX2 as well: results are measured against theirs. What a test's id says to run on
 # another instruction set, or in software, is as in `make test`, and so are tests of what no instruction set changes.
 # Inductor builds for the processor that it finds.
-ANY_ISA := ptx_emulator $(foreach name,benchmarks benchmarks_time build card choices cuda demo demo_adapters \
-    demo_methods demo_serving docs guards layout measuring packaging recognition typing without_packages,test_$(name).py) \
-    $(notdir $(wildcard tests/test_cli*.py tests/test_export*.py))
+ANY_ISA := ptx_emulator $(foreach name,build choices cuda demo demo_adapters demo_methods demo_serving docs guards \
+    layout measuring packaging recognition typing without_packages,test_$(name).py) \
+    $(foreach name,benchmarks card cli export,$(notdir $(wildcard tests/test_$(name)*.py)))
 test-avx2: export PEFT_KERNELS_CPU_ISA := avx2
 test-avx2: export ATEN_CPU_CAPABILITY := avx2
 test-avx2: export ONEDNN_MAX_CPU_ISA := AVX2

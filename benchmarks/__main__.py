@@ -36,6 +36,7 @@ BENCHMARKS = {
     "architectures": "LoRA on models of several architectures, in fp32 and bf16: training step and memory",
     "card": "all that one wants to know of a CUDA card that was never met, in three calls of nine minutes",
     "plot": "draw what benchmarks and demos have measured, from their CSV and JSON files",
+    "figures": "write the tables of docs/figures.md and of the README from these files",
     "train_many": "eight LoRAs on one small language model: a step of all at once against a step of each",
     "model": "a small language model, fine-tuned in four ways: training step, prefill, decoding, breakdown",
 }

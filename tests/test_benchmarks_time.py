@@ -1,10 +1,13 @@
-"""How long benchmarks and demos take, by a clock of their own: what would take too long is found early."""
+"""How benchmarks time, and by a clock of the tests' own how long they and demos take: too long is found early."""
 
 import csv
 import re
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
+import torch
+from benchmark_cases import ROOFLINE
 from rich.console import Console
 
 from benchmarks import harness, options, progress, records, report, timing
@@ -240,3 +243,59 @@ def test_parts_of_cases():
     assert Case(512).part(1 / 256) == Case(2) and Case(1).part(1 / 256) == Case(1)
     record = Record("M=1", "forward", "stock", "", (), estimate=70.0)
     assert str(record.median) == "nan" and record.label == "M=1, forward"
+
+
+# ---- Turns, samples and the machine ---------------------------------------------------------------------------------
+
+
+def test_contenders_take_turns():
+    calls = []
+    contenders = [
+        Contender(name, {"forward": lambda name=name: calls.append(name)}, reset=lambda: calls.append("|"))
+        for name in "abc"
+    ]
+    samples = timing.interleaved(contenders, seconds=0, least=3)
+    assert "".join(calls).replace("|", "") == "abc" + "abc" + "bca" + "cab"
+    assert calls.count("|") == 12
+    assert all(set(taken) == {"forward"} and len(taken["forward"]) == 3 for taken in samples)
+
+
+def test_both_is_the_sum_of_the_phases():
+    (taken,) = timing.interleaved([Contender("", {"forward": timing.nothing, "backward": timing.nothing})], 0)
+    assert taken["both"] == [a + b for a, b in zip(taken["forward"], taken["backward"], strict=True)]
+
+
+def test_repeated_calls_make_one_sample():
+    calls = []
+    Contender("", {"forward": lambda: calls.append(0)}, repeat=5).run()
+    assert len(calls) == 5
+
+
+def test_contender_runs_with_its_instruction_set():
+    seen, before = [], cpu.isa()
+    Contender("", {"forward": lambda: seen.append(cpu.isa())}, isa="portable").run()
+    assert seen == ["portable"] and cpu.isa() == before
+
+
+def test_failing_contender_is_skipped_only_if_it_may_be():
+    def fail():
+        raise ValueError("no compiler\nsecond line")
+
+    contenders = [Contender("fine", {"": timing.nothing}), Contender("compiled", {"": fail})]
+    said = []
+    assert timing.runnable(contenders, ["compiled"], said.append) == contenders[:1]
+    assert said == ["compiled: skipped, ValueError: no compiler"]
+    with pytest.raises(ValueError):
+        timing.runnable(contenders, [], said.append)
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux")
+def test_peak_memory():
+    assert 60 << 20 < timing.peak_memory(lambda: torch.ones(16 << 20)) < 80 << 20  # Linux counts in batches of pages
+
+
+def test_roofline():
+    measured = timing.measure_roofline(1, megabytes=1, side=64)
+    assert measured.threads == 1 and measured.bytes_per_second > 0 and measured.flops_per_second > 0
+    assert ROOFLINE.seconds(20e9, 1e12) == 2 and ROOFLINE.seconds(1e9, 3e12) == 3
+    assert str(ROOFLINE) == "2 threads: 10.0 GB/s read, 1 TFLOP/s bf16"

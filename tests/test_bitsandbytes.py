@@ -11,6 +11,7 @@ import torch
 from comparison import error
 from peft_models import IN_FEATURES, OUT_FEATURES, dense_weight, is_repacked, linear4bit
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import peft_kernels
 from peft_kernels.integrations import registry
@@ -247,6 +248,41 @@ def test_input_without_a_fused_path(caplog):
             y = layer(x)
     assert y.dtype == torch.float64 and not is_repacked(layer)
     assert caplog.messages == ["a bitsandbytes.Linear4bit takes its stock forward: x is torch.float64"]
+
+
+class Called(TorchDispatchMode):
+    """The names of bitsandbytes' operations that are called, without "bitsandbytes"."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.namespace == "bitsandbytes":
+            self.names.add(function.name().removeprefix("bitsandbytes::"))
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_operations_of_bitsandbytes(nested):
+    """Fused layers call none. Stock ones call the operation that can have a kernel from the hub for repacked weights
+    alone, as docs/limits.md says."""
+    stock, x = linear4bit(torch.bfloat16, compress_statistics=nested), torch.randn(3, IN_FEATURES).bfloat16()
+    fused = copy.deepcopy(stock)
+    peft_kernels.optimize(fused)
+
+    def called(layer, training):
+        with Called() as seen, torch.set_grad_enabled(training):
+            y = layer.train(training)(x.clone().requires_grad_(training))
+            if training:
+                y.sum().backward()
+        return seen.names
+
+    of_statistics = {"dequantize_blockwise"}
+    assert not called(fused, True) | called(fused, False)
+    assert called(stock, True) - of_statistics == {"gemm_4bit", "dequantize_4bit"}
+    assert called(stock, False) - of_statistics == {"gemv_4bit" if bnb.functional.has_avx512bf16() else "gemm_4bit"}
+    assert is_repacked(stock) == bnb.functional.has_avx512bf16()
 
 
 def test_other_devices_are_left_to_stock():

@@ -12,7 +12,9 @@ import torch
 from optional import if_installed
 
 import peft_kernels
+from benchmarks import figures
 from benchmarks.__main__ import BENCHMARKS
+from benchmarks.records import RESULTS
 from peft_kernels import cli
 from peft_kernels.checkpoints import export_checkpoint
 
@@ -215,6 +217,36 @@ def test_what_is_named_exists():
             assert (ROOT / name).exists(), f"{page}: {name}"
         for name in re.findall(r"python -m benchmarks ([a-z]\w+)", text):
             assert name in BENCHMARKS, f"{page}: {name}"
+
+
+# ---- Figures --------------------------------------------------------------------------------------------------------
+
+needs_results = pytest.mark.skipif(not RESULTS.is_dir(), reason="this copy of the sources has no measurements")
+
+
+@pytest.mark.parametrize("page", figures.PAGES, ids=lambda path: path.stem)
+def test_tables_have_what_was_measured(page):
+    text = page.read_text()
+    assert figures.written(text) == text, "`python -m benchmarks figures` writes them anew"
+
+
+@needs_results
+def test_a_figure_that_is_not_its_files_is_found():
+    for page in figures.PAGES:
+        for table in figures.TABLE.finditer(page.read_text()):
+            rows = table[0].rstrip("\n")
+            assert figures.written(f"{rows[:-3]}0{rows[-3:]}\n") == table[0], table[2]
+
+
+def test_every_table_of_figures_is_shown():
+    shown = {table[2] for page in figures.PAGES for table in figures.TABLE.finditer(page.read_text())}
+    assert {name.partition("/")[2] for name in shown} == set(figures.TABLES)
+
+
+@needs_results
+def test_a_case_that_no_file_has():
+    with pytest.raises(LookupError, match=r"results/epyc-zen5/model\.csv: got no train of no such case"):
+        figures.number(("epyc-zen5/model", "no such case", "train"), "fused", "median_ms")
 
 
 # ---- Reference ------------------------------------------------------------------------------------------------------

@@ -2,8 +2,6 @@
 
 import copy
 import pickle
-import re
-from pathlib import Path
 
 import pytest
 import torch
@@ -17,7 +15,6 @@ from peft_kernels.nn import SoftPrompt
 from peft_kernels.nn.soft_prompt import prepend
 
 LENGTH = 5
-DOCUMENT = Path(__file__).parent.parent / "docs/soft_prompts.md"
 KINDS = {"direct": {}, "mlp": {"encoder": "mlp", "hidden_size": 16}, "lstm": {"encoder": "lstm", "hidden_size": 16}}
 
 
@@ -344,15 +341,6 @@ def test_beside_lora():
     options = {"attention_mask": padding, "max_new_tokens": 4, "do_sample": False}
     assert torch.equal(model.generate(input_ids=ids, **options), greedy(model, ids, padding, 4))
     assert [name for name, p in model.named_parameters() if p.requires_grad] == ["soft_prompt.embedding.weight"]
-
-
-def test_the_documents_example(monkeypatch, tmp_path):
-    (code,) = re.findall(r"```python\n(.*?)```", DOCUMENT.read_text(), re.DOTALL)
-    monkeypatch.chdir(tmp_path)
-    ids, padding = tokens()
-    batch = {"input_ids": ids, "attention_mask": padding}
-    names = {"peft_kernels": peft_kernels, "model": tiny("llama"), "tokenizer": Tokenizer(), "batch": batch}
-    exec(code, names | {"inputs": batch})
 
 
 # ---- Errors ------------------------------------------------------------------------------------------------------

@@ -1,4 +1,7 @@
-"""A hook of MkDocs: a page for each machine in benchmarks/results, drawn from the files that benchmarks left there."""
+"""A hook of MkDocs: a page for each machine in benchmarks/results, drawn from the files that benchmarks left there.
+
+The tables of other pages that are made of these files are made anew.
+"""
 
 import csv
 import json
@@ -7,7 +10,7 @@ from pathlib import Path
 
 from mkdocs.structure.files import File
 
-from benchmarks import plot
+from benchmarks import figures, plot
 from benchmarks.records import FUSED, RESULTS, beside, duration
 
 LEGEND = (
@@ -104,3 +107,7 @@ def on_files(files, config):
     ]
     files.append(File.generated(config, "measurements.md", content="\n\n".join(text) + "\n"))
     return files
+
+
+def on_page_markdown(markdown, **kwargs):
+    return figures.written(markdown)

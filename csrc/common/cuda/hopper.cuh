@@ -56,8 +56,8 @@ __device__ inline void take_registers() {
 // What this thread wrote to shared memory is there for copies and products that begin later.
 __device__ inline void fence_async_proxy() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
-// Copies a box of a matrix, from this column and row on, to shared memory, where the map's swizzle permutes it. What the
-// matrix does not have becomes zeros. It arrives at the barrier by its bytes.
+// Copies a box of a matrix, from this column and row on, to shared memory, where the map's swizzle permutes it. What
+// the matrix does not have becomes zeros. It arrives at the barrier by its bytes.
 __device__ inline void copy_box(uint32_t shared, const CUtensorMap& map, uint32_t barrier, int column, int row) {
     asm volatile(
         "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];" ::"r"(

@@ -22,7 +22,8 @@ struct Problem {
     FusedMatmulPlan plan;
 };
 
-Problem plan_of(const FusedMatmulParams& params, const DeviceProperties& device) {
+Problem plan_of(const FusedMatmulParams& params, DeviceProperties device) {
+    if (params.x.stride < params.weight->k) device.has_wgmma = false;  // no tensor map has rows that overlap
     Problem problem{params.weight->n, params.weight->k, {}};
     if (params.transposed) problem = {params.weight->k, params.weight->n, {}};
     problem.plan = plan_fused_matmul(params.m, problem.outputs, problem.reduction, params.transposed, device);

@@ -1,8 +1,25 @@
 #include <cuda_runtime_api.h>
 
+#include <cstdlib>
+#include <string_view>
+
 #include "common/cuda/device.h"
+#include "common/cuda/tensor_map.h"
 
 namespace peft_kernels::cuda {
+namespace {
+
+// Whether the kernels for sm_90a are compiled in and wanted, and the driver knows what they need.
+bool takes_wgmma() {
+#if defined(PEFT_KERNELS_SM90A)
+    const char* const wanted = std::getenv("PEFT_KERNELS_WGMMA");
+    return (!wanted || std::string_view(wanted) != "0") && has_tensor_maps();
+#else
+    return false;
+#endif
+}
+
+}  // namespace
 
 int query_device(DeviceProperties& properties) {
     int device = 0, major = 0, minor = 0;
@@ -16,6 +33,7 @@ int query_device(DeviceProperties& properties) {
     query(properties.shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin);
     query(properties.l2_bytes, cudaDevAttrL2CacheSize);
     properties.compute_capability = 10 * major + minor;
+    properties.has_wgmma = properties.compute_capability == 90 && takes_wgmma();
     if (error != cudaSuccess) cudaGetLastError();  // cleared, as callers may go on without a device
     return error;
 }

@@ -8,6 +8,7 @@ struct DeviceProperties {
     int multiprocessors;
     int shared_bytes;  // that one CTA can have, after opting in
     int l2_bytes;
+    bool has_wgmma = false;  // its warpgroups multiply, and the kernels for that are there: sm_90a
 };
 
 // For the examples of plans.

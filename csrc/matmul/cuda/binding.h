@@ -48,7 +48,7 @@ inline void set_crossover(std::string device_name, int64_t n, int64_t k, int64_t
 inline Crossover crossover_of(const DeviceProperties& device, int64_t n, int64_t k) {
     TunedCrossovers& tuned = TunedCrossovers::instance();
     const std::lock_guard lock(tuned.mutex);
-    if (tuned.of_weights.empty()) return default_crossover(device.compute_capability);
+    if (tuned.of_weights.empty()) return default_crossover(device);
     int index = 0;
     check_cuda(cudaGetDevice(&index), "cudaGetDevice");
     std::string& name = tuned.names[{index, device.compute_capability, device.multiprocessors}];
@@ -58,7 +58,7 @@ inline Crossover crossover_of(const DeviceProperties& device, int64_t n, int64_t
         name = properties.name;
     }
     const auto found = tuned.of_weights.find({name, n, k});
-    return found != tuned.of_weights.end() ? found->second : default_crossover(device.compute_capability);
+    return found != tuned.of_weights.end() ? found->second : default_crossover(device);
 }
 
 // Through the dispatcher: torch::stable::narrow takes a symbol from outside the stable shim. (A function of that name

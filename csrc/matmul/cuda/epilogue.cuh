@@ -137,10 +137,11 @@ __device__ __forceinline__ void add_term(typename Traits::Stage& stage, const Te
 }
 
 // Adds the sums of all CTAs that share a tile, in the order of the reduction; false for those that are not the last to
-// arrive.
-template <class Traits>
+// arrive. `synchronize`: see is_last_to_arrive.
+template <class Traits, class Synchronize = WholeCta>
 __device__ bool gather_sums(const FusedMatmulKernelParams& params, typename Traits::Shared& shared, int64_t tile,
-                            int split, float (&sums)[Traits::kTilesM][Traits::kTilesN][4]) {
+                            int split, float (&sums)[Traits::kTilesM][Traits::kTilesN][4],
+                            const Synchronize& synchronize = {}) {
     constexpr int64_t kVectors = int64_t{Traits::kTileM} * kTileN / 4;
     float4* const tile_sums =
         reinterpret_cast<float4*>(params.partial_sums) + tile * params.splits * kVectors + threadIdx.x;
@@ -153,7 +154,7 @@ __device__ bool gather_sums(const FusedMatmulKernelParams& params, typename Trai
                 tile_sums[split * kVectors + place(i, j)] =
                     make_float4(sums[i][j][0], sums[i][j][1], sums[i][j][2], sums[i][j][3]);
     };
-    if (!is_last_to_arrive(params, shared.is_last, tile, store)) return false;
+    if (!is_last_to_arrive(params, shared.is_last, tile, store, synchronize)) return false;
     // A few vectors of each part at a time: as many loads are under way as there are free registers.
     constexpr int kAtOnce = Traits::kTransposed ? 4 : 8;
     static_assert(Traits::kTilesN % kAtOnce == 0);
@@ -186,17 +187,56 @@ __device__ bool gather_sums(const FusedMatmulKernelParams& params, typename Trai
     return true;
 }
 
-// out = scale ⊙ (sums + bias + add) from row stored_m on, through shared memory, so that rows go out in whole sectors.
+// out = scale ⊙ (sums + bias + add) from row stored_m on.
+class TileStore {
+public:
+    __device__ TileStore(const FusedMatmulKernelParams& params, const ManyRowsPlace& place)
+        : params_(params),
+          place_(place),
+          aligned_(has_aligned_fours(params.operands.out)),
+          add_aligned_(has_aligned_fours(params.operands.add)),
+          unscaled_aligned_(has_aligned_fours(params.operands.unscaled)) {}
+
+    // A warp's 16 x 64, from this row and column of the tile on, whose sums lie in rows of kPitch. Lanes: 4 rows, 8
+    // vectors of 4 columns; then the 32 columns beyond. The loops are not unrolled: there are many cases inside.
+    template <int kPitch>
+    __device__ void store(const float* sums, int first_m, int first_n) const {
+        const FusedMatmulParams& operands = params_.operands;
+        const int lane = threadIdx.x % 32;
+#pragma unroll 1
+        for (int half = 0; half < 2; ++half) {
+            const int64_t column = place_.first_output + first_n + lane % 8 * 4 + 32 * half;
+            const int count = count_four(column, params_.outputs);
+            const float4 bias = load_four(operands.bias, place_.expert, column, count, false);
+            const float4 scale = load_scales(operands.scale, column, count);
+#pragma unroll 1
+            for (int row = lane / 8; row < 16; row += 4) {
+                const int64_t m = place_.first_m + first_m + row;
+                if (m < place_.stored_m || m >= place_.end_m) continue;
+                float4 sum = *reinterpret_cast<const float4*>(&sums[row * kPitch + lane % 8 * 4 + 32 * half]);
+                const float4 add = load_four(operands.add, m, column, count, add_aligned_);
+                sum = make_float4(sum.x + bias.x + add.x, sum.y + bias.y + add.y, sum.z + bias.z + add.z,
+                                  sum.w + bias.w + add.w);
+                if (operands.unscaled.data) store_four(operands.unscaled, m, column, count, unscaled_aligned_, sum);
+                store_four(operands.out, m, column, count, aligned_,
+                           make_float4(scale.x * sum.x, scale.y * sum.y, scale.z * sum.z, scale.w * sum.w));
+            }
+        }
+    }
+
+private:
+    const FusedMatmulKernelParams& params_;
+    const ManyRowsPlace& place_;
+    const bool aligned_, add_aligned_, unscaled_aligned_;
+};
+
+// Stores a tile through shared memory, so that rows go out in whole sectors.
 template <class Traits>
 __device__ void store_tile(const FusedMatmulKernelParams& params, typename Traits::Shared& shared,
                            const ManyRowsPlace& place, const ManyRowsMultiplier<Traits>& warp_tile) {
-    const FusedMatmulParams& operands = params.operands;
     const int lane = threadIdx.x % 32;
     float* const sums = shared.sums[threadIdx.x / 32];
-    const bool aligned = has_aligned_fours(operands.out), add_aligned = has_aligned_fours(operands.add);
-    const bool unscaled_aligned = has_aligned_fours(operands.unscaled);
-    // Lanes: 4 rows, 8 vectors of 4 columns; then the 32 columns beyond. The loops are not unrolled, because there are
-    // many cases inside.
+    const TileStore out(params, place);
 #pragma unroll
     for (int i = 0; i < Traits::kTilesM; ++i) {
         __syncwarp();
@@ -207,26 +247,7 @@ __device__ void store_tile(const FusedMatmulKernelParams& params, typename Trait
                 *reinterpret_cast<float2*>(&sums[(lane / 4 + 8 * upper) * Traits::kSumPitch + 8 * j + lane % 4 * 2]) =
                     make_float2(warp_tile.sums[i][j][2 * upper], warp_tile.sums[i][j][2 * upper + 1]);
         __syncwarp();
-#pragma unroll 1
-        for (int half = 0; half < 2; ++half) {
-            const int64_t column = place.first_output + warp_tile.first_n + lane % 8 * 4 + 32 * half;
-            const int count = count_four(column, params.outputs);
-            const float4 bias = load_four(operands.bias, place.expert, column, count, false);
-            const float4 scale = load_scales(operands.scale, column, count);
-#pragma unroll 1
-            for (int row = lane / 8; row < 16; row += 4) {
-                const int64_t m = place.first_m + warp_tile.first_m + 16 * i + row;
-                if (m < place.stored_m || m >= place.end_m) continue;
-                float4 sum =
-                    *reinterpret_cast<const float4*>(&sums[row * Traits::kSumPitch + lane % 8 * 4 + 32 * half]);
-                const float4 add = load_four(operands.add, m, column, count, add_aligned);
-                sum = make_float4(sum.x + bias.x + add.x, sum.y + bias.y + add.y, sum.z + bias.z + add.z,
-                                  sum.w + bias.w + add.w);
-                if (operands.unscaled.data) store_four(operands.unscaled, m, column, count, unscaled_aligned, sum);
-                store_four(operands.out, m, column, count, aligned,
-                           make_float4(scale.x * sum.x, scale.y * sum.y, scale.z * sum.z, scale.w * sum.w));
-            }
-        }
+        out.store<Traits::kSumPitch>(sums, warp_tile.first_m + 16 * i, warp_tile.first_n);
     }
 }
 

@@ -35,8 +35,27 @@ constexpr int64_t kWideBytes = 4 * (kWideOutputs * 128 + 2 * kWideTokens * 128) 
 constexpr int kTileN = 128;
 constexpr int kTileStep = 64;
 
+// ---- the same on sm_90a: matmul/cuda/hopper_kernel.cuh --------------------------------------------------------------
+
+// By arithmetic, and measured nowhere, 128 x 128 x 64 take the matrix unit 512 cycles by wgmma, and 830 by mma.sync,
+// which has 62 % of that rate; decoding takes the ALU 500, or with 256 tokens half of the matrix unit's time. Of 64
+// tokens decoding would be the longer part, as it is of mma.sync.
+constexpr bool takes_wgmma(int64_t m, bool transposed, const DeviceProperties& device) {
+    return device.has_wgmma && m > 64 && !transposed;
+}
+
+// Tokens of a tile: the more, unless more waves of the smaller tiles end earlier. There are so many of the larger ones
+// then that no CTAs share one.
+constexpr int wgmma_tile_m(int64_t m, int64_t outputs, const DeviceProperties& device) {
+    const auto waves_of = [&](int64_t tokens) {
+        return ceil_div(ceil_div(m, tokens) * ceil_div(outputs, kTileN), device.multiprocessors);
+    };
+    return 2 * waves_of(256) <= waves_of(128) ? 256 : 128;
+}
+
 struct FusedMatmulPlan {
     bool few_rows;        // else many
+    bool wgmma;           // by the kernel for sm_90a
     int tile_m;           // tokens of a tile: 8, 16 or 32; 64, 128 or 256
     int tile_n;           // and outputs: 16, 32 or 64; 128
     int64_t tiles;        // of out
@@ -76,6 +95,8 @@ constexpr FusedMatmulPlan plan_fused_matmul(int64_t m, int64_t outputs, int64_t 
     // sm_90 dequantisation and the library's GEMM are faster before there are so many; so they are for dx.
     const bool has_256 = device.compute_capability == 80 && !transposed;
     plan.tile_m = m <= 64 ? 64 : m < 256 || !has_256 ? 128 : 256;
+    plan.wgmma = takes_wgmma(m, transposed, device);
+    if (plan.wgmma) plan.tile_m = wgmma_tile_m(m, outputs, device);
     plan.tile_n = kTileN;
     plan.tiles = ceil_div(m, plan.tile_m) * ceil_div(outputs, kTileN);
     const int64_t steps = ceil_div(reduction, kTileStep);
@@ -86,6 +107,7 @@ constexpr FusedMatmulPlan plan_fused_matmul(int64_t m, int64_t outputs, int64_t 
     const int64_t most = plan.tile_m > 128 ? 3 : 4;
     splits = splits < 1 ? 1 : splits > most ? most : splits;
     plan.split_steps = ceil_div(steps, splits);
+    if (plan.wgmma) plan.split_steps = round_up(plan.split_steps, 4);  // whose absmax is one load
     plan.splits = static_cast<int>(ceil_div(steps, plan.split_steps));
     return plan;
 }

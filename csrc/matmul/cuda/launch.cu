@@ -2,13 +2,14 @@
 //
 //                           tokens of a tile
 //   few rows                8, 16, 32    16 with 64 rows of the weight as well
-//   many rows               64, 128, 256
+//   many rows               64, 128, 256 (on sm_90a 128 by another kernel: see hopper_launch.cu)
 //   many rows, transposed   64, 128       each for __nv_bfloat16 and __half
 #include <cuda_runtime.h>
 
 #include "common/cuda/device.h"
 #include "common/cuda/launch.cuh"
 #include "matmul/cuda/few_rows_kernel.cuh"
+#include "matmul/cuda/hopper_launch.h"
 #include "matmul/cuda/kernel_plan.h"
 #include "matmul/cuda/many_rows_kernel.cuh"
 #include "matmul/matmul.h"
@@ -21,7 +22,8 @@ struct Problem {
     FusedMatmulPlan plan;
 };
 
-Problem plan_of(const FusedMatmulParams& params, const DeviceProperties& device) {
+Problem plan_of(const FusedMatmulParams& params, DeviceProperties device) {
+    if (params.x.stride < params.weight->k) device.has_wgmma = false;  // no tensor map has rows that overlap
     Problem problem{params.weight->n, params.weight->k, {}};
     if (params.transposed) problem = {params.weight->k, params.weight->n, {}};
     problem.plan = plan_fused_matmul(params.m, problem.outputs, problem.reduction, params.transposed, device);
@@ -119,6 +121,12 @@ int fused_matmul(const FusedMatmulParams& params, void* stream_handle) {
         reinterpret_cast<float*>(static_cast<char*>(params.workspace) + bytes_of_arrivals(problem.plan));
 
     const cudaStream_t stream = static_cast<cudaStream_t>(stream_handle);
+#if defined(PEFT_KERNELS_SM90A)
+    if (problem.plan.wgmma) {
+        if (const int error = clear_arrivals(kernel_params, problem.plan, stream)) return error;
+        return launch_hopper_matmul(kernel_params, problem.plan.tile_m, stream);
+    }
+#endif
     if (params.x.dtype == DType::kBFloat16) return launch<__nv_bfloat16>(kernel_params, problem.plan, stream);
     return launch<__half>(kernel_params, problem.plan, stream);
 }

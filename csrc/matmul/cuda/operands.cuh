@@ -22,26 +22,32 @@ struct FusedMatmulKernelParams {
     uint32_t* arrivals;          // [tiles, 2], zeros: CTAs that have their sums, and that have written them
 };
 
+// A barrier of all threads of a CTA.
+struct WholeCta {
+    __device__ void operator()() const { __syncthreads(); }
+};
+
 // Lets the CTAs that share a tile meet: all but the last to arrive store their sums, by store(), and get false. The
-// last one, which gets true, waits only for CTAs that are already storing theirs.
-template <class Store>
+// last one, which gets true, waits only for CTAs that are already storing theirs. `synchronize` is a barrier of the
+// threads that call it, the CTA's first.
+template <class Store, class Synchronize = WholeCta>
 __device__ inline bool is_last_to_arrive(const FusedMatmulKernelParams& params, bool& is_last, int64_t tile,
-                                         const Store& store) {
+                                         const Store& store, const Synchronize& synchronize = {}) {
     uint32_t* const arrived = params.arrivals + 2 * tile;
     uint32_t* const written = arrived + 1;
     const uint32_t others = params.splits - 1;
     if (threadIdx.x == 0) is_last = atomicAdd(arrived, 1) == others;
-    __syncthreads();
+    synchronize();
     if (!is_last) {
         store();
         __threadfence();
-        __syncthreads();
+        synchronize();
         if (threadIdx.x == 0) atomicAdd(written, 1);
         return false;
     }
     if (threadIdx.x == 0)
         while (atomicAdd(written, 0) != others) __nanosleep(100);
-    __syncthreads();
+    synchronize();
     __threadfence();
     return true;
 }

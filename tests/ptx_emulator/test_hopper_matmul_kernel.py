@@ -1,0 +1,136 @@
+"""The base product's kernel for sm_90a on the emulated GPU: right for every form of a weight, every shape and every
+schedule; what it fetches, and what ptxas makes of it."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+import ptx_emulator
+from peft_kernels.ops import lora_linear
+from peft_kernels.testing.reference.lora_linear import lora_linear as oracle
+from ptx_emulator import report
+from ptx_emulator.test_lora_linear_gemm import GEMM, WGMMA, Product, assert_rounded_once, launched, operands
+
+CSRC = Path(__file__).parent.parent.parent / "csrc"
+
+pytestmark = pytest.mark.skipif(bool(ptx_emulator.missing()), reason=str(ptx_emulator.missing()))
+
+
+def multiply(product, seed=0):
+    """y, what it should be, and the product's launch on an H100."""
+    from ptx_emulator.ops import emulated
+
+    x, weight, *adapters = operands(product)
+    bias = torch.randn(product.n) if product.bias else None
+    with ptx_emulator.profile("sm_90"), ptx_emulator.set_checks(seed=seed), emulated() as launches:
+        y = lora_linear(x, weight, bias, *adapters, out_dtype=product.out_dtype or product.dtype)
+        *_, launch = launches()
+    return y, oracle(x, weight.dequantize(product.dtype), bias, *adapters), launch
+
+
+# Tiles of 128 tokens that are not whole; one step, fewer than the ring holds, and more; shared by up to four CTAs.
+# Blocks straddle rows; absmax is loaded one by one and, where K is a multiple of 256, in fours.
+PRODUCTS = [
+    Product(65, 129, 64, blocksize=512, quant_type="fp4", ranks=(3, 16, 33), bias=True),
+    Product(97, 257, 576, torch.float16, nested=True, ranks=(8,), bias=True),
+    Product(127, 5, 2048, ranks=(8, 16), weight_dtype=torch.float32),
+    Product(128, 128, 1024, blocksize=4096, out_dtype=torch.float32),
+    Product(131, 72, 2240, torch.float16, blocksize=1024, nested=True, ranks=(16,), adapter_dtype=torch.float16),
+    Product(191, 130, 768, nested=True, ranks=(64,), adapter_dtype=torch.bfloat16, bias=True),
+]
+
+
+@pytest.mark.parametrize("product", PRODUCTS, ids=str)
+def test_tiles_of_128_tokens(product):
+    results = []
+    for seed in range(3):
+        torch.manual_seed(0)
+        y, wanted, launch = multiply(product, seed)
+        assert WGMMA in launch["kernel"] and "Li128E" in launch["kernel"]
+        assert launch["order_dependent_atomics"] == 0
+        assert_rounded_once(y, wanted, str(product))
+        results.append(y)
+    assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
+
+
+# More tiles of 128 tokens than multiprocessors, by a weight of 67 tiles.
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "product",
+    [
+        Product(129, 8450, 64, ranks=(3,), bias=True),
+        Product(250, 8450, 320, torch.float16, nested=True, ranks=(16, 8), adapter_dtype=torch.bfloat16),
+    ],
+    ids=str,
+)
+def test_tiles_of_256_tokens(product):
+    y, wanted, launch = multiply(product)
+    assert "Li256E" in launch["kernel"] and launch["grid"][0] == 67
+    assert_rounded_once(y, wanted, str(product))
+
+
+def test_environment_turns_it_off(monkeypatch):
+    """The kernel for sm_80 multiplies with the same weight, and the emulator adds in the same order."""
+    product = Product(100, 140, 512, nested=True, ranks=(16,), bias=True)
+    results = []
+    for wanted, kernel in (("1", WGMMA), ("0", GEMM)):
+        monkeypatch.setenv("PEFT_KERNELS_WGMMA", wanted)
+        torch.manual_seed(0)
+        y, _, launch = multiply(product)
+        assert kernel in launch["kernel"]
+        results.append(y)
+    assert torch.equal(*results)
+
+
+@pytest.mark.parametrize(("m", "kernel"), [(64, GEMM), (65, WGMMA), (512, WGMMA), (513, "nf4_dequantize_kernel")])
+def test_range(m, kernel):
+    _, _, launch = multiply(Product(m, 24, 64))
+    assert kernel in launch["kernel"]
+
+
+def test_other_cards_have_their_own():
+    from ptx_emulator.ops import emulated
+
+    x, weight, *_ = operands(Product(100, 40, 128))
+    for profile in ("sm_80", "sm_89", "sm_100", "sm_120"):
+        with ptx_emulator.profile(profile), emulated() as launches:
+            lora_linear(x, weight)
+            assert len(launched(launches(), GEMM)) == 1
+
+
+# ---- what it costs ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("nested", [False, True], ids=["plain", "nested"])
+def test_fetches_once_without_conflicts(nested):
+    product = Product(128, 256, 768, nested=nested)  # 12 steps: no CTAs share a tile
+    _, _, launch = multiply(product)
+    fetched = {name: 32 * count for name, count in launch["sectors_read"].items()}
+    codes = product.n * product.k // 2
+    assert fetched["codes"] == codes and fetched["x"] == 2 * product.m * product.k * 2  # by each of two tiles
+    # absmax of four steps is half a sector, or with nested statistics an eighth. Its other parts come out of the L1.
+    assert fetched["absmax"] <= 8 * product.n * product.k // 64
+    assert launch["global_store"]["sectors"] == launch["global_store"]["ideal_sectors"]
+    assert launch["bulk_copies"] == 2 * 2 * (product.k // 64)  # x and codes, by each of two tiles
+    wavefronts, ideal_wavefronts = report.shared_wavefronts(launch)
+    assert nested or wavefronts == ideal_wavefronts  # lookups of nested statistics go anywhere in a table
+
+
+@pytest.fixture(scope="module")
+def resources():
+    return report.resources(CSRC / "matmul/cuda/hopper_launch.cu", "sm_90a", includes=(CSRC,))
+
+
+def test_machine_code(resources):
+    """ptxas warns, which is an error here, where it has wgmma wait for each other."""
+    assert len(resources) == 4
+    for kernel, used in resources.items():
+        assert used.spill_bytes == used.stack_bytes == 0, kernel
+        # Of 65,536. The launch has three warpgroups, between which tiles of 256 tokens then move registers.
+        assert used.registers <= 168, kernel
+        if isinstance(used.mma_share, str):
+            pytest.skip("needs nvdisasm")
+        assert used.mma_share >= 4 / 142, kernel  # four in a step, for which a thread decodes 32 weights
+        # Decoding is 2.75 of these; what the third warpgroup does for it is in another loop.
+        assert used.latency.alu_per_weight <= 3.2, kernel

@@ -89,6 +89,28 @@ def test_few_rows(cpu_isa, base, weight_dtype):
                 assert_close(y, expected(case)["y"], tolerances.product(dtype, dtype), f"{rows} rows")
 
 
+@pytest.mark.parametrize("columns", [1344, 4160])
+@pytest.mark.parametrize("weight_dtype", DTYPES, ids=short)
+def test_some_rows(cpu_isa, weight_dtype, columns):
+    """The numbers of rows that only long ones have a kernel for, in one part and in several."""
+    for dtype in DTYPES:
+        for rows in (3, 14, 16, 17, 25, 32, 33):
+            case = make_case(rows, 31, columns, (5,), dtype, weight_dtype=weight_dtype)
+            y = lora_linear(case.x, case.weight, case.bias, case.lora_A, case.lora_B, case.scaling)
+            assert_close(y, expected(case)["y"], tolerances.product(dtype, dtype), f"{rows} rows")
+
+
+@pytest.mark.parametrize("payload", [0x7FFFFFFF, 0x7F800001, -1], ids=["largest", "signalling", "negative"])
+@pytest.mark.parametrize("weight_dtype", DTYPES, ids=short)
+def test_nan_of_a_block_propagates(cpu_isa, weight_dtype, payload):
+    """Whatever its bits are, of which rounding must not make a number."""
+    for rows in (1, 2, 4, 8, 40):
+        case = make_case(rows, 12, 1344, (), weight_dtype, weight_dtype=weight_dtype)
+        case.weight.absmax[1344 // 64 * 5 + 3] = torch.tensor(payload, dtype=torch.int32).view(torch.float32)
+        y = lora_linear(case.x, case.weight)
+        assert y[:, 5].isnan().all() and y[:, torch.arange(12) != 5].isfinite().all(), rows
+
+
 @pytest.mark.parametrize("compute_dtype", DTYPES, ids=short)
 @pytest.mark.parametrize("weight_dtype", DTYPES, ids=short)
 @pytest.mark.parametrize("base", BASES)

@@ -15,7 +15,7 @@ template <int kM>
 void run_dot(const LoraLinearForwardParams& p) {
     const bool is_dense = is_few_rows_of_dense(p);
     const int64_t elements = is_dense && !multiplies_dense_pairs(p) ? 1 : step_elements(p.compute_dtype);
-    const int64_t steps = round_up(ceil_div(p.k, elements), kLanes);
+    const int64_t steps = round_up(ceil_div(p.k, elements), kLanes) + kDotPad;
     DotBranch branch(p, p.x, p.m, p.k, 1 << 15);  // waking a thread costs microseconds
     Arena arena(p.workspace);
     uint32_t* x_steps = arena.take<uint32_t>(kM * steps);
@@ -25,7 +25,7 @@ void run_dot(const LoraLinearForwardParams& p) {
         return;
     }
 
-    [[maybe_unused]] const bool in_blocks = kM <= kMostBlockRows && has_dot_blocks(p);
+    const bool in_units = kDotInParts && has_dot_units(p);
     float* rows_of_x = reinterpret_cast<float*>(x_steps);  // if not in pairs
     memset(x_steps, 0, kM * steps * 4);  // where rows are shorter than whole vectors, or only fill up kM
     dispatch_dtype(p.x.dtype, [&](auto* type) {
@@ -33,16 +33,15 @@ void run_dot(const LoraLinearForwardParams& p) {
         for (int64_t i = 0; i < p.m; ++i)
             convert_row(static_cast<const T*>(row_of(p.x, i)), p.scale_k, p.k, elements, x_steps + i * steps);
     });
-    if constexpr (kM <= kMostBlockRows)
-        for (int64_t i = 0; in_blocks && i < p.m; ++i) part_even_odd(rows_of_x + i * steps, p.k);
+    for (int64_t i = 0; in_units && i < p.m; ++i) part_even_odd(rows_of_x + i * steps, p.k);
     parallel_for_each(branch.prepare_shrink(), [&](int64_t task, int) { branch.shrink(task, p.s); });
 
     // Tasks of about 64k weights of 4 bits, or 128k dense ones: ten microseconds or more, well above what handing one
     // out costs.
-    constexpr int kWeights = kDotWeights<kM>;
+    constexpr int kWeights = kDotWeights<kM>, kTaskWeights = kDotInParts ? 12 : kWeights;  // fours and threes
     const int64_t task_weights = int64_t{1} << (is_dense ? 17 : 16), least = task_weights / max_of<int64_t>(1, p.k);
-    const int64_t task_rows =
-        is_dense ? round_up(max_of<int64_t>(1, least), kDenseWeights) : max_of<int64_t>(1, least / kWeights) * kWeights;
+    const int64_t task_rows = is_dense ? round_up(max_of<int64_t>(1, least), kDenseWeights)
+                                       : max_of<int64_t>(1, least / kTaskWeights) * kTaskWeights;
     parallel_for_each(ceil_div(p.n, task_rows), [&](int64_t task, int) {
         const int64_t end = min_of(p.n, (task + 1) * task_rows);
         // kCount outputs at a time; the last ones one by one.
@@ -65,14 +64,15 @@ void run_dot(const LoraLinearForwardParams& p) {
             }
         };
         // add(n, sums) adds to sums[output][row of x].
-        const auto multiply_all_rows = [&](const auto& add) {
-            multiply(Constant<kWeights>{}, [&](int64_t n, auto outputs) {
+        const auto multiply_all_rows = [&](auto weights, const auto& add) {
+            multiply(weights, [&](int64_t n, auto outputs) {
                 F32 sums[decltype(outputs)::kValue][kM] = {};
                 add(n, sums);
                 finish(n, 0, p.m, outputs, sums[0], 1, kM);
             });
         };
-        if (!has_weight(p)) return multiply_all_rows([](int64_t, auto&) {});
+        const Constant<kWeights> weights;
+        if (!has_weight(p)) return multiply_all_rows(weights, [](int64_t, auto&) {});
         if constexpr (kM <= kDotRows)
             if (is_dense)
                 return dispatch_dense_arithmetic(p, [&](auto arithmetic) {
@@ -84,18 +84,24 @@ void run_dot(const LoraLinearForwardParams& p) {
                             });
                     });
                 });
-        if constexpr (kM <= kMostBlockRows)
-            if (in_blocks) {
+        if constexpr (kDotInParts)
+            if (in_units) {
                 const Nf4Weight weight = rounded_once(*p.weight, p.compute_dtype);
                 return dispatch_dtype(weight.dtype, [&](auto* type) {
-                    multiply_all_rows([&](int64_t n, auto& sums) {
-                        dot_blocks<Pointee<decltype(type)>>(weight, n, rows_of_x, steps, sums);
-                    });
+                    using T = Pointee<decltype(type)>;
+                    if constexpr (kM <= kMostBlockRows<T>)
+                        multiply_all_rows(weights, [&](int64_t n, auto& sums) {
+                            dot_blocks<T>(weight, n, rows_of_x, steps, sums);
+                        });
+                    else
+                        multiply_all_rows(Constant<kPartWeights>{}, [&](int64_t n, auto& sums) {
+                            dot_parts(WeightInUnits<T>{weight}, p.compute_dtype, n, p.k, rows_of_x, steps, p.m, sums);
+                        });
                 });
             }
         if (kM > kDotRows || kDotInParts || !has_whole_blocks(p))
             return dispatch_weight(p, [&](const auto& weight) {
-                multiply_all_rows([&](int64_t n, auto& sums) {
+                multiply_all_rows(weights, [&](int64_t n, auto& sums) {
                     dot_parts(weight, p.compute_dtype, n, p.k, rows_of_x, steps, p.m, sums);
                 });
             });
@@ -103,7 +109,7 @@ void run_dot(const LoraLinearForwardParams& p) {
             dispatch_compute(p.compute_dtype, p.weight->dtype, [&](auto* type, auto arithmetic) {
                 const Nf4Weight weight = rounded_once(*p.weight, p.compute_dtype);
                 const int64_t part = p.compute_dtype == DType::kFloat32 ? dot_part(p.k) : p.k;
-                multiply_all_rows([&](int64_t n, auto& sums) {
+                multiply_all_rows(weights, [&](int64_t n, auto& sums) {
                     dot_rows<Pointee<decltype(type)>, decltype(arithmetic)>(weight, n, x_steps, steps, part, sums);
                 });
             });
@@ -117,7 +123,8 @@ void forward_dot(const LoraLinearForwardParams& params) {
     if (params.m == 2) return run_dot<2>(params);
     if (params.m <= 4) return run_dot<4>(params);
     if (params.m <= kDotRows) return run_dot<kDotRows>(params);
-    run_dot<16>(params);
+    if (params.m <= 16) return run_dot<16>(params);
+    if constexpr (kDotInParts) run_dot<kMostUnitRows>(params);
 }
 
 }  // namespace peft_kernels::PEFT_KERNELS_ISA

@@ -1,6 +1,6 @@
-// The product of few rows of x: up to 8, in fp32 up to 15. Vectors run along k; rows of a 4-bit W are decoded into
-// registers and multiplied with all rows of x at once, so the speed is that of reading W. dense_dot.h is the same for a
-// dense W.
+// The product of few rows of x: up to 8, in fp32 up to 15, with AVX2 up to 32. Vectors run along k; rows of a 4-bit W
+// are decoded into registers, or with AVX2 and more rows of x into L1, and multiplied with all of these at once, so the
+// speed of the fewest is that of reading W. dense_dot.h is the same for a dense W.
 // For sources that are compiled once per instruction set, and only for those.
 #pragma once
 
@@ -14,13 +14,27 @@ namespace peft_kernels::PEFT_KERNELS_ISA {
 namespace {
 
 // Whether dot_blocks and dot_parts make all products: AVX2 has too few registers for dot_rows. A Xeon's times of 4096 x
-// 4096 with one thread in ms, dot_rows' in parentheses: 1 row 1.1 (1.8), 4 rows 2.4 (3.2), 8 rows 4.7 (6.3).
+// 4096 with one thread in ms, dot_rows' in parentheses: 1 row 1.1 (1.8), 4 rows 2.3 (3.2), 8 rows 3.6 (6.3).
 constexpr bool kDotInParts = kIsa == Isa::kAvx2;
+
+// Rows of W that dot_parts multiplies at once, with AVX2: with four rows of x, 12 sums, at 1.6 products a cycle.
+// Decoding takes as long as 3.5 rows of x, in addition. Eight rows of x took 1.13 of the time with 4 x 3 sums, 1.1 to
+// 1.3 with 2 x 4, 1.25 with 1 x 8, 1.0 to 1.15 with more rows of W in L1, and 1.13 where units were decoded between
+// products, which was to hide the decoding.
+constexpr int kPartWeights = 3;
+
+// Rows of x for dot_blocks; for the others dot_parts takes less time. A weight that isn't in fp32 has a table for each
+// unit, which dot_blocks' registers are too few for: 4 rows took 1.07 of dot_parts' time in fp16, 1.16 in bf16, 0.92 in
+// fp32.
+template <class T>
+constexpr int kMostBlockRows = kDotInParts ? (kSame<T, float> ? 4 : 2) : 0;
 
 // Rows of W that are multiplied at once: 16 sums at most, and 4 at least, since each multiplication waits for the one
 // before it in its sum. More rows of x than 8 do not stay in L1, and are read once for four of W.
 template <int kM>
-constexpr int kDotWeights = kM <= 2 || kM > kDotRows || kDotInParts ? 4 : 2;
+constexpr int kDotWeights = kDotInParts                ? (kM <= 4 ? 4 : kPartWeights)
+                            : kM <= 2 || kM > kDotRows ? 4
+                                                       : 2;
 
 // total[row][i] = W[first_row + row] . x[i], lane by lane, for rows whose blocks begin with them. Of `part` elements,
 // sums are apart. Not inlined, as its loop wants all registers.
@@ -84,12 +98,13 @@ template <class T, class Multiply, int kWeights, int kM>
         memcpy(total, sum, sizeof sum);
 }
 
-// ---- dot_blocks: AVX2, up to kMostBlockRows rows of x, which it has registers for ----
+// ---- AVX2: units of 64 elements. dot_blocks, of up to kMostBlockRows rows of x, which it has registers for ----
 
-constexpr int kMostBlockRows = kDotInParts ? 4 : 0;
 constexpr int kDotUnit = 64;  // elements decoded at a time
+// Between rows of x: rows a power of two apart would share their cache sets, for 1.04 of the time with eight of them.
+constexpr int64_t kDotPad = kDotInParts ? 256 : 0;
 
-inline bool has_dot_blocks(const MatmulParams& p) {
+inline bool has_dot_units(const MatmulParams& p) {
     return p.weight && p.k % kDotUnit == 0 && (int64_t{1} << p.weight->log2_blocksize) >= kDotUnit &&
            !rounds_twice(p.weight->dtype, p.compute_dtype);
 }
@@ -106,7 +121,26 @@ inline void part_even_odd(float* x, int64_t columns) {
 template <class T, int kWeights, int kM>
 void dot_blocks(const Nf4Weight& w, int64_t first_row, const float* x, int64_t x_stride, F32 (&total)[kWeights][kM]);
 
+// W for dot_parts, decoded in units of kDotUnit elements in the order of part_even_odd; T is its type.
+template <class T>
+struct WeightInUnits : Nf4Weight {};
+
+// Elements of a row of W that dot_parts decodes at a time. With 256 it took 8 % longer.
+template <class Weight>
+constexpr int64_t kMostPart = kMostDecoded;
+template <class T>
+constexpr int64_t kMostPart<WeightInUnits<T>> = 1024;
+
+template <class T>
+void decode(const WeightInUnits<T>& w, int64_t row, int64_t column, int64_t count, DType compute_dtype, float* out);
+
 #if defined(__AVX2__) && !defined(__AVX512F__)
+
+// absmax of `count` units, the quiet NaN for any other.
+inline void units_absmax(const Nf4Weight& w, int64_t first, int64_t count, float* out) {
+    for (int64_t i = 0; i < count; ++i) out[i] = block_absmax(w.absmax, (first + i) * kDotUnit >> w.log2_blocksize);
+    for (int64_t i = 0; i < count; ++i) out[i] = out[i] == out[i] ? out[i] : __builtin_nanf("");
+}
 
 // dot_rows in fp32, with a sum for each kDotUnit elements. Of a weight in fp32, absmax is a factor of these sums, and
 // one table serves all blocks; T is the weight's type. x: see part_even_odd.
@@ -127,18 +161,15 @@ template <class T, int kWeights, int kM>
     for (int64_t unit0 = 0; unit0 < row_units; unit0 += kUnits) {
         const int64_t units = min_of(kUnits, row_units - unit0);
         float absmax[kWeights][kUnits];
-        for (int row = 0; row < kWeights; ++row) {
-            const int64_t first = (first_row + row) * row_units + unit0;
-            for (int64_t unit = 0; unit < units; ++unit)
-                absmax[row][unit] = block_absmax(w.absmax, (first + unit) * kDotUnit >> w.log2_blocksize);
-        }
+        for (int row = 0; row < kWeights; ++row)
+            units_absmax(w, (first_row + row) * row_units + unit0, units, absmax[row]);
         for (int64_t unit = 0; unit < units; ++unit, codes += kDotUnit / 2, x += kDotUnit)
 #pragma GCC unroll 4
             for (int row = 0; row < kWeights; ++row) {
                 // The next rows to come: each row is a stream of its own, too short for the hardware to get ahead.
                 __builtin_prefetch(codes + (kWeights + row) * row_bytes);
                 const Table<Decoded> table =
-                    kScalesSums ? unscaled : make_table<Decoded>(values, absmax[row][unit], kDtype);
+                    kScalesSums ? unscaled : make_quick_table<Decoded>(values, absmax[row][unit], kDtype);
                 F32 sum[kM][2] = {};
 #pragma GCC unroll 2
                 for (int i = 0; i < kDotUnit; i += kGroup) {
@@ -163,6 +194,32 @@ template <class T, int kWeights, int kM>
     memcpy(total, sums, sizeof sums);
 }
 
+template <class T>
+[[gnu::noinline]] void decode(const WeightInUnits<T>& w, int64_t row, int64_t column, int64_t count, DType,
+                              float* out) {
+    constexpr bool kScales = kSame<T, float>;
+    constexpr DType kDtype = kScales ? DType::kFloat32 : kSame<T, BFloat16> ? DType::kBFloat16 : DType::kFloat16;
+    using Decoded = std::conditional_t<kSame<T, BFloat16>, BFloat16, float>;
+    constexpr int kGroup = Table<Decoded>::kGroup;
+    const float* values = codebook(w.quant_type);
+    const Table<Decoded> unscaled = make_table<Decoded>(values, 1.0f, kDtype);
+    const int64_t first = row * w.k + column;
+    const uint8_t* codes = w.codes + first / 2;
+    float absmax[kMostPart<WeightInUnits<T>> / kDotUnit];
+    units_absmax(w, first / kDotUnit, count / kDotUnit, absmax);
+    for (int64_t unit = 0; unit < count / kDotUnit; ++unit, codes += kDotUnit / 2, out += kDotUnit) {
+        const Table<Decoded> table = kScales ? unscaled : make_quick_table<Decoded>(values, absmax[unit], kDtype);
+#pragma GCC unroll 2
+        for (int i = 0; i < kDotUnit; i += kGroup) {
+            __m256 elements[4];
+            lookup_even_odd(table, codes + i / 2, elements);
+#pragma GCC unroll 4
+            for (int j = 0; j < 4; ++j)
+                store(out + i + j * kLanes, kScales ? elements[j] * broadcast(absmax[unit]) : elements[j]);
+        }
+    }
+}
+
 #endif
 
 // ---- dot_parts ----
@@ -172,14 +229,14 @@ template <class T, int kWeights, int kM>
 template <int kWeights, int kM, class Weight>
 void dot_parts(const Weight& w, DType compute_dtype, int64_t first_row, int64_t k, const float* x, int64_t x_stride,
                int64_t m, F32 (&total)[kWeights][kM]) {
-    constexpr int64_t kMost = kMostDecoded;
-    constexpr int kRowsOfX = min_of(kFewLanes ? 3 : 4, kM);  // with four rows of W as many sums as registers hold
-    float decoded[kWeights][kMost];
-    const int64_t part = min_of(dot_part(k), kMost);
+    constexpr int kRowsOfX = min_of(kFewLanes ? min_of(12 / kWeights, 4) : 4, kM);  // as many sums as registers hold
+    alignas(64) float decoded[kWeights][kMostPart<Weight>];
+    const int64_t sum = compute_dtype == DType::kFloat32 ? dot_part(k) : k;
+    const int64_t part = round_up(min_of(sum, kMostPart<Weight>), int64_t{kDotUnit});
     for (int64_t begin = 0; begin < k; begin += part) {
         const int64_t count = min_of(part, k - begin), whole = ceil_div(count, kLanes) * kLanes;
         for (int row = 0; row < kWeights; ++row) {
-            prefetch_weight(w, first_row + kWeights + row, begin);
+            prefetch_weight(w, first_row + kWeights + row, begin, count);
             decode(w, first_row + row, begin, count, compute_dtype, decoded[row]);
             for (int64_t i = count; i < whole; ++i) decoded[row][i] = 0;
         }
@@ -190,15 +247,20 @@ void dot_parts(const Weight& w, DType compute_dtype, int64_t first_row, int64_t 
                 constexpr int kRows = decltype(rows)::kValue;
                 F32 sum[kWeights][kRows] = {};
                 const float* at = x + first * x_stride + begin;
-                for (int64_t i = 0; i < whole; i += kLanes) {
-                    F32 of_x[kRows];
 #pragma GCC unroll 4
-                    for (int j = 0; j < kRows; ++j) of_x[j] = load(at + j * x_stride + i);
+                for (int64_t i = 0; i < whole; i += kLanes) {
+                    F32 of_w[kWeights];
 #pragma GCC unroll 4
                     for (int row = 0; row < kWeights; ++row) {
-                        const F32 weights = load(decoded[row] + i);
+                        of_w[row] = load(decoded[row] + i);
+                        keep_in_register(of_w[row]);
+                    }
 #pragma GCC unroll 4
-                        for (int j = 0; j < kRows; ++j) sum[row][j] = fma(weights, of_x[j], sum[row][j]);
+                    for (int j = 0; j < kRows; ++j) {
+                        F32 of_x = load(at + j * x_stride + i);
+                        keep_in_register(of_x);
+#pragma GCC unroll 4
+                        for (int row = 0; row < kWeights; ++row) sum[row][j] = fma(of_w[row], of_x, sum[row][j]);
                     }
                 }
                 for (int row = 0; row < kWeights; ++row)

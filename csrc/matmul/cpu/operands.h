@@ -110,8 +110,10 @@ void decode(const Weight& w, int64_t row, int64_t column, int64_t count, DType, 
 inline void prefetch_codes(const Nf4Weight& w, int64_t element, int64_t bytes = 1) {
     for (int64_t byte = 0; byte < bytes; byte += 64) __builtin_prefetch(w.codes + element / 2 + byte);
 }
-inline void prefetch_weight(const Nf4Weight& w, int64_t row, int64_t column) { prefetch_codes(w, row * w.k + column); }
-inline void prefetch_weight(const ConstMatrix& w, int64_t row, int64_t column) {
+inline void prefetch_weight(const Nf4Weight& w, int64_t row, int64_t column, int64_t count = 1) {
+    prefetch_codes(w, row * w.k + column, ceil_div(count, 2));
+}
+inline void prefetch_weight(const ConstMatrix& w, int64_t row, int64_t column, int64_t = 1) {
     __builtin_prefetch(row_of(w, row, column));
 }
 

@@ -15,6 +15,8 @@ namespace peft_kernels {
 
 // Rows of x whose sums dot.h has registers for.
 constexpr int64_t kDotRows = 8;
+// Rows that it takes with AVX2 and a 4-bit weight whose rows are whole units of 64 elements.
+constexpr int kMostUnitRows = 32;
 
 // Few rows of a dense weight, of any type: dense_dot.h alone reads it at the memory's speed. torch's library is faster
 // from 16 rows on.

@@ -28,7 +28,8 @@ from ..refusal import Refusal
 from ..registry import mention, refuse, register
 from ..rows import TakesRows
 from .adapter_parts import Parts, index_of_tokens, is_alora, norm_of, parts_of, scaled, tables, watch, with_biases
-from .merge import Merges4bit, MergesDense
+from .merge_4bit import Merges4bit
+from .merge_dense import MergesDense
 
 mention(BaseTunerLayer)  # whose subclasses are modules
 refuse(lora.Embedding, "its adapter looks rows of A up, for which there is no kernel")

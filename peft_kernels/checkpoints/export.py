@@ -120,10 +120,7 @@ def export_checkpoint(
     settings = _check(quantize, dtype, blocksize, double_quant, skip_modules, max_shard_size, correction, dense_above)
     check_flag("overwrite", overwrite)
     folders = [Path(folder) for folder in adapters]
-    for folder in (base_folder, *folders):
-        if folder.resolve().is_relative_to(target.resolve()):
-            refuse("destination", f"{target}, which holds {folder}", "another folder than what is read")
-    check_destination(target, overwrite, CONFIG)
+    check_destination(target, overwrite, CONFIG, [base_folder, *folders])
 
     checkpoint = read_base(base_folder)
     settings = _as_base(settings, checkpoint) if settings.quantize == "base" else settings

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from functools import partial
-from itertools import islice
+from itertools import islice, product
 from typing import Any, NamedTuple
 
 import torch
@@ -67,17 +67,17 @@ def choose(model: nn.Module, seconds: float, least_parameters: int = 0) -> dict[
         if device.type not in ("cpu", "cuda"):
             continue
         here = {layer: trial._replace(device=device) for layer, trial in trials.items() if devices[layer] == device}
-        machine = choices.machine_of(device)
-        _learn({names[layer]: trial for layer, trial in here.items()}, machine, seconds)
-        of_names: dict[str, Choice] = {}
-        for layer, trial in here.items():
-            name = names[layer]
-            if name not in of_names and (entry := choices.entry_of(machine, name)):
-                of_names[name] = choices.choice_of(entry, trial.width, trial.dtype, device.type == "cuda")
-            if choice := of_names.get(name):
-                found[layer] = choice
-                if choice.inference or choice.training:
-                    vars(layer)["_choice"] = choice
+        machine, of_names = choices.machine_of(device), {names[layer]: trial for layer, trial in here.items()}
+        _learn(of_names, machine, seconds)
+        known = {
+            name: choices.choice_of(entry, trial.width, trial.dtype, device.type == "cuda")
+            for name, trial in of_names.items()
+            if (entry := choices.entry_of(machine, name))
+        }
+        found |= {layer: known[names[layer]] for layer in here if names[layer] in known}
+    for chosen, choice in found.items():
+        if choice.inference or choice.training:
+            vars(chosen)["_choice"] = choice
     return found
 
 
@@ -196,18 +196,16 @@ def measure(trials: Mapping[str, Trial], seconds: float = SECONDS) -> dict[str, 
     }
     end = time.perf_counter() + seconds
     flush = _flushing(device)
-    with _alone(device), _progress(len(ROWS) * len(trials)) as advance:
-        for rows in ROWS:
-            for name, trial in trials.items():
-                advance()
-                for mode in MODES:
-                    left = end - time.perf_counter()
-                    if left <= 0 or _predicted(entries[name].get(mode), rows) > left:
-                        continue
-                    try:
-                        _enter(entries[name], mode, rows, _time(trial, rows, mode == "training", flush))
-                    except Exception as error:  # stock layers have some of their own, for some inputs
-                        _logger.info("%s was not timed: %s: %s", name, type(error).__name__, error)
+    with _alone(device), _progress(len(ROWS) * len(trials) * len(MODES)) as advance:
+        for rows, (name, trial), mode in product(ROWS, trials.items(), MODES):
+            advance()
+            left = end - time.perf_counter()
+            if left <= 0 or _predicted(entries[name].get(mode), rows) > left:
+                continue
+            try:
+                _enter(entries[name], mode, rows, _time(trial, rows, mode == "training", flush))
+            except Exception as error:  # stock layers have some of their own, for some inputs
+                _logger.info("%s was not timed: %s: %s", name, type(error).__name__, error)
     return {name: entry for name, entry in entries.items() if entry.keys() & {*MODES}}
 
 

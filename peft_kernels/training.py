@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from .adapters import adapter_rows
 from .adapters.hooks import one_of
 from .cuda import why_not
-from .integrations.rows import BASE, adapter_parameters
+from .integrations.rows import adapter_parameters
 from .ops._arguments import is_number
 from .ops.cross_entropy import cross_entropy
+from .rows import BASE
 
 IGNORED = -100  # the label of what has no loss, as in transformers
 

@@ -5,9 +5,6 @@ backward, have their own. Where a layer is checkpointed, the nodes of a call's g
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -16,12 +13,12 @@ from torch import Tensor
 
 from ..graph_marks import backward_task, mark_graph, mark_of_recomputation, will_be_recomputed
 from ..nn import AdapterFusion
+from ..rows import Contexts, Rows
 
 if TYPE_CHECKING:
     from .hook_points import HookPoint
     from .hooks import AdapterHook, AdapterState
 
-Rows = tuple[str, ...]
 _MARK = "peft_kernels.adapters.call"  # the key of a node's metadata
 
 
@@ -74,13 +71,11 @@ class _Thread(threading.local):
     Attributes:
         call: the innermost one that is under way.
         inputs: what parallel adapters will read at the end of sublayers that are under way.
-        entered: what `_entered` has, for Dynamo, which can't read a ContextVar.
     """
 
     def __init__(self) -> None:
         self.call: Call | None = None
         self.inputs: dict[tuple[AdapterState, HookPoint], Tensor | None] = {}
-        self.entered: tuple[tuple[AdapterState, Rows], ...] = ()
 
 
 class _Trace:
@@ -92,7 +87,7 @@ class _Trace:
 
 
 _thread, _trace = _Thread(), _Trace()
-_entered: ContextVar[tuple[tuple[AdapterState, Rows], ...]] = ContextVar("peft_kernels_adapter_rows", default=())
+contexts: Contexts[tuple[AdapterState, Rows]] = Contexts("peft_kernels_adapter_rows")
 
 
 def _own() -> _Thread | _Trace:
@@ -158,25 +153,8 @@ def kept_input(state: AdapterState, point: HookPoint) -> Tensor | None:
     return _own().inputs.pop((state, point))
 
 
-@contextmanager
-def entered(state: AdapterState, rows: Rows) -> Iterator[None]:
-    """A context in which calls have these rows."""
-    entry = (state, rows)
-    _enter((*_entered.get(), entry))
-    try:
-        yield
-    finally:  # which a generator may come to in another order, or in another context
-        _enter(tuple(other for other in _entered.get() if other is not entry))
-
-
-def _enter(entries: tuple[tuple[AdapterState, Rows], ...]) -> None:
-    _entered.set(entries)
-    _thread.entered = entries
-
-
 def _entered_rows(state: AdapterState) -> Rows | None:
-    entries = _thread.entered if torch.compiler.is_compiling() else _entered.get()
-    for other, rows in reversed(entries):
+    for other, rows in reversed(contexts.entries()):
         if other is state:
             return rows
     return None

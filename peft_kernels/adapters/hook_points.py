@@ -20,7 +20,7 @@ These are AdapterHub's conventions, and so its checkpoints fit.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 
@@ -184,8 +184,36 @@ def find_hook_points(model: nn.Module, config: AdapterConfig) -> list[HookPoint]
     """
     if config.targets is not None:
         return _matches(model, config)
-    points: list[HookPoint] = []
-    present, possible = set(), set()  # locations that the model has, and those of them where the kind has a place
+    found, numbers = _find_sublayers(model, config.locations or ())
+    fitting = [one for one in found if config.kind in one.sublayer.placements]
+    present, possible = ({one.sublayer.location for one in some} for some in (found, fitting))
+    _check_locations(model, config, present, possible)
+    _check_left_out(config, numbers)
+    points = [one.hook_point(config.kind) for one in fitting if one.number not in config.leave_out]
+    if not points:
+        raise ValueError(f"leave_out: got {config.leave_out!r}, which are all of the {len(numbers)} layers")
+    return points
+
+
+@dataclass(frozen=True)
+class _Found:
+    """A sublayer in a model: its layer's number and path."""
+
+    number: int
+    path: str
+    architecture: Architecture
+    sublayer: Sublayer
+
+    def hook_point(self, kind: str) -> HookPoint:
+        module, placement, start = self.sublayer.placements[kind]
+        start = _join(self.path, start) if placement is Placement.PARALLEL else ""
+        hub_path = re.sub(*self.architecture.hub_names, _join(self.path, self.sublayer.hub_path))
+        return HookPoint(_join(self.path, module), placement, self.sublayer.location, self.number, start, hub_path)
+
+
+def _find_sublayers(model: nn.Module, locations: Sequence[str]) -> tuple[list[_Found], set[int]]:
+    """A model's sublayers at these locations, in its order, and the numbers of all layers of known architectures."""
+    found: list[_Found] = []
     numbers: dict[str, int] = {}
     for path, layer in model.named_modules():
         for architecture in ARCHITECTURES:
@@ -193,35 +221,31 @@ def find_hook_points(model: nn.Module, config: AdapterConfig) -> list[HookPoint]
                 continue
             block = re.sub(r"\.layer\.\d+$", "", path)  # a layer of T5's is a list of such sublayers
             number = numbers.setdefault(block if len(architecture.sublayers) == 1 else path, len(numbers))
-            for sublayer in architecture.sublayers:
-                if sublayer.location not in (config.locations or ()) or not all(
-                    _has(layer, need) for need in sublayer.needs
-                ):
-                    continue
-                present.add(sublayer.location)
-                if config.kind not in sublayer.placements:
-                    continue
-                possible.add(sublayer.location)
-                if number not in config.leave_out:
-                    module, placement, start = sublayer.placements[config.kind]
-                    start = _join(path, start) if placement is Placement.PARALLEL else ""
-                    hub_path = re.sub(*architecture.hub_names, _join(path, sublayer.hub_path))
-                    points.append(HookPoint(_join(path, module), placement, sublayer.location, number, start, hub_path))
+            found += [
+                _Found(number, path, architecture, sublayer)
+                for sublayer in architecture.sublayers
+                if sublayer.location in locations and all(_has(layer, need) for need in sublayer.needs)
+            ]
+    return found, set(numbers.values())
+
+
+def _check_locations(model: nn.Module, config: AdapterConfig, present: set[str], possible: set[str]) -> None:
+    """
+    Args:
+        present: the locations that the model has.
+        possible: those of them where the kind of adapter has a place.
+    """
     for location in config.locations or ():
-        if location in present - possible:
-            raise ValueError(
-                f"locations: got {location!r}, where {config.kind!r} has no place in a {type(model).__name__}: no "
-                "module returns the sum that it would read"
-            )
         if location not in present:
             raise ValueError(
                 f"model: got a {type(model).__name__} without a known make of layer that has {location!r}, wanted one "
                 "like BERT's, Llama's, T5's or ViT's, or `targets`: patterns of the names of the modules to be adapted"
             )
-    _check_left_out(config, set(numbers.values()))
-    if not points:
-        raise ValueError(f"leave_out: got {config.leave_out!r}, which are all of the {len(numbers)} layers")
-    return points
+        if location not in possible:
+            raise ValueError(
+                f"locations: got {location!r}, where {config.kind!r} has no place in a {type(model).__name__}: no "
+                "module returns the sum that it would read"
+            )
 
 
 def _check_left_out(config: AdapterConfig, numbers: set[int]) -> None:

@@ -14,12 +14,11 @@ from torch.utils.hooks import RemovableHandle
 
 from ..nn import AdapterFusion, BottleneckAdapter
 from ..ops.adapter import adapter_grouped, bottleneck
+from ..rows import BASE, Rows
 from . import calls
-from .calls import Call, Rows
+from .calls import Call
 from .config import AdapterConfig, FusionConfig
 from .hook_points import HookPoint, Placement
-
-BASE = "__base__"  # the name of no adapter among a batch's, as in PEFT
 
 
 @dataclass(eq=False)
@@ -47,11 +46,10 @@ class AdapterState:
         """
         if not isinstance(names, (list, tuple)):
             raise ValueError(f"adapter_names: got {names!r}, wanted a list with a name for each row of the batch")
-        rows = tuple(BASE if name is None else name for name in names)
-        for name in rows:
-            if name not in [*self.adapters, BASE]:  # a list, since a name may be unhashable
+        for name in names:
+            if name not in [*self.adapters, BASE, None]:  # a list, since a name may be unhashable
                 raise ValueError(f"adapter_names: got {name!r}, wanted {one_of([*self.adapters, BASE])}")
-        return rows
+        return Rows([BASE if name is None else name for name in names])
 
     def listen(self, model: nn.Module) -> None:
         """Has the model take the argument `adapter_names`."""

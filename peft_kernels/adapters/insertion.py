@@ -17,10 +17,11 @@ from ..integrations.registry import check_module
 from ..nn import AdapterFusion, BottleneckAdapter
 from ..ops._arguments import check_dtype
 from ..printing import PrintedReport, starred
+from ..rows import BASE
 from . import calls
 from .config import AdapterConfig, FusionConfig
 from .hook_points import HookPoint, Placement, find_hook_points
-from .hooks import BASE, AdapterHook, AdapterState, one_of
+from .hooks import AdapterHook, AdapterState, one_of
 
 
 @dataclass(frozen=True)
@@ -289,7 +290,7 @@ def adapter_rows(model: nn.Module, names: Sequence[str | Sequence[str | None] | 
         context = rows.entered(model, names)
     else:
         state = require_state(model)
-        context = calls.entered(state, state.checked(names))
+        context = calls.contexts.entered((state, state.checked(names)))
     with context:
         yield
 

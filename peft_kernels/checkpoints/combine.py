@@ -19,8 +19,8 @@ from .export import Progress
 from .peft_folder import CONFIG, NEUTRAL, WEIGHTS, LoRAConfig, refuse_listed
 from .staging import Staging, check_destination
 
-_SVD = "svd"
-COMBINATIONS = (*METHODS, "cat", _SVD, *(f"{method}_{_SVD}" for method in METHODS if method != "linear"))
+_CAT, _SVD = "cat", "svd"
+COMBINATIONS = (*METHODS, _CAT, _SVD, *(f"{method}_{_SVD}" for method in METHODS if method != "linear"))
 _TARGETING = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
 _PAIRS = (("lora_A.weight", "lora_B.weight"), ("lora_embedding_A", "lora_embedding_B"))
 _PLAIN = "plain LoRA, which is all that can be combined"
@@ -90,26 +90,12 @@ def combine_adapters(
     target, folders = Path(destination).absolute(), [Path(folder) for folder in adapters]
     if not folders:
         refuse("adapters", "none", "at least one folder")
-    if method not in COMBINATIONS:
-        refuse("method", repr(method), f"one of {', '.join(COMBINATIONS)}")
-    base_method = "linear" if method in ("cat", _SVD) else method.removesuffix(f"_{_SVD}")
-    cuts, drops = method.endswith(_SVD), METHODS[base_method].drops
-    if not (is_number(density) and 0 <= density <= 1) or (drops and density == 0):
-        refuse("density", repr(density), f"a number {'above 0' if drops else 'from 0'} to 1")
-    if majority_sign not in MAJORITY_SIGNS:
-        refuse("majority_sign", repr(majority_sign), " or ".join(MAJORITY_SIGNS))
-    if rank is not None:
-        check_size("rank", rank)
-        if not cuts:
-            refuse("rank", f"{rank} with {method}", f"it with a method that ends in {_SVD}")
+    combination = _check(method, density, rank, majority_sign)
     check_flag("overwrite", overwrite)
-    for folder in folders:
-        if folder.resolve().is_relative_to(target.resolve()):
-            refuse("destination", f"{target}, which holds {folder}", "another folder than what is read")
-    check_destination(target, overwrite, CONFIG)
+    check_destination(target, overwrite, CONFIG, folders)
 
     read = read_adapters(folders, weights)
-    layers, kept = _layers(read, needs_one_rank=not cuts and method != "cat")
+    layers, kept = _layers(read, needs_one_rank=not combination.cuts and method != _CAT)
     dtypes = {tensor.dtype for adapter in read for tensor in adapter.tensors.values()}
     dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32
     new_rank = rank or max(pair.a.shape[0] for pairs in layers.values() for pair in pairs)
@@ -117,28 +103,13 @@ def combine_adapters(
     stored = {f"{PREFIX}{name}": tensor for name, tensor in kept.items()}
     ranks: dict[str, int] = {}
     lost: list[float] = []
-    shown = progress("combining", len(layers)) if progress else nullcontext(lambda: None)
-    with shown as advance:
+    with progress("combining", len(layers)) if progress else nullcontext(lambda: None) as advance:
         for name, pairs in layers.items():
-            own = [pair.a.to(dtype) for pair in pairs], [pair.b.to(dtype) for pair in pairs]
-            factors = [pair.scaling for pair in pairs], [pair.weight for pair in pairs]
-            options: dict[str, Any] = {"density": float(density), "majority_sign": majority_sign}
-            if drops and density < 1 and generator is not None:
-                count = len(pairs) * (1 if cuts else 2)
-                options["seeds"] = torch.randint(torch.iinfo(torch.int64).max, (count,), generator=generator)
-            if method == "cat":
-                scaled = [a.float() * (scale * weight) for a, scale, weight in zip(own[0], *factors, strict=True)]
-                a, b = torch.cat(scaled), torch.cat(own[1], dim=1)
-            elif cuts:
-                u, s, vh = decomposed(*own, *factors, base_method, **options)
-                b, a = u[:, :new_rank] * s[:new_rank], vh[:new_rank]
-                whole = s.double().square().sum().sqrt().item()
-                lost.append(s[new_rank:].double().square().sum().sqrt().item() / whole if whole else 0.0)
-            else:
-                a, b = combine_matrices(*own, *factors, base_method, **options)
+            a, b, loss = combination.of(pairs, dtype, new_rank, generator)
             if not (a.sum(dtype=torch.float64) + b.sum(dtype=torch.float64)).isfinite():
                 refuse(name, "matrices that are not finite when they are combined", "smaller weights")
             ranks[name] = a.shape[0]
+            lost += [] if loss is None else [loss]
             for part, matrix in zip(pairs[0].parts, (a, b), strict=True):
                 stored[f"{PREFIX}{name}.{part}"] = matrix.to(dtype).contiguous()
             advance()
@@ -154,6 +125,22 @@ def combine_adapters(
     )
 
 
+def _check(method: Any, density: Any, rank: Any, majority_sign: Any) -> _Combination:
+    if method not in COMBINATIONS:
+        refuse("method", repr(method), f"one of {', '.join(COMBINATIONS)}")
+    combination = _Combination(method, density, majority_sign)
+    drops = combination.drops
+    if not (is_number(density) and 0 <= density <= 1) or (drops and density == 0):
+        refuse("density", repr(density), f"a number {'above 0' if drops else 'from 0'} to 1")
+    if majority_sign not in MAJORITY_SIGNS:
+        refuse("majority_sign", repr(majority_sign), " or ".join(MAJORITY_SIGNS))
+    if rank is not None:
+        check_size("rank", rank)
+        if not combination.cuts:
+            refuse("rank", f"{rank} with {method}", f"it with a method that ends in {_SVD}")
+    return combination
+
+
 @dataclass(frozen=True)
 class _Pair:
     """An adapter's matrices for one layer, [rank, K] and [N, rank], and their names."""
@@ -165,34 +152,54 @@ class _Pair:
     weight: float
 
 
+@dataclass(frozen=True)
+class _Combination:
+    """How the pairs of a layer become one; the attributes are arguments of `combine_adapters`."""
+
+    method: str
+    density: float
+    majority_sign: str
+
+    @property
+    def cuts(self) -> bool:
+        return self.method.endswith(_SVD)
+
+    @property
+    def of_matrices(self) -> str:
+        """What `ops.combine` calls the method that comes before the cut."""
+        return "linear" if self.method in (_CAT, _SVD) else self.method.removesuffix(f"_{_SVD}")
+
+    @property
+    def drops(self) -> bool:
+        return METHODS[self.of_matrices].drops
+
+    def of(
+        self, pairs: Sequence[_Pair], dtype: torch.dtype, rank: int, generator: torch.Generator | None
+    ) -> tuple[Tensor, Tensor, float | None]:
+        """A, B and, of a method that cuts to the rank, the share that is lost, else None."""
+        own = [pair.a.to(dtype) for pair in pairs], [pair.b.to(dtype) for pair in pairs]
+        factors = [pair.scaling for pair in pairs], [pair.weight for pair in pairs]
+        options: dict[str, Any] = {"density": float(self.density), "majority_sign": self.majority_sign}
+        if self.drops and self.density < 1 and generator is not None:
+            count = len(pairs) * (1 if self.cuts else 2)
+            options["seeds"] = torch.randint(torch.iinfo(torch.int64).max, (count,), generator=generator)
+        if self.method == _CAT:
+            scaled = [a.float() * (scale * weight) for a, scale, weight in zip(own[0], *factors, strict=True)]
+            return torch.cat(scaled), torch.cat(own[1], dim=1), None
+        if not self.cuts:
+            return *combine_matrices(*own, *factors, self.of_matrices, **options), None
+        u, s, vh = decomposed(*own, *factors, self.of_matrices, **options)
+        whole, lost = (part.double().square().sum().sqrt().item() for part in (s, s[rank:]))
+        return vh[:rank], u[:, :rank] * s[:rank], lost / whole if whole else 0.0
+
+
 def _layers(read: Sequence[Adapter], needs_one_rank: bool) -> tuple[dict[str, list[_Pair]], dict[str, Tensor]]:
     """The pairs of each layer, which fit each other; and the embeddings that PEFT writes beside adapters on them."""
     layers: dict[str, list[_Pair]] = {}
     kept: dict[str, Tensor] = {}
     for adapter in read:
-        path = adapter.folder / CONFIG
-        if adapter.kind != "LORA":
-            refuse(str(path), f"an adapter of the type {adapter.kind}", _PLAIN)
-        allowed = NEUTRAL | ({"bias"} if adapter.config.get("bias") == "none" else set())
-        config = LoRAConfig(path, adapter.config, allowed | {"ensure_weight_tying"}, _PLAIN)
-        left, misfits = dict(adapter.tensors), []
-        for name in adapter.tensors:
-            if name.endswith(".base_layer.weight"):
-                tensor = left.pop(name)
-                if not torch.equal(kept.setdefault(name, tensor), tensor):
-                    misfits.append(f"{name}: got another than the adapter before has, wanted one base")
-            for parts in _PAIRS:
-                layer = name.removesuffix(f".{parts[0]}")
-                if layer == name or f"{layer}.{parts[1]}" not in left:
-                    continue
-                a, b = left.pop(name), left.pop(f"{layer}.{parts[1]}")
-                rank = config.rank_of(layer)
-                if a.dim() != 2 or b.dim() != 2 or not a.shape[0] == b.shape[1] == rank:
-                    misfits.append(f"{layer}: got {list(a.shape)} and {list(b.shape)}, wanted [{rank}, K], [N, {rank}]")
-                scaling = config.scaling(layer)
-                layers.setdefault(layer, []).append(_Pair(parts, a, b, scaling, adapter.weight))
-        differences = {"that are no pairs of matrices of LoRA": list(left), "of another shape": misfits}
-        refuse_listed(f"{adapter.folder / WEIGHTS} can't be combined:", differences)
+        for layer, pair in _pairs(adapter, kept):
+            layers.setdefault(layer, []).append(pair)
     misfits = []
     for layer, pairs in layers.items():
         sizes = {(pair.b.shape[0], pair.a.shape[1]) for pair in pairs}
@@ -203,6 +210,34 @@ def _layers(read: Sequence[Adapter], needs_one_rank: bool) -> tuple[dict[str, li
             misfits.append(f"{layer}: got ranks {sorted(ranks)}, wanted one; 'cat' and 'svd' take several")
     refuse_listed("adapters do not fit each other:", {"of different shapes": misfits})
     return layers, kept
+
+
+def _pairs(adapter: Adapter, kept: dict[str, Tensor]) -> list[tuple[str, _Pair]]:
+    """An adapter's layers with their pairs. Embeddings are put with those that other adapters have `kept`."""
+    path = adapter.folder / CONFIG
+    if adapter.kind != "LORA":
+        refuse(str(path), f"an adapter of the type {adapter.kind}", _PLAIN)
+    allowed = NEUTRAL | ({"bias"} if adapter.config.get("bias") == "none" else set())
+    config = LoRAConfig(path, adapter.config, allowed | {"ensure_weight_tying"}, _PLAIN)
+    found: list[tuple[str, _Pair]] = []
+    left, misfits = dict(adapter.tensors), []
+    for name in adapter.tensors:
+        if name.endswith(".base_layer.weight"):
+            tensor = left.pop(name)
+            if not torch.equal(kept.setdefault(name, tensor), tensor):
+                misfits.append(f"{name}: got another than the adapter before has, wanted one base")
+        for parts in _PAIRS:
+            layer = name.removesuffix(f".{parts[0]}")
+            if layer == name or f"{layer}.{parts[1]}" not in left:
+                continue
+            a, b = left.pop(name), left.pop(f"{layer}.{parts[1]}")
+            rank = config.rank_of(layer)
+            if a.dim() != 2 or b.dim() != 2 or not a.shape[0] == b.shape[1] == rank:
+                misfits.append(f"{layer}: got {list(a.shape)} and {list(b.shape)}, wanted [{rank}, K], [N, {rank}]")
+            found.append((layer, _Pair(parts, a, b, config.scaling(layer), adapter.weight)))
+    differences = {"that are no pairs of matrices of LoRA": list(left), "of another shape": misfits}
+    refuse_listed(f"{adapter.folder / WEIGHTS} can't be combined:", differences)
+    return found
 
 
 def _config(read: Sequence[Adapter], ranks: dict[str, int]) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import fcntl
 import json
 import os
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -153,7 +154,18 @@ def _clear_after_a_kill(destination: Path) -> None:
         os.close(lock)
 
 
-def check_destination(destination: Path, overwrite: bool, marker: str) -> None:
+def check_destination(destination: Path, overwrite: bool, marker: str, read: Iterable[Path] = ()) -> None:
+    """
+    Args:
+        read: the folders that the content is made of.
+
+    Raises:
+        FileExistsError: there is something at the destination, which is not to be replaced.
+        ValueError: the destination has no name, or holds a folder that is read.
+    """
+    for folder in read:
+        if folder.resolve().is_relative_to(destination.resolve()):
+            refuse("destination", f"{destination}, which holds {folder}", "another folder than what is read")
     if destination.name in ("", ".."):
         refuse("destination", repr(str(destination)), "a folder with a name")
     _clear_after_a_kill(destination)

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import argparse
-import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import cpu, ops
+from ..choices import FUSED, STOCK
+from ..integrations.measuring import rounds, typical
 from .arguments import COUNT, POSITIVE
 from .output import progress
 
@@ -53,49 +56,65 @@ def _of_repository(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _layer(options: argparse.Namespace) -> dict[str, Any]:
-    """Forward and backward of one linear layer in NF4 with LoRA; stock dequantises it and computes three products."""
+    forwards, grad = _forwards(options)
+    reference = forwards[STOCK]().detach().double()
+    error = float((forwards[FUSED]().detach().double() - reference).norm() / reference.norm())
+    if not error < 0.02:
+        raise RuntimeError(f"the fused layer differs from stock by {error:.2g}")
+    taken = _rounds({name: partial(_seconds, forward, grad) for name, forward in forwards.items()}, options.seconds)
+    found = typical(taken)
+    n, k = options.shape
+    return {
+        "layer": f"NF4 weight of {n}×{k}, LoRA of rank {options.rank}, {options.rows} rows in {options.dtype}",
+        "kernels": cpu.isa(),
+        "threads": torch.get_num_threads(),
+        "rounds": len(taken),
+        "difference_of_results": error,
+        "forward_and_backward": [
+            {"contender": name, "milliseconds": 1e3 * seconds, "speedup": found[STOCK] / seconds}
+            for name, seconds in found.items()
+        ],
+        "said": ["This is the built-in comparison of one layer; the repository has benchmarks of everything."],
+    }
+
+
+def _forwards(options: argparse.Namespace) -> tuple[dict[str, Callable[[], Tensor]], Tensor]:
+    """One linear layer in NF4 with LoRA, which stock dequantises for three products; and its output's gradient."""
     n, k = options.shape
     dtype = _DTYPES[options.dtype]
     weight = ops.quantize_4bit(torch.randn(n, k, dtype=dtype), double_quant=True)
     lora_A = nn.Parameter(torch.randn(options.rank, k) / k**0.5)
     lora_B = nn.Parameter(torch.randn(n, options.rank))
     x = torch.randn(options.rows, k, dtype=dtype, requires_grad=True)
-    grad = torch.randn(options.rows, n, dtype=dtype)
 
     def stock() -> Tensor:
-        y = nn.functional.linear(x, weight.dequantize())
-        return y + 2.0 * nn.functional.linear(nn.functional.linear(x.to(lora_A.dtype), lora_A), lora_B).to(dtype)
+        y = F.linear(x, weight.dequantize())
+        return y + 2.0 * F.linear(F.linear(x.to(lora_A.dtype), lora_A), lora_B).to(dtype)
 
     def fused() -> Tensor:
         return ops.lora_linear(x, weight, None, [lora_A], [lora_B], [2.0])
 
-    reference = stock().detach().double()
-    error = float((fused().detach().double() - reference).norm() / reference.norm())
-    if not error < 0.02:
-        raise RuntimeError(f"the fused layer differs from stock by {error:.2g}")
-    forwards: dict[str, Callable[[], Tensor]] = {"stock": stock, "fused": fused}
-    times: dict[str, list[float]] = {name: [] for name in forwards}
-    begin = time.perf_counter()
+    return {STOCK: stock, FUSED: fused}, torch.randn(options.rows, n, dtype=dtype)
+
+
+def _rounds(calls: dict[str, Callable[[], float]], seconds: float) -> list[dict[str, float]]:
+    """Rounds of calls, for about so many seconds."""
+    taken: list[dict[str, float]] = []
+    begin, shown = time.perf_counter(), 0
     with progress("rounds", 100) as advance:
-        shown = 0
-        while (spent := time.perf_counter() - begin) < options.seconds or len(times["fused"]) < _LEAST_ROUNDS:
-            for name, forward in forwards.items():  # which take turns, so that a busy machine is so for both
-                start = time.perf_counter()
-                forward().backward(grad)
-                times[name].append(time.perf_counter() - start)
-            while shown < 100 * spent / options.seconds:
+        for each in rounds(calls):
+            taken.append(each)
+            spent = time.perf_counter() - begin
+            due = min(int(100 * spent / seconds), 100)
+            for _ in range(shown, due):
                 advance()
-                shown += 1
-    medians = {name: statistics.median(each) for name, each in times.items()}
-    return {
-        "layer": f"NF4 weight of {n}×{k}, LoRA of rank {options.rank}, {options.rows} rows in {options.dtype}",
-        "kernels": cpu.isa(),
-        "threads": torch.get_num_threads(),
-        "rounds": len(times["fused"]),
-        "difference_of_results": error,
-        "forward_and_backward": [
-            {"contender": name, "milliseconds": 1e3 * seconds, "speedup": medians["stock"] / seconds}
-            for name, seconds in medians.items()
-        ],
-        "said": ["This is the built-in comparison of one layer; the repository has benchmarks of everything."],
-    }
+            shown = due
+            if spent >= seconds and len(taken) >= _LEAST_ROUNDS:
+                break
+    return taken
+
+
+def _seconds(forward: Callable[[], Tensor], grad: Tensor) -> float:
+    begin = time.perf_counter()
+    forward().backward(grad)
+    return time.perf_counter() - begin

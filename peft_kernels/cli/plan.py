@@ -6,11 +6,14 @@ import argparse
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..planning.advice import GOALS, TASKS, advise
 from .arguments import COUNT, POSITIVE, require
 from .output import Bytes, Share, progress
+
+if TYPE_CHECKING:
+    from ..planning.model import Recipe
 
 _METHODS = ("lora", "qlora", "dora", "qdora", "lora-fa", "ia3", "prefix", "prompt", "bitfit", "houlsby", "pfeiffer",
             "full")  # fmt: skip
@@ -56,24 +59,10 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
 
 def _plan(options: argparse.Namespace) -> dict[str, Any]:
     from ..planning.memory import depths_of, measure
-    from ..planning.model import DTYPES, Recipe, build, elements, read_model_config, weight_sizes
+    from ..planning.model import build, elements, read_model_config, weight_sizes
 
     config = read_model_config(options.model)
-    four_bit = options.four_bit or options.method in ("qlora", "qdora")
-    if four_bit and options.method == "full":
-        raise ValueError(
-            "method: got full with weights in 4 bits, which can't be trained; wanted another, or no --four-bit"
-        )
-    longest = getattr(config, "max_position_embeddings", None)
-    if longest and options.tokens > longest:
-        raise ValueError(f"tokens: got {options.tokens}, wanted at most the model's {longest}")
-    rank = options.rank or _RANKS.get(options.method, 16)
-    generates = "SEQ_2_SEQ_LM" if getattr(config, "is_encoder_decoder", False) else "CAUSAL_LM"
-    recipe = Recipe(
-        options.method, rank, options.batch, options.tokens, head=_HEADS.get(options.task, generates),
-        dtype=DTYPES[options.dtype], four_bit=four_bit, checkpointing=options.checkpointing, dropout=options.dropout,
-        targets=options.targets if options.targets == "all-linear" else tuple(options.targets.split(",")),
-    )  # fmt: skip
+    recipe = _recipe(options, config)
     model = build(config, recipe)
     sizes = list(weight_sizes(model))
     trained = [(tensor, size) for _, tensor, size in sizes if tensor.requires_grad]
@@ -86,8 +75,7 @@ def _plan(options: argparse.Namespace) -> dict[str, Any]:
         for name in ("stock", "fused"):
             steps[name] = measure(config, recipe, depths, name == "fused")
             advance()
-    fixed = base + adapter + states
-    totals = {name: fixed + step.peak for name, step in steps.items()}
+    totals = {name: base + adapter + states + step.peak for name, step in steps.items()}
 
     def row(part: str, stock: int, fused: int | None = None) -> dict[str, Any]:
         return {"part": part, "stock": Bytes(stock), "fused": Bytes(stock if fused is None else fused)}
@@ -97,7 +85,7 @@ def _plan(options: argparse.Namespace) -> dict[str, Any]:
     return {
         "model": f"{config.model_type}, {getattr(config, 'num_hidden_layers', '?')} layers",
         "method": options.method,
-        "rank": rank,
+        "rank": recipe.rank,
         "rows": options.batch,
         "tokens": options.tokens,
         "parameters": count,
@@ -117,14 +105,39 @@ def _plan(options: argparse.Namespace) -> dict[str, Any]:
         ],
         **({"available": memory, "fits": {name: total <= memory for name, total in totals.items()}} if memory else {}),
         "advice": [
-            *_about_memory(options, four_bit, memory, totals),
-            *advise(options.method, rank, options.task, options.goal, memory),
+            *_about_memory(options, recipe.four_bit, memory, totals),
+            *advise(options.method, recipe.rank, options.task, options.goal, memory),
         ],
         "not_counted": [
             "what torch, the libraries and a CUDA context take (0.5 to 1 GiB), and buffers inside of kernels",
-            *_about_experts(base, [(tensor, size) for _, tensor, size in sizes if four_bit and tensor.dim() == 3]),
+            *_about_experts(base, [each[1:] for each in sizes if recipe.four_bit and each[1].dim() == 3]),
         ],
     }  # fmt: skip
+
+
+def _recipe(options: argparse.Namespace, config: Any) -> Recipe:
+    """What is to be trained of a model with this config, and how.
+
+    Raises:
+        ValueError: an option does not fit the model, or another one.
+    """
+    from ..planning.model import DTYPES, Recipe
+
+    four_bit = options.four_bit or options.method in ("qlora", "qdora")
+    if four_bit and options.method == "full":
+        raise ValueError(
+            "method: got full with weights in 4 bits, which can't be trained; wanted another, or no --four-bit"
+        )
+    longest = getattr(config, "max_position_embeddings", None)
+    if longest and options.tokens > longest:
+        raise ValueError(f"tokens: got {options.tokens}, wanted at most the model's {longest}")
+    rank = options.rank or _RANKS.get(options.method, 16)
+    generates = "SEQ_2_SEQ_LM" if getattr(config, "is_encoder_decoder", False) else "CAUSAL_LM"
+    return Recipe(
+        options.method, rank, options.batch, options.tokens, head=_HEADS.get(options.task, generates),
+        dtype=DTYPES[options.dtype], four_bit=four_bit, checkpointing=options.checkpointing, dropout=options.dropout,
+        targets=options.targets if options.targets == "all-linear" else tuple(options.targets.split(",")),
+    )  # fmt: skip
 
 
 def _about_experts(base: int, stacks: list[tuple[Any, int]]) -> list[str]:

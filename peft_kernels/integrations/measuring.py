@@ -15,9 +15,11 @@ import resource
 import statistics
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
+from functools import partial
+from itertools import islice, product
 from typing import Any, NamedTuple
 
 import torch
@@ -65,17 +67,17 @@ def choose(model: nn.Module, seconds: float, least_parameters: int = 0) -> dict[
         if device.type not in ("cpu", "cuda"):
             continue
         here = {layer: trial._replace(device=device) for layer, trial in trials.items() if devices[layer] == device}
-        machine = choices.machine_of(device)
-        _learn({names[layer]: trial for layer, trial in here.items()}, machine, seconds)
-        of_names: dict[str, Choice] = {}
-        for layer, trial in here.items():
-            name = names[layer]
-            if name not in of_names and (entry := choices.entry_of(machine, name)):
-                of_names[name] = choices.choice_of(entry, trial.width, trial.dtype, device.type == "cuda")
-            if choice := of_names.get(name):
-                found[layer] = choice
-                if choice.inference or choice.training:
-                    vars(layer)["_choice"] = choice
+        machine, of_names = choices.machine_of(device), {names[layer]: trial for layer, trial in here.items()}
+        _learn(of_names, machine, seconds)
+        known = {
+            name: choices.choice_of(entry, trial.width, trial.dtype, device.type == "cuda")
+            for name, trial in of_names.items()
+            if (entry := choices.entry_of(machine, name))
+        }
+        found |= {layer: known[names[layer]] for layer in here if names[layer] in known}
+    for chosen, choice in found.items():
+        if choice.inference or choice.training:
+            vars(chosen)["_choice"] = choice
     return found
 
 
@@ -194,18 +196,16 @@ def measure(trials: Mapping[str, Trial], seconds: float = SECONDS) -> dict[str, 
     }
     end = time.perf_counter() + seconds
     flush = _flushing(device)
-    with _alone(device), _progress(len(ROWS) * len(trials)) as advance:
-        for rows in ROWS:
-            for name, trial in trials.items():
-                advance()
-                for mode in MODES:
-                    left = end - time.perf_counter()
-                    if left <= 0 or _predicted(entries[name].get(mode), rows) > left:
-                        continue
-                    try:
-                        _enter(entries[name], mode, rows, _time(trial, rows, mode == "training", flush))
-                    except Exception as error:  # stock layers have some of their own, for some inputs
-                        _logger.info("%s was not timed: %s: %s", name, type(error).__name__, error)
+    with _alone(device), _progress(len(ROWS) * len(trials) * len(MODES)) as advance:
+        for rows, (name, trial), mode in product(ROWS, trials.items(), MODES):
+            advance()
+            left = end - time.perf_counter()
+            if left <= 0 or _predicted(entries[name].get(mode), rows) > left:
+                continue
+            try:
+                _enter(entries[name], mode, rows, _time(trial, rows, mode == "training", flush))
+            except Exception as error:  # stock layers have some of their own, for some inputs
+                _logger.info("%s was not timed: %s: %s", name, type(error).__name__, error)
     return {name: entry for name, entry in entries.items() if entry.keys() & {*MODES}}
 
 
@@ -246,26 +246,40 @@ def _contenders(trial: Trial) -> dict[str, _Contender]:
 def _paired(
     contenders: Mapping[str, _Contender], x: Tensor, trains: bool, flush: Callable[[], None]
 ) -> dict[str, float] | None:
-    """Seconds of each contender's call, timed in turns; None where the clock was of no use.
+    """Seconds of each contender's call; None where the clock was of no use.
 
-    What else the machine does meets all contenders alike, so their ratios to stock count: rounds are added until these
-    agree on who is faster.
+    Rounds are added until these agree on who is faster.
     """
-    for contender in contenders.values():
-        _seconds(contender, x, trains, flush)
-        _seconds(contender, x, trains, flush)
-    rounds: list[dict[str, float]] = []
-    for turn in range(_MOST_ROUNDS):
-        names = list(contenders)[:: 1 if turn % 2 else -1]
-        taken = {name: _seconds(contenders[name], x, trains, flush) for name in names}
+    calls = {name: partial(_seconds, contender, x, trains, flush) for name, contender in contenders.items()}
+    for call in calls.values():
+        call()
+        call()
+    used: list[dict[str, float]] = []
+    for taken in islice(rounds(calls), _MOST_ROUNDS):
         if min(taken.values()) > 0:
-            rounds.append(taken)
-        if len(rounds) >= _LEAST_ROUNDS and all(_agrees(rounds, name) for name in contenders):
+            used.append(taken)
+        if len(used) >= _LEAST_ROUNDS and all(_agrees(used, name) for name in contenders):
             break
-    if len(rounds) < _LEAST_ROUNDS:
-        return None
-    stock = statistics.median(taken[STOCK] for taken in rounds)
-    return {name: stock * statistics.median(taken[name] / taken[STOCK] for taken in rounds) for name in contenders}
+    return None if len(used) < _LEAST_ROUNDS else typical(used)
+
+
+def rounds(calls: Mapping[str, Callable[[], float]]) -> Iterator[dict[str, float]]:
+    """Times all of them in each round, in turns, without end. What else the machine does meets all of them alike.
+
+    Args:
+        calls: each returns the seconds that it took.
+    """
+    names = list(calls)
+    while True:
+        names.reverse()
+        taken = {name: calls[name]() for name in names}
+        yield {name: taken[name] for name in calls}
+
+
+def typical(taken: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """The seconds that rounds of `STOCK` and others come to. As a round's are alike, their ratios to stock count."""
+    stock = statistics.median(each[STOCK] for each in taken)
+    return {name: stock * statistics.median(each[name] / each[STOCK] for each in taken) for name in taken[0]}
 
 
 def _preemptions() -> int:

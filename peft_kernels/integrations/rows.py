@@ -8,10 +8,8 @@ rows belong to the thread, or the coroutine, that has entered the context, and t
 from __future__ import annotations
 
 import sys
-import threading
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,41 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from ..graph_marks import backward_task, mark_graph, mark_of_recomputation, will_be_recomputed
+from ..rows import BASE, Contexts, Rows
 from .registry import FusedLayer, check_module, describe
 
-BASE = "__base__"  # the name of no adapter among a batch's, as in PEFT
 _MARK = "peft_kernels.rows"  # the key of a node's metadata
-
-
-class Rows(tuple[str, ...]):
-    """For each row of a batch, or of the flattened batch and its tokens, the name of its adapter, or `BASE`.
-
-    It is the list that PEFT's layers take, with what fused layers would else find out once for each layer.
-
-    Attributes:
-        shape: the first dimensions of x: [batch] or [batch, tokens].
-        names: of the adapters, each once, in the order in which they come.
-    """
-
-    shape: tuple[int, ...]
-    names: tuple[str, ...]
-    _positions: dict[tuple[str, ...], Tensor]
-
-    def __new__(cls, names: Sequence[str], shape: tuple[int, ...] | None = None) -> Rows:
-        rows = super().__new__(cls, names)
-        rows.shape = (len(rows),) if shape is None else shape
-        rows.names = tuple(name for name in dict.fromkeys(rows) if name != BASE)
-        rows._positions = {}
-        return rows
-
-    def positions(self, present: Sequence[str]) -> Tensor:
-        """int64 [rows], on the host: the position of each row's adapter among those of a layer, or -1."""
-        key = tuple(present)
-        if key not in self._positions:
-            position = {name: number for number, name in enumerate(key)}
-            found = [position.get(name, -1) for name in self]
-            self._positions[key] = torch.tensor(found, dtype=torch.int64, device="cpu")
-        return self._positions[key]
 
 
 class TakesRows(FusedLayer):
@@ -93,12 +60,7 @@ class _Entry:
     recomputes: bool = False
 
 
-class _Thread(threading.local):
-    entered: tuple[_Entry, ...] = ()  # what `_entered` has, for Dynamo, which can't read a ContextVar
-
-
-_thread = _Thread()
-_entered: ContextVar[tuple[_Entry, ...]] = ContextVar("peft_kernels_rows", default=())
+_contexts: Contexts[_Entry] = Contexts("peft_kernels_rows")
 
 
 def are_entered() -> bool:
@@ -111,28 +73,20 @@ def entered(model: nn.Module, names: Any) -> Iterator[None]:
     """A context in which calls of a model of PEFT's have these rows; see `adapter_rows`."""
     layers = _layers(model)
     entry = _Entry(frozenset(layers), _checked(names, layers), backward_task())
-    _enter((*_entered.get(), entry))
     hook = model.register_forward_hook(_mark)  # it says nothing of the call: other threads may call it
     try:
-        yield
-    finally:  # which a generator may come to in another order, or in another context
+        with _contexts.entered(entry):
+            yield
+    finally:
         hook.remove()
-        _enter(tuple(other for other in _entered.get() if other is not entry))
-
-
-def _enter(entries: tuple[_Entry, ...]) -> None:
-    _entered.set(entries)
-    _thread.entered = entries
 
 
 def _entries() -> tuple[_Entry, ...]:
-    if torch.compiler.is_compiling():
-        return _thread.entered
-    entries, task = _entered.get(), backward_task()
-    if task != -1 and not (entries and entries[-1].task == task):  # a layer that is recomputed
-        marked: tuple[_Entry, ...] | None = mark_of_recomputation(_MARK)
-        return entries if marked is None else marked
-    return entries
+    entries = _contexts.entries()
+    if entries and entries[-1].task == backward_task():
+        return entries
+    marked: tuple[_Entry, ...] | None = mark_of_recomputation(_MARK)
+    return entries if marked is None else marked
 
 
 def rows_of(layer: nn.Module) -> Rows | None:

@@ -8,13 +8,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-import torch
 from torch import Tensor, nn
 
 from ..inference import variants
 from ..inference.variants import Kept, Variant
 from ..integrations.base_layer import NO_ADAPTERS, Adapters, GroupedAdapters
 from ..ops._arguments import refuse
+from ..rows import positions
 
 Names = Sequence["str | None"]
 
@@ -52,15 +52,13 @@ class Batch(Variant):
 
     def __init__(self, names: Names, views: Mapping[str, Views], layers: Mapping[nn.Module, str], expand: int) -> None:
         self.names, self.layers, self._expand = tuple(names), layers, expand
-        self._views = list(views.values())
-        positions = {name: position for position, name in enumerate(views)}
-        self._positions = [-1 if name is None else positions[name] for name in names]
-        self.touched: set[nn.Module] = set().union(*(each.layers for each in self._views))
-        is_one = len(set(self._positions)) == 1
-        self._only = self._views[0] if is_one and self._views else None
-        self._is_mixed = not is_one and bool(self._views)
+        self._views = views
+        self.touched: set[nn.Module] = set().union(*(each.layers for each in views.values()))
+        is_one = len(set(names)) == 1
+        self._only = next(iter(views.values()), None) if is_one else None
+        self._is_mixed = not is_one and bool(views)
         self._found: dict[tuple[nn.Module, int], GroupedAdapters] = {}
-        self._indices: dict[tuple[tuple[int, ...], int], Tensor] = {}
+        self._indices: dict[tuple[tuple[str, ...], int], Tensor] = {}
         outer = variants.current.get()
         self.outer = outer.enclosing(layers) if isinstance(outer, Batch) else None
         # What is packed is kept by one pool's adapter.
@@ -101,16 +99,15 @@ class Batch(Variant):
         """What `lora_linear_grouped` takes, for a layer that some adapter of the batch has."""
         found = self._found.get((layer, each))
         if found is None:
-            having = tuple(i for i, views in enumerate(self._views) if layer in views.layers)
-            lora_A, lora_B, scaling = zip(*(self._views[i].layers[layer] for i in having), strict=True)
-            found = self._found[layer, each] = lora_A, lora_B, scaling, self._index(having, each), ()
+            having = {name: views.layers[layer] for name, views in self._views.items() if layer in views.layers}
+            lora_A, lora_B, scaling = zip(*having.values(), strict=True)
+            found = self._found[layer, each] = lora_A, lora_B, scaling, self._index(tuple(having), each), ()
         return found
 
-    def _index(self, having: tuple[int, ...], each: int) -> Tensor:
-        """For each sample the position of its adapter among those that a layer has; most layers have all."""
+    def _index(self, having: tuple[str, ...], each: int) -> Tensor:
+        """For each row the position of its adapter among those that a layer has; most layers have all."""
         index = self._indices.get((having, each))
         if index is None:
-            places = {position: place for place, position in enumerate(having)}
-            places_of_rows = [places.get(position, -1) for position in self._positions for _ in range(each)]
-            index = self._indices[having, each] = torch.tensor(places_of_rows, dtype=torch.int64, device="cpu")
+            names = [name for name in self.names for _ in range(each)]
+            index = self._indices[having, each] = positions(names, having)
         return index

@@ -329,7 +329,7 @@ class AdapterPool:
     def __exit__(self, *error: object) -> None:
         self.close()
 
-    # ---- Pages; all of these want the lock, but the first two and `_leased` -----------------------------------------
+    # ---- Folders and leases, which take the lock themselves ----------------------------------------------------------
 
     def _inside(self, folder: str | Path) -> Path:
         path = Path(self.root or "", folder).absolute()
@@ -363,35 +363,24 @@ class AdapterPool:
                 self._changed.notify_all()
 
     def _lease(self, names: tuple[str, ...]) -> list[_Page]:
+        """The pages of some adapters, with one more user each; for as long as the pool may wait for them."""
         end = time.monotonic() + self._wait
         read: dict[_Adapter, LoRACheckpoint] = {}
         while True:
             with self._changed:
                 self._check_open()
                 adapters = [self._known(name) for name in names]
-                others = sum(self._adapters[name].page is not None for name in self._pinned - set(names))
-                if len(names) > len(self._pages) - others:
-                    wanted = f"at most {len(self._pages) - others}: the pool has {len(self._pages)} pages"
-                    refuse("names", f"{len(names)} adapters", wanted + f", {others} of them pinned" * (others > 0))
+                self._check_pages(names)
                 for name, adapter in zip(names, adapters, strict=True):
                     self._adapters.move_to_end(name)
                     if adapter.checkpoint is None and adapter in read:
                         adapter.checkpoint = read[adapter]
-                missing = [adapter for adapter in adapters if adapter.page is None]
-                unread = [adapter for adapter in missing if adapter.checkpoint is None]
-                if not unread:
-                    free = self._free_pages(len(missing), set(names))
-                    if free is not None:
-                        for adapter, page in zip(missing, free, strict=True):
-                            self._put(adapter, page)
-                        pages = [adapter.page for adapter in adapters if adapter.page is not None]
-                        for page in pages:
-                            page.users += 1
-                        self._trim()
-                        return pages
-                    if not self._changed.wait(max(end - time.monotonic(), 0)) and time.monotonic() >= end:
-                        raise TimeoutError(f"names: the pages for {names} are in use, still after {self._wait} s")
-                    continue
+                unread = [adapter for adapter in adapters if adapter.page is None and adapter.checkpoint is None]
+                pages = None if unread else self._take_pages(names, adapters)
+                if pages is not None:
+                    return pages
+                if not unread and not self._changed.wait(max(end - time.monotonic(), 0)) and time.monotonic() >= end:
+                    raise TimeoutError(f"names: the pages for {names} are in use, still after {self._wait} s")
             for adapter in unread:
                 read[adapter] = self._read_again(adapter)
 
@@ -404,6 +393,8 @@ class AdapterPool:
             )
         return checkpoint
 
+    # ---- Pages, for callers that hold the lock -----------------------------------------------------------------------
+
     def _enter(self, name: str, adapter: _Adapter) -> None:
         """Gives a name to an adapter whose numbers are in host memory."""
         self._adapters[name] = adapter
@@ -412,6 +403,26 @@ class AdapterPool:
             self._put(adapter, free[0])
         self._trim()
         self._changed.notify_all()
+
+    def _check_pages(self, names: tuple[str, ...]) -> None:
+        pinned = sum(self._adapters[name].page is not None for name in self._pinned - set(names))
+        if len(names) > len(self._pages) - pinned:
+            wanted = f"at most {len(self._pages) - pinned}: the pool has {len(self._pages)} pages"
+            refuse("names", f"{len(names)} adapters", wanted + f", {pinned} of them pinned" * (pinned > 0))
+
+    def _take_pages(self, names: tuple[str, ...], adapters: list[_Adapter]) -> list[_Page] | None:
+        """The adapters' pages, with one more user each; None where others use too many."""
+        missing = [adapter for adapter in adapters if adapter.page is None]
+        free = self._free_pages(len(missing), set(names))
+        if free is None:
+            return None
+        for adapter, page in zip(missing, free, strict=True):
+            self._put(adapter, page)
+        pages = [adapter.page for adapter in adapters if adapter.page is not None]
+        for page in pages:
+            page.users += 1
+        self._trim()
+        return pages
 
     def _free_pages(self, count: int, keep: set[str]) -> list[_Page] | None:
         """So many pages that are free, also by evictions; None if there are not enough."""

@@ -9,6 +9,7 @@
 #pragma once
 
 #include <cstring>
+#include <type_traits>
 
 #include "common/cpu/rounding.h"
 #include "common/nf4_codebook.h"
@@ -337,8 +338,25 @@ inline void split_bytes(uint16x8_t first, uint16x8_t second, uint8x16_t& even, u
     odd = vuzp2q_u8(vreinterpretq_u8_u16(first), vreinterpretq_u8_u16(second));
 }
 
+// Eight values in 16 bits.
 template <class T>
-Table<T> make_table(const float* codebook, float absmax, DType dtype);
+uint16x8_t narrow(F32 first, F32 last) {
+    if constexpr (std::is_same_v<T, BFloat16>)
+        return vcombine_u16(narrow_bf16(first), narrow_bf16(last));
+    else
+        return vcombine_u16(narrow_fp16(first), narrow_fp16(last));
+}
+
+template <class T>  // BFloat16 or Float16
+Table<T> make_table(const float* codebook, float absmax, DType dtype) {
+    // Rounding to T twice changes nothing, so the common case takes one.
+    constexpr DType kDtype = std::is_same_v<T, BFloat16> ? DType::kBFloat16 : DType::kFloat16;
+    F32 values[4];
+    scale_codebook(codebook, absmax, dtype == kDtype ? DType::kFloat32 : dtype, values);
+    Table<T> table;
+    split_bytes(narrow<T>(values[0], values[1]), narrow<T>(values[2], values[3]), table.bytes[0], table.bytes[1]);
+    return table;
+}
 
 template <>
 inline Table<float> make_table(const float* codebook, float absmax, DType dtype) {
@@ -349,27 +367,6 @@ inline Table<float> make_table(const float* codebook, float absmax, DType dtype)
     Table<float> table;
     split_bytes(vuzp1q_u16(words[0], words[1]), vuzp1q_u16(words[2], words[3]), table.bytes[0], table.bytes[1]);
     split_bytes(vuzp2q_u16(words[0], words[1]), vuzp2q_u16(words[2], words[3]), table.bytes[2], table.bytes[3]);
-    return table;
-}
-
-template <>
-inline Table<BFloat16> make_table(const float* codebook, float absmax, DType dtype) {
-    // Rounding to bf16 twice changes nothing, so the common case takes one.
-    F32 v[4];
-    scale_codebook(codebook, absmax, dtype == DType::kBFloat16 ? DType::kFloat32 : dtype, v);
-    Table<BFloat16> table;
-    split_bytes(vcombine_u16(narrow_bf16(v[0]), narrow_bf16(v[1])), vcombine_u16(narrow_bf16(v[2]), narrow_bf16(v[3])),
-                table.bytes[0], table.bytes[1]);
-    return table;
-}
-
-template <>
-inline Table<Float16> make_table(const float* codebook, float absmax, DType dtype) {
-    F32 v[4];
-    scale_codebook(codebook, absmax, dtype == DType::kFloat16 ? DType::kFloat32 : dtype, v);
-    Table<Float16> table;
-    split_bytes(vcombine_u16(narrow_fp16(v[0]), narrow_fp16(v[1])), vcombine_u16(narrow_fp16(v[2]), narrow_fp16(v[3])),
-                table.bytes[0], table.bytes[1]);
     return table;
 }
 

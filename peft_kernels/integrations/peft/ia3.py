@@ -17,11 +17,12 @@ from torch import Tensor, nn
 from ...ops._arguments import FLOAT_DTYPES
 from ...ops._linear import few_rows
 from ...ops.ia3_linear import ia3_linear
+from ...rows import Rows
 from ..base_layer import BaseProduct, OnLinear, is_conv1d, why_not_skip
 from ..deferred_scales import defer
 from ..refusal import Refusal
 from ..registry import Trial, check_module, refuse, register
-from ..rows import Rows, TakesRows, are_entered
+from ..rows import TakesRows, are_entered
 from ..transformers.layers import FusedGatedMLP
 from ..transformers.lookalike import form_of
 

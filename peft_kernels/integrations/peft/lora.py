@@ -22,12 +22,14 @@ from ...ops.dora_linear_grouped import gained_linear_grouped_unchecked
 from ...ops.lora_linear import lora_linear_unchecked
 from ...ops.lora_linear_grouped import lora_linear_grouped_unchecked
 from ...ops.nf4 import NF4Weight
+from ...rows import BASE, Rows
 from ..base_layer import NO_ADAPTERS, Adapters, BaseProduct, OnLinear, is_conv1d, why_not_skip
 from ..refusal import Refusal
 from ..registry import mention, refuse, register
-from ..rows import BASE, Rows, TakesRows
+from ..rows import TakesRows
 from .adapter_parts import Parts, index_of_tokens, is_alora, norm_of, parts_of, scaled, tables, watch, with_biases
-from .merge import Merges4bit, MergesDense
+from .merge_4bit import Merges4bit
+from .merge_dense import MergesDense
 
 mention(BaseTunerLayer)  # whose subclasses are modules
 refuse(lora.Embedding, "its adapter looks rows of A up, for which there is no kernel")

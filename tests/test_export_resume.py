@@ -19,7 +19,7 @@ import pytest
 import torch
 from export_models import contents, save_adapter, save_base
 
-from peft_kernels.checkpoints import export_checkpoint
+from peft_kernels.checkpoints import export_checkpoint, staging
 from peft_kernels.checkpoints.staging import FOLDER, REPLACED, Staging
 
 TESTS = Path(__file__).parent
@@ -114,6 +114,33 @@ def test_overwritten(inputs, tmp_path):
     export(inputs, tmp_path / "whole")
     assert contents(tmp_path / "out") == contents(tmp_path / "whole") != old
     assert {path.name for path in tmp_path.iterdir()} == {"out", "whole"}
+
+
+def test_a_kill_while_its_folder_is_removed(inputs, tmp_path):
+    """What is in it goes first, and says what it is of."""
+    export(inputs, tmp_path / "out")
+    (tmp_path / ".out.partial").mkdir()
+    with pytest.raises(FileExistsError):
+        export(inputs, tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_folder_that_is_removed_while_it_is_locked(inputs, tmp_path, monkeypatch):
+    """By another process, to which it was empty."""
+    lock, turns = staging._lock, iter(("before", "after"))
+
+    def removing(partial):
+        turn = next(turns, None)
+        if turn == "before":
+            partial.rmdir()
+        descriptor = lock(partial)
+        if turn == "after":
+            partial.rmdir()
+        return descriptor
+
+    monkeypatch.setattr(staging, "_lock", removing)
+    export(inputs, tmp_path / "out")
+    assert next(turns, None) is None and [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 @pytest.mark.parametrize("moved", [False, True])

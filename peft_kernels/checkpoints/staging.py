@@ -12,6 +12,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -47,13 +48,7 @@ class Staging:
         self.inputs = json.dumps(inputs, sort_keys=True, indent=1)
 
     def __enter__(self) -> Staging:
-        self.partial.mkdir(parents=True, exist_ok=True)
-        self._lock = os.open(self.partial, os.O_RDONLY)
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(self._lock)
-            raise BlockingIOError(f"destination: got {self.destination}, to which another process writes") from None
+        self._lock = self._make_and_lock()
         replaced = self.partial / REPLACED
         if replaced.is_dir() and not self.destination.exists():  # a kill between the two moves
             replaced.rename(self.destination)
@@ -69,6 +64,21 @@ class Staging:
             temporary.rename(path)
         self.folder.mkdir(exist_ok=True)
         return self
+
+    def _make_and_lock(self) -> int:
+        """The file descriptor of `partial`; made anew where `_clear_after_a_kill` removes it meanwhile, as empty."""
+        while True:
+            self.partial.mkdir(parents=True, exist_ok=True)
+            try:
+                lock = _lock(self.partial)
+            except FileNotFoundError:
+                continue
+            except BlockingIOError:
+                raise BlockingIOError(f"destination: got {self.destination}, to which another process writes") from None
+            with suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(lock), os.stat(self.partial)):
+                    return lock
+            os.close(lock)
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         try:
@@ -138,18 +148,33 @@ def _partial(destination: Path) -> Path:
     return destination.parent / f".{destination.name}.partial"
 
 
-def _clear_after_a_kill(destination: Path) -> None:
-    """Removes what is left where a process was killed after the move."""
-    partial = _partial(destination)
-    if not destination.exists() or not (partial / INPUTS).exists() or (partial / FOLDER).exists():
-        return
-    lock = os.open(partial, os.O_RDONLY)
+def _lock(partial: Path) -> int:
+    """A file descriptor, which holds the lock until it is closed.
+
+    Raises:
+        BlockingIOError: another process has the lock.
+    """
+    descriptor = os.open(partial, os.O_RDONLY)
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BaseException:
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
+def _clear_after_a_kill(destination: Path) -> None:
+    """Removes what is left where a process was killed after the move, or while it removed this itself."""
+    partial = _partial(destination)
+    if not destination.exists() or not partial.is_dir() or (partial / FOLDER).exists():
+        return
+    try:
+        lock = _lock(partial)
+    except (FileNotFoundError, BlockingIOError):
+        return  # the process goes on, and removes it itself
+    try:
         if not (partial / FOLDER).exists():
             shutil.rmtree(partial)
-    except BlockingIOError:
-        pass  # one that is about to remove it itself
     finally:
         os.close(lock)
 

@@ -158,6 +158,7 @@ def _linears(tiny: bool) -> Iterator[Case]:
         yield linear(1, 64, 128)
         yield linear(9, 64, 128, (8,), FP16, "nf4")
         yield linear(40, 64, 128, (16, 4), drop=0.25, bias=True, training=True)
+        yield linear(70, 64, 128, (8,), training=True)
         yield linear(3, 48, 128, dtype=FP32, kind="fp4")
         return
     # Each row count takes another kernel, or divides the work otherwise.

@@ -287,7 +287,10 @@ def resources_of(family: str, card: str) -> dict[str, report.Resources]:
     used = {}
     for folder in FOLDERS.get(family, (family, "common")):
         for source in sorted((ROOT / "csrc" / folder / "cuda").glob("*.cu")):
-            used |= report.resources(source, card, (ROOT / "csrc",))
+            if not source.name.startswith("hopper_"):
+                used |= report.resources(source, card, (ROOT / "csrc",))
+            elif card == "sm_90":
+                used |= report.resources(source, "sm_90a", (ROOT / "csrc",))
     return used
 
 

@@ -86,6 +86,11 @@ def shared_wavefronts(record: dict) -> tuple[int, int]:
     return sum(kind["wavefronts"] for kind in kinds), sum(kind["ideal_wavefronts"] for kind in kinds)
 
 
+def mma_of_wgmma(record: dict) -> int:
+    """So many mma of 16 x 8 x 16 as do what its products of warpgroups do, of 64 x columns x 16."""
+    return record["wgmma_columns"] // 8 * (64 // 16)
+
+
 def latency_cells(latency: Latency | None) -> dict[str, str]:
     """What sass.Latency counts; figures that a kernel has not are a dash."""
     if latency is None:
@@ -104,7 +109,7 @@ def latency_cells(latency: Latency | None) -> dict[str, str]:
 
 def row(record: dict, used: Resources | None = None) -> dict[str, str]:
     """One launch, in words and figures."""
-    loads, stores, mma = record["global_load"], record["global_store"], record["mma"]
+    loads, stores, mma = record["global_load"], record["global_store"], record["mma"] + mma_of_wgmma(record)
     wavefronts, ideal_wavefronts = shared_wavefronts(record)
     share = used.mma_share if used else "-"
     return {

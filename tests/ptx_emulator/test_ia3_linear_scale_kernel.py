@@ -52,8 +52,7 @@ DECODE, GEMM, WGMMA, PASS, SUM = "matmul_few_rows", "matmul_many_rows", "matmul_
 def test_regimes(emulated, dtype, sides, m, n, k, base, product, profile):
     transposed = [GEMM] if product in ([DECODE], [GEMM]) else product
     if profile == "sm_90" and product == [GEMM] and m > 64:
-        product = [WGMMA]
-        transposed = [GEMM] if m <= 160 else ["nf4_dequantize"]
+        product = transposed = [WGMMA]
     case = make_case(m, n, k, sides, dtype, base=base, weight_dtype=dtype)
     emulated()
     results = []

@@ -68,7 +68,7 @@ def multiply(wgmma, kernel, bits, depth, adds=False):
     integers = [np.int32(x) for x in (depth // 16, step_a, step_b, adds)]
     arguments = np.int32(data.size), np.uint64(descriptor_a), np.uint64(descriptor_b), *integers
     record = wgmma.launch(kernel, 1, 128, data, Fresh(out), *arguments, shared=data.size)
-    assert record["wgmma"] == depth // 16
+    assert record["wgmma"] == depth // 16 and record["wgmma_columns"] == 64 * (depth // 16)
     return out, a.double() @ b.double().T
 
 

@@ -73,6 +73,7 @@ __device__ inline void prefetch_map(const CUtensorMap& map) {
 
 // How a matrix lies in shared memory for them: rows of 128 bytes along K, their units of 16 bytes permuted by the row,
 // as tensor maps do with SWIZZLE_128B. It begins at a multiple of 1024 bytes; 16 columns further are 32 bytes further.
+// Transposed, the rows are along M, and there are 16 of them in a product: the next ones are 2048 bytes further.
 __device__ inline uint64_t describe_matrix(uint32_t shared) {
     return uint64_t{shared >> 4} | uint64_t{1} << 16 | uint64_t{1024 >> 4} << 32 | uint64_t{1} << 62;
 }
@@ -123,13 +124,14 @@ __device__ inline void keep_sums(float (&sums)[kCount]) {
                      : sums(d)                                                                                         \
                      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(matrix));                                       \
     }                                                                                                                  \
+    template <bool kTransposed>                                                                                        \
     __device__ inline void multiply_group(float (&d)[count], uint64_t left, uint64_t right, Type) {                    \
-        asm volatile(PEFT_KERNELS_PRODUCT(columns, name, list, a0 ", " a1 ", adds, 1, 1, 0, 0")                        \
+        asm volatile(PEFT_KERNELS_PRODUCT(columns, name, list, a0 ", " a1 ", adds, 1, 1, " a2 ", 0")                   \
                      : sums(d)                                                                                         \
-                     : "l"(left), "l"(right));                                                                         \
+                     : "l"(left), "l"(right), "n"(kTransposed ? 1 : 0));                                               \
     }
 // sums [64, n] += a [64, 16] · b [n, 16]ᵀ in fp32, by a warpgroup. a is in registers, which each warp has as mma.sync
-// has 16 rows, or is a matrix in shared memory, as b is.
+// has 16 rows, or is a matrix in shared memory, as b is; kTransposed: as [16, 64].
 #define PEFT_KERNELS_PRODUCTS_64(name, Type)                                                                           \
     PEFT_KERNELS_PRODUCTS("128", name, Type, 64, PEFT_KERNELS_SUMS_64,                                                 \
                           PEFT_KERNELS_ALL_64, "%64", "%65", "%66", "%67", "%68")

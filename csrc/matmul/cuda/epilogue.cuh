@@ -109,10 +109,10 @@ __device__ void stage_term(typename Traits::Stage& stage, const Term& of, int fi
             const SplitPair pair = split(widen_bits(bits[pass][0], dtype), widen_bits(bits[pass][1], dtype));
             const int i = warp + (first + pass) * kWarps, row = i / 2;
             if constexpr (Traits::kTransposed) {
-                const int word = 64 * row + 32 * (i % 2) + 4 * (lane / 4 ^ Traits::swizzle(row, i % 2)) + lane % 4;
-                right[word] = pair.high;
-                right[word + 16 * 64] = pair.finite_high;
-                right[word + 32 * 64] = pair.low;
+                const auto word_of = [&](int at) { return Traits::term_word(at, i % 2, lane / 4) + lane % 4; };
+                right[word_of(row)] = pair.high;
+                right[word_of(row + 16)] = pair.finite_high;
+                right[word_of(row + 32)] = pair.low;
             } else {
                 const int output = output_of(i), unit = i % 2;
                 right[at(output, unit) + lane % 4] = pair.high;

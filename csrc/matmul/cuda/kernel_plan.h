@@ -35,14 +35,12 @@ constexpr int64_t kWideBytes = 4 * (kWideOutputs * 128 + 2 * kWideTokens * 128) 
 constexpr int kTileN = 128;
 constexpr int kTileStep = 64;
 
-// ---- the same on sm_90a: matmul/cuda/hopper_kernel.cuh --------------------------------------------------------------
+// ---- the same on sm_90a, both ways: matmul/cuda/hopper_kernel.cuh ---------------------------------------------------
 
 // By arithmetic, and measured nowhere, 128 x 128 x 64 take the matrix unit 512 cycles by wgmma, and 830 by mma.sync,
 // which has 62 % of that rate; decoding takes the ALU 500, or with 256 tokens half of the matrix unit's time. Of 64
 // tokens decoding would be the longer part, as it is of mma.sync.
-constexpr bool takes_wgmma(int64_t m, bool transposed, const DeviceProperties& device) {
-    return device.has_wgmma && m > 64 && !transposed;
-}
+constexpr bool takes_wgmma(int64_t m, const DeviceProperties& device) { return device.has_wgmma && m > 64; }
 
 // Tokens of a tile: the more, unless more waves of the smaller tiles end earlier. There are so many of the larger ones
 // then that no CTAs share one.
@@ -95,7 +93,7 @@ constexpr FusedMatmulPlan plan_fused_matmul(int64_t m, int64_t outputs, int64_t 
     // sm_90 dequantisation and the library's GEMM are faster before there are so many; so they are for dx.
     const bool has_256 = device.compute_capability == 80 && !transposed;
     plan.tile_m = m <= 64 ? 64 : m < 256 || !has_256 ? 128 : 256;
-    plan.wgmma = takes_wgmma(m, transposed, device);
+    plan.wgmma = takes_wgmma(m, device);
     if (plan.wgmma) plan.tile_m = wgmma_tile_m(m, outputs, device);
     plan.tile_n = kTileN;
     plan.tiles = ceil_div(m, plan.tile_m) * ceil_div(outputs, kTileN);

@@ -23,9 +23,9 @@ struct Problem {
 };
 
 Problem plan_of(const FusedMatmulParams& params, DeviceProperties device) {
-    if (params.x.stride < params.weight->k) device.has_wgmma = false;  // no tensor map has rows that overlap
     Problem problem{params.weight->n, params.weight->k, {}};
     if (params.transposed) problem = {params.weight->k, params.weight->n, {}};
+    if (params.x.stride < problem.reduction) device.has_wgmma = false;  // no tensor map has rows that overlap
     problem.plan = plan_fused_matmul(params.m, problem.outputs, problem.reduction, params.transposed, device);
     return problem;
 }

@@ -41,14 +41,14 @@ constexpr Crossover default_crossover(int compute_capability) {
     return result;
 }
 
-// With those kernels, a forward on an H100: at 1024 rows of 4096 x 4096 both would take 60 us, if the fused product
+// With those kernels, either way on an H100: at 1024 rows of 4096 x 4096 both would take 60 us, if the fused product
 // reached 60 % of the matrix unit's rate and the library 75 %, after 15 us for the weight. Half of that, as nothing was
 // measured.
 constexpr int64_t kWgmmaCrossover = 512;
 
 constexpr Crossover default_crossover(const DeviceProperties& device) {
     Crossover result = default_crossover(device.compute_capability);
-    if (device.has_wgmma) result.forward = kWgmmaCrossover;
+    if (device.has_wgmma) result.forward = result.backward = kWgmmaCrossover;
     return result;
 }
 
@@ -159,7 +159,7 @@ static_assert(plan_fused_matmul(128, 4096, 4096, false, kH100Wgmma).splits == 4)
 static_assert(plan_fused_matmul(512, 14336, 4096, false, kH100Wgmma).tile_m == 256);
 static_assert(plan_fused_matmul(65, 4096, 4096, false, kH100Wgmma).wgmma);
 static_assert(!plan_fused_matmul(64, 4096, 4096, false, kH100Wgmma).wgmma);
-static_assert(!plan_fused_matmul(128, 4096, 4096, true, kH100Wgmma).wgmma);
+static_assert(plan_fused_matmul(128, 4096, 4096, true, kH100Wgmma).wgmma);
 static_assert(!plan_fused_matmul(128, 4096, 4096, false, kH100).wgmma);
 static_assert(default_crossover(kH100Wgmma).forward > default_crossover(kH100).forward);
 

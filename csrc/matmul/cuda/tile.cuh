@@ -36,6 +36,11 @@ struct ManyRowsTraits {
     // By which units of 16 bytes are permuted: 8 rows of one column, and 4 of two, meet different banks.
     __device__ static constexpr int swizzle(int row, int column) { return row % 8 ^ 4 * column; }
 
+    // The word of the decoded tile, transposed, where these 8 columns of a row begin.
+    __device__ static constexpr int term_word(int row, int column, int unit) {
+        return 64 * row + 32 * column + 4 * (unit ^ swizzle(row, column));
+    }
+
     static constexpr int kSumPitch = kWarpN + 8;  // of the tile that goes out: fragments are written without conflicts
 
     struct Stage {

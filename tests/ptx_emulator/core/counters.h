@@ -28,7 +28,8 @@ struct Counters {
     uint64_t unique_bytes_read = 0, unique_bytes_written = 0;
     SharedTraffic shared_load, shared_store, ldmatrix, cp_async;
     uint64_t mma = 0;
-    uint64_t wgmma = 0;  // of warpgroups
+    uint64_t wgmma = 0;          // of warpgroups
+    uint64_t wgmma_columns = 0;  // of their sums, which have 64 rows
     uint64_t bulk_copies = 0;
     uint64_t barriers = 0;                 // arrivals of warps
     uint64_t shared_bytes = 0;             // of a block, static and dynamic

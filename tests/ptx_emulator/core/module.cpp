@@ -62,6 +62,7 @@ py::dict record_of(const LaunchRecord& record) {
     out["mma"] = counters.mma;
     out["instructions_per_mma"] = counters.mma ? static_cast<double>(warp_instructions) / counters.mma : 0.0;
     out["wgmma"] = counters.wgmma;
+    out["wgmma_columns"] = counters.wgmma_columns;
     out["bulk_copies"] = counters.bulk_copies;
     out["barriers"] = counters.barriers;
     out["shared_bytes"] = counters.shared_bytes;

@@ -188,6 +188,7 @@ void execute(Warp& w, const MatrixProduct& product) {
     }
     group.reads.push_back(std::move(read));
     ++w.block.launch.counters.wgmma;
+    w.block.launch.counters.wgmma_columns += product.columns;
 }
 
 void product(Warp& w, const Instruction& in, uint32_t mask) {

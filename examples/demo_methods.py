@@ -314,7 +314,7 @@ def held_bytes(run: MethodRun) -> int:
 def try_out(result: Result, settings: Settings, batches: Tensor, total: int, tuning: float) -> tuple[float, float]:
     """Finds out what a method costs, with a few steps; returns the seconds to make the model, and of a step.
 
-    Layers that this machine has not timed yet are timed for `tuning` seconds, which does not count: they are known then.
+    Layers that this machine has not timed yet are timed for `tuning` seconds, which do not count: then they are known.
     """
     begin = time.perf_counter()
     model = make(result.name, settings)

@@ -190,6 +190,7 @@ def resources():
     return report.resources(CSRC / "matmul/cuda/hopper_launch.cu", "sm_90a", includes=(CSRC,))
 
 
+@pytest.mark.slow  # ptxas takes ten seconds
 def test_machine_code(resources):
     """ptxas warns, which is an error here, where it has wgmma wait for each other."""
     assert len(resources) == 8

@@ -37,18 +37,20 @@ constexpr int kTileStep = 64;
 
 // ---- the same on sm_90a, both ways: matmul/cuda/hopper_kernel.cuh ---------------------------------------------------
 
-// By arithmetic, and measured nowhere, 128 x 128 x 64 take the matrix unit 512 cycles by wgmma, and 830 by mma.sync,
-// which has 62 % of that rate; decoding takes the ALU 500, or with 256 tokens half of the matrix unit's time. Of 64
-// tokens decoding would be the longer part, as it is of mma.sync.
+// By arithmetic, and measured nowhere: a step of 128 outputs takes the ALU kDecodeCycles, for decoding, and the matrix
+// unit 512 for 128 tokens; by mma.sync, at 62 % of that rate, 830. With 256 tokens the matrix unit is the longer part.
+// Of 64 tokens decoding would be, as it is of mma.sync. At 128 rows of 4096 x 4096 memory takes as long as either; of
+// larger weights the products do.
+constexpr int64_t kDecodeCycles = 600, kWideCycles = 1024;
 constexpr bool takes_wgmma(int64_t m, const DeviceProperties& device) { return device.has_wgmma && m > 64; }
 
-// Tokens of a tile: the more, unless more waves of the smaller tiles end earlier. There are so many of the larger ones
-// then that no CTAs share one.
+// Tokens of a tile: the more, unless more waves of the smaller tiles end earlier. There are more of the larger tiles
+// then than half of the multiprocessors, so that no CTAs share one.
 constexpr int wgmma_tile_m(int64_t m, int64_t outputs, const DeviceProperties& device) {
     const auto waves_of = [&](int64_t tokens) {
         return ceil_div(ceil_div(m, tokens) * ceil_div(outputs, kTileN), device.multiprocessors);
     };
-    return 2 * waves_of(256) <= waves_of(128) ? 256 : 128;
+    return waves_of(256) * kWideCycles <= waves_of(128) * kDecodeCycles ? 256 : 128;
 }
 
 struct FusedMatmulPlan {

@@ -47,6 +47,7 @@ class Step:
         function: "module:name" in this package; it is called with a `Context`.
         needs: "cuda" for what only hardware can do.
         options: keyword arguments of the function.
+        variables: of its environment.
     """
 
     phase: str
@@ -55,8 +56,10 @@ class Step:
     function: str
     needs: str = ""
     options: dict[str, Any] = field(default_factory=dict)
+    variables: dict[str, str] = field(default_factory=dict)
 
     def __call__(self, context: Context) -> None:
+        os.environ.update(self.variables)
         module, _, name = self.function.partition(":")
         getattr(importlib.import_module(f"benchmarks.card.{module}"), name)(context, **self.options)
 

@@ -14,6 +14,8 @@ CHECKED = (
 SHAPES = ((4096, 4096), (4096, 14336), (14336, 4096), (8192, 28672))  # N, K
 TUNED = ((4096, 4096), (14336, 4096))
 
+WGMMA = {"PEFT_KERNELS_WGMMA": "1"}  # which changes nothing unless the card is an H100
+
 # Before every phase; what they record stands first in its file.
 ENVIRONMENT = Step("", "environment", 60, "machine:environment")
 BUILD = Step("", "build", 500, "machine:build")
@@ -32,6 +34,7 @@ STEPS = (
     Step("correctness", "short memory", 20, "hardware:failed_allocation", needs="cuda"),
     Step("correctness", "large tensors", 60, "hardware:large", needs="cuda"),
     Step("correctness", "second device", 20, "hardware:second_device", needs="cuda"),
+    Step("correctness", "kernels for sm_90a", 60, "correctness:kernels", "", {"family": "lora_linear"}, WGMMA),
     Step("timing", "ceilings", 40, "machine:ceilings"),
     *(
         # A rehearsal has one shape of its own.
@@ -42,6 +45,7 @@ STEPS = (
     Step("timing", "families", 60, "timing:families"),
     Step("timing", "compiled", 60, "timing:compiled"),
     *(Step("timing", f"tune {n}x{k}", 50, "timing:tune", "" if n == k else "cuda", {"n": n, "k": k}) for n, k in TUNED),
+    Step("timing", "linear 4096x4096 by wgmma", 90, "timing:linear", "cuda", {"n": 4096, "k": 4096}, WGMMA),
     Step("profile", "ceilings", 40, "machine:ceilings"),
     Step("profile", "counters of ncu", 240, "profile:counters", needs="cuda"),
     Step("profile", "attention backends", 30, "profile:backends"),

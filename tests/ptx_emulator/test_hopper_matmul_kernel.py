@@ -12,11 +12,17 @@ import ptx_emulator
 from peft_kernels.ops import lora_linear
 from peft_kernels.testing.reference.lora_linear import lora_linear as oracle
 from ptx_emulator import report
-from ptx_emulator.test_lora_linear_gemm import GEMM, WGMMA, Product, assert_rounded_once, launched, operands
+from ptx_emulator.test_lora_linear_gemm import GEMM, Product, assert_rounded_once, launched, operands
 
+WGMMA = "matmul_hopper_kernel"
 CSRC = Path(__file__).parent.parent.parent / "csrc"
 
 pytestmark = pytest.mark.skipif(bool(ptx_emulator.missing()), reason=str(ptx_emulator.missing()))
+
+
+@pytest.fixture(autouse=True)
+def wanted(monkeypatch):
+    monkeypatch.setenv("PEFT_KERNELS_WGMMA", "1")
 
 
 def multiply(product, seed=0):
@@ -115,16 +121,20 @@ def test_transposed_with_256_tokens():
     assert_close(grad, wanted, tolerances.product(product.dtype, product.dtype), str(product))
 
 
-def test_environment_turns_it_off(monkeypatch):
+@pytest.mark.parametrize("value", ["0", "", None])
+def test_it_is_taken_where_it_is_wanted(monkeypatch, value):
     """The kernel for sm_80 multiplies with the same weight, and the emulator adds in the same order."""
     product = Product(100, 140, 512, nested=True, ranks=(16,), bias=True)
     results = []
-    for wanted, kernel in (("1", WGMMA), ("0", GEMM)):
-        monkeypatch.setenv("PEFT_KERNELS_WGMMA", wanted)
+    for kernel in (WGMMA, GEMM):
         torch.manual_seed(0)
         y, _, launch = multiply(product)
         assert kernel in launch["kernel"]
         results.append(y)
+        if value is None:
+            monkeypatch.delenv("PEFT_KERNELS_WGMMA")
+        else:
+            monkeypatch.setenv("PEFT_KERNELS_WGMMA", value)
     assert torch.equal(*results)
 
 

@@ -18,18 +18,13 @@ from ptx_emulator import cards, report
 CSRC = Path(__file__).parent.parent.parent / "csrc"
 PROFILES = ["sm_80", "sm_89", "sm_90"]
 DECODE, GEMM, DEQUANTIZE = "matmul_few_rows_kernel", "matmul_many_rows_kernel", "nf4_dequantize_kernel"
-WGMMA = "matmul_hopper_kernel"
 
 pytestmark = pytest.mark.skipif(bool(ptx_emulator.missing()), reason=str(ptx_emulator.missing()))
 
 
 def profiles_for(m):
     """The profiles where so many rows stay below the crossover, from which on the weight is dequantised."""
-    return [profile for profile in PROFILES if m <= 512 or profile != "sm_90"]
-
-
-def kernel_for(m, profile):
-    return DECODE if m <= 32 else WGMMA if m > 64 and profile == "sm_90" else GEMM
+    return [profile for profile in PROFILES if m <= 160 or profile != "sm_90"]
 
 
 def launched(launches, kernel):
@@ -115,7 +110,7 @@ def test_forward(product):
     for seed, profile in enumerate(profiles_for(product.m)):
         with ptx_emulator.profile(profile), ptx_emulator.set_checks(seed=seed), emulated() as launches:
             results.append(lora_linear(x, weight, bias, *adapters, out_dtype=dtype))
-            assert len(launched(launches(), kernel_for(product.m, profile))) == 1
+            assert len(launched(launches(), DECODE if product.m <= 32 else GEMM)) == 1
         assert_rounded_once(results[-1], wanted, profile)
     if product.m <= 32:  # from G1 on the device decides how the reduction is cut
         assert all(torch.equal(result, results[0]) for result in results)
@@ -132,7 +127,7 @@ def test_backward(product):
         ours = x.detach().to(product.dtype).requires_grad_()
         with ptx_emulator.profile(profile), ptx_emulator.set_checks(seed=seed), emulated() as launches:
             lora_linear(ours, weight, None, lora_A, lora_B, scaling).backward(grad_y)
-            assert len(launched(launches(), kernel_for(max(product.m, 33), profile))) == (1 if product.m <= 32 else 2)
+            assert len(launched(launches(), GEMM)) == (1 if product.m <= 32 else 2)
         assert_close(ours.grad, x.grad, tolerances.product(product.dtype, product.dtype), profile)
 
 
@@ -253,7 +248,7 @@ def multiply(m, n=1024, k=4096, nested=True, profile="sm_80"):
     with ptx_emulator.profile(profile), emulated() as launches:
         lora_linear(x, weight)
         (launch,) = launches()
-    assert kernel_for(m, profile) in launch["kernel"]
+    assert (DECODE if m <= 32 else GEMM) in launch["kernel"]
     return launch, weight
 
 

@@ -10,7 +10,7 @@ namespace peft_kernels::cuda {
 namespace {
 
 // Whether the kernels for sm_90a are compiled in and wanted, and the driver knows what they need. They are not taken
-// unless they are asked for: no card has run them, and the model of benchmarks/roofline.py finds them no faster forward.
+// unless they are asked for: no card has run them, and the model of benchmarks/roofline.py finds no gain forward.
 bool takes_wgmma() {
 #if defined(PEFT_KERNELS_SM90A)
     const char* const wanted = std::getenv("PEFT_KERNELS_WGMMA");

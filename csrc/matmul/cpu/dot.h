@@ -131,6 +131,18 @@ constexpr int64_t kMostPart = kMostDecoded;
 template <class T>
 constexpr int64_t kMostPart<WeightInUnits<T>> = 1024;
 
+// Elements of a part of dot_parts. In 16 bits, rounding the operands is by far the larger error, so parts need not be as
+// short as in fp32.
+template <class Weight>
+int64_t part_of(const Weight&, int64_t k, DType) {
+    return min_of(dot_part(k), kMostPart<Weight>);
+}
+template <class T>
+int64_t part_of(const WeightInUnits<T>&, int64_t k, DType compute_dtype) {
+    const int64_t part = compute_dtype == DType::kFloat32 ? dot_part(k) : k;
+    return round_up(min_of(part, kMostPart<WeightInUnits<T>>), int64_t{kDotUnit});
+}
+
 template <class T>
 void decode(const WeightInUnits<T>& w, int64_t row, int64_t column, int64_t count, DType compute_dtype, float* out);
 
@@ -231,8 +243,7 @@ void dot_parts(const Weight& w, DType compute_dtype, int64_t first_row, int64_t 
                int64_t m, F32 (&total)[kWeights][kM]) {
     constexpr int kRowsOfX = min_of(kFewLanes ? min_of(12 / kWeights, 4) : 4, kM);  // as many sums as registers hold
     alignas(64) float decoded[kWeights][kMostPart<Weight>];
-    const int64_t sum = compute_dtype == DType::kFloat32 ? dot_part(k) : k;
-    const int64_t part = round_up(min_of(sum, kMostPart<Weight>), int64_t{kDotUnit});
+    const int64_t part = part_of(w, k, compute_dtype);
     for (int64_t begin = 0; begin < k; begin += part) {
         const int64_t count = min_of(part, k - begin), whole = ceil_div(count, kLanes) * kLanes;
         for (int row = 0; row < kWeights; ++row) {

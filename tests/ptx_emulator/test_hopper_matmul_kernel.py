@@ -132,7 +132,7 @@ def test_it_is_taken_where_it_is_wanted(monkeypatch, value):
         assert kernel in launch["kernel"]
         results.append(y)
         if value is None:
-            monkeypatch.delenv("PEFT_KERNELS_WGMMA")
+            monkeypatch.delenv("PEFT_KERNELS_WGMMA", raising=False)
         else:
             monkeypatch.setenv("PEFT_KERNELS_WGMMA", value)
     assert torch.equal(*results)

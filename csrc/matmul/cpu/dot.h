@@ -131,8 +131,8 @@ constexpr int64_t kMostPart = kMostDecoded;
 template <class T>
 constexpr int64_t kMostPart<WeightInUnits<T>> = 1024;
 
-// Elements of a part of dot_parts. In 16 bits rounding the operands is by far the larger error, so that parts need not be
-// as short as in fp32.
+// Elements of a part of dot_parts. In 16 bits rounding the operands is by far the larger error, so parts may be longer
+// than in fp32.
 template <class Weight>
 int64_t part_of(const Weight&, int64_t k, DType) {
     return min_of(dot_part(k), kMostPart<Weight>);

@@ -31,7 +31,7 @@ def verdict(wrong: str, **fields) -> Record:
 
 def layer(m: int, n: int, k: int, r: int = 16, training: bool = True, drop: float = 0.0) -> tuple[Call, Tensor, Tensor]:
     """A call of lora_linear in bf16, with its backward; its x and its seeds, which may be given other values."""
-    from benchmarks.card.cases import weight4bit
+    from benchmarks.card.linear_cases import weight4bit
     from peft_kernels.ops import lora_linear
 
     weight = weight4bit(n, k)
@@ -127,7 +127,7 @@ def graphs(context: Context) -> None:
             return verdict("two replays drew the same mask" if torch.equal(first, kept[-1]) else "")
 
     def mixed() -> Record:
-        from benchmarks.card.cases import weight4bit
+        from benchmarks.card.linear_cases import weight4bit
         from peft_kernels.ops import lora_linear_grouped
 
         torch.manual_seed(0)
@@ -207,7 +207,8 @@ def large(context: Context) -> None:
         return of_rows(lambda x: glu(x, x))
 
     def product() -> Record:
-        from benchmarks.card.cases import tolerances, weight4bit
+        from benchmarks.card.case import tolerances
+        from benchmarks.card.linear_cases import weight4bit
         from benchmarks.functions import error_of
         from peft_kernels.ops import lora_linear
 

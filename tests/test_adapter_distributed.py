@@ -1,11 +1,9 @@
 """Adapters in DistributedDataParallel: two processes train what one does with all of the batch."""
 
-import os
-
 import pytest
 import torch
 from adapter_models import make_model, randomize
-from torch import multiprocessing
+from processes import found_by
 
 import peft_kernels
 
@@ -68,8 +66,6 @@ def train(case, own_rows, wrapped=lambda model: model):
 
 
 def train_in_parallel(rank, folder):
-    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-    torch.distributed.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=2)
     half = slice(rank * ROWS // 2, (rank + 1) * ROWS // 2)
     found = {}
     for case in CASES:
@@ -77,16 +73,13 @@ def train_in_parallel(rank, folder):
             found[case] = train(case, half, torch.nn.parallel.DistributedDataParallel)
         except RuntimeError as error:
             found[case] = str(error)
-    torch.save(found, f"{folder}/{rank}.pt")
-    torch.distributed.destroy_process_group()
+    return found
 
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
     """What each of two processes found for every case."""
-    folder = tmp_path_factory.mktemp("ranks")
-    multiprocessing.spawn(train_in_parallel, (folder,), nprocs=2)
-    return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
+    return found_by(train_in_parallel, tmp_path_factory.mktemp("ranks"))
 
 
 @pytest.mark.slow

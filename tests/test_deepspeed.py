@@ -14,8 +14,8 @@ import transformers
 from decoding_models import quantised
 from peft import LoraConfig, get_peft_model
 from peft_models import randomize
+from processes import found_by
 from tiny_models import tiny
-from torch import multiprocessing
 
 import peft_kernels
 from peft_kernels.integrations.registry import FusedLayer
@@ -130,27 +130,22 @@ def logged_by_trainer(folder, *callbacks):
 def train_in_parallel(rank, folder):
     faulthandler.dump_traceback_later(300, exit=True)  # a process waits forever for one that has failed
     # accelerate asks for a master even where the processes have met.
-    os.environ |= {"DS_ACCELERATOR": "cpu", "GLOO_SOCKET_IFNAME": "lo", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    os.environ |= {"DS_ACCELERATOR": "cpu", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
     os.environ |= dict.fromkeys(("RANK", "LOCAL_RANK"), str(rank))
     os.environ |= dict.fromkeys(("WORLD_SIZE", "LOCAL_SIZE", "LOCAL_WORLD_SIZE"), str(PROCESSES))
-    torch.set_num_threads(1)
     import deepspeed
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # it would be compiled for a minute
-    torch.distributed.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=PROCESSES)
     deepspeed.init_distributed("gloo", auto_mpi_discovery=False)
     found = {name: [losses(case, rank, accelerated) for accelerated in (False, True)] for name, case in CASES.items()}
     found["trainer"] = logged_by_trainer(folder), logged_by_trainer(folder, peft_kernels.PeftKernelsCallback())
-    torch.save(found, f"{folder}/{rank}.pt")
-    torch.distributed.destroy_process_group()
+    return found
 
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
     """What each of two processes found for every case."""
-    folder = tmp_path_factory.mktemp("ranks")
-    multiprocessing.spawn(train_in_parallel, (folder,), nprocs=PROCESSES)
-    return [torch.load(folder / f"{rank}.pt") for rank in range(PROCESSES)]
+    return found_by(train_in_parallel, tmp_path_factory.mktemp("ranks"), PROCESSES)
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -1,6 +1,5 @@
 """Accelerated models in two processes: their gradients are those of stock models in one, with all of the batch."""
 
-import os
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 
@@ -11,8 +10,8 @@ from decoding_models import quantised
 from peft import LoraConfig, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft_models import randomize
+from processes import found_by
 from tiny_models import SAME_STEP, tiny
-from torch import multiprocessing
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
@@ -132,9 +131,6 @@ def gradients(model):
 
 
 def train_in_parallel(rank, folder):
-    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=PROCESSES)
     found = {}
     for name, case in CASES.items():
         rows = batch() if "tp" in case.engine else batch().chunk(PROCESSES)[rank]
@@ -152,16 +148,13 @@ def train_in_parallel(rank, folder):
                 (parallel(input_ids=step, labels=step).loss / len(steps)).backward()
         report = peft_kernels.optimize(model, tune=False)
         found[name] = gradients(model), len(report.fused), {layer.reason for layer in report.left_alone}
-    torch.save(found, f"{folder}/{rank}.pt")
-    torch.distributed.destroy_process_group()
+    return found
 
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
     """What each of two processes found for every case."""
-    folder = tmp_path_factory.mktemp("ranks")
-    multiprocessing.spawn(train_in_parallel, (folder,), nprocs=PROCESSES)
-    return [torch.load(folder / f"{rank}.pt") for rank in range(PROCESSES)]
+    return found_by(train_in_parallel, tmp_path_factory.mktemp("ranks"), PROCESSES)
 
 
 @pytest.mark.slow

@@ -21,8 +21,7 @@ LEGEND = (
 
 def table(rows):
     """Of dictionaries with the same keys, as Markdown."""
-    lines = [list(rows[0]), ["---"] * len(rows[0]), *(list(row.values()) for row in rows)]
-    return "\n".join(f"| {' | '.join(str(cell) for cell in line)} |" for line in lines)
+    return figures.markdown([list(rows[0]), *([str(cell) for cell in row.values()] for row in rows)]).rstrip()
 
 
 def folded(title, text):

@@ -94,6 +94,8 @@ struct StoredFour {
     float values[4];
 };
 
+__device__ inline float load_nested_offset(const Absmax& a) { return a.absmax ? 0 : __ldg(a.nested_offset); }
+
 __device__ inline float look_up_nested(const float (&nested_code)[256], float offset, StoredAbsmax stored) {
     return __fadd_rn(__fmul_rn(nested_code[stored.code], stored.value), offset);
 }
@@ -114,6 +116,11 @@ public:
     }
 
     __device__ bool is_nested() const { return is_nested_; }
+
+    // What a load found, given what all nested statistics share.
+    __device__ float look_up(const float (&nested_code)[256], float offset, StoredAbsmax stored) const {
+        return is_nested_ ? look_up_nested(nested_code, offset, stored) : stored.value;
+    }
 
     // absmax of block first_block + block.
     __device__ StoredAbsmax load(int block) const { return is_nested_ ? load_nested(block) : load_plain(block); }

@@ -30,7 +30,7 @@ __device__ __forceinline__ void prepare_steps(const HopperMatmulParams& all, typ
     const int64_t first_block = min(place.first_output + row, params.outputs - 1) * (params.weight.k / 64) + first_step;
     const BlockAbsmax absmax(statistics, first_block >> shift);
     const int within = static_cast<int>(first_block) & ((1 << shift) - 1);
-    const float offset = absmax.is_nested() ? __ldg(statistics.nested_offset) : 0;
+    const float offset = load_nested_offset(statistics);
 
     HopperRing<Traits> ring(shared);
     HopperCopies<Traits> copies(all, shared, place, first_step, steps);
@@ -61,8 +61,7 @@ __device__ __forceinline__ void prepare_steps(const HopperMatmulParams& all, typ
             const int step = first + i;
             if (step >= steps) return;
             if (row == 0) copies.next();
-            const float value =
-                absmax.is_nested() ? look_up_nested(shared.nested_code, offset, present[i]) : present[i].value;
+            const float value = absmax.look_up(shared.nested_code, offset, present[i]);
             const Planes made = make_planes<typename Traits::T>(params.codebook, value);
             __syncwarp();
             wait_for_barrier(ring.copied(), ring.parity());

@@ -21,7 +21,7 @@ __device__ __forceinline__ void decode_steps(const HopperMatmulParams& all, type
     const int64_t first_block = first_row * pitch + min(column, int64_t{pitch} - 1);
     const BlockAbsmax absmax(statistics, first_block >> shift);
     const int within = static_cast<int>(first_block) & ((1 << shift) - 1);
-    const float offset = absmax.is_nested() ? __ldg(statistics.nested_offset) : 0;
+    const float offset = load_nested_offset(statistics);
     const int rows = static_cast<int>(params.reduction - first_row);
 
     HopperRing<Traits> ring(shared);
@@ -42,8 +42,7 @@ __device__ __forceinline__ void decode_steps(const HopperMatmulParams& all, type
             const int step = first + i;
             if (step >= steps) return;
             if (thread == 0) copies.next();
-            const float value =
-                absmax.is_nested() ? look_up_nested(shared.nested_code, offset, ahead[i]) : ahead[i].value;
+            const float value = absmax.look_up(shared.nested_code, offset, ahead[i]);
             const Planes planes = make_planes<typename Traits::T>(params.codebook, value);
             ahead[i] = load(step + 4);
             __syncwarp();

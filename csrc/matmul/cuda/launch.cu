@@ -2,8 +2,10 @@
 //
 //                           tokens of a tile
 //   few rows                8, 16, 32    16 with 64 rows of the weight as well
-//   many rows               64, 128, 256 (on sm_90a 128 by another kernel: see hopper_launch.cu)
+//   many rows               64, 128, 256
 //   many rows, transposed   64, 128       each for __nv_bfloat16 and __half
+//
+// On an H100 another kernel may make the tiles of 128 and more: see hopper_launch.cu.
 #include <cuda_runtime.h>
 
 #include "common/cuda/device.h"

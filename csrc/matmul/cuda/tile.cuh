@@ -259,7 +259,7 @@ private:
         return absmax_.load(block);
     }
     __device__ float look_up(StoredAbsmax stored) const {
-        return absmax_.is_nested() ? look_up_nested(shared_.nested_code, offset_, stored) : stored.value;
+        return absmax_.look_up(shared_.nested_code, offset_, stored);
     }
 
     // Transposed: absmax of the block 64 rows further down. Below the last row x is zero, and absmax only has to be

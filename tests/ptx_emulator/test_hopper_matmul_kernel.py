@@ -21,7 +21,7 @@ pytestmark = pytest.mark.skipif(bool(ptx_emulator.missing()), reason=str(ptx_emu
 
 
 @pytest.fixture(autouse=True)
-def wanted(monkeypatch):
+def wgmma_is_wanted(monkeypatch):
     monkeypatch.setenv("PEFT_KERNELS_WGMMA", "1")
 
 
@@ -35,6 +35,16 @@ def multiply(product, seed=0):
         y = lora_linear(x, weight, bias, *adapters, out_dtype=product.out_dtype or product.dtype)
         *_, launch = launches()
     return y, oracle(x, weight.dequantize(product.dtype), bias, *adapters), launch
+
+
+def with_schedules(run, product):
+    """With each of three schedules: a result of `run`, the same bits, what it should be, and its launch."""
+    found = []
+    for seed in range(3):
+        torch.manual_seed(0)
+        found.append(run(product, seed))
+    assert all(torch.equal(result, found[0][0]) for result, *_ in found)
+    return found
 
 
 # Tiles of 128 tokens that are not whole; one step, fewer than the ring holds, and more; shared by up to four CTAs.
@@ -51,15 +61,10 @@ PRODUCTS = [
 
 @pytest.mark.parametrize("product", PRODUCTS, ids=str)
 def test_tiles_of_128_tokens(product):
-    results = []
-    for seed in range(3):
-        torch.manual_seed(0)
-        y, wanted, launch = multiply(product, seed)
+    for y, wanted, launch in with_schedules(multiply, product):
         assert WGMMA in launch["kernel"] and "Li128E" in launch["kernel"]
         assert launch["order_dependent_atomics"] == 0
         assert_rounded_once(y, wanted, str(product))
-        results.append(y)
-    assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
 
 
 # More tiles of 128 tokens than multiprocessors, by a weight of 67 tiles.
@@ -103,14 +108,9 @@ def differentiate(product, seed=0):
     ids=str,
 )
 def test_transposed(product):
-    results = []
-    for seed in range(3):
-        torch.manual_seed(0)
-        grad, wanted, launch = differentiate(product, seed)
+    for grad, wanted, launch in with_schedules(differentiate, product):
         assert WGMMA in launch["kernel"] and "Li128ELb1E" in launch["kernel"]
         assert_close(grad, wanted, tolerances.product(product.dtype, product.dtype), str(product))
-        results.append(grad)
-    assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
 
 
 @pytest.mark.slow

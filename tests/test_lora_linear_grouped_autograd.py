@@ -75,7 +75,8 @@ def test_computes_what_is_asked_for(platform, base, wanted):
         sum(leaves[name].numel() for name in wanted if name.startswith(kind)) for kind in ("x", "lora_A", "lora_B")
     ]
     assert recorder.results[-1:] == ([sizes] if any(sizes) else [])
-    assert len(recorder.results) == any(sizes) + ("x" in wanted and base == "nf4")  # the base product's dx
+    # The base product's dx is one more call; of a dense weight only on processors where torch's product is the slower.
+    assert len(recorder.results) - any(sizes) in ([0] if "x" not in wanted else [1] if base == "nf4" else [0, 1])
 
 
 @pytest.mark.may_launch_nothing

@@ -1,7 +1,7 @@
 // The instances of the base products' kernels and their launch.
 //
 //                           tokens of a tile
-//   few rows                8, 16, 32    16 with 64 rows of the weight as well
+//   few rows                8, 16, 32    16 with 64 rows of the weight as well, with a table of pairs or without
 //   many rows               64, 128, 256
 //   many rows, transposed   64, 128       each for __nv_bfloat16 and __half
 //
@@ -40,11 +40,13 @@ int clear_arrivals(const FusedMatmulKernelParams& params, const FusedMatmulPlan&
     return cudaMemsetAsync(params.arrivals, 0, bytes_of_arrivals(plan), stream);
 }
 
-template <class T, int kTokens, int kRows = few_rows_outputs(kTokens)>
+template <class T, int kTokens, int kRows = few_rows_outputs(kTokens), bool kTable = false>
 int launch_few_rows(const FusedMatmulKernelParams& params, const FusedMatmulPlan& plan, cudaStream_t stream) {
-    if constexpr (kTokens == kWideTokens && kRows != kWideOutputs)
+    if constexpr (kTokens == kWideTokens && kRows != kWideOutputs) {
+        if (plan.table) return launch_few_rows<T, kTokens, kWideOutputs, true>(params, plan, stream);
         if (plan.tile_n == kWideOutputs) return launch_few_rows<T, kTokens, kWideOutputs>(params, plan, stream);
-    using Traits = FewRowsTraits<T, kTokens, kRows>;
+    }
+    using Traits = FewRowsTraits<T, kTokens, kRows, kTable>;
     if (const int error = clear_arrivals(params, plan, stream)) return error;
     const bool overlaps = params.operands.overlaps && params.operands.num_terms > 0 && plan.splits == 1;
     return launch_kernel(&matmul_few_rows_kernel<Traits>, static_cast<unsigned>(plan.tiles * plan.splits),

@@ -37,9 +37,10 @@ constexpr int64_t kWideBytes = 4 * (kWideOutputs * 128 + 2 * kWideTokens * 128) 
 //     every 2nd row   509    520              567    1.99
 //     the table       285    776              567
 //
-// so that DRAM is the limit, 1.3 times as far away. It is for up to 8 tokens as well: with 16 rows a CTA they take 788
-// of the ALU and 392 of shared memory, where x is read more often, and with a table 648, by one CTA fewer at once. 32
-// tokens take 640 of shared memory already. Tiles of many rows (tile.cuh) take two wavefronts for each mma, which
+// so that DRAM is the limit, 1.3 times as far away. Up to 8 tokens, with 16 rows a CTA, take 788 of the ALU and 392 of
+// shared memory, where x is read more often. With a table it would be 648 of the latter, by one CTA fewer at once; with
+// 64 rows a CTA, and a table, as for 16 tokens, but a product that is split overlaps no shrink, which a card has to judge.
+// 32 tokens take 640 of shared memory already. Tiles of many rows (tile.cuh) take two wavefronts for each mma, which
 // leaves no time for lookups, and less of the ALU than of the matrix unit. The memory of an A100 and of a 4090 waits
 // for no decoding, and they have no place for two tables.
 constexpr int64_t kTableBytes = 256 * 16 * 8;
@@ -108,11 +109,8 @@ constexpr FusedMatmulPlan plan_fused_matmul(int64_t m, int64_t outputs, int64_t 
     if (plan.few_rows) {
         plan.tile_m = m <= 8 ? 8 : m <= 16 ? 16 : 32;
         const int64_t steps = ceil_div(reduction, kTileStep);
-        const bool has_tables = has_pair_tables(device);
-        const int wide_tokens = has_tables && plan.tile_m < kWideTokens ? kWideTokens : plan.tile_m;
-        const int64_t wide_splits = plan_wide_splits(wide_tokens, outputs, reduction, device);
-        plan.table = has_tables && wide_splits > 0;
-        if (plan.table) plan.tile_m = wide_tokens;
+        const int64_t wide_splits = plan_wide_splits(plan.tile_m, outputs, reduction, device);
+        plan.table = wide_splits > 0 && has_pair_tables(device);
         plan.tile_n = wide_splits > 0 ? kWideOutputs : few_rows_outputs(plan.tile_m);
         plan.tiles = ceil_div(outputs, plan.tile_n);
         plan.split_steps = round_up(ceil_div(steps, wide_splits > 0 ? wide_splits : 1), 4);

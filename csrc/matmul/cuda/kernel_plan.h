@@ -37,12 +37,12 @@ constexpr int64_t kWideBytes = 4 * (kWideOutputs * 128 + 2 * kWideTokens * 128) 
 //     every 2nd row   509    520              567    1.99
 //     the table       285    776              567
 //
-// so that DRAM is the limit, 1.3 times as far away. Up to 8 tokens, with 16 rows a CTA, take 788 of the ALU and 392 of
-// shared memory, where x is read more often. With a table it would be 648 of the latter, by one CTA fewer at once; with
-// 64 rows a CTA, and a table, as for 16 tokens, but a product that is split overlaps no shrink, which a card has to judge.
-// 32 tokens take 640 of shared memory already. Tiles of many rows (tile.cuh) take two wavefronts for each mma, which
-// leaves no time for lookups, and less of the ALU than of the matrix unit. The memory of an A100 and of a 4090 waits
-// for no decoding, and they have no place for two tables.
+// so that DRAM is the limit, 1.3 times as far away. Up to 8 tokens, with 16 rows a CTA, take 788 of the ALU and 392
+// of shared memory, where x is read more often. With a table it would be 648 of the latter, by one CTA fewer at once.
+// With 64 rows a CTA they would have a table as 16 tokens have, but a product that is split overlaps no shrink: a
+// card has to judge. 32 tokens take 640 of shared memory already. Tiles of many rows (tile.cuh) take two wavefronts
+// for each mma, which leaves no time for lookups, and less of the ALU than of the matrix unit. The memory of an A100
+// and of a 4090 waits for no decoding, and they have no place for two tables.
 constexpr int64_t kTableBytes = 256 * 16 * 8;
 constexpr bool has_pair_tables(const DeviceProperties& device) {
     return 2 * (kWideBytes + kTableBytes + 1024) <= device.shared_bytes + 1024;

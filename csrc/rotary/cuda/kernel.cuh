@@ -2,7 +2,8 @@
 //
 //             i          R/2 + i     R
 //   a row   | 0 | 1 | …  | 0 | 1 | … | 8 | 9 | …    a thread has a vector of 16 bytes and that half a row on, or one
-//                                                   that is copied, in every blockDim.y-th head; angles stay in registers
+//                                                   that is copied, in every blockDim.y-th head; angles stay in
+//                                                   registers
 //
 // The limit is the traffic, every matrix once. The dtypes of results and angles are told apart at run time, by branches
 // that a warp takes together: three instances for 27 combinations.

@@ -110,7 +110,8 @@ def wrap_fsdp(model: PeftModel) -> nn.Module:
 def train_with_torch(wrap: Callable[[PeftModel], nn.Module], options: Options) -> None:
     distributed.init_process_group(device_id=device() if ON_GPU else None)
     train_wrapped(wrap, options)
-    gc.collect()  # DDP, which would wait for gloo's threads while these wait for Python's lock, were it the group's end
+    # Frees DDP. As the group's last holder it would wait, with Python's lock, for a thread that waits for the lock.
+    gc.collect()
     distributed.barrier()  # a process that ends while gloo's threads still release its tensors is aborted
     distributed.destroy_process_group()
 

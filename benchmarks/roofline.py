@@ -1,8 +1,9 @@
 """A MODEL, not a measurement: what limits each CUDA kernel on each card, from counts of the emulator.
 
-Each launch of a call is counted in the tests' emulator at a shape that it runs in seconds. The counts are scaled to the
-shape asked for, by the rows and, for what reads the weight, by its size; a card's published rates turn them into the
-least time for each resource: DRAM (distinct bytes), L2 (all sectors, as if the L1 never hit), the matrix unit, shared
+Each launch of a call is counted in the tests' emulator at a shape that it runs in seconds, on a card with so few
+multiprocessors that they have as much to do as the card's have. The counts are scaled to the shape asked for, by the
+rows and, for what reads the weight, by its size; a card's published rates turn them into the least time for each
+resource: DRAM (distinct bytes), L2 (all sectors, as if the L1 never hit), the matrix unit, shared
 memory (wavefronts), the issue of instructions (PTX's, which are not quite the machine's), and the ALU pipe (PTX's
 conversions, and its integer instructions but multiplications, which are another pipe's). What a multiprocessor has for
 itself is left to whole waves of CTAs. The longest is the prediction; what a real kernel loses to latency is not in it.
@@ -13,7 +14,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil, prod
 
 import torch
@@ -100,7 +101,7 @@ class Counts:
     def of(cls, record: dict, scale: float, ctas: int, registers: int) -> Counts:
         wavefronts, _ = report.shared_wavefronts(record)
         return cls(
-            report.plain_name(record["kernel"]).removesuffix("_kernel"),
+            plain_name(record),
             scale * report.compulsory_bytes(record),
             scale * report.moved_bytes(record),
             scale * (record["mma"] + WGMMA_TIME * report.mma_of_wgmma(record)),
@@ -114,6 +115,10 @@ class Counts:
         )
 
 
+def plain_name(record: dict) -> str:
+    return report.plain_name(record["kernel"]).removesuffix("_kernel")
+
+
 @dataclass(frozen=True)
 class Shape:
     m: int
@@ -121,22 +126,30 @@ class Shape:
     k: int
     rank: int = 16
 
-    def counted(self) -> Shape:
-        """The part of it that is run in the emulator: large enough that what a CTA does once weighs little, and on the
-        same side of every card's crossover."""
+    def counted(self, backward: bool) -> Shape:
+        """The part of it that is run in the emulator: few outputs of a long reduction, so that what a CTA does once
+        weighs as little as in the whole; and on the same side of every card's crossover."""
+        if backward:
+            return Shape(min(self.m, 1024), min(self.n, 2048), min(self.k, 256), self.rank)
         if self.m <= 32:
-            return Shape(self.m, min(self.n, 128), min(self.k, 4096), self.rank)
-        return Shape(min(self.m, 1024), min(self.n, 512), min(self.k, 512), self.rank)
+            return Shape(self.m, min(self.n, 128), min(self.k, 1 << 15), self.rank)
+        return Shape(min(self.m, 1024), min(self.n, 256), min(self.k, 2048), self.rank)
+
+    def activations(self) -> int:
+        """Bytes of x and of y, or of their gradients, in bf16."""
+        return 2 * self.m * (self.n + self.k)
 
 
-def launch(shape: Shape, card: str, backward: bool, dropout: float) -> list[dict]:
+def launch(
+    shape: Shape, card: str, backward: bool, dropout: float, multiprocessors: int | None = None
+) -> list[dict]:
     """The launches of a forward, or of a backward, in bf16 with fp32 adapters on an NF4 weight."""
     torch.manual_seed(0)
     weight = quantize_4bit(torch.randn(shape.n, shape.k, dtype=torch.bfloat16))
     adapters = [torch.randn(shape.rank, shape.k).requires_grad_()], [torch.randn(shape.n, shape.rank).requires_grad_()]
     x = torch.randn(shape.m, shape.k, dtype=torch.bfloat16).requires_grad_()
     grad_y = torch.randn(shape.m, shape.n, dtype=torch.bfloat16)
-    with ptx_emulator.profile(card), ops.emulated() as launches:
+    with ptx_emulator.profile(card, multiprocessors), ops.emulated() as launches:
         y = lora_linear(x, weight, None, *adapters, (1.0,), (dropout,) if dropout else ())
         records = launches()
         if backward:
@@ -149,24 +162,29 @@ def count(
     shape: Shape, card: str, backward: bool, dropout: float, used: Mapping[str, report.Resources]
 ) -> list[Counts]:
     """The counts of these launches. Where the library multiplies, there are many CTAs, which are scaled as well."""
-    small = shape.counted()
-    records = launch(small, card, backward, dropout)
+    small = shape.counted(backward)
+    rows = shape.m / small.m
+    outputs = shape.k / small.k if backward else shape.n / small.n
+    records = launch(small, card, backward, dropout, max(1, round(CARDS[card].multiprocessors / rows / outputs)))
     ctas = {}
     if not any("nf4_dequantize" in record["kernel"] for record in records):
         with ptx_emulator.set_checks(max_instructions=0):
             whole = launch(shape, card, backward, dropout)
         ctas = {record["kernel"]: prod(record["grid"]) for record in whole}
-    rows = shape.m / small.m
     weights = shape.n * shape.k / (small.n * small.k)
     columns = {"lora_shrink": shape.k / small.k, "lora_expand": shape.n / small.n, "lora_dy_pass": shape.n / small.n,
                "lora_x_pass": shape.k / small.k, "lora_sum_parts": shape.k / small.k}  # fmt: skip
     result = []
     for record in records:
-        name = record["kernel"]
-        kernel = report.plain_name(name).removesuffix("_kernel")
+        name, kernel = record["kernel"], plain_name(record)
         scale = weights if kernel == "nf4_dequantize" else rows * columns.get(kernel, weights)
         registers = used[name].registers if name in used else 0
-        result.append(Counts.of(record, scale, ctas.get(name) or ceil(scale * prod(record["grid"])), registers))
+        counts = Counts.of(record, scale, ctas.get(name) or ceil(scale * prod(record["grid"])), registers)
+        if kernel.startswith("matmul_"):
+            # DRAM delivers the weight once for all rows, and has x and y, which are not of the weight's size.
+            weight_bytes = report.compulsory_bytes(record) - small.activations()
+            counts = replace(counts, dram=weights * weight_bytes + shape.activations())
+        result.append(counts)
     return result
 
 

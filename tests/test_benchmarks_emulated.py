@@ -53,6 +53,17 @@ def test_roofline_is_a_model(monkeypatch, capsys):
     assert "matmul_few_rows" in text and text.count("the product") == 2
 
 
+def test_roofline_takes_activations_once():
+    """Eight times as many rows of the weight as are counted read eight times its bytes, but no more of x."""
+    if reason := ptx_emulator.missing():
+        pytest.skip(reason)
+    m, n, k, rank = 32, 1024, 256, 16
+    launches = roofline.count(roofline.Shape(m, n, k, rank), "sm_80", False, 0.0, {})
+    (product,) = (launch for launch in launches if launch.kernel == "matmul_few_rows")
+    weight, lora = n * k * (1 / 2 + 4 / 64), 4 * rank * (n + m)
+    assert product.dram == pytest.approx(weight + lora + 2 * m * (n + k), rel=0.03)
+
+
 def test_roofline_of_one_resource():
     card = roofline.CARDS["sm_80"]
     counts = roofline.Counts("copy", dram=1.555e9, l2=3e9, mma=0, wavefronts=0, instructions=1e6)

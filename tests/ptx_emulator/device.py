@@ -197,11 +197,15 @@ def failing(*functions: str):
 
 
 @contextmanager
-def profile(name: str):
-    """The card that the device plays: sm_80, sm_86, sm_89, sm_90, sm_100 or sm_120."""
-    before = native().profile()
+def profile(name: str, multiprocessors: int | None = None):
+    """The card that the device plays: sm_80, sm_86, sm_89, sm_90, sm_100 or sm_120; with fewer or more multiprocessors
+    than it has, for a part of a problem that is cut as the whole is on the card."""
+    before, count = native().profile(), native().multiprocessors()
     _call(native().set_profile, name)
+    if multiprocessors is not None:
+        native().set_multiprocessors(multiprocessors)
     try:
         yield
     finally:
         native().set_profile(before)
+        native().set_multiprocessors(count)

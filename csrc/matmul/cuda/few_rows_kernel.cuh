@@ -50,7 +50,8 @@ struct FewRowsTraits {
     static constexpr int kSumPitch = kRows + 4;
 
     // 64 rows keep a warp busy for so long that half of a chunk is time enough for the next one's codes, in the same
-    // buffer: two CTAs then fit a multiprocessor.
+    // buffer: two CTAs then fit a multiprocessor. Of 16 rows, three would fit one of an A100, rather than two; but of
+    // 4096 elements a warp has two chunks, whose codes are all under way from the start with two buffers.
     static constexpr int kSlots = kRows < kWideOutputs ? 2 : 1;
     static constexpr uint32_t kSlot = kRows * 128;  // bytes of a chunk's codes
     struct WarpBuffers {

@@ -56,16 +56,14 @@ constexpr int kTileStep = 64;
 
 // ---- the same on sm_90a, both ways: matmul/cuda/hopper_kernel.cuh ---------------------------------------------------
 
-// By arithmetic, and measured nowhere: a step of 128 outputs takes the ALU kDecodeCycles, for decoding, and the matrix
-// unit 512 for 128 tokens; by mma.sync, at 62 % of that rate, 830. With 256 tokens the matrix unit is the longer part.
-// Of 64 tokens decoding would be, as it is of mma.sync. At 128 rows of 4096 x 4096 memory takes as long as either; of
-// larger weights the products do.
-//
-// The machine code has 538 cycles of the ALU (100 instructions for 32 weights of each of 256 threads, 69 for each of
-// 128 rows). Shared memory is as busy: 576, of which the products read 256 and copies write 160. A table of pairs, as
-// for few rows, would take up to 256 more of it, and so gains nothing here; of 64 tokens, where shared memory has 384,
-// a quarter of the weights by a table would balance the two at 450, for 256 of the matrix unit.
-constexpr int64_t kDecodeCycles = 600, kWideCycles = 1024;
+// Cycles of a step of 128 outputs, by machine code, and measured nowhere. Of 128 tokens the matrix unit takes 512; by
+// mma.sync, at 62 % of that rate, it would be 830. Decoding takes the ALU 538 (100 instructions for 32 weights of each
+// of 256 threads, 69 for each of 128 rows), and shared memory is busy for 576, of which the products read 256 and
+// copies write 160. A table of pairs, as for few rows, would take up to 256 more of it, and so gains nothing here. With
+// 256 tokens the matrix unit is the longest. Of 64 tokens decoding would be, as it is of mma.sync: with a quarter of
+// the weights by a table the ALU and shared memory would both take 450, for 256 of the matrix unit. At 128 rows of 4096
+// x 4096 memory takes as long as any; of larger weights the products do.
+constexpr int64_t kNarrowCycles = 576, kWideCycles = 1024;
 constexpr bool takes_wgmma(int64_t m, const DeviceProperties& device) { return device.has_wgmma && m > 64; }
 
 // Tokens of a tile: the more, unless more waves of the smaller tiles end earlier. There are more of the larger tiles
@@ -74,7 +72,7 @@ constexpr int wgmma_tile_m(int64_t m, int64_t outputs, const DeviceProperties& d
     const auto waves_of = [&](int64_t tokens) {
         return ceil_div(ceil_div(m, tokens) * ceil_div(outputs, kTileN), device.multiprocessors);
     };
-    return waves_of(256) * kWideCycles <= waves_of(128) * kDecodeCycles ? 256 : 128;
+    return waves_of(256) * kWideCycles <= waves_of(128) * kNarrowCycles ? 256 : 128;
 }
 
 struct FusedMatmulPlan {
@@ -102,6 +100,25 @@ constexpr int64_t plan_wide_splits(int tokens, int64_t outputs, int64_t reductio
     return tokens == kWideTokens && tiles * best * 4 >= places * 3 ? best : 0;
 }
 
+// The CTAs that share a tile of many rows, so that all end the sooner, by steps of a multiprocessor, which takes one
+// after another whether they are of one CTA or of two. Writing the sums of a part takes an A100 as long as two steps,
+// and the last CTA reads those of all parts: 4 bytes an output, of 30 a clock, where a step is 64 multiply-adds, of
+// 1024. Steps of wgmma are half as long. Parts of fewer than 8 steps, or a gain of a few hundredths, would not repay
+// the memset.
+//
+// 512 rows of 4096 x 4096 are 64 tiles for an A100's 108 multiprocessors: 64 steps, or by three CTAs each 54.
+constexpr int64_t plan_splits(const FusedMatmulPlan& plan, int64_t steps, const DeviceProperties& device) {
+    const int64_t most = clamp(steps / 8, 1, plan.tile_m > 128 ? 3 : 4), pass = plan.wgmma ? 4 : 2;
+    const auto time_of = [&](int64_t splits) {
+        const int64_t waves = ceil_div(plan.tiles * splits, device.multiprocessors);
+        return splits == 1 ? waves * steps : waves * (ceil_div(steps, splits) + pass) + splits * pass;
+    };
+    int64_t best = 1;
+    for (int64_t splits = 2; splits <= most; ++splits)
+        if (time_of(splits) * 20 < time_of(best) * 19) best = splits;
+    return best;
+}
+
 constexpr FusedMatmulPlan plan_fused_matmul(int64_t m, int64_t outputs, int64_t reduction, bool transposed,
                                             const DeviceProperties& device) {
     FusedMatmulPlan plan{};
@@ -126,13 +143,7 @@ constexpr FusedMatmulPlan plan_fused_matmul(int64_t m, int64_t outputs, int64_t 
     plan.tile_n = kTileN;
     plan.tiles = ceil_div(m, plan.tile_m) * ceil_div(outputs, kTileN);
     const int64_t steps = ceil_div(reduction, kTileStep);
-    // Tiles that leave multiprocessors idle are split, as long as a part has 8 steps: fewer would not repay the pass
-    // over its sums, which takes the last CTA as long as one step for each part: so at most 4, or 3 of 128 KB.
-    int64_t splits = device.multiprocessors / plan.tiles;
-    splits = splits < steps / 8 ? splits : steps / 8;
-    const int64_t most = plan.tile_m > 128 ? 3 : 4;
-    splits = splits < 1 ? 1 : splits > most ? most : splits;
-    plan.split_steps = ceil_div(steps, splits);
+    plan.split_steps = ceil_div(steps, plan_splits(plan, steps, device));
     if (plan.wgmma) plan.split_steps = round_up(plan.split_steps, 4);  // whose absmax is one load
     plan.splits = static_cast<int>(ceil_div(steps, plan.split_steps));
     return plan;
@@ -149,6 +160,8 @@ static_assert(plan_fused_matmul(8, 8192, 28672, false, kA100).tile_n == 16);
 static_assert(!plan_fused_matmul(16, 8192, 28672, false, kA100).table);
 static_assert(plan_fused_matmul(16, 4096, 4096, false, kA100).tile_n == 16);
 static_assert(plan_fused_matmul(256, 4096, 4096, false, kA100).tile_m == 256);
+static_assert(plan_fused_matmul(256, 4096, 4096, false, kA100).splits == 3);
+static_assert(plan_fused_matmul(512, 4096, 4096, false, kA100).splits == 3);
 static_assert(plan_fused_matmul(16, 4096, 4096, true, kA100).tile_m == 64);
 
 }  // namespace peft_kernels

@@ -133,16 +133,16 @@ void Device::check_launch(const LoadedModule& module, const Program& program, co
     if (program.max_threads && threads > static_cast<uint64_t>(program.max_threads))
         bad("threads in a block, of which __launch_bounds__ tells", threads, program.max_threads);
     const uint64_t shared = program.static_shared_bytes + request.dynamic_shared_bytes;
-    if (shared > static_cast<uint64_t>(profile->shared_per_block_optin))
-        bad("bytes of shared memory in a block", shared, profile->shared_per_block_optin);
+    if (shared > static_cast<uint64_t>(profile.shared_per_block_optin))
+        bad("bytes of shared memory in a block", shared, profile.shared_per_block_optin);
     if (request.dynamic_shared_limit && request.dynamic_shared_bytes > request.dynamic_shared_limit)
         bad("bytes of dynamic shared memory without cudaFuncSetAttribute", request.dynamic_shared_bytes,
             request.dynamic_shared_limit);
     if (static_cast<int64_t>(request.params.size()) != program.param_bytes)
         throw EmulatorError(program.name + ": bytes of parameters: got " + std::to_string(request.params.size()) +
                             ", wanted " + std::to_string(program.param_bytes));
-    if (!runs_on(module.target(), *profile))
-        throw EmulatorError(program.name + ": the PTX is for " + module.target() + ", the device is " + profile->name);
+    if (!runs_on(module.target(), profile))
+        throw EmulatorError(program.name + ": the PTX is for " + module.target() + ", the device is " + profile.name);
 }
 
 void Device::launch(LoadedModule& module, const std::string& kernel, const LaunchRequest& request) {
@@ -162,7 +162,7 @@ void Device::launch(LoadedModule& module, const std::string& kernel, const Launc
                   {},
                   {},
                   {},
-                  profile->sm_count,
+                  profile.sm_count,
                   request.overlaps};
     launch.executed.resize(program.code.size());
     launch.counters.shared_bytes = launch.shared_bytes;

@@ -85,7 +85,7 @@ public:
     std::shared_ptr<LoadedModule> load(const std::string& ptx);
     void launch(LoadedModule& module, const std::string& kernel, const LaunchRequest& request);
 
-    const DeviceProfile* profile = &profile_named("sm_80");
+    DeviceProfile profile = profile_named("sm_80");
     int driver_version = -1;        // as cudaDriverGetVersion tells it; -1: the toolkit's
     std::set<std::string> failing;  // functions of the runtime
     Checks checks;

@@ -116,8 +116,10 @@ PYBIND11_MODULE(_ptx_emulator, m) {
 
     m.def("load", [](const std::string& ptx) { return Device::instance().load(ptx); });
     m.def("profiles", profile_names);
-    m.def("set_profile", [](const std::string& name) { Device::instance().profile = &profile_named(name); });
-    m.def("profile", [] { return std::string(Device::instance().profile->name); });
+    m.def("set_profile", [](const std::string& name) { Device::instance().profile = profile_named(name); });
+    m.def("profile", [] { return std::string(Device::instance().profile.name); });
+    m.def("set_multiprocessors", [](int count) { Device::instance().profile.sm_count = count; });
+    m.def("multiprocessors", [] { return Device::instance().profile.sm_count; });
     m.def("set_driver_version", [](int version) { Device::instance().driver_version = version; });
     m.def("driver_version", [] { return Device::instance().driver_version; });
     m.def("set_failing", [](const std::set<std::string>& functions) { Device::instance().failing = functions; });

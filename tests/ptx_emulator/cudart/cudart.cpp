@@ -44,7 +44,7 @@ cudaError_t copy(void* to, const void* from, size_t bytes) {
 }
 
 int attribute(cudaDeviceAttr name) {
-    const DeviceProfile& profile = *Device::instance().profile;
+    const DeviceProfile& profile = Device::instance().profile;
     switch (name) {
         case cudaDevAttrMultiProcessorCount: return profile.sm_count;
         case cudaDevAttrComputeCapabilityMajor: return profile.major;
@@ -89,7 +89,7 @@ cudaError_t refuse(const char* function) {
 }
 
 LoadedModule& FatBinary::module() {
-    const DeviceProfile& profile = *Device::instance().profile;
+    const DeviceProfile& profile = Device::instance().profile;
     auto newest = ptx.upper_bound(10 * profile.major + profile.minor);
     do {
         if (newest == ptx.begin())
@@ -199,7 +199,7 @@ cudaError_t cudaFuncSetAttribute(const void* host, cudaFuncAttribute name, int v
     return answer(__func__, [&] {
         HostFunction& function = Registry::instance().function(host);
         if (name != cudaFuncAttributeMaxDynamicSharedMemorySize) return;
-        const int most = Device::instance().profile->shared_per_block_optin;
+        const int most = Device::instance().profile.shared_per_block_optin;
         if (value < 0 || value > most)
             throw EmulatorError(function.name + ": dynamic shared memory: got " + std::to_string(value) +
                                 " bytes, wanted at most " + std::to_string(most));
@@ -225,7 +225,7 @@ cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessorWithFlags(int* blocks, 
                                                                    size_t shared, unsigned) {
     return answer(__func__, [&] {
         const HostFunction& function = Registry::instance().function(host);
-        const DeviceProfile& profile = *Device::instance().profile;
+        const DeviceProfile& profile = Device::instance().profile;
         const Program& program = function.binary->module().program(function.name);
         const size_t bytes = program.static_shared_bytes + shared + 1024;  // the driver keeps 1 KB of each block
         *blocks = std::min(profile.blocks_per_sm, profile.threads_per_sm / std::max(1, threads));
@@ -260,7 +260,7 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr name, int) {
 }
 cudaError_t cudaGetDeviceProperties(cudaDeviceProp* properties, int) {
     if (const cudaError_t error = refuse(__func__)) return error;
-    const DeviceProfile& profile = *Device::instance().profile;
+    const DeviceProfile& profile = Device::instance().profile;
     *properties = {};
     std::strncpy(properties->name, profile.name, sizeof properties->name - 1);
     properties->major = profile.major;

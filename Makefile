@@ -66,7 +66,7 @@ test: $(INSTALLED)  ## run every test
 # another instruction set, or in software, is as in `make test`, and so are tests of what no instruction set changes.
 # Inductor builds for the processor that it finds.
 ANY_ISA := ptx_emulator $(foreach name,build choices cuda demo demo_adapters demo_methods demo_serving docs guards \
-    layout measuring packaging recognition typing without_packages,test_$(name).py) \
+    layout measuring packaging recognition transformers_on_gpu typing without_packages,test_$(name).py) \
     $(foreach name,benchmarks card cli export,$(notdir $(wildcard tests/test_$(name)*.py)))
 test-avx2: export PEFT_KERNELS_CPU_ISA := avx2
 test-avx2: export ATEN_CPU_CAPABILITY := avx2

@@ -75,6 +75,9 @@ def peak(contender: str) -> Cell:
     return ratio(FUSED, contender, "peak_bytes")
 
 
+COMPARED = {"accelerated": median(FUSED), "stock": median(STOCK), "faster": speed(STOCK), "peak memory": peak(STOCK)}
+
+
 # ---- Tables ---------------------------------------------------------------------------------------------------------
 
 
@@ -104,14 +107,23 @@ class Table:
 
 def model(machine: str) -> Table:
     step, decoding = f"{machine}/model", f"{machine}/model-decode"
-    cells = {"accelerated": median(FUSED), "stock": median(STOCK), "faster": speed(STOCK), "peak memory": peak(STOCK)}
-    return Table("SmolLM2-135M in 4 bits", cells, {
+    return Table("SmolLM2-135M in 4 bits", COMPARED, {
         "training step, LoRA, r = 16, 4 × 256 tokens": [(step, "train 4x256 dropout 0.05", "train")],
         "training step, DoRA, r = 16, without dropout": [(step, "train 4x256 dora", "train")],
         "training step, (IA)³, under autocast": [(step, "train 4x256 ia3", "train")],
         "training step, prefix of 32": [(step, "train 4x256 prefix", "train")],
         "prefill of 256 tokens": [(decoding, "prefill 1x256", "prefill")],
         "greedy `generate` of 48 tokens": [(decoding, "decode 1x48", "decode")],
+    })  # fmt: skip
+
+
+def model_fp32(machine: str) -> Table:
+    file = f"{machine}/model"
+    return Table("SmolLM2-135M in 4 bits, fp32", COMPARED, {
+        "training step, LoRA, r = 16, 4 × 256 tokens": [(file, "train 4x256 dropout 0.05 fp32", "train")],
+        "training step, DoRA, r = 16, without dropout": [(file, "train 4x256 dora fp32", "train")],
+        "prefill of 256 tokens": [(file, "prefill 1x256 fp32", "prefill")],
+        "greedy `generate` of 48 tokens": [(file, "decode 1x48 fp32", "decode")],
     })  # fmt: skip
 
 
@@ -133,6 +145,14 @@ def lora_linear(machine: str) -> Table:
     rows = {f"forward, {m}": [(file, f"eval M={m} 4096x4096", "forward")] for m in (1, 8, 32, 128, 512, 2048)}
     rows["forward and backward, 8"] = [(file, "train M=8 4096x4096", "both")]
     rows["forward and backward, 512, dropout 0.05"] = [(file, "train M=512 4096x4096 dropout 0.05", "both")]
+    return Table("tokens", {name: median(name) for name in (FUSED, STOCK, "dense")}, rows)
+
+
+def lora_linear_fp32(machine: str) -> Table:
+    file = f"{machine}/lora_linear"
+    rows = {f"forward, {m}": [(file, f"eval M={m} 4096x4096 fp32", "forward")] for m in (1, 8, 32, 128, 512, 2048)}
+    rows["forward and backward, 512, dropout 0.05"] = [(file, "train M=512 4096x4096 dropout 0.05 fp32", "both")]
+    rows |= {f"forward, {m}, in bf16": [(file, f"eval M={m} 4096x4096", "forward")] for m in (1, 8)}
     return Table("tokens", {name: median(name) for name in (FUSED, STOCK, "dense")}, rows)
 
 
@@ -240,8 +260,8 @@ def costs(machine: str) -> str:
 
 TABLES: dict[str, Callable[[str], Table | str]] = {
     function.__name__: function
-    for function in (model, architectures, lora_linear, other_linear, surroundings, experts, train_many, demo,
-                     differences, accuracies, costs)
+    for function in (model, model_fp32, architectures, lora_linear, lora_linear_fp32, other_linear, surroundings,
+                     experts, train_many, demo, differences, accuracies, costs)
 }  # fmt: skip
 
 

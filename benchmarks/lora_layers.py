@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import bitsandbytes as bnb
-import torch
 from torch import Tensor, nn
 
 import peft_kernels
@@ -24,8 +23,8 @@ class OneLinear(nn.Module):
 
 
 def linear4bit(weight: Tensor) -> bnb.nn.Linear4bit:
-    """A layer with a weight [N, K], which it quantises to NF4 with double quantisation."""
-    layer = bnb.nn.Linear4bit(*weight.T.shape, bias=False, compute_dtype=torch.bfloat16, quant_type="nf4")
+    """A layer with a weight [N, K], which it quantises to NF4 with double quantisation; it computes in its dtype."""
+    layer = bnb.nn.Linear4bit(*weight.T.shape, bias=False, compute_dtype=weight.dtype, quant_type="nf4")
     layer.weight = bnb.nn.Params4bit(weight, requires_grad=False, quant_type="nf4", compress_statistics=True)
     return layer.to(weight.device)
 

@@ -1,7 +1,7 @@
 """LoRA on a 4-bit linear layer: checked against fp64, then timed against stock, dense and compiled layers.
 
 Every contender has the same numbers: W is quantised to NF4 with double quantisation, and the dense layers have its
-decoded values in bf16. x is bf16; A and B are fp32.
+decoded values. x is bf16, or fp32 where the case says so; A and B are fp32.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from benchmarks.lora_layers import (
 )
 from benchmarks.records import FUSED, Below, Faster, Record, Target, Within
 from benchmarks.report import command
-from benchmarks.timing import Contender, saved_bytes
+from benchmarks.timing import DTYPES, Contender, saved_bytes
 from peft_kernels import cpu
 from peft_kernels.ops import NF4Weight, lora_linear
 from peft_kernels.testing.reference.lora_linear import lora_linear as oracle
@@ -63,6 +63,7 @@ class Case(harness.Rows):
         training: forward and backward with fresh layers; otherwise a forward in eval mode without autograd.
         autocast: under bf16 autocast.
         repeat: calls of each sample, when it is the overhead that counts.
+        dtype: of x and of dense weights, a key of timing.DTYPES.
     """
 
     rows: int
@@ -73,10 +74,11 @@ class Case(harness.Rows):
     repeat: int = 1
     large: bool = False
     wanted: tuple[Target, ...] = ()
+    dtype: str = "bf16"
 
     def __str__(self) -> str:
         extras = [f"dropout {self.dropout:g}"] * bool(self.dropout) + ["autocast"] * self.autocast
-        extras += ["overhead"] * (self.repeat > 1)
+        extras += ["overhead"] * (self.repeat > 1) + [self.dtype] * (self.dtype != "bf16")
         return " ".join(
             [f"{'train' if self.training else 'eval'} M={self.rows} {self.shape[0]}x{self.shape[1]}", *extras]
         )
@@ -119,6 +121,9 @@ CASES = (
     Case(1, (576, 576), repeat=200, wanted=(Below("forward", 15e-6),)),
     *(Case(1, shape, large=True) for shape in ((4096, 14336), (49152, 576))),
     *(Case(512, shape, True, 0.05, large=True) for shape in ((4096, 14336), (49152, 576))),
+    # For processors without products in bf16, where torch's are slower than those in fp32.
+    *(Case(rows, (4096, 4096), dtype="fp32") for rows in (1, 8, 32, 128, 512, 2048)),
+    Case(512, (4096, 4096), True, 0.05, dtype="fp32"),
 )
 
 
@@ -151,12 +156,13 @@ class Problem(harness.Problem):
         self.weighed = case.repeat == 1
         self.layers: dict[str, Layer] = {}
         n, k = case.shape
+        dtype = DTYPES[case.dtype]
         torch.manual_seed(0)
         with torch.device(device):
-            self.linear = linear4bit((torch.randn(n, k) / k**0.5).bfloat16())
+            self.linear = linear4bit((torch.randn(n, k) / k**0.5).to(dtype))
             self.weight = NF4Weight.from_params4bit(copy.deepcopy(self.linear.weight))
             self.lora_A, self.lora_B = torch.randn(RANK, k) / k**0.5, torch.randn(n, RANK) / RANK**0.5
-            self.x, self.grad_y = torch.randn(case.rows, k).bfloat16(), torch.randn(case.rows, n).bfloat16()
+            self.x, self.grad_y = torch.randn(case.rows, k).to(dtype), torch.randn(case.rows, n).to(dtype)
 
     def layer(self, name: str) -> Layer:
         """A contender's layer, made when it is first asked for."""
@@ -239,7 +245,8 @@ class Problem(harness.Problem):
         name = name.removesuffix(IN_GRAPH)
         dense, lora = name in (DENSE, DENSE_LORA, COMPILED_DENSE), name not in (DENSE, DEQUANTIZE, OWN_BASE)
         n, k = self.case.shape
-        return work(self.case, phase, 2 * n * k if dense else stored_bytes(self.weight), lora)
+        size = n * k * DTYPES[self.case.dtype].itemsize if dense else stored_bytes(self.weight)
+        return work(self.case, phase, size, lora)
 
     def saved(self, name: str) -> int | None:
         """x itself counts, for it would be freed otherwise."""
@@ -325,13 +332,13 @@ def in_graph(contender: Contender) -> Contender:
 
 
 def work(case: Case, phase: str, weight_bytes: int, lora: bool) -> tuple[int, int]:
-    """Bytes and operations that a phase can't do without: each operand is moved once, in bf16, the adapters in fp32."""
-    m, (n, k) = case.rows, case.shape
+    """Bytes and operations that a phase can't do without: each operand is moved once, the adapters in fp32."""
+    m, (n, k), itemsize = case.rows, case.shape, DTYPES[case.dtype].itemsize
     adapter = RANK * (n + k) if lora else 0
     if phase == "forward":
-        return weight_bytes + 2 * m * (n + k) + 4 * adapter, 2 * m * (n * k + adapter)
+        return weight_bytes + itemsize * m * (n + k) + 4 * adapter, 2 * m * (n * k + adapter)
     # grad_y in, grad_x out; x once more for A; the adapters in and their gradients out
-    size = weight_bytes + 2 * m * (n + k) + (2 * m * k if lora else 0) + 8 * adapter
+    size = weight_bytes + itemsize * m * (n + k) + (itemsize * m * k if lora else 0) + 8 * adapter
     return size, 2 * m * (n * k + 2 * adapter)
 
 

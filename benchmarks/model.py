@@ -21,7 +21,7 @@ from benchmarks.finetune import PROMPT, Run, Settings
 from benchmarks.progress import make_console, working
 from benchmarks.records import FUSED, Faster, Record, Target, duration
 from benchmarks.report import Report
-from benchmarks.timing import Contender
+from benchmarks.timing import DTYPES, Contender
 
 STOCK, DENSE_LORA, WITHOUT_LOGITS = "stock", "LoRA on dense", "without logits"
 BASELINES = {"dense": DENSE_LORA, "stock": STOCK, "without": WITHOUT_LOGITS}
@@ -41,6 +41,7 @@ class Case(harness.Rows):
         rows, tokens: of the batch; of decoding the new ones.
         method: "lora", "dora", "ia3" or "prefix". A step of (IA)³ is under bf16 autocast: without it PEFT's layers
             return fp32, which stock's attention refuses beside queries in bf16.
+        dtype: that the model computes in, a key of timing.DTYPES.
     """
 
     phase: str
@@ -49,6 +50,7 @@ class Case(harness.Rows):
     dropout: float = 0.0
     wanted: tuple[Target, ...] = ()
     method: str = "lora"
+    dtype: str = "bf16"
 
     @property
     def size(self) -> float:
@@ -61,6 +63,7 @@ class Case(harness.Rows):
 
     def __str__(self) -> str:
         extras = [self.method] * (self.method != "lora") + [f"dropout {self.dropout:g}"] * bool(self.dropout)
+        extras += [self.dtype] * (self.dtype != "bf16")
         return " ".join([f"{self.phase} {self.rows}x{self.tokens}", *extras])
 
     def small(self) -> Case:
@@ -76,12 +79,17 @@ CASES = (
     Case("train", 4, 256, wanted=(Faster("train", STOCK, 2),), method="prefix"),
     Case("prefill", 1, 256),
     Case("decode", 1, 48, wanted=(Faster("decode", STOCK, 2),)),
+    # For processors without products in bf16, where torch's are slower than those in fp32.
+    Case("train", 4, 256, 0.05, dtype="fp32"),
+    Case("train", 4, 256, method="dora", dtype="fp32"),
+    Case("prefill", 1, 256, dtype="fp32"),
+    Case("decode", 1, 48, dtype="fp32"),
 )
 
 
 def make_models(case: Case, folder: Path, names: Sequence[str], rank: int) -> dict[str, Run]:
     """A fresh model for each contender: stock repacks its weights when it is first evaluated."""
-    settings = Settings(folder, 1, rank, case.rows, case.tokens, 1e-4, case.dropout, "cpu", 0)
+    settings = Settings(folder, 1, rank, case.rows, case.tokens, 1e-4, case.dropout, "cpu", 0, case.dtype)
     configs = {
         "ia3": IA3Config(task_type="CAUSAL_LM"),
         "prefix": PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=PREFIX),
@@ -95,15 +103,15 @@ def make_models(case: Case, folder: Path, names: Sequence[str], rank: int) -> di
         if name in (FUSED, WITHOUT_LOGITS):
             peft_kernels.optimize(model, logits=name == FUSED)
         if name == DENSE_LORA:
-            model = on_dense(model, folder)
+            model = on_dense(model, folder, DTYPES[case.dtype])
         runs[name] = Run(model, settings.lr, case.method == "ia3")
         runs[name].model.train(case.phase == "train")
     return runs
 
 
-def on_dense(model: PeftModel, folder: Path) -> PeftModel:
-    """The same adapters on the weights as they were before quantisation, in bf16."""
-    base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+def on_dense(model: PeftModel, folder: Path, dtype: torch.dtype) -> PeftModel:
+    """The same adapters on the weights as they were before quantisation."""
+    base = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
     return get_peft_model(base, model.peft_config["default"])
 
 

@@ -95,7 +95,7 @@ def parse(
     console: Console | None = None,
     devices: Sequence[str] = ("cpu",),
 ) -> tuple[Options, list[Case]]:
-    """Reads the command line, and sets torch's threads.
+    """Reads the command line, sets torch's threads, and holds bitsandbytes to what torch is held to.
 
     Args:
         baselines: what --vs may name.
@@ -135,5 +135,14 @@ def parse(
         texts = ", ".join(f"'{case}'" for case in everything[:3])
         parser.error(f"argument --filter: got '{given.filter.pattern}', wanted one that some case matches: {texts}, …")
     torch.set_num_threads(given.threads)
+    hold_bitsandbytes()
     options = Options(given.quick, given.filter, vs, isas, given.threads, given.output, given.device)
     return options, chosen
+
+
+def hold_bitsandbytes() -> None:
+    """Has layers go without bitsandbytes' product for AVX-512, which has no switch, where torch is held to less."""
+    if "AVX512" not in torch.backends.cpu.get_cpu_capability():
+        from bitsandbytes.nn import modules
+
+        modules.has_avx512bf16 = lambda: False

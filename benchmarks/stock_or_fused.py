@@ -112,8 +112,6 @@ def make_layer(kind: str, dtype: torch.dtype, width: int) -> nn.Module:
     adapter, _, base = kind.rpartition(" ")
     weight = torch.randn(width, width).to(dtype) / width**0.5
     linear = linear4bit(weight) if base == "4-bit" else dense_linear(weight)
-    if base == "4-bit":
-        linear.compute_dtype = dtype
     return ADAPTERS[adapter](linear)
 
 

@@ -38,7 +38,7 @@ def adapted_model(name, kind, **options):
 
 
 @pytest.mark.parametrize(
-    ("name", "count"), [("llama", 20), ("bert", 20), pytest.param("bert", 1000, marks=pytest.mark.slow)]
+    ("name", "count"), [("llama", 20), ("bert", 20), pytest.param("bert", 200, marks=pytest.mark.slow)]
 )
 @pytest.mark.parametrize("rows", ["one", "argument", "entered"])
 @pytest.mark.parametrize("kind", [*KINDS, "fusion"])

@@ -194,7 +194,7 @@ def test_generation(base, beams):
         assert torch.equal(model.generate(input_ids=tokens, **options), torch.cat(wanted))
 
 
-@pytest.mark.parametrize("count", [20, pytest.param(500, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [20, pytest.param(200, marks=pytest.mark.slow)])
 def test_threads(count):
     model, tokens = lora_model(), ids(3)
     rows = [["a", None, "b"], ["b", "dora", "a"], ["elsewhere"] * 3, None]

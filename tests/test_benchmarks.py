@@ -84,7 +84,7 @@ def parse(*arguments, cases=lora_linear.CASES, console=None):
 
 
 def test_filter_sees_the_names_of_the_cases():
-    _, cases = parse("--filter", r"eval M=(1|8) 4096x4096")
+    _, cases = parse("--filter", r"eval M=(1|8) 4096x4096$")
     assert [case.rows for case in cases] == [1, 8]
     assert parse("--filter", "autocast")[1] == [case for case in lora_linear.CASES if case.autocast]
 

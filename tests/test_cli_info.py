@@ -55,7 +55,7 @@ def test_card(info, monkeypatch, reason):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: card)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Card")
-    monkeypatch.setattr(peft_kernels.cli.info, "_cuda_versions", lambda: [12080, 13000])
+    monkeypatch.setattr("peft_kernels.cli.info._cuda_versions", lambda: [12080, 13000])
     monkeypatch.setattr(choices, "_software", lambda device_type: "driver 12080")
     monkeypatch.setattr(cuda, "why_not", lambda device: reason)
     found = info()

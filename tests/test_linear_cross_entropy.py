@@ -264,7 +264,8 @@ def test_backward_twice():
 
 
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=short)
-def test_allocates_a_chunk_of_logits_and_keeps_a_gradient(dtype):
+def test_allocates_a_chunk_of_logits_and_keeps_a_gradient(dtype, monkeypatch):
+    monkeypatch.setattr("peft_kernels.cpu.outruns_torch", lambda: False)  # the kernels' product makes new memory
     case = make_case(320, dtype, adapters=False)
     hidden = case["hidden"].requires_grad_()
     known = [case["hidden"], case["weight"], case["bias"]]

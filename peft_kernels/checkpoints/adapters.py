@@ -268,30 +268,13 @@ class _Reader:
             return
         assert self.lora is not None
         layer = f"{module}.weight" if self._targets(f"{module}.weight") else module  # as PEFT's patterns name it
-        rank, weight, magnitude = self.lora.rank_of(layer), self.adapter.weight, parts.get("lora_magnitude_vector")
         transposed = is_embedding or (len(shape) == 2 and self._stores_transposed(name))
-        wanted_A, wanted_B = [rank, *shape[1:]], [shape[0], rank, *[1] * (len(shape) - 2)]
-        if transposed:
-            wanted_A, wanted_B = [rank, shape[0]], [shape[1], rank]
-        out = wanted_B[0]
-        for part, tensor, wanted in (
-            (names[0], a, wanted_A), (names[1], b, wanted_B), ("lora_magnitude_vector", magnitude, [out]),
-            ("lora_B.bias", parts.get("lora_B.bias"), [out]),
-        ):  # fmt: skip
-            if tensor is not None and list(tensor.shape) != wanted:
-                self.misfits.append(f"{module}.{part}: got {list(tensor.shape)}, wanted {wanted}")
-                return
-        if wrappers > 1:
-            self.misfits.append(f"{module}: got {wrappers} pairs of matrices, wanted one")
+        if why := self._why_not(parts, names, self.lora.rank_of(layer), shape, transposed, wrappers):
+            self.misfits.append(f"{module}{why}")
             return
-        if (magnitude is not None) != bool(self.adapter.config.get("use_dora")):
-            self.misfits.append(
-                f"{module}: got {'a' if magnitude is not None else 'no'} magnitude, wanted the contrary"
-            )
-            return
-        a, b, scaling = a.flatten(1), b.flatten(1), self.lora.scaling(layer)
+        a, b, scaling, weight = a.flatten(1), b.flatten(1), self.lora.scaling(layer), self.adapter.weight
         left, right = (a.T, b.T) if transposed else (b, a)
-        product = Product(left, right, scaling, weight, magnitude, by_column=transposed)
+        product = Product(left, right, scaling, weight, parts.get("lora_magnitude_vector"), by_column=transposed)
         self._change(name).products.setdefault(None, []).append(product)
         if "lora_B.bias" in parts:
             bias = self._bias(name)
@@ -299,6 +282,24 @@ class _Reader:
                 self.unknown.append(f"{module}.lora_B.bias")
             else:
                 self._change(bias).added.append(parts["lora_B.bias"].double() * (scaling * weight))
+
+    def _why_not(self, parts: Mapping[str, Tensor], names: tuple[str, str], rank: float, shape: tuple[int, ...],
+                 transposed: bool, wrappers: int) -> str | None:  # fmt: skip
+        """How LoRA's parts do not fit a weight of a shape, as it stands behind the module's name."""
+        wanted_A, wanted_B = [rank, *shape[1:]], [shape[0], rank, *[1] * (len(shape) - 2)]
+        if transposed:
+            wanted_A, wanted_B = [rank, shape[0]], [shape[1], rank]
+        of_out = wanted_B[:1]
+        shapes = {names[0]: wanted_A, names[1]: wanted_B, "lora_magnitude_vector": of_out, "lora_B.bias": of_out}
+        for part, wanted in shapes.items():
+            if part in parts and list(parts[part].shape) != wanted:
+                return f".{part}: got {list(parts[part].shape)}, wanted {wanted}"
+        if wrappers > 1:
+            return f": got {wrappers} pairs of matrices, wanted one"
+        has_magnitude = "lora_magnitude_vector" in parts
+        if has_magnitude != bool(self.adapter.config.get("use_dora")):
+            return f": got {'a' if has_magnitude else 'no'} magnitude, wanted the contrary"
+        return None
 
     def _add_to_stack(self, module: str, a: Tensor, b: Tensor, stacks: Mapping[str, tuple[int, ...]]) -> None:
         """LoRA on a stack of experts: A is [E · rank, in], expert by expert, and B [out, rank · E], expert fastest."""

@@ -18,7 +18,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from ..ops._arguments import FLOAT_DTYPES, check_flag, check_size, dtype_name, is_number, refuse
-from .adapters import changes_of, digest, read_adapters
+from .adapters import Adapter, changes_of, digest, read_adapters
 from .base import CONFIG, INDEX, SINGLE, BaseCheckpoint, read_base
 from .four_bits import MergedWeight
 from .items import Item, Settings, items_of, shards_of, untie
@@ -134,19 +134,10 @@ def export_checkpoint(
     untied = untie(checkpoint, changes)
     items, kept = items_of(checkpoint, changes, structure, settings, untied)
     shards = shards_of(items, settings)
-    from .. import __version__
-
-    inputs = {
-        "version": __version__,
-        "base": checkpoint.stamp,
-        "adapters": [[digest(adapter), adapter.weight] for adapter in read],
-        "settings": asdict(settings),
-        "shards": [[item.name for item in shard] for shard in shards],
-    }
     planned = {item.module for item in items if item.module is not None}
     names = [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
     names = names if len(shards) > 1 else [SINGLE]
-    with Staging(target, inputs, overwrite, CONFIG) as staging:
+    with Staging(target, _inputs(checkpoint, read, settings, shards), overwrite, CONFIG) as staging:
         left = {name: shard for name, shard in zip(names, shards, strict=True) if not staging.has(name)}
         merged = _write(staging, left, settings, progress)
         owners, nbytes = _owners(staging, names)
@@ -167,6 +158,21 @@ def export_checkpoint(
         untied=untied,
         merged_weights=tuple(merged),
     )
+
+
+def _inputs(
+    checkpoint: BaseCheckpoint, adapters: Sequence[Adapter], settings: Settings, shards: Sequence[Sequence[Item]]
+) -> dict[str, Any]:
+    """What decides about an export's bytes: a call that was stopped is gone on with where all of it is the same."""
+    from .. import __version__
+
+    return {
+        "version": __version__,
+        "base": checkpoint.stamp,
+        "adapters": [[digest(adapter), adapter.weight] for adapter in adapters],
+        "settings": asdict(settings),
+        "shards": [[item.name for item in shard] for shard in shards],
+    }
 
 
 def _check(

@@ -28,7 +28,7 @@ def least_share(share: float, architecture: str) -> float:
 
 
 known = _known()
-# One of each major version, since ptxas takes half a minute for some sources. The limits that are sm_86's and sm_89's
-# alone, of threads and shared memory, are in the tests of the plans.
-OTHERS = [_card(name) for name in ("sm_90", "sm_100", "sm_120")]
+# ptxas takes half a minute for some sources, and on sm_100 nothing spilled that did not on sm_120. The limits that are
+# sm_86's and sm_89's alone, of threads and shared memory, are in the tests of the plans.
+OTHERS = [_card(name) for name in ("sm_90", "sm_120")]
 ALL = ["sm_80", *OTHERS]

@@ -142,17 +142,28 @@ def architectures(machine: str) -> Table:
 
 def lora_linear(machine: str) -> Table:
     file = f"{machine}/lora_linear"
-    rows = {f"forward, {m}": [(file, f"eval M={m} 4096x4096", "forward")] for m in (1, 8, 32, 128, 512, 2048)}
-    rows["forward and backward, 8"] = [(file, "train M=8 4096x4096", "both")]
-    rows["forward and backward, 512, dropout 0.05"] = [(file, "train M=512 4096x4096 dropout 0.05", "both")]
-    return Table("tokens", {name: median(name) for name in (FUSED, STOCK, "dense")}, rows)
+    return layers({
+        **forwards(file),
+        "forward and backward, 8": [(file, "train M=8 4096x4096", "both")],
+        "forward and backward, 512, dropout 0.05": [(file, "train M=512 4096x4096 dropout 0.05", "both")],
+    })  # fmt: skip
 
 
 def lora_linear_fp32(machine: str) -> Table:
     file = f"{machine}/lora_linear"
-    rows = {f"forward, {m}": [(file, f"eval M={m} 4096x4096 fp32", "forward")] for m in (1, 8, 32, 128, 512, 2048)}
-    rows["forward and backward, 512, dropout 0.05"] = [(file, "train M=512 4096x4096 dropout 0.05 fp32", "both")]
-    rows |= {f"forward, {m}, in bf16": [(file, f"eval M={m} 4096x4096", "forward")] for m in (1, 8)}
+    return layers({
+        **forwards(file, " fp32"),
+        "forward and backward, 512, dropout 0.05": [(file, "train M=512 4096x4096 dropout 0.05 fp32", "both")],
+        **{f"forward, {m}, in bf16": [(file, f"eval M={m} 4096x4096", "forward")] for m in (1, 8)},
+    })  # fmt: skip
+
+
+def forwards(file: str, suffix: str = "") -> dict[str, list[Source]]:
+    rows = (1, 8, 32, 128, 512, 2048)
+    return {f"forward, {m}": [(file, f"eval M={m} 4096x4096{suffix}", "forward")] for m in rows}
+
+
+def layers(rows: Mapping[str, Sequence[Source]]) -> Table:
     return Table("tokens", {name: median(name) for name in (FUSED, STOCK, "dense")}, rows)
 
 

@@ -12,6 +12,7 @@ checkpoint in `--output`, with any number of processes.
 from __future__ import annotations
 
 import argparse
+import gc
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -108,6 +109,14 @@ def wrap_fsdp(model: PeftModel) -> nn.Module:
 
 def train_with_torch(wrap: Callable[[PeftModel], nn.Module], options: Options) -> None:
     distributed.init_process_group(device_id=device() if ON_GPU else None)
+    train_wrapped(wrap, options)
+    # Frees DDP. As the group's last holder it would wait, with Python's lock, for a thread that waits for the lock.
+    gc.collect()
+    distributed.barrier()  # a process that ends while gloo's threads still release its tensors is aborted
+    distributed.destroy_process_group()
+
+
+def train_wrapped(wrap: Callable[[PeftModel], nn.Module], options: Options) -> None:
     model = load(options)
     report = peft_kernels.optimize(model)
     if is_first():
@@ -128,8 +137,6 @@ def train_with_torch(wrap: Callable[[PeftModel], nn.Module], options: Options) -
     adapter = get_model_state_dict(model, options=whole)
     if is_first():
         model.save_pretrained(options.output / "adapter", state_dict=adapter)
-    distributed.barrier()  # a process that ends while gloo's threads still release its tensors is aborted
-    distributed.destroy_process_group()
 
 
 def state_of(model: nn.Module, optimizer: Optimizer, steps: int) -> dict[str, Any]:
@@ -167,6 +174,12 @@ def train_with_trainer(options: Options) -> None:
 
 def train_with_accelerator(options: Options) -> None:
     accelerator = Accelerator(cpu=not ON_GPU)
+    train_prepared(accelerator, options)
+    accelerator.free_memory()  # DDP before the group, as in train_with_torch
+    accelerator.end_training()
+
+
+def train_prepared(accelerator: Accelerator, options: Options) -> None:
     model = load(options)
     report = peft_kernels.optimize(model)
     accelerator.print(report)
@@ -181,7 +194,6 @@ def train_with_accelerator(options: Options) -> None:
         say(step, loss)
     if accelerator.is_main_process:
         accelerator.unwrap_model(parallel).save_pretrained(options.output / "adapter")
-    accelerator.end_training()
 
 
 ENGINES: dict[str, Callable[[Options], None]] = {

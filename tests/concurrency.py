@@ -31,10 +31,11 @@ def run_all(threads):
 
 def in_threads(work):
     """Runs work(number) in several threads at once, and raises what any of them raised."""
-    failures, barrier = [], threading.Barrier(THREADS)
+    failures, barrier, threads = [], threading.Barrier(THREADS), torch.get_num_threads()
 
     def run(number):
         try:
+            torch.set_num_threads(threads)  # a new thread's products may be made by more, which is another order
             barrier.wait()
             with torch.no_grad():
                 work(number)

@@ -130,8 +130,13 @@ def test_bad_arguments():
         op(x, weight, format, [], [], [], [], [])
     with pytest.raises(ValueError, match="weights: got 5 items, wanted as many for each of 2 layers"):
         op(x, weight, format, [], [0, 0], [], [], [])
-    with pytest.raises(ValueError, match="lora_A: got 1 item, wanted as num_adapters says"):
-        op(x, weight, format, [], [2], first.lora_A, first.lora_B, first.scaling)
+    for number in (-1, 2):
+        with pytest.raises(ValueError, match=f"num_adapters: got {number}, wanted a part of lora_A, which has 1 item"):
+            op(x, weight, format, [], [number], first.lora_A, first.lora_B, first.scaling)
+    with pytest.raises(ValueError, match="lora_A: got 1 item, wanted as many as num_adapters says"):
+        op(x, weight, format, [], [0], first.lora_A, first.lora_B, first.scaling)
+    with pytest.raises(ValueError, match="lora_B: got 0 items, wanted 1"):
+        op(x, weight, format, [], [1], first.lora_A, [], first.scaling)
 
 
 def test_opcheck():
@@ -148,6 +153,19 @@ def test_opcheck():
 
 
 @pytest.fixture
+def calls(monkeypatch):
+    """How many layers each call of the operation has computed."""
+    calls, operation = [], shared_input.lora_linears_unchecked
+
+    def count(x, projections, *dtypes):
+        calls.append(len(projections))
+        return operation(x, projections, *dtypes)
+
+    monkeypatch.setattr(shared_input, "lora_linears_unchecked", count)
+    return calls
+
+
+@pytest.fixture
 def model(monkeypatch):
     """A 4-bit model with LoRA, whose layers share as they do on a GPU."""
     import decoding_models
@@ -155,11 +173,6 @@ def model(monkeypatch):
     import peft_kernels
 
     monkeypatch.setattr(shared_input.on_gpu, "is_on_gpu", lambda x: True)
-    monkeypatch.setattr(shared_input, "_calls", calls := [], raising=False)
-    stock = shared_input.lora_linears_unchecked
-    monkeypatch.setattr(
-        shared_input, "lora_linears_unchecked", lambda x, all, *rest: calls.append(len(all)) or stock(x, all, *rest)
-    )
     model = decoding_models.make("llama", "4bit")
     peft_kernels.optimize(model, exclude="decoder_layer")
     return model
@@ -176,13 +189,13 @@ def logits(model, shares=True):
         return model(IDS, use_cache=False).logits
 
 
-def test_layers_share(model):
+def test_layers_share(model, calls):
     wanted = logits(model, shares=False)
-    assert not shared_input._calls
+    assert not calls
     assert torch.equal(logits(model), wanted)
-    assert shared_input._calls == [3, 2] * 2  # q, k, v; gate and up; of two blocks
+    assert calls == [3, 2] * 2  # q, k, v; gate and up; of two blocks
     model(IDS, use_cache=False)  # with gradients
-    assert len(shared_input._calls) == 4
+    assert len(calls) == 4
 
 
 def names_of(model, name):
@@ -190,7 +203,7 @@ def names_of(model, name):
 
 
 @pytest.mark.parametrize("change", ["input", "in-place", "output", "disabled", "dropout", "base"])
-def test_layers_that_do_something_else(model, change):
+def test_layers_that_do_something_else(model, calls, change):
     """Each gives what it would have given by itself."""
     k, up = names_of(model, "k_proj")[0], names_of(model, "up_proj")[0]
     if change == "input":
@@ -210,7 +223,7 @@ def test_layers_that_do_something_else(model, change):
     wanted = logits(model, shares=False)
     torch.manual_seed(3)
     assert torch.equal(logits(model), wanted)
-    assert shared_input._calls[-1] == 2 and len(shared_input._calls) == 4
+    assert calls[-1] == 2 and len(calls) == 4
 
 
 def test_compiled(model):

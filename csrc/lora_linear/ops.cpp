@@ -57,6 +57,9 @@ struct CheckedForward {
         params.total_rank = adapters.total_rank;
         y = empty(x, sizes_of_rows(given_x, params.n), scalar_type(y_dtype));
         params.y = {y.mutable_data_ptr(), y_dtype, params.n};
+#if defined(PEFT_KERNELS_CUDA)
+        if (runs_on_cuda(x)) check_no_dense(params);
+#endif
     }
 
     bool is_empty() const { return params.m == 0 || params.n == 0; }
@@ -70,7 +73,6 @@ struct CheckedForward {
         if (params.total_rank > 0) params.s = static_cast<float*>(s.mutable_data_ptr());
 #if defined(PEFT_KERNELS_CUDA)
         if (runs_on_cuda(x)) {
-            check_no_dense(params);
             Tensor y_rows = as_rows(y, "y");
             return LoraLinearOnCuda(params, x).forward(params, x, bias, y_rows, s);
         }
@@ -100,6 +102,17 @@ Result forward(const Tensor& x, const Tensors& weight, const Integers& format, c
         return call.y;
 }
 
+// Whether that many adapters are those of some layers, each of which has a number of them.
+void check_num_adapters(const Integers& num_adapters, size_t adapters) {
+    size_t left = adapters;
+    for (const int64_t number : num_adapters) {
+        if (number < 0 || static_cast<size_t>(number) > left)
+            bad_argument("num_adapters", std::to_string(number), "a part of lora_A, which has " + counted(adapters));
+        left -= number;
+    }
+    if (left > 0) bad_argument("lora_A", counted(adapters), "as many as num_adapters says");
+}
+
 // Several layers of the same x [..., k] -> their y, each [..., n]. The lists have those of one layer after those of
 // another: of the weight and the format as many items for each, a bias for each or for none.
 Tensors forward_several(const Tensor& given_x, const Tensors& weights, const Integers& formats, const Tensors& biases,
@@ -114,8 +127,10 @@ Tensors forward_several(const Tensor& given_x, const Tensors& weights, const Int
     };
     const size_t each_weight = check(weights, "weights", false), each_format = check(formats, "formats", true);
     if (check(biases, "biases", true) > 1) bad_argument("biases", counted(biases.size()), "one for each layer");
+    check_num_adapters(num_adapters, lora_A.size());
+    check_list(lora_B, "lora_B", lora_A.size());
+    check_list(scaling, "scaling", lora_A.size());
     const auto part = [](const auto& list, size_t begin, size_t size) {
-        if (begin + size > list.size()) bad_argument("lora_A", counted(list.size()), "as num_adapters says");
         return std::decay_t<decltype(list)>(list.begin() + begin, list.begin() + begin + size);
     };
     const Tensor x = as_rows(given_x, "x");

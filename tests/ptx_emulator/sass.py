@@ -27,8 +27,9 @@ ALU = re.compile(
     "BMSK|F2FP|FMNMX|FSEL|FSET|FSETP|HMNMX2|I2FP|I2IP|IABS|IADD3|IMNMX|ISETP|LEA|LOP3|MOV|P2R|PLOP3|PRMT|R2P|SEL|SGXT|"
     "SHF|VABSDIFF4?|VIADD|VIADDMNMX|VIMNMX"
 )
-# The last step of nf4_decode.cuh's decode() is one of these for each two weights; nothing else has such a selector.
-DECODED_PAIR = re.compile(r", 0x(4051|6273),")
+# The last step of nf4_decode.cuh's decode() by planes is one of these for each two weights; nothing else has such a
+# selector. By a table it is F2FP, of which making planes has two for each PRMT with the other selector.
+DECODED_PAIR, SPLIT_PAIRS = re.compile(r", 0x(4051|6273),"), re.compile(r", 0x7531,")
 
 
 class Instruction(NamedTuple):
@@ -287,11 +288,19 @@ def find_latency(instructions: list[Instruction]) -> Latency | None:
         opcode: [distance(instructions, at) for at in inside if instructions[at].opcode == opcode] for opcode in LOADS
     }
     shortest = [min((each for each in distances[opcode] if each), default=None) for opcode in LOADS]
-    weights = 2 * sum(DECODED_PAIR.search(instructions[at].operands) is not None for at in inside)
+    weights = count_decoded(instructions[loop.first : loop.last + 1])
     alu = sum(ALU.fullmatch(instructions[at].opcode) is not None for at in inside)
     return Latency(
         measure(0, lambda best: Flight()), measure(loop.first, iteration), *shortest, alu / weights if weights else None
     )
+
+
+def count_decoded(instructions: list[Instruction]) -> int:
+    """The 4-bit weights that a stretch of code decodes by planes or, some of them, by a table."""
+    by_planes, made = (sum(which.search(each.operands) is not None for each in instructions)
+                       for which in (DECODED_PAIR, SPLIT_PAIRS))  # fmt: skip
+    by_table = sum(each.opcode == "F2FP" for each in instructions) - 2 * made
+    return 2 * (by_planes + by_table) if by_planes else 0
 
 
 def loads_of_sums(instructions: list[Instruction]) -> list[int]:

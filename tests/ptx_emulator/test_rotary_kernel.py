@@ -46,6 +46,15 @@ def test_moves_every_byte_once(emulated, shape, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=short)
+def test_requests_have_512_bytes(emulated, dtype):
+    case = make_case(1, 32, 8, 3, 128, dtype=dtype)
+    emulated()
+    run(case)
+    (record,) = emulated()
+    assert 512 * record["global_store"]["requests"] == case[0].nbytes + case[1].nbytes
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=short)
 @pytest.mark.parametrize("offset", [0, 1], ids=["aligned", "unaligned"])
 @pytest.mark.parametrize("shape", [(1, 1, 1, 1, 2), (2, 3, 1, 3, 20), (1, 2, 2, 9, 23, 10), (1, 40, 1, 2, 84)], ids=str)
 def test_odd_shapes(emulated, shape, offset, dtype):
@@ -64,6 +73,6 @@ def test_any_order_of_blocks_gives_the_same_bits(emulated):
 
 @pytest.mark.parametrize("architecture", cards.ALL)
 def test_registers(architecture):
-    ((kernel, used),) = report.resources(SOURCE, architecture, includes=(SOURCE.parent.parent.parent,)).items()
-    assert used.spill_bytes == used.stack_bytes == 0, kernel
-    assert used.registers <= 64, kernel
+    for kernel, used in report.resources(SOURCE, architecture, includes=(SOURCE.parent.parent.parent,)).items():
+        assert used.spill_bytes == used.stack_bytes == 0, kernel
+        assert used.registers <= 96, kernel

@@ -200,6 +200,9 @@ def test_alu_instructions_of_a_weight():
     decode = ["PRMT R4, R5, R6, R7", "LOP3.LUT R8, R9, R10, R11, 0xd8, !PT", "IMAD.SHL.U32 R5, R5, 0x10, RZ"]
     pairs = ["PRMT R12, R4, 0x4051, R8", "@P0 PRMT R13, R4.reuse, 0x6273, R8"]
     assert latency([], [*decode, *pairs]).alu_per_weight == 1  # two of `decode` and both of `pairs`, of four weights
+    by_table = ["PRMT R20, R5, 0x4440, RZ", "F2FP.BF16.F32.PACK_AB R21, R22, R23"]
+    planes = ["F2FP.BF16.F32.PACK_AB R1, R2, R3", "F2FP.BF16.F32.PACK_AB R2, R3, R6", "PRMT R24, R1, 0x7531, R2"]
+    assert latency([], [*decode, *pairs, *by_table, *planes]).alu_per_weight == 9 / 6
     assert latency([], decode).alu_per_weight is None
 
 

@@ -1,10 +1,12 @@
 // Decodes 4-bit weights for the matrix unit, to the bits that nf4_dequantize would write.
 //
-// There are only 16 different values in a block. They are multiplied, rounded to T and kept in eight registers, as two
-// planes of bytes; PRMT then looks four codes up at once, one byte of each. A thread should decode whole blocks of 64:
-// 0.5 instructions an element for the planes, 2.6 for the lookups, and no access to shared memory. (Rounding the
-// centroids first and applying absmax to the sums would take at most 2.6; but then the weight would not be the one that
-// every other path multiplies with.)
+// By planes: there are only 16 different values in a block. They are multiplied, rounded to T and kept in eight
+// registers, as two planes of bytes; PRMT then looks four codes up at once, one byte of each. A thread should decode
+// whole blocks of 64: 0.5 instructions an element for the planes, 2.6 for the lookups, and no access to shared memory.
+// (Rounding the centroids first and applying absmax to the sums would take at most 2.6; but then the weight would not
+// be the one that every other path multiplies with.)
+//
+// By a table in shared memory: see PairTable.
 #pragma once
 
 #include "common/cuda/ptx.cuh"
@@ -44,6 +46,70 @@ __device__ inline void decode(const Planes& planes, uint32_t codes, uint32_t (&p
         pairs[2 * half] = byte_permute<0x4051>(low, high);
         pairs[2 * half + 1] = byte_permute<0x6273>(low, high);
         selector >>= 16;
+    });
+}
+
+// The way by planes, for kernels that have a choice.
+template <class T>
+class PlaneDecoder {
+public:
+    using Block = Planes;
+    __device__ explicit PlaneDecoder(const float (&codebook)[16]) : codebook_(codebook) {}
+    __device__ Block block(float absmax) const { return make_planes<T>(codebook_, absmax); }
+
+private:
+    const float (&codebook_)[16];
+};
+
+// The other way: a table in shared memory of the pair of values of each byte of codes, before absmax; a product for
+// each and a rounding for both remain. A weight takes 1 instruction of the ALU (a PRMT and an F2FP for two) and not
+// 2.75, but 64 weights of a warp take 2 wavefronts of shared memory. So it is for a part of the blocks, in kernels that
+// leave shared memory idle: see kernel_plan.h. A warp's loads of 8 bytes are served by halves: as there is a column for
+// each of 16 lanes, there are no conflicts, whatever the codes.
+struct PairTable {
+    float2 pairs[256][16];
+
+    // By kThreads threads, eight to an entry: 16 stores of 16 bytes each, or 256 wavefronts in all.
+    template <int kThreads>
+    __device__ void fill(const float (&codebook)[16]) {
+        static_assert(kThreads == 128);  // the pass is the byte's high nibble, the thread has the low one
+        const uint32_t second = __float_as_uint(codebook[threadIdx.x / 8]);
+        const uint32_t to = shared_address(pairs) + threadIdx.x * 16;
+        unroll<16>([&](auto high) {
+            const uint32_t first = __float_as_uint(codebook[high]);
+            store_shared<decltype(high)::value * 2048>(to, {first, second, first, second});
+        });
+    }
+};
+
+template <class T>
+struct TableBlock {
+    uint32_t column, pitch;
+    float absmax;
+};
+
+template <class T>
+class TableDecoder {
+public:
+    using Block = TableBlock<T>;
+    __device__ explicit TableDecoder(const PairTable& table)
+        : column_(shared_address(table.pairs) + threadIdx.x % 16 * sizeof(float2)) {
+        keep(column_);
+        keep(pitch_);
+    }
+    __device__ Block block(float absmax) const { return {column_, pitch_, absmax}; }
+
+private:
+    uint32_t column_;
+    uint32_t pitch_ = sizeof(PairTable::pairs[0]);  // were it known, it would be a shift, which is the ALU's
+};
+
+template <class T>
+__device__ inline void decode(const TableBlock<T>& block, uint32_t codes, uint32_t (&pairs)[4]) {
+    unroll<4>([&](auto i) {
+        const uint32_t byte = byte_permute<0x4440 + decltype(i)::value>(codes, 0);
+        const float2 pair = look_up_shared8(byte * block.pitch + block.column);
+        pairs[i] = pack(__fmul_rn(pair.x, block.absmax), __fmul_rn(pair.y, block.absmax), T{});
     });
 }
 

@@ -202,6 +202,14 @@ __device__ inline void store_shared_float(uint32_t shared, float value) {
     asm volatile("st.shared.f32 [%0], %1;" ::"r"(shared), "f"(value) : "memory");
 }
 
+// Of a table that nobody writes any more. The compiler may move this load; it stays behind the barrier after which the
+// table is there, since its address comes from what is loaded behind that.
+__device__ inline float2 look_up_shared8(uint32_t shared) {
+    float2 pair;
+    asm("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(pair.x), "=f"(pair.y) : "r"(shared));
+    return pair;
+}
+
 // ---- matrix unit --------------------------------------------------------------------------------------------------
 
 // Four 8 x 8 matrices of 16-bit elements; lane i has the address of row i % 8 of matrix i / 8. Each lane gets two

@@ -8,7 +8,7 @@
 //
 // The weight is the left operand of the matrix unit, whose 16 rows it fills; tokens are the 8 columns. A warp goes
 // through k in chunks of 256, every kWarps-th one. In a chunk lane 4 g + t owns block t of rows g and g + 8, of 64
-// elements each, and decodes it with one pair of planes a row:
+// elements each, and decodes it with one pair of planes a row, or (kTable) those of rows g + 8 by a table of pairs:
 //
 //              k:   0 ... 63 | 64 ... 127 | 128 ... 191 | 192 ... 255         the matrix unit takes 4 elements of each
 //     row g         lane 4 g | lane 4 g + 1 | 4 g + 2   | 4 g + 3             of the 4 blocks as its 16 steps: an order
@@ -24,17 +24,20 @@
 // each block). Both are whole sectors of global memory.
 #pragma once
 
+#include <type_traits>
+
 #include "matmul/cuda/few_rows_absmax.cuh"
 #include "matmul/cuda/few_rows_terms.cuh"
 #include "matmul/cuda/kernel_plan.h"
 
 namespace peft_kernels::cuda {
 
-template <class T_, int kTokens_, int kRows_>
+template <class T_, int kTokens_, int kRows_, bool kTable_ = false>
 struct FewRowsTraits {
     using T = T_;
     static constexpr int kTokens = kTokens_;  // 8, 16 or 32
     static constexpr int kRows = kRows_;      // of the weight: 16, 32 or 64
+    static constexpr bool kTable = kTable_;   // by which half of the rows are decoded
     static constexpr int kWarps = few_rows_warps(kRows);
     static constexpr int kThreads = 32 * kWarps;
     static constexpr bool kIsShared = kRows == kWideOutputs;  // several CTAs may have a part of the reduction each
@@ -57,7 +60,8 @@ struct FewRowsTraits {
         uint4 codes[kSlots][kSlot / 16];  // [kRows][128 bytes]
         uint4 x[2][kTokens * 8];          // [kTokens][4 blocks][16 elements]
     };
-    struct Shared {
+    struct NoTable {};
+    struct Shared : std::conditional_t<kTable, PairTable, NoTable> {
         union {
             WarpBuffers warps[kWarps];
             float sums[kWarps][kTokens * kSumPitch];
@@ -68,7 +72,7 @@ struct FewRowsTraits {
         bool is_last;
     };
     static constexpr int64_t kSharedBytes = sizeof(Shared);
-    static_assert(kRows < kWideOutputs || kSharedBytes == kWideBytes);
+    static_assert(kRows < kWideOutputs || kSharedBytes == kWideBytes + (kTable ? kTableBytes : 0));
 
     // A thread's outputs: four rows of kQuads tokens. Rows run along the lanes. With 16 rows the other half of eight
     // lanes takes the token 4 further on, which is in other banks.
@@ -188,10 +192,16 @@ public:
         for (int group = 0; group < kGroups; ++group) x_[group] += kWarps * 512;
     }
 
+    using Upper = PlaneDecoder<T>;
+    using Lower = std::conditional_t<Traits::kTable, TableDecoder<T>, PlaneDecoder<T>>;
+
     // absmax: of this lane's block of row lane / 4, which is followed by the other rows'.
-    __device__ void make_planes_of_chunk(const float (&codebook)[16], const float* absmax) {
+    __device__ void begin_chunk(const Upper& upper, const Lower& lower, const float* absmax) {
 #pragma unroll
-        for (int i = 0; i < kLaneRows; ++i) planes_[i] = make_planes<T>(codebook, absmax[i * 8 * Traits::kAbsmaxPitch]);
+        for (int i = 0; i < Traits::kRowTiles; ++i) {
+            upper_[i] = upper.block(absmax[i * 16 * Traits::kAbsmaxPitch]);
+            lower_[i] = lower.block(absmax[(i * 16 + 8) * Traits::kAbsmaxPitch]);
+        }
     }
 
     // Two quarters' codes of this lane's blocks.
@@ -213,8 +223,8 @@ public:
             for (int row_tile = 0; row_tile < Traits::kRowTiles; ++row_tile) {
                 uint32_t upper[4], lower[4];
                 constexpr int kFirstWord = kQuarter % 2 * 2;
-                decode(planes_[2 * row_tile], lane_codes_[2 * row_tile][kFirstWord + word], upper);
-                decode(planes_[2 * row_tile + 1], lane_codes_[2 * row_tile + 1][kFirstWord + word], lower);
+                decode(upper_[row_tile], lane_codes_[2 * row_tile][kFirstWord + word], upper);
+                decode(lower_[row_tile], lane_codes_[2 * row_tile + 1][kFirstWord + word], lower);
                 const uint32_t first[4] = {upper[0], lower[0], upper[1], lower[1]};
                 const uint32_t second[4] = {upper[2], lower[2], upper[3], lower[3]};
 #pragma unroll
@@ -236,7 +246,8 @@ private:
     const char* x_[kGroups];
     int first_block_;  // of the four of a chunk, in a copy of x
     uint32_t write_codes_, write_x_[kCopies], read_codes_, read_x_[2];
-    Planes planes_[kLaneRows];
+    typename Upper::Block upper_[Traits::kRowTiles];  // rows lane / 4 of 16, and those 8 further
+    typename Lower::Block lower_[Traits::kRowTiles];
     uint32_t lane_codes_[kLaneRows][4];
 };
 
@@ -349,8 +360,16 @@ __device__ __forceinline__ void multiply_few_rows(const Product& product) {
                 shared.outputs[threadIdx.x + i * Traits::kThreads] = outputs[i];
     }
     table.store(shared.nested_code);
+    if constexpr (Traits::kTable) shared.template fill<Traits::kThreads>(product.codebook());
     __syncthreads();
     absmax.store(params, shared, table.offset);
+    const PlaneDecoder<typename Traits::T> upper(product.codebook());
+    const auto lower = [&] {
+        if constexpr (Traits::kTable)
+            return TableDecoder<typename Traits::T>(shared);
+        else
+            return upper;
+    }();
 
     // compute
     for (int first_chunk = begin; first_chunk < chunks; first_chunk += Traits::kSpan) {
@@ -366,7 +385,7 @@ __device__ __forceinline__ void multiply_few_rows(const Product& product) {
         uint32_t slot = 0;
         for (int chunk = first_chunk + warp; chunk < end;
              chunk += kWarps, slot ^= Traits::kSlot, chunk_absmax += 4 * kWarps) {
-            tile.make_planes_of_chunk(product.codebook(), chunk_absmax);
+            tile.begin_chunk(upper, lower, chunk_absmax);
             unroll<4>([&](auto quarter) {
                 constexpr int kQuarter = decltype(quarter)::value;
                 // The next chunk's codes are asked for at one quarter, and may take until the next but one. They go to

@@ -29,6 +29,25 @@ constexpr int64_t kWideTokens = 16;  // with 32, a thread would want more regist
 constexpr int64_t kWideBytes = 4 * (kWideOutputs * 128 + 2 * kWideTokens * 128) + 1024 +
                                kWideTokens * kWideOutputs * 4 + kWideOutputs * 68 * 4 + 16;
 
+// There, two CTAs may have a table of pairs each (common/cuda/nf4_decode.cuh) on a multiprocessor of an H100, by which
+// they decode half of the rows. A model's cycles of a multiprocessor for 16,384 weights, at 16 tokens:
+//
+//                     ALU    shared memory    DRAM
+//     planes          733    264              567    2.86 instructions of the ALU a weight
+//     every 2nd row   509    520              567    1.99
+//     the table       285    776              567
+//
+// so that DRAM is the limit, 1.3 times as far away. Up to 8 tokens, with 16 rows a CTA, take 788 of the ALU and 392
+// of shared memory, where x is read more often. With a table it would be 648 of the latter, by one CTA fewer at once.
+// With 64 rows a CTA they would have a table as 16 tokens have, but a product that is split overlaps no shrink: a
+// card has to judge. 32 tokens take 640 of shared memory already. Tiles of many rows (tile.cuh) take two wavefronts
+// for each mma, which leaves no time for lookups, and less of the ALU than of the matrix unit. The memory of an A100
+// and of a 4090 waits for no decoding, and they have no place for two tables.
+constexpr int64_t kTableBytes = 256 * 16 * 8;
+constexpr bool has_pair_tables(const DeviceProperties& device) {
+    return 2 * (kWideBytes + kTableBytes + 1024) <= device.shared_bytes + 1024;
+}
+
 // ---- many rows, and transposed: matmul/cuda/many_rows_kernel.cuh ----------------------------------------------------
 
 // A tile of out is kTileM x 128, a step of the reduction 64.
@@ -41,6 +60,11 @@ constexpr int kTileStep = 64;
 // unit 512 for 128 tokens; by mma.sync, at 62 % of that rate, 830. With 256 tokens the matrix unit is the longer part.
 // Of 64 tokens decoding would be, as it is of mma.sync. At 128 rows of 4096 x 4096 memory takes as long as either; of
 // larger weights the products do.
+//
+// The machine code has 538 cycles of the ALU (100 instructions for 32 weights of each of 256 threads, 69 for each of
+// 128 rows). Shared memory is as busy: 576, of which the products read 256 and copies write 160. A table of pairs, as
+// for few rows, would take up to 256 more of it, and so gains nothing here; of 64 tokens, where shared memory has 384,
+// a quarter of the weights by a table would balance the two at 450, for 256 of the matrix unit.
 constexpr int64_t kDecodeCycles = 600, kWideCycles = 1024;
 constexpr bool takes_wgmma(int64_t m, const DeviceProperties& device) { return device.has_wgmma && m > 64; }
 
@@ -55,6 +79,7 @@ constexpr int wgmma_tile_m(int64_t m, int64_t outputs, const DeviceProperties& d
 
 struct FusedMatmulPlan {
     bool few_rows;        // else many
+    bool table;           // decodes by a table of pairs as well
     bool wgmma;           // by the kernel for sm_90a
     int tile_m;           // tokens of a tile: 8, 16 or 32; 64, 128 or 256
     int tile_n;           // and outputs: 16, 32 or 64; 128
@@ -85,6 +110,7 @@ constexpr FusedMatmulPlan plan_fused_matmul(int64_t m, int64_t outputs, int64_t 
         plan.tile_m = m <= 8 ? 8 : m <= 16 ? 16 : 32;
         const int64_t steps = ceil_div(reduction, kTileStep);
         const int64_t wide_splits = plan_wide_splits(plan.tile_m, outputs, reduction, device);
+        plan.table = wide_splits > 0 && has_pair_tables(device);
         plan.tile_n = wide_splits > 0 ? kWideOutputs : few_rows_outputs(plan.tile_m);
         plan.tiles = ceil_div(outputs, plan.tile_n);
         plan.split_steps = round_up(ceil_div(steps, wide_splits > 0 ? wide_splits : 1), 4);
@@ -120,6 +146,7 @@ static_assert(plan_fused_matmul(64, 4096, 4096, false, kA100).splits == 3);
 static_assert(plan_fused_matmul(16, 8192, 28672, false, kA100).tile_n == 64);
 static_assert(plan_fused_matmul(16, 8192, 28672, false, kA100).splits == 5);
 static_assert(plan_fused_matmul(8, 8192, 28672, false, kA100).tile_n == 16);
+static_assert(!plan_fused_matmul(16, 8192, 28672, false, kA100).table);
 static_assert(plan_fused_matmul(16, 4096, 4096, false, kA100).tile_n == 16);
 static_assert(plan_fused_matmul(256, 4096, 4096, false, kA100).tile_m == 256);
 static_assert(plan_fused_matmul(16, 4096, 4096, true, kA100).tile_m == 64);

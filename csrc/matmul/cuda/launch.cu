@@ -1,7 +1,7 @@
 // The instances of the base products' kernels and their launch.
 //
 //                           tokens of a tile
-//   few rows                8, 16, 32    16 with 64 rows of the weight as well
+//   few rows                8, 16, 32    16 with 64 rows of the weight as well, with a table of pairs or without
 //   many rows               64, 128, 256
 //   many rows, transposed   64, 128       each for __nv_bfloat16 and __half
 //
@@ -60,6 +60,7 @@ template <class T, class Body>
 int dispatch_few_rows(const FusedMatmulPlan& plan, const Body& body) {
     if (plan.tile_m == 8) return body(FewRowsTraits<T, 8, few_rows_outputs(8)>{});
     if (plan.tile_m == 32) return body(FewRowsTraits<T, 32, few_rows_outputs(32)>{});
+    if (plan.table) return body(FewRowsTraits<T, kWideTokens, kWideOutputs, true>{});
     if (plan.tile_n == kWideOutputs) return body(FewRowsTraits<T, kWideTokens, kWideOutputs>{});
     return body(FewRowsTraits<T, 16, few_rows_outputs(16)>{});
 }

@@ -151,6 +151,9 @@ static_assert(panel_rows_of(4096, 4096, 14336, kH100, true) == 4096);
 // 256 CTAs on 264 places, each of which reads no more bytes of x than of codes.
 static_assert(plan_fused_matmul(16, 8192, 28672, false, kH100).tile_n == 64);
 static_assert(plan_fused_matmul(16, 8192, 28672, false, kH100).splits == 2);
+static_assert(plan_fused_matmul(16, 8192, 28672, false, kH100).table);
+static_assert(!plan_fused_matmul(8, 8192, 28672, false, kH100).table);
+static_assert(!plan_fused_matmul(32, 8192, 28672, false, kH100).table);
 
 // With the kernels for sm_90a: 128 tiles of 128 rows in one wave, 32 shared by four CTAs; 224 of 256 rows in two waves.
 constexpr DeviceProperties kH100Wgmma{90, 132, 227 << 10, 50 << 20, true};

@@ -34,6 +34,7 @@ struct Slot {
 
 enum class InstructionClass : uint8_t {
     kInteger,
+    kMultiply,  // of integers
     kFloat,
     kConvert,
     kMove,
@@ -45,8 +46,8 @@ enum class InstructionClass : uint8_t {
     kBarrier,
     kCount
 };
-constexpr const char* kClassNames[] = {"integer", "float", "convert", "move",    "memory",
-                                       "atomic",  "warp",  "matrix",  "control", "barrier"};
+constexpr const char* kClassNames[] = {"integer", "multiply", "float",  "convert", "move",   "memory",
+                                       "atomic",  "warp",     "matrix", "control", "barrier"};
 
 struct Instruction {
     Handler handler = nullptr;

@@ -32,6 +32,8 @@ from peft_kernels.ops import (
     rms_norm,
     rotary,
 )
+from peft_kernels.ops.lora_linears import lora_linears_unchecked
+from peft_kernels.ops.projections import Projection
 
 ROOT = Path(__file__).parent.parent
 
@@ -80,6 +82,19 @@ def layer(m: int, n: int, k: int, rank: int = 0, training: bool = False, dropout
 
     extras = f" rank={rank}" * bool(rank) + f" dropout={dropout:g}" * bool(dropout) + " backward" * training
     return Case("lora_linear", f"m={m} n={n} k={k}{extras}", prepare)
+
+
+def layers(m: int, features: Sequence[int], k: int, rank: int) -> Case:
+    """bf16 linears of the same x on nested NF4, each with an adapter in fp32: their forward in the launches of one."""
+
+    def prepare() -> Callable[[], object]:
+        x = torch.randn(m, k).bfloat16()
+        weights = [quantize_4bit(torch.randn(n, k).bfloat16(), double_quant=True) for n in features]
+        adapters = [([torch.randn(rank, k)], [torch.randn(n, rank)], [1.0]) for n in features]
+        all_ = [Projection(weight, None, *adapter) for weight, adapter in zip(weights, adapters, strict=True)]
+        return functools.partial(lora_linears_unchecked, x, all_, x.dtype, x.dtype)
+
+    return Case("lora_linear", f"m={m} n={'+'.join(map(str, features))} k={k} rank={rank} together", prepare)
 
 
 def batch(m: int, n: int, k: int, adapters: int, rank: int, training: bool = False) -> Case:
@@ -248,6 +263,7 @@ CASES = (
     dequantize((33, 517), "float16"),
     *(layer(m, 1024, 4096) for m in (1, 8, 32, 64, 128, 256)),
     layer(1, 576, 576, rank=16),
+    layers(1, (576, 192, 192), 576, rank=16),
     layer(96, 576, 576, rank=16),
     layer(128, 1024, 1024, training=True),
     layer(1024, 256, 512, rank=16, training=True, dropout=0.05),

@@ -14,7 +14,7 @@
 
 // Raised whenever a schema changes, together with EXPECTED_OPS_VERSION in peft_kernels/_extension.py:
 // an old binary beside new Python code is then refused at import.
-#define PEFT_KERNELS_OPS_VERSION 26
+#define PEFT_KERNELS_OPS_VERSION 27
 
 namespace {
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch  # its libraries must be loaded before _C
 
-EXPECTED_OPS_VERSION = 26
+EXPECTED_OPS_VERSION = 27
 _REBUILD = (
     "Build it with `pip install --editable .` in the project's folder; what is installed there without --editable, a "
     "Python started in that folder does not see."

@@ -1,18 +1,21 @@
 """Decoding with a static cache in a CUDA graph, on the emulator: whole steps are captured, and replays follow what
 changes in the model's tensors."""
 
+import peft
 import ptx_emulator
 import pytest
 import torch
 from attention_cases import on_gpu_plan
 from captured import captured
 from comparison import error
-from decoding_models import make, with_cache
-from tiny_models import SAME_STEP
+from decoding_models import make, quantised, with_cache
+from peft_models import randomize
+from tiny_models import SAME_STEP, tiny
 from transformers import StaticCache
 
 import peft_kernels
 import peft_kernels.integrations.transformers.attention as integration
+from peft_kernels.inference import shared_input
 
 PROMPT, STEPS = 5, 3
 IDS = torch.tensor([[7, 3, 11, 25, 9, 30, 4, 51]])
@@ -47,18 +50,24 @@ class Decoder:
 
 
 @pytest.fixture
-def model(monkeypatch):
-    """A 4-bit model with LoRA, on which the CPU plays the GPU."""
+def launches(monkeypatch):
+    """The CPU plays the GPU; gives the kernels that were launched since the last call."""
     if reason := ptx_emulator.missing():
         pytest.skip(reason)
     from ptx_emulator.ops import emulated
 
-    model = make("llama", "4bit")
-    peft_kernels.optimize(model)
     monkeypatch.setattr(integration, "takes_over", lambda device: False)
     on_gpu_plan(monkeypatch)
-    with emulated():
-        yield model
+    with emulated() as take:
+        yield lambda: [launch["kernel"] for launch in take()]
+
+
+@pytest.fixture
+def model(launches):
+    """A 4-bit model with LoRA, in fp32."""
+    model = make("llama", "4bit")
+    peft_kernels.optimize(model)
+    return model
 
 
 @torch.no_grad()
@@ -70,6 +79,33 @@ def test_replays_decode(model):
             decoder.set(i)
             graph.replay()
         assert error(logits, model(IDS[:, : i + 1], use_cache=False).logits[:, -1]) < SAME_STEP
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("lora", [True, False], ids=["lora", "no-lora"])
+def test_layers_of_one_x_share_launches(launches, monkeypatch, lora):
+    """Each decoder layer's linear layers: q, k and v, then o, then gate and up, then down."""
+    model = quantised(tiny("llama", hidden=64, intermediate=128).bfloat16(), torch.bfloat16)
+    if lora:
+        model = peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules="all-linear"))
+        randomize(model)
+    peft_kernels.optimize(model.eval())
+
+    def count():
+        of_linears = [name for name in launches() if "lora_shrink" in name or "few_rows" in name]
+        return len(of_linears) / model.config.num_hidden_layers / (2 if lora else 1)
+
+    decoder, one_by_one = Decoder(model), Decoder(model)
+    count()
+    graph, logits = decoder.capture()
+    assert count() == 4
+    monkeypatch.setattr(shared_input, "is_worthwhile", lambda x: False)
+    assert torch.equal(logits, one_by_one.step())
+    assert count() == 7
+    for each in (decoder, one_by_one):
+        each.set(PROMPT + 1)
+    graph.replay()
+    assert torch.equal(logits, one_by_one.step())
 
 
 @torch.no_grad()

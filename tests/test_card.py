@@ -87,7 +87,7 @@ def test_without_the_optional_packages(tmp_path):
     assert {path.name for path in out.iterdir()} == {"correctness.jsonl", "timing.jsonl", "profile.jsonl", "card.md"}
     found = {phase: run.read(out / f"{phase}.jsonl") for phase in steps.PHASES}
     assert all(records[0]["packages"]["peft"] is None for records in found.values())
-    assert ends(found["correctness"])["kernels of lora_linear"]["cases"] == {"ok": 5}
+    assert ends(found["correctness"])["kernels of lora_linear"]["cases"] == {"ok": 6}
     assert ends(found["correctness"])["side stream"]["reason"] == "it needs a CUDA device, and this is cpu"
     linear = ends(found["timing"])["linear 4096x4096"]
     assert linear["status"] == "ok" and set(linear["cases"]) == {"ok", "skipped"}

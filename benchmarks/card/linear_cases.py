@@ -20,6 +20,8 @@ from peft_kernels.ops import (
     lora_linear_grouped,
     quantize_4bit,
 )
+from peft_kernels.ops.lora_linears import lora_linears_unchecked
+from peft_kernels.ops.projections import Projection
 from peft_kernels.testing.reference.dora_linear import dora_linear as dora_linear_oracle
 from peft_kernels.testing.reference.grouped_linear import grouped_linear as experts_oracle
 from peft_kernels.testing.reference.ia3_linear import ia3_linear as ia3_linear_oracle
@@ -82,8 +84,35 @@ def linear(
     return Case("lora_linear", name, make, tolerance, training, timed)
 
 
+def linears_of_one_x(m: int, features: Sequence[int], k: int, rank: int = 0, dtype: torch.dtype = BF16) -> Case:
+    """Layers of the same x, as queries, keys and values are, in the launches of one; without gradients."""
+
+    def make() -> Problem:
+        weights, each = [weight4bit(n, k, dtype=dtype) for n in features], range(len(features))
+        leaves = {"x": torch.randn(m, k).to(dtype)}
+        for i, n in enumerate(features) if rank else ():
+            leaves |= {f"lora_A{i}": torch.randn(rank, k) / k**0.5, f"lora_B{i}": torch.randn(n, rank) / rank**0.5}
+
+        def adapter(t: Tensors, i: int) -> tuple:
+            return ([t[f"lora_A{i}"]], [t[f"lora_B{i}"]], [2.0]) if rank else ((), (), ())
+
+        def fused(t: Tensors) -> Tensor:
+            layers = [Projection(weights[i], None, *adapter(t, i)) for i in each]
+            return torch.cat(lora_linears_unchecked(t["x"], layers, dtype, dtype), -1)
+
+        def oracle(t: Tensors) -> Tensor:
+            values = [weight.dequantize().double() for weight in weights]
+            return torch.cat([lora_linear_oracle(t["x"], values[i], None, *adapter(t, i)) for i in each], -1)
+
+        return problem(leaves, (m, sum(features)), fused, oracle)
+
+    name = f"M={m} {'+'.join(map(str, features))}x{k} {SHORT[dtype]}" + f" r={rank}" * bool(rank)
+    return Case("lora_linear", name, make, lambda name, out: tolerances.product(dtype, out), training=False)
+
+
 def linears(tiny: bool) -> Iterator[Case]:
     if tiny:
+        yield linears_of_one_x(5, (64, 32, 32), 128, 4)
         yield linear(1, 64, 128)
         yield linear(9, 64, 128, (8,), FP16, "nf4")
         yield linear(40, 64, 128, (16, 4), drop=0.25, bias=True, training=True)
@@ -94,6 +123,9 @@ def linears(tiny: bool) -> Iterator[Case]:
     rows = (1, 2, 5, 8, 9, 16, 24, 32, 33, 48, 64, 65, 100, 128, 160, 200, 256, 300, 512, 1000, 4096)
     for m in rows:
         yield linear(m, 4096, 4096, (16,))
+    for m in (1, 8, 16, 32):
+        yield linears_of_one_x(m, (4096, 1024, 1024), 4096, 16)
+        yield linears_of_one_x(m, (14336, 14336), 4096, dtype=FP16)
     for m in (1, 16, 32, 64, 128, 160, 256, 512):
         yield linear(m, 4096, 4096, training=True)
         yield linear(m, 4096, 4096, (16,), drop=0.05, training=True, bias=True)

@@ -63,6 +63,7 @@ struct LoraTerm {
 
 struct FusedMatmulParams {
     static constexpr int kMaxTerms = 4;
+    static constexpr int kMaxTogether = 4;  // of one launch
 
     const Nf4Weight* weight;  // [n, k]
     bool transposed;
@@ -97,6 +98,14 @@ int64_t fused_matmul_workspace(const FusedMatmulParams& params);
 // Enqueues one kernel, and where partial sums are needed a memset before it, on `stream` (a cudaStream_t) of the
 // current device. Returns a cudaError_t. The operands must not be refused; m, n and k must not be 0.
 int fused_matmul(const FusedMatmulParams& params, void* stream);
+
+// Whether several products can be launched together: they are of the same x, which is of few rows, as many as a launch
+// takes, and of weights of one quant_type.
+bool fused_matmuls_suit(const FusedMatmulParams* products, int count);
+
+// The same products as by `fused_matmul`, bit for bit: one kernel for all whose tiles are of one size, of which there
+// are two, and a memset before it for each that needs partial sums. Only the first of these may overlap what makes s.
+int fused_matmuls(const FusedMatmulParams* products, int count, void* stream);
 
 }  // namespace cuda
 }  // namespace peft_kernels

@@ -12,6 +12,7 @@ from ..integrations.refusal import Refusal
 from ..integrations.registry import Caching, why_not_input
 from ..ops._linear import few_rows
 from ..ops.projections import Projection, Projections, project
+from . import shared_input
 from .guards import ONCE, CannotGuardError, Guard, Reading
 
 
@@ -34,10 +35,13 @@ class Adaptable(Caching):
         raise NotImplementedError
 
     def projected(self, x: Tensor) -> Tensor | None:
-        """The layer's output for a few rows in inference, if it needs no more than a look at what was packed before.
+        """The layer's output in inference, if it is computed with that of other layers; or of few rows on the CPU, if
+        it needs no more than a look at what was packed before.
 
         For one row of a small layer the checks of `lora_linear` take a good part of the call.
         """
+        if (y := shared_input.take(self, x)) is not None:
+            return y
         if not suits_packed(x) or x.shape[-1:] != (self.in_features,) or not few_rows(x):
             return None
         packed = self._packed

@@ -151,6 +151,8 @@ public:
     }
 
 private:
+    friend class LoraLinearsOnCuda;
+
     void add_branch(int first) {
         Branch branch{};
         branch.m = params_.m, branch.n = params_.n, branch.k = params_.k, branch.total_rank = lora_.total_rank;

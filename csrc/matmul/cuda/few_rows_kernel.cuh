@@ -17,6 +17,9 @@
 // With LoRA the kernel may overlap the one that makes s, which at so few tokens leaves most multiprocessors idle: the
 // terms are added behind the main loop, and nothing is written before.
 //
+// Several products of the same x may be one launch, in which the CTAs of one follow those of another: at so few tokens a
+// small weight has too few CTAs to fill the device, and a launch takes as long as some megabytes of codes.
+//
 // Codes and x come by cp.async, into buffers of the warp's own: codes a chunk ahead, x a quarter of one (16 elements of
 // each block). Both are whole sectors of global memory.
 #pragma once
@@ -281,21 +284,41 @@ __device__ bool gather_sums(const FusedMatmulKernelParams& params, typename Trai
     return true;
 }
 
-template <class Traits>
-__global__ void __launch_bounds__(Traits::kThreads, Traits::kTokens == 8 ? 3 : 2)
-    matmul_few_rows_kernel(const __grid_constant__ FusedMatmulKernelParams params) {
-#if __CUDA_ARCH__ >= 800
+// What a launch multiplies: one product, of which all CTAs are; or several, whose CTAs follow one another.
+struct OneProduct {
+    const FusedMatmulKernelParams& params;
+
+    __device__ const float (&codebook() const)[16] { return params.codebook; }
+    __device__ uint32_t block() const { return blockIdx.x; }
+    __device__ uint32_t tiles() const { return gridDim.x / params.splits; }
+    static constexpr bool kMayWait = false;
+};
+struct OneOfSeveral {
+    const FusedMatmulsKernelParams& all;
+    const int index = all.index_of(blockIdx.x);
+    const FusedMatmulKernelParams& params = all.products[index];
+
+    // All have one. That of the first is where each instruction can name it as an operand.
+    __device__ const float (&codebook() const)[16] { return all.products[0].codebook; }
+    __device__ uint32_t block() const { return blockIdx.x - all.first_block(index); }
+    __device__ uint32_t tiles() const { return all.tiles[index]; }
+    static constexpr bool kMayWait = true;  // without terms of its own, for the launch that makes those of another
+};
+
+template <class Traits, class Product>
+__device__ __forceinline__ void multiply_few_rows(const Product& product) {
     constexpr int kWarps = Traits::kWarps;
     extern __shared__ __align__(128) unsigned char memory[];
     typename Traits::Shared& shared = *reinterpret_cast<typename Traits::Shared*>(memory);
+    const FusedMatmulKernelParams& params = product.params;
     const FusedMatmulParams& operands = params.operands;
     // The CTA's tile and its part of the reduction: found before the main loop and again after it, which need not keep
     // them. Tiles of one part are neighbours, since they read the same x.
     const auto find_place = [&] {
-        uint32_t block = blockIdx.x;
+        uint32_t block = product.block();
         keep(block);
         if constexpr (Traits::kIsShared) {
-            const uint32_t tiles = gridDim.x / params.splits;
+            const uint32_t tiles = product.tiles();
             return FewRowsPlace{block % tiles, static_cast<int>(block / tiles)};
         } else {
             return FewRowsPlace{block, 0};
@@ -338,10 +361,10 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kTokens == 8 ? 3 : 2
                 shared.outputs[threadIdx.x + i * Traits::kThreads] = outputs[i];
     }
     table.store(shared.nested_code);
-    if constexpr (Traits::kTable) shared.template fill<Traits::kThreads>(params.codebook);
+    if constexpr (Traits::kTable) shared.template fill<Traits::kThreads>(product.codebook());
     __syncthreads();
     absmax.store(params, shared, table.offset);
-    const PlaneDecoder<typename Traits::T> upper(params.codebook);
+    const PlaneDecoder<typename Traits::T> upper(product.codebook());
     const auto lower = [&] {
         if constexpr (Traits::kTable)
             return TableDecoder<typename Traits::T>(shared);
@@ -390,6 +413,8 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kTokens == 8 ? 3 : 2
     if (operands.num_terms > 0 && place.split == 0) {
         wait_for_last_kernel();
         add_terms<Traits>(params, int64_t{place.tile} * Traits::kRows, tile.sums);
+    } else if constexpr (Product::kMayWait) {
+        wait_for_last_kernel();
     }
 
     // reduce, in the order of the warps
@@ -444,6 +469,24 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kTokens == 8 ? 3 : 2
         if (operands.scale) sum = make_float4(scale.x * sum.x, scale.y * sum.y, scale.z * sum.z, scale.w * sum.w);
         store_four(operands.out, token, column, count, aligned, sum);
     }
+}
+
+template <class Traits>
+constexpr int kFewRowsCtas = Traits::kTokens == 8 ? 3 : 2;  // of a multiprocessor, which registers are to allow
+
+template <class Traits>
+__global__ void __launch_bounds__(Traits::kThreads, kFewRowsCtas<Traits>)
+    matmul_few_rows_kernel(const __grid_constant__ FusedMatmulKernelParams params) {
+#if __CUDA_ARCH__ >= 800
+    multiply_few_rows<Traits>(OneProduct{params});
+#endif
+}
+
+template <class Traits>
+__global__ void __launch_bounds__(Traits::kThreads, kFewRowsCtas<Traits>)
+    matmuls_few_rows_kernel(const __grid_constant__ FusedMatmulsKernelParams params) {
+#if __CUDA_ARCH__ >= 800
+    multiply_few_rows<Traits>(OneOfSeveral{params});
 #endif
 }
 

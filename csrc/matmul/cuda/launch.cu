@@ -8,6 +8,8 @@
 // On an H100 another kernel may make the tiles of 128 and more: see hopper_launch.cu.
 #include <cuda_runtime.h>
 
+#include <algorithm>
+
 #include "common/cuda/device.h"
 #include "common/cuda/launch.cuh"
 #include "matmul/cuda/few_rows_kernel.cuh"
@@ -35,22 +37,43 @@ Problem plan_of(const FusedMatmulParams& params, DeviceProperties device) {
 // Two counters for each tile, to a multiple of 16 bytes.
 int64_t bytes_of_arrivals(const FusedMatmulPlan& plan) { return plan.splits > 1 ? ceil_div(plan.tiles, 2) * 16 : 0; }
 
+FusedMatmulKernelParams planned_params_of(const FusedMatmulParams& params, const Problem& problem) {
+    FusedMatmulKernelParams kernel_params = kernel_params_of(params, problem.outputs, problem.reduction);
+    kernel_params.tiles_m = ceil_div(params.m, problem.plan.tile_m);
+    kernel_params.splits = problem.plan.splits;
+    kernel_params.split_steps = static_cast<int32_t>(problem.plan.split_steps);
+    kernel_params.absmax_fours =
+        params.weight->log2_blocksize == 6 && params.weight->k % 256 == 0 && has_absmax_fours(params.weight->absmax);
+    kernel_params.arrivals = static_cast<uint32_t*>(params.workspace);
+    kernel_params.partial_sums =
+        reinterpret_cast<float*>(static_cast<char*>(params.workspace) + bytes_of_arrivals(problem.plan));
+    return kernel_params;
+}
+
 int clear_arrivals(const FusedMatmulKernelParams& params, const FusedMatmulPlan& plan, cudaStream_t stream) {
     if (plan.splits == 1) return cudaSuccess;
     return cudaMemsetAsync(params.arrivals, 0, bytes_of_arrivals(plan), stream);
 }
 
-template <class T, int kTokens, int kRows = few_rows_outputs(kTokens), bool kTable = false>
+// Calls body(traits) with those of the kernel of few rows.
+template <class T, class Body>
+int dispatch_few_rows(const FusedMatmulPlan& plan, const Body& body) {
+    if (plan.tile_m == 8) return body(FewRowsTraits<T, 8, few_rows_outputs(8)>{});
+    if (plan.tile_m == 32) return body(FewRowsTraits<T, 32, few_rows_outputs(32)>{});
+    if (plan.table) return body(FewRowsTraits<T, kWideTokens, kWideOutputs, true>{});
+    if (plan.tile_n == kWideOutputs) return body(FewRowsTraits<T, kWideTokens, kWideOutputs>{});
+    return body(FewRowsTraits<T, 16, few_rows_outputs(16)>{});
+}
+
+template <class T>
 int launch_few_rows(const FusedMatmulKernelParams& params, const FusedMatmulPlan& plan, cudaStream_t stream) {
-    if constexpr (kTokens == kWideTokens && kRows != kWideOutputs) {
-        if (plan.table) return launch_few_rows<T, kTokens, kWideOutputs, true>(params, plan, stream);
-        if (plan.tile_n == kWideOutputs) return launch_few_rows<T, kTokens, kWideOutputs>(params, plan, stream);
-    }
-    using Traits = FewRowsTraits<T, kTokens, kRows, kTable>;
     if (const int error = clear_arrivals(params, plan, stream)) return error;
     const bool overlaps = params.operands.overlaps && params.operands.num_terms > 0 && plan.splits == 1;
-    return launch_kernel(&matmul_few_rows_kernel<Traits>, static_cast<unsigned>(plan.tiles * plan.splits),
-                         Traits::kThreads, sizeof(typename Traits::Shared), params, stream, overlaps);
+    return dispatch_few_rows<T>(plan, [&](auto traits) {
+        using Traits = decltype(traits);
+        return launch_kernel(&matmul_few_rows_kernel<Traits>, static_cast<unsigned>(plan.tiles * plan.splits),
+                             Traits::kThreads, sizeof(typename Traits::Shared), params, stream, overlaps);
+    });
 }
 
 template <class T, int kTileM, bool kTransposed>
@@ -68,13 +91,52 @@ int launch(const FusedMatmulKernelParams& params, const FusedMatmulPlan& plan, c
         return launch_many_rows<T, 128, true>(params, plan, stream);
     }
     switch (plan.tile_m) {
-        case 8: return launch_few_rows<T, 8>(params, plan, stream);
-        case 16: return launch_few_rows<T, 16>(params, plan, stream);
-        case 32: return launch_few_rows<T, 32>(params, plan, stream);
+        case 8:
+        case 16:
+        case 32: return launch_few_rows<T>(params, plan, stream);
         case 64: return launch_many_rows<T, 64, false>(params, plan, stream);
         case 128: return launch_many_rows<T, 128, false>(params, plan, stream);
         default: return launch_many_rows<T, 256, false>(params, plan, stream);
     }
+}
+
+// The products whose tiles have `tile_n` outputs, if there are any.
+template <class T>
+int launch_together(const FusedMatmulParams* products, int count, int tile_n, bool overlaps,
+                    const DeviceProperties& device, cudaStream_t stream) {
+    FusedMatmulsKernelParams params{};
+    FusedMatmulPlan plan{};
+    uint32_t blocks = 0;
+    int chosen = 0;
+    bool has_terms = false;
+    for (int i = 0; i < count; ++i) {
+        const Problem problem = plan_of(products[i], device);
+        if (problem.plan.tile_n != tile_n) continue;
+        plan = problem.plan;
+        params.products[chosen] = planned_params_of(products[i], problem);
+        if (const int error = clear_arrivals(params.products[chosen], plan, stream)) return error;
+        overlaps &= plan.splits == 1;
+        has_terms |= products[i].num_terms > 0;
+        params.tiles[chosen] = static_cast<uint32_t>(plan.tiles);
+        blocks += static_cast<uint32_t>(plan.tiles * plan.splits);
+        params.end_blocks[chosen++] = blocks;
+    }
+    if (chosen == 0) return cudaSuccess;
+    for (int i = chosen; i < FusedMatmulParams::kMaxTogether; ++i) params.end_blocks[i] = blocks;
+    return dispatch_few_rows<T>(plan, [&](auto traits) {
+        using Traits = decltype(traits);
+        return launch_kernel(&matmuls_few_rows_kernel<Traits>, blocks, Traits::kThreads,
+                             sizeof(typename Traits::Shared), params, stream, overlaps && has_terms);
+    });
+}
+
+template <class T>
+int launch_together(const FusedMatmulParams* products, int count, const DeviceProperties& device, cudaStream_t stream) {
+    const int tile_n = plan_of(products[0], device).plan.tile_n;
+    if (const int error = launch_together<T>(products, count, tile_n, products[0].overlaps, device, stream))
+        return error;
+    const int other = tile_n == kWideOutputs ? few_rows_outputs(kWideTokens) : kWideOutputs;
+    return launch_together<T>(products, count, other, false, device, stream);
 }
 
 }  // namespace
@@ -114,16 +176,7 @@ int fused_matmul(const FusedMatmulParams& params, void* stream_handle) {
     DeviceProperties device{};
     if (const int error = query_device(device)) return error;
     const Problem problem = plan_of(params, device);
-    FusedMatmulKernelParams kernel_params = kernel_params_of(params, problem.outputs, problem.reduction);
-    kernel_params.tiles_m = ceil_div(params.m, problem.plan.tile_m);
-    kernel_params.splits = problem.plan.splits;
-    kernel_params.split_steps = static_cast<int32_t>(problem.plan.split_steps);
-    kernel_params.absmax_fours =
-        params.weight->log2_blocksize == 6 && params.weight->k % 256 == 0 && has_absmax_fours(params.weight->absmax);
-    kernel_params.arrivals = static_cast<uint32_t*>(params.workspace);
-    kernel_params.partial_sums =
-        reinterpret_cast<float*>(static_cast<char*>(params.workspace) + bytes_of_arrivals(problem.plan));
-
+    const FusedMatmulKernelParams kernel_params = planned_params_of(params, problem);
     const cudaStream_t stream = static_cast<cudaStream_t>(stream_handle);
 #if defined(PEFT_KERNELS_SM90A)
     if (problem.plan.wgmma) {
@@ -133,6 +186,23 @@ int fused_matmul(const FusedMatmulParams& params, void* stream_handle) {
 #endif
     if (params.x.dtype == DType::kBFloat16) return launch<__nv_bfloat16>(kernel_params, problem.plan, stream);
     return launch<__half>(kernel_params, problem.plan, stream);
+}
+
+bool fused_matmuls_suit(const FusedMatmulParams* products, int count) {
+    if (count < 1 || count > FusedMatmulParams::kMaxTogether) return false;
+    return std::all_of(products, products + count, [&](const FusedMatmulParams& product) {
+        return takes_few_rows(product.m, product.transposed) && product.m == products->m &&
+               product.x.data == products->x.data && product.x.dtype == products->x.dtype &&
+               product.weight->quant_type == products->weight->quant_type;
+    });
+}
+
+int fused_matmuls(const FusedMatmulParams* products, int count, void* stream_handle) {
+    DeviceProperties device{};
+    if (const int error = query_device(device)) return error;
+    const cudaStream_t stream = static_cast<cudaStream_t>(stream_handle);
+    if (products->x.dtype == DType::kBFloat16) return launch_together<__nv_bfloat16>(products, count, device, stream);
+    return launch_together<__half>(products, count, device, stream);
 }
 
 }  // namespace peft_kernels::cuda

@@ -22,6 +22,22 @@ struct FusedMatmulKernelParams {
     uint32_t* arrivals;          // [tiles, 2], zeros: CTAs that have their sums, and that have written them
 };
 
+// Products of the same x, of one quant_type and one size of tiles.
+struct FusedMatmulsKernelParams {
+    FusedMatmulKernelParams products[FusedMatmulParams::kMaxTogether];
+    uint32_t tiles[FusedMatmulParams::kMaxTogether];       // of out
+    uint32_t end_blocks[FusedMatmulParams::kMaxTogether];  // the CTAs of each and of those before it
+
+    __device__ int index_of(uint32_t block) const {
+        int index = 0;
+#pragma unroll
+        for (int i = 0; i < FusedMatmulParams::kMaxTogether - 1; ++i) index += block >= end_blocks[i];
+        return index;
+    }
+    __device__ uint32_t first_block(int index) const { return index > 0 ? end_blocks[index - 1] : 0; }
+};
+static_assert(sizeof(FusedMatmulsKernelParams) <= 4096);  // for which the parameters of a kernel have room
+
 // A barrier of all threads of a CTA.
 struct WholeCta {
     __device__ void operator()() const { __syncthreads(); }

@@ -17,6 +17,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import prepare_padding_mask, sdpa_mask
 
 from ...cuda import why_not
+from ...inference.shared_input import is_worthwhile, sharing
 from ...ops._arguments import FLOAT_DTYPES
 from ...ops._attention_by_torch import inputs_of_torch
 from ...ops.attention import ia3_attention
@@ -233,10 +234,19 @@ class FusedAttention(Lookalike):
     projections: ClassVar[tuple[str, ...]] = ()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if not self._may_scale(args, kwargs):
-            return super().__call__(*args, **kwargs)
-        with deferred(self, [self._modules[name] for name in self.projections]):
-            return super().__call__(*args, **kwargs)
+        if self._may_scale(args, kwargs):
+            with deferred(self, [self._modules[name] for name in self.projections]):
+                return super().__call__(*args, **kwargs)
+        if self._may_share(args, kwargs):
+            names = self.projections if len(self.projections) == 3 else FusedOPTAttention.projections
+            with sharing([self._modules.get(name) for name in names]):
+                return super().__call__(*args, **kwargs)
+        return super().__call__(*args, **kwargs)
+
+    def _may_share(self, args: Any, kwargs: Any) -> bool:
+        """Whether in this call queries, keys and values are of the same x, and may be computed together."""
+        x = args[0] if args else kwargs.get("hidden_states")
+        return is_worthwhile(x) and not _is_cross(self) and kwargs.get("key_value_states") is None
 
     def _may_scale(self, args: Any, kwargs: Any) -> bool:
         """Whether this call may apply the (IA)³ vectors of its projections: see `deferred_scales`."""

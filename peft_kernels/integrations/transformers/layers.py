@@ -12,6 +12,7 @@ from transformers.activations import FastGELUActivation, GELUActivation, GELUTan
 
 from ...cuda import why_not
 from ...inference.guards import parameter
+from ...inference.shared_input import is_worthwhile, sharing
 from ...ops._arguments import FLOAT_DTYPES
 from ...ops.glu import glu
 from ...ops.rms_norm import rms_norm
@@ -120,7 +121,7 @@ class FusedGatedMLP(Lookalike):
         return of_down._replace(layer=layer, width=2 * of_down.width // len(self.up_names), weight=None)
 
     def forward(self, x: Tensor) -> Tensor:
-        projected = [self._modules[name](x) for name in self.up_names]
+        projected = self._projected(x)
         gate, up = projected if len(projected) == 2 else projected[0].chunk(2, dim=-1)
         act_fn = self._activation()
         if not self.stock_is_faster(projected[0]):
@@ -132,6 +133,13 @@ class FusedGatedMLP(Lookalike):
                 return self._down(glu(gate, up, activation))
             self.log_stock_path(reason)
         return self._down(act_fn(gate) * up)
+
+    def _projected(self, x: Tensor) -> list[Tensor]:
+        layers = [self._modules[name] for name in self.up_names]
+        if len(layers) == 1 or not is_worthwhile(x):
+            return [layer(x) for layer in layers]
+        with sharing(layers):
+            return [layer(x) for layer in layers]
 
     def _activation(self) -> nn.Module:
         activation: nn.Module = self._modules[self.act_name]

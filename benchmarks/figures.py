@@ -269,10 +269,18 @@ def costs(machine: str) -> str:
     return compared(demo_of(f"{machine}/demo_adapters")["costs"], "plain PyTorch", "fused")
 
 
+def methods(machine: str) -> str:
+    lines = [["", "trained", "loss", "a step", "peak memory", "file"]]
+    for row in demo_of(f"{machine}/demo_methods")["methods"]:
+        memory, file = (f"{float(f'{row[name]:.3g}'):g} MB" for name in ("memory_mb", "file_mb"))
+        lines.append([row["name"], f"{row['share']:.3%}", f"{row['loss']:.3f}", duration(row["seconds"]), memory, file])
+    return markdown(lines)
+
+
 TABLES: dict[str, Callable[[str], Table | str]] = {
     function.__name__: function
     for function in (model, model_fp32, architectures, lora_linear, lora_linear_fp32, other_linear, surroundings,
-                     experts, train_many, demo, differences, accuracies, costs)
+                     experts, train_many, demo, differences, accuracies, costs, methods)
 }  # fmt: skip
 
 

@@ -174,6 +174,7 @@ def count(
     weights = shape.n * shape.k / (small.n * small.k)
     columns = {"lora_shrink": shape.k / small.k, "lora_expand": shape.n / small.n, "lora_dy_pass": shape.n / small.n,
                "lora_x_pass": shape.k / small.k, "lora_sum_parts": shape.k / small.k}  # fmt: skip
+    s_bytes = sum(each["unique_bytes_written"] for each in records if plain_name(each) == "lora_shrink")
     result = []
     for record in records:
         name, kernel = record["kernel"], plain_name(record)
@@ -181,9 +182,9 @@ def count(
         registers = used[name].registers if name in used else 0
         counts = Counts.of(record, scale, ctas.get(name) or ceil(scale * prod(record["grid"])), registers)
         if kernel.startswith("matmul_"):
-            # DRAM delivers the weight once for all rows, and has x and y, which are not of the weight's size.
-            weight_bytes = report.compulsory_bytes(record) - small.activations()
-            counts = replace(counts, dram=weights * weight_bytes + shape.activations())
+            # DRAM delivers the weight once for all rows; x, y and s are not of its size.
+            weight_bytes = report.compulsory_bytes(record) - small.activations() - s_bytes
+            counts = replace(counts, dram=weights * weight_bytes + shape.activations() + rows * s_bytes)
         result.append(counts)
     return result
 

@@ -54,14 +54,14 @@ def test_roofline_is_a_model(monkeypatch, capsys):
 
 
 def test_roofline_takes_activations_once():
-    """Eight times as many rows of the weight as are counted read eight times its bytes, but no more of x."""
+    """Eight times as many rows of the weight as are counted are eight times its bytes, but no more of x and s."""
     if reason := ptx_emulator.missing():
         pytest.skip(reason)
-    m, n, k, rank = 32, 1024, 256, 16
+    m, n, k, rank = 32, 1024, 64, 16
     launches = roofline.count(roofline.Shape(m, n, k, rank), "sm_80", False, 0.0, {})
     (product,) = (launch for launch in launches if launch.kernel == "matmul_few_rows")
     weight, lora = n * k * (1 / 2 + 4 / 64), 4 * rank * (n + m)
-    assert product.dram == pytest.approx(weight + lora + 2 * m * (n + k), rel=0.03)
+    assert product.dram == pytest.approx(weight + lora + 2 * m * (n + k), rel=0.01)
 
 
 def test_roofline_of_one_resource():

@@ -140,9 +140,7 @@ class Shape:
         return 2 * self.m * (self.n + self.k)
 
 
-def launch(
-    shape: Shape, card: str, backward: bool, dropout: float, multiprocessors: int | None = None
-) -> list[dict]:
+def launch(shape: Shape, card: str, backward: bool, dropout: float, multiprocessors: int | None = None) -> list[dict]:
     """The launches of a forward, or of a backward, in bf16 with fp32 adapters on an NF4 weight."""
     torch.manual_seed(0)
     weight = quantize_4bit(torch.randn(shape.n, shape.k, dtype=torch.bfloat16))

@@ -81,17 +81,6 @@ def test_overlaps_the_shrink(emulated, profile):
         assert [launch["overlaps"] for launch in native().take_records()] == [False, profile == "sm_90"]
 
 
-def test_two_sizes_of_tiles(emulated):
-    """Of 64 rows of the weight where it has enough of them, and of 16."""
-    x = torch.randn(9, 64).bfloat16()
-    projections = [make_projection(n, 64, torch.bfloat16, ranks=(2,)) for n in (16, 10390, 40)]
-    ys = lora_linears_unchecked(x, projections, x.dtype, x.dtype)
-    names = emulated()
-    assert ["Li64E" in name for name in names if "matmuls_few_rows" in name] == [False, True]
-    for y, wanted in zip(ys, one_by_one(x, projections, x.dtype), strict=True):
-        assert torch.equal(y, wanted)
-
-
 def test_says_why_one_by_one(emulated, monkeypatch, capfd):
     monkeypatch.setenv("PEFT_KERNELS_PRINT_PLANS", "1")
     x, (first, second, _), compute_dtype = make("one-row")
@@ -108,6 +97,9 @@ def test_says_why_one_by_one(emulated, monkeypatch, capfd):
             x, [first, many], compute_dtype
         ),
         "one by one (there are more than 4)": (x, [second] * 5, compute_dtype),
+        "m=9 n=16, 10390 k=64: one by one (one has outputs enough to fill the device)": (
+            torch.randn(9, 64).bfloat16(), [make_projection(n, 64, torch.bfloat16) for n in (16, 10390)], x.dtype
+        ),
     }  # fmt: skip
     for given, layers, dtype in calls.values():
         ys = lora_linears_unchecked(given, layers, dtype, given.dtype)

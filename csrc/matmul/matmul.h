@@ -99,12 +99,11 @@ int64_t fused_matmul_workspace(const FusedMatmulParams& params);
 // current device. Returns a cudaError_t. The operands must not be refused; m, n and k must not be 0.
 int fused_matmul(const FusedMatmulParams& params, void* stream);
 
-// Whether several products can be launched together: they are of the same x, which is of few rows, as many as a launch
-// takes, and of weights of one quant_type.
-bool fused_matmuls_suit(const FusedMatmulParams* products, int count);
+// Why no kernel makes these products together, up to kMaxTogether of the same few rows of x, of which none is refused;
+// null if one does.
+const char* fused_matmuls_refusal(const FusedMatmulParams* products, int count);
 
-// The same products as by `fused_matmul`, bit for bit: one kernel for all whose tiles are of one size, of which there
-// are two, and a memset before it for each that needs partial sums. Only the first of these may overlap what makes s.
+// Enqueues the kernel that makes all of them, each to the bits that `fused_matmul` gives.
 int fused_matmuls(const FusedMatmulParams* products, int count, void* stream);
 
 }  // namespace cuda

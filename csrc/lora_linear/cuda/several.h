@@ -54,9 +54,7 @@ private:
             if (const char* reason = add_branches(layer, plan.shrink)) return reason;
             products_.push_back(product);
         }
-        return cuda::fused_matmuls_suit(products_.data(), static_cast<int>(products_.size()))
-                   ? nullptr
-                   : "one is of another quant_type";
+        return cuda::fused_matmuls_refusal(products_.data(), static_cast<int>(products_.size()));
     }
 
     // Adapters of one layer behind those of the layers before it. Their columns of s begin at an even one, so that
@@ -84,15 +82,10 @@ private:
         shrink.plan.ranks = group_ranks(branch_);
         if (branch_.num_adapters > 0) check_cuda(cuda::lora_shrink(shrink, scope_.stream()), "the shrink");
 
-        Tensors workspaces;
         for (size_t i = 0; i < products_.size(); ++i) {
             FusedMatmulParams& product = products_[i];
             if (product.num_terms > 0) product.s = {shrink.s + columns_[i], size, shrink_.splits};
             product.total_rank = branch_.total_rank;
-            if (const int64_t bytes = cuda::fused_matmul_workspace(product)) {
-                workspaces.push_back(any.floats(ceil_div(bytes, 4)));
-                product.workspace = workspaces.back().mutable_data_ptr();
-            }
         }
         check_cuda(cuda::fused_matmuls(products_.data(), static_cast<int>(products_.size()), scope_.stream()),
                    "the base products");

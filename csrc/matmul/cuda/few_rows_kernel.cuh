@@ -290,7 +290,6 @@ struct OneProduct {
 
     __device__ const float (&codebook() const)[16] { return params.codebook; }
     __device__ uint32_t block() const { return blockIdx.x; }
-    __device__ uint32_t tiles() const { return gridDim.x / params.splits; }
     static constexpr bool kMayWait = false;
 };
 struct OneOfSeveral {
@@ -301,7 +300,6 @@ struct OneOfSeveral {
     // All have one. That of the first is where each instruction can name it as an operand.
     __device__ const float (&codebook() const)[16] { return all.products[0].codebook; }
     __device__ uint32_t block() const { return blockIdx.x - all.first_block(index); }
-    __device__ uint32_t tiles() const { return all.tiles[index]; }
     static constexpr bool kMayWait = true;  // without terms of its own, for the launch that makes those of another
 };
 
@@ -318,7 +316,7 @@ __device__ __forceinline__ void multiply_few_rows(const Product& product) {
         uint32_t block = product.block();
         keep(block);
         if constexpr (Traits::kIsShared) {
-            const uint32_t tiles = product.tiles();
+            const uint32_t tiles = gridDim.x / params.splits;
             return FewRowsPlace{block % tiles, static_cast<int>(block / tiles)};
         } else {
             return FewRowsPlace{block, 0};

@@ -2,13 +2,12 @@
 //
 //                           tokens of a tile
 //   few rows                8, 16, 32    16 with 64 rows of the weight as well, with a table of pairs or without
+//   few rows, of several    8, 16, 32
 //   many rows               64, 128, 256
 //   many rows, transposed   64, 128       each for __nv_bfloat16 and __half
 //
 // On an H100 another kernel may make the tiles of 128 and more: see hopper_launch.cu.
 #include <cuda_runtime.h>
-
-#include <algorithm>
 
 #include "common/cuda/device.h"
 #include "common/cuda/launch.cuh"
@@ -55,25 +54,28 @@ int clear_arrivals(const FusedMatmulKernelParams& params, const FusedMatmulPlan&
     return cudaMemsetAsync(params.arrivals, 0, bytes_of_arrivals(plan), stream);
 }
 
-// Calls body(traits) with those of the kernel of few rows.
+// Calls body(traits) with those of tiles of so many tokens, whose rows of the weight follow from them.
 template <class T, class Body>
-int dispatch_few_rows(const FusedMatmulPlan& plan, const Body& body) {
-    if (plan.tile_m == 8) return body(FewRowsTraits<T, 8, few_rows_outputs(8)>{});
-    if (plan.tile_m == 32) return body(FewRowsTraits<T, 32, few_rows_outputs(32)>{});
-    if (plan.table) return body(FewRowsTraits<T, kWideTokens, kWideOutputs, true>{});
-    if (plan.tile_n == kWideOutputs) return body(FewRowsTraits<T, kWideTokens, kWideOutputs>{});
-    return body(FewRowsTraits<T, 16, few_rows_outputs(16)>{});
+int dispatch_tokens(int tokens, const Body& body) {
+    switch (tokens) {
+        case 8: return body(FewRowsTraits<T, 8, few_rows_outputs(8)>{});
+        case 16: return body(FewRowsTraits<T, 16, few_rows_outputs(16)>{});
+        default: return body(FewRowsTraits<T, 32, few_rows_outputs(32)>{});
+    }
 }
 
 template <class T>
 int launch_few_rows(const FusedMatmulKernelParams& params, const FusedMatmulPlan& plan, cudaStream_t stream) {
     if (const int error = clear_arrivals(params, plan, stream)) return error;
     const bool overlaps = params.operands.overlaps && params.operands.num_terms > 0 && plan.splits == 1;
-    return dispatch_few_rows<T>(plan, [&](auto traits) {
+    const auto launch = [&](auto traits) {
         using Traits = decltype(traits);
         return launch_kernel(&matmul_few_rows_kernel<Traits>, static_cast<unsigned>(plan.tiles * plan.splits),
                              Traits::kThreads, sizeof(typename Traits::Shared), params, stream, overlaps);
-    });
+    };
+    if (plan.table) return launch(FewRowsTraits<T, kWideTokens, kWideOutputs, true>{});
+    if (plan.tile_n == kWideOutputs) return launch(FewRowsTraits<T, kWideTokens, kWideOutputs>{});
+    return dispatch_tokens<T>(plan.tile_m, launch);
 }
 
 template <class T, int kTileM, bool kTransposed>
@@ -100,43 +102,25 @@ int launch(const FusedMatmulKernelParams& params, const FusedMatmulPlan& plan, c
     }
 }
 
-// The products whose tiles have `tile_n` outputs, if there are any.
-template <class T>
-int launch_together(const FusedMatmulParams* products, int count, int tile_n, bool overlaps,
-                    const DeviceProperties& device, cudaStream_t stream) {
-    FusedMatmulsKernelParams params{};
-    FusedMatmulPlan plan{};
-    uint32_t blocks = 0;
-    int chosen = 0;
-    bool has_terms = false;
-    for (int i = 0; i < count; ++i) {
-        const Problem problem = plan_of(products[i], device);
-        if (problem.plan.tile_n != tile_n) continue;
-        plan = problem.plan;
-        params.products[chosen] = planned_params_of(products[i], problem);
-        if (const int error = clear_arrivals(params.products[chosen], plan, stream)) return error;
-        overlaps &= plan.splits == 1;
-        has_terms |= products[i].num_terms > 0;
-        params.tiles[chosen] = static_cast<uint32_t>(plan.tiles);
-        blocks += static_cast<uint32_t>(plan.tiles * plan.splits);
-        params.end_blocks[chosen++] = blocks;
-    }
-    if (chosen == 0) return cudaSuccess;
-    for (int i = chosen; i < FusedMatmulParams::kMaxTogether; ++i) params.end_blocks[i] = blocks;
-    return dispatch_few_rows<T>(plan, [&](auto traits) {
-        using Traits = decltype(traits);
-        return launch_kernel(&matmuls_few_rows_kernel<Traits>, blocks, Traits::kThreads,
-                             sizeof(typename Traits::Shared), params, stream, overlaps && has_terms);
-    });
-}
-
 template <class T>
 int launch_together(const FusedMatmulParams* products, int count, const DeviceProperties& device, cudaStream_t stream) {
-    const int tile_n = plan_of(products[0], device).plan.tile_n;
-    if (const int error = launch_together<T>(products, count, tile_n, products[0].overlaps, device, stream))
-        return error;
-    const int other = tile_n == kWideOutputs ? few_rows_outputs(kWideTokens) : kWideOutputs;
-    return launch_together<T>(products, count, other, false, device, stream);
+    FusedMatmulsKernelParams params{};
+    uint32_t blocks = 0;
+    bool has_terms = false;
+    for (int i = 0; i < FusedMatmulParams::kMaxTogether; ++i) {
+        if (i < count) {
+            const Problem problem = plan_of(products[i], device);
+            params.products[i] = planned_params_of(products[i], problem);
+            blocks += static_cast<uint32_t>(problem.plan.tiles);
+            has_terms |= products[i].num_terms > 0;
+        }
+        params.end_blocks[i] = blocks;
+    }
+    return dispatch_tokens<T>(plan_of(products[0], device).plan.tile_m, [&](auto traits) {
+        using Traits = decltype(traits);
+        return launch_kernel(&matmuls_few_rows_kernel<Traits>, blocks, Traits::kThreads,
+                             sizeof(typename Traits::Shared), params, stream, products[0].overlaps && has_terms);
+    });
 }
 
 }  // namespace
@@ -188,13 +172,14 @@ int fused_matmul(const FusedMatmulParams& params, void* stream_handle) {
     return launch<__half>(kernel_params, problem.plan, stream);
 }
 
-bool fused_matmuls_suit(const FusedMatmulParams* products, int count) {
-    if (count < 1 || count > FusedMatmulParams::kMaxTogether) return false;
-    return std::all_of(products, products + count, [&](const FusedMatmulParams& product) {
-        return takes_few_rows(product.m, product.transposed) && product.m == products->m &&
-               product.x.data == products->x.data && product.x.dtype == products->x.dtype &&
-               product.weight->quant_type == products->weight->quant_type;
-    });
+const char* fused_matmuls_refusal(const FusedMatmulParams* products, int count) {
+    DeviceProperties device{};
+    if (query_device(device) != cudaSuccess) return nullptr;  // the launch will tell
+    for (const FusedMatmulParams* product = products; product != products + count; ++product) {
+        if (product->weight->quant_type != products->weight->quant_type) return "one is of another quant_type";
+        if (plan_of(*product, device).plan.tile_n == kWideOutputs) return "one has outputs enough to fill the device";
+    }
+    return nullptr;
 }
 
 int fused_matmuls(const FusedMatmulParams* products, int count, void* stream_handle) {

@@ -22,10 +22,9 @@ struct FusedMatmulKernelParams {
     uint32_t* arrivals;          // [tiles, 2], zeros: CTAs that have their sums, and that have written them
 };
 
-// Products of the same x, of one quant_type and one size of tiles.
+// Products of the same x, of one quant_type; none is split.
 struct FusedMatmulsKernelParams {
     FusedMatmulKernelParams products[FusedMatmulParams::kMaxTogether];
-    uint32_t tiles[FusedMatmulParams::kMaxTogether];       // of out
     uint32_t end_blocks[FusedMatmulParams::kMaxTogether];  // the CTAs of each and of those before it
 
     __device__ int index_of(uint32_t block) const {

@@ -1,9 +1,9 @@
 // Several lora_linears of the same x on a GPU: the projections of an attention layer, or the two of a gated block.
 //
 // Of few rows, as a decoding model has them, a launch is short: of one row and 4096 x 1024 weights the codes take an
-// H100 a microsecond, less than the launch itself, and the shrink has fewer CTAs than the device has multiprocessors. So
-// all layers share two launches: a shrink, whose adapters are those of all layers, and a product, whose CTAs are. The
-// results are those of one layer after another, bit for bit: each has the plan that it has alone.
+// H100 a microsecond, less than the launch itself, and the shrink has fewer CTAs than the device has multiprocessors.
+// So all layers share two launches: a shrink, whose adapters are those of all layers, and a product, whose CTAs are.
+// The results are those of one layer after another, bit for bit: each has the plan that it has alone.
 #pragma once
 
 #include <deque>

@@ -17,8 +17,8 @@
 // With LoRA the kernel may overlap the one that makes s, which at so few tokens leaves most multiprocessors idle: the
 // terms are added behind the main loop, and nothing is written before.
 //
-// Several products of the same x may be one launch, in which the CTAs of one follow those of another: at so few tokens a
-// small weight has too few CTAs to fill the device, and a launch takes as long as some megabytes of codes.
+// Several products of the same x may be one launch, in which the CTAs of one follow those of another: at so few tokens
+// a small weight has too few CTAs to fill the device, and a launch takes as long as some megabytes of codes.
 //
 // Codes and x come by cp.async, into buffers of the warp's own: codes a chunk ahead, x a quarter of one (16 elements of
 // each block). Both are whole sectors of global memory.

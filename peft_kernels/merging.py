@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from rich.table import Table
 from torch import Tensor, nn
 
-from .ops._arguments import is_number, refuse
+from .ops._arguments import bad, is_number, refuse
 from .printing import PrintedReport, starred
 
 if TYPE_CHECKING:
@@ -176,18 +176,22 @@ def load_corrections(model: nn.Module, state: Mapping[str, Tensor] | str | os.Pa
     """
     if isinstance(state, (str, os.PathLike)):
         state = _corrections_in(Path(state))
+    if not isinstance(state, Mapping):
+        bad("state", state, "a state_dict or a folder")
     found: list[tuple[Fused4bit, tuple[Tensor, Tensor]]] = []
     modules: dict[str, Any] = dict(model.named_modules())
     for key, a in state.items():
-        name, _, last = key.rpartition(".")
+        name, _, last = str(key).rpartition(".")
         if last != "correction_A":
             continue
-        layer, b = modules.get(name), state.get(f"{name}.correction_B")
+        layer = modules.get(name)
+        b: Any = state.get(f"{name}.correction_B")
         if not hasattr(layer, "set_correction"):
             refuse("model", f"no fused 4-bit layer {name!r}", "an accelerated model with the layers of the state")
         n, k = layer.nf4_weight().shape  # type: ignore[union-attr]
-        if b is None or a.dim() != 2 or a.shape[1] != k or b.shape != (n, a.shape[0]):
-            shapes = list(a.shape), None if b is None else list(b.shape)
+        shapes: list[Any] = [list(it.shape) if isinstance(it, Tensor) else it for it in (a, b)]
+        rank = shapes[0][0] if isinstance(a, Tensor) and a.dim() == 2 else 0
+        if shapes != [[rank, k], [n, rank]]:
             refuse("state", f"{shapes[0]} and {shapes[1]} for {name!r}", f"[r, {k}] and [{n}, r]")
         device = layer.weight.device  # type: ignore[union-attr]
         found.append((layer, (a.to(device), b.to(device))))  # type: ignore[arg-type]

@@ -15,7 +15,7 @@ from .adapters import adapter_rows
 from .adapters.hooks import one_of
 from .cuda import why_not
 from .integrations.rows import adapter_parameters
-from .ops._arguments import is_number
+from .ops._arguments import is_number, refuse
 from .ops.cross_entropy import cross_entropy
 from .rows import BASE
 
@@ -56,6 +56,26 @@ def causal_lm_losses(outputs: Any, labels: Tensor) -> tuple[Tensor, Tensor]:
     return losses, targets != IGNORED
 
 
+def _check_types(settings: Any, optimizer: Any, token_losses: Any) -> None:
+    """Refuses what would fail without naming the argument, in part only after a backward."""
+    if not (isinstance(settings, Mapping) and all(isinstance(own, AdapterSettings) for own in settings.values())):
+        refuse("settings", repr(settings), "AdapterSettings by the names of adapters")
+    for name, value in (("optimizer", optimizer), ("token_losses", token_losses)):
+        if not callable(value):
+            refuse(name, repr(value), "a callable")
+
+
+def _check_numbers(name: str, own: AdapterSettings) -> None:
+    if not (is_number(own.loss_scale) and (own.max_norm is None or is_number(own.max_norm))):
+        refuse("settings", f"{own} for {name!r}", "numbers for loss_scale and max_norm")
+    if own.max_norm is not None and own.max_norm < 0:  # which would turn the gradient round
+        refuse("settings", f"{own} for {name!r}", "a max_norm of at least 0")
+    if not all(isinstance(value, Tensor) or is_number(value) for value in (own.lr, own.weight_decay)):
+        refuse("settings", f"{own} for {name!r}", "numbers for lr and weight_decay")
+    if own.schedule is not None and not callable(own.schedule):
+        refuse("settings", f"{own} for {name!r}", "a callable, or None, for schedule")
+
+
 class AdapterTrainer:
     """Trains several adapters of an accelerated PEFT model in the same batches, each as if it were trained alone.
 
@@ -82,7 +102,7 @@ class AdapterTrainer:
 
     Raises:
         TypeError: `model` is not a module.
-        ValueError: no adapter has one of the names; a number does not fit.
+        ValueError: no adapter has one of the names; a number does not fit; an argument is of another type.
     """
 
     def __init__(
@@ -93,13 +113,13 @@ class AdapterTrainer:
         token_losses: TokenLosses = causal_lm_losses,
     ) -> None:
         found = adapter_parameters(model)
+        _check_types(settings, optimizer, token_losses)
         if not settings:
             raise ValueError("settings: got none, wanted those of one adapter or more")
         for name, own in settings.items():
             if name not in found:
                 raise ValueError(f"settings: got {name!r}, wanted {one_of(sorted(found))}")
-            if not (is_number(own.loss_scale) and (own.max_norm is None or is_number(own.max_norm))):
-                raise ValueError(f"settings: got {own} for {name!r}, wanted numbers for loss_scale and max_norm")
+            _check_numbers(name, own)
         self.model, self.settings, self.token_losses = model, dict(settings), token_losses
         groups = [
             {"params": found[name], "lr": own.lr, "weight_decay": own.weight_decay, **own.options, "name": name,

@@ -142,6 +142,9 @@ def test_not_a_module(call):
 @pytest.mark.parametrize(
     ("call", "text"),
     [
+        (lambda model: peft_kernels.set_adapter(model, "a", "no"), "inference_mode: got 'no', wanted True or False"),
+        (lambda model: peft_kernels.save_adapter(model, 3, "a"), "folder: got 3, a int, wanted a path"),
+        (lambda model: peft_kernels.load_adapter(model, 3), "folder: got 3, a int, wanted a path"),
         (lambda model: peft_kernels.set_adapter(model, "c"), "name: got 'c', wanted one of 'a', 'b'"),
         (lambda model: peft_kernels.set_adapter(model, ["a"]), "name: got ['a'], wanted one of 'a', 'b'"),
         (lambda model: peft_kernels.remove_adapters(model, "c"), "name: got 'c', wanted one of 'a', 'b'"),

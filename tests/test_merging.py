@@ -399,6 +399,10 @@ def test_corrections_are_loaded_into_a_model_that_has_the_codes():
         merging.load_corrections(OneLayer(nn.Linear(64, 96)), state)
     with pytest.raises(ValueError, match=r"state: got .* for 'lin'"):
         merging.load_corrections(other, state | {"lin.correction_B": torch.zeros(3, 96)})
+    with pytest.raises(ValueError, match=r"state: got 3 and \[96, 3\] for 'lin'"):
+        merging.load_corrections(other, state | {"lin.correction_A": 3})
+    with pytest.raises(ValueError, match="state: got 3, a int, wanted a state_dict or a folder"):
+        merging.load_corrections(other, 3)
     assert merging.load_corrections(other, state) == 1
     assert torch.equal(other(x), want)
 

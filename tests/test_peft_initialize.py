@@ -144,6 +144,9 @@ def merged(model):
 
 ERRORS = {
     "method": (None, ("svd",), "method: got 'svd', wanted one of 'loftq', 'pissa', 'olora'"),
+    "method's type": (None, (["loftq"],), r"method: got \['loftq'\], wanted one of"),
+    "weights' type": (None, ("pissa", 3), "weights: got 3, a int, wanted a path"),
+    "no tensor": (None, ("pissa", {"lin.weight": 3}), r"weights: got none for lin.weight, wanted \[192, 320\]"),
     "none": (None, ("loftq",), "weights: got None, wanted the weights before quantisation"),
     "missing": (None, ("loftq", {}), r"weights: got none for lin.weight, wanted \[192, 320\]"),
     "shape": (None, ("pissa", {"lin.weight": torch.zeros(3, 3)}), r"weights: got shape \[3, 3\] for lin.weight"),

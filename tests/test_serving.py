@@ -423,6 +423,10 @@ def test_refused_models(tmp_path):
         AdapterPool(save_adapter(base, tmp_path))
     with pytest.raises(ValueError, match="target_modules: got 'nothing', wanted what names some linear"):
         AdapterPool(base, target_modules="nothing")
+    with pytest.raises(ValueError, match="target_modules: got 3, wanted a text or a list of texts"):
+        AdapterPool(base, target_modules=3)
+    with pytest.raises(ValueError, match="root: got 3, a int, wanted a path"):
+        AdapterPool(base, root=3)
     with pytest.raises(ValueError, match=r"slots: got 0"):
         AdapterPool(base, slots=0)
     with pytest.raises(ValueError, match=r"dtype: got torch.float64"):
@@ -440,6 +444,8 @@ def test_names(served, tmp_path):
     for name in ("../elsewhere", "/", str(tmp_path / "..")):
         with pytest.raises(ValueError, match=r"folder: got .*, wanted one inside of"):
             pool.load(name)
+    with pytest.raises(ValueError, match="folder: got 3, a int, wanted a path"):
+        pool.load("d", 3)
     with pytest.raises(ValueError, match="name: got 'a', which is taken"):
         pool.load("a")
     for method in (pool.swap, pool.evict, pool.remove, pool.pin, pool.unpin):

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ..integrations.registry import check_module
 from ..nn import AdapterFusion, BottleneckAdapter
-from ..ops._arguments import FLOAT_DTYPES
+from ..ops._arguments import FLOAT_DTYPES, path_of
 from .config import AdapterConfig, FusionConfig
 from .hook_points import HookPoint
 from .hub import adapter_from_hub, adapter_to_hub, fusion_from_hub, fusion_to_hub
@@ -61,10 +61,11 @@ def save_adapter(model: nn.Module, folder: str | Path, name: str = "default") ->
 
     Raises:
         TypeError: `model` is not a module.
-        ValueError: there is no such adapter or fusion.
+        ValueError: there is no such adapter or fusion; `folder` is no path.
     """
     state = require_state(model)
     check_known(state, name)
+    folder = path_of("folder", folder)
     described: dict[str, Any] = {
         "name": name,
         "model_class": type(model).__name__,
@@ -81,7 +82,7 @@ def save_adapter(model: nn.Module, folder: str | Path, name: str = "default") ->
         if not (series and _says(described, fusion, partial(fusion_from_hub, attention_dropout=0.0))):
             described[OWN] = asdict(fusion)
             del described["config"]
-        _write(Path(folder), FUSION, _fusion_tensors(fusions, name), described)
+        _write(folder, FUSION, _fusion_tensors(fusions, name), described)
     else:
         config = state.adapters[name]
         layers = [(hook.point, hook.adapters[name]) for _, hook in hooks(model) if name in hook.adapters]
@@ -90,7 +91,7 @@ def save_adapter(model: nn.Module, folder: str | Path, name: str = "default") ->
         if not _says(described, config, adapter_from_hub):
             described[OWN] = asdict(config)
             del described["config"]
-        _write(Path(folder), ADAPTER, _adapter_tensors(layers, name), described)
+        _write(folder, ADAPTER, _adapter_tensors(layers, name), described)
 
 
 def _says(described: dict[str, Any], config: Config, read: Callable[[dict[str, Any]], Config]) -> bool:
@@ -117,12 +118,12 @@ def load_adapter(model: nn.Module, folder: str | Path, name: str | None = None) 
     Raises:
         TypeError: `model` is not a module.
         FileNotFoundError: the files are not there, or the weights only as a pickle.
-        ValueError: a name that is taken; a configuration of something else; weights whose names or shapes are not
-            those of this model's layers, or that are no finite numbers in float32, bfloat16 or float16, with a list of
-            the differences. The model is then unchanged.
+        ValueError: `folder` is no path; a name that is taken; a configuration of something else; weights whose names or
+            shapes are not those of this model's layers, or that are no finite numbers in float32, bfloat16 or float16,
+            with a list of the differences. The model is then unchanged.
     """
     check_module(model)
-    folder = Path(folder)
+    folder = path_of("folder", folder)
     fusion = (folder / FUSION.config).is_file() and not (folder / ADAPTER.config).is_file()
     return _load_fusion(model, folder, name) if fusion else _load_adapter(model, folder, name)
 

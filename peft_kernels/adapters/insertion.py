@@ -15,7 +15,7 @@ from torch import nn
 from ..integrations import rows
 from ..integrations.registry import check_module
 from ..nn import AdapterFusion, BottleneckAdapter
-from ..ops._arguments import check_dtype
+from ..ops._arguments import check_dtype, check_flag
 from ..printing import PrintedReport, starred
 from ..rows import BASE
 from . import calls
@@ -251,9 +251,10 @@ def set_adapter(model: nn.Module, name: str | None, inference_mode: bool = False
 
     Raises:
         TypeError: `model` is not a module.
-        ValueError: there is no such adapter.
+        ValueError: there is no such adapter; `inference_mode` is not a bool.
     """
     state = require_state(model)
+    check_flag("inference_mode", inference_mode)
     if name is not None:
         check_known(state, name)
     _activate(model, state, name, trained=not inference_mode)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any, NoReturn, overload
 
 import torch
@@ -52,6 +54,13 @@ def check_size(name: str, value: Any) -> None:
 def check_flag(name: str, value: Any) -> None:
     if not isinstance(value, bool):
         refuse(name, repr(value), "True or False")
+
+
+def path_of(name: str, value: Any) -> Path:
+    """An argument that has to be a path."""
+    if not isinstance(value, (str, os.PathLike)):
+        bad(name, value, "a path")
+    return Path(value)
 
 
 def check_probability(name: str, value: Any) -> None:

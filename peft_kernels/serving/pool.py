@@ -11,7 +11,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,7 +23,7 @@ from ..checkpoints.peft_folder import WEIGHTS, matches
 from ..cuda import why_not as why_not_device
 from ..inference import variants
 from ..integrations.registry import check_module
-from ..ops._arguments import FLOAT_DTYPES, check_size, dtype_name, is_number, refuse
+from ..ops._arguments import FLOAT_DTYPES, check_size, dtype_name, is_number, path_of, refuse
 from .batch import Batch, Matrices, Names, Views
 from .checkpoint import Layout, LoRACheckpoint, page_size, read_checkpoint
 from .layers import is_4bit, is_served_kind, pooled_class, shape_of, why_not
@@ -128,9 +128,11 @@ class AdapterPool:
             refuse("host_bytes", repr(host_bytes), "a number of bytes")
         if not (is_number(wait) and wait >= 0):
             refuse("wait", repr(wait), "a number of seconds")
+        if root is not None:
+            root = path_of("root", root).absolute()
         layers = _find_layers(model, target_modules)
         self.model, self.max_rank, self.dtype, self.host_bytes = model, max_rank, dtype, host_bytes
-        self.root = None if root is None else Path(root).absolute()
+        self.root = root
         self._wait = wait
         self._layers = {module: name for name, module in layers.items()}
         self._modules = layers
@@ -332,7 +334,7 @@ class AdapterPool:
     # ---- Folders and leases, which take the lock themselves ----------------------------------------------------------
 
     def _inside(self, folder: str | Path) -> Path:
-        path = Path(self.root or "", folder).absolute()
+        path = Path(self.root or "", path_of("folder", folder)).absolute()
         if self.root is not None and not path.resolve().is_relative_to(self.root.resolve()):
             refuse("folder", repr(str(folder)), f"one inside of {self.root}")
         return path
@@ -512,6 +514,8 @@ def _find_layers(model: nn.Module, target_modules: str | list[str]) -> dict[str,
     elif isinstance(target_modules, str):
         layers = {name: module for name, module in by_name.items() if matches(target_modules, name)}
     else:
+        if not isinstance(target_modules, Collection):
+            refuse("target_modules", repr(target_modules), "a text or a list of texts")
         ends = tuple(f".{end}" for end in target_modules)
         layers = {name: module for name, module in by_name.items() if f".{name}".endswith(ends)}
     if not layers:

@@ -17,6 +17,7 @@ from peft.tuners import lora
 from safetensors import safe_open
 from torch import Tensor, nn
 
+from ...ops._arguments import path_of
 from ...ops._svd import truncated_svd
 from ...ops.nf4 import NF4Weight, quantize_4bit
 from ..bitsandbytes.params4bit import set_weight
@@ -74,7 +75,7 @@ def initialize_lora(
             is merged, or of a variant; a weight that is missing or of another shape. Nothing is changed then.
     """
     check_module(model)
-    if method not in _METHODS:
+    if not isinstance(method, str) or method not in _METHODS:
         raise ValueError(f"method: got {method!r}, wanted one of {', '.join(map(repr, _METHODS))}")
     if not isinstance(iterations, int) or isinstance(iterations, bool) or iterations < 1:
         raise ValueError(f"iterations: got {iterations!r}, wanted an integer from 1 on")
@@ -170,14 +171,14 @@ def _quantised(weight: Tensor, view: NF4Weight) -> NF4Weight:
 
 def _reader(weights: Mapping[str, Tensor] | str | os.PathLike[str] | None) -> Callable[..., Tensor | None]:
     """Reads a weight by its name, or finds only whether it is there, of a shape."""
-    files = {} if weights is None or isinstance(weights, Mapping) else dict(_files(Path(weights)))
+    files = {} if weights is None or isinstance(weights, Mapping) else dict(_files(path_of("weights", weights)))
 
     def read(name: str, shape: tuple[int, ...], only_checks: bool) -> Tensor | None:
         if weights is None:
             return None
         if isinstance(weights, Mapping):
             found: Any = weights.get(name)
-            given = None if found is None else tuple(found.shape)
+            given = tuple(found.shape) if isinstance(found, Tensor) else None
         elif name not in files:
             found = given = None
         else:

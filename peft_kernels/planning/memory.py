@@ -198,7 +198,7 @@ class _Live(TorchDispatchMode):
     def _end_of_expert(self, offset: Tensor) -> int:
         """What an entry of the ends of experts' rows is taken for: each expert has as many as the others."""
         count = offset.untyped_storage().nbytes() // offset.element_size()
-        return (offset.storage_offset() + 1) * self._expert_rows // count
+        return (int(offset.storage_offset()) + 1) * self._expert_rows // count
 
     def _see(self, storage: Any) -> None:
         key, size = storage._cdata, storage.nbytes()

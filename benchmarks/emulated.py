@@ -91,8 +91,8 @@ def layers(m: int, features: Sequence[int], k: int, rank: int) -> Case:
         x = torch.randn(m, k).bfloat16()
         weights = [quantize_4bit(torch.randn(n, k).bfloat16(), double_quant=True) for n in features]
         adapters = [([torch.randn(rank, k)], [torch.randn(n, rank)], [1.0]) for n in features]
-        all_ = [Projection(weight, None, *adapter) for weight, adapter in zip(weights, adapters, strict=True)]
-        return functools.partial(lora_linears_unchecked, x, all_, x.dtype, x.dtype)
+        projections = [Projection(weight, None, *adapter) for weight, adapter in zip(weights, adapters, strict=True)]
+        return functools.partial(lora_linears_unchecked, x, projections, x.dtype, x.dtype)
 
     return Case("lora_linear", f"m={m} n={'+'.join(map(str, features))} k={k} rank={rank} together", prepare)
 

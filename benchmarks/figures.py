@@ -236,11 +236,15 @@ def demo_of(file: str) -> dict[str, Any]:
     return results
 
 
+def three_digits(value: float, unit: str) -> str:
+    return f"{float(f'{value:.3g}'):g} {unit}"
+
+
 def compared(rows: Sequence[Mapping[str, Any]], stock: str, fused: str) -> str:
     """A demo's numbers of both models, to three digits, and what one is of the other."""
     lines = [["", fused, stock, "the one of the other"]]
     for row in rows:
-        numbers = [f"{float(f'{row[name]:.3g}'):g} {row['unit']}" for name in (fused, stock)]
+        numbers = [three_digits(row[name], row["unit"]) for name in (fused, stock)]
         lines.append([row["name"], *numbers, f"{row[fused] / row[stock]:.2f} ×"])
     return markdown(lines)
 
@@ -272,7 +276,7 @@ def costs(machine: str) -> str:
 def methods(machine: str) -> str:
     lines = [["", "trained", "loss", "a step", "peak memory", "file"]]
     for row in demo_of(f"{machine}/demo_methods")["methods"]:
-        memory, file = (f"{float(f'{row[name]:.3g}'):g} MB" for name in ("memory_mb", "file_mb"))
+        memory, file = (three_digits(row[name], "MB") for name in ("memory_mb", "file_mb"))
         lines.append([row["name"], f"{row['share']:.3%}", f"{row['loss']:.3f}", duration(row["seconds"]), memory, file])
     return markdown(lines)
 

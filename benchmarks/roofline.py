@@ -3,10 +3,10 @@
 Each launch of a call is counted in the tests' emulator at a shape that it runs in seconds, on a card with so few
 multiprocessors that they have as much to do as the card's have. The counts are scaled to the shape asked for, by the
 rows and, for what reads the weight, by its size; a card's published rates turn them into the least time for each
-resource: DRAM (distinct bytes), L2 (all sectors, as if the L1 never hit), the matrix unit, shared
-memory (wavefronts), the issue of instructions (PTX's, which are not quite the machine's), and the ALU pipe (PTX's
-conversions, and its integer instructions but multiplications, which are another pipe's). What a multiprocessor has for
-itself is left to whole waves of CTAs. The longest is the prediction; what a real kernel loses to latency is not in it.
+resource: DRAM (distinct bytes), L2 (all sectors, as if the L1 never hit), the matrix unit, shared memory (wavefronts),
+the issue of instructions (PTX's, which are not quite the machine's), and the ALU pipe (PTX's conversions, and its
+integer instructions but multiplications, which are another pipe's). What a multiprocessor has for itself is left to
+whole waves of CTAs. The longest is the prediction; what a real kernel loses to latency is not in it.
 """
 
 from __future__ import annotations

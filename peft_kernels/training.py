@@ -115,10 +115,10 @@ class AdapterTrainer:
         found = adapter_parameters(model)
         _check_types(settings, optimizer, token_losses)
         if not settings:
-            raise ValueError("settings: got none, wanted those of one adapter or more")
+            refuse("settings", "none", "those of one adapter or more")
         for name, own in settings.items():
             if name not in found:
-                raise ValueError(f"settings: got {name!r}, wanted {one_of(sorted(found))}")
+                refuse("settings", repr(name), one_of(sorted(found)))
             _check_numbers(name, own)
         self.model, self.settings, self.token_losses = model, dict(settings), token_losses
         groups = [
@@ -228,7 +228,7 @@ class AdapterTrainer:
             if isinstance(name, (list, tuple)):
                 return [of(each) for each in name]
             if name not in [*position]:  # a list, since a name may be unhashable
-                raise ValueError(f"names: got {name!r}, wanted {one_of(self.settings)}, or None")
+                refuse("names", repr(name), f"{one_of(self.settings)}, or None")
             return position[name]
 
         return torch.tensor([of(name) for name in names], dtype=torch.int64, device="cpu")

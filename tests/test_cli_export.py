@@ -159,7 +159,7 @@ def test_errors(saved, tmp_path, capsys):
         (["merge", "a", "b"], "required: --adapter"),
         (["merge", "a", "b", "--adapter", "c", "--correction", "0"], "got '0', wanted a whole number of at least 1"),
         (["merge", "a", "b", "--adapter", "c", "--dense-above", "x"], "got 'x', wanted a share of at least 0"),
-        (["quantize", "a", "b", "--blocksize", "48"], "(choose from 32, 64, 128"),
+        (["quantize", "a", "b", "--blocksize", "48"], "invalid choice: 48"),
         (["combine", "a", "--output", "b", "--density", "2"], "got '2', wanted a number from 0 to 1"),
         (["combine", "a", "--output", "b", "--method", "mean"], "invalid choice: 'mean'"),
         (["combine", "a"], "required: --output"),
@@ -169,4 +169,6 @@ def test_errors(saved, tmp_path, capsys):
 def test_options(arguments, text, capsys):
     with pytest.raises(SystemExit) as left:
         call(*arguments)
-    assert left.value.code == 2 and text in capsys.readouterr().err
+    # Newer versions of argparse quote a refused number.
+    err = re.sub(r"invalid choice: '(\d+)'", r"invalid choice: \1", capsys.readouterr().err)
+    assert left.value.code == 2 and text in err

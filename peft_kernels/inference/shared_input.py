@@ -35,15 +35,15 @@ class _Shared:
         self.ys: list[Tensor | None] = []  # of each layer; None once it is taken
 
     def take(self, layer: nn.Module, x: Tensor) -> Tensor | None:
-        at = [i for i, other in enumerate(self.layers) if other is layer]
-        if not at:
+        at = next((i for i, other in enumerate(self.layers) if other is layer), None)
+        if at is None:
             return None
         if self.x is None:
             self.x, self.version = x, _version(x)
             self.ys = _compute(layer, self.layers, x)
         if self.x is not x or self.version != _version(x):
             return None
-        y, self.ys[at[0]] = self.ys[at[0]], None
+        y, self.ys[at] = self.ys[at], None
         return y
 
 
